@@ -1,0 +1,22 @@
+"""supar: tune a small dense proxy, transfer with SμPar to a wide sparse target, train it.
+
+The Python API is documents in, documents out: `load`, `transfer`, `train`. torch is imported by `train` only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load", "train", "transfer"]
+
+if TYPE_CHECKING:
+    from supar_cli.api import load, train, transfer
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("load", "train", "transfer"):
+        from supar_cli import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'supar_cli' has no attribute {name!r}")

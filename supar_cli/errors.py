@@ -1,0 +1,55 @@
+"""The errors a user can cause, each with its exit status."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class SuparError(Exception):
+    """An error whose message is meant for the user. `exit_status` is what the process ends with."""
+
+    exit_status = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong in one place of a document."""
+
+    file: str
+    line: int | None
+    where: str
+    what: str
+    expected: str = ""
+
+    def __str__(self) -> str:
+        place = self.file if self.line is None else f"{self.file}:{self.line}"
+        parts = [part for part in (place, self.where) if part]
+        return ": ".join([*parts, self.what + (f"; {self.expected}" if self.expected else "")])
+
+
+class InputError(SuparError):
+    """Bad input: nothing was run and nothing was written (exit status 2)."""
+
+    exit_status = 2
+
+    def __init__(self, *problems: Problem | str) -> None:
+        self.problems = problems
+        super().__init__("\n".join(str(problem) for problem in problems))
+
+
+class SetupError(SuparError):
+    """The environment lacks something: an extra, a device, readable data, an intact checkpoint (exit status 3)."""
+
+    exit_status = 3
+
+
+class UnusableResult(SuparError):
+    """The work was done but its result can't be used: a loss not finite, every trial diverged (exit status 4)."""
+
+    exit_status = 4
+
+
+class CheckViolated(SuparError):
+    """A check was violated (exit status 5)."""
+
+    exit_status = 5

@@ -1,0 +1,104 @@
+"""Which files a data section means, how they are split, and the hash that identifies their content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from supar_cli.errors import InputError, SetupError
+from supar_cli.planning.spec import Data
+
+LLMC_MAGIC = 20240520  # llm.c, dev/data/data_common.py: first int32 of a shard's 256-int32 header
+_NOT_CORPUS = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "idle_test"}
+_SUFFIXES = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".bin": "bin"}
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Files in a fixed order. With one file only, `validation` is empty and the tail of the file is held out."""
+
+    kind: str
+    root: Path
+    train: list[Path]
+    validation: list[Path]
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted([*self.train, *self.validation])
+
+
+def find(data: Data) -> Corpus:
+    """The corpus of a data section. Raises InputError when there is none at its path."""
+    if data.source == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        found = []
+        for folder, folders, names in os.walk(root):
+            folders[:] = sorted(set(folders) - _NOT_CORPUS)
+            found += [Path(folder) / name for name in names if name.endswith(".py")]
+        if not found:
+            raise SetupError(f"data.source: stdlib: no Python sources under {root}; expected --data FILE")
+        return Corpus("text", root, *_split(sorted(found), root))
+    path = Path(data.source)
+    if not path.exists():
+        raise InputError(f"data.source: {data.source}: no such file or folder")
+    if path.is_file():
+        return Corpus(_kind(path, data), path.parent, [path], [])
+    found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _SUFFIXES and not p.name.startswith("."))
+    if not found:
+        raise InputError(f"data.source: {data.source}: no {', '.join(_SUFFIXES)} files in it")
+    kinds = {_kind(p, data) for p in found}
+    if len(kinds) > 1:
+        raise InputError(f"data.source: {data.source}: holds files of several formats ({', '.join(sorted(kinds))}); expected data.format")
+    held_out = [p for p in found if any(word in p.stem.lower().split("_") for word in ("val", "valid", "validation"))]
+    if held_out and len(held_out) < len(found):
+        return Corpus(kinds.pop(), path, [p for p in found if p not in held_out], held_out)
+    return Corpus(kinds.pop(), path, *_split(found, path))
+
+
+def _kind(path: Path, data: Data) -> str:
+    if data.format != "auto":
+        return data.format
+    kind = _SUFFIXES.get(path.suffix, "text")
+    if kind != "bin":
+        return kind
+    with _opened(path) as file:
+        return "llmc" if int.from_bytes(file.read(4), "little") == LLMC_MAGIC else "nanogpt"
+
+
+def _split(files: list[Path], root: Path) -> tuple[list[Path], list[Path]]:
+    """About one file in twenty for validation, by the hash of its name, so that adding files moves no other."""
+    if len(files) == 1:
+        return files, []
+    ranked = {path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest() for path in files}
+    held_out = [path for path in files if ranked[path][0] < 13] or [min(files, key=lambda path: ranked[path])]
+    train = [path for path in files if path not in set(held_out)]
+    return (train, held_out) if train else (held_out, train)
+
+
+def content_hash(corpus: Corpus) -> str:
+    """SHA-256 over names and contents. Raises SetupError when a file can't be read."""
+    total = hashlib.sha256()
+    for path in corpus.files:
+        with _opened(path) as file:
+            total.update(f"{path.relative_to(corpus.root).as_posix()}\0".encode())
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return "sha256:" + total.hexdigest()
+
+
+def _opened(path: Path):  # type: ignore[no-untyped-def]
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise SetupError(f"{path}: can't be read: {error.strerror or error}") from None
+
+
+def identified(data: Data) -> Data:
+    """The data section with its hash filled in. Raises InputError when it has one and the content has another."""
+    found = content_hash(find(data))
+    if data.hash is not None and data.hash != found:
+        why = " (the standard library's sources differ between Python versions)" if data.source == "stdlib" else ""
+        raise InputError(f"data.hash: {data.source} is not the data this document was made with: {found[:19]}…, not {data.hash[:19]}…{why}")
+    return data.model_copy(update={"hash": found})

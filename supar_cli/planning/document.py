@@ -1,0 +1,233 @@
+"""Strict YAML documents: reading with line numbers, writing byte for byte the same, hashing.
+
+Read as YAML 1.2 core (`1e-3` is a number, `off` is text), with duplicate keys and aliases refused. Floats are written so
+that YAML 1.1 and 1.2 readers agree on them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from supar_cli.errors import InputError, Problem
+
+Path_ = tuple[str | int, ...]
+
+_BaseLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_BaseDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+# YAML 1.2 core schema, chapter 10.3.2: (tag, pattern, first characters)
+_CORE = [
+    ("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),
+    ("tag:yaml.org,2002:int", re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"), "-+0123456789"),
+    (
+        "tag:yaml.org,2002:float",
+        re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+        "-+.0123456789",
+    ),
+    ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), "~nN\0"),
+]
+
+
+class _Loader(_BaseLoader):  # type: ignore[misc, valid-type]
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+
+class _Dumper(_BaseDumper):  # type: ignore[misc, valid-type]
+    """Quotes what either YAML version would read as something other than text."""
+
+
+for _tag, _pattern, _first in _CORE:
+    for _char in _first:
+        _Loader.yaml_implicit_resolvers.setdefault("" if _char == "\0" else _char, []).append((_tag, _pattern))
+    _Dumper.add_implicit_resolver(_tag, _pattern, list(_first.replace("\0", "")))
+
+
+@dataclass(slots=True)
+class Document:
+    """One parsed document: `data` as plain dicts, lists and scalars, and the line of each path in it."""
+
+    data: Any
+    name: str = "<document>"
+    lines: dict[Path_, int] = field(default_factory=dict)
+
+    def line(self, path: Path_) -> int | None:
+        """Line of `path`, or of the nearest ancestor that has one."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return self.lines.get(path)
+
+    def problem(self, path: Path_, what: str, expected: str = "") -> Problem:
+        return Problem(self.name, self.line(path), dotted(path), what, expected)
+
+
+def dotted(path: Path_) -> str:
+    """`("tensors", 3, "lr")` as `tensors[3].lr`."""
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else (f".{part}" if text else part)
+    return text
+
+
+def read(text: str, name: str) -> list[Document]:
+    """All documents of a YAML stream. Raises InputError with every problem of the first bad document."""
+    documents: list[Document] = []
+    try:
+        nodes = list(yaml.compose_all(text, Loader=_Loader))
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: the reader's word for characters YAML forbids
+        mark = getattr(error, "problem_mark", None)
+        what = " ".join(part for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part)
+        line = mark.line + 1 if mark is not None else None
+        raise InputError(Problem(name, line, "", f"not valid YAML: {what or error}")) from None
+    except RecursionError:
+        raise InputError(Problem(name, None, "", "nested too deeply")) from None
+    for node in nodes:
+        document = Document(None, name)
+        problems: list[Problem] = []
+        document.data = _plain(node, (), document, problems, set())
+        if problems:
+            raise InputError(*problems)
+        documents.append(document)
+    return documents
+
+
+def _plain(node: yaml.Node | None, path: Path_, document: Document, problems: list[Problem], seen: set[int]) -> Any:
+    if node is None:
+        return None
+    document.lines.setdefault(path, node.start_mark.line + 1)
+    if id(node) in seen:
+        problems.append(document.problem(path, "an alias", "write the value out: supar reads no YAML aliases"))
+        return None
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        return _mapping(node, path, document, problems, seen)
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, (*path, i), document, problems, seen) for i, item in enumerate(node.value)]
+    return _scalar(node, path, document, problems)
+
+
+def _mapping(node: yaml.MappingNode, path: Path_, document: Document, problems: list[Problem], seen: set[int]) -> Any:
+    mapping: dict[str, Any] = {}
+    first_line: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+        line = key_node.start_mark.line + 1
+        if key is None:
+            problems.append(Problem(document.name, line, dotted(path), "a key that is not text"))
+            continue
+        if key in mapping:
+            what = f"the key {key!r} stands twice"
+            problems.append(Problem(document.name, line, dotted((*path, key)), what, f"first on line {first_line[key]}"))
+            continue
+        first_line[key] = line
+        document.lines[(*path, key)] = line
+        mapping[key] = _plain(value_node, (*path, key), document, problems, seen)
+    return mapping
+
+
+def _scalar(node: yaml.ScalarNode, path: Path_, document: Document, problems: list[Problem]) -> Any:
+    text, tag = node.value, node.tag.rpartition(":")[2]
+    if tag == "str":
+        return text
+    if tag == "null":
+        return None
+    if tag == "bool":
+        return text.lower() == "true"
+    try:
+        if tag == "int":
+            return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
+        if tag == "float":
+            return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    except ValueError:
+        pass
+    problems.append(document.problem(path, f"{text!r} can't be read as {tag}"))
+    return None
+
+
+def read_file(source: str) -> list[Document]:
+    """Documents of a file, or of standard input for `-`. Raises InputError when there is nothing to read."""
+    if source == "-":
+        name, raw = "<stdin>", sys.stdin.buffer.read()
+        if not raw.strip():
+            raise InputError(
+                Problem(name, None, "", "standard input is empty", "the command before the pipe failed? (`set -o pipefail` shows it)")
+            )
+    else:
+        name = source
+        try:
+            raw = Path(source).read_bytes()
+        except OSError as error:
+            raise InputError(Problem(name, None, "", f"can't be read: {error.strerror or error}")) from None
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise InputError(Problem(name, line, "", "not UTF-8 text")) from None
+    documents = read(text, name)
+    if not documents:
+        raise InputError(Problem(name, None, "", "the document is empty"))
+    return documents
+
+
+class _Flow(dict[str, Any]):
+    """A mapping written on one line."""
+
+
+class _FlowList(list[Any]):
+    """A sequence written on one line."""
+
+
+_Dumper.add_representer(
+    _Flow, lambda dumper, value: dumper.represent_mapping("tag:yaml.org,2002:map", value.items(), flow_style=True)
+)
+_Dumper.add_representer(
+    _FlowList, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
+)
+
+
+def write(documents: Iterable[Any]) -> str:
+    """YAML text of the documents, keys in the order given; a list of mappings gets one line per item."""
+    styled = [_style(document) for document in documents]
+    return str(
+        yaml.dump_all(
+            styled,
+            Dumper=_Dumper,
+            sort_keys=False,
+            default_flow_style=False,
+            allow_unicode=True,
+            width=1_000_000,
+            explicit_start=len(styled) > 1,
+        )
+    )
+
+
+def _style(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _style(item) for key, item in value.items()}
+    if isinstance(value, list):
+        if value and all(isinstance(item, dict) for item in value):
+            return [_flow(item) for item in value]
+        return _flow(value)
+    return value
+
+
+def _flow(value: Any) -> Any:
+    if isinstance(value, dict):
+        return _Flow((key, _flow(item)) for key, item in value.items())
+    if isinstance(value, list):
+        return _FlowList(_flow(item) for item in value)
+    return value
+
+
+def content_hash(data: Any) -> str:
+    """SHA-256 over the canonical JSON of plain data."""
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,139 @@
+"""Document type of the plan: every number a training run needs, resolved per tensor."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from supar_cli.planning.document import content_hash
+from supar_cli.planning.rules import Name, Role
+from supar_cli.planning.spec import Data, Distribution, Hyperparameters, Model, Options, Pattern, Run, Section, Train
+
+
+class Multipliers(Section):
+    """Constant factors of the forward pass: embeddings, logits, q·k, residual branches."""
+
+    input: float
+    output: float
+    attention: float
+    residual: float
+
+
+class PlanModel(Model):
+    multipliers: Multipliers
+
+
+class Base(Section):
+    """The proxy's shape, from which the multipliers come."""
+
+    width: int
+    ffn_width: int
+    layers: int
+    kv_share: float
+    steps: int
+    batch_size: int
+
+
+class Parameterization(Options):
+    name: Name
+    base: Base
+
+
+class PlanSparsity(Section):
+    """The target density and how it is spread and drawn."""
+
+    density: float = Field(gt=0, le=1)
+    sparsity: float = Field(ge=0, lt=1)
+    pattern: Pattern
+    distribution: Distribution
+    overrides: dict[str, float] = Field(default_factory=dict)
+
+
+class PlanTrain(Train):
+    """As the spec's, with the length resolved. `tokens` = steps · batch_size · context."""
+
+    tokens: int = Field(gt=0)
+    warmup_steps: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _warms_up(self) -> Self:
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps: {self.warmup_steps} is more than the {self.steps} steps")
+        return self
+
+
+class PlanTensor(Section):
+    """One tensor. `kept` is its number of live weights (its expectation for `bernoulli`); `because` the multipliers."""
+
+    name: str
+    role: Role
+    shape: list[int] = Field(min_length=1, max_length=2)
+    density: float = Field(gt=0, le=1)
+    kept: int = Field(gt=0)
+    init_std: float = Field(ge=0)
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    eps: float = Field(ge=0)
+    because: dict[str, float]
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * (self.shape[1] if len(self.shape) == 2 else 1)
+
+    @property
+    def wpn(self) -> float:
+        """Weights per neuron: expected live weights feeding one output."""
+        return self.shape[-1] * self.density
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if min(self.shape) < 1:
+            raise ValueError(f"shape: {self.shape} must be positive")
+        if abs(self.kept - self.density * self.size) > 0.51:
+            raise ValueError(f"kept: {self.kept} is not density {self.density} of {self.size} weights")
+        if self.role != "hidden" and self.density != 1:
+            raise ValueError(f"density: {self.density} on a tensor of role {self.role}; only hidden weights are sparse")
+        return self
+
+
+class Plan(Section):
+    """`supar.plan/v1`."""
+
+    kind: Literal["supar.plan/v1"]
+    parents: dict[str, str] = Field(default_factory=dict)
+    model: PlanModel
+    parameterization: Parameterization
+    hyperparameters: Hyperparameters
+    sparsity: PlanSparsity
+    tensors: list[PlanTensor] = Field(min_length=1)
+    data: Data
+    train: PlanTrain
+    run: Run = Run()
+    meta: dict[str, Any] = Field(default_factory=dict)
+
+    def hash(self) -> str:
+        """Identity of the experiment: everything but `run` and `meta`."""
+        return content_hash(self.model_dump(exclude={"run", "meta"}))
+
+    @property
+    def name(self) -> str:
+        """Name of the run directory this plan gets by default."""
+        shape = f"w{self.model.width}-l{self.model.layers}-s{self.sparsity.sparsity:g}"
+        return f"{self.parameterization.name}-{shape}-{self.hash()[7:15]}"
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.size for tensor in self.tensors)
+
+    @property
+    def live(self) -> int:
+        return sum(tensor.kept for tensor in self.tensors)
+
+
+def with_steps(plan: Plan, steps: int) -> Plan:
+    """The plan for another number of steps, its warm-up the same share of them."""
+    warmup = round(plan.train.warmup_steps * steps / plan.train.steps)
+    tokens = steps * plan.train.batch_size * plan.model.context
+    train = plan.train.model_copy(update={"steps": steps, "warmup_steps": warmup, "tokens": tokens})
+    return plan.model_copy(update={"train": train})

@@ -1,0 +1,106 @@
+"""From a target density to each hidden tensor's own density and kept count, in exact arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+
+from supar_cli.errors import InputError
+from supar_cli.planning.layout import Tensor
+
+
+def literal(value: str | float | int) -> Decimal:
+    """The decimal a user wrote: a float's shortest text is the literal it was read from. ValueError otherwise."""
+    try:
+        number = Decimal(value if isinstance(value, str) else repr(value))
+    except InvalidOperation:
+        raise ValueError(f"{value!r} is not a number") from None
+    if not number.is_finite():
+        raise ValueError(f"{value!r} is not finite")
+    return number
+
+
+def density_from(*, sparsity: str | float | None = None, density: str | float | None = None) -> Decimal:
+    """Density as a decimal, from either word. Raises InputError outside (0, 1] (sparsity: [0, 1))."""
+    if (sparsity is None) == (density is None):
+        raise InputError("give either a sparsity or a density")
+    word, value = ("sparsity", sparsity) if sparsity is not None else ("density", density)
+    assert value is not None
+    try:
+        number = literal(value)
+    except ValueError as error:
+        raise InputError(f"{word}: {error}") from None
+    result = 1 - number if word == "sparsity" else number
+    if not 0 < result <= 1:
+        allowed = "0 <= sparsity < 1" if word == "sparsity" else "0 < density <= 1"
+        raise InputError(f"{word}: {value} leaves no weights or is no share of them; expected {allowed}")
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A tensor's own density, as it enters the rules, and its number of live weights."""
+
+    density: float
+    count: int
+
+
+def distribute(
+    hidden: Iterable[Tensor], density: Decimal, distribution: str, pattern: str, overrides: Mapping[str, float]
+) -> dict[str, Kept]:
+    """Density and kept count of every hidden tensor, by name.
+
+    `overrides` maps a tensor name, a site (`attn.q`), a part (`attn`, `mlp`) or `hidden` to a density; the most specific wins,
+    and the others share the target. Raises InputError for an override that names nothing.
+    """
+    hidden = list(hidden)
+    target = Fraction(density)
+    fixed: dict[str, Fraction] = {}
+    used: set[str] = set()
+    for tensor in hidden:
+        for key in (tensor.name, tensor.site, tensor.site.split(".")[0], "hidden"):
+            if key in overrides:
+                fixed[tensor.name] = Fraction(literal(overrides[key]))
+                used.add(key)
+                break
+    unused = sorted(set(overrides) - used)
+    if unused:
+        sites = sorted({tensor.site for tensor in hidden})
+        raise InputError(f"sparsity.overrides: {', '.join(unused)} names no hidden tensor; sites are {', '.join(sites)}")
+    free = [tensor for tensor in hidden if tensor.name not in fixed]
+    shares = {tensor.name: target for tensor in free} if distribution == "uniform" else _erk(free, target)
+    return {tensor.name: _kept(tensor, {**shares, **fixed}[tensor.name], pattern) for tensor in hidden}
+
+
+def _erk(tensors: list[Tensor], target: Fraction) -> dict[str, Fraction]:
+    """Erdős–Rényi-Kernel shares, density ∝ (in + out)/(in·out), capped at 1 (Evci et al. 2020, arXiv 1911.11134)."""
+    dense: set[str] = set()
+    budget = target * sum(tensor.size for tensor in tensors)
+    while True:
+        open_ = [tensor for tensor in tensors if tensor.name not in dense]
+        if not open_:
+            break
+        left = budget - sum(tensor.size for tensor in tensors if tensor.name in dense)
+        scale = left / sum(sum(tensor.shape) for tensor in open_)
+        full = {t.name for t in open_ if scale * sum(t.shape) > t.size}
+        if not full:
+            return {
+                t.name: Fraction(1) if t.name in dense else scale * sum(t.shape) / t.size for t in tensors
+            }
+        dense |= full
+    return {tensor.name: Fraction(1) for tensor in tensors}
+
+
+def _kept(tensor: Tensor, density: Fraction, pattern: str) -> Kept:
+    if pattern == "fixed_fan_in":
+        # every row keeps the same whole number, so the density that holds is that number's share, not the nominal one
+        per_row = _round(density * tensor.fan_in)
+        return Kept(float(Fraction(per_row, tensor.fan_in)), per_row * (tensor.size // tensor.fan_in))
+    return Kept(float(density), _round(density * tensor.size))
+
+
+def _round(value: Fraction) -> int:
+    """Nearest whole number, halves up."""
+    return (2 * value.numerator + value.denominator) // (2 * value.denominator)

@@ -1,0 +1,319 @@
+"""Document types a user starts from: the spec (what to tune) and the proxy (what was found), and the sections they share."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from supar_cli.errors import InputError, Problem
+from supar_cli.planning.document import Document, Path_, content_hash
+from supar_cli.planning.rules import DecayRule, DepthRule, Name, Optimizer, ResidualInit, UnembeddingInit
+
+Family = Literal["gpt2", "llama"]
+Pattern = Literal["exact", "fixed_fan_in", "bernoulli"]
+Distribution = Literal["uniform", "erk"]
+
+FAMILY_PARTS: dict[str, dict[str, Any]] = {
+    "gpt2": {"norm": "layernorm", "activation": "gelu", "positions": "learned"},
+    "llama": {"norm": "rmsnorm", "activation": "swiglu", "positions": "rope"},
+}
+
+
+class Section(BaseModel):
+    """Strict and frozen: an unknown key, a text for a number, a yes for a true are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """Shape of a decoder-only transformer. What is left out follows from the family and the width, and is written out."""
+
+    family: Family
+    width: int = Field(gt=0)
+    layers: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    kv_heads: int = Field(gt=0)
+    ffn_width: int = Field(gt=0)
+    context: int = Field(gt=0)
+    vocab: int = Field(gt=1, le=2**31)
+    norm: Literal["layernorm", "rmsnorm"]
+    activation: Literal["gelu", "swiglu"]
+    positions: Literal["learned", "rope", "alibi"]
+    bias: bool = False
+    tied: bool = True
+    norm_eps: float = Field(default=1e-5, gt=0)
+    rope_theta: float = Field(default=10000.0, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        filled = {**FAMILY_PARTS.get(str(data.get("family")), {}), **data}
+        if isinstance(filled.get("heads"), int):
+            filled.setdefault("kv_heads", filled["heads"])
+        if isinstance(filled.get("width"), int):
+            filled.setdefault("ffn_width", 4 * filled["width"])
+        return filled
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"heads: {self.heads} heads don't divide the width {self.width}; expected a divisor of it")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads: {self.kv_heads} don't divide the {self.heads} heads; expected a divisor of them")
+        if self.positions == "rope" and self.head_width % 2:
+            raise ValueError(f"heads: rope needs an even head width, not {self.head_width}")
+        return self
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+
+class Hyperparameters(Section):
+    """What is tuned on the proxy and holds for every target."""
+
+    lr: float = Field(gt=0)
+    init_std: float = Field(gt=0)
+    alpha_input: float = Field(gt=0)
+    alpha_output: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+
+
+class Options(Section):
+    """The options of the rules that are not the parameterization's name."""
+
+    weight_decay_rule: DecayRule = "independent"
+    depth_rule: DepthRule = "none"
+    residual_init: ResidualInit = "none"
+    unembedding_init: UnembeddingInit = "normal"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.depth_rule == "completep" and self.residual_init == "gpt2":
+            raise ValueError("residual_init: gpt2 scales the residual branches a second time; expected none with completep")
+        return self
+
+
+class Data(Section):
+    """Text or tokens. `hash` identifies the content; a mismatch is refused by name."""
+
+    source: str = "stdlib"
+    format: Literal["auto", "text", "jsonl", "nanogpt", "llmc"] = "auto"
+    tokenizer: str = "bytes"
+    field: str = "text"
+    hash: str | None = None
+
+
+class Train(Section):
+    """Everything of the training loop that changes a loss. `batch_size` counts sequences, over all devices."""
+
+    optimizer: Optimizer = "adamw"
+    betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    warmup_fraction: float = Field(default=0.1, ge=0, le=1)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    final_lr_fraction: float = Field(default=0.1, ge=0, le=1)
+    grad_clip: float = Field(default=1.0, ge=0)
+    eval_every: int = Field(default=100, gt=0)
+    eval_batches: int = Field(default=8, gt=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: {self.betas} must both be in [0, 1)")
+        return self
+
+
+class Run(Section):
+    """Where and how a plan is executed: never a number that changes the result but for rounding."""
+
+    device: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    engine: Literal["auto", "dense"] = "auto"
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    log_every: int = Field(default=10, gt=0)
+    checkpoint_every: int = Field(default=1000, gt=0)
+
+
+class Sparsity(Section):
+    """Which hidden weights live. Give `sparsity` or `density`; `overrides` are densities by tensor, site or part."""
+
+    sparsity: float | None = None
+    density: float | None = None
+    pattern: Pattern = "exact"
+    distribution: Distribution = "uniform"
+    overrides: dict[str, float] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.sparsity is not None and self.density is not None:
+            raise ValueError("density: given beside sparsity; expected only one of them")
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity: {self.sparsity} leaves no weights; expected 0 <= sparsity < 1")
+        if self.density is not None and not 0 < self.density <= 1:
+            raise ValueError(f"density: {self.density}; expected 0 < density <= 1")
+        for key, value in self.overrides.items():
+            if not 0 < value <= 1:
+                raise ValueError(f"overrides.{key}: {value}; expected 0 < density <= 1")
+        return self
+
+
+class Target(Section):
+    """What the quickstart transfers to when no flag says otherwise. None: as the proxy."""
+
+    width: int | None = Field(default=None, gt=0)
+    layers: int | None = Field(default=None, gt=0)
+    heads: int | None = Field(default=None, gt=0)
+    kv_heads: int | None = Field(default=None, gt=0)
+    ffn_width: int | None = Field(default=None, gt=0)
+    context: int | None = Field(default=None, gt=0)
+    batch_size: int | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, gt=0)
+    tokens: int | None = Field(default=None, gt=0)
+    tokens_per_parameter: float | None = Field(default=None, gt=0)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    sparsity: Sparsity = Sparsity()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        given = [word for word in ("steps", "tokens", "tokens_per_parameter") if getattr(self, word) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[1]}: given beside {given[0]}; expected one length of training")
+        return self
+
+
+class Search(Section):
+    """How the proxy is tuned. Each range is [low, high], searched on a log scale; a name left out is not searched."""
+
+    trials: int = Field(default=24, gt=0)
+    sampler: Literal["random", "qmc", "tpe", "gp"] = "random"
+    pruner: Literal["median", "halving", "none"] = "median"
+    finalists: int = Field(default=3, gt=0)
+    seeds: int = Field(default=3, gt=0)
+    lr_fit_octaves: list[float] = [-1.0, -0.5, 0.5, 1.0]
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    lr: list[float] | None = None
+    init_std: list[float] | None = None
+    alpha_input: list[float] | None = None
+    alpha_output: list[float] | None = None
+    weight_decay: list[float] | None = None
+
+    SEARCHED: ClassVar[tuple[str, ...]] = ("lr", "init_std", "alpha_input", "alpha_output", "weight_decay")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for name, (low, high) in self.ranges().items():
+            if not 0 < low < high:
+                raise ValueError(f"{name}: [{low}, {high}] is no range; expected 0 < low < high")
+        return self
+
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Searched names and their (low, high)."""
+        found = {}
+        for name in self.SEARCHED:
+            bounds = getattr(self, name)
+            if bounds is not None:
+                if len(bounds) != 2:
+                    raise ValueError(f"{name}: expected [low, high]")
+                found[name] = (bounds[0], bounds[1])
+        return found
+
+
+class Spec(Section):
+    """`supar.spec/v1`: the proxy's shape, data and training, what to search, and the target it is for."""
+
+    kind: Literal["supar.spec/v1"]
+    model: Model
+    hyperparameters: Hyperparameters
+    parameterization: Options = Options()
+    sparsity: Sparsity = Sparsity(density=1.0)
+    data: Data = Data()
+    train: Train
+    search: Search = Search()
+    target: Target = Target()
+    run: Run = Run()
+    meta: dict[str, Any] = Field(default_factory=dict)
+
+
+class Proxy(Section):
+    """`supar.proxy/v1`: hyperparameters, the shape, data and training they hold for, and the evidence."""
+
+    kind: Literal["supar.proxy/v1"]
+    parents: dict[str, str] = Field(default_factory=dict)
+    model: Model
+    hyperparameters: Hyperparameters
+    parameterization: Options = Options()
+    sparsity: Sparsity = Sparsity(density=1.0)
+    data: Data = Data()
+    train: Train
+    target: Target = Target()
+    run: Run = Run()
+    evidence: dict[str, Any] = Field(default_factory=dict)
+    meta: dict[str, Any] = Field(default_factory=dict)
+
+    def hash(self) -> str:
+        """Identity of what decides a transfer: everything but `run` and `meta`."""
+        return content_hash(self.model_dump(exclude={"run", "meta"}))
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def parse(kind: type[SectionT], document: Document) -> SectionT:
+    """`document` as a `kind`. Raises InputError with every problem, each with its line and close misses named."""
+    if not isinstance(document.data, dict):
+        raise InputError(document.problem((), "not a mapping", "key: value lines"))
+    expected_kind = kind.model_fields["kind"].annotation if "kind" in kind.model_fields else None
+    word = getattr(expected_kind, "__args__", (None,))[0]
+    if word and document.data.get("kind") != word:
+        raise InputError(document.problem(("kind",), f"is {document.data.get('kind')!r}", f"expected {word}"))
+    try:
+        return kind.model_validate(document.data)
+    except ValidationError as error:
+        raise InputError(*(_problem(kind, document, dict(item)) for item in error.errors(include_url=False))) from None
+
+
+def _problem(kind: type[Section], document: Document, item: dict[str, Any]) -> Problem:
+    path: Path_ = tuple(item["loc"])
+    what, expected = str(item["msg"]), ""
+    if item["type"] == "extra_forbidden":
+        import difflib
+
+        what = f"unknown key {path[-1]!r}"
+        known = _keys(kind, path[:-1])
+        close = difflib.get_close_matches(str(path[-1]), known, 1)
+        expected = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+    elif item["type"] == "missing":
+        what, expected, path = f"the key {path[-1]!r} is missing", "", path[:-1]
+    elif item["type"] == "value_error":
+        what = what.removeprefix("Value error, ")
+        where, colon, rest = what.partition(": ")
+        if colon and " " not in where:  # our own validators begin with the key that is wrong
+            path, what = (*path, *where.split(".")), rest
+        what, _, expected = what.partition("; ")
+    else:
+        what = what.replace("Input should be", "should be").replace("valid string", "text").replace("valid number", "number")
+        if not isinstance(item["input"], dict | list):
+            what += f", not {item['input']!r}"
+    return document.problem(path, what, expected)
+
+
+def _keys(kind: type[Section], path: Path_) -> list[str]:
+    """Known keys of the section at `path`."""
+    section: Any = kind
+    for part in path:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        section = next((a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")), None)
+        if section is None:
+            return []
+    return list(section.model_fields)

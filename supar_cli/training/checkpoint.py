@@ -1,0 +1,146 @@
+"""Checkpoints: safetensors with the plan beside it, written all or nothing, verified on load.
+
+A checkpoint is a folder `step-N` holding `state.safetensors` (weights, packed masks, optimizer state), `plan.yaml` and
+`manifest.json`. It is written under another name, flushed to disk and renamed, so a folder of that name is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from supar_cli.errors import InputError, SetupError
+from supar_cli.planning import document
+from supar_cli.planning.plan import Plan
+from supar_cli.training import masks
+from supar_cli.training.initial import Prepared
+
+KEEP = 2  # chosen: the newest, and one before it
+
+
+def save(folder: Path, plan: Plan, prepared: Prepared, optimizer: torch.optim.Optimizer, step: int, data_hash: str) -> Path:
+    """Write `folder/step-N` after `step` steps are done and drop all but the newest KEEP. Raises OSError."""
+    final = folder / f"step-{step:08d}"
+    aside = folder / f".{final.name}.{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    state = {f"weight/{name}": tensor.detach().cpu().contiguous() for name, tensor in prepared.tensors.items()}
+    state |= {f"mask/{name}": torch.from_numpy(np.packbits(mask)) for name, mask in prepared.masks.items()}
+    for name, tensor in prepared.tensors.items():
+        for key, value in optimizer.state[tensor].items():
+            if value is not None:
+                state[f"optimizer/{name}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    save_file(state, aside / "state.safetensors")
+    manifest = {
+        "kind": "supar.checkpoint/v1",
+        "step": step,
+        "plan": plan.hash(),
+        "data": data_hash,
+        "masks": {name: masks.fingerprint(mask) for name, mask in prepared.masks.items()},
+        "state": _file_hash(aside / "state.safetensors"),
+    }
+    (aside / "plan.yaml").write_text(document.write([plan.model_dump()]), "utf-8")
+    (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+    for path in aside.iterdir():
+        _flush(path)
+    if final.exists():
+        shutil.rmtree(final)
+    aside.rename(final)
+    _flush(folder)
+    for old in available(folder)[:-KEEP]:
+        shutil.rmtree(old)
+    return final
+
+
+def available(folder: Path) -> list[Path]:
+    """Complete checkpoints of a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / "manifest.json").is_file())
+
+
+def load(path: Path, plan: Plan, prepared: Prepared, optimizer: torch.optim.Optimizer, data_hash: str) -> int:
+    """Restore weights and optimizer state in place and return the number of steps done.
+
+    Raises InputError when the checkpoint is of another plan, other data or other masks, SetupError when it is corrupt.
+    """
+    manifest = _manifest(path)
+    if manifest["plan"] != plan.hash():
+        raise InputError(f"{path}: is of another plan ({manifest['plan'][:19]}…, this one is {plan.hash()[:19]}…)")
+    if manifest["data"] != data_hash:
+        raise InputError(f"{path}: was trained on other data ({manifest['data'][:19]}…, this is {data_hash[:19]}…)")
+    state = _state(path, manifest)
+    _check_masks(path, manifest, state, prepared)
+    with torch.no_grad():
+        for name, tensor in prepared.tensors.items():
+            tensor.copy_(_entry(path, state, f"weight/{name}", tuple(tensor.shape)))
+    for name, tensor in prepared.tensors.items():
+        prefix = f"optimizer/{name}/"
+        stored = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        optimizer.state[tensor] = {
+            key: value.to(torch.float32) if key == "step" else value.to(tensor.device) for key, value in stored.items()
+        }
+        if "step" in stored and tensor.device.type == "cuda":  # fused Adam keeps its counter on the device
+            optimizer.state[tensor]["step"] = stored["step"].to(tensor.device)
+    return int(manifest["step"])
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / "manifest.json").read_text("utf-8"))
+        if manifest["kind"] != "supar.checkpoint/v1":
+            raise ValueError(manifest["kind"])
+        for key, kind in (("step", int), ("plan", str), ("data", str), ("masks", dict), ("state", str)):
+            if not isinstance(manifest[key], kind):
+                raise ValueError(key)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise SetupError(f"{path / 'manifest.json'}: a corrupt checkpoint manifest; delete the folder to use the one before") from None
+    return dict(manifest)
+
+
+def _state(path: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
+    file = path / "state.safetensors"
+    try:
+        if _file_hash(file) != manifest["state"]:
+            raise SafetensorError("its content is not what was written")
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise SetupError(f"{file}: a corrupt checkpoint: {error}; delete its folder to use the one before") from None
+
+
+def _check_masks(path: Path, manifest: dict[str, Any], state: dict[str, torch.Tensor], prepared: Prepared) -> None:
+    for name, mask in prepared.masks.items():
+        stored = state.get(f"mask/{name}")
+        same = stored is not None and np.array_equal(stored.numpy(), np.packbits(mask))
+        if not same or manifest["masks"].get(name) != masks.fingerprint(mask):
+            raise InputError(f"{path}: the mask of {name} is not the one this plan draws")
+    extra = set(manifest["masks"]) - set(prepared.masks)
+    if extra:
+        raise InputError(f"{path}: has a mask for {sorted(extra)[0]}, which is dense in this plan")
+
+
+def _entry(path: Path, state: dict[str, torch.Tensor], key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    value = state.get(key)
+    if value is None or tuple(value.shape) != shape:
+        raise InputError(f"{path}: {key} is missing or has another shape than {shape}")
+    return value
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,184 @@
+"""Token streams and batches. A batch is a pure function of (seed, step), so resuming needs nothing but a counter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from supar_cli.errors import InputError, SetupError
+from supar_cli.planning import corpus
+from supar_cli.planning.corpus import Corpus
+from supar_cli.planning.spec import Data
+from supar_cli.training import masks
+
+SEPARATOR_BYTE = 0  # chosen: NUL parts documents in byte tokens; it stands in no text
+TAIL_SHARE = 10  # chosen: a corpus of one file holds out its last tenth
+LLMC_HEADER_BYTES = 1024
+
+
+@dataclass(slots=True)
+class Segment:
+    """One run of tokens and the file it came from."""
+
+    name: str
+    tokens: NDArray[Any]
+
+
+@dataclass(slots=True)
+class Split:
+    """Training or validation tokens as segments; a window never crosses from one segment into another."""
+
+    segments: list[Segment]
+    vocab: int
+    total: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.total = sum(len(segment.tokens) for segment in self.segments)
+
+    def windows(self, length: int) -> int:
+        return sum(max(0, len(segment.tokens) - length + 1) for segment in self.segments)
+
+    def window(self, index: int, length: int) -> NDArray[np.int64]:
+        """Window number `index` of `length` tokens. Raises SetupError on a token the vocabulary has not."""
+        for segment in self.segments:
+            count = max(0, len(segment.tokens) - length + 1)
+            if index < count:
+                tokens = np.asarray(segment.tokens[index : index + length]).astype(np.int64)
+                if tokens.max() >= self.vocab:
+                    at = index + int(np.argmax(tokens >= self.vocab))
+                    raise SetupError(
+                        f"{segment.name}: token {at} is {tokens.max()}, the vocabulary has {self.vocab}: a corrupt token file, "
+                        "or one made with another tokenizer"
+                    )
+                return tokens
+            index -= count
+        raise IndexError(index)
+
+    def batch(self, seed: int, step: int, rows: int, context: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a training step, each (rows, context) int64, at windows drawn from (seed, step)."""
+        draws = masks.stream(seed, "batch", step).random_raw(rows)
+        available = np.uint64(self.windows(context + 1))
+        return self._pair([int(draw % available) for draw in draws], context)
+
+    def evaluation(self, index: int, count: int, rows: int, context: int) -> tuple[Tensor, Tensor]:
+        """Batch `index` of `count` evenly spaced evaluation batches, the same at every evaluation."""
+        available = self.windows(context + 1)
+        return self._pair([(index * rows + row) * available // (count * rows) for row in range(rows)], context)
+
+    def _pair(self, starts: list[int], context: int) -> tuple[Tensor, Tensor]:
+        windows = torch.from_numpy(np.stack([self.window(start, context + 1) for start in starts]))
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+@dataclass(slots=True)
+class Tokens:
+    train: Split
+    validation: Split
+    hash: str
+
+
+def load(data: Data, *, vocab: int, context: int) -> Tokens:
+    """Tokens of a data section. Raises InputError for the wrong data, SetupError for data that can't be used."""
+    identified = corpus.identified(data)
+    assert identified.hash is not None
+    found = corpus.find(data)
+    encode, size = tokenizer(data)
+    if found.kind in ("text", "jsonl") and size > vocab:
+        raise InputError(f"model.vocab: {vocab} is less than the {size} tokens of the tokenizer {data.tokenizer!r}")
+    train, validation = _segments(found, found.train, data, encode), _segments(found, found.validation, data, encode)
+    if not validation:
+        longest = max(train, key=lambda segment: len(segment.tokens))
+        cut = len(longest.tokens) - len(longest.tokens) // TAIL_SHARE
+        validation = [Segment(longest.name, longest.tokens[cut:])]
+        train = [Segment(s.name, s.tokens[:cut]) if s is longest else s for s in train]
+    splits = Split(train, vocab), Split(validation, vocab)
+    for name, split in zip(("training", "validation"), splits, strict=True):
+        if split.windows(context + 1) < 1:
+            raise InputError(f"data.source: {data.source}: {split.total} {name} tokens hold no window of context {context} + 1")
+    return Tokens(*splits, hash=identified.hash)
+
+
+def tokenizer(data: Data) -> tuple[Callable[[str], list[int]] | None, int]:
+    """Encoder (None for bytes) and its vocabulary size. Raises SetupError without the `hf` extra."""
+    if data.tokenizer == "bytes":
+        return None, 256
+    if not Path(data.tokenizer).is_file():
+        raise InputError(f"data.tokenizer: {data.tokenizer}: no such file; expected `bytes` or a tokenizer.json")
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise SetupError("data.tokenizer: a tokenizer.json needs the extra: pip install 'supar[hf]'") from None
+    try:
+        loaded = Tokenizer.from_file(data.tokenizer)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise SetupError(f"{data.tokenizer}: not a tokenizer.json: {error}") from None
+    end = next((i for word in ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>") if (i := loaded.token_to_id(word)) is not None), None)
+
+    def encode(text: str) -> list[int]:
+        return [*loaded.encode(text).ids, *([] if end is None else [end])]
+
+    return encode, loaded.get_vocab_size()
+
+
+def _segments(found: Corpus, files: list[Path], data: Data, encode: Callable[[str], list[int]] | None) -> list[Segment]:
+    if not files:
+        return []
+    if found.kind in ("nanogpt", "llmc"):
+        return [Segment(str(path), _token_file(path, found.kind)) for path in files]
+    if encode is None and found.kind == "text" and len(files) == 1:
+        return [Segment(str(files[0]), _mapped(files[0], np.uint8, 0))]
+    if encode is None:
+        raw = bytearray()
+        for document in documents(found.kind, files, data):
+            raw += document + bytes([SEPARATOR_BYTE])
+        return [Segment(str(found.root), np.frombuffer(bytes(raw), np.uint8))]
+    ids: list[int] = []
+    for document in documents(found.kind, files, data):
+        ids += encode(document.decode("utf-8", "replace"))
+    return [Segment(str(found.root), np.array(ids, dtype=np.uint32))]
+
+
+def documents(kind: str, files: list[Path], data: Data) -> Iterator[bytes]:
+    """Texts of text or JSONL files, as bytes. Raises InputError naming file and line of a bad JSONL record."""
+    for path in files:
+        if kind == "text":
+            yield path.read_bytes()
+            continue
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    yield json.loads(line)[data.field].encode()
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise InputError(f"{path}:{number}: no text under {data.field!r} in this line; expected data.field") from None
+
+
+def _token_file(path: Path, kind: str) -> NDArray[Any]:
+    """A memory map of uint16 tokens. nanoGPT: raw; llm.c: a header of 256 int32 (magic, version, count), then tokens."""
+    size = path.stat().st_size
+    offset = 0
+    if kind == "llmc":
+        header = np.fromfile(path, dtype="<i4", count=256)
+        if len(header) < 256 or header[0] != corpus.LLMC_MAGIC or header[1] != 1:
+            raise SetupError(f"{path}: not an llm.c shard of version 1")
+        offset = LLMC_HEADER_BYTES
+        if size != offset + 2 * int(header[2]):
+            raise SetupError(f"{path}: a corrupt token file: its header counts {header[2]} tokens, it holds {(size - offset) / 2:g}")
+    if (size - offset) % 2 or size == offset:
+        raise SetupError(f"{path}: a corrupt token file: {size} bytes are not uint16 tokens")
+    return _mapped(path, np.dtype("<u2"), offset)
+
+
+def _mapped(path: Path, dtype: Any, offset: int) -> NDArray[Any]:
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty")
+    return np.memmap(path, dtype=dtype, mode="r", offset=offset)

@@ -1,0 +1,1 @@
+"""Model families. Each builds from the plan's model section alone."""

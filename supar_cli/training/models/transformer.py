@@ -1,0 +1,169 @@
+"""The decoder-only transformer of both families, `gpt2` and `llama`: pre-norm blocks built from the plan's model section.
+
+Shape suffixes: B batch, T tokens, D width, F FFN width, H heads, K key/value heads, E head width, V vocabulary.
+A parameter's name without `.weight` is its name in the plan.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from supar_cli.planning.plan import PlanModel
+from supar_cli.training.engines.dense import Linear
+
+
+class Norm(nn.Module):
+    """LayerNorm (gain, bias if the model has biases) or RMSNorm (gain) over D."""
+
+    def __init__(self, config: PlanModel) -> None:
+        super().__init__()
+        self.eps, self.rms = config.norm_eps, config.norm == "rmsnorm"
+        self.weight = nn.Parameter(torch.empty(config.width))
+        self.bias = nn.Parameter(torch.empty(config.width)) if config.bias and not self.rms else None
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        if self.rms:
+            return F.rms_norm(x_BTD, self.weight.shape, self.weight, self.eps)
+        return F.layer_norm(x_BTD, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class Embedding(nn.Module):
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width))
+
+    def forward(self, index: Tensor) -> Tensor:
+        return F.embedding(index, self.weight)
+
+
+def rope_tables(context: int, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (T, E/2). Su et al. 2021, arXiv 2104.09864, eq. 34."""
+    frequency_E = theta ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
+    angle_TE = torch.arange(context, dtype=torch.float64)[:, None] * frequency_E[None, :]
+    return angle_TE.cos().float(), angle_TE.sin().float()
+
+
+def rotate(x_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + E/2), as Llama's published weights have them."""
+    first, second = x_BHTE.chunk(2, dim=-1)
+    cos_TE, sin_TE = cos_TE.to(x_BHTE.dtype), sin_TE.to(x_BHTE.dtype)
+    return torch.cat((first * cos_TE - second * sin_TE, second * cos_TE + first * sin_TE), dim=-1)
+
+
+def alibi_bias(context: int, heads: int) -> Tensor:
+    """Causal bias (H, T, T): -slope · distance. Press et al. 2022, arXiv 2108.12409: slopes 2^(-8i/n), i = 1…n.
+
+    For a head count that is no power of two the paper's code takes every other slope of the next power; so do we.
+    """
+    power = 1 << (heads.bit_length() - 1)
+    exponents = [8.0 * (i + 1) / power for i in range(power)]
+    exponents += [4.0 * (2 * i + 1) / power for i in range(heads - power)]
+    slope_H = 2.0 ** -torch.tensor(exponents)
+    position_T = torch.arange(context)
+    distance_TT = (position_T[:, None] - position_T[None, :]).float()
+    bias_HTT = -slope_H[:, None, None] * distance_TT
+    return bias_HTT.masked_fill(distance_TT < 0, float("-inf"))
+
+
+class Attention(nn.Module):
+    """Causal self-attention (B, T, D) → (B, T, D) with the plan's factor on q·k."""
+
+    def __init__(self, config: PlanModel) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, config.head_width
+        self.scale = config.multipliers.attention
+        inner, kv_inner = self.heads * self.head_width, self.kv_heads * self.head_width
+        self.q = Linear(config.width, inner, config.bias)
+        self.k = Linear(config.width, kv_inner, config.bias)
+        self.v = Linear(config.width, kv_inner, config.bias)
+        self.o = Linear(inner, config.width, config.bias)
+
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, bias_HTT: Tensor | None) -> Tensor:
+        B, T, _ = x_BTD.shape
+        q_BHTE = self.q(x_BTD).view(B, T, self.heads, self.head_width).transpose(1, 2)
+        k_BKTE = self.k(x_BTD).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)
+        v_BKTE = self.v(x_BTD).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)
+        if rope is not None:
+            q_BHTE, k_BKTE = rotate(q_BHTE, *rope), rotate(k_BKTE, *rope)
+        mask = None if bias_HTT is None else bias_HTT.to(q_BHTE.dtype)
+        mixed_BHTE = F.scaled_dot_product_attention(
+            q_BHTE,
+            k_BKTE,
+            v_BKTE,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=self.kv_heads != self.heads,
+        )
+        return self.o(mixed_BHTE.transpose(1, 2).reshape(B, T, self.heads * self.head_width))  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """GELU (exact) or SwiGLU feed-forward (B, T, D) → (B, T, D)."""
+
+    def __init__(self, config: PlanModel) -> None:
+        super().__init__()
+        self.gate = Linear(config.width, config.ffn_width, config.bias) if config.activation == "swiglu" else None
+        self.up = Linear(config.width, config.ffn_width, config.bias)
+        self.down = Linear(config.ffn_width, config.width, config.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        up_BTF = self.up(x_BTD)
+        inner_BTF = F.gelu(up_BTF) if self.gate is None else F.silu(self.gate(x_BTD)) * up_BTF
+        return self.down(inner_BTF)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    def __init__(self, config: PlanModel) -> None:
+        super().__init__()
+        self.residual = config.multipliers.residual
+        self.attn_norm, self.attn = Norm(config), Attention(config)
+        self.mlp_norm, self.mlp = Norm(config), FeedForward(config)
+
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, bias_HTT: Tensor | None) -> Tensor:
+        x_BTD = x_BTD + self.residual * self.attn(self.attn_norm(x_BTD), rope, bias_HTT)
+        return x_BTD + self.residual * self.mlp(self.mlp_norm(x_BTD))  # type: ignore[no-any-return]
+
+
+class Transformer(nn.Module):
+    """Tokens (B, T) → logits (B, T, V), the output multiplier included so that every use of the model has it."""
+
+    def __init__(self, config: PlanModel) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config.vocab, config.width)
+        self.positions = Embedding(config.context, config.width) if config.positions == "learned" else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.final_norm = Norm(config)
+        self.unembedding = None if config.tied else Linear(config.width, config.vocab, bias=False)
+        cos_TE, sin_TE = rope_tables(config.context, config.head_width, config.rope_theta)
+        self.register_buffer("cos_TE", cos_TE if config.positions == "rope" else None, persistent=False)
+        self.register_buffer("sin_TE", sin_TE if config.positions == "rope" else None, persistent=False)
+        bias_HTT = alibi_bias(config.context, config.heads) if config.positions == "alibi" else None
+        self.register_buffer("bias_HTT", bias_HTT, persistent=False)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        T = tokens_BT.shape[1]
+        x_BTD = self.embedding(tokens_BT)
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions.weight[:T]
+        x_BTD = x_BTD * self.config.multipliers.input
+        rope = (self.cos_TE[:T], self.sin_TE[:T]) if self.config.positions == "rope" else None  # type: ignore[index]
+        bias_HTT = self.bias_HTT[:, :T, :T] if self.config.positions == "alibi" else None  # type: ignore[index]
+        for block in self.blocks:
+            x_BTD = block(x_BTD, rope, bias_HTT)
+        weight_VD = self.embedding.weight if self.unembedding is None else self.unembedding.weight
+        return F.linear(self.final_norm(x_BTD), weight_VD) * self.config.multipliers.output
+
+
+def named_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by their names in the plan."""
+    return {name.removesuffix(".weight"): parameter for name, parameter in model.named_parameters()}
+
+
+def loss_of(model: nn.Module, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    """Mean cross-entropy in nats per token, in float32 whatever the logits' precision."""
+    logits_BTV = model(inputs_BT)
+    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten())

@@ -1,0 +1,39 @@
+"""Optimizers from a plan: every tensor claimed exactly once, grouped by equal numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from supar_cli.planning.plan import Plan
+
+
+def build(plan: Plan, tensors: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW or SGD (fused where torch has it) with one group per distinct (lr, weight decay, epsilon).
+
+    Each group holds its `peak_lr` and the plan's `names`. The plan and `tensors` must name the same tensors.
+    """
+    grouped: dict[tuple[float, float, float], list[str]] = {}
+    for row in plan.tensors:
+        grouped.setdefault((row.lr, row.weight_decay, row.eps), []).append(row.name)
+    adam = plan.train.optimizer == "adamw"
+    groups: list[dict[str, Any]] = []
+    for (lr, decay, eps), names in grouped.items():
+        group = {"params": [tensors[name] for name in names], "lr": lr, "weight_decay": decay, "peak_lr": lr, "names": names}
+        groups.append({**group, "eps": eps} if adam else group)
+    claimed = [name for group in groups for name in group["names"]]
+    if sorted(claimed) != sorted(tensors):
+        raise AssertionError("a tensor is claimed by no parameter group or by two")
+    fused = next(iter(tensors.values())).device.type in ("cpu", "cuda")
+    if adam:
+        return torch.optim.AdamW(groups, betas=(plan.train.betas[0], plan.train.betas[1]), fused=fused)
+    return torch.optim.SGD(groups, lr=0.0, momentum=plan.train.momentum, fused=fused)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's learning rate to its peak times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor

@@ -1,0 +1,385 @@
+"""The training loop: obeys a plan, writes a run directory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import torch
+from torch import Tensor, nn
+
+from supar_cli import __version__
+from supar_cli.errors import InputError, SetupError, UnusableResult
+from supar_cli.planning import document, schedule
+from supar_cli.planning.plan import Plan, PlanTrain
+from supar_cli.training import checkpoint, data, initial, masks, monitor, optim
+from supar_cli.training.engines import dense
+from supar_cli.training.models.transformer import loss_of
+
+# Dense bf16 matrix peaks in FLOP/s, from NVIDIA's datasheets, by a word of the device's name
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "A10": 125e12, "V100": 125e12}
+
+
+class Reporter(Protocol):
+    """Where progress and warnings go; `cli` shows them, trials drop them."""
+
+    def progress(self, step: int, steps: int, loss: float) -> None: ...
+    def warn(self, message: str) -> None: ...
+    def log(self, message: str) -> None: ...
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def progress(self, step: int, steps: int, loss: float) -> None: ...
+    def warn(self, message: str) -> None: ...
+    def log(self, message: str) -> None: ...
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Losses of a run: `losses[i]` is the training loss of step i before its update, `evaluations` are (step, loss)."""
+
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    resumed_at: int = 0
+
+
+def device_of(plan: Plan) -> torch.device:
+    """The device a plan asks for. Raises SetupError when it is not there, InputError when it is no device."""
+    word = plan.run.device
+    if word == "auto":
+        word = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(word)
+    except RuntimeError:
+        raise InputError(f"run.device: {word!r} is no device; expected auto, cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"run.device: {word!r}; expected auto, cpu or cuda")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise SetupError(f"run.device: {word}: this machine has no such CUDA device that torch {torch.__version__} can use")
+    return device
+
+
+@dataclass(slots=True)
+class Setup:
+    """What a plan resolves to on this machine."""
+
+    device: torch.device
+    precision: torch.dtype
+    compiles: bool
+    micro_batch: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> Setup:
+        device = device_of(plan)
+        cuda = device.type == "cuda"
+        word = plan.run.precision
+        bf16 = cuda if word == "auto" else word == "bfloat16"
+        compiles = cuda if plan.run.compile == "auto" else plan.run.compile == "on"
+        micro = plan.run.micro_batch_size or plan.train.batch_size
+        if plan.train.batch_size % micro:
+            raise InputError(f"run.micro_batch_size: {micro} does not divide the batch size {plan.train.batch_size}")
+        return cls(device, torch.bfloat16 if bf16 else torch.float32, compiles, micro)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.precision)
+
+
+class Trainer:
+    """One plan on one device. `step()` performs one optimizer step; `run()` the whole plan."""
+
+    def __init__(self, plan: Plan, tokens: data.Tokens | None = None, reporter: Reporter | None = None) -> None:
+        self.plan, self.reporter = plan, reporter or Silent()
+        self.setup = Setup.of(plan)
+        self.tokens = tokens or data.load(plan.data, vocab=plan.model.vocab, context=plan.model.context)
+        self.prepared = initial.prepare(plan, self.setup.device)
+        self.model: nn.Module = self.prepared.model
+        if self.setup.compiles:
+            self.model = torch.compile(self.prepared.model)  # type: ignore[assignment]
+        self.optimizer = optim.build(plan, self.prepared.tensors)
+        self.done = 0
+        self._monitor = monitor.Monitor()
+        self._roles = {row.name: row.role for row in plan.tensors}
+        self._prefetched: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None
+        self._drawing = ThreadPoolExecutor(1, "batches") if self.setup.device.type == "cuda" else None
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (batch, context) of a step; on CUDA the next ones are drawn meanwhile, in pinned memory."""
+        if self._drawing is None:
+            return self._draw(step)
+        if self._prefetched is not None and self._prefetched[0] == step:
+            pair = self._prefetched[1].result()
+        else:
+            pair = self._draw(step)
+        self._prefetched = (step + 1, self._drawing.submit(self._draw, step + 1))
+        return pair
+
+    def _draw(self, step: int) -> tuple[Tensor, Tensor]:
+        train = self.plan.train
+        inputs, targets = self.tokens.train.batch(train.seed, step, train.batch_size, self.plan.model.context)
+        return (inputs.pin_memory(), targets.pin_memory()) if self._drawing is not None else (inputs, targets)
+
+    def step(self, watch: bool = False) -> tuple[float, float, dict[str, float]]:
+        """One optimizer step: (loss before it, gradient norm before clipping, gradient norm per role if `watch`).
+
+        Raises UnusableResult, before any weight changes, when the loss or a gradient is not finite.
+        """
+        train = self.plan.train
+        inputs, targets = self.batch(self.done)
+        total = torch.zeros((), device=self.setup.device)
+        for start in range(0, len(inputs), self.setup.micro_batch):
+            part = slice(start, start + self.setup.micro_batch)
+            on_device = (tensor[part].to(self.setup.device, non_blocking=True) for tensor in (inputs, targets))
+            with self.setup.autocast():
+                loss = loss_of(self.model, *on_device) * (self.setup.micro_batch / len(inputs))
+            loss.backward()
+            total += loss.detach()
+        dense.mask_gradients(self.prepared.tensors, self.prepared.dead)
+        gradients = [tensor.grad for tensor in self.prepared.tensors.values() if tensor.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        norm = norms.norm()
+        loss_value, norm_value = torch.stack((total, norm)).tolist()
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            raise UnusableResult(self._not_finite(loss_value, norms, inputs))
+        if train.grad_clip and norm_value > train.grad_clip:
+            torch._foreach_mul_(gradients, train.grad_clip / (norm_value + 1e-6))
+        optim.set_rates(self.optimizer, self.factor(self.done))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.done += 1
+        return loss_value, norm_value, self._watch(inputs, norms) if watch else {}
+
+    def factor(self, step: int) -> float:
+        return rate_factor(self.plan.train, step)
+
+    def _watch(self, inputs: Tensor, norms: Tensor) -> dict[str, float]:
+        by_tensor = dict(zip(self.prepared.tensors, norms.tolist(), strict=True))
+        with self.setup.autocast():
+            sizes = monitor.activation_sizes(self.prepared.model, inputs[:1].to(self.setup.device))
+        for what, found in (("activation", sizes), ("gradient", by_tensor)):
+            for message in self._monitor.warnings(self.done, what, found):
+                self.reporter.warn(message)
+        roles: dict[str, float] = {}
+        for name, value in by_tensor.items():
+            roles[self._roles[name]] = roles.get(self._roles[name], 0.0) + value * value
+        return {role: math.sqrt(value) for role, value in roles.items()}
+
+    def _not_finite(self, loss: float, norms: Tensor, inputs: Tensor) -> str:
+        if not math.isfinite(loss):
+            with self.setup.autocast():
+                where = monitor.first_not_finite(self.prepared.model, inputs.to(self.setup.device))
+            return f"step {self.done + 1}: the loss is {loss}; the first tensor that is not finite is {where}"
+        names = [name for name, value in zip(self.prepared.tensors, norms.tolist(), strict=True) if not math.isfinite(value)]
+        return f"step {self.done + 1}: the gradient of {names[0] if names else 'the model'} is not finite"
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean validation loss over the plan's evaluation batches, nats per token."""
+        train, losses = self.plan.train, []
+        rows = self.setup.micro_batch
+        count = train.eval_batches * train.batch_size // rows
+        for index in range(count):
+            pair = self.tokens.validation.evaluation(index, count, rows, self.plan.model.context)
+            with self.setup.autocast():
+                losses.append(loss_of(self.model, *(tensor.to(self.setup.device) for tensor in pair)))
+        return float(torch.stack(losses).mean())
+
+    def run(
+        self,
+        directory: Path | None = None,
+        *,
+        resume: bool = False,
+        on_evaluation: Callable[[int, float], None] | None = None,
+    ) -> Outcome:
+        """Train to the plan's last step. With a directory: metrics, checkpoints and, last, result.json are written.
+
+        `on_evaluation(step, loss)` may raise to end the run early. Raises UnusableResult on a loss that is not finite.
+        """
+        outcome = Outcome()
+        if directory is not None and resume:
+            self.done = outcome.resumed_at = self._restore(directory)
+        started = time.perf_counter()
+        with _Metrics(directory, self.done) as metrics:
+            self._loop(outcome, metrics, directory, on_evaluation)
+        outcome.seconds = time.perf_counter() - started
+        if directory is not None:
+            self._checkpoint(directory)
+            result = self.result(outcome)
+            write_atomically(directory / "result.json", json.dumps(result, indent=1) + "\n")
+        return outcome
+
+    def _loop(
+        self, outcome: Outcome, metrics: _Metrics, directory: Path | None, on_evaluation: Callable[[int, float], None] | None
+    ) -> None:
+        train, run = self.plan.train, self.plan.run
+        mark, marked = time.perf_counter(), self.done
+        while self.done < train.steps:
+            step = self.done
+            watch = directory is not None and (step % run.log_every == 0 or step == train.steps - 1)
+            loss, norm, roles = self.step(watch)
+            outcome.losses.append(loss)
+            self.reporter.progress(self.done, train.steps, loss)
+            record: dict[str, Any] = {"step": self.done, "loss": loss}
+            if watch:
+                seconds = max(time.perf_counter() - mark, 1e-9)
+                rate = (self.done - marked) * train.batch_size * self.plan.model.context / seconds
+                record |= {"lr": self.plan.hyperparameters.lr * self.factor(step), "lr_factor": self.factor(step)}
+                record |= {"grad_norm": norm, "grad_norm_by_role": roles, "tokens_per_s": rate, "peak_share": self.peak_share(rate)}
+            if self.done % train.eval_every == 0 or self.done == train.steps:
+                value = self.evaluate()
+                outcome.evaluations.append((self.done, value))
+                record["validation_loss"] = value
+                if not math.isfinite(value):
+                    raise UnusableResult(f"step {self.done}: the validation loss is {value}")
+            metrics.write(record)
+            if directory is not None and self.done % run.checkpoint_every == 0 and self.done < train.steps:
+                self._checkpoint(directory)
+            if "validation_loss" in record and on_evaluation is not None:
+                on_evaluation(self.done, record["validation_loss"])
+            if watch:
+                mark, marked = time.perf_counter(), self.done
+
+    def peak_share(self, tokens_per_s: float) -> float | None:
+        """Model FLOP/s over the device's dense bf16 peak (masked weights counted as dense: that is what is computed)."""
+        if self.setup.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self.setup.device)
+        peak = next((value for word, value in PEAK_FLOPS.items() if word in name), None)
+        return None if peak is None else tokens_per_s * flops_per_token(self.plan) / peak
+
+    def _restore(self, directory: Path) -> int:
+        found = checkpoint.available(directory / "checkpoints")
+        if not found:
+            self.reporter.log(f"{directory} holds no checkpoint yet: starting at step 0")
+            return 0
+        return checkpoint.load(found[-1], self.plan, self.prepared, self.optimizer, self.tokens.hash)
+
+    def _checkpoint(self, directory: Path) -> None:
+        try:
+            checkpoint.save(directory / "checkpoints", self.plan, self.prepared, self.optimizer, self.done, self.tokens.hash)
+        except OSError as error:
+            raise SetupError(f"{directory / 'checkpoints'}: the checkpoint can't be written: {error.strerror or error}") from None
+
+    def result(self, outcome: Outcome) -> dict[str, Any]:
+        """The result document: losses, what ran where, and the hashes that identify it."""
+        cuda = self.setup.device.type == "cuda"
+        return {
+            "kind": "supar.result/v1",
+            "plan": self.plan.hash(),
+            "data": self.tokens.hash,
+            "masks": {name: masks.fingerprint(mask) for name, mask in self.prepared.masks.items()},
+            "steps": self.done,
+            "train_loss": outcome.losses[-1] if outcome.losses else None,
+            "validation_loss": outcome.evaluations[-1][1] if outcome.evaluations else None,
+            "parameters": self.plan.parameters,
+            "live_parameters": sum(row.size for row in self.plan.tensors)
+            - sum(int(mask.size - mask.sum()) for mask in self.prepared.masks.values()),
+            "resumed_at": outcome.resumed_at,
+            "seconds": outcome.seconds,
+            "environment": {
+                "supar": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "device": torch.cuda.get_device_name(self.setup.device) if cuda else f"cpu ({torch.get_num_threads()} threads)",
+                "precision": str(self.setup.precision).removeprefix("torch."),
+                "compiled": self.setup.compiles,
+            },
+        }
+
+
+class _Metrics:
+    """metrics.jsonl of a run; on resuming, lines of steps that will be done again are dropped."""
+
+    def __init__(self, directory: Path | None, done: int) -> None:
+        self._file: TextIO | None = None
+        if directory is not None:
+            path = directory / "metrics.jsonl"
+            kept = [line for line in _lines(path) if json.loads(line)["step"] <= done]
+            write_atomically(path, "".join(kept))
+            self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> _Metrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+
+
+def _lines(path: Path) -> list[str]:
+    """Complete lines of a file; the last one of a killed run may be cut."""
+    if not path.is_file():
+        return []
+    return [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write aside, flush, rename: the file is the old one or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def rate_factor(train: PlanTrain, step: int) -> float:
+    """The schedule's factor at a step of a plan."""
+    return schedule.factor(
+        step,
+        steps=train.steps,
+        warmup_steps=train.warmup_steps,
+        schedule=train.schedule,
+        final_lr_fraction=train.final_lr_fraction,
+    )
+
+
+def flops_per_token(plan: Plan) -> float:
+    """Forward and backward FLOPs a token of the computation as done: 6 a matrix weight, 12·layers·context·width for attention."""
+    matrices = sum(row.size for row in plan.tensors if row.role in ("hidden", "unembedding"))
+    head = plan.model.vocab * plan.model.width if plan.model.tied else 0
+    return 6.0 * (matrices + head) + 12.0 * plan.model.layers * plan.model.context * plan.model.width
+
+
+def open_run(directory: Path, plan: Plan, *, resume: bool, force: bool) -> None:
+    """Make a run directory ready. Raises InputError when it holds another run, or this one and neither flag was given."""
+    existing = directory / "plan.yaml"
+    if existing.is_file():
+        from supar_cli.planning.spec import parse
+
+        other = parse(Plan, document.read_file(str(existing))[0])
+        if resume and other.hash() != plan.hash():
+            raise InputError(f"{directory}: holds a run of another plan ({other.hash()[:19]}…, this one is {plan.hash()[:19]}…)")
+        if not resume and not force:
+            raise InputError(f"{directory}: holds a run already; expected --resume to continue it or --force to start again")
+    elif directory.exists() and any(directory.iterdir()) and not force:
+        raise InputError(f"{directory}: exists and is no run directory; expected another --out")
+    try:
+        if force and not resume and existing.is_file():
+            import shutil
+
+            shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+            for name in ("metrics.jsonl", "result.json"):
+                (directory / name).unlink(missing_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(existing, document.write([plan.model_dump()]))
+    except OSError as error:
+        raise SetupError(f"{directory}: can't be written: {error.strerror or error}") from None
