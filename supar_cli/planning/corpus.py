@@ -51,7 +51,9 @@ def find(data: Data) -> Corpus:
         raise InputError(f"data.source: {data.source}: no {', '.join(_SUFFIXES)} files in it")
     kinds = {_kind(p, data) for p in found}
     if len(kinds) > 1:
-        raise InputError(f"data.source: {data.source}: holds files of several formats ({', '.join(sorted(kinds))}); expected data.format")
+        raise InputError(
+            f"data.source: {data.source}: holds files of several formats ({', '.join(sorted(kinds))}); expected data.format"
+        )
     held_out = [p for p in found if any(word in p.stem.lower().split("_") for word in ("val", "valid", "validation"))]
     if held_out and len(held_out) < len(found):
         return Corpus(kinds.pop(), path, [p for p in found if p not in held_out], held_out)
@@ -100,5 +102,7 @@ def identified(data: Data) -> Data:
     found = content_hash(find(data))
     if data.hash is not None and data.hash != found:
         why = " (the standard library's sources differ between Python versions)" if data.source == "stdlib" else ""
-        raise InputError(f"data.hash: {data.source} is not the data this document was made with: {found[:19]}…, not {data.hash[:19]}…{why}")
+        raise InputError(
+            f"data.hash: {data.source} is not the data this document was made with: {found[:19]}…, not {data.hash[:19]}…{why}"
+        )
     return data.model_copy(update={"hash": found})

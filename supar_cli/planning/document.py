@@ -30,7 +30,9 @@ _CORE = [
     ("tag:yaml.org,2002:int", re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"), "-+0123456789"),
     (
         "tag:yaml.org,2002:float",
-        re.compile(r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+        re.compile(
+            r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+        ),
         "-+.0123456789",
     ),
     ("tag:yaml.org,2002:null", re.compile(r"^(?:~|null|Null|NULL|)$"), "~nN\0"),
@@ -111,6 +113,7 @@ def _plain(node: yaml.Node | None, path: Path_, document: Document, problems: li
         return _mapping(node, path, document, problems, seen)
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item, (*path, i), document, problems, seen) for i, item in enumerate(node.value)]
+    assert isinstance(node, yaml.ScalarNode)
     return _scalar(node, path, document, problems)
 
 
@@ -125,7 +128,9 @@ def _mapping(node: yaml.MappingNode, path: Path_, document: Document, problems: 
             continue
         if key in mapping:
             what = f"the key {key!r} stands twice"
-            problems.append(Problem(document.name, line, dotted((*path, key)), what, f"first on line {first_line[key]}"))
+            problems.append(
+                Problem(document.name, line, dotted((*path, key)), what, f"first on line {first_line[key]}")
+            )
             continue
         first_line[key] = line
         document.lines[(*path, key)] = line
@@ -158,7 +163,13 @@ def read_file(source: str) -> list[Document]:
         name, raw = "<stdin>", sys.stdin.buffer.read()
         if not raw.strip():
             raise InputError(
-                Problem(name, None, "", "standard input is empty", "the command before the pipe failed? (`set -o pipefail` shows it)")
+                Problem(
+                    name,
+                    None,
+                    "",
+                    "standard input is empty",
+                    "the command before the pipe failed? (`set -o pipefail` shows it)",
+                )
             )
     else:
         name = source

@@ -130,6 +130,13 @@ class Plan(Section):
     def live(self) -> int:
         return sum(tensor.kept for tensor in self.tensors)
 
+    @property
+    def flops_per_token(self) -> float:
+        """Forward and backward FLOPs as computed, zeros included: 6 a matrix weight, 12·layers·context·width for attention."""
+        matrices = sum(tensor.size for tensor in self.tensors if tensor.role in ("hidden", "unembedding"))
+        head = self.model.vocab * self.model.width if self.model.tied else 0
+        return 6.0 * (matrices + head) + 12.0 * self.model.layers * self.model.context * self.model.width
+
 
 def with_steps(plan: Plan, steps: int) -> Plan:
     """The plan for another number of steps, its warm-up the same share of them."""

@@ -68,7 +68,9 @@ def distribute(
     unused = sorted(set(overrides) - used)
     if unused:
         sites = sorted({tensor.site for tensor in hidden})
-        raise InputError(f"sparsity.overrides: {', '.join(unused)} names no hidden tensor; sites are {', '.join(sites)}")
+        raise InputError(
+            f"sparsity.overrides: {', '.join(unused)} names no hidden tensor; sites are {', '.join(sites)}"
+        )
     free = [tensor for tensor in hidden if tensor.name not in fixed]
     shares = {tensor.name: target for tensor in free} if distribution == "uniform" else _erk(free, target)
     return {tensor.name: _kept(tensor, {**shares, **fixed}[tensor.name], pattern) for tensor in hidden}
@@ -86,9 +88,7 @@ def _erk(tensors: list[Tensor], target: Fraction) -> dict[str, Fraction]:
         scale = left / sum(sum(tensor.shape) for tensor in open_)
         full = {t.name for t in open_ if scale * sum(t.shape) > t.size}
         if not full:
-            return {
-                t.name: Fraction(1) if t.name in dense else scale * sum(t.shape) / t.size for t in tensors
-            }
+            return {t.name: Fraction(1) if t.name in dense else scale * sum(t.shape) / t.size for t in tensors}
         dense |= full
     return {tensor.name: Fraction(1) for tensor in tensors}
 

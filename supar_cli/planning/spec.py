@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from supar_cli.errors import InputError, Problem
 from supar_cli.planning.document import Document, Path_, content_hash
-from supar_cli.planning.rules import DecayRule, DepthRule, Name, Optimizer, ResidualInit, UnembeddingInit
+from supar_cli.planning.rules import DecayRule, DepthRule, Optimizer, ResidualInit, UnembeddingInit
 
 Family = Literal["gpt2", "llama"]
 Pattern = Literal["exact", "fixed_fan_in", "bernoulli"]
@@ -62,7 +62,9 @@ class Model(Section):
         if self.width % self.heads:
             raise ValueError(f"heads: {self.heads} heads don't divide the width {self.width}; expected a divisor of it")
         if self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads: {self.kv_heads} don't divide the {self.heads} heads; expected a divisor of them")
+            raise ValueError(
+                f"kv_heads: {self.kv_heads} don't divide the {self.heads} heads; expected a divisor of them"
+            )
         if self.positions == "rope" and self.head_width % 2:
             raise ValueError(f"heads: rope needs an even head width, not {self.head_width}")
         return self
@@ -94,7 +96,9 @@ class Options(Section):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.depth_rule == "completep" and self.residual_init == "gpt2":
-            raise ValueError("residual_init: gpt2 scales the residual branches a second time; expected none with completep")
+            raise ValueError(
+                "residual_init: gpt2 scales the residual branches a second time; expected none with completep"
+            )
         return self
 
 
@@ -271,8 +275,8 @@ def parse(kind: type[SectionT], document: Document) -> SectionT:
     """`document` as a `kind`. Raises InputError with every problem, each with its line and close misses named."""
     if not isinstance(document.data, dict):
         raise InputError(document.problem((), "not a mapping", "key: value lines"))
-    expected_kind = kind.model_fields["kind"].annotation if "kind" in kind.model_fields else None
-    word = getattr(expected_kind, "__args__", (None,))[0]
+    expected_kind: Any = kind.model_fields["kind"].annotation if "kind" in kind.model_fields else None
+    word = expected_kind.__args__[0] if expected_kind else None
     if word and document.data.get("kind") != word:
         raise InputError(document.problem(("kind",), f"is {document.data.get('kind')!r}", f"expected {word}"))
     try:
@@ -300,7 +304,11 @@ def _problem(kind: type[Section], document: Document, item: dict[str, Any]) -> P
             path, what = (*path, *where.split(".")), rest
         what, _, expected = what.partition("; ")
     else:
-        what = what.replace("Input should be", "should be").replace("valid string", "text").replace("valid number", "number")
+        what = (
+            what.replace("Input should be", "should be")
+            .replace("valid string", "text")
+            .replace("valid number", "number")
+        )
         if not isinstance(item["input"], dict | list):
             what += f", not {item['input']!r}"
     return document.problem(path, what, expected)
@@ -313,7 +321,9 @@ def _keys(kind: type[Section], path: Path_) -> list[str]:
         if isinstance(part, int):
             continue
         annotation = section.model_fields[part].annotation
-        section = next((a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")), None)
+        section = next(
+            (a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")), None
+        )
         if section is None:
             return []
     return list(section.model_fields)

@@ -7,16 +7,29 @@ from fractions import Fraction
 from math import ceil
 from typing import Any
 
+from pydantic import ValidationError
+
 from supar_cli.errors import InputError
 from supar_cli.planning import layout, rules, sparsity
-from supar_cli.planning.plan import Base, Multipliers, Parameterization, Plan, PlanModel, PlanSparsity, PlanTensor, PlanTrain
+from supar_cli.planning.plan import (
+    Base,
+    Multipliers,
+    Parameterization,
+    Plan,
+    PlanModel,
+    PlanSparsity,
+    PlanTensor,
+    PlanTrain,
+)
 from supar_cli.planning.spec import Model, Proxy, Sparsity, Target
 
 # [P §3.1]: the smallest weights-per-neuron count the paper trained; below 4, Bernoulli rows are empty with P ≈ e^-WPN
 WPN_TRAINED, WPN_EMPTY_ROWS, WPN_IMPOSSIBLE = 16, 4, 1
 
 
-def transfer(proxy: Proxy, target: Target, parameterization: rules.Name = "supar", *, allow_low_wpn: bool = False) -> Plan:
+def transfer(
+    proxy: Proxy, target: Target, parameterization: rules.Name = "supar", *, allow_low_wpn: bool = False
+) -> Plan:
     """The plan of training `target` with the hyperparameters of `proxy`. Raises InputError for a target that can't work."""
     model = target_model(proxy.model, target)
     scheme = rules.Scheme(parameterization, proxy.train.optimizer, **proxy.parameterization.model_dump())
@@ -29,7 +42,10 @@ def transfer(proxy: Proxy, target: Target, parameterization: rules.Name = "supar
     kept = sparsity.distribute(hidden, density, wanted.distribution, wanted.pattern, wanted.overrides)
     base_density, base_fan_in = _base(proxy)
     tuned = rules.Tuned(
-        proxy.hyperparameters.init_std, proxy.hyperparameters.lr, proxy.hyperparameters.weight_decay, proxy.hyperparameters.eps
+        proxy.hyperparameters.init_std,
+        proxy.hyperparameters.lr,
+        proxy.hyperparameters.weight_decay,
+        proxy.hyperparameters.eps,
     )
     m_width, m_L = model.width / proxy.model.width, model.layers / proxy.model.layers
     rows = []
@@ -56,7 +72,9 @@ def transfer(proxy: Proxy, target: Target, parameterization: rules.Name = "supar
                 residual=rules.residual_multiplier(scheme, m_L).value,
             ),
         ),
-        parameterization=Parameterization(name=parameterization, **proxy.parameterization.model_dump(), base=_base_section(proxy)),
+        parameterization=Parameterization(
+            name=parameterization, **proxy.parameterization.model_dump(), base=_base_section(proxy)
+        ),
         hyperparameters=proxy.hyperparameters,
         sparsity=PlanSparsity(
             density=float(density),
@@ -117,8 +135,8 @@ def target_model(proxy: Model, target: Target) -> Model:
     changes |= {"layers": target.layers or proxy.layers, "context": target.context or proxy.context}
     try:
         return Model(**{**proxy.model_dump(), **changes})
-    except ValueError as error:  # pydantic's ValidationError is one
-        raise InputError(str(getattr(error, "errors", lambda: [{"msg": error}])()[0]["msg"]).removeprefix("Value error, ")) from None
+    except ValidationError as error:
+        raise InputError(*(item["msg"].removeprefix("Value error, ") for item in error.errors())) from None
 
 
 def _base(proxy: Proxy) -> tuple[dict[str, float], dict[str, int]]:
@@ -146,7 +164,9 @@ def _base_section(proxy: Proxy) -> Base:
     )
 
 
-def _row(scheme: rules.Scheme, tuned: rules.Tuned, tensor: layout.Tensor, own: sparsity.Kept, place: rules.Place) -> PlanTensor:
+def _row(
+    scheme: rules.Scheme, tuned: rules.Tuned, tensor: layout.Tensor, own: sparsity.Kept, place: rules.Place
+) -> PlanTensor:
     because = {"m_d": place.m_d}
     if tensor.role == "hidden":
         because["m_rho"] = place.m_rho
@@ -203,8 +223,14 @@ def warnings(plan: Plan) -> list[str]:
         )
     if plan.sparsity.pattern == "fixed_fan_in":
         off = max(hidden, key=lambda row: abs(row.density / plan.sparsity.density - 1))
-        if plan.sparsity.distribution == "uniform" and not plan.sparsity.overrides and abs(off.density / plan.sparsity.density - 1) > 0.01:
-            found.append(f"{off.name}: whole weights per row make its density {off.density:.4g}, not {plan.sparsity.density:g}")
+        if (
+            plan.sparsity.distribution == "uniform"
+            and not plan.sparsity.overrides
+            and abs(off.density / plan.sparsity.density - 1) > 0.01
+        ):
+            found.append(
+                f"{off.name}: whole weights per row make its density {off.density:.4g}, not {plan.sparsity.density:g}"
+            )
     short = [row for row in hidden if (timescale_steps(row) or plan.train.steps) < plan.train.steps / 10]
     if short:
         row = min(short, key=lambda row: timescale_steps(row) or 0.0)
@@ -215,7 +241,8 @@ def warnings(plan: Plan) -> list[str]:
     kv_share = plan.model.kv_heads / plan.model.heads
     if abs(kv_share - plan.parameterization.base.kv_share) > 1e-9:
         found.append(
-            f"kv_heads/heads is {kv_share:g}, the proxy's {plan.parameterization.base.kv_share:g}: grouped-query attention was tuned otherwise"
+            f"kv_heads/heads is {kv_share:g}, the proxy's {plan.parameterization.base.kv_share:g}: "
+            "grouped-query attention was tuned otherwise"
         )
     if plan.train.batch_size != plan.parameterization.base.batch_size:
         found.append(

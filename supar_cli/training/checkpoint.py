@@ -27,7 +27,9 @@ from supar_cli.training.initial import Prepared
 KEEP = 2  # chosen: the newest, and one before it
 
 
-def save(folder: Path, plan: Plan, prepared: Prepared, optimizer: torch.optim.Optimizer, step: int, data_hash: str) -> Path:
+def save(
+    folder: Path, plan: Plan, prepared: Prepared, optimizer: torch.optim.Optimizer, step: int, data_hash: str
+) -> Path:
     """Write `folder/step-N` after `step` steps are done and drop all but the newest KEEP. Raises OSError."""
     final = folder / f"step-{step:08d}"
     aside = folder / f".{final.name}.{os.getpid()}"
@@ -101,7 +103,9 @@ def _manifest(path: Path) -> dict[str, Any]:
             if not isinstance(manifest[key], kind):
                 raise ValueError(key)
     except (OSError, ValueError, KeyError, TypeError):
-        raise SetupError(f"{path / 'manifest.json'}: a corrupt checkpoint manifest; delete the folder to use the one before") from None
+        raise SetupError(
+            f"{path / 'manifest.json'}: a corrupt checkpoint manifest; delete the folder to use the one before"
+        ) from None
     return dict(manifest)
 
 

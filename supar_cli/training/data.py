@@ -102,7 +102,9 @@ def load(data: Data, *, vocab: int, context: int) -> Tokens:
     splits = Split(train, vocab), Split(validation, vocab)
     for name, split in zip(("training", "validation"), splits, strict=True):
         if split.windows(context + 1) < 1:
-            raise InputError(f"data.source: {data.source}: {split.total} {name} tokens hold no window of context {context} + 1")
+            raise InputError(
+                f"data.source: {data.source}: {split.total} {name} tokens hold no window of context {context} + 1"
+            )
     return Tokens(*splits, hash=identified.hash)
 
 
@@ -120,7 +122,14 @@ def tokenizer(data: Data) -> tuple[Callable[[str], list[int]] | None, int]:
         loaded = Tokenizer.from_file(data.tokenizer)
     except Exception as error:  # tokenizers raises bare Exception
         raise SetupError(f"{data.tokenizer}: not a tokenizer.json: {error}") from None
-    end = next((i for word in ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>") if (i := loaded.token_to_id(word)) is not None), None)
+    end = next(
+        (
+            i
+            for word in ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
+            if (i := loaded.token_to_id(word)) is not None
+        ),
+        None,
+    )
 
     def encode(text: str) -> list[int]:
         return [*loaded.encode(text).ids, *([] if end is None else [end])]
@@ -159,7 +168,9 @@ def documents(kind: str, files: list[Path], data: Data) -> Iterator[bytes]:
                 try:
                     yield json.loads(line)[data.field].encode()
                 except (ValueError, KeyError, TypeError, AttributeError):
-                    raise InputError(f"{path}:{number}: no text under {data.field!r} in this line; expected data.field") from None
+                    raise InputError(
+                        f"{path}:{number}: no text under {data.field!r} in this line; expected data.field"
+                    ) from None
 
 
 def _token_file(path: Path, kind: str) -> NDArray[Any]:
@@ -172,7 +183,9 @@ def _token_file(path: Path, kind: str) -> NDArray[Any]:
             raise SetupError(f"{path}: not an llm.c shard of version 1")
         offset = LLMC_HEADER_BYTES
         if size != offset + 2 * int(header[2]):
-            raise SetupError(f"{path}: a corrupt token file: its header counts {header[2]} tokens, it holds {(size - offset) / 2:g}")
+            raise SetupError(
+                f"{path}: a corrupt token file: its header counts {header[2]} tokens, it holds {(size - offset) / 2:g}"
+            )
     if (size - offset) % 2 or size == offset:
         raise SetupError(f"{path}: a corrupt token file: {size} bytes are not uint16 tokens")
     return _mapped(path, np.dtype("<u2"), offset)

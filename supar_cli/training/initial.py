@@ -48,11 +48,18 @@ def _require_same_tensors(plan: Plan, tensors: dict[str, nn.Parameter]) -> None:
     if len(planned) != len(plan.tensors):
         names = [row.name for row in plan.tensors]
         raise InputError(f"tensors: {next(n for n in names if names.count(n) > 1)} stands twice in the plan")
-    different = [f"  {name}: the plan has {planned[name]}, the model {built[name]}" for name in planned if name in built and planned[name] != built[name]]
+    different = [
+        f"  {name}: the plan has {planned[name]}, the model {built[name]}"
+        for name in planned
+        if name in built and planned[name] != built[name]
+    ]
     different += [f"  {name}: in the plan only" for name in planned if name not in built]
     different += [f"  {name}: in the model only" for name in built if name not in planned]
     if different:
-        raise InputError("tensors: the plan's tensors are not the model's; expected the same names and shapes:\n" + "\n".join(different))
+        raise InputError(
+            "tensors: the plan's tensors are not the model's; expected the same names and shapes:\n"
+            + "\n".join(different)
+        )
 
 
 def _values(row: PlanTensor, seed: int, mask: NDArray[np.bool_] | None) -> NDArray[np.float32]:

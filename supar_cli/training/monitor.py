@@ -24,7 +24,9 @@ def _recording(model: nn.Module, sizes: dict[str, Tensor]) -> Iterator[None]:
 
         return record
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if isinstance(module, Linear)]
+    handles = [
+        module.register_forward_hook(hook(name)) for name, module in model.named_modules() if isinstance(module, Linear)
+    ]
     try:
         yield
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -12,21 +11,29 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from supar_cli import __version__
 from supar_cli.errors import InputError, SetupError, UnusableResult
-from supar_cli.planning import document, schedule
-from supar_cli.planning.plan import Plan, PlanTrain
-from supar_cli.training import checkpoint, data, initial, masks, monitor, optim
+from supar_cli.planning import schedule
+from supar_cli.planning.plan import Plan
+from supar_cli.training import checkpoint, data, initial, masks, monitor, optim, rundir
 from supar_cli.training.engines import dense
 from supar_cli.training.models.transformer import loss_of
 
 # Dense bf16 matrix peaks in FLOP/s, from NVIDIA's datasheets, by a word of the device's name
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "A10": 125e12, "V100": 125e12}
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+    "A10": 125e12,
+    "V100": 125e12,
+}
 
 
 class Reporter(Protocol):
@@ -67,7 +74,9 @@ def device_of(plan: Plan) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"run.device: {word!r}; expected auto, cpu or cuda")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise SetupError(f"run.device: {word}: this machine has no such CUDA device that torch {torch.__version__} can use")
+        raise SetupError(
+            f"run.device: {word}: this machine has no such CUDA device that torch {torch.__version__} can use"
+        )
     return device
 
 
@@ -145,7 +154,7 @@ class Trainer:
             on_device = (tensor[part].to(self.setup.device, non_blocking=True) for tensor in (inputs, targets))
             with self.setup.autocast():
                 loss = loss_of(self.model, *on_device) * (self.setup.micro_batch / len(inputs))
-            loss.backward()
+            torch.autograd.backward(loss)
             total += loss.detach()
         dense.mask_gradients(self.prepared.tensors, self.prepared.dead)
         gradients = [tensor.grad for tensor in self.prepared.tensors.values() if tensor.grad is not None]
@@ -163,7 +172,15 @@ class Trainer:
         return loss_value, norm_value, self._watch(inputs, norms) if watch else {}
 
     def factor(self, step: int) -> float:
-        return rate_factor(self.plan.train, step)
+        """The schedule's factor on every peak learning rate at a step."""
+        train = self.plan.train
+        return schedule.factor(
+            step,
+            steps=train.steps,
+            warmup_steps=train.warmup_steps,
+            schedule=train.schedule,
+            final_lr_fraction=train.final_lr_fraction,
+        )
 
     def _watch(self, inputs: Tensor, norms: Tensor) -> dict[str, float]:
         by_tensor = dict(zip(self.prepared.tensors, norms.tolist(), strict=True))
@@ -182,7 +199,9 @@ class Trainer:
             with self.setup.autocast():
                 where = monitor.first_not_finite(self.prepared.model, inputs.to(self.setup.device))
             return f"step {self.done + 1}: the loss is {loss}; the first tensor that is not finite is {where}"
-        names = [name for name, value in zip(self.prepared.tensors, norms.tolist(), strict=True) if not math.isfinite(value)]
+        names = [
+            name for name, value in zip(self.prepared.tensors, norms.tolist(), strict=True) if not math.isfinite(value)
+        ]
         return f"step {self.done + 1}: the gradient of {names[0] if names else 'the model'} is not finite"
 
     @torch.no_grad()
@@ -212,17 +231,25 @@ class Trainer:
         if directory is not None and resume:
             self.done = outcome.resumed_at = self._restore(directory)
         started = time.perf_counter()
-        with _Metrics(directory, self.done) as metrics:
+        with rundir.Metrics(directory, self.done) as metrics:
+            outcome.losses = [record["loss"] for record in metrics.before]
+            outcome.evaluations = [(r["step"], r["validation_loss"]) for r in metrics.before if "validation_loss" in r]
+            if self.done == self.plan.train.steps and directory is not None and (directory / "result.json").is_file():
+                return outcome
             self._loop(outcome, metrics, directory, on_evaluation)
         outcome.seconds = time.perf_counter() - started
         if directory is not None:
             self._checkpoint(directory)
             result = self.result(outcome)
-            write_atomically(directory / "result.json", json.dumps(result, indent=1) + "\n")
+            rundir.write_atomically(directory / "result.json", json.dumps(result, indent=1) + "\n")
         return outcome
 
     def _loop(
-        self, outcome: Outcome, metrics: _Metrics, directory: Path | None, on_evaluation: Callable[[int, float], None] | None
+        self,
+        outcome: Outcome,
+        metrics: rundir.Metrics,
+        directory: Path | None,
+        on_evaluation: Callable[[int, float], None] | None,
     ) -> None:
         train, run = self.plan.train, self.plan.run
         mark, marked = time.perf_counter(), self.done
@@ -237,7 +264,12 @@ class Trainer:
                 seconds = max(time.perf_counter() - mark, 1e-9)
                 rate = (self.done - marked) * train.batch_size * self.plan.model.context / seconds
                 record |= {"lr": self.plan.hyperparameters.lr * self.factor(step), "lr_factor": self.factor(step)}
-                record |= {"grad_norm": norm, "grad_norm_by_role": roles, "tokens_per_s": rate, "peak_share": self.peak_share(rate)}
+                record |= {
+                    "grad_norm": norm,
+                    "grad_norm_by_role": roles,
+                    "tokens_per_s": rate,
+                    "peak_share": self.peak_share(rate),
+                }
             if self.done % train.eval_every == 0 or self.done == train.steps:
                 value = self.evaluate()
                 outcome.evaluations.append((self.done, value))
@@ -258,7 +290,7 @@ class Trainer:
             return None
         name = torch.cuda.get_device_name(self.setup.device)
         peak = next((value for word, value in PEAK_FLOPS.items() if word in name), None)
-        return None if peak is None else tokens_per_s * flops_per_token(self.plan) / peak
+        return None if peak is None else tokens_per_s * self.plan.flops_per_token / peak
 
     def _restore(self, directory: Path) -> int:
         found = checkpoint.available(directory / "checkpoints")
@@ -269,9 +301,13 @@ class Trainer:
 
     def _checkpoint(self, directory: Path) -> None:
         try:
-            checkpoint.save(directory / "checkpoints", self.plan, self.prepared, self.optimizer, self.done, self.tokens.hash)
+            checkpoint.save(
+                directory / "checkpoints", self.plan, self.prepared, self.optimizer, self.done, self.tokens.hash
+            )
         except OSError as error:
-            raise SetupError(f"{directory / 'checkpoints'}: the checkpoint can't be written: {error.strerror or error}") from None
+            raise SetupError(
+                f"{directory / 'checkpoints'}: the checkpoint can't be written: {error.strerror or error}"
+            ) from None
 
     def result(self, outcome: Outcome) -> dict[str, Any]:
         """The result document: losses, what ran where, and the hashes that identify it."""
@@ -293,93 +329,10 @@ class Trainer:
                 "supar": __version__,
                 "torch": torch.__version__,
                 "python": platform.python_version(),
-                "device": torch.cuda.get_device_name(self.setup.device) if cuda else f"cpu ({torch.get_num_threads()} threads)",
+                "device": torch.cuda.get_device_name(self.setup.device)
+                if cuda
+                else f"cpu ({torch.get_num_threads()} threads)",
                 "precision": str(self.setup.precision).removeprefix("torch."),
                 "compiled": self.setup.compiles,
             },
         }
-
-
-class _Metrics:
-    """metrics.jsonl of a run; on resuming, lines of steps that will be done again are dropped."""
-
-    def __init__(self, directory: Path | None, done: int) -> None:
-        self._file: TextIO | None = None
-        if directory is not None:
-            path = directory / "metrics.jsonl"
-            kept = [line for line in _lines(path) if json.loads(line)["step"] <= done]
-            write_atomically(path, "".join(kept))
-            self._file = path.open("a", encoding="utf-8")
-
-    def __enter__(self) -> _Metrics:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def write(self, record: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-
-
-def _lines(path: Path) -> list[str]:
-    """Complete lines of a file; the last one of a killed run may be cut."""
-    if not path.is_file():
-        return []
-    return [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("}\n")]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write aside, flush, rename: the file is the old one or the new one, never a part."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
-def rate_factor(train: PlanTrain, step: int) -> float:
-    """The schedule's factor at a step of a plan."""
-    return schedule.factor(
-        step,
-        steps=train.steps,
-        warmup_steps=train.warmup_steps,
-        schedule=train.schedule,
-        final_lr_fraction=train.final_lr_fraction,
-    )
-
-
-def flops_per_token(plan: Plan) -> float:
-    """Forward and backward FLOPs a token of the computation as done: 6 a matrix weight, 12·layers·context·width for attention."""
-    matrices = sum(row.size for row in plan.tensors if row.role in ("hidden", "unembedding"))
-    head = plan.model.vocab * plan.model.width if plan.model.tied else 0
-    return 6.0 * (matrices + head) + 12.0 * plan.model.layers * plan.model.context * plan.model.width
-
-
-def open_run(directory: Path, plan: Plan, *, resume: bool, force: bool) -> None:
-    """Make a run directory ready. Raises InputError when it holds another run, or this one and neither flag was given."""
-    existing = directory / "plan.yaml"
-    if existing.is_file():
-        from supar_cli.planning.spec import parse
-
-        other = parse(Plan, document.read_file(str(existing))[0])
-        if resume and other.hash() != plan.hash():
-            raise InputError(f"{directory}: holds a run of another plan ({other.hash()[:19]}…, this one is {plan.hash()[:19]}…)")
-        if not resume and not force:
-            raise InputError(f"{directory}: holds a run already; expected --resume to continue it or --force to start again")
-    elif directory.exists() and any(directory.iterdir()) and not force:
-        raise InputError(f"{directory}: exists and is no run directory; expected another --out")
-    try:
-        if force and not resume and existing.is_file():
-            import shutil
-
-            shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-            for name in ("metrics.jsonl", "result.json"):
-                (directory / name).unlink(missing_ok=True)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(existing, document.write([plan.model_dump()]))
-    except OSError as error:
-        raise SetupError(f"{directory}: can't be written: {error.strerror or error}") from None

@@ -1,0 +1,70 @@
+"""The public Python API: documents in, documents out. torch is imported by `train` only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from supar_cli.errors import InputError
+from supar_cli.planning import corpus, document
+from supar_cli.planning.plan import Plan
+from supar_cli.planning.rules import Name
+from supar_cli.planning.spec import Proxy, Sparsity, Spec, Target, parse
+from supar_cli.planning.transfer import transfer as _transfer
+
+KINDS: dict[str, type[Spec] | type[Proxy] | type[Plan]] = {
+    "supar.spec/v1": Spec,
+    "supar.proxy/v1": Proxy,
+    "supar.plan/v1": Plan,
+}
+
+
+def load(path: str | Path) -> Spec | Proxy | Plan:
+    """The document in a file, as its kind says. Raises InputError with every problem in it."""
+    found = document.read_file(str(path))
+    if len(found) != 1:
+        raise InputError(f"{path}: holds {len(found)} documents; expected one")
+    kind = found[0].data.get("kind") if isinstance(found[0].data, dict) else None
+    if kind not in KINDS:
+        raise InputError(found[0].problem(("kind",), f"is {kind!r}", f"expected one of {', '.join(KINDS)}"))
+    return parse(KINDS[kind], found[0])
+
+
+def transfer(
+    proxy: Proxy,
+    *,
+    sparsity: float | str | None = None,
+    density: float | str | None = None,
+    parameterization: Name = "supar",
+    allow_low_wpn: bool = False,
+    **target: Any,
+) -> Plan:
+    """The plan of a target; keywords as the flags of `supar transfer` (width, layers, steps, …). Raises InputError."""
+    wanted: dict[str, Any] = {**proxy.target.model_dump(), **target}
+    if any(target.get(name) is not None for name in ("steps", "tokens", "tokens_per_parameter")):
+        wanted |= {name: target.get(name) for name in ("steps", "tokens", "tokens_per_parameter")}
+    if sparsity is not None or density is not None:
+        level = {
+            "sparsity": None if sparsity is None else float(sparsity),
+            "density": None if density is None else float(density),
+        }
+        wanted["sparsity"] = Sparsity(**{**proxy.target.sparsity.model_dump(), **level})
+    if proxy.data.hash is None:
+        proxy = proxy.model_copy(update={"data": corpus.identified(proxy.data)})
+    try:
+        found = Target(**wanted)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return _transfer(proxy, found, parameterization, allow_low_wpn=allow_low_wpn)
+
+
+def train(plan: Plan, directory: str | Path, *, resume: bool = False, force: bool = False) -> dict[str, Any]:
+    """Train a plan in a run directory and return its result document. Raises SuparError."""
+    import json
+
+    from supar_cli.training import rundir, trainer
+
+    ready = trainer.Trainer(plan)
+    rundir.start(Path(directory), plan, resume=resume, force=force)
+    ready.run(Path(directory), resume=resume)
+    return dict(json.loads((Path(directory) / "result.json").read_text("utf-8")))

@@ -1,0 +1,97 @@
+"""The `supar` command: its subcommands by name, each imported only when called, and how errors end the process."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import typer
+import typer.core
+import typer.main
+
+from supar_cli import __version__
+from supar_cli.errors import SuparError
+
+COMMANDS = {
+    "tune-proxy": ("tune_proxy", "Search hyperparameters on a small dense proxy; write proxy.yaml."),
+    "transfer": ("transfer", "Turn a proxy and a target sparsity into a plan; write plan.yaml."),
+    "train": ("train", "Train a plan; write runs/NAME/."),
+    "demo": ("demo", "See in minutes what SμPar keeps and SP loses; write demo/."),
+    "init": ("init", "Write a template to start from."),
+    "explain": ("explain", "Show the formula, numbers and source behind a plan's values."),
+    "data": ("data", "Inspect a corpus, or prepare one as a token file."),
+    "bench": ("bench", "Time a masked training step against a plain dense one."),
+    "schema": ("schema", "Print the JSON Schema of a document, for editors."),
+    "doctor": ("doctor", "Show versions, devices and data, and time one step."),
+}
+
+
+class LazyGroup(typer.core.TyperGroup):
+    """Imports the module of the one command that is called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        if cmd_name not in self.commands:
+            module = importlib.import_module(f"supar_cli.cli.{COMMANDS[cmd_name][0]}")
+            command = typer.main.get_command(module.app)
+            command.name = cmd_name
+            self.commands[cmd_name] = command
+        return self.commands[cmd_name]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SuparError as error:
+            for line in str(error).splitlines():
+                sys.stderr.write(line + "\n" if line.startswith(("  ", "error:")) else f"error: {line}\n")
+            raise SystemExit(error.exit_status) from None
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted\n")
+            raise SystemExit(130) from None
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Tune hyperparameters on a small dense proxy transformer, transfer them with SμPar to a wide sparse target, and train it.",
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
+    ),
+) -> None:
+    """Options of `supar` itself."""
+
+
+def main() -> None:
+    """Entry point of the `supar` script."""
+    app()
+
+
+def single(function: Any) -> typer.Typer:
+    """A Typer application of one command, as each command module exports it under `app`."""
+    made = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    made.command(context_settings={"help_option_names": ["-h", "--help"]})(function)
+    return made

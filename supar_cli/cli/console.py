@@ -1,0 +1,204 @@
+"""What the commands share: options by the same words, documents in and out, and messages on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from supar_cli.errors import InputError, SetupError
+from supar_cli.planning import document
+
+Out = Annotated[str | None, typer.Option("--out", "-o", help="Where to write; - for stdout only.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite a file that differs.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="A.B=VALUE", help="Set any key of the document read; repeatable."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Write JSON to stdout instead of YAML.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but warnings and errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
+DataOption = Annotated[
+    str | None, typer.Option("--data", help="`stdlib`, a text/JSONL/token file or a folder of them.")
+]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+PrecisionOption = Annotated[str | None, typer.Option("--precision", help="auto, float32 or bfloat16.")]
+
+
+class Talk:
+    """Messages on stderr: plain lines, or rich output when stderr is a terminal."""
+
+    def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
+        self.quiet, self.verbose = quiet, verbose
+        self.terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+    def log(self, message: str) -> None:
+        if not self.quiet:
+            self._write(message)
+
+    def detail(self, message: str) -> None:
+        if self.verbose and not self.quiet:
+            self._write(message)
+
+    def warn(self, message: str) -> None:
+        self._write(f"warning: {message}")
+
+    def _write(self, message: str) -> None:
+        sys.stderr.write(message + "\n")
+        sys.stderr.flush()
+
+
+class Progress(Talk):
+    """A bar with rate and time left on a terminal, a line every few seconds elsewhere. Use as a context manager."""
+
+    EVERY_S = 10.0  # chosen: often enough to see life, rare enough for a log file
+
+    def __init__(self, what: str, quiet: bool = False, verbose: bool = False) -> None:
+        super().__init__(quiet, verbose)
+        self._what = what
+        self._bar: Any = None
+        self._task: Any = None
+        self._started = self._said = time.monotonic()
+        self._first: int | None = None
+
+    def __enter__(self) -> Progress:
+        if self.terminal and not self.quiet:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._bar.add_task(self._what, total=None, note="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def progress(self, step: int, steps: int, loss: float) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._started = step, now
+        rate = (step - self._first) / max(now - self._started, 1e-9)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, total=steps, note=f"loss {loss:.4f} {rate:.3g}/s")
+        elif step == steps or now - self._said > self.EVERY_S:
+            self._said = now
+            left = f", {duration((steps - step) / rate)} left" if rate and step < steps else ""
+            self.log(f"{self._what}: {step}/{steps}, loss {loss:.4f}, {rate:.3g}/s{left}")
+
+    def _write(self, message: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        else:
+            super()._write(message)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `45s`, `12m`, `3h20m`."""
+    if seconds < 90:
+        return f"{seconds:.0f}s"
+    minutes = round(seconds / 60)
+    return f"{minutes}m" if minutes < 90 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def read_one(source: str, missing: str) -> document.Document:
+    """The one document of a file or `-`. Raises InputError; `missing` says how to make the file when it is not there."""
+    documents = read_all(source, missing)
+    if len(documents) > 1:
+        raise InputError(f"{source}: holds {len(documents)} documents; expected one")
+    return documents[0]
+
+
+def read_all(source: str, missing: str) -> list[document.Document]:
+    """All documents of a file or `-`."""
+    if source != "-" and not Path(source).exists():
+        raise InputError(f"{source}: no such file; {missing}")
+    return document.read_file(source)
+
+
+def apply_settings(read: document.Document, settings: list[str] | None) -> None:
+    """Apply `a.b=VALUE` to a document in place, VALUE being YAML. Raises InputError when it is not of that form."""
+    for setting in settings or []:
+        path, equals, text = setting.partition("=")
+        if not equals or not path:
+            raise InputError(f"--set {setting}: expected A.B=VALUE")
+        found = document.read(text or "null", f"--set {path}")
+        put(read, tuple(path.split(".")), found[0].data if found else None)
+
+
+def put(read: document.Document, path: tuple[str, ...], value: Any) -> None:
+    """Set one path of a document, making the mappings on the way. Raises InputError when a list or value is in the way."""
+    here = read.data
+    for part in path[:-1]:
+        if not isinstance(here, dict):
+            break
+        if here.get(part) is None:
+            here[part] = {}
+        here = here[part]
+    if not isinstance(here, dict):
+        raise InputError(f"--set {'.'.join(path)}: {read.name} has no mapping there; expected a path of keys")
+    here[path[-1]] = value
+
+
+def check_writable(out: str | None, default: str, force: bool, text: str | None = None) -> None:
+    """Raise InputError when writing would replace a file that differs (`text` unknown: any file) without `--force`."""
+    if out == "-" or force:
+        return
+    path = Path(out or default)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; expected a file for --out")
+    if path.exists() and (text is None or path.read_text("utf-8", "replace") != text):
+        raise InputError(f"{path}: exists and differs; expected --force to overwrite it, or another --out")
+
+
+def emit(documents: list[Any], out: str | None, default: str | None, *, force: bool, as_json: bool, talk: Talk) -> None:
+    """Persist the documents, then print them where stdout is read: a pipe, a file, or `-o -`."""
+    text = document.write(documents)
+    if out != "-" and (out or default):
+        path = Path(out or default or "")
+        check_writable(out, str(default), force, text)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_name(f".{path.name}.{os.getpid()}")
+            aside.write_text(text, "utf-8")
+            aside.replace(path)
+        except OSError as error:
+            raise SetupError(f"{path}: can't be written: {error.strerror or error}") from None
+        talk.log(f"wrote {path}")
+    if out == "-" or as_json or not sys.stdout.isatty():
+        to_stdout(json.dumps(documents[0] if len(documents) == 1 else documents, indent=1) + "\n" if as_json else text)
+
+
+def to_stdout(text: str) -> None:
+    """Write to stdout, once. A reader that is gone loses nothing: the work is on disk."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def template(name: str) -> Path:
+    """Path of a shipped template: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "templates" / f"{name}.yaml"
+    return inside if inside.exists() else package.parent / "templates" / f"{name}.yaml"
+
+
+def template_names() -> list[str]:
+    return sorted(path.stem for path in template("quickstart").parent.glob("*.yaml"))

@@ -1,0 +1,163 @@
+"""`supar transfer`: a proxy and a target become a plan."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from supar_cli.cli import console
+from supar_cli.cli.app import single
+from supar_cli.errors import InputError
+from supar_cli.planning.spec import Proxy, parse
+
+TARGET_FLAGS = (
+    "width",
+    "layers",
+    "heads",
+    "kv_heads",
+    "ffn_width",
+    "context",
+    "batch_size",
+    "steps",
+    "tokens",
+    "tokens_per_parameter",
+)
+
+
+def transfer(
+    proxy: Annotated[
+        str | None, typer.Argument(help="Proxy document; - for stdin. [default: proxy.yaml]", show_default=False)
+    ] = None,
+    sparsity: Annotated[
+        str | None, typer.Option(help="Share of hidden weights that are zero; several: 0.5,0.75,0.992.")
+    ] = None,
+    density: Annotated[str | None, typer.Option(help="Share that lives, instead of --sparsity.")] = None,
+    width: Annotated[int | None, typer.Option(help="Model width.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Number of blocks.")] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Attention heads. [default: the proxy's head width]", show_default=False)
+    ] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Key/value heads.")] = None,
+    ffn_width: Annotated[
+        int | None, typer.Option(help="FFN width. [default: the proxy's ratio]", show_default=False)
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per step.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Training tokens, instead of --steps.")] = None,
+    tokens_per_parameter: Annotated[
+        float | None, typer.Option(help="Training tokens per live parameter, instead.")
+    ] = None,
+    parameterization: Annotated[str, typer.Option(help="supar, mup or sp.")] = "supar",
+    pattern: Annotated[str | None, typer.Option(help="exact, fixed_fan_in or bernoulli.")] = None,
+    distribution: Annotated[str | None, typer.Option(help="uniform or erk.")] = None,
+    data: console.DataOption = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of init, masks and batches.")] = None,
+    from_paper: Annotated[
+        bool, typer.Option("--from-paper", help="Start from the published proxy (arXiv 2405.15743, Table 3).")
+    ] = False,
+    allow_low_wpn: Annotated[
+        bool, typer.Option("--allow-low-wpn", help="Plan targets below one weight per neuron.")
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show the table per role also where stderr is no terminal.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show sizes, FLOPs, memory and time; write nothing.")
+    ] = False,
+    settings: console.Set = None,
+    out: console.Out = None,
+    force: console.Force = False,
+    as_json: console.Json = False,
+    quiet: console.Quiet = False,
+    verbose: console.Verbose = False,
+) -> None:
+    """Turn a tuned proxy into the plan of a wide, sparse target, every number derived and stored."""
+    flags = locals()
+    from supar_cli.planning import corpus
+    from supar_cli.planning.transfer import transfer as make_plan
+    from supar_cli.planning.transfer import warnings
+
+    talk = console.Talk(quiet, verbose)
+    if parameterization not in ("supar", "mup", "sp"):
+        raise InputError(f"--parameterization {parameterization}: expected supar, mup or sp")
+    if sparsity is not None and density is not None:
+        raise InputError("--density: given beside --sparsity; expected only one of them")
+    if from_paper and proxy is not None:
+        raise InputError("--from-paper: given beside a proxy document; expected only one of them")
+    source = str(console.template("paper-proxy")) if from_paper else proxy or "proxy.yaml"
+    read = console.read_one(source, "`supar tune-proxy` writes it, or use --from-paper")
+    if from_paper:
+        read.name = "--from-paper"
+    console.apply_settings(read, settings)
+    _put_flags(read, flags)
+    plans = []
+    for word, value in _levels(sparsity, density):
+        if word:
+            console.put(read, ("target", "sparsity", word), value)
+            console.put(read, ("target", "sparsity", "density" if word == "sparsity" else "sparsity"), None)
+        document = parse(Proxy, read)
+        if document.data.hash is None:
+            document = document.model_copy(update={"data": corpus.identified(document.data)})
+        plans.append(make_plan(document, document.target, parameterization, allow_low_wpn=allow_low_wpn))  # type: ignore[arg-type]
+    for plan in plans:
+        talk.log(
+            f"{plan.parameterization.name}: sparsity {plan.sparsity.sparsity:g}, density {plan.sparsity.density:g}; "
+            f"width {plan.model.width}, {plan.model.layers} layers; {plan.live:,} of {plan.parameters:,} parameters live"
+        )
+        if dry_run or explain or (talk.terminal and not quiet):
+            from supar_cli.cli import tables
+
+            tables.show_plan(plan)
+            if dry_run:
+                tables.show_estimate(plan)
+        for message in warnings(plan):
+            talk.warn(message)
+    if dry_run:
+        return
+    console.emit([plan.model_dump() for plan in plans], out, "plan.yaml", force=force, as_json=as_json, talk=talk)
+    if out != "-" and sys.stdout.isatty():
+        talk.log("next: supar train" + (f" {out}" if out else ""))
+
+
+def _put_flags(read: Any, flags: dict[str, Any]) -> None:
+    """Flags stand for keys of the proxy document: its target, data and seed."""
+    lengths = ("steps", "tokens", "tokens_per_parameter")
+    if any(flags[name] is not None for name in lengths):
+        for name in lengths:
+            console.put(read, ("target", name), None)
+    for name in TARGET_FLAGS:
+        if flags[name] is not None:
+            console.put(read, ("target", name), flags[name])
+    if flags["width"] is not None:
+        # a target's own head count and FFN width belong to its own width, not to another one
+        for name in ("heads", "kv_heads", "ffn_width"):
+            if flags[name] is None:
+                console.put(read, ("target", name), None)
+    for name in ("pattern", "distribution"):
+        if flags[name] is not None:
+            console.put(read, ("target", "sparsity", name), flags[name])
+    if flags["seed"] is not None:
+        console.put(read, ("target", "seed"), flags["seed"])
+    if flags["data"] is not None:
+        console.put(read, ("data", "source"), flags["data"])
+        console.put(read, ("data", "hash"), None)
+
+
+def _levels(sparsity: str | None, density: str | None) -> list[tuple[str, float]]:
+    """The levels asked for, as (word, number); one empty level when the document is to say it."""
+    word, text = ("sparsity", sparsity) if sparsity is not None else ("density", density)
+    if text is None:
+        return [("", 0.0)]
+    levels = []
+    for part in text.split(","):
+        try:
+            levels.append((word, float(part)))
+        except ValueError:
+            raise InputError(f"--{word} {text}: {part!r} is not a number") from None
+    return levels
+
+
+app = single(transfer)
