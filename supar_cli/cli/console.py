@@ -6,12 +6,14 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from supar_cli.errors import InputError, SetupError
+from supar_cli.errors import InputError, Problem, SetupError
 from supar_cli.planning import document
 
 Out = Annotated[str | None, typer.Option("--out", "-o", help="Where to write; - for stdout only.")]
@@ -93,13 +95,14 @@ class Progress(Talk):
         now = time.monotonic()
         if self._first is None:
             self._first, self._started = step, now
-        rate = (step - self._first) / max(now - self._started, 1e-9)
+        done, seconds = step - self._first, max(now - self._started, 1e-9)
+        rate = "" if not done else f", {done / seconds:.3g}/s" if done > seconds else f", {seconds / done:.3g} s each"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, total=steps, note=f"loss {loss:.4f} {rate:.3g}/s")
+            self._bar.update(self._task, completed=step, total=steps, note=f"loss {loss:.4f}{rate}")
         elif step == steps or now - self._said > self.EVERY_S:
             self._said = now
-            left = f", {duration((steps - step) / rate)} left" if rate and step < steps else ""
-            self.log(f"{self._what}: {step}/{steps}, loss {loss:.4f}, {rate:.3g}/s{left}")
+            left = f", {duration((steps - step) * seconds / done)} left" if done and step < steps else ""
+            self.log(f"{self._what}: {step}/{steps}, loss {loss:.4f}{rate}{left}")
 
     def _write(self, message: str) -> None:
         if self._bar is not None:
@@ -155,6 +158,22 @@ def put(read: document.Document, path: tuple[str, ...], value: Any) -> None:
     here[path[-1]] = value
 
 
+@contextmanager
+def located(read: document.Document) -> Iterator[None]:
+    """Give the file and line of `read` to a problem raised inside as `a.b: what is wrong`, `a` being a key of it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(*(_located(read, problem) for problem in error.problems)) from None
+
+
+def _located(read: document.Document, problem: Problem | str) -> Problem | str:
+    where, _, what = str(problem).partition(": ")
+    path = tuple(where.split("."))
+    known = isinstance(problem, str) and isinstance(read.data, dict) and path[0] in read.data
+    return read.problem(path, what) if known else problem
+
+
 def check_writable(out: str | None, default: str, force: bool, text: str | None = None) -> None:
     """Raise InputError when writing would replace a file that differs (`text` unknown: any file) without `--force`."""
     if out == "-" or force:
@@ -202,3 +221,13 @@ def template(name: str) -> Path:
 
 def template_names() -> list[str]:
     return sorted(path.stem for path in template("quickstart").parent.glob("*.yaml"))
+
+
+def input_error(error: ValueError) -> InputError:
+    """What pydantic found wrong with values given as flags."""
+    found = getattr(error, "errors", None)
+    if found is None:
+        return InputError(str(error))
+    return InputError(
+        *(f"--{'.'.join(map(str, e['loc'])) or 'value'}: {e['msg'].removeprefix('Value error, ')}" for e in found())
+    )

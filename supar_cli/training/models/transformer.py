@@ -123,8 +123,9 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = Norm(config), FeedForward(config)
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, bias_HTT: Tensor | None) -> Tensor:
-        x_BTD = x_BTD + self.residual * self.attn(self.attn_norm(x_BTD), rope, bias_HTT)
-        return x_BTD + self.residual * self.mlp(self.mlp_norm(x_BTD))  # type: ignore[no-any-return]
+        # add's own factor costs nothing, where a product would be one more pass over memory
+        x_BTD = torch.add(x_BTD, self.attn(self.attn_norm(x_BTD), rope, bias_HTT), alpha=self.residual)
+        return torch.add(x_BTD, self.mlp(self.mlp_norm(x_BTD)), alpha=self.residual)
 
 
 class Transformer(nn.Module):

@@ -1,0 +1,1 @@
+"""What trained plans show: sweeps over the learning rate and their figures."""

@@ -1,0 +1,1 @@
+"""Search over trials, each of them a plan run by the trainer."""

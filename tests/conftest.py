@@ -1,0 +1,126 @@
+"""What the tests share: a small corpus of real text, a small proxy and its plans, and ways to call `supar`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import supar_cli
+from supar_cli.errors import SuparError
+from supar_cli.planning import corpus, document
+from supar_cli.planning.plan import Plan
+from supar_cli.planning.spec import Proxy, Target, parse
+from supar_cli.planning.transfer import transfer
+
+CHECKOUT = Path(supar_cli.__file__).resolve().parent.parent
+TEXT_BYTES = 24_000  # enough for a validation tail, small enough to hash in no time
+
+
+def proxy_fields(source: str, **changes: dict[str, Any]) -> dict[str, Any]:
+    """Data of a small proxy document; each change is merged into the section of its name."""
+    fields: dict[str, Any] = {
+        "kind": "supar.proxy/v1",
+        "model": {"family": "gpt2", "width": 32, "layers": 2, "heads": 2, "context": 16, "vocab": 256},
+        "hyperparameters": {"lr": 0.01, "init_std": 0.08, "alpha_input": 1.5, "alpha_output": 2.0, "weight_decay": 0.1},
+        "data": {"source": source},
+        "train": {"steps": 12, "batch_size": 4, "eval_every": 6, "eval_batches": 2},
+        "target": {"width": 64, "sparsity": {"density": 0.25}},
+        "run": {"device": "cpu"},
+    }
+    for name, section in changes.items():
+        fields[name] = {**fields.get(name, {}), **section}
+    return fields
+
+
+def plan_from(fields: dict[str, Any], name: Any = "supar") -> Plan:
+    """The plan of a proxy document's own target, its data identified."""
+    proxy = parse(Proxy, document.read(document.write([fields]), "proxy.yaml")[0])
+    if Path(proxy.data.source).exists():
+        proxy = proxy.model_copy(update={"data": corpus.identified(proxy.data)})
+    return transfer(proxy, Target(**proxy.target.model_dump()), name, allow_low_wpn=True)
+
+
+def real_text(size_bytes: int) -> bytes:
+    """Text of the standard library, repeated up to a size."""
+    text = (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_bytes()[: size_bytes // 2]
+    return (text * (size_bytes // len(text) + 1))[:size_bytes]
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_bytes(real_text(TEXT_BYTES))
+    return path
+
+
+@pytest.fixture
+def plan_of(text_file: Path) -> Callable[..., Plan]:
+    """`plan_of(train={...}, model={...})`: the small proxy's plan with changes; `name` is the parameterization."""
+
+    def make(name: Any = "supar", **changes: dict[str, Any]) -> Plan:
+        return plan_from(proxy_fields(str(text_file), **changes), name)
+
+    return make
+
+
+@dataclass
+class Called:
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a subprocess: this checkout importable, nothing that colours or widens output."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "PYTHONWARNINGS")}
+    path = os.pathsep.join(part for part in (str(CHECKOUT), kept.get("PYTHONPATH", "")) if part)
+    return {**kept, "PYTHONPATH": path, **changes}
+
+
+@pytest.fixture
+def supar(tmp_path: Path) -> Callable[..., Called]:
+    """Run `supar` as a process in `tmp_path`."""
+
+    def call(*args: str, stdin: str = "", **env: str) -> Called:
+        done = subprocess.run(
+            [sys.executable, "-m", "supar_cli", *args],
+            input=stdin.encode(),
+            capture_output=True,
+            cwd=tmp_path,
+            env=environment(**env),
+            timeout=120,
+        )
+        return Called(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    return call
+
+
+@pytest.fixture
+def supar_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> Callable[..., Called]:
+    """Run `supar` inside the test's process, where torch is imported already; errors end it as in a process."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args: str) -> Called:
+        from supar_cli.cli.app import app
+
+        capfd.readouterr()
+        status: Any = 0
+        try:
+            app(list(args))
+        except SystemExit as ended:
+            status = ended.code or 0
+        except SuparError as error:  # a command may not let one through
+            raise AssertionError("an error escaped the application") from error
+        return Called(int(status), *capfd.readouterr())
+
+    return call
