@@ -43,17 +43,17 @@ def transfer(
     wanted: dict[str, Any] = {**proxy.target.model_dump(), **target}
     if any(target.get(name) is not None for name in ("steps", "tokens", "tokens_per_parameter")):
         wanted |= {name: target.get(name) for name in ("steps", "tokens", "tokens_per_parameter")}
-    if sparsity is not None or density is not None:
-        level = {
-            "sparsity": None if sparsity is None else float(sparsity),
-            "density": None if density is None else float(density),
-        }
-        wanted["sparsity"] = Sparsity(**{**proxy.target.sparsity.model_dump(), **level})
     if proxy.data.hash is None:
         proxy = proxy.model_copy(update={"data": corpus.identified(proxy.data)})
     try:
+        if sparsity is not None or density is not None:
+            level = {
+                "sparsity": None if sparsity is None else float(sparsity),
+                "density": None if density is None else float(density),
+            }
+            wanted["sparsity"] = Sparsity(**{**proxy.target.sparsity.model_dump(), **level})
         found = Target(**wanted)
-    except ValueError as error:
+    except ValueError as error:  # pydantic's ValidationError is one
         raise InputError(str(error)) from None
     return _transfer(proxy, found, parameterization, allow_low_wpn=allow_low_wpn)
 

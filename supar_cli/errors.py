@@ -11,7 +11,7 @@ class SuparError(Exception):
     exit_status = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Problem:
     """One thing wrong in one place of a document."""
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,27 @@ from supar_cli.planning.transfer import transfer
 
 CHECKOUT = Path(supar_cli.__file__).resolve().parent.parent
 TEXT_BYTES = 24_000  # enough for a validation tail, small enough to hash in no time
+
+PROXY = """\
+kind: supar.proxy/v1
+model:
+  family: gpt2
+  width: 32
+  layers: 2
+  heads: 2
+  context: 16
+  vocab: 256
+hyperparameters: {lr: 0.01, init_std: 0.08, alpha_input: 1.5, alpha_output: 2.0, weight_decay: 0.1}
+data:
+  source: text.txt
+train:
+  steps: 12
+  batch_size: 4
+target:
+  width: 64
+  sparsity:
+    sparsity: 0.5
+"""
 
 
 def proxy_fields(source: str, **changes: dict[str, Any]) -> dict[str, Any]:
@@ -59,6 +80,28 @@ def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_bytes(real_text(TEXT_BYTES))
     return path
+
+
+@pytest.fixture
+def proxy_file(tmp_path: Path, text_file: Path) -> Path:
+    path = tmp_path / "proxy.yaml"
+    path.write_text(PROXY)
+    return path
+
+
+@pytest.fixture
+def unchanged(tmp_path: Path) -> Iterator[Callable[[], None]]:
+    """Call it before a command; at the end of the test the folder must hold the same files."""
+    before: dict[Path, bytes] = {}
+
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def remember() -> None:
+        before.update(files())
+
+    yield remember
+    assert before and files() == before
 
 
 @pytest.fixture

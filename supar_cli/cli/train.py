@@ -11,6 +11,7 @@ import typer
 from supar_cli.cli import console
 from supar_cli.cli.app import single
 from supar_cli.errors import InputError
+from supar_cli.planning.document import Document
 from supar_cli.planning.plan import Plan, with_steps
 from supar_cli.planning.spec import parse
 
@@ -65,10 +66,13 @@ def train(
     if index is not None:
         if not 0 <= index < len(plans):
             raise InputError(f"--index {index}: {source} holds {len(plans)} documents; expected 0 to {len(plans) - 1}")
-        plans = plans[index : index + 1]
+        plans, documents = plans[index : index + 1], documents[index : index + 1]
     if out is not None and len(plans) > 1:
         raise InputError(f"--out: {source} holds {len(plans)} plans; expected --index with one directory")
-    results = [_run(_shortened(one, steps, talk), out, resume, force, dry_run, talk) for one in plans]
+    results = [
+        _run(_shortened(one, steps, talk), document, out, resume, force, dry_run, talk)
+        for one, document in zip(plans, documents, strict=True)
+    ]
     if not dry_run:
         console.emit(results, None, None, force=True, as_json=as_json, talk=talk)
 
@@ -81,7 +85,9 @@ def _shortened(plan: Plan, steps: int | None, talk: console.Talk) -> Plan:
     return shorter
 
 
-def _run(plan: Plan, out: str | None, resume: bool, force: bool, dry_run: bool, talk: console.Talk) -> dict[str, Any]:
+def _run(
+    plan: Plan, read: Document, out: str | None, resume: bool, force: bool, dry_run: bool, talk: console.Talk
+) -> dict[str, Any]:
     if dry_run:
         from supar_cli.cli import tables
 
@@ -92,7 +98,8 @@ def _run(plan: Plan, out: str | None, resume: bool, force: bool, dry_run: bool, 
     from supar_cli.training import rundir, trainer
 
     with console.Progress(directory.name, talk.quiet, talk.verbose) as progress:
-        ready = trainer.Trainer(plan, reporter=progress)
+        with console.located(read):
+            ready = trainer.Trainer(plan, reporter=progress)
         rundir.start(directory, plan, resume=resume, force=force)
         setup = ready.setup
         talk_precision = str(setup.precision).removeprefix("torch.")

@@ -99,9 +99,10 @@ def transfer(
             console.put(read, ("target", "sparsity", word), value)
             console.put(read, ("target", "sparsity", "density" if word == "sparsity" else "sparsity"), None)
         document = parse(Proxy, read)
-        if document.data.hash is None:
-            document = document.model_copy(update={"data": corpus.identified(document.data)})
-        plans.append(make_plan(document, document.target, parameterization, allow_low_wpn=allow_low_wpn))  # type: ignore[arg-type]
+        with console.located(read):
+            if document.data.hash is None:
+                document = document.model_copy(update={"data": corpus.identified(document.data)})
+            plans.append(make_plan(document, document.target, parameterization, allow_low_wpn=allow_low_wpn))  # type: ignore[arg-type]
     for plan in plans:
         talk.log(
             f"{plan.parameterization.name}: sparsity {plan.sparsity.sparsity:g}, density {plan.sparsity.density:g}; "

@@ -16,7 +16,7 @@ _NOT_CORPUS = {"test", "tests", "site-packages", "dist-packages", "__pycache__",
 _SUFFIXES = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".bin": "bin"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Corpus:
     """Files in a fixed order. With one file only, `validation` is empty and the tail of the file is held out."""
 

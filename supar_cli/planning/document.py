@@ -21,6 +21,8 @@ from supar_cli.errors import InputError, Problem
 
 Path_ = tuple[str | int, ...]
 
+MAX_DEPTH = 100  # chosen: far beyond any document of ours, far within Python's recursion limit
+
 _BaseLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _BaseDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
@@ -53,7 +55,7 @@ for _tag, _pattern, _first in _CORE:
     _Dumper.add_implicit_resolver(_tag, _pattern, list(_first.replace("\0", "")))
 
 
-@dataclass(slots=True)
+@dataclass
 class Document:
     """One parsed document: `data` as plain dicts, lists and scalars, and the line of each path in it."""
 
@@ -83,14 +85,16 @@ def read(text: str, name: str) -> list[Document]:
     """All documents of a YAML stream. Raises InputError with every problem of the first bad document."""
     documents: list[Document] = []
     try:
+        _check_depth(text, name)
         nodes = list(yaml.compose_all(text, Loader=_Loader))
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: the reader's word for characters YAML forbids
+    except yaml.reader.ReaderError as error:
+        lines_before = text.encode()[: error.position].count(b"\n")
+        raise InputError(Problem(name, lines_before + 1, "", f"not valid YAML: {error.reason}")) from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: text that has no UTF-8
         mark = getattr(error, "problem_mark", None)
         what = " ".join(part for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part)
         line = mark.line + 1 if mark is not None else None
         raise InputError(Problem(name, line, "", f"not valid YAML: {what or error}")) from None
-    except RecursionError:
-        raise InputError(Problem(name, None, "", "nested too deeply")) from None
     for node in nodes:
         document = Document(None, name)
         problems: list[Problem] = []
@@ -99,6 +103,19 @@ def read(text: str, name: str) -> list[Document]:
             raise InputError(*problems)
         documents.append(document)
     return documents
+
+
+def _check_depth(text: str, name: str) -> None:
+    """Raise InputError for deep nesting, before libyaml's composer, which recurses on the C stack, can crash on it."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_DEPTH:
+                mark = event.start_mark
+                raise InputError(Problem(name, mark.line + 1 if mark else None, "", "nested too deeply"))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
 
 
 def _plain(node: yaml.Node | None, path: Path_, document: Document, problems: list[Problem], seen: set[int]) -> Any:

@@ -43,7 +43,7 @@ class Shape(Protocol):
     def tied(self) -> bool: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Tensor:
     """One parameter tensor. `shape` is (out, in) for linear weights; `site` names its place within a block."""
 

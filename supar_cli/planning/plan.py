@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
-
-from pydantic import Field, model_validator
+from typing import Any, Literal
 
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.rules import Name, Role
-from supar_cli.planning.spec import Data, Distribution, Hyperparameters, Model, Options, Pattern, Run, Section, Train
+from supar_cli.planning.section import Field, Section
+from supar_cli.planning.spec import Data as Data  # re-exported: `training` reads plans, never specs
+from supar_cli.planning.spec import Distribution, Hyperparameters, Model, Options, Pattern, Run, Train
+from supar_cli.planning.spec import parse as parse
 
 
 class Multipliers(Section):
@@ -56,11 +57,10 @@ class PlanTrain(Train):
     tokens: int = Field(gt=0)
     warmup_steps: int = Field(ge=0)
 
-    @model_validator(mode="after")
-    def _warms_up(self) -> Self:
+    def fits(self) -> None:
+        super().fits()
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps: {self.warmup_steps} is more than the {self.steps} steps")
-        return self
 
 
 class PlanTensor(Section):
@@ -86,15 +86,13 @@ class PlanTensor(Section):
         """Weights per neuron: expected live weights feeding one output."""
         return self.shape[-1] * self.density
 
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def fits(self) -> None:
         if min(self.shape) < 1:
             raise ValueError(f"shape: {self.shape} must be positive")
         if abs(self.kept - self.density * self.size) > 0.51:
             raise ValueError(f"kept: {self.kept} is not density {self.density} of {self.size} weights")
         if self.role != "hidden" and self.density != 1:
             raise ValueError(f"density: {self.density} on a tensor of role {self.role}; only hidden weights are sparse")
-        return self
 
 
 class Plan(Section):
@@ -109,7 +107,7 @@ class Plan(Section):
     tensors: list[PlanTensor] = Field(min_length=1)
     data: Data
     train: PlanTrain
-    run: Run = Run()
+    run: Run = Field(default_factory=Run)
     meta: dict[str, Any] = Field(default_factory=dict)
 
     def hash(self) -> str:

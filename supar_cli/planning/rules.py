@@ -26,7 +26,7 @@ ResidualInit = Literal["gpt2", "none"]
 UnembeddingInit = Literal["normal", "zero"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rule:
     """A resolved number with the formula that gave it and the formula's source."""
 
@@ -35,7 +35,7 @@ class Rule:
     source: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Scheme:
     """Which rules apply: the parameterization, the optimizer and the options that change a number."""
 
@@ -47,7 +47,7 @@ class Scheme:
     unembedding_init: UnembeddingInit = "normal"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Tuned:
     """The proxy's hyperparameters."""
 
@@ -57,7 +57,7 @@ class Tuned:
     eps: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Place:
     """Where a tensor stands: its role, its multipliers, and what the depth and residual options ask of it."""
 

@@ -39,7 +39,7 @@ def density_from(*, sparsity: str | float | None = None, density: str | float | 
     return result
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Kept:
     """A tensor's own density, as it enters the rules, and its number of live weights."""
 
@@ -48,12 +48,17 @@ class Kept:
 
 
 def distribute(
-    hidden: Iterable[Tensor], density: Decimal, distribution: str, pattern: str, overrides: Mapping[str, float]
+    hidden: Iterable[Tensor],
+    density: Decimal,
+    distribution: str,
+    pattern: str,
+    overrides: Mapping[str, float],
+    where: str = "sparsity.overrides",
 ) -> dict[str, Kept]:
     """Density and kept count of every hidden tensor, by name.
 
     `overrides` maps a tensor name, a site (`attn.q`), a part (`attn`, `mlp`) or `hidden` to a density; the most specific wins,
-    and the others share the target. Raises InputError for an override that names nothing.
+    and the others share the target. Raises InputError for an override that names nothing; `where` is their place in the document.
     """
     hidden = list(hidden)
     target = Fraction(density)
@@ -68,9 +73,7 @@ def distribute(
     unused = sorted(set(overrides) - used)
     if unused:
         sites = sorted({tensor.site for tensor in hidden})
-        raise InputError(
-            f"sparsity.overrides: {', '.join(unused)} names no hidden tensor; sites are {', '.join(sites)}"
-        )
+        raise InputError(f"{where}: {', '.join(unused)} names no hidden tensor; sites are {', '.join(sites)}")
     free = [tensor for tensor in hidden if tensor.name not in fixed]
     shares = {tensor.name: target for tensor in free} if distribution == "uniform" else _erk(free, target)
     return {tensor.name: _kept(tensor, {**shares, **fixed}[tensor.name], pattern) for tensor in hidden}

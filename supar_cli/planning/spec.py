@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ValidationError
 
 from supar_cli.errors import InputError, Problem
 from supar_cli.planning.document import Document, Path_, content_hash
 from supar_cli.planning.rules import DecayRule, DepthRule, Optimizer, ResidualInit, UnembeddingInit
+from supar_cli.planning.section import Field, Section
 
 Family = Literal["gpt2", "llama"]
 Pattern = Literal["exact", "fixed_fan_in", "bernoulli"]
@@ -18,12 +19,6 @@ FAMILY_PARTS: dict[str, dict[str, Any]] = {
     "gpt2": {"norm": "layernorm", "activation": "gelu", "positions": "learned"},
     "llama": {"norm": "rmsnorm", "activation": "swiglu", "positions": "rope"},
 }
-
-
-class Section(BaseModel):
-    """Strict and frozen: an unknown key, a text for a number, a yes for a true are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -45,20 +40,18 @@ class Model(Section):
     norm_eps: float = Field(default=1e-5, gt=0)
     rope_theta: float = Field(default=10000.0, gt=0)
 
-    @model_validator(mode="before")
     @classmethod
-    def _fill(cls, data: Any) -> Any:
+    def fill(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        filled = {**FAMILY_PARTS.get(str(data.get("family")), {}), **data}
-        if isinstance(filled.get("heads"), int):
-            filled.setdefault("kv_heads", filled["heads"])
-        if isinstance(filled.get("width"), int):
-            filled.setdefault("ffn_width", 4 * filled["width"])
+        filled = {**FAMILY_PARTS.get(str(data.get("family")), FAMILY_PARTS["gpt2"]), **data}
+        # where the key it follows from is wrong, a filled-in value is not reported as a second mistake
+        heads, width = (found if isinstance(found := filled.get(key), int) else 1 for key in ("heads", "width"))
+        filled.setdefault("kv_heads", max(1, heads))
+        filled.setdefault("ffn_width", 4 * max(1, width))
         return filled
 
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def fits(self) -> None:
         if self.width % self.heads:
             raise ValueError(f"heads: {self.heads} heads don't divide the width {self.width}; expected a divisor of it")
         if self.heads % self.kv_heads:
@@ -67,7 +60,6 @@ class Model(Section):
             )
         if self.positions == "rope" and self.head_width % 2:
             raise ValueError(f"heads: rope needs an even head width, not {self.head_width}")
-        return self
 
     @property
     def head_width(self) -> int:
@@ -93,13 +85,11 @@ class Options(Section):
     residual_init: ResidualInit = "none"
     unembedding_init: UnembeddingInit = "normal"
 
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def fits(self) -> None:
         if self.depth_rule == "completep" and self.residual_init == "gpt2":
             raise ValueError(
                 "residual_init: gpt2 scales the residual branches a second time; expected none with completep"
             )
-        return self
 
 
 class Data(Section):
@@ -116,7 +106,7 @@ class Train(Section):
     """Everything of the training loop that changes a loss. `batch_size` counts sequences, over all devices."""
 
     optimizer: Optimizer = "adamw"
-    betas: list[float] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    betas: list[float] = Field(default_factory=lambda: [0.9, 0.95], min_length=2, max_length=2)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)
@@ -128,11 +118,9 @@ class Train(Section):
     eval_batches: int = Field(default=8, gt=0)
     seed: int = Field(default=0, ge=0, lt=2**63)
 
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def fits(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: {self.betas} must both be in [0, 1)")
-        return self
 
 
 class Run(Section):
@@ -156,8 +144,7 @@ class Sparsity(Section):
     distribution: Distribution = "uniform"
     overrides: dict[str, float] = Field(default_factory=dict)
 
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def fits(self) -> None:
         if self.sparsity is not None and self.density is not None:
             raise ValueError("density: given beside sparsity; expected only one of them")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
@@ -167,7 +154,6 @@ class Sparsity(Section):
         for key, value in self.overrides.items():
             if not 0 < value <= 1:
                 raise ValueError(f"overrides.{key}: {value}; expected 0 < density <= 1")
-        return self
 
 
 class Target(Section):
@@ -184,14 +170,12 @@ class Target(Section):
     tokens: int | None = Field(default=None, gt=0)
     tokens_per_parameter: float | None = Field(default=None, gt=0)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
-    sparsity: Sparsity = Sparsity()
+    sparsity: Sparsity = Field(default_factory=Sparsity)
 
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def fits(self) -> None:
         given = [word for word in ("steps", "tokens", "tokens_per_parameter") if getattr(self, word) is not None]
         if len(given) > 1:
             raise ValueError(f"{given[1]}: given beside {given[0]}; expected one length of training")
-        return self
 
 
 class Search(Section):
@@ -202,7 +186,7 @@ class Search(Section):
     pruner: Literal["median", "halving", "none"] = "median"
     finalists: int = Field(default=3, gt=0)
     seeds: int = Field(default=3, gt=0)
-    lr_fit_octaves: list[float] = [-1.0, -0.5, 0.5, 1.0]
+    lr_fit_octaves: list[float] = Field(default_factory=lambda: [-1.0, -0.5, 0.5, 1.0])
     seed: int = Field(default=0, ge=0, lt=2**31)
     lr: list[float] | None = None
     init_std: list[float] | None = None
@@ -212,12 +196,10 @@ class Search(Section):
 
     SEARCHED: ClassVar[tuple[str, ...]] = ("lr", "init_std", "alpha_input", "alpha_output", "weight_decay")
 
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def fits(self) -> None:
         for name, (low, high) in self.ranges().items():
             if not 0 < low < high:
                 raise ValueError(f"{name}: [{low}, {high}] is no range; expected 0 < low < high")
-        return self
 
     def ranges(self) -> dict[str, tuple[float, float]]:
         """Searched names and their (low, high)."""
@@ -237,13 +219,13 @@ class Spec(Section):
     kind: Literal["supar.spec/v1"]
     model: Model
     hyperparameters: Hyperparameters
-    parameterization: Options = Options()
-    sparsity: Sparsity = Sparsity(density=1.0)
-    data: Data = Data()
+    parameterization: Options = Field(default_factory=Options)
+    sparsity: Sparsity = Field(default_factory=lambda: Sparsity(density=1.0))
+    data: Data = Field(default_factory=Data)
     train: Train
-    search: Search = Search()
-    target: Target = Target()
-    run: Run = Run()
+    search: Search = Field(default_factory=Search)
+    target: Target = Field(default_factory=Target)
+    run: Run = Field(default_factory=Run)
     meta: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -254,18 +236,18 @@ class Proxy(Section):
     parents: dict[str, str] = Field(default_factory=dict)
     model: Model
     hyperparameters: Hyperparameters
-    parameterization: Options = Options()
-    sparsity: Sparsity = Sparsity(density=1.0)
-    data: Data = Data()
+    parameterization: Options = Field(default_factory=Options)
+    sparsity: Sparsity = Field(default_factory=lambda: Sparsity(density=1.0))
+    data: Data = Field(default_factory=Data)
     train: Train
-    target: Target = Target()
-    run: Run = Run()
+    target: Target = Field(default_factory=Target)
+    run: Run = Field(default_factory=Run)
     evidence: dict[str, Any] = Field(default_factory=dict)
     meta: dict[str, Any] = Field(default_factory=dict)
 
     def hash(self) -> str:
-        """Identity of what decides a transfer: everything but `run` and `meta`."""
-        return content_hash(self.model_dump(exclude={"run", "meta"}))
+        """Identity of what was tuned: everything but `run`, `meta` and `target`, which flags set and the plan resolves."""
+        return content_hash(self.model_dump(exclude={"run", "meta", "target"}))
 
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -275,7 +257,7 @@ def parse(kind: type[SectionT], document: Document) -> SectionT:
     """`document` as a `kind`. Raises InputError with every problem, each with its line and close misses named."""
     if not isinstance(document.data, dict):
         raise InputError(document.problem((), "not a mapping", "key: value lines"))
-    expected_kind: Any = kind.model_fields["kind"].annotation if "kind" in kind.model_fields else None
+    expected_kind: Any = kind.keys().get("kind")
     word = expected_kind.__args__[0] if expected_kind else None
     if word and document.data.get("kind") != word:
         raise InputError(document.problem(("kind",), f"is {document.data.get('kind')!r}", f"expected {word}"))
@@ -320,10 +302,15 @@ def _keys(kind: type[Section], path: Path_) -> list[str]:
     for part in path:
         if isinstance(part, int):
             continue
-        annotation = section.model_fields[part].annotation
+        annotation = section.keys()[part]
         section = next(
-            (a for a in (annotation, *getattr(annotation, "__args__", ())) if hasattr(a, "model_fields")), None
+            (
+                a
+                for a in (annotation, *getattr(annotation, "__args__", ()))
+                if isinstance(a, type) and issubclass(a, Section)
+            ),
+            None,
         )
         if section is None:
             return []
-    return list(section.model_fields)
+    return list(section.keys())

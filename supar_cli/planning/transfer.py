@@ -7,7 +7,7 @@ from fractions import Fraction
 from math import ceil
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic_core import ValidationError
 
 from supar_cli.errors import InputError
 from supar_cli.planning import layout, rules, sparsity
@@ -39,7 +39,8 @@ def transfer(
     density = _density(wanted)
     all_tensors = layout.tensors(model)
     hidden = [tensor for tensor in all_tensors if tensor.role == "hidden"]
-    kept = sparsity.distribute(hidden, density, wanted.distribution, wanted.pattern, wanted.overrides)
+    where = "target.sparsity.overrides"
+    kept = sparsity.distribute(hidden, density, wanted.distribution, wanted.pattern, wanted.overrides, where)
     base_density, base_fan_in = _base(proxy)
     tuned = rules.Tuned(
         proxy.hyperparameters.init_std,
@@ -117,7 +118,7 @@ def target_model(proxy: Model, target: Target) -> Model:
     if heads is None:
         if width % proxy.head_width:
             raise InputError(
-                f"width: {width} is no multiple of the proxy's head width {proxy.head_width}; expected one that is, or --heads"
+                f"target.width: {width} is no multiple of the proxy's head width {proxy.head_width}; expected one that is, or --heads"
             )
         heads = width // proxy.head_width
     kv_heads = target.kv_heads
@@ -128,7 +129,7 @@ def target_model(proxy: Model, target: Target) -> Model:
     if ffn_width is None:
         if (width * proxy.ffn_width) % proxy.width:
             raise InputError(
-                f"width: the proxy's FFN ratio {proxy.ffn_width}/{proxy.width} gives no whole FFN width at {width}; expected --ffn-width"
+                f"target.width: the FFN ratio {proxy.ffn_width}/{proxy.width} gives no whole FFN width at {width}; expected --ffn-width"
             )
         ffn_width = width * proxy.ffn_width // proxy.width
     changes = {"width": width, "heads": heads, "kv_heads": kv_heads, "ffn_width": ffn_width}
@@ -136,7 +137,8 @@ def target_model(proxy: Model, target: Target) -> Model:
     try:
         return Model(**{**proxy.model_dump(), **changes})
     except ValidationError as error:
-        raise InputError(*(item["msg"].removeprefix("Value error, ") for item in error.errors())) from None
+        found = [item["msg"].removeprefix("Value error, ") for item in error.errors()]
+        raise InputError(*(f"target.{problem}" for problem in found)) from None
 
 
 def _base(proxy: Proxy) -> tuple[dict[str, float], dict[str, int]]:
@@ -256,7 +258,16 @@ def remedy(plan: Plan, row: PlanTensor) -> str:
     """The width or the sparsity at which `row` would have the weights per neuron that the paper trained."""
     ratio = Fraction(row.shape[-1], plan.model.width)
     step = plan.model.head_width
-    width = ceil(Fraction(WPN_TRAINED) / Fraction(sparsity.literal(row.density)) / ratio / step) * step
+    width = ceil(WPN_TRAINED / _asked_density(plan, row) / ratio / step) * step
     most = 1 - WPN_TRAINED / row.shape[-1]
     other = f" or a sparsity of at most {int(most * 10000) / 10000:g}" if most > 0 else ""
     return f"{WPN_TRAINED} need a width of {width}{other}"
+
+
+def _asked_density(plan: Plan, row: PlanTensor) -> Fraction:
+    """The density that was asked of `row`, or the least it can be: fixed fan-in rounds it to whole weights per row."""
+    if plan.sparsity.pattern != "fixed_fan_in":
+        return Fraction(sparsity.literal(row.density))
+    if plan.sparsity.distribution == "uniform" and not plan.sparsity.overrides:
+        return Fraction(sparsity.literal(plan.sparsity.density))
+    return (Fraction(row.kept, row.shape[0]) - Fraction(1, 2)) / row.shape[1]

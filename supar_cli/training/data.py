@@ -16,7 +16,7 @@ from torch import Tensor
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import corpus
 from supar_cli.planning.corpus import Corpus
-from supar_cli.planning.spec import Data
+from supar_cli.planning.plan import Data
 from supar_cli.training import masks
 
 SEPARATOR_BYTE = 0  # chosen: NUL parts documents in byte tokens; it stands in no text

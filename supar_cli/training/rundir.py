@@ -10,13 +10,14 @@ from typing import Any, TextIO
 
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import document
-from supar_cli.planning.plan import Plan
-from supar_cli.planning.spec import parse
+from supar_cli.planning.plan import Plan, parse
 
 
 def start(directory: Path, plan: Plan, *, resume: bool, force: bool) -> None:
     """Make a run directory ready. Raises InputError when it holds another run, or this one and neither flag was given."""
     existing = directory / "plan.yaml"
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory}: is a file; expected a folder for --out")
     if existing.is_file():
         other = parse(Plan, document.read_file(str(existing))[0])
         if resume and other.hash() != plan.hash():

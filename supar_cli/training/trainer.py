@@ -327,7 +327,7 @@ class Trainer:
             "seconds": outcome.seconds,
             "environment": {
                 "supar": __version__,
-                "torch": torch.__version__,
+                "torch": str(torch.__version__),
                 "python": platform.python_version(),
                 "device": torch.cuda.get_device_name(self.setup.device)
                 if cuda

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -20,11 +21,11 @@ from supar_cli.training.trainer import Setup, Trainer
 
 @functools.lru_cache(maxsize=1)
 def _tokens(source: str, vocab: int, context: int) -> data.Tokens:
-    return data.load(Data.model_validate_json(source), vocab=vocab, context=context)
+    return data.load(Data(**json.loads(source)), vocab=vocab, context=context)
 
 
 def _tokens_of(plan: Plan) -> data.Tokens:
-    return _tokens(plan.data.model_dump_json(), plan.model.vocab, plan.model.context)
+    return _tokens(json.dumps(plan.data.model_dump()), plan.model.vocab, plan.model.context)
 
 
 def require_runnable(plan: Plan) -> None:

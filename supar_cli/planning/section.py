@@ -1,0 +1,166 @@
+"""The strict, frozen sections that documents are made of, validated by pydantic's core.
+
+They stand on `pydantic_core` and not on `pydantic.BaseModel`, whose first class takes longer to make than a whole
+`supar transfer` may last; validation, its errors and the JSON Schema are pydantic's either way.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Self, dataclass_transform, get_args, get_origin, get_type_hints
+
+from pydantic_core import SchemaValidator, core_schema
+
+_UNSET: Any = object()
+_PLAIN: dict[type, Callable[..., Any]] = {
+    int: core_schema.int_schema,
+    float: core_schema.float_schema,
+    str: core_schema.str_schema,
+    bool: core_schema.bool_schema,
+}
+
+
+class _Field:
+    """Default and bounds of a key: `gt`, `ge`, `lt`, `le`, `min_length`, `max_length` as pydantic has them."""
+
+    def __init__(self, default: Any, default_factory: Callable[[], Any] | None, bounds: dict[str, Any]) -> None:
+        self.default, self.default_factory, self.bounds = default, default_factory, bounds
+
+
+def Field(*, default: Any = _UNSET, default_factory: Callable[[], Any] | None = None, **bounds: Any) -> Any:
+    """A key with a default or with bounds."""
+    return _Field(default, default_factory, bounds)
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
+class Section:
+    """Strict and frozen: an unknown key, a text for a number, a yes for a true are errors.
+
+    A subclass states its keys as annotations. `fill(data)` may complete the plain data before it is validated, `fits`
+    may refuse the validated section with a ValueError that begins with the key that is wrong.
+    """
+
+    __slots__ = ("__dict__", "__pydantic_extra__", "__pydantic_fields_set__", "__pydantic_private__")
+
+    _schema: ClassVar[core_schema.CoreSchema | None] = None
+    _validator: ClassVar[SchemaValidator | None] = None
+
+    def __init_subclass__(cls) -> None:
+        cls._schema = cls._validator = None  # made when first used, from the class's own keys
+
+    def __init__(self, **values: Any) -> None:
+        self.validator().validate_python(values, self_instance=self)
+
+    @classmethod
+    def fill(cls, data: Any) -> Any:
+        return data
+
+    def fits(self) -> None:
+        """Raise ValueError when keys don't go together."""
+
+    @classmethod
+    def keys(cls) -> dict[str, Any]:
+        """The types of the section's keys, by name, a base class's first."""
+        spaces = [vars(sys.modules[base.__module__]) for base in cls.__mro__ if issubclass(base, Section)]
+        hints = get_type_hints(cls, {name: value for space in reversed(spaces) for name, value in space.items()})
+        return {name: hint for name, hint in hints.items() if get_origin(hint) is not ClassVar}
+
+    @classmethod
+    def schema(cls) -> core_schema.CoreSchema:
+        """The section in pydantic's core schema."""
+        if cls._schema is None:
+            fields = {name: core_schema.model_field(_keyed(cls, name, hint)) for name, hint in cls.keys().items()}
+            known = core_schema.model_fields_schema(fields, model_name=cls.__name__, extra_behavior="forbid")
+            config = core_schema.CoreConfig(strict=True, allow_inf_nan=False)
+            found = core_schema.no_info_before_validator_function(
+                cls.fill, core_schema.model_schema(cls, known, config=config)
+            )
+            cls._schema = core_schema.no_info_after_validator_function(_fitting, found)
+        return cls._schema
+
+    @classmethod
+    def validator(cls) -> SchemaValidator:
+        if cls._validator is None:
+            cls._validator = SchemaValidator(cls.schema())
+        return cls._validator
+
+    @classmethod
+    def model_validate(cls, data: Any) -> Self:
+        """The section of plain data. Raises pydantic's ValidationError with everything that is wrong."""
+        return cls.validator().validate_python(data)  # type: ignore[no-any-return]
+
+    def model_dump(self, *, include: Collection[str] | None = None, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """Plain data, keys in the order of the class; `include` and `exclude` name keys of this section."""
+        names = [name for name in vars(self) if (include is None or name in include) and name not in exclude]
+        return {name: _plain(vars(self)[name]) for name in names}
+
+    def model_copy(self, *, update: dict[str, Any]) -> Self:
+        """A copy with some keys replaced, not validated again."""
+        made = object.__new__(type(self))
+        vars(made).update({**vars(self), **update})
+        return made
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{type(self).__name__} is frozen: {name} can't be set")
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), vars(self))
+
+
+def _restored(cls: type[Section], values: dict[str, Any]) -> Section:
+    made = object.__new__(cls)
+    vars(made).update(values)
+    return made
+
+
+def _fitting(section: Section) -> Section:
+    section.fits()
+    return section
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.model_dump()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _keyed(cls: type[Section], name: str, hint: Any) -> core_schema.CoreSchema:
+    """The schema of one key: its type within its bounds, and its default."""
+    given = getattr(cls, name, _UNSET)
+    field = given if isinstance(given, _Field) else _Field(given, None, {})
+    schema = _typed(hint, field.bounds)
+    if field.default_factory is not None:
+        return core_schema.with_default_schema(schema, default_factory=field.default_factory)
+    return schema if field.default is _UNSET else core_schema.with_default_schema(schema, default=field.default)
+
+
+def _typed(hint: Any, bounds: dict[str, Any]) -> core_schema.CoreSchema:
+    """The schema of a type; bounds hold for the value itself, not for None. Raises TypeError for a type no document has."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint in _PLAIN:
+        return _PLAIN[hint](**bounds)  # type: ignore[no-any-return]
+    if hint is Any:
+        return core_schema.any_schema()
+    if origin is Literal:
+        return core_schema.literal_schema(list(inner))
+    if origin is UnionType and len(inner) == 2 and NoneType in inner:
+        return core_schema.nullable_schema(_typed(next(one for one in inner if one is not NoneType), bounds))
+    if origin is list:
+        return core_schema.list_schema(_typed(inner[0], {}), **bounds)
+    if origin is dict:
+        return core_schema.dict_schema(core_schema.str_schema(), _typed(inner[1], {}), **bounds)
+    if isinstance(hint, type) and issubclass(hint, Section):
+        return hint.schema()
+    raise TypeError(f"{hint!r}: no document has such a key")

@@ -1,0 +1,243 @@
+"""The architecture of DESIGN §1 as checks of the source text, each shown to fail on a planted offence."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import CHECKOUT, environment, proxy_fields
+
+PACKAGE = CHECKOUT / "supar_cli"
+LINES_PER_FILE = 350
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(CHECKOUT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+PACKAGES = {module_name(path) for path in PACKAGE.rglob("__init__.py")}
+SOURCES = {module_name(path): path.read_text("utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def is_below(module: str, *packages: str) -> bool:
+    """Whether a module is one of the packages or stands inside of one."""
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+def imports(module: str, source: str) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import at any depth; `from a import b` may mean the module a.b, so it counts as both."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = module if module in PACKAGES else module.rpartition(".")[0]
+            base = (
+                importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+                if node.level
+                else node.module
+            )
+            yield node.lineno, str(base)
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield node.lineno, node.args[0].value
+
+
+def planning_offences(module: str, source: str) -> list[str]:
+    """`planning` knows the standard library, PyYAML, pydantic and itself."""
+    if not is_below(module, "supar_cli.planning"):
+        return []
+    allowed = ("supar_cli.planning", "supar_cli.errors", "yaml", "pydantic", "pydantic_core", *sys.stdlib_module_names)
+    return [
+        f"{module}:{line} imports {name}" for line, name in imports(module, source) if not _planning_may(name, allowed)
+    ]
+
+
+def _planning_may(name: str, allowed: tuple[str, ...]) -> bool:
+    return is_below(name, *allowed) or name == "supar_cli"  # `from supar_cli import errors` yields both
+
+
+def training_offences(module: str, source: str) -> list[str]:
+    """`training` knows no scaling rule, and nothing above itself."""
+    if not is_below(module, "supar_cli.training"):
+        return []
+    rules = [f"supar_cli.planning.{name}" for name in ("rules", "layout", "sparsity", "spec", "transfer")]
+    above = [f"supar_cli.{name}" for name in ("tuning", "analysis", "cli", "api")]
+    return [
+        f"{module}:{line} imports {name}" for line, name in imports(module, source) if is_below(name, *rules, *above)
+    ]
+
+
+def cli_offences(module: str, source: str) -> list[str]:
+    """Nothing but the command line imports the command line."""
+    if is_below(module, "supar_cli.cli", "supar_cli.__main__"):
+        return []
+    return [
+        f"{module}:{line} imports {name}" for line, name in imports(module, source) if is_below(name, "supar_cli.cli")
+    ]
+
+
+def stdout_offences(module: str, source: str) -> list[str]:
+    """Nothing but the command line writes to stdout."""
+    if is_below(module, "supar_cli.cli"):
+        return []
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            if not any(keyword.arg == "file" for keyword in node.keywords):
+                found.append(f"{module}:{node.lineno} prints")
+        elif isinstance(node, ast.Attribute) and node.attr in ("stdout", "__stdout__", "echo", "secho"):
+            found.append(f"{module}:{node.lineno} uses {node.attr}")
+        elif isinstance(node, ast.ImportFrom) and {a.name for a in node.names} & {"stdout", "__stdout__", "echo"}:
+            found.append(f"{module}:{node.lineno} imports it")
+    return found
+
+
+def recognition_offences(module: str, source: str) -> list[str]:
+    """A tensor is known by role and site: where tensors are handled there are no regular expressions and no `ndim`."""
+    if module == "supar_cli.planning.document" or not is_below(module, "supar_cli.planning", "supar_cli.training"):
+        return []
+    found = [
+        f"{module}:{line} imports {name}" for line, name in imports(module, source) if is_below(name, "re", "fnmatch")
+    ]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and node.attr in ("ndim", "dim", "ndimension"):
+            found.append(f"{module}:{node.lineno} counts dimensions")
+    return found
+
+
+CHECKS: dict[Callable[[str, str], list[str]], list[tuple[str, str]]] = {
+    planning_offences: [
+        ("supar_cli.planning.rules", "import torch"),
+        ("supar_cli.planning.rules", "def f():\n    import numpy as np"),
+        ("supar_cli.planning.spec", "from torch import nn"),
+        ("supar_cli.planning.plan", "if True:\n    from optuna.trial import Trial"),
+        ("supar_cli.planning.plan", "from safetensors import safe_open"),
+        ("supar_cli.planning.plan", "from supar_cli.training import masks"),
+        ("supar_cli.planning.plan", "from supar_cli import training"),
+        ("supar_cli.planning.plan", "from ..tuning.search import tune"),
+        ("supar_cli.planning.plan", "from .. import analysis"),
+        ("supar_cli.planning.plan", "def f():\n    from supar_cli.cli.console import emit"),
+        ("supar_cli.planning.plan", "import importlib\nimportlib.import_module('torch')"),
+        ("supar_cli.planning.plan", "__import__('numpy')"),
+    ],
+    training_offences: [
+        ("supar_cli.training.data", "from supar_cli.planning.spec import Data"),
+        ("supar_cli.training.optim", "from supar_cli.planning import plan, rules"),
+        ("supar_cli.training.engines.dense", "def f():\n    from ...planning.layout import tensors"),
+        ("supar_cli.training.optim", "import supar_cli.planning.sparsity"),
+        ("supar_cli.training.trainer", "from supar_cli.planning.transfer import transfer"),
+        ("supar_cli.training.trainer", "from supar_cli import api"),
+        ("supar_cli.training.trainer", "from supar_cli.tuning import search"),
+    ],
+    cli_offences: [
+        ("supar_cli.api", "from supar_cli.cli import console"),
+        ("supar_cli.tuning.search", "def f():\n    import supar_cli.cli.app"),
+        ("supar_cli", "from . import cli"),
+    ],
+    stdout_offences: [
+        ("supar_cli.training.trainer", "print('loss')"),
+        ("supar_cli.api", "import sys\nsys.stdout.write('x')"),
+        ("supar_cli.api", "from sys import stdout"),
+        ("supar_cli.tuning.search", "def f():\n    typer.echo('x')"),
+    ],
+    recognition_offences: [
+        ("supar_cli.planning.layout", "import re"),
+        ("supar_cli.training.optim", "def f():\n    from re import match"),
+        ("supar_cli.training.optim", "import fnmatch"),
+        ("supar_cli.training.optim", "decays = parameter.ndim >= 2"),
+        ("supar_cli.training.optim", "decays = parameter.dim() >= 2"),
+    ],
+}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_no_module_offends(check: Callable[[str, str], list[str]]) -> None:
+    assert [offence for module, source in SOURCES.items() for offence in check(module, source)] == []
+
+
+@pytest.mark.parametrize(
+    ("check", "module", "source"),
+    [(check, *planted) for check, all_planted in CHECKS.items() for planted in all_planted],
+)
+def test_a_planted_offence_is_found(check: Callable[[str, str], list[str]], module: str, source: str) -> None:
+    assert len(check(module, source)) >= 1
+
+
+def test_all_packages_are_walked() -> None:
+    packages = {name.split(".")[1] for name in SOURCES if name.count(".") >= 2}
+    assert packages >= {"planning", "training", "cli"}
+    assert "supar_cli.planning.rules" in SOURCES and "supar_cli.training.engines.dense" in SOURCES
+
+
+def too_long(sources: dict[str, str]) -> list[str]:
+    return [name for name, source in sources.items() if len(source.splitlines()) > LINES_PER_FILE]
+
+
+def test_files_are_short() -> None:
+    assert too_long(SOURCES) == []
+    assert too_long({"planted": "x = 1\n" * (LINES_PER_FILE + 1)}) == ["planted"]
+
+
+def without_docstring(sources: dict[str, str]) -> list[str]:
+    return [name for name, source in sources.items() if not ast.get_docstring(ast.parse(source))]
+
+
+def test_every_module_says_what_it_holds() -> None:
+    assert without_docstring(SOURCES) == []
+    assert without_docstring({"planted": "x = 1\n"}) == ["planted"]
+
+
+PROBE = """
+import json, sys
+sys.argv = ["supar", *json.loads(sys.argv[1])]
+if sys.argv[1:]:
+    from supar_cli.cli.app import main
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code, ended.code
+exec(sys.stdin.read())
+sys.stderr.write("\\nMODULES " + json.dumps(sorted(sys.modules)))
+"""
+HEAVY = {"torch", "numpy", "optuna", "safetensors", "matplotlib", "jinja2", "rich"}
+
+
+def heavy_after(folder: Path, *arguments: str, then: str = "") -> set[str]:
+    """Which heavy libraries a `supar` process has imported when it ends; its stderr is no terminal."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, json.dumps(arguments)],
+        input=then.encode(),
+        capture_output=True,
+        cwd=folder,
+        env=environment(),
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return HEAVY & set(json.loads(done.stderr.decode().rpartition("MODULES ")[2]))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["transfer", "--help"], ["transfer", "--sparsity", "0.5", "-o", "-"]]
+)
+def test_light_commands_import_nothing_heavy(arguments: list[str], tmp_path: Path, text_file: Path) -> None:
+    # JSON is YAML, so the document needs no writer
+    (tmp_path / "proxy.yaml").write_text(json.dumps(proxy_fields(str(text_file))))
+    assert heavy_after(tmp_path, *arguments) == set()
+
+
+def test_the_probe_sees_what_is_imported(tmp_path: Path) -> None:
+    assert heavy_after(tmp_path, then="import numpy, rich") == {"numpy", "rich"}
+
+
+def test_the_package_itself_imports_nothing_heavy(tmp_path: Path) -> None:
+    assert heavy_after(tmp_path, then="import supar_cli; supar_cli.load, supar_cli.transfer") == set()

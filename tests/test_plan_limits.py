@@ -1,0 +1,209 @@
+"""What a plan warns of and refuses, and how densities are spread: limits worked out by hand and by property."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import supar_cli
+from supar_cli.errors import InputError
+from supar_cli.planning import document, sparsity
+from supar_cli.planning.plan import Plan
+from supar_cli.planning.spec import parse
+from supar_cli.planning.transfer import warnings
+from tests.test_plan import GPT2, LLAMA, TRAIN, hidden, plan, proxy, row
+
+
+class TestLowWpn:
+    TARGET = {"width": 128, "sparsity": {"sparsity": 0.95}}  # noqa: RUF012
+
+    @pytest.mark.parametrize(("sparsity_", "warned"), [(0.875, False), (0.876, True), (0.0, False)])
+    def test_the_warning_begins_below_16(self, sparsity_: float, warned: bool) -> None:
+        found = warnings(plan(target={"width": 128, "sparsity": {"sparsity": sparsity_}}))
+        assert any("weights per neuron" in message for message in found) is warned
+
+    def test_the_remedys_width_and_sparsity_give_16(self) -> None:
+        (message,) = warnings(plan(target=self.TARGET))
+        assert "blocks.0.attn.q: 6.4 weights per neuron, below the 16 the paper trained; " in message
+        assert message.endswith("16 need a width of 320 or a sparsity of at most 0.875")
+        for target in ({**self.TARGET, "width": 320}, {**self.TARGET, "sparsity": {"sparsity": 0.875}}):
+            assert min(tensor.wpn for tensor in hidden(plan(target=target))) >= 16
+        below = plan(target={**self.TARGET, "width": 320 - 32})  # one head less is too little
+        assert min(tensor.wpn for tensor in hidden(below)) < 16
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        st.integers(1, 40),
+        st.floats(1.0, 15.9),
+        # without ERK on grouped queries: there the densities shift a little with the width's number of key heads
+        st.sampled_from([("uniform", GPT2), ("uniform", LLAMA), ("erk", GPT2)]),
+        st.sampled_from(["exact", "fixed_fan_in"]),
+    )
+    def test_the_remedys_width_always_does(
+        self, heads: int, wpn: float, spread: tuple[str, dict[str, Any]], pattern: str
+    ) -> None:
+        distribution, model = spread
+        level = {"density": round(wpn / (32 * heads), 6), "distribution": distribution, "pattern": pattern}
+        target = {"width": 32 * heads, "sparsity": level}
+        made = plan(allow_low_wpn=True, model=model, target=target)
+        if min(tensor.wpn for tensor in hidden(made)) >= 16:
+            return
+        (message,) = (m for m in warnings(made) if "weights per neuron" in m)
+        width = int(message.rpartition("need a width of ")[2].split()[0])
+        assert width > 32 * heads
+        better = plan(model=model, target={**target, "width": width})
+        assert min(tensor.wpn for tensor in hidden(better)) >= 16 - 1e-9
+
+    def test_empty_rows_are_named_below_4(self) -> None:
+        (message,) = warnings(plan(target={"width": 128, "sparsity": {"density": 0.03}}))
+        assert "rows with no weight at all appear (about 2.1 % of them)" in message  # e^-3.84 = .0215
+        (message,) = warnings(plan(target={"width": 128, "sparsity": {"density": 0.03125, "pattern": "fixed_fan_in"}}))
+        assert "rows with no weight" not in message  # each row has exactly four
+
+    def test_below_one_is_refused_unless_allowed(self) -> None:
+        target = {"width": 128, "sparsity": {"sparsity": 0.993}}
+        with pytest.raises(
+            InputError, match=r"attn\.q: 0\.896 weights per neuron .* need a width of 2304 .*--allow-low-wpn"
+        ):
+            plan(target=target)
+        assert hidden(plan(allow_low_wpn=True, target=target))[0].kept == 115  # 128² · .007 = 114.688
+
+
+class TestDistribution:
+    @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
+    @pytest.mark.parametrize("percent", [2, 10, 35, 60, 90])
+    def test_erk_sums_to_the_target_and_caps_at_1(self, model: dict[str, Any], percent: int) -> None:
+        target = {"width": 256, "sparsity": {"density": percent / 100, "distribution": "erk"}}
+        rows = hidden(plan(model=model, allow_low_wpn=True, target=target))
+        total = sum(tensor.size for tensor in rows)
+        assert abs(sum(tensor.kept for tensor in rows) - total * percent / 100) <= len(rows) / 2
+        assert max(tensor.density for tensor in rows) <= 1
+        open_ = [tensor for tensor in rows if tensor.density < 1]
+        shares = [tensor.density * tensor.size / sum(tensor.shape) for tensor in open_]  # ∝ (in + out) by ERK
+        assert max(shares) == pytest.approx(min(shares), rel=1e-12)
+        assert len({tensor.density for tensor in rows}) > 1
+
+    def test_erk_really_caps_somewhere(self) -> None:
+        target = {"width": 256, "sparsity": {"density": 0.9, "distribution": "erk"}}
+        assert any(tensor.density == 1 for tensor in hidden(plan(model=LLAMA, target=target)))
+
+    def test_the_most_specific_override_wins(self) -> None:
+        overrides = {"hidden": 0.6, "attn": 0.5, "attn.q": 0.4, "blocks.1.attn.q": 0.3}
+        made = plan(target={"width": 128, "sparsity": {"density": 0.2, "overrides": overrides}})
+        wanted = {"blocks.0.attn.q": 0.4, "blocks.1.attn.q": 0.3, "blocks.1.attn.o": 0.5, "blocks.0.mlp.up": 0.6}
+        assert {name: row(made, name).density for name in wanted} == wanted
+        assert row(made, "blocks.1.attn.q").because["m_rho"] == 0.3
+
+    def test_the_others_share_the_target(self) -> None:
+        made = plan(target={"width": 128, "sparsity": {"density": 0.2, "overrides": {"mlp": 1.0}}})
+        assert {(t.name.split(".")[2], t.density) for t in hidden(made)} == {("attn", 0.2), ("mlp", 1.0)}
+
+    def test_an_override_that_names_nothing_is_named(self) -> None:
+        with pytest.raises(
+            InputError, match=r"target\.sparsity\.overrides: attn\.x names no hidden tensor; sites are .*mlp\.up"
+        ):
+            plan(target={"sparsity": {"density": 0.5, "overrides": {"attn.x": 0.5}}})
+
+    def test_fixed_fan_in_keeps_whole_rows_and_its_own_density(self) -> None:
+        made = plan(target={"width": 640, "sparsity": {"sparsity": 0.97, "pattern": "fixed_fan_in"}})
+        query, down = row(made, "blocks.0.attn.q"), row(made, "blocks.0.mlp.down")
+        assert (query.kept, query.density) == (19 * 640, 19 / 640)  # 640 · .03 = 19.2
+        assert (down.kept, down.density) == (77 * 640, 77 / 2560)  # 2560 · .03 = 76.8
+        assert query.because["m_rho"] == 19 / 640
+
+
+@pytest.mark.parametrize(
+    ("word", "value", "density"),
+    [
+        ("sparsity", 0.992, "0.008"),
+        ("sparsity", "0.9921875", "0.0078125"),
+        ("sparsity", 0.1, "0.9"),
+        ("sparsity", 0, "1"),
+        ("density", 1e-3, "0.001"),
+    ],
+)
+def test_densities_are_decimal(word: str, value: Any, density: str) -> None:
+    assert sparsity.density_from(**{word: value}) == Decimal(density)
+
+
+@pytest.mark.parametrize(
+    "given_", [{"sparsity": 1.0}, {"sparsity": -0.1}, {"density": 0}, {"density": 1.5}, {"density": "x"}, {}]
+)
+def test_no_density_at_all_is_refused(given_: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        sparsity.density_from(**given_)
+
+
+class TestWarnings:
+    def test_key_value_share(self) -> None:
+        target = {"width": 256, "sparsity": {"density": 0.5}}
+        (message,) = warnings(plan(model=LLAMA, target={**target, "kv_heads": 8}))
+        assert message.startswith("kv_heads/heads is 1, the proxy's 0.5")
+        assert warnings(plan(model=LLAMA, target=target)) == []
+
+    def test_decay_timescale(self) -> None:
+        # coupled: 1/(lr·λ) = m_d·m_rho / (η·λ) = .25 / .0015625 = 160 steps; independent leaves the proxy's 640
+        sections = {"target": {"width": 256, "steps": 1601, "sparsity": {"density": 0.125}}}
+        (message,) = warnings(plan(parameterization={"weight_decay_rule": "coupled"}, **sections))
+        assert "timescale of 160 steps, under a tenth of the run's 1601 (weight_decay_rule: coupled)" in message
+        assert warnings(plan(**sections)) == []
+        sections["target"]["steps"] = 1600
+        assert warnings(plan(parameterization={"weight_decay_rule": "coupled"}, **sections)) == []
+
+    def test_batch_size(self) -> None:
+        (message,) = warnings(plan(target={"batch_size": 8, "sparsity": {"density": 0.5}}))
+        assert message.startswith("batch size 8, the proxy's 16")
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("target", "what"),
+        [
+            ({"width": 100}, r"target\.width: 100 is no multiple of the proxy's head width 32"),
+            ({"width": 256, "heads": 5}, r"target\.heads: 5 heads don't divide the width 256"),
+            ({"width": 256, "kv_heads": 3}, r"target\.kv_heads: 3 don't divide the 8 heads"),
+        ],
+    )
+    def test_a_target_that_fits_no_model(self, target: dict[str, Any], what: str) -> None:
+        with pytest.raises(InputError, match=what):
+            plan(target={**target, "sparsity": {"density": 0.5}})
+
+    def test_no_level(self) -> None:
+        with pytest.raises(InputError, match="how sparse the target is to be was not said"):
+            plan(target={"width": 256})
+
+    def test_completep_with_sgd(self) -> None:
+        with pytest.raises(InputError, match=r"parameterization\.depth_rule"):
+            plan(
+                parameterization={"depth_rule": "completep"},
+                train={**TRAIN, "optimizer": "sgd"},
+                target={"sparsity": {"density": 1.0}},
+            )
+
+    @pytest.mark.parametrize(
+        ("edit", "what"),
+        [
+            ({"kept": 9}, r"tensors\[3\]\.kept: 9 is not density 0\.5 of 16384 weights"),
+            ({"density": 0.25}, r"tensors\[3\]\.kept: 8192 is not density"),
+            ({"role": "norm"}, r"only hidden weights are sparse"),
+            ({"shape": [128, 128, 1]}, r"tensors\[3\]\.shape"),
+            ({"lr": 0.0}, r"tensors\[3\]\.lr: should be greater than 0"),
+            ({"init_std": "wide"}, r"tensors\[3\]\.init_std: should be a number, not 'wide'"),
+        ],
+    )
+    def test_an_edited_tensor_that_contradicts_itself(self, edit: dict[str, Any], what: str) -> None:
+        data = plan(target={"sparsity": {"density": 0.5}}).model_dump()
+        data["tensors"][3].update(edit)
+        with pytest.raises(InputError, match=what):
+            parse(Plan, document.Document(data, "plan.yaml"))
+
+    @pytest.mark.parametrize(
+        "level", [{"sparsity": 1.0}, {"density": 0.0}, {"sparsity": "half"}, {"density": 0.5, "width": -3}]
+    )
+    def test_the_python_api_raises_the_same_kind_of_error(self, level: dict[str, Any]) -> None:
+        with pytest.raises(InputError):
+            supar_cli.transfer(proxy(), **level)

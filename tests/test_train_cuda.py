@@ -1,0 +1,98 @@
+"""Training on a CUDA device: bfloat16 and compiled, with the masks of every other device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from supar_cli.planning.plan import Plan
+from supar_cli.training import rundir
+from supar_cli.training.trainer import Trainer
+from tests.test_train import trained
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device that torch can use"),
+]
+
+MakePlan = Callable[..., Plan]
+STEPS = 24
+
+
+def on(device: str, plan_of: MakePlan, **run: Any) -> Plan:
+    train = {"steps": STEPS, "batch_size": 4, "eval_every": 8}
+    return plan_of(train=train, run={"device": device, "checkpoint_every": 8, **run})
+
+
+def test_bf16_and_compiled_training_learns_like_the_cpu(plan_of: MakePlan, tmp_path: Path) -> None:
+    trainer, outcome = trained(on("cuda", plan_of), tmp_path / "cuda")
+    assert trainer.setup.precision == torch.bfloat16 and trainer.setup.compiles
+    assert trainer.model is not trainer.prepared.model
+    reference = Trainer(on("cpu", plan_of)).run()
+    assert abs(outcome.losses[0] - math.log(256)) < 0.3
+    assert outcome.losses[-1] < outcome.losses[0] - 0.5
+    # the same weights, masks and batches: bfloat16 keeps 8 bits, 2^-9 = .002 of a loss of 5.5 is .01
+    assert outcome.losses[0] == pytest.approx(reference.losses[0], abs=0.03)
+    assert outcome.evaluations[-1][1] == pytest.approx(reference.evaluations[-1][1], abs=0.15)
+
+
+def test_float32_uncompiled_follows_the_cpu_closely(plan_of: MakePlan) -> None:
+    made, reference = (
+        Trainer(on(device, plan_of, precision="float32", compile="off")).run().losses for device in ("cuda", "cpu")
+    )
+    assert made[:4] == pytest.approx(reference[:4], abs=5e-3)  # TF32 is off by default; rounding grows with the steps
+
+
+def test_masks_are_the_cpus_and_dead_weights_stay_exactly_zero(plan_of: MakePlan, tmp_path: Path) -> None:
+    trainer, _ = trained(on("cuda", plan_of), tmp_path / "cuda")
+    reference = Trainer(on("cpu", plan_of)).prepared.masks
+    assert trainer.prepared.masks.keys() == reference.keys() and len(reference) == 12
+    for name, mask in reference.items():
+        assert (trainer.prepared.masks[name] == mask).all()
+        tensor = trainer.prepared.tensors[name]
+        dead = torch.from_numpy(~mask).to(tensor.device)
+        state = [value for value in trainer.optimizer.state[tensor].values() if value.shape == tensor.shape]
+        assert state and all(float(value[dead].abs().max()) == 0.0 for value in (tensor.detach(), *state))
+        assert float(tensor.detach()[~dead].abs().min()) > 0.0
+
+
+class _Cut(Exception):
+    pass
+
+
+def test_a_resumed_run_is_close_to_the_uninterrupted_one(plan_of: MakePlan, tmp_path: Path) -> None:
+    plan = on("cuda", plan_of)
+    _, whole = trained(plan, tmp_path / "whole")
+    rundir.start(tmp_path / "cut", plan, resume=False, force=False)
+
+    def stop(step: int, loss: float) -> None:
+        if step == 16:
+            raise _Cut
+
+    with pytest.raises(_Cut):
+        Trainer(plan).run(tmp_path / "cut", on_evaluation=stop)
+    _, resumed = trained(plan, tmp_path / "cut", resume=True)
+    assert resumed.resumed_at == 16 and len(resumed.losses) == STEPS
+    # kernels may add in another order, so not bit for bit; a lost optimizer state moves the next losses by far more
+    assert resumed.losses[16:] == pytest.approx(whole.losses[16:], abs=0.02)
+    assert resumed.evaluations[-1][1] == pytest.approx(whole.evaluations[-1][1], abs=0.02)
+
+
+def test_a_cpu_checkpoint_is_continued_on_cuda(plan_of: MakePlan, tmp_path: Path) -> None:
+    # the device is not part of the experiment, so neither is it of the plan's hash
+    rundir.start(tmp_path / "run", on("cpu", plan_of), resume=False, force=False)
+
+    def stop(step: int, loss: float) -> None:
+        if step == 8:
+            raise _Cut
+
+    with pytest.raises(_Cut):
+        Trainer(on("cpu", plan_of)).run(tmp_path / "run", on_evaluation=stop)
+    _, outcome = trained(on("cuda", plan_of), tmp_path / "run", resume=True)
+    assert outcome.resumed_at == 8 and len(outcome.losses) == STEPS
+    assert outcome.losses[8] < outcome.losses[0]
