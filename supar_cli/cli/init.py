@@ -1,0 +1,88 @@
+"""`supar init`: a shipped template becomes a file to start from."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from supar_cli.cli import console
+from supar_cli.cli.app import single
+from supar_cli.errors import InputError, SetupError
+
+
+def init(
+    template: Annotated[str, typer.Argument(help="Name of a template; --list shows them.")] = "quickstart",
+    list_: Annotated[bool, typer.Option("--list", help="Show the templates and write nothing.")] = False,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Where to write; - for stdout only. [default: supar.yaml, a proxy: proxy.yaml]",
+            show_default=False,
+        ),
+    ] = None,
+    force: console.Force = False,
+    quiet: console.Quiet = False,
+) -> None:
+    """Write a template to start from, comments and all."""
+    names = console.template_names()
+    if not names:
+        raise SetupError(
+            f"{console.template('quickstart').parent}: the installation lacks its templates; install again"
+        )
+    if list_:
+        wide = max(map(len, names))
+        console.to_stdout("".join(f"{name:{wide}}  {description(name)}\n" for name in names))
+        return
+    if template not in names:
+        close = difflib.get_close_matches(template, names, 1, 0.5)
+        expected = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(names)}"
+        raise InputError(f"{template}: no such template; {expected}")
+    text = console.template(template).read_bytes().decode("utf-8")
+    kind = kind_of(text)
+    default = "proxy.yaml" if kind == "supar.proxy/v1" else "supar.yaml"
+    talk = console.Talk(quiet)
+    if out != "-":
+        persist(Path(out or default), text, force, talk)
+        talk.log(f"next: {_next(kind, '' if out in (None, default) else f' {out}')}")
+    if out == "-" or not sys.stdout.isatty():
+        console.to_stdout(text)
+
+
+def description(name: str) -> str:
+    """What a template is for: its first line."""
+    with console.template(name).open(encoding="utf-8") as lines:
+        return lines.readline().removeprefix("#").strip()
+
+
+def kind_of(text: str) -> str:
+    """The kind a template's own `kind:` line names."""
+    return next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("kind:")), "")
+
+
+def _next(kind: str, source: str) -> str:
+    if kind == "supar.proxy/v1":
+        return f"supar transfer{source} --sparsity 0.992"
+    return f"supar tune-proxy{source}"
+
+
+def persist(path: Path, text: str, force: bool, talk: console.Talk) -> None:
+    """Write a file whole, byte for byte. Raises InputError when it would replace one that differs without `--force`."""
+    console.check_writable(str(path), str(path), force, text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.write_bytes(text.encode())
+        aside.replace(path)
+    except OSError as error:
+        raise SetupError(f"{path}: can't be written: {error.strerror or error}") from None
+    talk.log(f"wrote {path}")
+
+
+app = single(init)

@@ -1,0 +1,80 @@
+"""`supar schema`: the JSON Schema of a document, for editors."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from supar_cli.cli import console
+from supar_cli.cli.app import single
+from supar_cli.cli.init import persist
+from supar_cli.planning.plan import Plan
+from supar_cli.planning.section import Section
+from supar_cli.planning.spec import Proxy, Spec
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+class Kind(StrEnum):
+    spec = "spec"
+    proxy = "proxy"
+    plan = "plan"
+
+
+_TYPES: dict[Kind, type[Section]] = {Kind.spec: Spec, Kind.proxy: Proxy, Kind.plan: Plan}
+
+
+def schema(
+    kind: Annotated[Kind, typer.Argument(help="Which document.")] = Kind.spec,
+    out: Annotated[
+        str | None,
+        typer.Option("--out", "-o", help="Write it to a file; - for stdout only. [default: -]", show_default=False),
+    ] = None,
+    force: console.Force = False,
+    quiet: console.Quiet = False,
+) -> None:
+    """Print the JSON Schema of a spec, a proxy or a plan.
+
+    Editors with a YAML language server check and complete a document whose first line names the schema:
+    `supar schema -o supar.schema.json`, then `# yaml-language-server: $schema=supar.schema.json`.
+    What spans several keys is checked by supar only.
+    """
+    text = json.dumps(json_schema(kind), indent=1, ensure_ascii=False) + "\n"
+    if out not in (None, "-"):
+        persist(Path(str(out)), text, force, console.Talk(quiet))
+    if out in (None, "-") or not sys.stdout.isatty():
+        console.to_stdout(text)
+
+
+def json_schema(kind: Kind) -> dict[str, Any]:
+    """JSON Schema of a document as a user may write it: what is filled in is not required."""
+    from pydantic.json_schema import GenerateJsonSchema  # the only thing that needs pydantic beyond its core
+
+    class Sections(GenerateJsonSchema):
+        """pydantic's generator, taught what a `Section` is: it asks a model's class for what only BaseModel has."""
+
+        def model_schema(self, schema: Any) -> dict[str, Any]:
+            found = self.generate_inner(schema["schema"])
+            section: type[Section] = schema["cls"]
+            required = [key for key in found.pop("required", []) if key not in _filled_in(section)]
+            found |= {"required": required} if required else {}
+            title = {"title": section.__name__, "description": " ".join((section.__doc__ or "").split())}
+            return {**title, **found, "additionalProperties": False}
+
+    name = f"supar.{kind}/v1"
+    found = Sections().generate(_TYPES[kind].schema())
+    return {"$schema": DIALECT, "$id": f"urn:supar:{name}", **found, "title": name}
+
+
+def _filled_in(section: type[Section]) -> set[str]:
+    """Keys that a section fills in before it is checked, so that a document may leave them out."""
+    given = {"family": "gpt2", "width": 1, "heads": 1}
+    return set(section.fill(given)) - set(given)
+
+
+app = single(schema)
