@@ -185,20 +185,24 @@ def check_writable(out: str | None, default: str, force: bool, text: str | None 
         raise InputError(f"{path}: exists and differs; expected --force to overwrite it, or another --out")
 
 
+def persist(path: Path, text: str, force: bool, talk: Talk) -> None:
+    """Write a file whole, byte for byte. Raises InputError when it would replace one that differs without `--force`."""
+    check_writable(str(path), str(path), force, text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.write_bytes(text.encode())
+        aside.replace(path)
+    except OSError as error:
+        raise SetupError(f"{path}: can't be written: {error.strerror or error}") from None
+    talk.log(f"wrote {path}")
+
+
 def emit(documents: list[Any], out: str | None, default: str | None, *, force: bool, as_json: bool, talk: Talk) -> None:
     """Persist the documents, then print them where stdout is read: a pipe, a file, or `-o -`."""
     text = document.write(documents)
     if out != "-" and (out or default):
-        path = Path(out or default or "")
-        check_writable(out, str(default), force, text)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_name(f".{path.name}.{os.getpid()}")
-            aside.write_text(text, "utf-8")
-            aside.replace(path)
-        except OSError as error:
-            raise SetupError(f"{path}: can't be written: {error.strerror or error}") from None
-        talk.log(f"wrote {path}")
+        persist(Path(out or default or ""), text, force, talk)
     if out == "-" or as_json or not sys.stdout.isatty():
         to_stdout(json.dumps(documents[0] if len(documents) == 1 else documents, indent=1) + "\n" if as_json else text)
 

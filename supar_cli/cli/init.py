@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -49,7 +48,7 @@ def init(
     default = "proxy.yaml" if kind == "supar.proxy/v1" else "supar.yaml"
     talk = console.Talk(quiet)
     if out != "-":
-        persist(Path(out or default), text, force, talk)
+        console.persist(Path(out or default), text, force, talk)
         talk.log(f"next: {_next(kind, '' if out in (None, default) else f' {out}')}")
     if out == "-" or not sys.stdout.isatty():
         console.to_stdout(text)
@@ -70,19 +69,6 @@ def _next(kind: str, source: str) -> str:
     if kind == "supar.proxy/v1":
         return f"supar transfer{source} --sparsity 0.992"
     return f"supar tune-proxy{source}"
-
-
-def persist(path: Path, text: str, force: bool, talk: console.Talk) -> None:
-    """Write a file whole, byte for byte. Raises InputError when it would replace one that differs without `--force`."""
-    console.check_writable(str(path), str(path), force, text)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_bytes(text.encode())
-        aside.replace(path)
-    except OSError as error:
-        raise SetupError(f"{path}: can't be written: {error.strerror or error}") from None
-    talk.log(f"wrote {path}")
 
 
 app = single(init)

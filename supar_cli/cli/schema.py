@@ -12,7 +12,6 @@ import typer
 
 from supar_cli.cli import console
 from supar_cli.cli.app import single
-from supar_cli.cli.init import persist
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.section import Section
 from supar_cli.planning.spec import Proxy, Spec
@@ -46,7 +45,7 @@ def schema(
     """
     text = json.dumps(json_schema(kind), indent=1, ensure_ascii=False) + "\n"
     if out not in (None, "-"):
-        persist(Path(str(out)), text, force, console.Talk(quiet))
+        console.persist(Path(str(out)), text, force, console.Talk(quiet))
     if out in (None, "-") or not sys.stdout.isatty():
         console.to_stdout(text)
 

@@ -13,6 +13,7 @@ from supar_cli.planning.spec import Data
 
 LLMC_MAGIC = 20240520  # llm.c, dev/data/data_common.py: first int32 of a shard's 256-int32 header
 _NOT_CORPUS = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "idle_test"}
+_VALIDATION = {"val", "valid", "validation"}
 _SUFFIXES = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".bin": "bin"}
 
 
@@ -54,7 +55,7 @@ def find(data: Data) -> Corpus:
         raise InputError(
             f"data.source: {data.source}: holds files of several formats ({', '.join(sorted(kinds))}); expected data.format"
         )
-    held_out = [p for p in found if any(word in p.stem.lower().split("_") for word in ("val", "valid", "validation"))]
+    held_out = [p for p in found if _VALIDATION & set(p.stem.lower().replace("-", "_").replace(".", "_").split("_"))]
     if held_out and len(held_out) < len(found):
         return Corpus(kinds.pop(), path, [p for p in found if p not in held_out], held_out)
     return Corpus(kinds.pop(), path, *_split(found, path))
@@ -80,12 +81,15 @@ def _split(files: list[Path], root: Path) -> tuple[list[Path], list[Path]]:
     return (train, held_out) if train else (held_out, train)
 
 
-def content_hash(corpus: Corpus) -> str:
-    """SHA-256 over names and contents. Raises SetupError when a file can't be read."""
+def content_hash(corpus: Corpus, tokenizer: str = "bytes") -> str:
+    """SHA-256 over names and contents, a tokenizer file's too. Raises SetupError when a file can't be read."""
+    named = [(path.relative_to(corpus.root).as_posix(), path) for path in corpus.files]
+    if tokenizer != "bytes" and corpus.kind in ("text", "jsonl"):
+        named.append(("/tokenizer", Path(tokenizer)))  # no relative path begins with a slash
     total = hashlib.sha256()
-    for path in corpus.files:
+    for name, path in named:
         with _opened(path) as file:
-            total.update(f"{path.relative_to(corpus.root).as_posix()}\0".encode())
+            total.update(f"{name}\0".encode())
             total.update(hashlib.file_digest(file, "sha256").digest())
     return "sha256:" + total.hexdigest()
 
@@ -99,7 +103,9 @@ def _opened(path: Path):  # type: ignore[no-untyped-def]
 
 def identified(data: Data) -> Data:
     """The data section with its hash filled in. Raises InputError when it has one and the content has another."""
-    found = content_hash(find(data))
+    if data.tokenizer != "bytes" and not Path(data.tokenizer).is_file():
+        raise InputError(f"data.tokenizer: {data.tokenizer}: no such file; expected `bytes` or a tokenizer.json")
+    found = content_hash(find(data), data.tokenizer)
     if data.hash is not None and data.hash != found:
         why = " (the standard library's sources differ between Python versions)" if data.source == "stdlib" else ""
         raise InputError(

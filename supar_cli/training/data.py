@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ from supar_cli.training import masks
 SEPARATOR_BYTE = 0  # chosen: NUL parts documents in byte tokens; it stands in no text
 TAIL_SHARE = 10  # chosen: a corpus of one file holds out its last tenth
 LLMC_HEADER_BYTES = 1024
+ENCODED_AT_ONCE = 256  # chosen: documents, enough for the tokenizer's threads, few enough to hold
+
+Encoder = Callable[[list[str]], list[list[int]]]
 
 
 @dataclass(slots=True)
@@ -108,12 +113,10 @@ def load(data: Data, *, vocab: int, context: int) -> Tokens:
     return Tokens(*splits, hash=identified.hash)
 
 
-def tokenizer(data: Data) -> tuple[Callable[[str], list[int]] | None, int]:
+def tokenizer(data: Data) -> tuple[Encoder | None, int]:
     """Encoder (None for bytes) and its vocabulary size. Raises SetupError without the `hf` extra."""
     if data.tokenizer == "bytes":
         return None, 256
-    if not Path(data.tokenizer).is_file():
-        raise InputError(f"data.tokenizer: {data.tokenizer}: no such file; expected `bytes` or a tokenizer.json")
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -131,28 +134,32 @@ def tokenizer(data: Data) -> tuple[Callable[[str], list[int]] | None, int]:
         None,
     )
 
-    def encode(text: str) -> list[int]:
-        return [*loaded.encode(text).ids, *([] if end is None else [end])]
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [[*one.ids, *([] if end is None else [end])] for one in loaded.encode_batch(texts)]
 
     return encode, loaded.get_vocab_size()
 
 
-def _segments(found: Corpus, files: list[Path], data: Data, encode: Callable[[str], list[int]] | None) -> list[Segment]:
+def _segments(found: Corpus, files: list[Path], data: Data, encode: Encoder | None) -> list[Segment]:
     if not files:
         return []
     if found.kind in ("nanogpt", "llmc"):
         return [Segment(str(path), _token_file(path, found.kind)) for path in files]
     if encode is None and found.kind == "text" and len(files) == 1:
         return [Segment(str(files[0]), _mapped(files[0], np.uint8, 0))]
+    parts = list(encoded(found.kind, files, data, encode))
+    return [Segment(str(found.root), np.concatenate(parts) if parts else np.zeros(0, np.uint8))]
+
+
+def encoded(kind: str, files: list[Path], data: Data, encode: Encoder | None) -> Iterator[NDArray[Any]]:
+    """Tokens of text or JSONL files, document by document, each with what parts it from the next."""
+    texts = documents(kind, files, data)
     if encode is None:
-        raw = bytearray()
-        for document in documents(found.kind, files, data):
-            raw += document + bytes([SEPARATOR_BYTE])
-        return [Segment(str(found.root), np.frombuffer(bytes(raw), np.uint8))]
-    ids: list[int] = []
-    for document in documents(found.kind, files, data):
-        ids += encode(document.decode("utf-8", "replace"))
-    return [Segment(str(found.root), np.array(ids, dtype=np.uint32))]
+        for text in texts:
+            yield np.frombuffer(text + bytes([SEPARATOR_BYTE]), np.uint8)
+        return
+    while batch := [text.decode("utf-8", "replace") for text in islice(texts, ENCODED_AT_ONCE)]:
+        yield from (np.array(ids, np.uint32) for ids in encode(batch))
 
 
 def documents(kind: str, files: list[Path], data: Data) -> Iterator[bytes]:
@@ -195,3 +202,46 @@ def _mapped(path: Path, dtype: Any, offset: int) -> NDArray[Any]:
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty")
     return np.memmap(path, dtype=dtype, mode="r", offset=offset)
+
+
+def prepare(data: Data, directory: Path, progress: Callable[[str, int], None]) -> dict[str, int]:
+    """Write train.bin and val.bin (nanoGPT: raw uint16) of a text corpus, split as `load` splits it; counts of tokens.
+
+    `progress` is told a file's name and its tokens so far. Raises InputError for what is no text or needs larger tokens.
+    """
+    found = corpus.find(data)
+    if found.kind not in ("text", "jsonl"):
+        raise InputError(f"data.source: {data.source}: holds tokens ({found.kind}); they are read as they are")
+    encode, vocab = tokenizer(data)
+    if vocab > 2**16:
+        raise InputError(f"data.tokenizer: {data.tokenizer}: {vocab} tokens don't fit a .bin file's uint16")
+    directory.mkdir(parents=True, exist_ok=True)
+    train, validation = (directory / f".{name}.bin.{os.getpid()}" for name in ("train", "val"))
+    try:
+        counts = [
+            _write(path, encoded(found.kind, files, data, encode), progress)
+            for path, files in ((train, found.train), (validation, found.validation))
+        ]
+        if not found.validation:
+            tail = counts[0] // TAIL_SHARE
+            if not tail:
+                raise InputError(f"data.source: {data.source}: {counts[0]} tokens are too few to hold some out")
+            counts = [counts[0] - tail, tail]
+            validation.write_bytes(np.fromfile(train, "<u2", offset=2 * counts[0]).tobytes())
+            os.truncate(train, 2 * counts[0])
+        validation.replace(directory / "val.bin")
+        train.replace(directory / "train.bin")
+    finally:
+        for path in (train, validation):
+            path.unlink(missing_ok=True)
+    return {"train": counts[0], "validation": counts[1], "vocab": vocab}
+
+
+def _write(path: Path, parts: Iterator[NDArray[Any]], progress: Callable[[str, int], None]) -> int:
+    count = 0
+    with path.open("wb") as file:
+        for part in parts:
+            file.write(part.astype("<u2").tobytes())
+            count += len(part)
+            progress(path.name.split(".")[1], count)
+    return count
