@@ -15,6 +15,12 @@ def _label(name: str) -> str:
     return f"*.{rest.partition('.')[2]}" if head == "blocks" else name
 
 
+def _joined(names: list[str]) -> str:
+    """Names in one word while that fits the column, in several, which wrap, otherwise."""
+    text = ",".join(names)
+    return text if len(text) <= 16 else ", ".join(names)
+
+
 def number(value: float) -> str:
     """Four significant digits, short."""
     return f"{value:.4g}"
@@ -38,7 +44,7 @@ def plan_rows(plan: Plan) -> list[list[str]]:
         hidden = first.role == "hidden"
         rows.append(
             [
-                ",".join(short),
+                _joined(short),
                 "×".join(map(str, first.shape)),
                 number(first.because["m_d"]),
                 number(first.because["m_rho"]) if hidden else "",
@@ -56,7 +62,7 @@ def show_plan(plan: Plan) -> None:
     """The table per role on stderr."""
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
     table.add_column("tensor", overflow="fold")
-    for heading in ("shape", "m_d", "m_ρ", "WPN", "std", "lr", "λ", "decay"):
+    for heading in ("shape", "m_d", "m_ρ", "WPN", "init std", "peak lr", "λ", "decay"):
         table.add_column(heading, justify="right", no_wrap=heading != "shape")
     for row in plan_rows(plan):
         table.add_row(*row)
@@ -64,9 +70,9 @@ def show_plan(plan: Plan) -> None:
     console.print(table)
     factors = plan.model.multipliers
     console.print(
-        f"std: init (1: gains); decay: steps until weight decay alone shrinks a weight by e\n"
+        f"decay: steps in which weight decay alone divides a weight by e\n"
         f"inputs × {number(factors.input)}, logits × {number(factors.output)}, q·k × {number(factors.attention)}, "
-        f"residual × {number(factors.residual)}; peak lr × schedule",
+        f"residual × {number(factors.residual)}",
         highlight=False,
     )
 
@@ -99,4 +105,6 @@ def show_estimate(plan: Plan) -> None:
 def _time(seconds: float) -> str:
     from supar_cli.cli.console import duration
 
+    if seconds < 1:
+        return "under 1s"
     return duration(seconds) if seconds < 48 * 3600 else f"{seconds / 86400:.1f}d"
