@@ -70,17 +70,13 @@ class Place:
     writes_residual: bool = False
 
 
-def effective(scheme: Scheme, place: Place) -> tuple[float, float, float]:
-    """(m_d, m_rho, m_L) as they enter the formulas: SP corrects for none, μP for width, SμPar for width and density."""
-    m_d = 1.0 if scheme.name == "sp" else place.m_d
-    m_rho = place.m_rho if scheme.name == "supar" and place.role == "hidden" else 1.0
-    m_L = place.m_L if scheme.name != "sp" and scheme.depth_rule == "completep" else 1.0
-    return m_d, m_rho, m_L
+def _density(scheme: Scheme, place: Place) -> float:
+    """m_rho as it enters the formulas of hidden weights, the only sparse ones: μP does not correct for density."""
+    return place.m_rho if scheme.name == "supar" else 1.0
 
 
 def init_std(scheme: Scheme, tuned: Tuned, place: Place) -> Rule:
     """Standard deviation of the initial values. [P Table 1; residual_init: R; zero unembedding: V]"""
-    m_d, m_rho, _ = effective(scheme, place)
     if place.role == "norm":
         return Rule(0.0, "0: every gain starts at exactly 1", "P Table 1")
     if place.role == "bias":
@@ -91,7 +87,7 @@ def init_std(scheme: Scheme, tuned: Tuned, place: Place) -> Rule:
         return Rule(tuned.sigma, "σ", "P Table 1")
     value, formula, source = tuned.sigma, "σ", "SP"
     if scheme.name != "sp":
-        value = tuned.sigma / sqrt(m_d * m_rho)
+        value = tuned.sigma / sqrt(place.m_d * _density(scheme, place))
         formula, source = ("σ/√(m_d·m_ρ)", "P Table 1") if scheme.name == "supar" else ("σ/√m_d", "V Table 8")
     if scheme.residual_init == "gpt2" and place.writes_residual:
         value, formula, source = value / sqrt(2.0 * place.layers), formula + " /√(2·layers)", source + ", R"
@@ -100,7 +96,7 @@ def init_std(scheme: Scheme, tuned: Tuned, place: Place) -> Rule:
 
 def learning_rate(scheme: Scheme, tuned: Tuned, place: Place) -> Rule:
     """Peak learning rate. [P Table 1; SGD: P D.3.1, V; depth: C, where alpha = 1 makes the factor m_L^0 = 1]"""
-    m_d, m_rho, _ = effective(scheme, place)
+    m_d, m_rho = place.m_d, _density(scheme, place)
     if scheme.name == "sp":
         return Rule(tuned.eta, "η", "SP")
     if scheme.optimizer == "adamw":
@@ -117,7 +113,7 @@ def weight_decay(scheme: Scheme, tuned: Tuned, place: Place) -> Rule:
     """Decay λ as PyTorch applies it, shrinking by lr·λ a step. [independent: V; coupled: R; sqrt: arXiv 2510.15262]"""
     if place.role in ("bias", "norm"):
         return Rule(0.0, "0: biases and gains do not decay", "P Table 1")
-    m_d, m_rho, _ = effective(scheme, place)
+    m_d, m_rho = place.m_d, _density(scheme, place)
     if place.role == "hidden":
         divisor = m_d * m_rho if scheme.optimizer == "adamw" else m_rho
         symbol = "m_d·m_ρ" if scheme.optimizer == "adamw" else "m_ρ"
@@ -136,12 +132,11 @@ def adam_eps(scheme: Scheme, tuned: Tuned, place: Place) -> Rule:
     """Adam's epsilon, scaled like the gradients, which the output multiplier makes Θ(1/m_d). [C; without m_rho: D]"""
     if scheme.optimizer == "sgd":
         return Rule(0.0, "0: SGD has no epsilon", "–")
-    m_d, _, m_L = effective(scheme, place)
     if scheme.name == "sp":
         return Rule(tuned.eps, "ε", "SP")
     if place.in_block and scheme.depth_rule == "completep":
-        return Rule(tuned.eps / (m_d * m_L), "ε/(m_d·m_L)", "C")
-    return Rule(tuned.eps / m_d, "ε/m_d", "C, D")
+        return Rule(tuned.eps / (place.m_d * place.m_L), "ε/(m_d·m_L)", "C")
+    return Rule(tuned.eps / place.m_d, "ε/m_d", "C, D")
 
 
 def input_multiplier(scheme: Scheme, alpha_input: float) -> Rule:
