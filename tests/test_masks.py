@@ -1,0 +1,170 @@
+"""Masks: exact counts, one mask for one (seed, name) wherever it is drawn, uniform over positions, and the same for ever."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from math import sqrt
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from supar_cli.planning import layout, sparsity
+from supar_cli.planning.plan import Plan, PlanTensor
+from supar_cli.training import masks
+
+from .conftest import environment
+
+MakePlan = Callable[..., Plan]
+
+EXACT, FIXED_FAN_IN, BERNOULLI = "392c00f9093754e3", "0ab2c369c1593423", "392c00f9093754e3"
+
+
+def row(shape: tuple[int, int], kept: int, name: str = "blocks.0.mlp.up") -> PlanTensor:
+    return PlanTensor(
+        name=name,
+        role="hidden",
+        shape=list(shape),
+        density=kept / (shape[0] * shape[1]),
+        kept=kept,
+        init_std=0.1,
+        lr=0.1,
+        weight_decay=0.0,
+        eps=1e-8,
+        because={"m_d": 1.0, "m_rho": 1.0},
+    )
+
+
+def drawn(shape: tuple[int, int], kept: int, *, name: str = "w", seed: int = 0, pattern: str = "exact") -> NDArray[Any]:
+    mask = masks.draw(row(shape, kept, name), seed, pattern)
+    assert mask is not None
+    return mask
+
+
+shapes = st.tuples(st.integers(1, 40), st.integers(2, 40))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(shapes, st.data())
+def test_exact_keeps_exactly_as_many_as_planned(shape: tuple[int, int], data: Any) -> None:
+    size = shape[0] * shape[1]
+    kept = data.draw(st.integers(1, size - 1))
+    mask = drawn(shape, kept)
+    assert mask.shape == shape and mask.dtype == bool and int(mask.sum()) == kept
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(shapes, st.data())
+def test_fixed_fan_in_keeps_as_many_in_every_row(shape: tuple[int, int], data: Any) -> None:
+    per_row = data.draw(st.integers(1, shape[1] - 1))
+    mask = drawn(shape, per_row * shape[0], pattern="fixed_fan_in")
+    assert set(mask.sum(axis=1)) == {per_row}
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(shapes, st.decimals("0.001", "1", places=3))
+def test_the_planned_count_is_the_density_rounded(shape: tuple[int, int], density: Any) -> None:
+    tensor = layout.Tensor("blocks.0.mlp.up", "hidden", "mlp.up", shape, 0)
+    size = shape[0] * shape[1]
+    kept = sparsity.distribute([tensor], density, "uniform", "exact", {})[tensor.name]
+    assert abs(kept.count - float(density) * size) <= 0.5 or kept.count == 1
+    assert kept.density == float(density)
+
+
+def test_equal_keys_lose_no_count() -> None:
+    """Keys of 64 bits tie about never, so ties are made: the first of equal keys live, as many as are kept."""
+    keys = np.array([[5, 3, 3, 3, 9], [1, 1, 1, 1, 1], [4, 2, 8, 6, 0]], np.uint64)
+    mask = masks._smallest(keys, 2)
+    assert mask.tolist() == [
+        [False, True, True, False, False],
+        [True, True, False, False, False],
+        [False, True, False, False, True],
+    ]
+
+
+class TestIdentity:
+    def test_the_mask_of_a_seed_and_a_name_never_changes(self) -> None:
+        """A changed literal means that no run of an earlier version can be repeated: **Numbers** in the changelog."""
+        assert masks.fingerprint(drawn((256, 64), 131)) == EXACT
+        assert masks.fingerprint(drawn((256, 64), 256, pattern="fixed_fan_in")) == FIXED_FAN_IN
+        assert masks.fingerprint(drawn((256, 64), 131, pattern="bernoulli")) == BERNOULLI
+
+    def test_depends_on_seed_and_name_only(self, plan_of: MakePlan) -> None:
+        plan, deeper = plan_of(), plan_of(target={"layers": 3})
+        reordered = plan.model_copy(update={"tensors": plan.tensors[::-1]})
+        own, other, backwards = masks.draw_all(plan), masks.draw_all(deeper), masks.draw_all(reordered)
+        assert set(other) - set(own) and all(np.array_equal(own[name], other[name]) for name in own)
+        assert all(np.array_equal(own[name], backwards[name]) for name in own)
+        reseeded = masks.draw_all(plan_of(target={"seed": 7}))
+        assert not any(np.array_equal(own[name], reseeded[name]) for name in own)
+
+    def test_another_process_draws_the_same(self) -> None:
+        code = (
+            "from tests.test_masks import drawn; from supar_cli.training import masks;"
+            "print(masks.fingerprint(drawn((256, 64), 131)))"
+        )
+        env = environment(PYTHONHASHSEED="123", OMP_NUM_THREADS="1")
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+        assert done.stdout.strip() == EXACT
+
+    def test_dense_tensors_have_none(self, plan_of: MakePlan) -> None:
+        assert masks.draw(row((4, 4), 16), 0, "exact") is None
+        assert masks.draw_all(plan_of(target={"sparsity": {"density": 1.0}})) == {}
+
+    def test_the_fingerprint_sees_one_weight(self) -> None:
+        mask = drawn((16, 16), 20)
+        moved = mask.copy()
+        moved.flat[[int(np.argmax(mask)), int(np.argmin(mask))]] = False, True
+        assert masks.fingerprint(moved) != masks.fingerprint(mask)
+
+
+class TestChance:
+    """Each test: n draws, a statistic of known standard error, 6 of them allowed: false alarms below 2e-9. Seeds are fixed."""
+
+    ALLOWED = 6.0
+    SHAPE, KEPT = (64, 64), 410  # density 0.1
+
+    def overlap_z(self, one: NDArray[Any], other: NDArray[Any]) -> float:
+        """How far the overlap of two masks is from that of independent ones, in standard errors (hypergeometric)."""
+        size, a, b = one.size, int(one.sum()), int(other.sum())
+        mean = a * b / size
+        return (int((one & other).sum()) - mean) / sqrt(mean * (1 - a / size) * (1 - b / size) * size / (size - 1))
+
+    def test_other_names_and_seeds_are_independent(self) -> None:
+        names = [f"blocks.{i}.mlp.up" for i in range(12)]
+        several = [drawn(self.SHAPE, self.KEPT, name=name, seed=seed) for name in names for seed in (0, 1, 2**62)]
+        found = [abs(self.overlap_z(a, b)) for i, a in enumerate(several) for b in several[:i]]
+        assert len(found) == 630 and max(found) < self.ALLOWED
+
+    def test_independence_would_be_missed_by_neither_a_copy_nor_a_shift(self) -> None:
+        mask = drawn(self.SHAPE, self.KEPT)
+        half = np.where(np.arange(64)[:, None] < 32, mask, drawn(self.SHAPE, self.KEPT, name="other"))
+        assert self.overlap_z(mask, mask) > 10 * self.ALLOWED and self.overlap_z(mask, half) > self.ALLOWED
+
+    def per_position_z(self, several: list[NDArray[Any]]) -> NDArray[Any]:
+        """How often each position lives, against the density, in standard errors (binomial over n masks)."""
+        density = several[0].mean()
+        return (np.mean(several, axis=0) - density) / sqrt(density * (1 - density) / len(several))
+
+    @pytest.mark.parametrize("pattern", ["exact", "fixed_fan_in"])
+    def test_every_position_lives_equally_often(self, pattern: str) -> None:
+        """n = 2000 masks of 16×16 at density 1/8: standard error 0.0074 a position, over 256 positions."""
+        several = [drawn((16, 16), 32, seed=seed, pattern=pattern) for seed in range(2000)]
+        z = self.per_position_z(several)
+        assert np.abs(z).max() < self.ALLOWED
+        assert 0.7 < float(np.mean(z**2)) < 1.3  # 256 squares: standard error 0.09; more even than chance is wrong too
+        tilted = [mask if i % 20 else np.sort(mask, axis=1) for i, mask in enumerate(several)]
+        assert np.abs(self.per_position_z(tilted)).max() > self.ALLOWED
+
+    def test_bernoulli_counts_vary_as_they_should(self) -> None:
+        """n = 400 masks of 64×64 at 410/4096: counts have the deviation 19.2, known to 3.5 %; their mean to 0.96."""
+        counts = [int(drawn(self.SHAPE, self.KEPT, seed=seed, pattern="bernoulli").sum()) for seed in range(400)]
+        deviation = sqrt(self.KEPT * (1 - self.KEPT / 4096))
+        assert abs(np.mean(counts) - self.KEPT) < self.ALLOWED * deviation / sqrt(400)
+        assert abs(np.std(counts) / deviation - 1) < self.ALLOWED / sqrt(800)
+        assert np.std([int(drawn(self.SHAPE, self.KEPT, seed=seed).sum()) for seed in range(3)]) == 0
