@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: workers' threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; workers' threads would only wait
 
 import supar_cli
 from supar_cli.errors import SuparError
