@@ -165,9 +165,9 @@ def _show(rows: list[dict[str, Any]]) -> None:
 
     from supar_cli.analysis.figures import fraction
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
     table.add_column("rules")
-    for heading in ("density", "best rate / dense best", "loss, own best", "loss, dense rate", "regret"):
+    for heading in ("density", "best rate ÷ dense", "loss at best", "loss at dense rate", "regret"):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(
@@ -192,7 +192,8 @@ def _meaning(rows: list[dict[str, Any]], folder: Path, seeds: int) -> str:
         name: "diverges" if value is None else f"loses up to {value:.3f} nats a token" for name, value in worst.items()
     }
     return f"""\
-regret: nats a token lost by re-using the learning rate that was best when dense.
+best rate ÷ dense: a density's best learning rate over the dense model's best.
+regret: nats a token lost by re-using the dense model's.
 Shown: with the dense model's rate, sparse SP training {words["sp"]},
   sparse SμPar training {words["supar"]}. Nothing to re-tune is what SμPar is for.
 Not shown: that SμPar beats an SP whose rate is re-tuned at every density. That can be as

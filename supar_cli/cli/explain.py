@@ -26,7 +26,7 @@ COLUMNS, INDENT = 79, 16
 SOURCES = {
     "P": "Dey, Bergsma, Hestness 2024 (SμPar), arXiv 2405.15743",
     "R": "the same authors' code: EleutherAI/nanoGPT-mup, branch supar",
-    "C": "CompleteP: the same repository, branch completep",
+    "C": "CompleteP: EleutherAI/nanoGPT-mup, branch completep",
     "V": "Yang et al. 2022, Tensor Programs V (μP), arXiv 2203.03466",
     "D": "derived by supar; no paper has it",
     "SP": "standard parameterization: nothing is corrected",
