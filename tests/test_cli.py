@@ -218,6 +218,22 @@ class TestTransfer:
         assert supar_here("transfer", "--sparsity", "0.75", "--force").status == 0
         assert yaml.safe_load((tmp_path / "plan.yaml").read_text())["sparsity"]["sparsity"] == 0.75
 
+    def test_a_pipe_is_fed_and_a_link_stays_a_link(self, supar: Supar, proxy_file: Path, tmp_path: Path) -> None:
+        pipe, link = tmp_path / "pipe", tmp_path / "link.yaml"
+        os.mkfifo(pipe)
+        (tmp_path / "plans").mkdir()
+        link.symlink_to("plans/plan.yaml")
+        held = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            for flags in ((), ("--force",)):
+                written = supar("transfer", "-q", "-o", "pipe", *flags)
+                assert written.status == 0 and pipe.is_fifo()
+                assert os.read(held, 1 << 20).decode() == written.out
+        finally:
+            os.close(held)
+        assert supar("transfer", "-q", "-o", "link.yaml", "--force").out == written.out
+        assert link.is_symlink() and (tmp_path / "plans/plan.yaml").read_text() == written.out
+
     def test_dry_run_writes_nothing_and_shows_sizes(self, supar_here: Supar, proxy_file: Path, unchanged: Any) -> None:
         unchanged()
         ended = supar_here("transfer", "--dry-run")

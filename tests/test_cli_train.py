@@ -71,6 +71,16 @@ class TestRefusesByLine:
             ),
             ("  width: 32", "  width: -32", f"{width}: model.width: should be greater than 0, not -32"),
             ("  heads: 2", "  heads: 3", f"{width + 2}: model.heads: 3 heads don't divide the width 32"),
+            (
+                "tokens: 768",
+                "tokens: 800",
+                f"{line_of(plan, 'tokens: 768')}: train.tokens: 800 is not 12 steps of 4 sequences of 16 tokens; expected 768",
+            ),
+            (
+                "sparsity: 0.75",
+                "sparsity: 0.5",
+                f"{line_of(plan, 'density: 0.25')}: sparsity.density: 0.25 and sparsity 0.5 don't add up to 1",
+            ),
             ("\n  steps: 12", "\n  steps: twelve", f"{steps}: train.steps: should be a valid integer, not 'twelve'"),
             (
                 "sparsity: 0.75",

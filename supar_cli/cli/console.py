@@ -181,7 +181,7 @@ def check_writable(out: str | None, default: str, force: bool, text: str | None 
     path = Path(out or default)
     if path.is_dir():
         raise InputError(f"{path}: is a folder; expected a file for --out")
-    if path.exists() and (text is None or path.read_text("utf-8", "replace") != text):
+    if path.is_file() and (text is None or path.read_text("utf-8", "replace") != text):
         raise InputError(f"{path}: exists and differs; expected --force to overwrite it, or another --out")
 
 
@@ -190,9 +190,7 @@ def persist(path: Path, text: str, force: bool, talk: Talk) -> None:
     check_writable(str(path), str(path), force, text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_bytes(text.encode())
-        aside.replace(path)
+        document.write_file(path, text)
     except OSError as error:
         raise SetupError(f"{path}: can't be written: {error.strerror or error}") from None
     talk.log(f"wrote {path}")

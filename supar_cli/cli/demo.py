@@ -52,7 +52,7 @@ def demo(
             f"1. Tuning a dense proxy: width {spec.model.width}, {spec.model.layers} layers, {steps} steps on {spec.data.source}."
         )
         proxy = _tuned(spec, folder, jobs, progress)
-        (folder / "proxy.yaml").write_text(document.write([proxy.model_dump()]), "utf-8")
+        document.write_file(folder / "proxy.yaml", document.write([proxy.model_dump()]))
         progress.log(
             "2. Transferring it to densities 1, 1/4, 1/16 under SP and SμPar; at each, the learning rate is swept\n"
             "   by factors of 2 around the transferred one."
@@ -82,7 +82,7 @@ def demo(
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jobs} jobs",
         },
     }
-    (folder / "results.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    document.write_file(folder / "results.json", json.dumps(result, indent=1) + "\n")
     talk = console.Talk(quiet, verbose)
     if not quiet:
         _show(rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -253,6 +254,20 @@ def _flow(value: Any) -> Any:
     if isinstance(value, list):
         return _FlowList(_flow(item) for item in value)
     return value
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write aside, flush, rename: the file is the old one or the new one, never a part. A device or a pipe is fed."""
+    if path.exists() and not path.is_file():
+        path.write_bytes(text.encode())
+        return
+    path = path.resolve()  # a link stays a link
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("wb") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
 
 
 def content_hash(data: Any) -> str:

@@ -110,6 +110,19 @@ class Plan(Section):
     run: Run = Field(default_factory=Run)
     meta: dict[str, Any] = Field(default_factory=dict)
 
+    def fits(self) -> None:
+        train, context = self.train, self.model.context
+        if train.tokens != train.steps * train.batch_size * context:
+            raise ValueError(
+                f"train.tokens: {train.tokens} is not {train.steps} steps of {train.batch_size} sequences of {context} tokens; "
+                f"expected {train.steps * train.batch_size * context}"
+            )
+        share = self.sparsity.sparsity + self.sparsity.density
+        if abs(share - 1) > 1e-9:
+            raise ValueError(
+                f"sparsity.density: {self.sparsity.density} and sparsity {self.sparsity.sparsity} don't add up to 1"
+            )
+
     def hash(self) -> str:
         """Identity of the experiment: everything but `run` and `meta`."""
         return content_hash(self.model_dump(exclude={"run", "meta"}))

@@ -148,7 +148,8 @@ class Sparsity(Section):
         if self.sparsity is not None and self.density is not None:
             raise ValueError("density: given beside sparsity; expected only one of them")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity: {self.sparsity} leaves no weights; expected 0 <= sparsity < 1")
+            what = "leaves no weights" if self.sparsity >= 1 else "is no share"
+            raise ValueError(f"sparsity: {self.sparsity} {what}; expected 0 <= sparsity < 1")
         if self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f"density: {self.density}; expected 0 < density <= 1")
         for key, value in self.overrides.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, TextIO
@@ -36,7 +35,7 @@ def start(directory: Path, plan: Plan, *, resume: bool, force: bool) -> None:
             for name in ("metrics.jsonl", "result.json"):
                 (directory / name).unlink(missing_ok=True)
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(existing, document.write([plan.model_dump()]))
+        document.write_file(existing, document.write([plan.model_dump()]))
     except OSError as error:
         raise SetupError(f"{directory}: can't be written: {error.strerror or error}") from None
 
@@ -51,7 +50,7 @@ class Metrics:
             path = directory / "metrics.jsonl"
             kept = [line for line in _lines(path) if json.loads(line)["step"] <= done] if done else []
             self.before = [json.loads(line) for line in kept]
-            write_atomically(path, "".join(kept))
+            document.write_file(path, "".join(kept))
             self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> Metrics:
@@ -72,13 +71,3 @@ def _lines(path: Path) -> list[str]:
     if not path.is_file():
         return []
     return [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("}\n")]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write aside, flush, rename: the file is the old one or the new one, never a part."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from supar_cli import __version__
 from supar_cli.errors import InputError, SetupError, UnusableResult
-from supar_cli.planning import schedule
+from supar_cli.planning import document, schedule
 from supar_cli.planning.plan import Plan
 from supar_cli.training import checkpoint, data, initial, masks, monitor, optim, rundir
 from supar_cli.training.engines import dense
@@ -241,7 +241,7 @@ class Trainer:
         if directory is not None:
             self._checkpoint(directory)
             result = self.result(outcome)
-            rundir.write_atomically(directory / "result.json", json.dumps(result, indent=1) + "\n")
+            document.write_file(directory / "result.json", json.dumps(result, indent=1) + "\n")
         return outcome
 
     def _loop(
