@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from supar_cli.errors import InputError, SetupError, UnusableResult
-from supar_cli.planning import schedule
+from supar_cli.planning import document, schedule
 from supar_cli.planning.plan import Plan
 from supar_cli.training import checkpoint, optim, rundir
 from supar_cli.training.models.transformer import loss_of
@@ -311,9 +311,9 @@ class TestRun:
 
     def test_the_result_is_written_last(self, plan_of: MakePlan, tmp_path: Path, monkeypatch: Any) -> None:
         written: list[str] = []
-        save, write = checkpoint.save, rundir.write_atomically
+        save, write = checkpoint.save, document.write_file
         monkeypatch.setattr(checkpoint, "save", lambda *a: (written.append(f"checkpoint {a[4]}"), save(*a))[1])
-        monkeypatch.setattr(rundir, "write_atomically", lambda p, t: (written.append(p.name), write(p, t))[1])
+        monkeypatch.setattr(document, "write_file", lambda p, t: (written.append(p.name), write(p, t))[1])
         trained(plan_of(run={"checkpoint_every": 6}), tmp_path / "run")
         assert written == ["plan.yaml", "metrics.jsonl", "checkpoint 6", "checkpoint 12", "result.json"]
 

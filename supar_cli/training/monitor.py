@@ -55,10 +55,10 @@ def first_not_finite(model: nn.Module, inputs_BT: Tensor) -> str:
 
 
 class Monitor:
-    """Compares sizes with those at step 1 and words a warning, once for each name and direction."""
+    """Compares sizes with the first it saw (step 1's, or a resumed run's first) and words a warning, once a name and way."""
 
     def __init__(self) -> None:
-        self._first: dict[str, float] = {}
+        self._first: dict[str, tuple[int, float]] = {}
         self._said: set[tuple[str, str]] = set()
 
     def warnings(self, step: int, what: str, sizes: dict[str, float]) -> list[str]:
@@ -66,11 +66,11 @@ class Monitor:
         found = []
         for layer, size in sizes.items():
             name = f"{what} of {layer}"
-            first = self._first.setdefault(name, size)
+            at, first = self._first.setdefault(name, (step, size))
             if first == 0.0:
                 continue
             word = "exploded" if size > first * LIMIT else "vanished" if size < first / LIMIT else ""
             if word and (name, word) not in self._said:
                 self._said.add((name, word))
-                found.append(f"step {step}: the {name} has {word}: {first:.3g} at step 1, {size:.3g} now")
+                found.append(f"step {step}: the {name} has {word}: {first:.3g} at step {at}, {size:.3g} now")
         return found
