@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import inf, isfinite
 from typing import Any
 
+from supar_cli.analysis import figures
 from supar_cli.errors import UnusableResult
 from supar_cli.planning.rules import Name
 from supar_cli.planning.spec import Proxy, Target
@@ -98,3 +99,30 @@ def regrets(curves: list[Curve]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def lr_transfer(curves: list[Curve], lr: float) -> figures.Figure:
+    """Loss over learning rate: a panel for each parameterization, a line for each density, its optimum ringed."""
+    panels = []
+    for name in dict.fromkeys(curve.parameterization for curve in curves):
+        own = [curve for curve in curves if curve.parameterization == name]
+        lines = [
+            figures.line(
+                f"density {figures.fraction(curve.density)}",
+                {lr * 2.0**octave: loss for octave, loss in curve.losses.items()},
+                ring=lr * 2.0**curve.best,
+            )
+            for curve in own
+        ]
+        vertical = lr * 2.0 ** dense_of(own[0], own).best
+        panels.append({"title": figures.TITLES[name], "vertical": vertical, "lines": lines})
+    return {
+        "name": "lr_transfer",
+        "title": "Loss over learning rate; rings are optima, the grey band is the dense one",
+        "x": "learning rate of the proxy, η",
+        "y": "validation loss (nats per token)",
+        "x_log2": True,
+        "y_log2": False,
+        "y_limits": figures.loss_limits([v for curve in curves for v in curve.losses.values() if isfinite(v)]),
+        "panels": panels,
+    }

@@ -61,7 +61,7 @@ def demo(
     from supar_cli.analysis import figures, sweeps
 
     rows = sweeps.regrets(curves)
-    figures.lr_transfer(curves, proxy.hyperparameters.lr, folder / "lr_transfer.png")
+    figures.save(sweeps.lr_transfer(curves, proxy.hyperparameters.lr), folder / "lr_transfer.png")
     result = {
         "kind": "supar.demo/v1",
         "proxy": proxy.hash(),

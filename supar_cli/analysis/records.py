@@ -1,0 +1,137 @@
+"""What a check or a sweep has measured: one JSON line a run, added as runs end, so that interrupted work goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from supar_cli import __version__
+from supar_cli.errors import InputError, SetupError
+from supar_cli.planning import document
+from supar_cli.tuning.execute import Workers
+
+Record = dict[str, Any]
+
+
+class Records:
+    """Records of a folder's records.jsonl by their `run`, the hash of what was run.
+
+    A line that a killed process cut is dropped. Raises SetupError when the file can't be read or written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "records.jsonl"
+        self.by_run: dict[str, Record] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = self.path.read_text("utf-8").splitlines(keepends=True) if self.path.exists() else []
+            whole = [line for line in lines if line.endswith("\n")]
+            if len(whole) < len(lines):
+                document.write_file(self.path, "".join(whole))
+        except OSError as error:
+            raise SetupError(f"{self.path}: can't be written: {error.strerror or error}") from None
+        for number, line in enumerate(whole, 1):
+            try:
+                record = json.loads(line)
+                self.by_run[record["run"]] = record
+            except (ValueError, KeyError, TypeError):
+                raise SetupError(f"{self.path}:{number}: not a record; expected a JSON object with `run`") from None
+
+    def add(self, record: Record) -> None:
+        """Append a record and flush it to disk."""
+        self.by_run[record["run"]] = record
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise SetupError(f"{self.path}: can't be written: {error.strerror or error}") from None
+
+    def complete(
+        self, function: Callable[..., Record], calls: dict[str, tuple[Any, ...]], jobs: int
+    ) -> Iterator[tuple[int, int, Record]]:
+        """Make the calls whose run is not recorded yet: (done, of all, its record) as each ends, the recorded ones first.
+
+        `function` returns its record without `run`, with `state`: `done`, or why not (`diverged`, `failed`) and `why`.
+        """
+        missing = {run: call for run, call in calls.items() if run not in self.by_run}
+        done = len(calls) - len(missing)
+        for run in calls:
+            if run not in missing:
+                yield done, len(calls), self.by_run[run]
+        runs = list(missing)
+        for index, record in Workers(jobs).results(function, list(missing.values())):
+            self.add({"run": runs[index], **record})
+            done += 1
+            yield done, len(calls), self.by_run[runs[index]]
+
+
+def open_result(folder: Path, question: dict[str, Any], force: bool) -> None:
+    """Make a folder ready for a question (what is measured): its question.json identifies it.
+
+    Raises InputError when the folder holds the answer to another question and `force` is not set; with it, starts anew.
+    """
+    path = folder / "question.json"
+    text = json.dumps(question, indent=1, sort_keys=True) + "\n"
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; expected a folder for --out")
+    if path.is_file() and path.read_text("utf-8") != text and not force:
+        raise InputError(
+            f"{folder}: holds the answer to another question; expected --force to start again or another --out"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if force:
+            (folder / "records.jsonl").unlink(missing_ok=True)
+        document.write_file(path, text)
+    except OSError as error:
+        raise SetupError(f"{folder}: can't be written: {error.strerror or error}") from None
+
+
+def environment(jobs: int) -> dict[str, Any]:
+    """Versions and machine, as results state them."""
+    cuda = torch.cuda.is_available()
+    return {
+        "supar": __version__,
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jobs} jobs",
+        "cuda": torch.cuda.get_device_name() if cuda else None,
+    }
+
+
+def result(
+    kind: str,
+    title: str,
+    *,
+    verdicts: list[dict[str, Any]],
+    tables: list[dict[str, Any]],
+    figures: list[dict[str, Any]],
+    parents: dict[str, str],
+    environment: dict[str, Any],
+    **more: Any,
+) -> dict[str, Any]:
+    """What result.json of a check, sweep or comparison holds, as `supar report` reads it.
+
+    A verdict is {what, passed, control, text}: a control is to fail, and says so in its text. A table is {title, columns,
+    rows}, its cells texts or numbers. Figures are those of `figures`.
+    """
+    return {
+        "kind": kind,
+        "title": title,
+        "verdicts": verdicts,
+        "tables": tables,
+        "figures": figures,
+        "parents": parents,
+        "environment": environment,
+        **more,
+    }
