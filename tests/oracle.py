@@ -7,13 +7,19 @@ parameterization does not correct for has the multiplier 1, so each line is writ
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-SEEN = {
+# which of (m_d, m_ρ, m_L) a parameterization corrects for, in the init and in the rate, which the decay follows
+SEEN_BY_INIT = {
     "sp": (0, 0, 0),
     "mup": (1, 0, 1),
     "supar": (1, 1, 1),
-}  # which of (m_d, m_ρ, m_L) a parameterization corrects for
+    "supar-init-only": (1, 1, 1),
+    "supar-lr-only": (1, 0, 1),
+}
+SEEN_BY_RATE = {**SEEN_BY_INIT, "supar-init-only": (1, 0, 1), "supar-lr-only": (1, 1, 1)}
 
 INIT = {
     "embedding": (0, 0, 0),
@@ -41,8 +47,9 @@ DECAY_SHARE = {"independent": 1.0, "sqrt": 0.5, "coupled": 0.0}  # how much of t
 DECAYS = {"embedding", "hidden", "unembedding"}
 EPSILON, EPSILON_IN_BLOCK = (-1, 0, 0), (-1, 0, -1)
 
-INPUT = {"sp": 0, "mup": 1, "supar": 1}  # exponent of α_input, of α_output
-ATTENTION = {"sp": -0.5, "mup": -1, "supar": -1}  # exponent of d_head
+# exponents of α_input and α_output, and of d_head
+INPUT = {"sp": 0, "mup": 1, "supar": 1, "supar-init-only": 1, "supar-lr-only": 1}
+ATTENTION = {"sp": -0.5, "mup": -1, "supar": -1, "supar-init-only": -1, "supar-lr-only": -1}
 OUTPUT, RESIDUAL = (-1, 0, 0), (0, 0, -1)
 
 
@@ -69,12 +76,12 @@ def numbers(
     """init_std, lr, weight_decay and eps of one tensor."""
     density = m_rho if role == "hidden" else 1.0
     base = np.array([m_d, density, m_L if depth_rule == "completep" else 1.0])
-    seen = np.array(SEEN[name])
+    by_init, by_rate = np.array(SEEN_BY_INIT[name]), np.array(SEEN_BY_RATE[name])
 
-    def scaled(value: float, exponents: tuple[float, float, float], share: float = 1.0) -> float:
+    def scaled(value: float, exponents: tuple[float, float, float], seen: Any = by_rate, share: float = 1.0) -> float:
         return float(value * np.prod(base ** (share * seen * np.array(exponents))))
 
-    std = scaled(sigma, INIT[role]) if role in INIT else 0.0
+    std = scaled(sigma, INIT[role], by_init) if role in INIT else 0.0
     if role == "unembedding" and unembedding_init == "zero":
         std = 0.0
     if role == "hidden" and writes_residual and residual_init == "gpt2":
@@ -84,7 +91,7 @@ def numbers(
     return {
         "init_std": std,
         "lr": scaled(eta, rate),
-        "weight_decay": scaled(lam, rate, -DECAY_SHARE[weight_decay_rule]) if role in DECAYS else 0.0,
+        "weight_decay": scaled(lam, rate, share=-DECAY_SHARE[weight_decay_rule]) if role in DECAYS else 0.0,
         "eps": scaled(eps, epsilon) if optimizer == "adamw" else 0.0,
     }
 
@@ -94,7 +101,7 @@ def forward(
 ) -> dict[str, float]:
     """The constant factors: on embeddings, on logits, on q·k, on residual branches."""
     base = np.array([m_d, 1.0, m_L if depth_rule == "completep" else 1.0])
-    seen = np.array(SEEN[name])
+    seen = np.array(SEEN_BY_RATE[name])  # no exponent of m_ρ here
     return {
         "input": float(alpha_input ** INPUT[name]),
         "output": float(alpha_output ** INPUT[name] * np.prod(base ** (seen * np.array(OUTPUT)))),

@@ -23,7 +23,8 @@ from supar_cli.planning import rules
 from . import oracle
 from .conftest import plan_from, proxy_fields
 
-NAMES, OPTIMIZERS, DEPTHS = ("sp", "mup", "supar"), ("adamw", "sgd"), ("none", "completep")
+NAMES = ("sp", "mup", "supar", "supar-init-only", "supar-lr-only")
+OPTIMIZERS, DEPTHS = ("adamw", "sgd"), ("none", "completep")
 DECAYS, RESIDUALS, UNEMBEDDINGS = ("independent", "coupled", "sqrt"), ("none", "gpt2"), ("normal", "zero")
 # (role, in a block, writes to the residual stream)
 PLACES = [
@@ -112,13 +113,13 @@ def test_at_any_multiplier_too(options: Any, where: Any, multipliers: Any, tuned
 
 
 @pytest.mark.parametrize("options", list(product(OPTIMIZERS, DECAYS, DEPTHS, RESIDUALS, UNEMBEDDINGS)))
-def test_at_the_proxys_density_supar_is_mup_bit_for_bit(options: Any) -> None:
+def test_at_the_proxys_density_supar_and_its_halves_are_mup_bit_for_bit(options: Any) -> None:
     for (role, in_block, writes), m_d, m_L in product(PLACES, (3.0, 8.0, 0.7), (1.0, 2.5)):
         place = rules.Place(role, m_d, 1.0, m_L, 12, in_block, writes)
-        found = [numbers_of(rules, rules.Scheme(name, *options), TUNED, place) for name in ("supar", "mup")]
-        assert found[0] == found[1]
-        forward = [forward_of(rules, rules.Scheme(name, *options), m_d, m_L) for name in ("supar", "mup")]
-        assert forward[0] == forward[1]
+        found = [numbers_of(rules, rules.Scheme(name, *options), TUNED, place) for name in NAMES[1:]]
+        assert all(other == found[0] for other in found)
+        forward = [forward_of(rules, rules.Scheme(name, *options), m_d, m_L) for name in NAMES[1:]]
+        assert all(other == forward[0] for other in forward)
 
 
 def test_whole_plans_of_supar_and_mup_agree_bit_for_bit_when_dense(text_file: Path) -> None:
@@ -152,14 +153,26 @@ def test_the_decay_timescales_of_a_lambda_left_alone_and_of_one_corrected() -> N
 
 # Planted faults: (text in rules.py, what stands there instead). Each must leave the table.
 MUTANTS = [
-    ('place.m_rho if scheme.name == "supar" else 1.0', "place.m_rho"),
-    ('place.m_rho if scheme.name == "supar" else 1.0', "1.0"),
-    ("tuned.sigma / sqrt(place.m_d * _density(scheme, place))", "tuned.sigma / (place.m_d * _density(scheme, place))"),
-    ("tuned.sigma / sqrt(place.m_d * _density(scheme, place))", "tuned.sigma / sqrt(place.m_d)"),
-    ("tuned.sigma / sqrt(place.m_d * _density(scheme, place))", "tuned.sigma / sqrt(_density(scheme, place))"),
+    ("place.m_rho if corrected else 1.0", "place.m_rho"),
+    ("place.m_rho if corrected else 1.0", "1.0"),
+    ('_DENSITY_IN_INIT = ("supar", "supar-init-only")', '_DENSITY_IN_INIT = ("supar",)'),
+    ('_DENSITY_IN_INIT = ("supar", "supar-init-only")', '_DENSITY_IN_INIT = ("supar", "supar-lr-only")'),
+    ('_DENSITY_IN_INIT = ("supar", "supar-init-only")', '_DENSITY_IN_INIT = ("supar", "supar-init-only", "mup")'),
+    ('_DENSITY_IN_RATE = ("supar", "supar-lr-only")', '_DENSITY_IN_RATE = ("supar",)'),
+    ('_DENSITY_IN_RATE = ("supar", "supar-lr-only")', '_DENSITY_IN_RATE = ("supar", "supar-init-only")'),
+    ('_DENSITY_IN_RATE = ("supar", "supar-lr-only")', '_DENSITY_IN_RATE = ("supar", "supar-lr-only", "mup")'),
+    ("_density(scheme.name in _DENSITY_IN_RATE, place)", "_density(scheme.name in _DENSITY_IN_INIT, place)"),
+    ("by_density = scheme.name in _DENSITY_IN_RATE", "by_density = scheme.name in _DENSITY_IN_INIT"),
+    ("by_density = scheme.name in _DENSITY_IN_INIT", "by_density = scheme.name in _DENSITY_IN_RATE"),
     (
-        "tuned.sigma / sqrt(place.m_d * _density(scheme, place))",
-        "tuned.sigma / sqrt(place.m_d / _density(scheme, place))",
+        "tuned.sigma / sqrt(place.m_d * _density(by_density, place))",
+        "tuned.sigma / (place.m_d * _density(by_density, place))",
+    ),
+    ("tuned.sigma / sqrt(place.m_d * _density(by_density, place))", "tuned.sigma / sqrt(place.m_d)"),
+    ("tuned.sigma / sqrt(place.m_d * _density(by_density, place))", "tuned.sigma / sqrt(_density(by_density, place))"),
+    (
+        "tuned.sigma / sqrt(place.m_d * _density(by_density, place))",
+        "tuned.sigma / sqrt(place.m_d / _density(by_density, place))",
     ),
     ("value / sqrt(2.0 * place.layers)", "value / sqrt(place.layers)"),
     ("value / sqrt(2.0 * place.layers)", "value / (2.0 * place.layers)"),
@@ -193,7 +206,7 @@ MUTANTS = [
     ("divisor, symbol = 1.0 / m_d", "divisor, symbol = m_d"),
     ('scheme.weight_decay_rule == "coupled" or not', "not"),
     ('or not symbol or scheme.name == "sp"', "or not symbol"),
-    ('if scheme.name != "sp":\n        value', 'if scheme.name == "supar":\n        value'),
+    ('if scheme.name != "sp":\n        by_density', 'if scheme.name == "supar":\n        by_density'),
     ("tuned.lam * sqrt(divisor)", "tuned.lam * divisor"),
     ("Rule(tuned.lam * divisor, f", "Rule(tuned.lam / divisor, f"),
     ("Rule(tuned.lam * divisor, f", "Rule(tuned.lam, f"),

@@ -32,6 +32,7 @@ SOURCES = {
     "SP": "standard parameterization: nothing is corrected",
 }
 TITLES = {"sp": "SP", "mup": "μP", "supar": "SμPar", "adamw": "AdamW", "sgd": "SGD"}
+TITLES |= {"supar-init-only": "SμPar's init only", "supar-lr-only": "SμPar's rate only"}
 FACTORS = {"input": "embeddings ×", "output": "logits ×", "attention": "q·k ×", "residual": "residual ×"}
 
 

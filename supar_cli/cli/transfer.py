@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from supar_cli.cli import console
 from supar_cli.cli.app import single
 from supar_cli.errors import InputError
+from supar_cli.planning.rules import Name
 from supar_cli.planning.spec import Proxy, parse
 
 TARGET_FLAGS = (
@@ -50,7 +51,9 @@ def transfer(
     tokens_per_parameter: Annotated[
         float | None, typer.Option(help="Training tokens per live parameter, instead.")
     ] = None,
-    parameterization: Annotated[str, typer.Option(help="supar, mup or sp.")] = "supar",
+    parameterization: Annotated[
+        str, typer.Option(metavar="NAME", help="supar, mup, sp, or half of supar: supar-init-only, supar-lr-only.")
+    ] = "supar",
     pattern: Annotated[str | None, typer.Option(help="exact, fixed_fan_in or bernoulli.")] = None,
     distribution: Annotated[str | None, typer.Option(help="uniform or erk.")] = None,
     data: console.DataOption = None,
@@ -81,8 +84,8 @@ def transfer(
     from supar_cli.planning.transfer import warnings
 
     talk = console.Talk(quiet, verbose)
-    if parameterization not in ("supar", "mup", "sp"):
-        raise InputError(f"--parameterization {parameterization}: expected supar, mup or sp")
+    if parameterization not in get_args(Name):
+        raise InputError(f"--parameterization {parameterization}: expected {', '.join(get_args(Name))}")
     if sparsity is not None and density is not None:
         raise InputError("--density: given beside --sparsity; expected only one of them")
     if from_paper and proxy is not None:

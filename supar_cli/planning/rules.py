@@ -1,4 +1,4 @@
-"""The scaling rules of SP, μP and SμPar: what one tensor's init scale, learning rate, decay and epsilon are, and why.
+"""The scaling rules of SP, μP, SμPar and its two halves: what one tensor's init scale, learning rate, decay and epsilon are, and why.
 
 Symbols, as in Dey, Bergsma, Hestness, "Sparse maximal update parameterization" (NeurIPS 2024, arXiv 2405.15743), [P]:
 
@@ -18,7 +18,7 @@ from math import sqrt
 from typing import Literal
 
 Role = Literal["embedding", "hidden", "norm", "bias", "unembedding"]
-Name = Literal["supar", "mup", "sp"]
+Name = Literal["supar", "mup", "sp", "supar-init-only", "supar-lr-only"]
 Optimizer = Literal["adamw", "sgd"]
 DecayRule = Literal["independent", "coupled", "sqrt"]
 DepthRule = Literal["none", "completep"]
@@ -70,9 +70,15 @@ class Place:
     writes_residual: bool = False
 
 
-def _density(scheme: Scheme, place: Place) -> float:
-    """m_rho as it enters the formulas of hidden weights, the only sparse ones: μP does not correct for density."""
-    return place.m_rho if scheme.name == "supar" else 1.0
+# Which parameterizations correct for density, and where: the two halves of SμPar are ablations, each right alone where the
+# other is wrong. The decay follows the rate. μP corrects for none.
+_DENSITY_IN_INIT = ("supar", "supar-init-only")
+_DENSITY_IN_RATE = ("supar", "supar-lr-only")
+
+
+def _density(corrected: bool, place: Place) -> float:
+    """m_rho as it enters the formulas of hidden weights, the only sparse ones."""
+    return place.m_rho if corrected else 1.0
 
 
 def init_std(scheme: Scheme, tuned: Tuned, place: Place) -> Rule:
@@ -87,8 +93,9 @@ def init_std(scheme: Scheme, tuned: Tuned, place: Place) -> Rule:
         return Rule(tuned.sigma, "σ", "P Table 1")
     value, formula, source = tuned.sigma, "σ", "SP"
     if scheme.name != "sp":
-        value = tuned.sigma / sqrt(place.m_d * _density(scheme, place))
-        formula, source = ("σ/√(m_d·m_ρ)", "P Table 1") if scheme.name == "supar" else ("σ/√m_d", "V Table 8")
+        by_density = scheme.name in _DENSITY_IN_INIT
+        value = tuned.sigma / sqrt(place.m_d * _density(by_density, place))
+        formula, source = ("σ/√(m_d·m_ρ)", "P Table 1") if by_density else ("σ/√m_d", "V Table 8")
     if scheme.residual_init == "gpt2" and place.writes_residual:
         value, formula, source = value / sqrt(2.0 * place.layers), formula + " /√(2·layers)", source + ", R"
     return Rule(value, formula, source)
@@ -96,24 +103,25 @@ def init_std(scheme: Scheme, tuned: Tuned, place: Place) -> Rule:
 
 def learning_rate(scheme: Scheme, tuned: Tuned, place: Place) -> Rule:
     """Peak learning rate. [P Table 1; SGD: P D.3.1, V; depth: C, where alpha = 1 makes the factor m_L^0 = 1]"""
-    m_d, m_rho = place.m_d, _density(scheme, place)
+    by_density = scheme.name in _DENSITY_IN_RATE
+    m_d, m_rho = place.m_d, _density(by_density, place)
     if scheme.name == "sp":
         return Rule(tuned.eta, "η", "SP")
     if scheme.optimizer == "adamw":
         if place.role != "hidden":
             return Rule(tuned.eta, "η", "P Table 1")
         value = tuned.eta / (m_d * m_rho)
-        return Rule(value, *(("η/(m_d·m_ρ)", "P Table 1") if scheme.name == "supar" else ("η/m_d", "V Table 8")))
+        return Rule(value, *(("η/(m_d·m_ρ)", "P Table 1") if by_density else ("η/m_d", "V Table 8")))
     if place.role != "hidden":
         return Rule(tuned.eta * m_d, "η·m_d", "V Table 8 with the forward 1/m_d")
-    return Rule(tuned.eta / m_rho, *(("η/m_ρ", "P D.3.1") if scheme.name == "supar" else ("η", "V Table 8")))
+    return Rule(tuned.eta / m_rho, *(("η/m_ρ", "P D.3.1") if by_density else ("η", "V Table 8")))
 
 
 def weight_decay(scheme: Scheme, tuned: Tuned, place: Place) -> Rule:
     """Decay λ as PyTorch applies it, shrinking by lr·λ a step. [independent: V; coupled: R; sqrt: arXiv 2510.15262]"""
     if place.role in ("bias", "norm"):
         return Rule(0.0, "0: biases and gains do not decay", "P Table 1")
-    m_d, m_rho = place.m_d, _density(scheme, place)
+    m_d, m_rho = place.m_d, _density(scheme.name in _DENSITY_IN_RATE, place)
     if place.role == "hidden":
         divisor = m_d * m_rho if scheme.optimizer == "adamw" else m_rho
         symbol = "m_d·m_ρ" if scheme.optimizer == "adamw" else "m_ρ"
