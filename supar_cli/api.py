@@ -10,16 +10,18 @@ from supar_cli.planning import corpus, document
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.rules import Name
 from supar_cli.planning.spec import Proxy, Sparsity, Spec, Target, parse
+from supar_cli.planning.study import Sweep
 from supar_cli.planning.transfer import transfer as _transfer
 
-KINDS: dict[str, type[Spec] | type[Proxy] | type[Plan]] = {
+KINDS: dict[str, type[Spec] | type[Proxy] | type[Plan] | type[Sweep]] = {
     "supar.spec/v1": Spec,
     "supar.proxy/v1": Proxy,
     "supar.plan/v1": Plan,
+    "supar.sweep/v1": Sweep,
 }
 
 
-def load(path: str | Path) -> Spec | Proxy | Plan:
+def load(path: str | Path) -> Spec | Proxy | Plan | Sweep:
     """The document in a file, as its kind says. Raises InputError with every problem in it."""
     found = document.read_file(str(path))
     if len(found) != 1:

@@ -24,6 +24,7 @@ from .conftest import Called
 Supar = Callable[..., Called]
 
 TEMPLATES = ["gpt2-124m", "interpretability", "paper", "paper-proxy", "quickstart"]
+FIGURES = [f"fig{number}" for number in (1, 10, 11, 13, 14, 6, 7, 9)]  # of sweeps; tests/test_sweep.py plans them
 # parameters of the proxy and of the target, as the templates' comments say them
 PARAMETERS = {
     "gpt2-124m": (22_583_552, 124_373_760),
@@ -46,7 +47,7 @@ def proxy_of(template: str, text_file: Path) -> Proxy:
 
 class TestTemplates:
     def test_are_the_ones_listed(self) -> None:
-        assert console.template_names() == TEMPLATES
+        assert console.template_names() == sorted([*TEMPLATES, *FIGURES])
 
     @pytest.mark.parametrize("name", TEMPLATES)
     def test_have_the_parameters_that_their_comments_say(self, name: str, text_file: Path) -> None:
@@ -94,13 +95,15 @@ class TestInit:
         assert called.status == 2 and "supar.yaml: exists and differs" in called.err
 
     def test_lists_and_names_close_misses(self, supar_here: Supar) -> None:
-        assert [line.split()[0] for line in supar_here("init", "--list").out.splitlines()] == TEMPLATES
+        assert [line.split()[0] for line in supar_here("init", "--list").out.splitlines()] == sorted(
+            [*TEMPLATES, *FIGURES]
+        )
         called = supar_here("init", "papr")
         assert called.status == 2 and "did you mean 'paper'?" in called.err
 
 
 class TestSchema:
-    @pytest.mark.parametrize("kind", ["spec", "proxy", "plan"])
+    @pytest.mark.parametrize("kind", ["spec", "proxy", "plan", "sweep"])
     def test_accepts_what_supar_accepts_and_refuses_an_unknown_key(
         self, supar_here: Supar, kind: str, text_file: Path
     ) -> None:
@@ -108,7 +111,7 @@ class TestSchema:
         jsonschema.Draft202012Validator.check_schema(schema)
         check = jsonschema.Draft202012Validator(schema)
         proxy = proxy_of("quickstart", text_file)
-        template = {"spec": "quickstart", "proxy": "paper-proxy"}.get(kind)
+        template = {"spec": "quickstart", "proxy": "paper-proxy", "sweep": "fig1"}.get(kind)
         if template:
             sound = document.read(console.template(template).read_text("utf-8"), template)[0].data
         else:

@@ -22,7 +22,7 @@ def init(
         typer.Option(
             "--out",
             "-o",
-            help="Where to write; - for stdout only. [default: supar.yaml, a proxy: proxy.yaml]",
+            help="Where to write; - for stdout only. [default: supar.yaml, a proxy: proxy.yaml, a sweep: NAME.yaml]",
             show_default=False,
         ),
     ] = None,
@@ -45,11 +45,12 @@ def init(
         raise InputError(f"{template}: no such template; {expected}")
     text = console.template(template).read_bytes().decode("utf-8")
     kind = kind_of(text)
-    default = "proxy.yaml" if kind == "supar.proxy/v1" else "supar.yaml"
+    default = {"supar.proxy/v1": "proxy.yaml", "supar.sweep/v1": f"{template}.yaml"}.get(kind, "supar.yaml")
     talk = console.Talk(quiet)
     if out != "-":
         console.persist(Path(out or default), text, force, talk)
-        talk.log(f"next: {_next(kind, '' if out in (None, default) else f' {out}')}")
+        found = out in (None, default) and kind != "supar.sweep/v1"  # without being named
+        talk.log(f"next: {_next(kind, '' if found else f' {out or default}')}")
     if out == "-" or not sys.stdout.isatty():
         console.to_stdout(text)
 
@@ -68,6 +69,8 @@ def kind_of(text: str) -> str:
 def _next(kind: str, source: str) -> str:
     if kind == "supar.proxy/v1":
         return f"supar transfer{source} --sparsity 0.992"
+    if kind == "supar.sweep/v1":
+        return f"supar sweep{source}"
     return f"supar tune-proxy{source}"
 
 

@@ -15,6 +15,7 @@ from supar_cli.cli.app import single
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.section import Section
 from supar_cli.planning.spec import Proxy, Spec
+from supar_cli.planning.study import Sweep
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -23,9 +24,10 @@ class Kind(StrEnum):
     spec = "spec"
     proxy = "proxy"
     plan = "plan"
+    sweep = "sweep"
 
 
-_TYPES: dict[Kind, type[Section]] = {Kind.spec: Spec, Kind.proxy: Proxy, Kind.plan: Plan}
+_TYPES: dict[Kind, type[Section]] = {Kind.spec: Spec, Kind.proxy: Proxy, Kind.plan: Plan, Kind.sweep: Sweep}
 
 
 def schema(
@@ -37,7 +39,7 @@ def schema(
     force: console.Force = False,
     quiet: console.Quiet = False,
 ) -> None:
-    """Print the JSON Schema of a spec, a proxy or a plan.
+    """Print the JSON Schema of a spec, a proxy, a plan or a sweep.
 
     Editors with a YAML language server check and complete a document whose first line names the schema:
     `supar schema -o supar.schema.json`, then `# yaml-language-server: $schema=supar.schema.json`.

@@ -1,0 +1,256 @@
+"""Sweep documents: the grammar of axes, sizes that keep a budget, the plans of every run, and the paper's figures as templates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import log2
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from supar_cli import api
+from supar_cli.cli import console
+from supar_cli.cli.sweep import PRESETS
+from supar_cli.errors import InputError
+from supar_cli.planning import document
+from supar_cli.planning.plan import Plan
+from supar_cli.planning.spec import parse
+from supar_cli.planning.study import Grid, Sweep, axis_values, checked
+
+from .conftest import Called, proxy_fields
+
+Supar = Callable[..., Called]
+
+
+def sweep_fields(source: str = "text.txt", **changes: Any) -> dict[str, Any]:
+    fields = proxy_fields(source, target={"width": None, "sparsity": {}})
+    study = {"over": {"lr": "x:-1..1/1", "density": [1.0, 0.25]}, "parameterizations": ["sp", "supar"], "seeds": 2}
+    return {**fields, "kind": "supar.sweep/v1", **study, **changes}
+
+
+def sweep_of(**changes: Any) -> Sweep:
+    return parse(Sweep, document.read(document.write([sweep_fields(**changes)]), "sweep.yaml")[0])
+
+
+class TestGrammar:
+    @pytest.mark.parametrize(
+        ("name", "given", "values"),
+        [
+            ("lr", "log2:-12..-4/0.5", [2.0 ** (k / 2) for k in range(-24, -7)]),
+            ("lr", "log2:-3..-1", [0.125, 0.25, 0.5]),
+            ("init_std", "x:-1..1/1", [1.5, 3.0, 6.0]),
+            ("lr", "x:0..0/1", [3.0]),
+            ("lr", "log2:-2..-0.5/1", [0.25, 0.5]),  # a step never goes beyond the end
+            ("lr", "0.1,0.025,0.05", [0.025, 0.05, 0.1]),
+            ("sparsity", "0,0.5,0.75", [0.0, 0.5, 0.75]),
+            ("density", [1, 0.5], [0.5, 1.0]),
+            ("width", "64,128", [64.0, 128.0]),
+            ("sparsity", 0.5, [0.5]),
+        ],
+    )
+    def test_values(self, name: str, given: Any, values: list[float]) -> None:
+        assert axis_values(name, given, 3.0) == tuple(values)
+
+    @pytest.mark.parametrize(
+        ("name", "given", "what"),
+        [
+            ("lr", "log2:-4..-12/0.5", "is no range"),
+            ("lr", "log2:-4..-2/0", "is no range"),
+            ("lr", "log2:-4..-2/0.001", "at most 200 values"),
+            ("lr", "log2:-4", "can't be read"),
+            ("lr", "log2:a..b", "can't be read"),
+            ("lr", "x:nan..1", "is no range"),
+            ("lr", "log10:-4..-2", "'log10' is no scale"),
+            ("lr", "0.1;0.2", "can't be read"),
+            ("lr", "", "can't be read"),
+            ("lr", "0.1,,0.2", "can't be read"),
+            ("lr", "0.1,0.1", "each once"),
+            ("lr", "0", "0 is no lr"),
+            ("lr", "nan", "nan is no lr"),
+            ("lr", True, "is no axis"),
+            ("lr", {"a": 1}, "is no axis"),
+            ("lr", [[1]], "can't be read"),
+            ("sparsity", "log2:-3..-1", "is in octaves"),
+            ("sparsity", "0,1", "1 is no sparsity"),
+            ("density", "0,1", "0 is no density"),
+            ("width", "64.5", "64.5 is no width"),
+        ],
+    )
+    def test_refusals_name_the_axis(self, name: str, given: Any, what: str) -> None:
+        with pytest.raises(ValueError, match=r".") as refused:
+            axis_values(name, given)
+        assert str(refused.value).startswith(f"over.{name}: ") and what in str(refused.value)
+
+    def test_a_grid_goes_on_by_its_own_step_and_halves_it(self) -> None:
+        grid = Grid((1.0, 2.0, 4.0))
+        assert [grid.at(p) for p in (-2, -0.5, 0, 0.5, 1, 1.5, 2, 2.5, 4)] == pytest.approx(
+            [0.25, 2**-0.5, 1, 2**0.5, 2, 2**1.5, 4, 2**2.5, 16]
+        )
+        assert Grid((1.0, 3.0, 30.0)).at(3) == pytest.approx(300) and Grid((5.0,)).at(-1) == pytest.approx(2.5)
+        assert grid.octaves(3) == 3
+
+
+class TestDocument:
+    @pytest.mark.parametrize(
+        ("changes", "what"),
+        [
+            ({"over": {"lr": "0.1", "init_std": "0.1"}}, "over: 2 axes of a hyperparameter"),
+            ({"over": {"density": "1"}}, "over: 0 axes of a hyperparameter"),
+            ({"over": {"lr": "0.1", "width": "32", "density": "1"}}, "over: 2 axes of a size"),
+            ({"over": {"lr": "0.1", "depth": "1"}}, "over.depth: no axis"),
+            ({"over": {"lr": "log2:3..1"}}, "over.lr: 'log2:3..1' is no range"),
+            ({"parameterizations": ["sp", "ntk"]}, "parameterizations[1]: "),
+            ({"parameterizations": ["sp", "sp"]}, "parameterizations: one stands twice"),
+            ({"own": {"ntk": {"lr": 0.1}}}, "own.ntk: no parameterization"),
+            ({"own": {"sp": {"lrs": 0.1}}}, "own.sp.lrs: "),
+            ({"iso": "wpn", "over": {"lr": "0.1", "width": "32"}}, "iso: wpn wants levels of sparsity or density"),
+            ({"name": "../x"}, "name: '../x' names a folder"),
+            ({"seeds": 0}, "seeds: should be greater than 0"),
+            ({"widne": 3}, "did you mean 'widen'?"),
+        ],
+    )
+    def test_refusals_by_line(self, changes: dict[str, Any], what: str) -> None:
+        with pytest.raises(InputError) as refused:
+            sweep_of(**changes)
+        assert what in str(refused.value) and str(refused.value).startswith("sweep.yaml:")
+
+    def test_arms_differ_in_their_rules_only_and_share_their_seeds(self, text_file: Path) -> None:
+        sweep = sweep_of(own={"sp": {"init_std": 0.02}})
+        sp, supar = (sweep.plan(name, sweep.levels[1], 2.0, sweep.run_seeds[1]) for name in ("sp", "supar"))  # type: ignore[arg-type]
+        assert (sp.train, sp.data, sp.sparsity) == (supar.train, supar.data, supar.sparsity)
+        assert sp.train.seed == 1 and sp.sparsity.density == 0.25
+        assert sp.hyperparameters.lr == supar.hyperparameters.lr == 0.02
+        assert (sp.hyperparameters.init_std, supar.hyperparameters.init_std) == (0.02, 0.08)
+        assert [row.kept for row in sp.tensors] == [row.kept for row in supar.tensors]
+        up = next(row for row in supar.tensors if row.name == "blocks.0.mlp.up")
+        assert up.lr == 0.02 / 0.25
+
+    def test_the_first_size_is_the_densest_or_the_narrowest(self) -> None:
+        assert [level.density for level in sweep_of(over={"lr": "0.1", "sparsity": "0.5,0,0.992"}).levels] == [
+            1,
+            0.5,
+            0.008,
+        ]
+        assert [level.width for level in sweep_of(over={"lr": "0.1", "width": "64,32"}).levels] == [32, 64]
+        assert [level.density for level in sweep_of(over={"lr": "0.1"}).levels] == [1]
+
+    def test_a_width_without_whole_heads_is_refused_before_anything_runs(self) -> None:
+        with pytest.raises(InputError, match="width 40 is no multiple of the proxy's head width 16"):
+            checked(sweep_of(over={"lr": "0.1", "width": "32,40"}))
+
+    def test_identity_is_what_is_measured(self) -> None:
+        one = sweep_of()
+        assert one.hash() == sweep_of(run={"device": "cuda"}, meta={"a": 1}).hash() != sweep_of(seeds=3).hash()
+
+
+def hidden_live(plan: Plan) -> int:
+    return sum(row.kept for row in plan.tensors if row.role == "hidden")
+
+
+class TestIso:
+    WIDE = {"model": {"family": "gpt2", "width": 256, "layers": 2, "heads": 4, "context": 8, "vocab": 256}}  # noqa: RUF012
+
+    def widths(self, iso: str, width: int, sparsity: str) -> list[int]:
+        target = {"width": width, "sparsity": {}}
+        return [
+            level.width
+            for level in sweep_of(**self.WIDE, iso=iso, target=target, over={"lr": "0.1", "sparsity": sparsity}).levels
+        ]
+
+    def test_equal_parameters_are_the_papers_widths(self) -> None:
+        assert self.widths("parameters", 768, "0,0.5,0.75,0.875") == [768, 1088, 1536, 2176]
+
+    def test_equal_weights_per_neuron_are_the_papers_256(self) -> None:
+        widths = self.widths("wpn", 256, "0,0.5,0.75,0.875,0.9375")
+        assert [width * 2.0**-k for k, width in enumerate(widths)] == [256] * 5
+
+    def test_from_a_first_level_that_is_sparse_itself(self) -> None:
+        assert self.widths("parameters", 256, "0.75,0.9375") == [256, 512]
+        assert self.widths("wpn", 256, "0.75,0.9375") == [256, 1024]
+
+    def test_plans_keep_the_live_parameters_within_the_rounding(self) -> None:
+        sweep = sweep_of(**self.WIDE, iso="parameters", over={"lr": "0.1", "sparsity": "0,0.5,0.75,0.875"})
+        live = [hidden_live(plan) for plan in checked(sweep)[:4]]
+        # whole heads of 64: 362 becomes 384, 724 becomes 704
+        assert [round(count / live[0], 3) for count in live] == [1, 1.125, 1, 0.945]
+        without = sweep_of(**self.WIDE, over={"lr": "0.1", "sparsity": "0,0.5,0.75,0.875"})
+        assert hidden_live(checked(without)[3]) == live[0] / 8  # the comparison sees a width that was left alone
+
+
+PAPER_WIDTHS = {
+    "fig9": [768, 1088, 1536, 2176],
+    "fig10": [768, 1088, 1536, 2176],
+    "fig11": [256, 512, 1024, 2048, 4096],
+}
+
+
+class TestPresets:
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_both_sizes_are_sound_and_every_run_can_be_planned(self, name: str, text_file: Path) -> None:
+        small, full = document.read_file(str(console.template(name)))
+        for read in (small, full):
+            sweep = parse(Sweep, read)
+            sweep = sweep.model_copy(update={"data": sweep.data.model_copy(update={"hash": "sha256:" + "0" * 64})})
+            checked(sweep)
+            assert len(sweep.levels) >= 3 and sweep.seeds >= 2
+            if read is small:
+                seen = set()
+                for arm in sweep.parameterizations:
+                    for level in sweep.levels:
+                        for place in range(len(sweep.grid(arm).values)):
+                            seen |= {sweep.plan(arm, level, place, seed).hash() for seed in sweep.run_seeds}
+                runs = len(sweep.parameterizations) * len(sweep.levels) * len(sweep.grid("supar").values) * sweep.seeds
+                assert len(seen) == runs
+                assert sweep.name == name and max(level.width for level in sweep.levels) <= 384
+            else:
+                assert [level.width for level in sweep.levels] == PAPER_WIDTHS.get(name, [4096] * 8)
+
+    def test_fig1_at_full_size_is_the_papers(self) -> None:
+        sweep = parse(Sweep, document.read_file(str(console.template("fig1")))[1])
+        plan = sweep.plan("supar", sweep.levels[-1], 4.0, 0)
+        assert (plan.train.tokens, plan.train.warmup_steps, plan.train.steps) == (306_446_336, 116, 1169)
+        assert plan.hyperparameters.lr == 0.0162 and len(plan.tensors) < 30
+        up = next(row for row in plan.tensors if row.name == "blocks.0.mlp.up")
+        assert up.because == {"m_d": 16.0, "m_rho": 2.0**-7} and log2(up.lr / 0.0162) == 3
+        sp = sweep.plan("sp", sweep.levels[0], 4.0, 0)
+        assert next(row for row in sp.tensors if row.role == "hidden").init_std == pytest.approx(0.08665602 / 4)
+
+    def test_init_writes_one_and_says_what_it_is_for(self, supar_here: Supar, tmp_path: Path) -> None:
+        called = supar_here("init", "fig7")
+        assert called.status == 0 and "next: supar sweep fig7.yaml" in called.err
+        assert (tmp_path / "fig7.yaml").read_text("utf-8") == console.template("fig7").read_text("utf-8")
+
+
+def test_the_api_loads_a_sweep(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(document.write([sweep_fields()]))
+    assert isinstance(api.load(tmp_path / "sweep.yaml"), Sweep)
+
+
+class TestRefusedFlags:
+    @pytest.mark.parametrize(
+        ("arguments", "what"),
+        [
+            (["--over", "lr"], "--over lr: expected NAME=VALUES"),
+            (["--over", "eta=0.1"], "--over eta=0.1: expected NAME=VALUES"),
+            (["--over", "lr=log2:1"], "over.lr: 'log2:1' can't be read"),
+            (["--over", "sparsity=0,1"], "over.sparsity: 1 is no sparsity"),
+            (["--over", "lr=0.1", "--over", "init_std=0.1"], "over: 2 axes of a hyperparameter"),
+            (["--parameterization", "sp,ntk"], "parameterizations[1]"),
+            (["--iso", "flops"], "iso: "),
+            (["--preset", "fig2"], "--preset fig2: expected fig1"),
+            (["--preset", "fig1", "proxy.yaml"], "--preset fig1: given beside a document"),
+            (["--full"], "expected a second one for --full"),
+            (["--width", "40"], "width 40 is no multiple"),
+            (["--data", "none.txt"], "data.source: none.txt: no such file"),
+            (["--out", "text.txt"], "text.txt: is a file"),
+            (["none.yaml"], "none.yaml: no such file"),
+            (["text.txt"], "text.txt:"),
+        ],
+    )
+    def test_end_with_2_and_leave_nothing(
+        self, supar_here: Supar, proxy_file: Path, unchanged: Any, arguments: list[str], what: str
+    ) -> None:
+        unchanged()
+        called = supar_here("sweep", "--device", "cpu", *arguments)
+        assert (called.status, called.out) == (2, "") and what in called.err
