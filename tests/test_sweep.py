@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from math import log2
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 import pytest
 
 from supar_cli import api
-from supar_cli.cli import console
-from supar_cli.cli.sweep import PRESETS
+from supar_cli.cli import console, studies
+from supar_cli.cli.sweep import DEFAULTS, PRESETS
 from supar_cli.errors import InputError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
@@ -225,6 +226,32 @@ class TestPresets:
 def test_the_api_loads_a_sweep(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text(document.write([sweep_fields()]))
     assert isinstance(api.load(tmp_path / "sweep.yaml"), Sweep)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("proxy.yaml", "proxy"), ("-", "sweep"), (None, "quickstart"), ("my proxy+1.yaml", "my-proxy-1")]
+)
+def test_a_spec_or_proxy_becomes_a_study_of_its_own_shape(
+    file: str | None, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = document.write([proxy_fields("text.txt", target={"sparsity": {"density": 0.1, "pattern": "fixed_fan_in"}})])
+    if file == "-":
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    elif file:
+        (tmp_path / file).write_text(text)
+    sweep = parse(Sweep, studies.read(file, False, DEFAULTS))
+    assert sweep.name == name and sweep.levels[0].width == sweep.model.width  # its target's width is for something else
+    assert (sweep.target.sparsity.pattern == "fixed_fan_in") == (file is not None)
+    assert [level.density for level in sweep.levels] == [1.0, 0.25, 0.0625]
+
+
+def test_an_axis_on_the_command_line_takes_the_place_of_its_kind() -> None:
+    read = document.read(document.write([sweep_fields()]), "sweep.yaml")[0]
+    studies.put_axes(read, ["init-std=x:-1..1/1"])
+    assert read.data["over"] == {"density": [1.0, 0.25], "init_std": "x:-1..1/1"}
+    studies.put_axes(read, ["width=32,64", "lr=0.1"])
+    assert read.data["over"] == {"width": "32,64", "lr": "0.1"}
 
 
 class TestRefusedFlags:

@@ -45,9 +45,18 @@ def read(source: str | None, full: bool, words: dict[str, Any]) -> document.Docu
     own = target.get("sparsity") if isinstance(target, dict) else None
     drawn = {key: own[key] for key in ("pattern", "distribution") if key in own} if isinstance(own, dict) else {}
     one.data = {key: value for key, value in one.data.items() if key not in NOT_IN_A_SWEEP}
-    one.data |= {"kind": "supar.sweep/v1", "name": Path(name).stem.split()[0], **copy.deepcopy(words)}
+    one.data |= {
+        "kind": "supar.sweep/v1",
+        "name": _folder_name(Path(source).stem if source else "quickstart"),
+        **copy.deepcopy(words),
+    }
     one.data["target"] = {"sparsity": drawn}  # its own shape is the one to run: what it is for may not fit here
     return one
+
+
+def _folder_name(stem: str) -> str:
+    """A file's name without what a folder's had better not have; `-`, standard input, has none."""
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in stem).strip("-") or "sweep"
 
 
 def put_flags(read: document.Document, flags: dict[str, Any]) -> None:

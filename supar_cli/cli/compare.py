@@ -1,0 +1,114 @@
+"""`supar compare`: SP, μP and SμPar with the same hyperparameters as weights go sparse, and SP re-tuned at every size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from supar_cli.cli import console, studies
+from supar_cli.cli.app import single
+from supar_cli.errors import InputError
+
+# one value, the transferred one; SP's search goes on from it by octaves
+DEFAULTS = {
+    "over": {"lr": "x:0..0/1", "sparsity": [0.0, 0.75, 0.9375]},
+    "parameterizations": ["sp", "mup", "supar"],
+    "widen": 8,
+}
+
+
+def compare(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[PROXY|SPEC|-]",
+            help="A document; - for stdin. [default: proxy.yaml, supar.yaml, else the quickstart template]",
+            show_default=False,
+        ),
+    ] = None,
+    sparsity: Annotated[str | None, typer.Option(help="Levels. [default: 0,0.75,0.9375]", show_default=False)] = None,
+    density: Annotated[str | None, typer.Option(help="Levels, instead of --sparsity.")] = None,
+    parameterization: Annotated[
+        str | None,
+        typer.Option(metavar="NAME[,…]", help="Some of sp, mup, supar, supar-init-only, supar-lr-only."),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds a point, the same for all.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes. [default: one a CPU core, at most 8]", show_default=False)
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Width of the runs. [default: the proxy's]")] = None,
+    layers: Annotated[int | None, typer.Option(help="Number of blocks.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per step.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps of a run.")] = None,
+    data: console.DataOption = None,
+    seed: Annotated[int | None, typer.Option(help="The first seed.")] = None,
+    device: console.DeviceOption = None,
+    settings: console.Set = None,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", help="Folder. [default: compare/NAME]", show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Start a folder's measurements anew.")] = False,
+    as_json: console.Json = False,
+    quiet: console.Quiet = False,
+    verbose: console.Verbose = False,
+) -> None:
+    """Compare SP, μP and SμPar over sparsities at a fixed budget, nothing re-tuned; beside it SP with its rate re-tuned."""
+    flags = locals()
+    if sparsity is not None and density is not None:
+        raise InputError("--density: given beside --sparsity; expected only one of them")
+    talk = console.Talk(quiet, verbose)
+    read = studies.read(source, False, DEFAULTS)
+    levels = {"sparsity": sparsity, "density": density}
+    studies.put_axes(read, [f"{name}={values}" for name, values in levels.items() if values is not None])
+    console.apply_settings(read, settings)
+    studies.put_flags(read, flags)
+    study = studies.study(read, talk)
+    if any(len(study.grid(name).values) != 1 for name in study.parameterizations) or not study.level_axis:
+        raise InputError(f"{read.name}: over: not of a comparison; expected a spec or a proxy, or `supar sweep`")
+    folder = Path(out or f"compare/{study.name}")
+    studies.describe(study, talk)
+
+    from supar_cli.analysis import comparison, curves, records
+    from supar_cli.tuning import execute
+
+    jobs = jobs or studies.jobs_for(study)
+    execute.require_runnable(study.plan(study.parameterizations[0], study.levels[0], 0, study.run_seeds[0]))
+    records.open_result(folder, study.model_dump(exclude={"run", "meta"}), force)
+    with studies.progress_of("compare", folder, quiet, verbose) as progress:
+        measured = curves.Measurements(study, folder, jobs, progress)
+        found = measured.curves()
+        measured.add((curve, 0.0) for curve in found)
+        measured.bracket([curve for curve in found if curve.name == "sp"])
+    rows = comparison.rows(found)
+    axis = study.level_axis if study.level_axis in ("width", "layers") else "density"
+    result = records.result(
+        "supar.compare-result/v1",
+        f"{study.title or study.name}: SP, μP and SμPar at transferred hyperparameters",
+        verdicts=[],
+        tables=comparison.tables(rows),
+        figures=[comparison.figure(rows, axis)],
+        parents={"sweep": study.hash()},
+        environment=records.environment(jobs),
+        sweep=study.model_dump(),
+        levels=rows,
+    )
+    studies.write(folder, result, talk)
+    if not quiet:
+        studies.show(result["tables"])
+        _explain(rows, talk)
+    console.emit([result], None, None, force=True, as_json=as_json, talk=talk)
+
+
+def _explain(rows: list[dict[str, Any]], talk: console.Talk) -> None:
+    talk.log(
+        "re-tuned: SP at the best learning rate for that size, found by octaves and judged by the same runs, which\n"
+        "flatters it a little. What SμPar is for is that nothing has to be re-tuned."
+    )
+    if rows[0]["cells"] and all(cell["standard_error"] is None for row in rows for cell in row["cells"].values()):
+        talk.log("one seed: no standard errors; what it shows may be chance")
+
+
+app = single(compare)

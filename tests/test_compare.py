@@ -1,0 +1,134 @@
+"""`supar compare`: transferred hyperparameters side by side, and SP's re-tuned rate, on losses with known answers and for real."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from math import log2, sqrt
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from supar_cli.analysis import comparison
+from supar_cli.analysis import curves as measuring
+from supar_cli.errors import UnusableResult
+from supar_cli.planning import document
+from supar_cli.planning.plan import Plan
+
+from .conftest import Called
+
+Supar = Callable[..., Called]
+RUN = ("--jobs", "1", "--device", "cpu", "--json")
+SHIFT = {"sp": -1.0, "mup": -0.5, "supar": 0.0}  # octaves of the optimum per octave of density
+SP, MUP, SUPAR = "SP (standard parameterization)", "μP", "SμPar"
+
+
+def loss_of(plan: Plan) -> float:
+    """Seeds 0 and 1 differ by 0.02; a rate costs 0.1 nats per squared octave from the optimum."""
+    octaves = log2(plan.hyperparameters.lr / 0.01) - SHIFT[plan.parameterization.name] * log2(plan.sparsity.density)
+    return 2.0 + 0.1 * octaves**2 + 0.02 * plan.train.seed
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    found: list[Plan] = []
+
+    def loss(plan: Plan) -> float:
+        found.append(plan)
+        return loss_of(plan)
+
+    monkeypatch.setattr(measuring.execute, "validation_loss", loss)
+    return found
+
+
+class TestKnownAnswers:
+    def test_losses_errors_and_gains(
+        self, supar_here: Supar, proxy_file: Path, trained: list[Plan], tmp_path: Path
+    ) -> None:
+        called = supar_here("compare", "--density", "1,0.25", "--seeds", "2", *RUN)
+        assert called.status == 0, called.err
+        result = json.loads(called.out)
+        dense, sparse = result["levels"]
+        cells = sparse["cells"]
+        assert {name: cell["loss"] for name, cell in cells.items()} == pytest.approx(
+            {SP: 2.41, MUP: 2.11, SUPAR: 2.01, comparison.RETUNED: 2.01}
+        )
+        assert all(cell["standard_error"] == pytest.approx(0.01) for cell in cells.values())  # 0.02 / 2
+        assert cells[comparison.RETUNED]["octaves"] == 2 and cells[comparison.RETUNED]["bracketed"]
+        assert sparse["gains"] == pytest.approx(
+            {SP: 0.4 / 2.41, MUP: 0.1 / 2.11, SUPAR: 0.0, comparison.RETUNED: 0.0}, abs=1e-9
+        )
+        assert dense["cells"][comparison.RETUNED]["octaves"] == 0
+        # SP's rates: 2^-1 … 2^1 when dense, 2^-1 … 2^3 when sparse, and nothing else is searched
+        assert len(trained) == 2 * ((3 + 5) + 2 * 2)
+        assert {plan.hyperparameters.lr for plan in trained if plan.parameterization.name != "sp"} == {0.01}
+        folder = tmp_path / "compare" / "proxy"
+        assert {path.name for path in folder.iterdir()} == {
+            "question.json",
+            "records.jsonl",
+            "result.json",
+            "compare.png",
+        }
+        assert json.loads((folder / "result.json").read_text("utf-8")) == result
+        assert "+16.60 %" in called.err and "2.0100 ± 0.0100" in called.err
+        assert max(len(line) for line in called.err.splitlines() if " %" in line and "warning" not in line) <= 80
+
+    def test_again_repeats_nothing(self, supar_here: Supar, proxy_file: Path, trained: list[Plan]) -> None:
+        first = supar_here("compare", "--seeds", "1", *RUN)
+        count = len(trained)
+        again = supar_here("compare", "--seeds", "1", *RUN)
+        assert (again.status, again.out) == (0, first.out) and len(trained) == count > 0
+        assert "one seed: no standard errors" in again.err
+
+    def test_a_diverged_run_is_shown_and_has_no_gain(
+        self, supar_here: Supar, proxy_file: Path, trained: list[Plan], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def loss(plan: Plan) -> float:
+            if plan.parameterization.name == "mup" and plan.sparsity.density < 1 and plan.train.seed == 1:
+                raise UnusableResult("step 2: the loss is nan")
+            return loss_of(plan)
+
+        monkeypatch.setattr(measuring.execute, "validation_loss", loss)
+        called = supar_here("compare", "--density", "1,0.25", "--seeds", "2", *RUN)
+        sparse = json.loads(called.out)["levels"][1]
+        assert sparse["cells"][MUP]["loss"] is None and sparse["cells"][MUP]["diverged"] == 1
+        assert sparse["gains"][MUP] is None and "1 diverged" in called.err
+
+    def test_standard_error_is_the_textbooks(self) -> None:
+        values = [2.0, 2.1, 2.4]
+        mean = sum(values) / 3
+        assert comparison.standard_error(values) == pytest.approx(
+            sqrt(sum((v - mean) ** 2 for v in values) / 2) / sqrt(3)
+        )
+        assert comparison.standard_error([2.0]) is None and comparison.standard_error([2.0, float("inf")]) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--sparsity", "0.5", "--density", "0.5"], "expected only one of them"),
+        (["--sparsity", "0.5,1"], "over.sparsity: 1 is no sparsity"),
+        (["--density", "half"], "over.density: 'half' can't be read"),
+        (["-s", "over.lr=x:-1..1/1"], "over: not of a comparison"),
+        (["none.yaml"], "none.yaml: no such file"),
+    ],
+)
+def test_refusals_leave_nothing(
+    supar_here: Supar, proxy_file: Path, unchanged: Any, arguments: list[str], what: str
+) -> None:
+    unchanged()
+    called = supar_here("compare", "--device", "cpu", *arguments)
+    assert (called.status, called.out) == (2, "") and what in called.err
+
+
+def test_a_real_comparison_as_a_process(supar: Supar, proxy_file: Path, tmp_path: Path) -> None:
+    flags = ("--sparsity", "0,0.5", "--seeds", "1", "--steps", "4", "-s", "widen=1", "--jobs", "1", "--device", "cpu")
+    called = supar("compare", *flags, "-o", "out")
+    assert called.status == 0, called.err
+    (found,) = document.read(called.out, "stdout")
+    assert found.data["kind"] == "supar.compare-result/v1"
+    records = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
+    assert len(records) == 6 + 2 * 2 and all(2 < record["loss"] < 7 for record in records)
+    dense = found.data["levels"][0]["cells"]
+    assert dense[MUP]["loss"] == dense[SUPAR]["loss"] != dense[SP]["loss"]
