@@ -121,10 +121,11 @@ def weight_decay(scheme: Scheme, tuned: Tuned, place: Place) -> Rule:
     """Decay λ as PyTorch applies it, shrinking by lr·λ a step. [independent: V; coupled: R; sqrt: arXiv 2510.15262]"""
     if place.role in ("bias", "norm"):
         return Rule(0.0, "0: biases and gains do not decay", "P Table 1")
-    m_d, m_rho = place.m_d, _density(scheme.name in _DENSITY_IN_RATE, place)
+    follows = scheme.name in _DENSITY_IN_RATE
+    m_d, m_rho = place.m_d, _density(follows, place)
     if place.role == "hidden":
         divisor = m_d * m_rho if scheme.optimizer == "adamw" else m_rho
-        symbol = "m_d·m_ρ" if scheme.optimizer == "adamw" else "m_ρ"
+        symbol = "·".join(["m_d"] * (scheme.optimizer == "adamw") + ["m_ρ"] * follows)
     elif scheme.optimizer == "sgd":
         divisor, symbol = 1.0 / m_d, "(1/m_d)"
     else:
