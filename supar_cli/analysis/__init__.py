@@ -1,1 +1,1 @@
-"""What trained plans show: sweeps over the learning rate and their figures."""
+"""What trained plans show: studies of transfer, checks and their figures."""

@@ -108,26 +108,26 @@ def _number(value: float | None, form: str) -> str:
     return "diverged" if value is None else form.format(value)
 
 
-def loss_figure(sweep: Sweep, arms: list[Arm]) -> figures.Figure:
+def loss_figure(sweep: Sweep, curves: list[Curve]) -> figures.Figure:
     """Loss over the tuned hyperparameter: a panel for each parameterization, a line for each size, its best ringed."""
     panels: list[dict[str, Any]] = []
-    for arm in arms:
+    for name in dict.fromkeys(curve.name for curve in curves):
+        own = [curve for curve in curves if curve.name == name]
         lines = [
             figures.line(
                 label(curve.level),
                 {curve.grid.at(place): finite(curve.mean(place)) for place in curve.places},
                 ring=curve.grid.at(curve.best) if isfinite(curve.mean(curve.best)) else None,
             )
-            for curve in arm.curves
+            for curve in own
         ]
-        first = arm.curves[0]
-        panels.append({"title": figures.TITLES[arm.name], "vertical": first.grid.at(first.best), "lines": lines})
-    name = NAMES.get(sweep.tuned, sweep.tuned)
+        panels.append({"title": figures.TITLES[name], "vertical": own[0].grid.at(own[0].best), "lines": lines})
+    word = NAMES.get(sweep.tuned, sweep.tuned)
     losses = [y for panel in panels for one in panel["lines"] for y in one["y"] if y is not None]
     return {
         "name": "loss",
-        "title": f"Loss over {name}; rings are optima, the grey band is the first size's",
-        "x": f"{name} of the proxy",
+        "title": f"Loss over {word}; rings are optima, the grey band is the first size's",
+        "x": f"{word} of the proxy",
         "y": "validation loss (nats per token)",
         "x_log2": True,
         "y_log2": False,

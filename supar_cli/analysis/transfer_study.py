@@ -186,7 +186,7 @@ def _verdict(arm: Arm, what: str, passed: bool | None, text: str) -> dict[str, A
         open_ = ", ".join(f"{curve.level.axis} {curve.level.value:g}" for curve in arm.unknown)
         text += f" (unknown: no inner optimum at {open_})" if open_ else " (unknown: a run failed)"
     elif arm.control:
-        text += " (a control: it is to miss this)" if not passed else " (a control, yet it holds here)"
+        text += " (a control, misses it as it should)" if not passed else " (a control, yet it holds here)"
     return {"what": f"{SHORT[arm.name]}: {what}", "passed": passed, "control": arm.control, "text": text}
 
 

@@ -74,7 +74,7 @@ def compare(
     from supar_cli.analysis import comparison, curves, records
     from supar_cli.tuning import execute
 
-    jobs = jobs or studies.jobs_for(study)
+    jobs = jobs or studies.jobs_for(study.run.device)
     execute.require_runnable(study.plan(study.parameterizations[0], study.levels[0], 0, study.run_seeds[0]))
     records.open_result(folder, study.model_dump(exclude={"run", "meta"}), force)
     with studies.progress_of("compare", folder, quiet, verbose) as progress:

@@ -12,14 +12,16 @@ from typing import Annotated, Any
 
 import typer
 
-from supar_cli.cli import console
+from supar_cli.cli import console, studies
 from supar_cli.cli.app import single
-from supar_cli.errors import SetupError
+from supar_cli.errors import SetupError, UnusableResult
 from supar_cli.planning import corpus, document
-from supar_cli.planning.spec import Proxy, Sparsity, Spec, Target, parse
+from supar_cli.planning.spec import Proxy, Spec, parse
+from supar_cli.planning.study import Sweep
 
 DENSITIES = (1.0, 1 / 4, 1 / 16)
 STEPS = 120
+FIRST_OCTAVE, LAST_OCTAVE, WIDEN = -2, 2, 8  # of the sweep; the last: a factor of a thousand from the transferred rate
 
 
 def demo(
@@ -41,7 +43,7 @@ def demo(
     """See what SμPar keeps and SP loses as weights go sparse: a few minutes on two CPU cores, no download."""
     started = time.monotonic()
     spec = _spec(data, steps, trials, device)
-    jobs = jobs or _jobs(spec)
+    jobs = jobs or studies.jobs_for(spec.run.device)
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,11 +59,13 @@ def demo(
             "2. Transferring it to densities 1, 1/4, 1/16 under SP and SμPar; at each, the learning rate is swept\n"
             "   by factors of 2 around the transferred one."
         )
-        curves = _sweep(proxy, [spec.train.seed + offset for offset in range(seeds)], jobs, progress)
-    from supar_cli.analysis import figures, sweeps
+    study = _study(proxy, seeds)
+    with console.Progress("demo", quiet, verbose) as progress:
+        curves = _sweep(study, folder, jobs, progress)
+    from supar_cli.analysis import figures, study_views
 
-    rows = sweeps.regrets(curves)
-    figures.save(sweeps.lr_transfer(curves, proxy.hyperparameters.lr), folder / "lr_transfer.png")
+    rows = _regrets(curves)
+    figures.save(study_views.loss_figure(study, curves), folder / "lr_transfer.png")
     result = {
         "kind": "supar.demo/v1",
         "proxy": proxy.hash(),
@@ -71,9 +75,9 @@ def demo(
         "regrets": rows,
         "curves": [
             {
-                "parameterization": c.parameterization,
-                "density": c.density,
-                "losses": {octave: loss if isfinite(loss) else None for octave, loss in c.losses.items()},
+                "parameterization": c.name,
+                "density": c.level.density,
+                "losses": {_octave(place): study_views.finite(c.mean(place)) for place in c.places},
             }
             for c in curves
         ],
@@ -113,47 +117,72 @@ def _spec(data: str | None, steps: int, trials: int, device: str | None) -> Spec
     return spec.model_copy(update={"data": corpus.identified(spec.data)})
 
 
-def _jobs(spec: Spec) -> int:
-    import torch
-
-    on_cuda = spec.run.device.startswith("cuda") or (spec.run.device == "auto" and torch.cuda.is_available())
-    return 1 if on_cuda else min(8, os.cpu_count() or 1)
-
-
 def _tuned(spec: Spec, folder: Path, jobs: int, progress: console.Progress) -> Proxy:
     from supar_cli.tuning import search
 
     return search.search(spec, str(folder / "proxy.journal"), jobs=jobs, reporter=progress)
 
 
-def _sweep(proxy: Proxy, seeds: list[int], jobs: int, progress: console.Progress) -> list[Any]:
-    from supar_cli.analysis import sweeps
-    from supar_cli.analysis.figures import fraction
-    from supar_cli.tuning import execute
+def _study(proxy: Proxy, seeds: int) -> Sweep:
+    keys = {"model", "hyperparameters", "parameterization", "sparsity", "data", "train", "run"}
+    return Sweep(
+        kind="supar.sweep/v1",
+        name="demo",
+        over={"lr": f"x:{FIRST_OCTAVE}..{LAST_OCTAVE}/1", "density": list(DENSITIES)},
+        parameterizations=["sp", "supar"],
+        seeds=seeds,
+        widen=WIDEN,
+        **proxy.model_dump(include=keys),
+    )
 
-    calls = [
-        (proxy, Target(sparsity=Sparsity(density=density)), name, (-2, 2), seeds)
-        for density in reversed(DENSITIES)  # the sparse ones sweep longest, so they start first
-        for name in ("sp", "supar")
-    ]
-    found = {}
-    for count, (_, curve) in enumerate(execute.Workers(jobs).results(sweeps.lr_curve, calls), 1):
-        found[curve.parameterization, curve.density] = curve
-        label = f"{_LABELS[curve.parameterization]} at density {fraction(curve.density)}"
-        progress.log(
-            f"   {label}: best at η·2^{curve.best}, loss {curve.losses[curve.best]:.4f} ({len(curve.losses)} rates)"
-        )
-        progress.progress(count, len(calls), curve.losses[curve.best])
-    curves = [found[name, density] for name in ("sp", "supar") for density in DENSITIES]
-    missing = sweeps.unmeasured(curves)
-    more = [
-        (proxy, Target(sparsity=Sparsity(density=c.density)), c.parameterization, octave, seeds)
-        for c, octave in missing
-    ]
-    for index, loss in execute.Workers(jobs).results(sweeps.mean_loss, more):
-        curve, octave = missing[index]
-        curve.losses = dict(sorted({**curve.losses, octave: loss}.items()))
+
+def _octave(place: float) -> int:
+    """Octaves from the proxy's rate, of a place in the sweep's grid."""
+    return FIRST_OCTAVE + round(place)
+
+
+def _sweep(study: Sweep, folder: Path, jobs: int, progress: console.Progress) -> list[Any]:
+    from supar_cli.analysis import curves as measuring
+    from supar_cli.analysis.figures import fraction
+
+    measured = measuring.Measurements(study, folder, jobs, progress)
+    curves = measured.curves()
+    measured.bracket(curves)
+    measured.share(curves)
+    for curve in curves:
+        label = f"{_LABELS[curve.name]} at density {fraction(curve.level.density)}"
+        loss, rates = curve.mean(curve.best), len(curve.losses)
+        progress.log(f"   {label}: best at η·2^{_octave(curve.best)}, loss {loss:.4f} ({rates} rates)")
     return curves
+
+
+def _regrets(curves: list[Any]) -> list[dict[str, Any]]:
+    """For each curve: where its optimum lies against the dense one's of its parameterization, and the regret there.
+
+    None stands for a loss that is not finite. Raises UnusableResult when a curve's training diverged at every rate.
+    """
+    from supar_cli.analysis.curves import first_of
+    from supar_cli.analysis.study_views import finite
+
+    rows = []
+    for curve in curves:
+        dense, loss = first_of(curve, curves), curve.mean(curve.best)
+        if not isfinite(loss):
+            raise UnusableResult(
+                f"{curve.name} at density {curve.level.density:g}: training diverged at every rate tried"
+            )
+        there = curve.mean(dense.best)
+        rows.append(
+            {
+                "parameterization": curve.name,
+                "density": curve.level.density,
+                "optimum_octaves": round(curve.best - dense.best),
+                "loss_at_optimum": loss,
+                "loss_at_dense_rate": finite(there),
+                "regret": finite(there - loss),
+            }
+        )
+    return rows
 
 
 _LABELS = {"sp": "SP", "supar": "SμPar"}

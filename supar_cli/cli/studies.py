@@ -130,11 +130,10 @@ def describe(sweep: Sweep, talk: console.Talk) -> None:
             talk.log(f"  density {level.density:g}: width {level.width}, {live}, {100 * share:.1f} % of it")
 
 
-def jobs_for(sweep: Sweep) -> int:
+def jobs_for(device: str) -> int:
     """Processes by default: one on a GPU, which runs share badly; one a core otherwise, at most 8."""
     import torch
 
-    device = sweep.run.device
     on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     return 1 if on_cuda else min(8, os.cpu_count() or 1)
 
@@ -157,10 +156,17 @@ def show(tables: list[dict[str, Any]]) -> None:
 
 
 def show_verdicts(verdicts: list[dict[str, Any]]) -> None:
+    """One line a verdict; in brackets those of controls, whose texts say so for other readers."""
     words = {True: "pass", False: "FAIL", None: "?"}
-    marks = ["control" if one["control"] and one["passed"] is not None else words[one["passed"]] for one in verdicts]
-    rows = [[mark, one["what"], one["text"]] for mark, one in zip(marks, verdicts, strict=True)]
-    _draw("verdicts", ["", "", "measured; pass mark"], rows, lambda i, heading: "left")
+    controls = {True: "(pass)", False: "(miss)", None: "?"}
+    rows = [
+        [(controls if one["control"] else words)[one["passed"]], one["what"], one["text"].partition(" (a control")[0]]
+        for one in verdicts
+    ]
+    title = "verdicts" + (
+        "; in brackets controls, which are to miss" if any(one["control"] for one in verdicts) else ""
+    )
+    _draw(title, ["", "", "measured; pass mark"], rows, lambda i, heading: "left")
 
 
 def _draw(title: str, columns: list[str], rows: list[list[Any]], justify: Callable[[int, str], Any]) -> None:

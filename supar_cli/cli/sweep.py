@@ -89,7 +89,7 @@ def sweep(
     from supar_cli.analysis import curves, records, transfer_study
     from supar_cli.tuning import execute
 
-    jobs = jobs or studies.jobs_for(study)
+    jobs = jobs or studies.jobs_for(study.run.device)
     execute.require_runnable(study.plan(study.parameterizations[0], study.levels[0], 0, study.run_seeds[0]))
     records.open_result(folder, study.model_dump(exclude={"run", "meta"}), force)
     with studies.progress_of("sweep", folder, quiet, verbose) as progress:
@@ -117,7 +117,10 @@ def _result(study: Any, arms: list[Any], environment: dict[str, Any]) -> dict[st
         study.title or study.name,
         verdicts=transfer_study.verdicts(arms),
         tables=[study_views.table(study, arm) for arm in arms],
-        figures=[study_views.loss_figure(study, arms), study_views.optimum_figure(study, arms)],
+        figures=[
+            study_views.loss_figure(study, [curve for arm in arms for curve in arm.curves]),
+            study_views.optimum_figure(study, arms),
+        ],
         parents={"sweep": study.hash()},
         environment=environment,
         sweep=study.model_dump(),
