@@ -139,6 +139,8 @@ def _result(study: Any, arms: list[Any], environment: dict[str, Any]) -> dict[st
 
 
 def _explain(study: Any, arms: list[Any], talk: console.Talk) -> None:
+    from supar_cli.analysis import transfer_study
+
     open_ = [curve for arm in arms for curve in arm.unknown]
     talk.log(
         "octaves: the best value against the first row's; re-used: loss at the first row's best\n"
@@ -153,6 +155,8 @@ def _explain(study: Any, arms: list[Any], talk: console.Talk) -> None:
             talk.log(f"{arm.name}: of {runs} runs {said}; a diverged one counts as worse than any loss")
     if study.seeds == 1:
         talk.log("one seed: no interval; what it shows may be chance")
+    else:
+        talk.log(f"95 % intervals: {transfer_study.RESAMPLES} resamples of the {study.seeds} seeds")
     if open_:
         talk.warn(
             f"{len(open_)} optima lie at the end of their axis, extended by at most {study.widen} steps; -s widen=N allows more"
