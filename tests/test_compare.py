@@ -21,12 +21,14 @@ from .conftest import Called
 Supar = Callable[..., Called]
 RUN = ("--jobs", "1", "--device", "cpu", "--json")
 SHIFT = {"sp": -1.0, "mup": -0.5, "supar": 0.0}  # octaves of the optimum per octave of density
+OFFSET = {"sp": -1.0, "mup": 0.0, "supar": 0.0}  # and where it is when dense
 SP, MUP, SUPAR = "SP (standard parameterization)", "μP", "SμPar"
 
 
 def loss_of(plan: Plan) -> float:
     """Seeds 0 and 1 differ by 0.02; a rate costs 0.1 nats per squared octave from the optimum."""
-    octaves = log2(plan.hyperparameters.lr / 0.01) - SHIFT[plan.parameterization.name] * log2(plan.sparsity.density)
+    name = plan.parameterization.name
+    octaves = log2(plan.hyperparameters.lr / 0.01) - OFFSET[name] - SHIFT[name] * log2(plan.sparsity.density)
     return 2.0 + 0.1 * octaves**2 + 0.02 * plan.train.seed
 
 
@@ -52,16 +54,21 @@ class TestKnownAnswers:
         dense, sparse = result["levels"]
         cells = sparse["cells"]
         assert {name: cell["loss"] for name, cell in cells.items()} == pytest.approx(
-            {SP: 2.41, MUP: 2.11, SUPAR: 2.01, comparison.RETUNED: 2.01}
+            {SP: 2.11, MUP: 2.11, SUPAR: 2.01, comparison.DENSE: 2.41, comparison.RETUNED: 2.01}
         )
         assert all(cell["standard_error"] == pytest.approx(0.01) for cell in cells.values())  # 0.02 / 2
-        assert cells[comparison.RETUNED]["octaves"] == 2 and cells[comparison.RETUNED]["bracketed"]
+        assert cells[comparison.RETUNED]["octaves"] == 1 and cells[comparison.RETUNED]["bracketed"]
         assert sparse["gains"] == pytest.approx(
-            {SP: 0.4 / 2.41, MUP: 0.1 / 2.11, SUPAR: 0.0, comparison.RETUNED: 0.0}, abs=1e-9
+            {SP: 0.1 / 2.11, MUP: 0.1 / 2.11, SUPAR: 0.0, comparison.DENSE: 0.4 / 2.41, comparison.RETUNED: 0.0},
+            abs=1e-9,
         )
-        assert dense["cells"][comparison.RETUNED]["octaves"] == 0
-        # SP's rates: 2^-1 … 2^1 when dense, 2^-1 … 2^3 when sparse, and nothing else is searched
-        assert len(trained) == 2 * ((3 + 5) + 2 * 2)
+        assert dense["cells"][comparison.RETUNED] == {
+            **dense["cells"][comparison.DENSE],
+            "octaves": -1,
+            "bracketed": True,
+        }
+        # SP's rates: 2^-2 … 2^1 when dense, 2^-1 … 2^2 when sparse, and nothing else is searched
+        assert len(trained) == 2 * ((4 + 4) + 2 * 2)
         assert {plan.hyperparameters.lr for plan in trained if plan.parameterization.name != "sp"} == {0.01}
         folder = tmp_path / "compare" / "proxy"
         assert {path.name for path in folder.iterdir()} == {
@@ -71,7 +78,7 @@ class TestKnownAnswers:
             "compare.png",
         }
         assert json.loads((folder / "result.json").read_text("utf-8")) == result
-        assert "+16.60 %" in called.err and "2.0100 ± 0.0100" in called.err
+        assert "+16.60 %" in called.err and "2.0100±.0100" in called.err
         assert max(len(line) for line in called.err.splitlines() if " %" in line and "warning" not in line) <= 80
 
     def test_again_repeats_nothing(self, supar_here: Supar, proxy_file: Path, trained: list[Plan]) -> None:

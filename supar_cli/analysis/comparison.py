@@ -1,4 +1,8 @@
-"""SP, μP and SμPar side by side at transferred hyperparameters, beside SP with its learning rate re-tuned at every size."""
+"""SP, μP and SμPar side by side at transferred hyperparameters, beside SP with a learning rate of its own.
+
+SP has three lines: the proxy's rate as the others have it, the rate that is best for SP at the first size, re-used (what
+people do), and its rate re-tuned at every size (what nobody can afford, and the fair comparison of what is possible).
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,10 @@ from math import inf, isfinite, sqrt
 from typing import Any
 
 from supar_cli.analysis import figures
-from supar_cli.analysis.curves import Curve
-from supar_cli.analysis.study_views import finite, label
+from supar_cli.analysis.curves import Curve, first_of
+from supar_cli.analysis.study_views import finite
 
-RETUNED = "SP, re-tuned"
+DENSE, RETUNED = "SP, tuned dense", "SP, re-tuned"
 
 
 def standard_error(values: list[float]) -> float | None:
@@ -33,21 +37,27 @@ def cell(curve: Curve, place: float) -> dict[str, Any]:
 
 
 def rows(curves: list[Curve]) -> list[dict[str, Any]]:
-    """One a size: a cell of each parameterization at place 0, of SP at its best place, and SμPar's gains in shares."""
+    """One a size: a cell of each parameterization at place 0 and of SP at its own places, and SμPar's gains in shares."""
     found = []
     names = list(dict.fromkeys(curve.name for curve in curves))
     sizes = [curve for curve in curves if curve.name == names[0]]
     for i, size in enumerate(sizes):
         own = {name: [c for c in curves if c.name == name][i] for name in names}
-        row: dict[str, Any] = {"level": label(size.level), "density": size.level.density, "width": size.level.width}
+        row: dict[str, Any] = {"level": _level(size), "density": size.level.density, "width": size.level.width}
         row["cells"] = {figures.TITLES[name]: cell(curve, 0.0) for name, curve in own.items()}
         if "sp" in own:
             sp = own["sp"]
             octaves = sp.grid.octaves(sp.best) - sp.grid.octaves(0.0)
+            row["cells"][DENSE] = cell(sp, first_of(sp, curves).best)
             row["cells"][RETUNED] = {**cell(sp, sp.best), "octaves": octaves, "bracketed": sp.bracketed}
         row["gains"] = {name: gain(row["cells"][name], row["cells"]) for name in row["cells"]}
         found.append(row)
     return found
+
+
+def _level(curve: Curve) -> str:
+    own = curve.level
+    return f"{own.value:g}" if own.axis in ("width", "layers") else figures.fraction(own.density)
 
 
 def gain(other: dict[str, Any], cells: dict[str, Any]) -> float | None:
@@ -58,8 +68,8 @@ def gain(other: dict[str, Any], cells: dict[str, Any]) -> float | None:
     return float((other["loss"] - supar["loss"]) / other["loss"])
 
 
-def tables(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Losses with standard errors, and SμPar's gain over each of the others."""
+def tables(found: list[dict[str, Any]], axis: str) -> list[dict[str, Any]]:
+    """Losses with standard errors, and SμPar's gain over each of the others; 80 columns wide at most."""
     names = list(found[0]["cells"])
     short = {name: name.replace(" (standard parameterization)", "") for name in names}
     losses = [[row["level"], *(_loss(row["cells"][name]) for name in names)] for row in found]
@@ -68,12 +78,12 @@ def tables(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "title": "validation loss (nats per token): mean ± standard error over seeds",
-            "columns": ["", *(short[name] for name in names)],
+            "columns": [axis, *(short[name] for name in names)],
             "rows": losses,
         },
         {
             "title": "how much lower SμPar's loss is than that of",
-            "columns": ["", *(short[name] for name in others), "re-tuned rate ÷ transferred"],
+            "columns": [axis, *(short[name] for name in others), "re-tuned ÷ proxy's"],
             "rows": gains,
         },
     ]
@@ -82,7 +92,8 @@ def tables(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _loss(one: dict[str, Any]) -> str:
     if one["loss"] is None:
         return f"{one['diverged']} diverged" if one["diverged"] else "failed"
-    return f"{one['loss']:.4f}" + ("" if one["standard_error"] is None else f" ± {one['standard_error']:.4f}")
+    spread = one["standard_error"]
+    return f"{one['loss']:.4f}" + ("" if spread is None else "±" + f"{spread:.4f}".removeprefix("0"))
 
 
 def _percent(share: float | None) -> str:
@@ -93,7 +104,7 @@ def _rate(row: dict[str, Any]) -> str:
     again = row["cells"].get(RETUNED)
     if again is None:
         return "–"
-    return f"2^{again['octaves']:g}" + ("" if again["bracketed"] else " (at the end of its axis)")
+    return f"2^{again['octaves']:g}" + ("" if again["bracketed"] else ", at the end")
 
 
 def figure(found: list[dict[str, Any]], axis: str) -> figures.Figure:

@@ -55,7 +55,9 @@ def compare(
     quiet: console.Quiet = False,
     verbose: console.Verbose = False,
 ) -> None:
-    """Compare SP, μP and SμPar over sparsities at a fixed budget, nothing re-tuned; beside it SP with its rate re-tuned."""
+    """Compare SP, μP and SμPar over sparsities at a fixed budget, nothing re-tuned.
+
+    Beside it SP with a learning rate of its own, tuned when dense or at every size."""
     flags = locals()
     if sparsity is not None and density is not None:
         raise InputError("--density: given beside --sparsity; expected only one of them")
@@ -81,14 +83,16 @@ def compare(
         measured = curves.Measurements(study, folder, jobs, progress)
         found = measured.curves()
         measured.add((curve, 0.0) for curve in found)
-        measured.bracket([curve for curve in found if curve.name == "sp"])
+        own = [curve for curve in found if curve.name == "sp"]
+        measured.bracket(own)
+        measured.share(own)
     rows = comparison.rows(found)
     axis = study.level_axis if study.level_axis in ("width", "layers") else "density"
     result = records.result(
         "supar.compare-result/v1",
         f"{study.title or study.name}: SP, μP and SμPar at transferred hyperparameters",
         verdicts=[],
-        tables=comparison.tables(rows),
+        tables=comparison.tables(rows, axis),
         figures=[comparison.figure(rows, axis)],
         parents={"sweep": study.hash()},
         environment=records.environment(jobs),
@@ -104,8 +108,10 @@ def compare(
 
 def _explain(rows: list[dict[str, Any]], talk: console.Talk) -> None:
     talk.log(
-        "re-tuned: SP at the best learning rate for that size, found by octaves and judged by the same runs, which\n"
-        "flatters it a little. What SμPar is for is that nothing has to be re-tuned."
+        "tuned dense: SP at the learning rate that is its best in the first row, re-used\n"
+        "re-tuned: SP at its best for that row, found by octaves and judged by the same\n"
+        "  runs, which flatters it a little. SμPar is for not having to do that.\n"
+        "the others: at the proxy's learning rate"
     )
     if rows[0]["cells"] and all(cell["standard_error"] is None for row in rows for cell in row["cells"].values()):
         talk.log("one seed: no standard errors; what it shows may be chance")

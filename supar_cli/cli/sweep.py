@@ -143,9 +143,10 @@ def _explain(study: Any, arms: list[Any], talk: console.Talk) -> None:
 
     open_ = [curve for arm in arms for curve in arm.unknown]
     talk.log(
-        "octaves: the best value against the first row's; re-used: loss at the first row's best\n"
-        "γ: slope of log2(best value) on log2(size); best values are those of a parabola through\n"
-        "the losses within 2 steps and 1.5 octaves of the best one measured"
+        "octaves: the best value against the first row's\n"
+        "re-used: loss at the first row's best of the values measured\n"
+        "γ: slope of log2(best value) on log2(size); best values are a parabola's through\n"
+        "  the losses within 2 steps and 1.5 octaves of the best one measured"
     )
     for arm in arms:
         counts = {word: sum(getattr(curve, word) for curve in arm.curves) for word in ("diverged", "failed")}
