@@ -5,64 +5,15 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from supar_cli.planning.plan import Plan, PlanTensor
-from supar_cli.planning.transfer import timescale_steps
-
-
-def _label(name: str) -> str:
-    """`blocks.3.attn.q` as `*.attn.q`: what equal rows of all blocks are shown under."""
-    head, _, rest = name.partition(".")
-    return f"*.{rest.partition('.')[2]}" if head == "blocks" else name
-
-
-def _joined(names: list[str]) -> str:
-    """Names in one word while that fits the column, in several, which wrap, otherwise."""
-    text = ",".join(names)
-    return text if len(text) <= 16 else ", ".join(names)
-
-
-def number(value: float) -> str:
-    """Four significant digits, short."""
-    return f"{value:.4g}"
-
-
-def plan_rows(plan: Plan) -> list[list[str]]:
-    """One row for each set of equal tensors: name, shape, m_d, m_ρ, WPN, init std, lr, λ, decay timescale in steps."""
-    groups: dict[tuple[object, ...], list[PlanTensor]] = {}
-    for row in plan.tensors:
-        key = (row.role, tuple(row.shape), row.kept, row.init_std, row.lr, row.weight_decay, row.eps)
-        groups.setdefault(key, []).append(row)
-    rows = []
-    for members in groups.values():
-        first, names = (
-            members[0],
-            sorted({_label(row.name) for row in members}, key=[_label(r.name) for r in members].index),
-        )
-        prefix = names[0].rpartition(".")[0] + "."
-        short = [names[0], *(n.removeprefix(prefix) for n in names[1:])] if prefix != "." else names
-        decay = timescale_steps(first)
-        hidden = first.role == "hidden"
-        rows.append(
-            [
-                _joined(short),
-                "×".join(map(str, first.shape)),
-                number(first.because["m_d"]),
-                number(first.because["m_rho"]) if hidden else "",
-                number(first.wpn) if hidden else "",
-                "1" if first.role == "norm" else number(first.init_std),
-                number(first.lr),
-                number(first.weight_decay),
-                f"{decay:.0f}" if decay else "–",
-            ]
-        )
-    return rows
+from supar_cli.planning.overview import COLUMNS, number, plan_rows
+from supar_cli.planning.plan import Plan
 
 
 def show_plan(plan: Plan) -> None:
     """The table per role on stderr."""
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
-    table.add_column("tensor", overflow="fold")
-    for heading in ("shape", "m_d", "m_ρ", "WPN", "init std", "peak lr", "λ", "decay"):
+    table.add_column(COLUMNS[0], overflow="fold")
+    for heading in COLUMNS[1:]:
         table.add_column(heading, justify="right", no_wrap=heading != "shape")
     for row in plan_rows(plan):
         table.add_row(*row)
