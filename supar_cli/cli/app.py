@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": ("demo", "See in minutes what SμPar keeps and SP loses; write demo/."),
     "sweep": ("sweep", "Measure whether optima hold over density or width; write sweeps/NAME/."),
     "compare": ("compare", "Compare SP, μP and SμPar over sparsities, nothing re-tuned; write compare/NAME/."),
+    "report": ("report", "Show runs, sweeps, checks and plans on one HTML page; write report.html."),
     "init": ("init", "Write a template to start from."),
     "explain": ("explain", "Show the formula, numbers and source behind a plan's values."),
     "data": ("data", "Inspect a corpus, or prepare one as a token file."),

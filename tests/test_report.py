@@ -1,0 +1,263 @@
+"""`supar report`: what a page holds, that it needs nothing but itself, and what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from supar_cli.analysis import figures, records
+from supar_cli.planning import document
+from supar_cli.planning.plan import Plan
+from supar_cli.training import rundir
+from supar_cli.training.trainer import Trainer
+from tests.conftest import Called
+
+Supar = Callable[..., Called]
+EVIL = "<script>throw Error('planted')</script>"
+MARKS = [(True, False), (False, False), (False, True), (True, True), (None, False)]
+
+
+def study(folder: Path, title: str = "A sweep", **changes: Any) -> Path:
+    """A sweep's folder: two figures, one of them with gaps, every sort of verdict, six records and a cut one."""
+    lines = [
+        figures.line(f"density {d}", {2.0**k: 3 + (k + 7) ** 2 / 9 if k < -4 else None for k in range(-9, -2)})
+        for d in (1, 2)
+    ]
+    panels = [{"title": name, "vertical": 2.0**-7, "lines": lines} for name in ("SP", "μP", "SμPar")]
+    common = {"x": "learning rate $", "y": "loss", "x_log2": True, "y_log2": False, "y_limits": None}
+    drawn = [
+        {"name": name, "title": f"{name} {title}", **common, "panels": panels[:n]} for name, n in (("a", 3), ("b", 1))
+    ]
+    verdicts = [{"what": f"mark {i}", "passed": p, "control": c, "text": title} for i, (p, c) in enumerate(MARKS)]
+    found = records.result(
+        "supar.sweep-result/v1",
+        title,
+        verdicts=verdicts,
+        tables=[{"title": "Optima", "columns": ["density", title], "rows": [["1/4", 0.25], [title, None]]}],
+        figures=drawn,
+        parents={"sweep": "sha256:" + "ab" * 32},
+        environment={"supar": "0", "cuda": None},
+        command=["supar", "sweep", "a b"],
+    )
+    folder.mkdir(parents=True)
+    states = ["done"] * 4 + ["diverged", "failed"]
+    rows = [
+        json.dumps({"run": f"r{i}", "state": s, "why": None if s == "done" else f"why {title}"})
+        for i, s in enumerate(states)
+    ]
+    (folder / "records.jsonl").write_text("\n".join(rows) + '\n{"run": "r6", "sta')
+    (folder / "question.json").write_text(json.dumps({"kind": "supar.sweep/v1", "name": "asked"}))
+    (folder / "result.json").write_text(json.dumps({**found, **changes}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of twelve steps, its plan's notes hostile."""
+    from tests.conftest import plan_from, proxy_fields, real_text
+
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_bytes(real_text(24_000))
+    fields = proxy_fields(str(folder / "text.txt"), run={"log_every": 2})
+    plan: Plan = plan_from(fields).model_copy(update={"meta": {"note": EVIL}})
+    rundir.start(folder / "run", plan, resume=False, force=False)
+    Trainer(plan).run(folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def cut(trained: Path, tmp_path: Path) -> Path:
+    """The same run as it stood within its eighth step's line."""
+    shutil.copytree(trained, tmp_path / "cut")
+    (tmp_path / "cut" / "result.json").unlink()
+    path = tmp_path / "cut" / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:7]) + lines[7][:20])
+    return tmp_path / "cut"
+
+
+class Page(HTMLParser):
+    """What a page would run or fetch, its ids, headings and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.targets: list[str] = []
+        self.foreign: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag in ("script", "iframe", "object", "embed", "img", "base"):
+            self.foreign.append(tag)
+        for name, value in attributes:
+            value = value or ""
+            if name == "id":
+                self.ids.append(value)
+            self.targets += [value[1:]] if name in ("href", "xlink:href") and value.startswith("#") else []
+            self.targets += re.findall(r"url\(#([^)]*)\)", value)
+            if name.startswith("on") or (name in ("src", "href", "data") and not value.startswith(("#", "data:,"))):
+                self.foreign.append(f"{tag} {name}={value}")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def foreign(text: str) -> list[str]:
+    """What a page would run, or fetch from elsewhere."""
+    return Page(text).foreign + re.findall(r"https?://[^\s<\"]*|@import|url\((?!#)[^)]*\)", text)
+
+
+def test_a_finished_run(supar_here: Supar, trained: Path, tmp_path: Path) -> None:
+    called = supar_here("report", str(trained))
+    assert (called.status, called.out) == (0, "")
+    text = (tmp_path / "report.html").read_text()
+    shown = Page(text)
+    assert shown.tags.count("svg") == 4
+    assert "finished: step 12 of 12" in shown.text and "✓ passed" in shown.text
+    result = json.loads((trained / "result.json").read_text())
+    assert f"{result['validation_loss']:.6g}" in shown.text and f"{result['train_loss']:.6g}" in shown.text
+    plan = document.read_file(str(trained / "plan.yaml"))[0].data
+    assert all(row["name"] in shown.text for row in plan["tensors"]) and result["plan"] in shown.text
+    assert result["environment"]["torch"] in shown.text
+    assert supar_here("report", str(trained)).status == 0, "equal input makes an equal page"
+
+
+def test_a_running_run_is_shown_so_far(supar_here: Supar, cut: Path, tmp_path: Path) -> None:
+    before = {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()}
+    called = supar_here("report", "cut", "--json", "-o", "-")
+    assert called.status == 0
+    part = json.loads(called.out)["parts"][0]
+    assert re.match(r"running: step 7 of 12, last written 20\d\d-", part["state"])
+    assert {one["what"]: one["passed"] for one in part["verdicts"]} == {"finished": None, "losses finite": True}
+    training, validation = part["figures"][0]["panels"][0]["lines"]
+    written = [json.loads(line)["loss"] for line in before[cut / "metrics.jsonl"].splitlines()[:7]]
+    assert training["y"] == written and training["x"] == list(range(1, 8)) and validation["x"] == [6]
+    assert {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_losses_that_are_not_finite_are_gaps_and_said(supar_here: Supar, cut: Path) -> None:
+    with (cut / "metrics.jsonl").open("w") as file:
+        file.write(
+            '{"step": 1, "loss": 5.0}\n{"step": 2, "loss": NaN}\n{"step": 3, "loss": null}\n{"step": 4, "loss": 4.0}\n'
+        )
+    part = json.loads(supar_here("report", "cut", "--json", "-o", "-").out)["parts"][0]
+    assert part["figures"][0]["panels"][0]["lines"][0]["y"] == [5.0, None, None, 4.0]
+    assert part["verdicts"][1]["passed"] is False and "2, 3" in part["verdicts"][1]["text"]
+    assert "2 points without a finite value" in supar_here("report", "cut", "-o", "-").out
+    (cut / "metrics.jsonl").write_text("")
+    assert "No step is recorded yet" in supar_here("report", "cut", "-o", "-").out
+
+
+def test_long_curves_are_thinned_and_keep_their_gaps() -> None:
+    from supar_cli.analysis.report_runs import thinned
+
+    by_step: dict[float, float | None] = {float(step): float(step) for step in range(1, 401)}
+    by_step[7.0] = None
+    means, each = thinned(by_step)
+    assert each == 2 and len(means) == 200
+    assert (means[2.0], means[8.0], means[400.0]) == (1.5, None, 399.5)
+
+
+def test_verdicts_say_in_words_what_they_are(supar_here: Supar, tmp_path: Path) -> None:
+    study(tmp_path / "sweep")
+    shown = Page(supar_here("report", "sweep", "-o", "-").out)
+    words = ["✓ passed", "✗ FAILED", "✓ control fails", "! control passes, yet it is to fail", "? unknown"]
+    places = [shown.text.index(word) for word in words]
+    assert places == sorted(places) and places[-1] < shown.text.index("Figures")
+    assert "supar sweep 'a b'" in shown.text and "why A sweep" in shown.text
+
+
+def test_a_running_sweep_counts_its_records(supar_here: Supar, tmp_path: Path) -> None:
+    (study(tmp_path / "sweep") / "result.json").unlink()
+    part = json.loads(supar_here("report", "sweep", "--json", "-o", "-").out)["parts"][0]
+    assert part["state"].startswith("running: 6 runs recorded (4 done, 1 diverged, 1 failed), last written 20")
+    assert part["title"] == "asked" and part["tables"][0]["rows"] == [["done", 4], ["diverged", 1], ["failed", 1]]
+
+
+def test_several_inputs_share_one_page(supar_here: Supar, trained: Path, cut: Path, tmp_path: Path) -> None:
+    study(tmp_path / "one"), study(tmp_path / "two")
+    called = supar_here("report", str(trained), "cut", "one", "two", str(trained / "plan.yaml"), "-o", "-")
+    assert called.status == 0
+    shown = Page(called.out)
+    assert shown.tags.count("svg") == 4 + 4 + 2 + 2
+    assert len(shown.ids) == len(set(shown.ids)) > 100
+    assert set(shown.targets) <= set(shown.ids) and any(target.startswith("p3f") for target in shown.targets)
+    headings = [int(tag[1]) for tag in shown.tags if re.fullmatch("h[1-6]", tag)]
+    assert headings[0] == 1 and headings.count(1) == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(headings))
+    assert called.out.count("<table>") == called.out.count("<caption>") > 5
+    assert called.out.count('role="img" aria-label="') == 12
+
+
+def test_nothing_is_run_or_fetched_and_texts_stay_texts(supar_here: Supar, trained: Path, tmp_path: Path) -> None:
+    study(tmp_path / EVIL.replace("/", "-"), title=EVIL)
+    text = supar_here("report", EVIL.replace("/", "-"), str(trained), "-o", "-").out
+    assert foreign(text) == []
+    assert Page(text).text.count(EVIL) > 5 and EVIL.replace("/", "-") in Page(text).text
+    for planted in (EVIL, '<img src="https://a.b/c">', '<link rel="x" href="a.css">', "<style>@import 'a'</style>"):
+        assert foreign(text.replace("</main>", planted + "</main>")) != []
+
+
+def test_a_page_that_differs_is_kept_without_force(supar_here: Supar, tmp_path: Path) -> None:
+    study(tmp_path / "sweep")
+    (tmp_path / "report.html").write_text("mine")
+    called = supar_here("report", "sweep")
+    assert called.status == 2 and "--force" in called.err and (tmp_path / "report.html").read_text() == "mine"
+    assert supar_here("report", "sweep", "--force").status == 0
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], int, str]] = {
+    "missing": (lambda at: shutil.rmtree(at), 2, "bad: no such file or folder"),
+    "empty folder": (lambda at: [path.unlink() for path in at.iterdir()], 2, "bad: is none of supar's folders"),
+    "cut result": (lambda at: (at / "result.json").write_text('{"kind": "sup'), 3, "bad/result.json: is corrupt"),
+    "list": (lambda at: (at / "result.json").write_text("[1]"), 2, "bad/result.json: kind: is None"),
+    "binary": (lambda at: (at / "result.json").write_bytes(b"\xff\xfe\x00"), 3, "bad/result.json: is corrupt"),
+    "deep": (lambda at: (at / "result.json").write_text("[" * 99_999), 3, "bad/result.json: is corrupt"),
+    "record": (lambda at: (at / "records.jsonl").write_text('{"run": 1}\nx\n'), 3, "bad/records.jsonl:2: not a record"),
+    "plan": (
+        lambda at: [(at / "question.json").unlink(), (at / "plan.yaml").write_text("kind: x\n")],
+        2,
+        "bad/plan.yaml:1",
+    ),
+}
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "no panels": ({"figures": [{"name": "a", "title": "", "x": "", "y": "", "panels": []}]}, "figures[0].panels"),
+    "verdict": ({"verdicts": [{"what": "x", "passed": "perhaps"}]}, "verdicts[0].passed"),
+    "table": ({"tables": [{"title": "t", "columns": ["a"], "rows": [[1, 2]]}]}, "tables: t: a row"),
+    "not a list": ({"tables": 3}, "tables: "),
+}
+
+
+class TestErrors:
+    @pytest.mark.parametrize("name", BAD)
+    def test_name_the_file(self, name: str, supar_here: Supar, tmp_path: Path) -> None:
+        spoil, status, message = BAD[name]
+        spoil(study(tmp_path / "bad"))
+        self._refused(supar_here("report", "bad"), status, message, tmp_path)
+
+    @pytest.mark.parametrize("name", CHANGES)
+    def test_name_the_place(self, name: str, supar_here: Supar, tmp_path: Path) -> None:
+        changes, where = CHANGES[name]
+        study(tmp_path / "bad", **changes)
+        self._refused(supar_here("report", "bad"), 3, f"bad/result.json: {where}", tmp_path)
+
+    @staticmethod
+    def _refused(called: Called, status: int, message: str, tmp_path: Path) -> None:
+        assert (called.status, called.out) == (status, "") and called.err.startswith(f"error: {message}"), called.err
+        assert "Traceback" not in called.err and not (tmp_path / "report.html").exists()
+
+    def test_another_document(self, supar: Supar, tmp_path: Path) -> None:
+        (tmp_path / "supar.yaml").write_text("kind: supar.spec/v1\n")
+        self._refused(supar("report", "supar.yaml"), 2, "supar.yaml:1: kind: is 'supar.spec/v1'", tmp_path)
