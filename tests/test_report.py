@@ -186,6 +186,17 @@ def test_a_running_sweep_counts_its_records(supar_here: Supar, tmp_path: Path) -
     assert part["title"] == "asked" and part["tables"][0]["rows"] == [["done", 4], ["diverged", 1], ["failed", 1]]
 
 
+def test_a_demo_is_drawn_though_it_holds_records_too(supar_here: Supar, tmp_path: Path) -> None:
+    (study(tmp_path / "demo") / "result.json").unlink()
+    curve = {"parameterization": "sp", "density": 0.25, "losses": {"-1": 3.0, "0": 2.5, "1": None}}
+    regrets = [{"parameterization": "sp", "density": 0.25, "regret": None}]
+    found = {"kind": "supar.demo/v1", "proxy": "sha256:1", "curves": [curve], "regrets": regrets, "lr": 0.1}
+    (tmp_path / "demo" / "results.json").write_text(json.dumps(found))
+    part = json.loads(supar_here("report", "demo", "--json", "-o", "-").out)["parts"][0]
+    line = part["figures"][0]["panels"][0]["lines"][0]
+    assert (part["kind"], line["x"], line["y"]) == ("demo", [0.5, 1.0, 2.0], [3.0, 2.5, None])
+
+
 def test_several_inputs_share_one_page(supar_here: Supar, trained: Path, cut: Path, tmp_path: Path) -> None:
     study(tmp_path / "one"), study(tmp_path / "two")
     called = supar_here("report", str(trained), "cut", "one", "two", str(trained / "plan.yaml"), "-o", "-")

@@ -61,10 +61,10 @@ def _folder(folder: Path) -> Part:
     if result.is_file():
         part = _result(result, folder, str(folder))
         return _with_records(part, folder, records.is_file() and records.stat().st_mtime > result.stat().st_mtime)
-    if records.is_file() or (folder / "question.json").is_file():
-        return _running(folder)
     if demo.is_file():
         return _result(demo, folder, str(folder))
+    if records.is_file() or (folder / "question.json").is_file():
+        return _running(folder)
     raise InputError(f"{folder}: is none of supar's folders (no {', '.join(FILES[:-1])} or {FILES[-1]}); {EXPECTED}")
 
 
