@@ -18,6 +18,7 @@ COMMANDS = {
     "transfer": ("transfer", "Turn a proxy and a target sparsity into a plan; write plan.yaml."),
     "train": ("train", "Train a plan; write runs/NAME/."),
     "demo": ("demo", "See in minutes what SμPar keeps and SP loses; write demo/."),
+    "check": ("check", "Check that sizes keep still over density and width; exit 5 if not."),
     "sweep": ("sweep", "Measure whether optima hold over density or width; write sweeps/NAME/."),
     "compare": ("compare", "Compare SP, μP and SμPar over sparsities, nothing re-tuned; write compare/NAME/."),
     "report": ("report", "Show runs, sweeps, checks and plans on one HTML page; write report.html."),

@@ -24,14 +24,14 @@ def _tokens(source: str, vocab: int, context: int) -> data.Tokens:
     return data.load(Data(**json.loads(source)), vocab=vocab, context=context)
 
 
-def _tokens_of(plan: Plan) -> data.Tokens:
+def tokens_of(plan: Plan) -> data.Tokens:
     return _tokens(json.dumps(plan.data.model_dump()), plan.model.vocab, plan.model.context)
 
 
 def require_runnable(plan: Plan) -> None:
     """Raise what is wrong with a plan's device or data, before any work is done."""
     Setup.of(plan)
-    _tokens_of(plan)
+    tokens_of(plan)
 
 
 def validation_loss(plan: Plan, on_evaluation: Callable[[int, float], None] | None = None) -> float:
@@ -41,7 +41,7 @@ def validation_loss(plan: Plan, on_evaluation: Callable[[int, float], None] | No
     """
     if plan.run.compile == "auto":
         plan = plan.model_copy(update={"run": plan.run.model_copy(update={"compile": "off"})})
-    return Trainer(plan, _tokens_of(plan)).run(on_evaluation=on_evaluation).evaluations[-1][1]
+    return Trainer(plan, tokens_of(plan)).run(on_evaluation=on_evaluation).evaluations[-1][1]
 
 
 def _start_worker(threads: int, devices: int, counter: Any) -> None:
