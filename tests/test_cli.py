@@ -100,7 +100,10 @@ class TestTransferRefuses:
             (["--sparsity", "0.5,,0.6"], "'' is not a number"),
             (["--sparsity", "nan"], "target.sparsity.sparsity: "),
             (["--sparsity", "0.5", "--density", "0.5"], "expected only one of them"),
-            (["--parameterization", "ntk"], "--parameterization ntk: expected supar, mup, sp, supar-init-only, supar-lr-only"),
+            (
+                ["--parameterization", "ntk"],
+                "--parameterization ntk: expected supar, mup, sp, supar-init-only, supar-lr-only",
+            ),
             (["--width", "-64"], "target.width: should be greater than 0, not -64"),
             (["--set", "train.lr=1"], "train.lr: unknown key 'lr'"),
             (["--set", "train"], "--set train: expected A.B=VALUE"),

@@ -202,7 +202,15 @@ def test_a_trial_left_running_by_a_killed_process_is_done_again(spec: Spec, tmp_
 def test_ctrl_c_leaves_a_study_that_the_same_command_continues(tmp_path: Path) -> None:
     (tmp_path / "supar.yaml").write_text(spec_text(tmp_path).replace("trials: 3", "trials: 400"), "utf-8")
     command = [sys.executable, "-m", "supar_cli", "tune-proxy"]
-    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # tests started in the background inherit an ignored Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     journal = tmp_path / "proxy.journal"
     limit = time.monotonic() + 60
     while time.monotonic() < limit and (
