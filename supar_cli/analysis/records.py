@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,7 @@ def result(
         "verdicts": verdicts,
         "tables": tables,
         "figures": figures,
+        "command": shlex.join(["supar", *sys.argv[1:]]),
         "parents": parents,
         "environment": environment,
         **more,

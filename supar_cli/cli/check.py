@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -170,7 +169,6 @@ def _measured(
         parents={},
         environment=records.environment(jobs),
         notes=[f"{v.sweep.label}: {note}" for v in found for note in v.notes],
-        command=" ".join(["supar", *sys.argv[1:]]),
     )
     studies.write(folder, result, talk)
     if not talk.quiet:
