@@ -139,9 +139,12 @@ class Verdict:
             return f"every slope keeps its bound; median |slope| up to {abs(highest.value):.3f} of {MEDIAN}"
         worst = self.violated[0]
         where = f" of {worst.tensor}" if worst.tensor else ""
-        return (
+        said = (
             f"{worst.quantity}{where}: {worst.bound} slope {worst.value:+.3f} at step {worst.step}, bound {worst.limit}"
         )
+        if abs(worst.value) - worst.limit < worst.interval:  # never so where there is no interval
+            said += f", within it by the 95 % interval ±{worst.interval:.3g}: more --seeds would tell"
+        return said
 
 
 def judge(sweep: Sweep, by_run: dict[str, Record]) -> Verdict:
@@ -185,7 +188,9 @@ def _findings(slopes: Slopes, axis: str, steps: int) -> Iterator[Finding]:
     if slopes.quantity in AT_FIRST and not offset:
         yield _finding(slopes, "step 1", FIRST, slice(0, 1), 0)
     if slopes.quantity in THROUGHOUT:
-        yield _finding(slopes, "each", EACH[axis], slice(0, None), offset)
+        # attention and logits are shown: they have no bound in the paper's sense, and are noisy where linears are not
+        limit = EACH[axis] if slopes.quantity in LINEAR else float("inf")
+        yield _finding(slopes, "each", limit, slice(0, None), offset)
     if slopes.quantity in LINEAR:
         median_S = np.median(np.abs(slopes.slope_SN), axis=1)
         step = int(np.argmax(np.where(np.isnan(median_S), np.inf, median_S)))
@@ -211,10 +216,10 @@ def table(verdict: Verdict) -> dict[str, Any]:
             f.bound,
             f"{f.value:+.3f}" if f.tensor else f"{f.value:.3f}",
             f"±{f.interval:.3f}" if np.isfinite(f.interval) else "",
-            f"{f.limit:g}",
+            f"{f.limit:g}" if np.isfinite(f.limit) else "–",
             f.tensor,
             f.step,
-            "kept" if f.kept else "exceeded",
+            ("kept" if f.kept else "exceeded") if np.isfinite(f.limit) else "",
         ]
         for f in verdict.findings
     ]

@@ -37,9 +37,7 @@ def check(
     density: Annotated[str | None, typer.Option(help="Densities. [default: 1,0.25,0.0625]", show_default=False)] = None,
     pattern: Annotated[str | None, typer.Option(help="exact, fixed_fan_in or bernoulli.")] = None,
     distribution: Annotated[str | None, typer.Option(help="uniform or erk.")] = None,
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="Seeds. [default: 4; 2 for a plan]", show_default=False)
-    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds; fewer than 4 are noisy.")] = 4,
     steps: Annotated[int, typer.Option(min=1, help="Training steps measured.")] = 10,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Sequences a step. [default: 512 tokens of them]", show_default=False)
@@ -112,14 +110,14 @@ def _sweeps(wanted: Any, flags: dict[str, Any]) -> list[Any]:
 
     rows = flags["batch_size"] or max(1, TOKENS // wanted.model.context)
     if isinstance(wanted, Plan):
-        return check_plans.plan_sweeps(wanted, seeds=flags["seeds"] or 2, steps=flags["steps"], batch_size=rows)
+        return check_plans.plan_sweeps(wanted, seeds=flags["seeds"], steps=flags["steps"], batch_size=rows)
     base = wanted.model.width
     return check_plans.proxy_sweeps(
         wanted,
         flags["parameterization"],
         widths=_numbers("width", flags["width"], int) or [base * factor for factor in check_plans.WIDTHS],
         densities=_numbers("density", flags["density"], float) or list(check_plans.DENSITIES),
-        seeds=flags["seeds"] or 4,
+        seeds=flags["seeds"],
         steps=flags["steps"],
         batch_size=rows,
     )
