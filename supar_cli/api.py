@@ -42,18 +42,24 @@ def transfer(
     **target: Any,
 ) -> Plan:
     """The plan of a target; keywords as the flags of `supar transfer` (width, layers, steps, …). Raises InputError."""
+    drawn = {name: target.pop(name) for name in ("pattern", "distribution", "overrides") if name in target}
     wanted: dict[str, Any] = {**proxy.target.model_dump(), **target}
+    if target.get("width") is not None:  # as the flags: a target's own heads and FFN width belong to its own width
+        wanted |= {name: target.get(name) for name in ("heads", "kv_heads", "ffn_width")}
     if any(target.get(name) is not None for name in ("steps", "tokens", "tokens_per_parameter")):
         wanted |= {name: target.get(name) for name in ("steps", "tokens", "tokens_per_parameter")}
     if proxy.data.hash is None:
         proxy = proxy.model_copy(update={"data": corpus.identified(proxy.data)})
+    own: dict[str, Any] = proxy.target.sparsity.model_dump()
     try:
         if sparsity is not None or density is not None:
-            level = {
+            level: dict[str, Any] = {
                 "sparsity": None if sparsity is None else float(sparsity),
                 "density": None if density is None else float(density),
             }
-            wanted["sparsity"] = Sparsity(**{**proxy.target.sparsity.model_dump(), **level})
+            wanted["sparsity"] = Sparsity(**(own | level | drawn))
+        elif drawn:
+            wanted["sparsity"] = Sparsity(**(own | drawn))
         found = Target(**wanted)
     except ValueError as error:  # pydantic's ValidationError is one
         raise InputError(str(error)) from None

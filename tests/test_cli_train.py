@@ -93,6 +93,16 @@ class TestRefusesByLine:
             self.refused(supar_here("train"), start)
             plan.write_text(good)
 
+    def test_a_plan_cut_between_its_sections(self, supar_here: Supar, plan: Path, tmp_path: Path) -> None:
+        text = plan.read_text()
+        plan.write_text(text[: text.index("\ntrain:") + 1])
+        ended = supar_here("train")
+        assert (ended.status, ended.out) == (2, "") and ended.err.startswith("error: plan.yaml")
+        plan.write_text(text[: text.index("\nrun:") + 1])  # every key that is left is whole
+        ended = supar_here("train")
+        assert (ended.status, ended.out) == (2, "") and "the keys run, meta are missing" in ended.err
+        assert not (tmp_path / "runs").exists()
+
     @pytest.mark.parametrize("share", [0.3, 0.7, 0.95])
     def test_a_truncated_plan(self, supar_here: Supar, plan: Path, unchanged: Any, share: float) -> None:
         text = plan.read_text()

@@ -10,7 +10,7 @@ import typer
 
 from supar_cli.cli import console
 from supar_cli.cli.app import single
-from supar_cli.errors import InputError
+from supar_cli.errors import InputError, SetupError
 from supar_cli.planning.document import Document
 from supar_cli.planning.plan import Plan, with_steps
 from supar_cli.planning.spec import parse
@@ -85,6 +85,9 @@ def _shortened(plan: Plan, steps: int | None, talk: console.Talk) -> Plan:
     return shorter
 
 
+_OUT_OF_MEMORY = "out of memory; expected a smaller run.micro_batch_size or model (`--dry-run` estimates what it needs)"
+
+
 def _run(
     plan: Plan, read: Document, out: str | None, resume: bool, force: bool, dry_run: bool, talk: console.Talk
 ) -> dict[str, Any]:
@@ -95,7 +98,7 @@ def _run(
         tables.show_estimate(plan)
         return {}
     directory = Path(out or Path("runs") / plan.name)
-    from supar_cli.training import rundir, trainer
+    from supar_cli.training import checkpoint, rundir, trainer
 
     with console.Progress(directory.name, talk.quiet, talk.verbose) as progress:
         with console.located(read):
@@ -109,10 +112,14 @@ def _run(
         try:
             outcome = ready.run(directory, resume=resume)
         except KeyboardInterrupt:
-            progress.warn(
-                f"stopped at step {ready.done}; `supar train {directory} --resume` continues from the last checkpoint"
-            )
+            kept = checkpoint.available(directory / "checkpoints")
+            how = f"continues from {kept[-1].name}" if kept else "starts at step 0: no checkpoint was written yet"
+            progress.warn(f"stopped at step {ready.done}; `supar train {directory} --resume` {how}")
             raise
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "memory" not in str(error):
+                raise
+            raise SetupError(_OUT_OF_MEMORY) from None
     result: dict[str, Any] = json.loads((directory / "result.json").read_text("utf-8"))
     if outcome.resumed_at == plan.train.steps:
         talk.log(f"{directory}: was complete already")

@@ -64,6 +64,8 @@ def tune_proxy(
     _put_flags(read, flags)
     wanted = _reshaped(parse(Spec, read), flags)
     wanted = wanted.model_copy(update={"data": corpus.identified(wanted.data)})
+    if out not in (None, "-") and study is None:
+        Path(str(out)).parent.mkdir(parents=True, exist_ok=True)
     storage = study or ("proxy.journal" if out in (None, "-") else str(Path(str(out)).with_suffix(".journal")))
 
     from supar_cli.tuning import search as tuning

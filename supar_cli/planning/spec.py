@@ -262,6 +262,11 @@ def parse(kind: type[SectionT], document: Document) -> SectionT:
     word = expected_kind.__args__[0] if expected_kind else None
     if word and document.data.get("kind") != word:
         raise InputError(document.problem(("kind",), f"is {document.data.get('kind')!r}", f"expected {word}"))
+    if document.data.get("parents"):  # supar wrote it, with every key: one that is not there was cut off
+        lost = [key for key in kind.keys() if key not in document.data]  # noqa: SIM118
+        if lost:
+            what = f"the keys {', '.join(lost)} are missing"
+            raise InputError(document.problem((), what, "expected a whole document; this one was cut or edited"))
     try:
         return kind.model_validate(document.data)
     except ValidationError as error:

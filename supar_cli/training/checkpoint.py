@@ -33,7 +33,8 @@ def save(
     """Write `folder/step-N` after `step` steps are done and drop all but the newest KEEP. Raises OSError."""
     final = folder / f"step-{step:08d}"
     aside = folder / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
+    for left in folder.glob(".step-*"):  # of a process killed while it wrote
+        shutil.rmtree(left, ignore_errors=True)
     aside.mkdir(parents=True)
     state = {f"weight/{name}": tensor.detach().cpu().contiguous() for name, tensor in prepared.tensors.items()}
     state |= {f"mask/{name}": torch.from_numpy(np.packbits(mask)) for name, mask in prepared.masks.items()}
@@ -54,9 +55,10 @@ def save(
     (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
     for path in aside.iterdir():
         _flush(path)
-    if final.exists():
-        shutil.rmtree(final)
+    if final.exists():  # moved away whole: a kill now leaves the one before it, never a part of this
+        final.rename(folder / f".{final.name}.old")
     aside.rename(final)
+    shutil.rmtree(folder / f".{final.name}.old", ignore_errors=True)
     _flush(folder)
     for old in available(folder)[:-KEEP]:
         shutil.rmtree(old)

@@ -82,6 +82,8 @@ def check(row: PlanTensor, tensor: Tensor, pattern: str, mask: NDArray[np.bool_]
     allowed = 6 * sqrt(row.kept * (1 - row.density)) if pattern == "bernoulli" else 0
     if abs(alive - row.kept) > allowed:
         raise InputError(f"{row.name}: {alive} weights are alive, the plan keeps {row.kept}")
+    if not alive:
+        raise InputError(f"{row.name}: its mask has no live weight; expected a higher density or another seed")
     values = tensor.detach().double() - (1.0 if row.role == "norm" else 0.0)
     measured = sqrt(float(values.square().sum()) / alive)
     if abs(measured - row.init_std) > row.init_std * (6 / sqrt(2 * alive) + 1e-6):

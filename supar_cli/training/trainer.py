@@ -94,7 +94,8 @@ class Setup:
         device = device_of(plan)
         cuda = device.type == "cuda"
         word = plan.run.precision
-        bf16 = cuda if word == "auto" else word == "bfloat16"
+        native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = native if word == "auto" else word == "bfloat16"
         compiles = cuda if plan.run.compile == "auto" else plan.run.compile == "on"
         micro = plan.run.micro_batch_size or plan.train.batch_size
         if plan.train.batch_size % micro:
@@ -117,6 +118,7 @@ class Trainer:
         self.prepared = initial.prepare(plan, self.setup.device)
         self.model: nn.Module = self.prepared.model
         if self.setup.compiles:
+            torch.compiler.reset()  # graphs of earlier plans count against the limit on recompiling
             self.model = torch.compile(self.prepared.model)  # type: ignore[assignment]
         self.optimizer = optim.build(plan, self.prepared.tensors)
         self.done = 0
@@ -196,8 +198,12 @@ class Trainer:
 
     def _not_finite(self, loss: float, norms: Tensor, inputs: Tensor) -> str:
         if not math.isfinite(loss):
-            with self.setup.autocast():
-                where = monitor.first_not_finite(self.prepared.model, inputs.to(self.setup.device))
+            where = "the loss"
+            for part in torch.split(inputs, self.setup.micro_batch):
+                with self.setup.autocast():
+                    where = monitor.first_not_finite(self.prepared.model, part.to(self.setup.device))
+                if where != "the loss":
+                    break
             return f"step {self.done + 1}: the loss is {loss}; the first tensor that is not finite is {where}"
         names = [
             name for name, value in zip(self.prepared.tensors, norms.tolist(), strict=True) if not math.isfinite(value)

@@ -72,12 +72,12 @@ def _sampler(search: Search, position: int) -> optuna.samplers.BaseSampler:
     seed = int(np.random.SeedSequence([search.seed, position]).generate_state(1)[0])
     if search.sampler == "random":
         return optuna.samplers.RandomSampler(seed=seed)
+    if search.sampler in ("qmc", "gp") and importlib.util.find_spec("scipy") is None:
+        raise SetupError(f"search.sampler: {search.sampler} needs the extra: pip install 'supar[gp]'")
     if search.sampler == "qmc":  # keeps its place in the sequence in the study, under one seed
         return optuna.samplers.QMCSampler(seed=search.seed, scramble=True, warn_independent_sampling=False)
     if search.sampler == "tpe":
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
-    if importlib.util.find_spec("scipy") is None:
-        raise SetupError("search.sampler: gp needs the extra: pip install 'supar[gp]'")
     return optuna.samplers.GPSampler(seed=seed)
 
 
@@ -116,6 +116,8 @@ def run_trial(spec: Spec, storage: str, position: int) -> tuple[int, str, float,
         study.sampler, study.pruner = _sampler(spec.search, position), _pruner(spec)
 
     def objective(trial: optuna.Trial) -> float:
+        if spec.search.sampler == "random":  # by its own number, which no other process has: no two draw the same
+            study.sampler = _sampler(spec.search, trial.number)
         trial.set_user_attr("process", [socket.gethostname(), os.getpid()])
         ranges = spec.search.ranges().items()
         values = {name: trial.suggest_float(name, low, high, log=True) for name, (low, high) in ranges}
@@ -161,7 +163,9 @@ def search(spec: Spec, storage: str, *, jobs: int = 1, reporter: Reporter) -> Pr
     _fail_abandoned(study)
     own = {name: getattr(spec.hyperparameters, name) for name in ranges}
     if all(low <= own[name] <= high for name, (low, high) in ranges.items()):
-        study.enqueue_trial(own, skip_if_exists=True)  # the values the spec itself names are worth a trial
+        waiting = [t for t in study.get_trials() if t.state in (TrialState.WAITING, TrialState.RUNNING)]
+        if not any((t.system_attrs.get("fixed_params") or t.params) == own for t in (*waiting, *_finished(study))):
+            study.enqueue_trial(own)  # the values the spec itself names are worth a trial
     workers = execute.Workers(jobs)
     _run_trials(spec, study, storage, workers, reporter)
     finished = _finished(study)
