@@ -71,6 +71,7 @@ class TestRefusesByLine:
             ),
             ("  width: 32", "  width: -32", f"{width}: model.width: should be greater than 0, not -32"),
             ("  heads: 2", "  heads: 3", f"{width + 2}: model.heads: 3 heads don't divide the width 32"),
+            ("  grad_clip: 1.0\n", "", f"{line_of(plan, 'train:')}: train: the key 'grad_clip' is missing"),
             (
                 "tokens: 768",
                 "tokens: 800",

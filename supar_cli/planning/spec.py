@@ -268,9 +268,25 @@ def parse(kind: type[SectionT], document: Document) -> SectionT:
             what = f"the keys {', '.join(lost)} are missing"
             raise InputError(document.problem((), what, "expected a whole document; this one was cut or edited"))
     try:
-        return kind.model_validate(document.data)
+        parsed = kind.model_validate(document.data)
     except ValidationError as error:
         raise InputError(*(_problem(kind, document, dict(item)) for item in error.errors(include_url=False))) from None
+    # a plan's numbers decide a run: none of them may fall back to a default
+    if word == "supar.plan/v1" and document.data.get("parents"):
+        sections = ("model", "hyperparameters", "parameterization", "sparsity", "train", "data")
+        absent = [problem for section in sections for problem in _absent(kind, document, section)]
+        if absent:
+            raise InputError(*absent)
+    return parsed
+
+
+def _absent(kind: type[Section], document: Document, section: str) -> list[Problem]:
+    """A problem for each key that a section of a plan lacks."""
+    held = document.data[section]
+    if not isinstance(held, dict):
+        return []
+    lost = [key for key in _keys(kind, (section,)) if key not in held]
+    return [document.problem((section,), f"the key {key!r} is missing") for key in lost]
 
 
 def _problem(kind: type[Section], document: Document, item: dict[str, Any]) -> Problem:
