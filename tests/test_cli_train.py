@@ -246,3 +246,41 @@ class TestTrain:
         ended = supar_here("train", "--dry-run", "--steps", "100")
         assert (ended.status, ended.out) == (0, "")
         assert "100 steps, 6,400 tokens" in ended.err
+
+
+class TestOutOfMemory:
+    @pytest.mark.parametrize(
+        "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=str
+    )
+    @pytest.mark.parametrize("where", ["__init__", "run"])
+    def test_it_is_a_message(
+        self, supar_here: Supar, plan: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, where: str
+    ) -> None:
+        from supar_cli.training.trainer import Trainer
+
+        def fail(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(Trainer, where, fail)
+        ended = supar_here("train", "-q")
+        assert (ended.status, ended.out) == (3, "") and ended.err.startswith("error: out of memory; expected a smaller")
+
+
+def test_what_a_killed_save_left_is_removed(supar_here: Supar, plan: Path, tmp_path: Path) -> None:
+    left = tmp_path / "run/checkpoints/.step-00000001.4711"
+    assert supar_here("train", "-o", "run", "-q").status == 0
+    left.mkdir()
+    (tmp_path / "run/result.json").unlink()  # killed between the last checkpoint and the result
+    assert supar_here("train", "-o", "run", "-q", "--resume").status == 0
+    assert not left.exists() and [p.name for p in left.parent.iterdir()] == ["step-00000012"]
+
+
+def test_the_python_transfer_reshapes_as_the_flags_do(proxy_file: Path, supar_here: Supar, tmp_path: Path) -> None:
+    import supar_cli
+
+    shaped = proxy_file.read_text().replace("  width: 64\n", "  width: 64\n  heads: 4\n  ffn_width: 96\n")
+    assert shaped != proxy_file.read_text()
+    proxy_file.write_text(shaped)
+    assert supar_here("transfer", "--width", "96", "--pattern", "bernoulli", "-q").status == 0
+    proxy = supar_cli.load(proxy_file)
+    assert supar_cli.transfer(proxy, width=96, pattern="bernoulli") == supar_cli.load(tmp_path / "plan.yaml")  # type: ignore[arg-type]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,7 +87,17 @@ def _shortened(plan: Plan, steps: int | None, talk: console.Talk) -> Plan:
     return shorter
 
 
-_OUT_OF_MEMORY = "out of memory; expected a smaller run.micro_batch_size or model (`--dry-run` estimates what it needs)"
+@contextmanager
+def _enough_memory() -> Iterator[None]:
+    """Turn numpy's, torch's and CUDA's ways of running out of memory into a message."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        raise SetupError(
+            "out of memory; expected a smaller run.micro_batch_size or model (`--dry-run` estimates what it needs)"
+        ) from None
 
 
 def _run(
@@ -101,7 +113,7 @@ def _run(
     from supar_cli.training import checkpoint, rundir, trainer
 
     with console.Progress(directory.name, talk.quiet, talk.verbose) as progress:
-        with console.located(read):
+        with console.located(read), _enough_memory():
             ready = trainer.Trainer(plan, reporter=progress)
         rundir.start(directory, plan, resume=resume, force=force)
         setup = ready.setup
@@ -110,16 +122,13 @@ def _run(
             f"{directory}: {plan.train.steps} steps on {setup.device}, {talk_precision}, compile {'on' if setup.compiles else 'off'}"
         )
         try:
-            outcome = ready.run(directory, resume=resume)
+            with _enough_memory():
+                outcome = ready.run(directory, resume=resume)
         except KeyboardInterrupt:
             kept = checkpoint.available(directory / "checkpoints")
             how = f"continues from {kept[-1].name}" if kept else "starts at step 0: no checkpoint was written yet"
             progress.warn(f"stopped at step {ready.done}; `supar train {directory} --resume` {how}")
             raise
-        except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and "memory" not in str(error):
-                raise
-            raise SetupError(_OUT_OF_MEMORY) from None
     result: dict[str, Any] = json.loads((directory / "result.json").read_text("utf-8"))
     if outcome.resumed_at == plan.train.steps:
         talk.log(f"{directory}: was complete already")
