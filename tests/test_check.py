@@ -46,7 +46,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 def verdicts(plan: Plan) -> dict[str, check.Verdict]:
     sweeps = check_plans.plan_sweeps(plan, seeds=SEEDS, steps=STEPS, batch_size=ROWS)
     by_run = {one.hash(): measured(one) for sweep in sweeps for one in sweep.runs()}
-    return {sweep.axis: check.judge(sweep, by_run) for sweep in sweeps}
+    return {f"{sweep.arm} over {sweep.axis}": check.judge(sweep, by_run) for sweep in sweeps}
 
 
 def changed(plan: Plan, name: str, **numbers: float) -> Plan:
@@ -56,9 +56,9 @@ def changed(plan: Plan, name: str, **numbers: float) -> Plan:
 
 def test_a_plan_as_the_rules_have_it_passes(plan: Plan) -> None:
     found = verdicts(plan)
-    assert set(found) == {"density", "plan"}
+    assert set(found) == {"the plan over density", "the plan over plan", "sp over density"}
     for verdict in found.values():
-        assert verdict.passed, verdict.text()
+        assert verdict.passed, verdict.text()  # as a control SP passes by exceeding the bounds
         assert {f.quantity for f in verdict.findings} == {*check.THROUGHOUT, "logits"}
 
 
@@ -66,7 +66,7 @@ class TestPlantedFaults:
     """Each in a plan that is right otherwise. The tensor named is the worst: a fault also moves what comes after it."""
 
     def worst(self, plan: Plan, axis: str = "density") -> check.Finding:
-        verdict = verdicts(plan)[axis]
+        verdict = verdicts(plan)[f"the plan over {axis}"]
         assert not verdict.passed
         return verdict.violated[0]
 
@@ -164,7 +164,8 @@ class TestJudge:
             [plan.model_copy(update={"train": plan.train.model_copy(update={"seed": 10 * z + r})}) for r in range(2)]
             for z in range(3)
         ]
-        return check.Sweep("supar", "density", [1.0, 0.25, 0.0625], plans, control), [p for row in plans for p in row]
+        sweep = check.Sweep("supar", "density", [1.0, 0.25, 0.0625], lambda r: [row[r] for row in plans], control)
+        return sweep.grow(2), [p for row in plans for p in row]
 
     def records(self, plans: list[Plan], slope: float, noise: float = 0.0) -> dict[str, Record]:
         random, found = np.random.default_rng(0), {}
@@ -194,6 +195,20 @@ class TestJudge:
         slopes = check.judge(sweep, self.records(plans, 0.0, noise=0.1)).slopes["update"]
         spread = abs(float(np.diff(slopes.slope_RSN[:, 1, 0])[0])) / 2
         assert slopes.interval(1, 0) == pytest.approx(12.706 * spread, rel=1e-3)
+
+    @pytest.mark.parametrize(("slope", "noise", "is_open"), [(0.31, 0.1, True), (0.31, 0.0, False), (0.0, 0.0, False)])
+    def test_a_bound_within_the_interval_leaves_it_open(
+        self, plan: Plan, slope: float, noise: float, is_open: bool
+    ) -> None:
+        sweep, plans = self.sweep(plan)
+        # by gain alone, so that the median of two linears is half of it, and shrunk below its bound
+        records = self.records(plans, slope, noise)
+        for record in records.values():
+            for step in record["steps"]:
+                step["update"]["c"] = step["update"]["d"] = 1.0
+        verdict = check.judge(sweep, records)
+        assert verdict.open is is_open
+        assert ("of 2 seeds: more would tell" in verdict.text()) is is_open
 
     def test_a_control_that_keeps_still_is_no_control(self, plan: Plan) -> None:
         sweep, plans = self.sweep(plan, control=True)
@@ -237,6 +252,34 @@ class TestCommand:
         again = supar("check", *SMALL, "--json")
         assert again.status == ended.status
         assert sorted((tmp_path / "check/records.jsonl").read_text().splitlines(keepends=True)) == sorted(lines)
+
+    def test_seeds_are_added_until_it_is_clear(
+        self, supar_here: Supar, proxy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A slope that seeds 0 and 1 have by chance: its bound is exceeded at 2 seeds, by less than its interval."""
+
+        def sizes(plan: Plan) -> Record:
+            chance = {0: 0.5, 1: 0.14}.get(plan.train.seed, 0.0) if plan.parameterization.name == "supar" else 1.0
+            moved = plan.sparsity.density**chance * (plan.model.width / 64) ** chance
+            others = dict.fromkeys("bcd", 1.0 if plan.parameterization.name == "supar" else moved)
+            steps = [
+                {quantity: {"a": 1.0 if step == 0 else moved, **others} for quantity in coordinates.LINEAR}
+                for step in range(2)
+            ]
+            return {"state": "done", "steps": steps, "losses": [5.0]}
+
+        monkeypatch.setattr(coordinates, "measure", sizes)
+        ended = supar_here("check", *SMALL)
+        assert ended.status == 0 and "of 2 seeds: more would tell; going on to 4" in ended.err
+        # of its own, four seeds over density and two at the other width; SP at all three, μP over density
+        count = 2 * 4 + 1 * 2 + 3 * 2 + 2 * 2
+        assert len((tmp_path / "check/records.jsonl").read_text().splitlines()) == count
+        ended = supar_here("check", *SMALL, "--max-seeds", "2", "-o", "fewer")
+        assert ended.status == 5 and "going on" not in ended.err
+        # the same folder takes more seeds, and repeats none
+        ended = supar_here("check", *SMALL[:4], "--seeds", "4", *SMALL[6:], "-o", "fewer")
+        assert ended.status == 0
+        assert len((tmp_path / "fewer/records.jsonl").read_text().splitlines()) == count + 2  # the other width's too
 
     def test_sp_fails(self, supar: Supar, proxy_file: Path, tmp_path: Path) -> None:
         ended = supar("check", *SMALL, "--parameterization", "sp", "-q")

@@ -186,6 +186,21 @@ def test_a_running_sweep_counts_its_records(supar_here: Supar, tmp_path: Path) -
     assert part["title"] == "asked" and part["tables"][0]["rows"] == [["done", 4], ["diverged", 1], ["failed", 1]]
 
 
+def test_a_running_sweep_shows_its_losses_so_far(supar_here: Supar, tmp_path: Path) -> None:
+    (study(tmp_path / "sweep") / "result.json").unlink()
+    found = [("sp", 1.0, 0.5, 3.0), ("sp", 1.0, 0.5, 4.0), ("sp", 1.0, 0.25, 2.0), ("supar", 0.25, 0.5, None)]
+    keys = ("arm", "density", "lr", "loss")
+    rows = [
+        {"run": f"s{i}", "state": "done", "width": 64, **dict(zip(keys, one, strict=True))}
+        for i, one in enumerate(found)
+    ]
+    (tmp_path / "sweep" / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part = json.loads(supar_here("report", "sweep", "--json", "-o", "-").out)["parts"][0]
+    (panel,) = part["figures"][0]["panels"]
+    assert panel["title"].startswith("SP") and part["figures"][0]["x"] == "learning rate of the proxy"
+    assert [(one["label"], one["x"], one["y"]) for one in panel["lines"]] == [("density 1.0", [0.25, 0.5], [2.0, 3.5])]
+
+
 def test_a_demo_is_drawn_though_it_holds_records_too(supar_here: Supar, tmp_path: Path) -> None:
     (study(tmp_path / "demo") / "result.json").unlink()
     curve = {"parameterization": "sp", "density": 0.25, "losses": {"-1": 3.0, "0": 2.5, "1": None}}

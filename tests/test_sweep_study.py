@@ -197,6 +197,15 @@ class TestRecords:
         called = supar_here("sweep", "study.yaml", *RUN, "--steps", "20")
         assert called.status == 2 and "another question" in called.err
 
+    def test_more_seeds_go_on_with_what_is_there(
+        self, supar_here: Supar, document_file: Path, trained: list[Plan], tmp_path: Path
+    ) -> None:
+        result_of(supar_here("sweep", "study.yaml", *RUN))
+        result_of(supar_here("sweep", "study.yaml", *RUN, "--seeds", "4"))
+        hashes = [plan.hash() for plan in trained]
+        assert len(hashes) == len(set(hashes))
+        assert json.loads((tmp_path / "sweeps/study/question.json").read_text())["seeds"] == 4
+
     def test_diverged_and_failed_runs_are_recorded_shown_and_judged(
         self,
         supar_here: Supar,

@@ -30,6 +30,8 @@ def proxy_sweeps(
 ) -> list[Sweep]:
     """The parameterization over density, at the second largest width, and over width, dense; then the controls.
 
+    `seeds` are planned; `Sweep.grow` plans more.
+
     Rates are constant, without warm-up and clipping; the rest is the proxy's. Raises InputError for what can't be planned.
     """
     base = Proxy(
@@ -51,9 +53,9 @@ def proxy_sweeps(
     def sweep(arm: Name, axis: str, control: bool) -> Sweep:
         points = [(wide, d) for d in densities] if axis == "density" else [(w, densities[0]) for w in widths]
         sizes = [density if axis == "density" else float(width) for width, density in points]
-        count = min(seeds, CONTROL_SEEDS) if control else seeds
-        plans = [[plan(arm, width, density, seed) for seed in range(count)] for width, density in points]
-        return Sweep(arm, axis, sizes, plans, control, logits_slope=-0.5 if axis == "width" else 0.0)
+        fall = -0.5 if axis == "width" else 0.0
+        made = Sweep(arm, axis, sizes, lambda seed: [plan(arm, *point, seed) for point in points], control, fall)
+        return made.grow(min(seeds, CONTROL_SEEDS) if control else seeds)
 
     axes = [axis for axis, sizes in (("density", densities), ("width", widths)) if len(sizes) > 1]
     if not axes:
@@ -65,6 +67,8 @@ def proxy_sweeps(
 def plan_sweeps(plan: Plan, *, seeds: int, steps: int, batch_size: int) -> list[Sweep]:
     """A plan as it stands, beside what SμPar's rules make of its proxy: dense at the plan's shape, and the proxy itself.
 
+    The control is what SP makes of that proxy at the plan's shape and density.
+
     Over density only the plan's numbers can move a size; over the whole way from the proxy narrow ends bend it too.
     """
     proxy = _proxy_of(plan, steps, batch_size)
@@ -75,26 +79,32 @@ def plan_sweeps(plan: Plan, *, seeds: int, steps: int, batch_size: int) -> list[
         train |= {"tokens": steps * batch_size * plan.model.context, "warmup_steps": 0, "seed": plan.train.seed + seed}
         return plan.model_copy(update={"train": PlanTrain(**train)})
 
-    def reference(seed: int, **target: Any) -> Plan:
-        return transfer(proxy, Target(sparsity=proxy.sparsity, seed=plan.train.seed + seed, **target))
+    def reference(seed: int, arm: Name = "supar", sparsity: Sparsity = proxy.sparsity, **target: Any) -> Plan:
+        wanted = Target(sparsity=sparsity, seed=plan.train.seed + seed, **target)
+        return transfer(proxy, wanted, arm, allow_low_wpn=True)
 
-    itself = [own(seed) for seed in range(seeds)]
+    drawn = Sparsity(density=plan.sparsity.density, pattern=plan.sparsity.pattern)
     base_density = proxy.sparsity.density or 1.0
     m_rho, m_d = plan.sparsity.density / base_density, plan.model.width / plan.parameterization.base.width
     sweeps = []
     if m_rho != 1:
-        dense = [reference(seed, **shape) for seed in range(seeds)]
-        sweeps.append(Sweep("the plan", "density", [base_density, plan.sparsity.density], [dense, itself], False))
+        sizes = [base_density, plan.sparsity.density]
+        sweeps.append(Sweep("the plan", "density", sizes, lambda r: [reference(r, **shape), own(r)], False))
+        controls = lambda r: [reference(r, "sp", **shape), reference(r, "sp", drawn, **shape)]  # noqa: E731
+        sweeps.append(Sweep("sp", "density", sizes, controls, True))
     if m_d != 1:
-        small = [reference(seed, layers=plan.model.layers, context=plan.model.context) for seed in range(seeds)]
+        small = {key: shape[key] for key in ("layers", "context")}
         scale = m_d / m_rho
-        fall = -0.5 * log2(m_d) / log2(scale)
-        sweeps.append(Sweep("the plan", "plan", [1.0, scale], [small, itself], False, logits_slope=fall))
+        sizes, fall = [1.0, scale], -0.5 * log2(m_d) / log2(scale)
+        sweeps.append(Sweep("the plan", "plan", sizes, lambda r: [reference(r, **small), own(r)], False, fall))
+        if m_rho == 1:
+            controls = lambda r: [reference(r, "sp", **small), reference(r, "sp", **shape)]  # noqa: E731
+            sweeps.append(Sweep("sp", "plan", sizes, controls, True))
     if not sweeps:
         raise InputError(
             "the plan has its proxy's own width and density: there is no slope to measure; check the proxy instead"
         )
-    return sweeps
+    return [sweep.grow(min(seeds, CONTROL_SEEDS) if sweep.control else seeds) for sweep in sweeps]
 
 
 def _proxy_of(plan: Plan, steps: int, batch_size: int) -> Proxy:

@@ -21,6 +21,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
+NAMES = {"lr": "learning rate", "init_std": "init std", "weight_decay": "weight decay"}
 TITLES = {
     "sp": "SP (standard parameterization)",
     "mup": "μP",

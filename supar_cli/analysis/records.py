@@ -77,7 +77,7 @@ class Records:
 
 
 def open_result(folder: Path, question: dict[str, Any], force: bool) -> None:
-    """Make a folder ready for a question (what is measured): its question.json identifies it.
+    """Make a folder ready for a question (what is measured): its question.json identifies it, but for its `seeds`.
 
     Raises InputError when the folder holds the answer to another question and `force` is not set; with it, starts anew.
     """
@@ -85,7 +85,7 @@ def open_result(folder: Path, question: dict[str, Any], force: bool) -> None:
     text = json.dumps(question, indent=1, sort_keys=True) + "\n"
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; expected a folder for --out")
-    if path.is_file() and path.read_text("utf-8") != text and not force:
+    if path.is_file() and not force and _asked(path.read_text("utf-8")) != _asked(text):
         raise InputError(
             f"{folder}: holds the answer to another question; expected --force to start again or another --out"
         )
@@ -96,6 +96,15 @@ def open_result(folder: Path, question: dict[str, Any], force: bool) -> None:
         document.write_file(path, text)
     except OSError as error:
         raise SetupError(f"{folder}: can't be written: {error.strerror or error}") from None
+
+
+def _asked(text: str) -> Any:
+    """A question without its seeds: with more, its answer goes on."""
+    try:
+        asked = json.loads(text)
+    except ValueError:
+        return None
+    return {**asked, "seeds": None} if isinstance(asked, dict) else asked
 
 
 def environment(jobs: int) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from supar_cli.analysis import figures
 from supar_cli.analysis.page import Figure, Part, Table, Verdict, flat
 from supar_cli.analysis.report_runs import last_written, plan_part, proxy_part, read_json, read_lines, run_part
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import document
+from supar_cli.planning.study import TUNED
 
 STUDIES = {"supar.check-result/v1": "check", "supar.sweep-result/v1": "sweep", "supar.compare-result/v1": "comparison"}
 FILES = ("plan.yaml", "result.json", "question.json", "records.jsonl", "results.json")
@@ -151,10 +153,42 @@ def _running(folder: Path) -> Part:
     own = question if isinstance(question, dict) else {}
     part = Part(str(folder), "unfinished measurement", str(own.get("title") or own.get("name") or folder.name), "")
     part.state = f"{word}: {len(records)} runs recorded ({_said(records)}), last written {when}"
-    part.notes.append("No result.json yet: verdicts and figures come when all runs have ended.")
+    part.notes.append("No result.json yet: verdicts come when all runs have ended.")
+    part.figures = _typed(list[Figure], {"figures": list(filter(None, [_losses_so_far(records)]))}, "figures", path)
     part.tables = _counts(records)
     part.facts = [("Question", flat(question) if question else [])]
     return part
+
+
+def _losses_so_far(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The means of what a sweep that still runs has measured; None of other records or too few."""
+    means: dict[str, dict[str, dict[float, list[float]]]] = {}
+    word = ""
+    for one in records:
+        tuned = next((name for name in TUNED if name in one), "")
+        level = next((name for name in ("sparsity", "density", "layers", "width") if name in one), "")
+        if "arm" not in one or not tuned or not level or not isinstance(one.get("loss"), int | float):
+            continue
+        at = means.setdefault(str(one["arm"]), {}).setdefault(f"{level} {one[level]}", {})
+        at.setdefault(float(one[tuned]), []).append(float(one["loss"]))
+        word = figures.NAMES.get(tuned, tuned)
+    panels: list[dict[str, Any]] = []
+    for arm, levels in means.items():
+        lines = [figures.line(name, {x: sum(y) / len(y) for x, y in at.items()}) for name, at in levels.items()]
+        panels.append({"title": figures.TITLES.get(arm, arm), "vertical": None, "lines": lines})
+    losses = [y for panel in panels for one in panel["lines"] for y in one["y"] if y is not None]
+    if not losses:
+        return None
+    return {
+        "name": "loss",
+        "title": f"Loss over {word} so far, over the seeds that have ended",
+        "x": f"{word} of the proxy",
+        "y": "validation loss (nats per token)",
+        "x_log2": True,
+        "y_log2": False,
+        "y_limits": figures.loss_limits(losses),
+        "panels": panels,
+    }
 
 
 def _demo(found: dict[str, Any], path: Path, source: str) -> Part:

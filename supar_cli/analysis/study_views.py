@@ -10,8 +10,6 @@ from supar_cli.analysis.curves import Curve, first_of
 from supar_cli.analysis.transfer_study import Arm
 from supar_cli.planning.study import Level, Sweep
 
-NAMES = {"lr": "learning rate", "init_std": "init std", "weight_decay": "weight decay"}
-
 
 def label(level: Level) -> str:
     """`density 1/16`, `width 512`; the width too where it follows the density."""
@@ -122,7 +120,7 @@ def loss_figure(sweep: Sweep, curves: list[Curve]) -> figures.Figure:
             for curve in own
         ]
         panels.append({"title": figures.TITLES[name], "vertical": own[0].grid.at(own[0].best), "lines": lines})
-    word = NAMES.get(sweep.tuned, sweep.tuned)
+    word = figures.NAMES.get(sweep.tuned, sweep.tuned)
     losses = [y for panel in panels for one in panel["lines"] for y in one["y"] if y is not None]
     return {
         "name": "loss",
@@ -151,7 +149,7 @@ def optimum_figure(sweep: Sweep, arms: list[Arm]) -> figures.Figure:
             one["high"] = [2.0 ** found[1] for found in between if found]
         lines.append(one)
     axis = "density" if sweep.level_axis in ("sparsity", "density", "") else sweep.level_axis
-    name = NAMES.get(sweep.tuned, sweep.tuned)
+    name = figures.NAMES.get(sweep.tuned, sweep.tuned)
     return {
         "name": "optimum",
         "title": f"Best {name} over {axis}; bands are 95 % intervals over seeds",

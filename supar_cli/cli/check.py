@@ -38,6 +38,9 @@ def check(
     pattern: Annotated[str | None, typer.Option(help="exact, fixed_fan_in or bernoulli.")] = None,
     distribution: Annotated[str | None, typer.Option(help="uniform or erk.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds; fewer than 4 are noisy.")] = 4,
+    max_seeds: Annotated[
+        int, typer.Option(min=1, help="Seeds are doubled up to this where a bound lies within a slope's 95 % interval.")
+    ] = 16,
     steps: Annotated[int, typer.Option(min=1, help="Training steps measured.")] = 10,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Sequences a step. [default: 512 tokens of them]", show_default=False)
@@ -139,20 +142,20 @@ def _measured(
 ) -> tuple[dict[str, Any], list[str]]:
     """Run what is not recorded yet, judge, draw and write; the result and what is to be said of violated bounds."""
     from supar_cli.analysis import check as verdicts
-    from supar_cli.analysis import coordinates, records
+    from supar_cli.analysis import records
     from supar_cli.tuning import execute
 
-    plans = {plan.hash(): plan for sweep in sweeps for plan in sweep.runs()}
-    execute.require_runnable(next(iter(plans.values())))
-    jobs = flags["jobs"] or studies.jobs_for(sweeps[0].plans[0][0].run.device)
-    question = {"runs": sorted(plans), "sweeps": [[s.arm, s.axis, s.sizes] for s in sweeps]}
+    first = sweeps[0].plans[0][0]
+    execute.require_runnable(first)
+    jobs = flags["jobs"] or studies.jobs_for(first.run.device)
+    # what identifies the question is its first seed: more seeds go on with what is there
+    question = {
+        "runs": sorted({row[0].hash() for sweep in sweeps for row in sweep.plans}),
+        "sweeps": [[sweep.arm, sweep.axis, sweep.sizes] for sweep in sweeps],
+    }
     records.open_result(folder, question, flags["force"])
     store = records.Records(folder)
-    calls = {run: (plan,) for run, plan in sorted(plans.items(), key=lambda item: -item[1].parameters)}
-    with studies.progress_of("check", folder, talk.quiet, talk.verbose) as progress:
-        for done, total, record in store.complete(coordinates.measure, calls, jobs):
-            progress.progress(done, total, record["losses"][-1] if record["losses"] else float("nan"))
-    found = [verdicts.judge(sweep, store.by_run) for sweep in sweeps]
+    found = _judged(sweeps, store, jobs, flags["max_seeds"], talk)
     pictures = verdicts.pictures(sweeps, store.by_run, flags["steps"])
     result = records.result(
         "supar.check-result/v1",
@@ -175,6 +178,27 @@ def _measured(
             word = ("control" if verdict.sweep.control else "passed") if verdict.passed else "FAILED"
             talk.log(f"{word}: {verdict.sweep.label}: {verdict.text()}")
     return result, [f"{v.sweep.label}: {v.text()}" for v in found if not v.passed]
+
+
+def _judged(sweeps: list[Any], store: Any, jobs: int, max_seeds: int, talk: console.Talk) -> list[Any]:
+    """The verdicts, of more seeds where a bound lies within a slope's interval; of no more where another fails for certain."""
+    from supar_cli.analysis import coordinates
+    from supar_cli.analysis.check import judge
+
+    while True:
+        plans = {plan.hash(): plan for sweep in sweeps for plan in sweep.runs()}
+        calls = {run: (plan,) for run, plan in sorted(plans.items(), key=lambda item: -item[1].parameters)}
+        with studies.progress_of("check", store.path.parent, talk.quiet, talk.verbose) as progress:
+            for done, total, record in store.complete(coordinates.measure, calls, jobs):
+                progress.progress(done, total, record["losses"][-1] if record["losses"] else float("nan"))
+        found = [judge(sweep, store.by_run) for sweep in sweeps]
+        short = [v for v in found if v.open and len(v.sweep.plans[0]) < max_seeds]
+        if not short or any(not v.passed and not v.open for v in found if not v.sweep.control):
+            return found
+        for verdict in short:
+            seeds = min(2 * len(verdict.sweep.plans[0]), max_seeds)
+            talk.log(f"{verdict.sweep.label}: {verdict.text()}; going on to {seeds}")
+            verdict.sweep.grow(seeds)
 
 
 app = single(check)
