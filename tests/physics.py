@@ -23,7 +23,7 @@ from supar_cli.planning.rules import Name
 from supar_cli.planning.spec import Proxy, Sparsity, Target, parse
 from supar_cli.planning.transfer import transfer
 from supar_cli.training import data
-from supar_cli.training.engines.dense import Linear
+from supar_cli.training.engines.linear import Linear
 from supar_cli.training.trainer import Trainer
 
 Y, GAIN, CHANGE = range(3)  # mean|Y|, mean|dL/dX| / mean|dL/dY|, mean|ΔY| where ΔY = X·ΔW at the step's own X
@@ -130,13 +130,13 @@ class Watch:
 def logs_SLQ(wanted: Experiment) -> NDArray[np.float64]:
     """log2 of the three quantities at every step and hidden linear, of the trainer's own steps."""
     hidden, trainer = wanted.hidden(), Trainer(wanted.plan(), tokens())
-    watch, tensors = Watch(trainer.model, hidden), trainer.prepared.tensors
+    watch, weight = Watch(trainer.model, hidden), trainer.prepared.weight
     found = []
     for _ in range(wanted.steps):
-        before = {name: tensors[name].detach().clone() for name in hidden}
+        before = {name: weight(name) for name in hidden}
         trainer.step()
         with torch.no_grad():  # dead weights are zero before and after, so ΔW is masked as it is
-            change = {n: float(F.linear(watch.inputs[n], tensors[n] - before[n]).abs().mean()) for n in hidden}
+            change = {n: float(F.linear(watch.inputs[n], weight(n) - before[n]).abs().mean()) for n in hidden}
         found.append([[watch.output[n], watch.gain[n], change[n]] for n in hidden])
     return np.log2(np.array(found))
 

@@ -16,6 +16,8 @@ from supar_cli.errors import InputError, SetupError, UnusableResult
 from supar_cli.planning import document, schedule
 from supar_cli.planning.plan import Plan
 from supar_cli.training import checkpoint, optim, rundir
+from supar_cli.training.engines.dense import Dense
+from supar_cli.training.initial import unmasked
 from supar_cli.training.models.transformer import loss_of
 from supar_cli.training.monitor import LIMIT, Monitor
 from supar_cli.training.trainer import Outcome, Silent, Trainer
@@ -24,20 +26,17 @@ MakePlan = Callable[..., Plan]
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in trainer.prepared.tensors.items()}
+    return {name: trainer.prepared.weight(name) for name in trainer.prepared.tensors}
 
 
 def gradients(trainer: Trainer) -> dict[str, np.ndarray]:
-    """Masked gradients of the next step in float64, by autograd on the whole batch at once."""
+    """Masked gradients of the next step in float64 and in their tensors' shapes, of the whole batch at once."""
     trainer.model.zero_grad()
     torch.autograd.backward(loss_of(trainer.model, *trainer.batch(trainer.done)))
     found = {}
     for name, tensor in trainer.prepared.tensors.items():
         assert tensor.grad is not None
-        gradient = tensor.grad.double().numpy().copy()
-        if name in trainer.prepared.masks:
-            gradient[~trainer.prepared.masks[name]] = 0.0
-        found[name] = gradient
+        found[name] = unmasked(tensor.grad.double(), trainer.prepared.masks.get(name)).numpy()
     trainer.model.zero_grad()
     return found
 
@@ -151,7 +150,7 @@ class TestUpdate:
                 lr = row.lr * factor
                 wanted = -lr * row.weight_decay * w
                 wanted -= lr * (m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.9**t)) + row.eps)
-                made = trainer.prepared.tensors[row.name].detach().double().numpy() - w
+                made = trainer.prepared.weight(row.name).double().numpy() - w
                 # float32 keeps 6e-8 of a weight; the update itself is good to 1e-4 of the rate
                 assert np.abs(made - wanted).max() <= 1.2e-7 * np.abs(w).max() + 1e-4 * lr, (t, row.name)
 
@@ -167,7 +166,7 @@ class TestUpdate:
                 w = before[row.name].double().numpy()
                 g = found[row.name] + row.weight_decay * w
                 momentum[row.name] = 0.7 * momentum[row.name] + g if row.name in momentum else g
-                made = trainer.prepared.tensors[row.name].detach().double().numpy() - w
+                made = trainer.prepared.weight(row.name).double().numpy() - w
                 wanted = -row.lr * factor * momentum[row.name]
                 assert np.abs(made - wanted).max() <= 1.2e-7 * np.abs(w).max() + 1e-5 * np.abs(wanted).max(), row.name
 
@@ -190,10 +189,13 @@ class TestUpdate:
             trainer.step()
         assert len(trainer.prepared.masks) == 12
         for name, mask in trainer.prepared.masks.items():
-            tensor, dead = trainer.prepared.tensors[name], torch.from_numpy(~mask)
-            kept = [value for value in trainer.optimizer.state[tensor].values() if value.shape == tensor.shape]
-            assert kept and all(float(value[dead].abs().max()) == 0.0 for value in (tensor.detach(), *kept))
-            assert float(tensor.detach()[~dead].abs().min()) > 0.0
+            tensor = trainer.prepared.tensors[name]
+            kept = [value for value in trainer.optimizer.state[tensor].values() if value.ndim]
+            # live weights are all there is of weights, moments and gradients
+            assert kept and all(value.shape == (int(mask.sum()),) for value in (tensor, *kept))
+            engine = trainer.prepared.linear(name).engine
+            assert isinstance(engine, Dense) and torch.equal(engine.weight, trainer.prepared.weight(name))
+            assert torch.equal(engine.weight != 0, torch.from_numpy(mask))
 
 
 class TestAccumulation:
@@ -249,6 +251,7 @@ class TestMonitor:
         trainer.step(watch=True)
         with torch.no_grad():
             trainer.prepared.tensors["blocks.1.mlp.up"].mul_(factor)
+        trainer.prepared.refresh()
         trainer.step(watch=True)
         assert any(f"step 2: the activation of blocks.1.mlp.up has {word}" in message for message in listening.warned)
         assert not any("blocks.0.attn.q" in message and "activation" in message for message in listening.warned)
@@ -268,7 +271,8 @@ class TestNotFinite:
         trainer = Trainer(plan_of())
         before = weights(trainer)
         with torch.no_grad():
-            trainer.prepared.tensors["blocks.1.attn.v"][0, 0] = float("nan")
+            trainer.prepared.tensors["blocks.1.attn.v"][0] = float("nan")
+        trainer.prepared.refresh()
         with pytest.raises(UnusableResult, match=r"step 1: the loss is nan; .* is the weight blocks\.1\.attn\.v$"):
             trainer.step()
         unchanged = {name for name, w in weights(trainer).items() if torch.equal(w, before[name])}
@@ -278,6 +282,7 @@ class TestNotFinite:
         trainer = Trainer(plan_of())
         with torch.no_grad():
             trainer.prepared.tensors["blocks.0.mlp.down"].mul_(3e38)
+        trainer.prepared.refresh()
         with pytest.raises(UnusableResult, match=r"the output of blocks\.(0\.mlp\.down|1\.attn\.q)$"):
             trainer.step()
 

@@ -12,6 +12,7 @@ import torch
 
 from supar_cli.planning.plan import Plan
 from supar_cli.training import rundir
+from supar_cli.training.engines.dense import Dense
 from supar_cli.training.trainer import Trainer
 from tests.test_train import trained
 
@@ -54,11 +55,14 @@ def test_masks_are_the_cpus_and_dead_weights_stay_exactly_zero(plan_of: MakePlan
     assert trainer.prepared.masks.keys() == reference.keys() and len(reference) == 12
     for name, mask in reference.items():
         assert (trainer.prepared.masks[name] == mask).all()
-        tensor = trainer.prepared.tensors[name]
-        dead = torch.from_numpy(~mask).to(tensor.device)
-        state = [value for value in trainer.optimizer.state[tensor].values() if value.shape == tensor.shape]
-        assert state and all(float(value[dead].abs().max()) == 0.0 for value in (tensor.detach(), *state))
-        assert float(tensor.detach()[~dead].abs().min()) > 0.0
+        engine = trainer.prepared.linear(name).engine
+        assert isinstance(engine, Dense)
+        tensor = engine.weight
+        alive = torch.from_numpy(mask).to(tensor.device)
+        values = trainer.prepared.tensors[name]
+        state = [value for value in trainer.optimizer.state[values].values() if value.ndim]
+        assert state and all(value.shape == (int(mask.sum()),) for value in (values, *state))
+        assert torch.equal(tensor != 0, alive) and torch.equal(tensor[alive], values.detach().to(tensor.dtype))
 
 
 class _Cut(Exception):

@@ -92,12 +92,12 @@ def measure(plan: Plan) -> Record:
     """Train a plan's steps and record its sizes: `steps` is a list of {quantity: {name: size}}, one for each step."""
     trainer = Trainer(plan, execute.tokens_of(plan))
     hidden = [row.name for row in plan.tensors if row.role == "hidden"]
-    watch, tensors = _Watch(trainer.prepared.model, hidden), trainer.prepared.tensors
+    watch = _Watch(trainer.prepared.model, hidden)
     steps: list[Sizes] = []
     losses: list[float] = []
     try:
         while trainer.done < plan.train.steps:
-            loss, sizes = _step(trainer, watch, hidden, tensors)
+            loss, sizes = _step(trainer, watch, hidden)
             losses.append(loss)
             steps.append(sizes)
     except UnusableResult as error:
@@ -114,8 +114,9 @@ def _at(plan: Plan) -> Record:
     }
 
 
-def _step(trainer: Trainer, watch: _Watch, hidden: list[str], tensors: dict[str, nn.Parameter]) -> tuple[float, Sizes]:
-    before = {name: tensors[name].detach().clone() for name in hidden}
+def _step(trainer: Trainer, watch: _Watch, hidden: list[str]) -> tuple[float, Sizes]:
+    prepared = trainer.prepared
+    before = {name: prepared.weight(name) for name in hidden}
     inputs_BT, _ = trainer.batch(trainer.done)
     with _Attentions(watch.attentions) as attention:
         loss, _, _ = trainer.step()
@@ -123,7 +124,7 @@ def _step(trainer: Trainer, watch: _Watch, hidden: list[str], tensors: dict[str,
     sizes = {quantity: dict(found) for quantity, found in watch.sizes.items()}
     with torch.no_grad():
         sizes["update"] = {
-            name: F.linear(watch.inputs[name], tensors[name] - before[name]).abs().mean() for name in hidden
+            name: F.linear(watch.inputs[name], prepared.weight(name) - before[name]).abs().mean() for name in hidden
         }
         change_BTV = trainer.prepared.model(inputs_BT.to(trainer.setup.device)) - logits_BTV
     sizes["attention"] = attention.sizes

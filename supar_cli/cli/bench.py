@@ -1,15 +1,18 @@
-"""`supar bench`: timings, printed and never asserted."""
+"""`supar bench`: times and memory, printed; asserted only against an earlier result, with `--compare`."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import time
+from fractions import Fraction
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from supar_cli.cli import console
+from supar_cli.cli import console, studies
+from supar_cli.errors import CheckViolated, InputError
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Hyperparameters, Model, Proxy, Run, Sparsity, Target, Train
 from supar_cli.planning.transfer import transfer
@@ -19,10 +22,22 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.callback()
 def _bench() -> None:
-    """Time what supar does against what it replaces."""
+    """Measure what supar does against what it replaces."""
 
 
-@app.command(context_settings={"help_option_names": ["-h", "--help"]})
+HELP = {"help_option_names": ["-h", "--help"]}
+Compare = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="An earlier result of the same command; exit 5 where a ratio fell by a tenth."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Precision = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
+Block = Annotated[
+    int | None, typer.Option(help="Live weights in aligned N×N blocks, N of 16, 32, 64 or 128.", show_default=False)
+]
+
+
+@app.command(context_settings=HELP)
 def step(
     width: Annotated[int, typer.Option(help="Model width.")] = 512,
     layers: Annotated[int, typer.Option(help="Number of blocks.")] = 4,
@@ -30,47 +45,197 @@ def step(
     context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
     vocab: Annotated[int, typer.Option(help="Vocabulary.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 8,
-    sparsity: Annotated[float, typer.Option(help="Sparsity of the masked model.")] = 0.9,
-    steps: Annotated[int, typer.Option(min=3, help="Pairs of steps timed.")] = 20,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    sparsity: Annotated[
+        float | None, typer.Option(help="Sparsity of the masked model. [default: 0.9]", show_default=False)
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="Density instead of sparsity.", show_default=False)] = None,
+    block: Block = None,
+    engine: Annotated[str, typer.Option(help="auto, dense, sparse or block.")] = "auto",
+    steps: Annotated[int, typer.Option(min=3, help="Rounds of steps timed.")] = 20,
+    device: Device = "auto",
+    precision: Precision = "auto",
     compile_: Annotated[str, typer.Option("--compile", help="auto, on or off.")] = "auto",
+    compare: Compare = None,
+    out: console.Out = None,
+    force: console.Force = False,
     as_json: console.Json = False,
     quiet: console.Quiet = False,
 ) -> None:
-    """Time a masked training step against the same step of a plain dense GPT, interleaved."""
-    talk = console.Talk(quiet)
-    proxy = {"family": "gpt2", "width": width, "layers": layers, "heads": heads, "context": context, "vocab": vocab}
-    plan = _plan(proxy, batch_size, steps, sparsity, {"device": device, "precision": precision, "compile": compile_})
-    import torch
-
-    from supar_cli.analysis import benchmark
-    from supar_cli.training.trainer import Setup
+    """Time a masked training step against a plain GPT's, dense and masked as peers do it, interleaved."""
+    flags = locals()
+    plan = _step_plan(flags)
+    from supar_cli.analysis import bench_results, benchmark
+    from supar_cli.training.device import Setup
 
     setup = Setup.of(plan)
-    found = benchmark.compare(plan, steps)
-    cuda = setup.device.type == "cuda"
-    result: dict[str, Any] = {
-        "kind": "supar.bench/v1",
-        "shape": proxy,
+    start = {
+        "bench": "step",
+        "shape": {name: getattr(plan.model, name) for name in SHAPE},
         "batch_size": batch_size,
-        "sparsity": sparsity,
-        "device": torch.cuda.get_device_name(setup.device) if cuda else f"cpu ({torch.get_num_threads()} threads)",
-        "precision": str(setup.precision).removeprefix("torch."),
+        "sparsity": plan.sparsity.sparsity,
+        "density": plan.sparsity.density,
+        "block": block,
+        "engine": engine,
+        **bench_results.where(setup.device, setup.precision),
         "compiled": setup.compiles,
-        "torch": str(torch.__version__),
-        "steps": steps,
-        "masked_ms": round(1000 * found.masked_s, 3),
-        "dense_ms": round(1000 * found.dense_s, 3),
-        "ratio": round(found.ratio, 4),
-        "ratio_quartiles": [round(value, 4) for value in found.quartiles],
     }
-    low, high = result["ratio_quartiles"]
-    talk.log(
-        f"masked {result['masked_ms']:.1f} ms, plain dense {result['dense_ms']:.1f} ms, ratio {result['ratio']:.3f} "
-        f"(quartiles {low:.3f} to {high:.3f}, {steps} pairs)\n{result['device']}, {result['precision']}, torch {result['torch']}"
-    )
-    console.emit([result], None, None, force=True, as_json=as_json, talk=talk)
+    earlier = _earlier(start, flags)
+    _finish(start | benchmark.compare(plan, steps).fields(), earlier, setup.device, flags)
+
+
+SHAPE = ("family", "width", "layers", "heads", "context", "vocab")
+
+
+def _step_plan(flags: dict[str, Any]) -> Plan:
+    if flags["sparsity"] is not None and flags["density"] is not None:
+        raise InputError("--density: given beside --sparsity; expected only one of them")
+    given = {name: flags[name] for name in ("sparsity", "density") if flags[name] is not None}
+    wanted: dict[str, Any] = given or {"sparsity": 0.9}
+    if flags["block"]:
+        wanted |= {"pattern": "block", "block": flags["block"]}
+    shape = {"family": "gpt2", **{name: flags[name] for name in SHAPE[1:]}}
+    run = {name: flags[name] for name in ("device", "precision", "engine")} | {"compile": flags["compile_"]}
+    return _plan(shape, flags["batch_size"], flags["steps"], wanted, run)
+
+
+@app.command(context_settings=HELP)
+def layer(
+    shape: Annotated[str, typer.Option(metavar="OUTxIN", help="Shape of the weight.")] = "4096x1024",
+    tokens: Annotated[int, typer.Option(min=1, help="Rows of the input.")] = 4096,
+    density: Annotated[str, typer.Option(help="Densities, such as 0.03125,1/8.")] = "0.0078125,0.03125,0.125",
+    block: Block = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds timed, after one that warms up.")] = 5,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    picture: Annotated[
+        str | None, typer.Option(metavar="FILE.png", help="Draw the ratios over density.", show_default=False)
+    ] = None,
+    compare: Compare = None,
+    out: console.Out = None,
+    force: console.Force = False,
+    as_json: console.Json = False,
+    quiet: console.Quiet = False,
+) -> None:
+    """Time one layer's forward pass and both gradients by each engine against masked dense, interleaved."""
+    flags = locals()
+    sides, densities = _shape(shape), _densities(density)
+    setup = _setup(device, precision)
+    from supar_cli.analysis import bench_layers, bench_results
+    from supar_cli.training.engines.choose import Setting
+
+    bench_layers.require_blocks(sides, block)
+    start = {
+        "bench": "layer",
+        "shape": list(sides),
+        "tokens": tokens,
+        "density": densities,
+        "block": block,
+        **bench_results.where(setup.device, setup.precision),
+    }
+    earlier = _earlier(start, flags)
+    setting = Setting(setup.device, setup.precision, tokens, block)
+    found = [bench_layers.measure(sides, one, setting, rounds) for one in densities]
+    result = start | {"rounds": rounds, "densities": found, "break_even": bench_layers.break_evens(found)}
+    if picture is not None:
+        from supar_cli.analysis import figures
+
+        figures.save(bench_layers.picture(result), Path(picture))
+    _finish(result, earlier, setup.device, flags)
+
+
+@app.command(context_settings=HELP)
+def memory(
+    shape: Annotated[str, typer.Option(metavar="OUTxIN", help="Shape of the weight.")] = "8192x8192",
+    tokens: Annotated[int, typer.Option(min=1, help="Rows of the input.")] = 64,
+    density: Annotated[str, typer.Option(help="Density, such as 0.03125 or 1/32.")] = "0.0078125",
+    device: Device = "auto",
+    precision: Precision = "auto",
+    compare: Compare = None,
+    out: console.Out = None,
+    force: console.Force = False,
+    as_json: console.Json = False,
+    quiet: console.Quiet = False,
+) -> None:
+    """Measure the peak memory of training one layer with AdamW, masked dense and by engine, a process each."""
+    flags = locals()
+    sides, densities = _shape(shape), _densities(density)
+    if len(densities) > 1:
+        raise InputError(f"--density {density}: expected one density")
+    setup = _setup(device, precision)
+    from supar_cli.analysis import bench_memory, bench_results
+    from supar_cli.training.engines.choose import Setting
+
+    start = {
+        "bench": "memory",
+        "shape": list(sides),
+        "tokens": tokens,
+        "density": densities[0],
+        **bench_results.where(setup.device, setup.precision),
+    }
+    earlier = _earlier(start, flags)
+    arms = bench_memory.measure_all(sides, densities[0], Setting(setup.device, setup.precision, tokens))
+    _finish(start | {"arms": arms}, earlier, setup.device, flags)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    """(out, in) of a text such as 4096x1024. Raises InputError."""
+    parts = text.replace("×", "x").split("x")
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise InputError(f"--shape {text}: expected OUTxIN, such as 4096x1024")
+    return int(parts[0]), int(parts[1])
+
+
+def _densities(text: str) -> list[float]:
+    """Densities in the order given. Raises InputError."""
+    try:
+        found = [float(Fraction(part.strip())) for part in text.split(",")]
+    except (ValueError, ZeroDivisionError):
+        raise InputError(f"--density {text}: expected numbers with commas between them") from None
+    if any(not 0 < value <= 1 for value in found) or len(set(found)) < len(found):
+        raise InputError(f"--density {text}: expected 0 < density <= 1, each once")
+    return found
+
+
+def _setup(device: str, precision: str) -> Any:
+    """The device and precision that these words mean on this machine, as a plan's do."""
+    shape = {"family": "gpt2", "width": 64, "layers": 1, "heads": 1, "context": 64, "vocab": 64}
+    plan = _plan(shape, 1, 1, {"sparsity": 0.0}, {"device": device, "precision": precision, "compile": "off"})
+    from supar_cli.training.device import Setup
+
+    return Setup.of(plan)
+
+
+def _earlier(settings: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any] | None:
+    """The result to compare with. Raises InputError, before anything is measured, where it or --out can't be used."""
+    if flags["out"] is not None:
+        console.check_writable(flags["out"], flags["out"], flags["force"])
+    if flags["compare"] is None:
+        return None
+    from supar_cli.analysis import bench_results
+
+    read = console.read_one(flags["compare"], f"`supar bench {settings['bench']} --json` writes one to stdout")
+    bench_results.require_same(flags["compare"], read.data, settings)
+    return dict(read.data)
+
+
+def _finish(result: dict[str, Any], earlier: dict[str, Any] | None, device: Any, flags: dict[str, Any]) -> None:
+    """Show the tables, write the document, and raise CheckViolated where it is worse than the earlier one."""
+    from supar_cli.analysis import bench_results, bench_tables
+
+    document = {"kind": "supar.bench/v1", **result, "environment": bench_results.environment(device)}
+    tables = bench_tables.tables(document)
+    rows = [] if earlier is None else bench_results.compared(flags["compare"], earlier, document)
+    if earlier is not None:
+        document["compared"] = rows
+        tables.append(bench_tables.comparison(flags["compare"], rows))
+    talk = console.Talk(flags["quiet"])
+    if not talk.quiet:
+        studies.show(tables)
+        talk.log(", ".join(f"{key} {document['environment'][key]}" for key in ("device", "torch", "numba")))
+    console.emit([document], flags["out"], None, force=True, as_json=flags["as_json"], talk=talk)
+    worse = [f"{row['what']}: was {row['then']:g}, is {row['now']:g}" for row in rows if row["worse"]]
+    if worse:
+        raise CheckViolated("\n".join(worse))
 
 
 PROXY = """\
@@ -83,7 +248,7 @@ data: {source: stdlib, hash: "sha256:known"}
 IMPORTS = "import typer, pydantic, yaml"
 
 
-@app.command("transfer", context_settings={"help_option_names": ["-h", "--help"]})
+@app.command("transfer", context_settings=HELP)
 def transfer_(
     rounds: Annotated[int, typer.Option(min=3, help="Times each command is run.")] = 15,
     as_json: console.Json = False,
@@ -131,7 +296,7 @@ def transfer_(
     console.emit([result], None, None, force=True, as_json=as_json, talk=console.Talk(quiet))
 
 
-def _plan(shape: dict[str, Any], batch_size: int, steps: int, sparsity: float, run: dict[str, Any]) -> Plan:
+def _plan(shape: dict[str, Any], batch_size: int, steps: int, sparsity: dict[str, Any], run: dict[str, Any]) -> Plan:
     """A plan of the shape; its hyperparameters are those of the quickstart, which time doesn't depend on."""
     try:
         proxy = Proxy(
@@ -143,6 +308,6 @@ def _plan(shape: dict[str, Any], batch_size: int, steps: int, sparsity: float, r
             train=Train(steps=steps + 10, batch_size=batch_size, schedule="constant"),
             run=Run(**run),
         )
-        return transfer(proxy, Target(sparsity=Sparsity(sparsity=sparsity)))
+        return transfer(proxy, Target(sparsity=Sparsity(**sparsity)), allow_low_wpn=True)
     except ValueError as error:
         raise console.input_error(error) from None

@@ -31,26 +31,55 @@ def show_plan(plan: Plan) -> None:
 # Dense bf16 peaks from the vendors' datasheets at an assumed share; the CPU rate is measured on two cores of a server.
 # chosen: 40 % of peak, what well-kept dense training reaches
 RATES = {"H200/H100": 0.4 * 989e12, "A100": 0.4 * 312e12, "RTX 4090": 0.4 * 165e12, "2 CPU cores": 1e11}
+# measured: `supar bench layer` on two cores of EPYC (Zen 4), float32, densities 1/128 to 1/8: seconds a number of X and Y
+# for the three products together, and FLOP/s at live weights beyond that
+SPARSE_SECONDS, SPARSE_RATE = 0.9e-9, 6e10
 
 
 def show_estimate(plan: Plan) -> None:
     """FLOPs, memory and time from arithmetic alone; no device is touched."""
-    live = sum(row.kept for row in plan.tensors if row.role == "hidden")
-    size = sum(row.size for row in plan.tensors if row.role == "hidden")
+    masked = [row for row in plan.tensors if row.kept < row.size]
+    live, size = (sum(getattr(row, key) for row in plan.tensors if row.role == "hidden") for key in ("kept", "size"))
     model = plan.model
     flops = plan.flops_per_token * plan.train.tokens
-    state = plan.parameters * 16 + size  # float32 weight, gradient, two moments; one byte of mask a hidden position
     rows = plan.run.micro_batch_size or plan.train.batch_size
     activations = rows * model.context * (model.layers * (8 * model.width + 3 * model.ffn_width) * 2 + model.vocab * 8)
+    states = ", ".join(f"{name} {_gib(value)}" for name, value in state_bytes(plan).items())
     lines = [
         f"parameters {plan.parameters:,}; live {plan.live:,}; hidden {live:,} of {size:,} live",
         f"lowest WPN {min(row.wpn for row in plan.tensors if row.role == 'hidden'):.4g}",
-        f"{plan.train.steps:,} steps, {plan.train.tokens:,} tokens, {flops:.3g} FLOPs as computed (zeros included)",
-        f"memory: {state / 2**30:.2f} GiB of state, about {activations / 2**30:.2f} GiB of activations a micro-batch of {rows}",
+        f"{plan.train.steps:,} steps, {plan.train.tokens:,} tokens, {flops:.3g} FLOPs as a dense engine computes them",
+        f"memory of state by engine: {states}",
+        f"and about {_gib(activations)} of activations a micro-batch of {rows} sequences",
         "time (estimate; GPUs at an assumed 40 % of peak): "
         + ", ".join(f"{name} {_time(flops / rate)}" for name, rate in RATES.items()),
     ]
+    if masked:
+        dense = flops - 6.0 * sum(row.size for row in masked) * plan.train.tokens
+        seconds = dense / RATES["2 CPU cores"]
+        for row in masked:
+            seconds += plan.train.tokens * (sum(row.shape) * SPARSE_SECONDS + 6.0 * row.kept / SPARSE_RATE)
+        lines.append(f"2 CPU cores with the sparse engine: {_time(seconds)} (`supar bench layer` measures it here)")
     Console(stderr=True).print("\n".join(lines), highlight=False)
+
+
+def state_bytes(plan: Plan) -> dict[str, int]:
+    """Weights, gradients, AdamW's moments and indices by engine; activations are not among them."""
+    masked = [row for row in plan.tensors if row.kept < row.size]
+    size, live = sum(row.size for row in masked), sum(row.kept for row in masked)
+    rest = 16 * (plan.parameters - size)  # float32 weight, gradient and two moments
+    if not masked:
+        return {"dense": rest}
+    # a live weight: value, gradient, two moments, index (dense) or three (sparse); a position: its weight and gradient
+    return {
+        "dense in bfloat16": rest + 4 * size + 20 * live,
+        "dense in float32": rest + 8 * size + 20 * live,
+        "sparse (CPU)": rest + 28 * live,
+    }
+
+
+def _gib(value: float) -> str:
+    return f"{value / 2**30:.2f} GiB"
 
 
 def _time(seconds: float) -> str:

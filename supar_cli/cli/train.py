@@ -33,6 +33,10 @@ def train(
     device: console.DeviceOption = None,
     precision: console.PrecisionOption = None,
     compile_: Annotated[str | None, typer.Option("--compile", help="auto, on or off.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="How masked weights are computed: auto (the fastest here), dense, sparse or block."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show sizes, FLOPs, memory and time; run nothing.")
     ] = False,
@@ -58,6 +62,7 @@ def train(
             (("run", "device"), device),
             (("run", "precision"), precision),
             (("run", "compile"), compile_),
+            (("run", "engine"), engine),
             (("run", "checkpoint_every"), checkpoint_every),
         ):
             if value is not None:

@@ -9,6 +9,7 @@ from supar_cli.planning.rules import Name, Role
 from supar_cli.planning.section import Field, Section
 from supar_cli.planning.spec import Data as Data  # re-exported: `training` reads plans, never specs
 from supar_cli.planning.spec import Distribution, Hyperparameters, Model, Options, Pattern, Run, Train
+from supar_cli.planning.spec import Engine as Engine
 from supar_cli.planning.spec import parse as parse
 
 
@@ -122,6 +123,19 @@ class Plan(Section):
             raise ValueError(
                 f"sparsity.density: {self.sparsity.density} and sparsity {self.sparsity.sparsity} don't add up to 1"
             )
+
+        if isinstance(self.run.engine, dict):
+            known = {row.name for row in self.tensors} | {row.role for row in self.tensors}
+            for name in self.run.engine:
+                if name not in known:
+                    raise ValueError(f"run.engine.{name}: neither a role nor a tensor of this plan")
+
+    def engine(self, row: PlanTensor) -> Engine:
+        """What the run section says of a tensor: by its name, by its role, or of all."""
+        said = self.run.engine
+        if isinstance(said, dict):
+            return said.get(row.name, said.get(row.role, "auto"))
+        return said
 
     def hash(self) -> str:
         """Identity of the experiment: everything but `run` and `meta`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, Self, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 from pydantic_core import SchemaValidator, core_schema
 
@@ -146,6 +146,13 @@ def _keyed(cls: type[Section], name: str, hint: Any) -> core_schema.CoreSchema:
     return schema if field.default is _UNSET else core_schema.with_default_schema(schema, default=field.default)
 
 
+def _words(hint: Any) -> str:
+    """A type of a union as an error names it."""
+    if get_origin(hint) is dict:
+        return "a mapping to these"
+    return ", ".join(map(repr, get_args(hint)))
+
+
 def _typed(hint: Any, bounds: dict[str, Any]) -> core_schema.CoreSchema:
     """The schema of a type; bounds hold for the value itself, not for None. Raises TypeError for a type no document has."""
     origin, inner = get_origin(hint), get_args(hint)
@@ -157,6 +164,12 @@ def _typed(hint: Any, bounds: dict[str, Any]) -> core_schema.CoreSchema:
         return core_schema.literal_schema(list(inner))
     if origin is UnionType and len(inner) == 2 and NoneType in inner:
         return core_schema.nullable_schema(_typed(next(one for one in inner if one is not NoneType), bounds))
+    if origin in (UnionType, Union):  # a Literal makes the latter of `|`
+        said = " or ".join(map(_words, inner))
+        choices: list[Any] = [_typed(one, bounds) for one in inner]
+        return core_schema.union_schema(
+            choices, custom_error_type="union", custom_error_message=f"Input should be {said}"
+        )
     if origin is list:
         return core_schema.list_schema(_typed(inner[0], {}), **bounds)
     if origin is dict:

@@ -12,6 +12,7 @@ from supar_cli.planning.rules import DecayRule, DepthRule, Optimizer, ResidualIn
 from supar_cli.planning.section import Field, Section
 
 Family = Literal["gpt2", "llama"]
+Engine = Literal["auto", "dense", "sparse", "block"]
 Pattern = Literal["exact", "fixed_fan_in", "bernoulli"]
 Distribution = Literal["uniform", "erk"]
 
@@ -129,7 +130,7 @@ class Run(Section):
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
-    engine: Literal["auto", "dense"] = "auto"
+    engine: Engine | dict[str, Engine] = "auto"  # in a plan also by role or tensor; what is not named is `auto`
     micro_batch_size: int | None = Field(default=None, gt=0)
     log_every: int = Field(default=10, gt=0)
     checkpoint_every: int = Field(default=1000, gt=0)

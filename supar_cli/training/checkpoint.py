@@ -85,6 +85,7 @@ def load(path: Path, plan: Plan, prepared: Prepared, optimizer: torch.optim.Opti
     with torch.no_grad():
         for name, tensor in prepared.tensors.items():
             tensor.copy_(_entry(path, state, f"weight/{name}", tuple(tensor.shape)))
+    prepared.refresh()
     for name, tensor in prepared.tensors.items():
         prefix = f"optimizer/{name}/"
         stored = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

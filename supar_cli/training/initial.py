@@ -1,7 +1,11 @@
-"""A model ready to train: built from a plan, filled through the raw parameters, masked, and checked against the plan."""
+"""A model ready to train: built from a plan, filled through the raw parameters, masked, and checked against the plan.
+
+A masked tensor is held as its live values alone, in row-major order, whichever engine multiplies with them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
 
@@ -13,33 +17,84 @@ from torch import Tensor, nn
 from supar_cli.errors import InputError
 from supar_cli.planning.plan import Plan, PlanTensor
 from supar_cli.training import masks
+from supar_cli.training.engines.dense import Dense
+from supar_cli.training.engines.linear import Engine, Linear
 from supar_cli.training.models.transformer import Transformer, named_tensors
+
+Mask = NDArray[np.bool_]
+Values = NDArray[np.float32]
 
 
 @dataclass(slots=True)
 class Prepared:
-    """A model, its parameters by plan name, the masks (numpy, True where alive) and their complement on the device."""
+    """A model, its parameters by plan name and the masks (True where alive). A masked parameter holds live values only."""
 
     model: Transformer
     tensors: dict[str, nn.Parameter]
-    masks: dict[str, NDArray[np.bool_]]
-    dead: dict[str, Tensor]
+    masks: dict[str, Mask]
+
+    def refresh(self) -> None:
+        """Let the engines take over parameters that were changed in place."""
+        for name in self.masks:
+            self.linear(name).refresh()
+
+    def linear(self, name: str) -> Linear:
+        """The layer of a masked tensor."""
+        found = self.model.get_submodule(name)
+        assert isinstance(found, Linear)
+        return found
+
+    @torch.no_grad()
+    def weight(self, name: str) -> Tensor:
+        """A copy of a tensor in its plan's shape, zero where dead."""
+        return unmasked(self.tensors[name].detach(), self.masks.get(name))
 
 
-def prepare(plan: Plan, device: torch.device) -> Prepared:
-    """Build, initialise, mask and check. Raises InputError where plan and model disagree, naming the tensors."""
+def unmasked(values: Tensor, mask: Mask | None) -> Tensor:
+    """Live values (live,) in row-major order as a dense tensor of the mask's shape; a copy where there is no mask."""
+    if mask is None:
+        return values.clone()
+    dense = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
+    dense[torch.from_numpy(mask).to(values.device)] = values
+    return dense
+
+
+def prepare(plan: Plan, device: torch.device, engine_of: Callable[[str, Mask], Engine] | None = None) -> Prepared:
+    """Build, initialise, mask and check. Raises InputError where plan and model disagree, naming the tensors.
+
+    `engine_of` makes the engine of a masked tensor; without it, the dense one in float32.
+    """
+    drawn = masks.draw_all(plan)
+    prepared = build(plan, device, drawn, lambda row, mask: _values(row, plan.train.seed, mask), engine_of)
+    for row in plan.tensors:
+        check(row, prepared.tensors[row.name], plan.sparsity.pattern, drawn.get(row.name))
+    return prepared
+
+
+def build(
+    plan: Plan,
+    device: torch.device,
+    drawn: dict[str, Mask],
+    values_of: Callable[[PlanTensor, Mask | None], Values],
+    engine_of: Callable[[str, Mask], Engine] | None = None,
+) -> Prepared:
+    """A model of given masks and values: those of live weights in row-major order where there is a mask."""
     model = Transformer(plan.model)
     tensors = named_tensors(model)
     _require_same_tensors(plan, tensors)
-    drawn = masks.draw_all(plan)
+    prepared = Prepared(model, {}, drawn)
+    engine_of = engine_of or (lambda _, mask: Dense(mask, torch.float32))
     with torch.no_grad():
         for row in plan.tensors:
-            tensors[row.name].copy_(torch.from_numpy(_values(row, plan.train.seed, drawn.get(row.name))))
-    for row in plan.tensors:
-        check(row, tensors[row.name], plan.sparsity.pattern, drawn.get(row.name))
+            mask = drawn.get(row.name)
+            values = torch.from_numpy(values_of(row, mask))
+            if mask is None:
+                tensors[row.name].copy_(values)
+            else:
+                prepared.linear(row.name).mask(values.to(device), engine_of(row.name, mask).to(device))
     model.to(device)
-    dead = {name: torch.from_numpy(~mask).to(device) for name, mask in drawn.items()}
-    return Prepared(model, named_tensors(model), drawn, dead)
+    prepared.tensors = named_tensors(model)
+    return prepared
 
 
 def _require_same_tensors(plan: Plan, tensors: dict[str, nn.Parameter]) -> None:
@@ -62,18 +117,22 @@ def _require_same_tensors(plan: Plan, tensors: dict[str, nn.Parameter]) -> None:
         )
 
 
-def _values(row: PlanTensor, seed: int, mask: NDArray[np.bool_] | None) -> NDArray[np.float32]:
-    """Initial values: gains 1, otherwise normal with the plan's deviation, zero where dead."""
+def _values(row: PlanTensor, seed: int, mask: Mask | None) -> Values:
+    """Initial values: gains 1, otherwise normal with the plan's deviation; of live weights where there is a mask."""
     if row.role == "norm":
         return np.ones(row.shape, np.float32)
+    shape = row.shape if mask is None else [int(mask.sum())]
     if row.init_std == 0:
-        return np.zeros(row.shape, np.float32)
-    normal = np.random.Generator(masks.stream(seed, f"init:{row.name}")).standard_normal(row.size, np.float32)
-    values = (normal * np.float32(row.init_std)).reshape(row.shape)
-    return values if mask is None else np.where(mask, values, np.float32(0))
+        return np.zeros(shape, np.float32)
+    generator = np.random.Generator(masks.stream(seed, f"init:{row.name}"))
+    if mask is None:
+        return generator.standard_normal(row.size, np.float32).reshape(shape) * np.float32(row.init_std)
+    # every position has its draw, so that a live weight's value does not depend on the mask; row by row, to hold few
+    live = [generator.standard_normal(alive.size, np.float32)[alive] for alive in mask]
+    return np.concatenate(live) * np.float32(row.init_std)
 
 
-def check(row: PlanTensor, tensor: Tensor, pattern: str, mask: NDArray[np.bool_] | None) -> None:
+def check(row: PlanTensor, tensor: Tensor, pattern: str, mask: Mask | None) -> None:
     """Compare a tensor's measured deviation and live count with the plan's, within 6 standard errors.
 
     A normal sample's deviation has the relative standard error 1/√(2n): false alarms are below 1e-8 a tensor.

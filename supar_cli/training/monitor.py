@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from supar_cli.training.engines.dense import Linear
+from supar_cli.training.engines.linear import Linear
 
 # measured: in 20 healthy SμPar steps the authors' model grows an MLP output 46-fold (reference run supar-s0.9375), so
 # the alarm is far above that. chosen: a thousandfold.

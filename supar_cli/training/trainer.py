@@ -8,7 +8,6 @@ import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,23 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from supar_cli import __version__
-from supar_cli.errors import InputError, SetupError, UnusableResult
+from supar_cli.errors import SetupError, UnusableResult
 from supar_cli.planning import document, schedule
 from supar_cli.planning.plan import Plan
 from supar_cli.training import checkpoint, data, initial, masks, monitor, optim, rundir
-from supar_cli.training.engines import dense
+from supar_cli.training.device import Setup, peak_flops
+from supar_cli.training.engines import choose
 from supar_cli.training.models.transformer import loss_of
-
-# Dense bf16 matrix peaks in FLOP/s, from NVIDIA's datasheets, by a word of the device's name
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "4090": 165e12,
-    "A10": 125e12,
-    "V100": 125e12,
-}
 
 
 class Reporter(Protocol):
@@ -62,52 +51,6 @@ class Outcome:
     resumed_at: int = 0
 
 
-def device_of(plan: Plan) -> torch.device:
-    """The device a plan asks for. Raises SetupError when it is not there, InputError when it is no device."""
-    word = plan.run.device
-    if word == "auto":
-        word = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(word)
-    except RuntimeError:
-        raise InputError(f"run.device: {word!r} is no device; expected auto, cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"run.device: {word!r}; expected auto, cpu or cuda")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise SetupError(
-            f"run.device: {word}: this machine has no such CUDA device that torch {torch.__version__} can use"
-        )
-    return device
-
-
-@dataclass(slots=True)
-class Setup:
-    """What a plan resolves to on this machine."""
-
-    device: torch.device
-    precision: torch.dtype
-    compiles: bool
-    micro_batch: int
-
-    @classmethod
-    def of(cls, plan: Plan) -> Setup:
-        device = device_of(plan)
-        cuda = device.type == "cuda"
-        word = plan.run.precision
-        native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        bf16 = native if word == "auto" else word == "bfloat16"
-        compiles = cuda if plan.run.compile == "auto" else plan.run.compile == "on"
-        micro = plan.run.micro_batch_size or plan.train.batch_size
-        if plan.train.batch_size % micro:
-            raise InputError(f"run.micro_batch_size: {micro} does not divide the batch size {plan.train.batch_size}")
-        return cls(device, torch.bfloat16 if bf16 else torch.float32, compiles, micro)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        if self.precision == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.precision)
-
-
 class Trainer:
     """One plan on one device. `step()` performs one optimizer step; `run()` the whole plan."""
 
@@ -115,7 +58,11 @@ class Trainer:
         self.plan, self.reporter = plan, reporter or Silent()
         self.setup = Setup.of(plan)
         self.tokens = tokens or data.load(plan.data, vocab=plan.model.vocab, context=plan.model.context)
-        self.prepared = initial.prepare(plan, self.setup.device)
+        self._rows = {row.name: row for row in plan.tensors}
+        self.engines = choose.Engines(plan, self.setup.device, self.setup.precision, self.setup.micro_batch)
+        self.prepared = initial.prepare(plan, self.setup.device, self.engines.make)
+        for line in self.engines.lines():
+            self.reporter.log(line)
         self.model: nn.Module = self.prepared.model
         if self.setup.compiles:
             torch.compiler.reset()  # graphs of earlier plans count against the limit on recompiling
@@ -123,7 +70,6 @@ class Trainer:
         self.optimizer = optim.build(plan, self.prepared.tensors)
         self.done = 0
         self._monitor = monitor.Monitor()
-        self._roles = {row.name: row.role for row in plan.tensors}
         self._prefetched: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None
         self._drawing = ThreadPoolExecutor(1, "batches") if self.setup.device.type == "cuda" else None
 
@@ -158,7 +104,6 @@ class Trainer:
                 loss = loss_of(self.model, *on_device) * (self.setup.micro_batch / len(inputs))
             torch.autograd.backward(loss)
             total += loss.detach()
-        dense.mask_gradients(self.prepared.tensors, self.prepared.dead)
         gradients = [tensor.grad for tensor in self.prepared.tensors.values() if tensor.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))
         norm = norms.norm()
@@ -169,6 +114,7 @@ class Trainer:
             torch._foreach_mul_(gradients, train.grad_clip / (norm_value + 1e-6))
         optim.set_rates(self.optimizer, self.factor(self.done))
         self.optimizer.step()
+        self.prepared.refresh()
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
         return loss_value, norm_value, self._watch(inputs, norms) if watch else {}
@@ -193,7 +139,8 @@ class Trainer:
                 self.reporter.warn(message)
         roles: dict[str, float] = {}
         for name, value in by_tensor.items():
-            roles[self._roles[name]] = roles.get(self._roles[name], 0.0) + value * value
+            role = self._rows[name].role
+            roles[role] = roles.get(role, 0.0) + value * value
         return {role: math.sqrt(value) for role, value in roles.items()}
 
     def _not_finite(self, loss: float, norms: Tensor, inputs: Tensor) -> str:
@@ -294,8 +241,7 @@ class Trainer:
         """Model FLOP/s over the device's dense bf16 peak (masked weights counted as dense: that is what is computed)."""
         if self.setup.device.type != "cuda":
             return None
-        name = torch.cuda.get_device_name(self.setup.device)
-        peak = next((value for word, value in PEAK_FLOPS.items() if word in name), None)
+        peak = peak_flops(self.setup.device)
         return None if peak is None else tokens_per_s * self.plan.flops_per_token / peak
 
     def _restore(self, directory: Path) -> int:
@@ -340,5 +286,6 @@ class Trainer:
                 else f"cpu ({torch.get_num_threads()} threads)",
                 "precision": str(self.setup.precision).removeprefix("torch."),
                 "compiled": self.setup.compiles,
+                "engines": {name: choice.name for name, choice in self.engines.choices.items()},
             },
         }

@@ -16,7 +16,8 @@ import torch
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Data
 from supar_cli.training import data
-from supar_cli.training.trainer import Setup, Trainer
+from supar_cli.training.device import Setup
+from supar_cli.training.trainer import Trainer
 
 
 @functools.lru_cache(maxsize=1)

@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from supar_cli.errors import SuparError
-from supar_cli.planning.plan import Plan
+from supar_cli.planning.plan import Plan, PlanTensor
 from supar_cli.planning.spec import Proxy, Target
 from supar_cli.planning.transfer import transfer
+from supar_cli.training import initial, optim
 from supar_cli.training.data import Segment, Split, Tokens
 from supar_cli.training.trainer import Trainer
 
@@ -174,11 +175,15 @@ class Replay(Trainer):
         weights, masks = case.named("init."), case.named("mask.")
         if set(weights) != set(self.prepared.tensors):
             raise CaseError(f"{case.name}: weights of {sorted(set(weights) ^ set(self.prepared.tensors))} don't match")
-        with torch.no_grad():
-            for name, weight in weights.items():
-                self.prepared.tensors[name].copy_(weight)
-        self.prepared.masks = {name: mask.bool().numpy() for name, mask in masks.items()}
-        self.prepared.dead = {name: ~mask.bool() for name, mask in masks.items()}
+
+        def recorded(row: PlanTensor, mask: Any) -> Any:
+            weight = weights[row.name].numpy()
+            return weight if mask is None else weight[mask]
+
+        drawn = {name: mask.bool().numpy() for name, mask in masks.items()}
+        self.prepared = initial.build(plan, self.setup.device, drawn, recorded)
+        self.model = self.prepared.model
+        self.optimizer = optim.build(plan, self.prepared.tensors)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         return self.recorded[step, :, :-1], self.recorded[step, :, 1:]

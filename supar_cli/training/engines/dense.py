@@ -1,34 +1,59 @@
-"""The dense engine: weights stored dense and kept masked in place, gradients masked once a step.
+"""The dense engine: the weight stored dense, zero where dead, in the precision it is computed in.
 
-A dead weight starts at zero and its masked gradient is zero, so momentum, update and decay are zero too and it stays zero:
-no `weight * mask` in any forward pass.
+No `weight * mask` in any forward pass. A position costs its compute weight and, while it lasts, its gradient: 4 bytes in
+bfloat16, 8 in float32. A live weight costs its master value, gradient, both moments and index.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor
+
+from supar_cli.training.engines.linear import Engine
 
 
-class Linear(nn.Module):
-    """Linear map (…, in) → (…, out). `weight` is (out, in); filled by `initial`, not here."""
+class _Product(torch.autograd.Function):
+    """Y = X·Wᵀ with W as a constant; its gradient goes to the live values by gathering."""
 
-    def __init__(self, d_in: int, d_out: int, bias: bool) -> None:
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, weight: Tensor, live: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, live)
+        ctx.dtype = values.dtype
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight, live = ctx.saved_tensors
+        by_x = by_values = None
+        if ctx.needs_input_grad[0]:
+            by_x = gradient @ weight
+        if ctx.needs_input_grad[1]:
+            dense = gradient.flatten(0, -2).t() @ x.flatten(0, -2)
+            by_values = dense.view(-1).index_select(0, live).to(ctx.dtype)
+        return by_x, by_values, None, None
+
+
+class Dense(Engine):
+    """`mask` is (out, in), True where alive; `precision` that of the products."""
+
+    weight: Tensor
+    live: Tensor
+
+    def __init__(self, mask: NDArray[np.bool_], precision: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_out, d_in))
-        self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
+        live = np.flatnonzero(mask)
+        index = live.astype(np.int32) if mask.size < 2**31 else live
+        self.register_buffer("weight", torch.zeros(mask.shape, dtype=precision), persistent=False)
+        self.register_buffer("live", torch.from_numpy(index), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, values: Tensor) -> Tensor:
+        return _Product.apply(x.to(self.weight.dtype), values, self.weight, self.live)  # type: ignore[no-any-return,no-untyped-call]
 
-
-@torch.no_grad()
-def mask_gradients(parameters: Mapping[str, Tensor], dead: Mapping[str, Tensor]) -> None:
-    """Zero each gradient at its dead weights. `dead` is True where a weight is not alive."""
-    for name, where in dead.items():
-        gradient = parameters[name].grad
-        if gradient is not None:
-            gradient.masked_fill_(where, 0.0)
+    @torch.no_grad()
+    def refresh(self, values: Tensor) -> None:
+        self.weight.view(-1)[self.live] = values.to(self.weight.dtype)

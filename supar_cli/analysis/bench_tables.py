@@ -1,0 +1,87 @@
+"""Tables of benchmark documents, as plain data: title, columns, rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Table = dict[str, Any]
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """What a document says, within 80 columns."""
+    return {"layer": _layer, "step": _step, "memory": _memory}[result["bench"]](result)
+
+
+def _spread(found: dict[str, Any], word: str) -> list[str]:
+    """A ratio and its quartiles."""
+    low, high = found[f"{word}_quartiles"]
+    return [f"{found[word]:.3f}", f"{low:.3f} to {high:.3f}"]
+
+
+def _step(result: dict[str, Any]) -> list[Table]:
+    rows = [
+        ["masked (ours)", f"{result['masked_ms']:.1f}", "", "", ""],
+        ["plain dense", f"{result['dense_ms']:.1f}", "ours ÷ it", *_spread(result, "ratio")],
+        ["plain masked dense", f"{result['masked_dense_ms']:.1f}", "it ÷ ours", *_spread(result, "masked_dense_ratio")],
+    ]
+    engines = ", ".join(f"{name} {count}" for name, count in sorted(result["engines"].items())) or "none"
+    title = (
+        f"a training step at density {result['density']:g}, {result['precision']}, {result['steps']} rounds\n"
+        f"masked tensors by engine: {engines}"
+    )
+    return [{"title": title, "columns": ["step", "ms", "ratio", "median", "quartiles"], "rows": rows}]
+
+
+def _layer(result: dict[str, Any]) -> list[Table]:
+    out, width = result["shape"]
+    blocks = f", blocks of {result['block']}" if result["block"] else ""
+    found = []
+    for one in result["densities"]:
+        rows = [
+            [
+                f"auto ({one['auto']})" if name == "auto" else name,
+                f"{arm['ms']:.3g}",
+                *_spread(arm, "ratio"),
+                *_spread(arm, "over_dense"),
+            ]
+            for name, arm in one["arms"].items()
+        ]
+        title = f"{out}×{width}, {result['tokens']} tokens, density {one['density']:g} ({one['live']:,} live{blocks})"
+        columns = ["arm", "ms", "masked ÷", "quartiles", "best dense ÷", "quartiles"]
+        found.append({"title": title, "columns": columns, "rows": rows})
+    even = [[name, one["masked"]["text"], one["best_dense"]["text"]] for name, one in result["break_even"].items()]
+    if even:
+        columns = ["breaks even", "with masked dense", "with the best dense"]
+        found.append({"title": "", "columns": columns, "rows": even})
+    return found
+
+
+def _memory(result: dict[str, Any]) -> list[Table]:
+    rows = [
+        [
+            name,
+            f"{one['peak_bytes'] / 2**20:.1f}",
+            f"{one['bytes_per_position']:.3g}",
+            f"{one['bytes_per_live']:.4g}",
+            f"{one['share_of_masked']:.3g}",
+        ]
+        for name, one in result["arms"].items()
+    ]
+    out, width = result["shape"]
+    title = f"peak: {out}×{width}, {result['tokens']} tokens, AdamW, density {result['density']:g}"
+    columns = ["arm", "MiB", "bytes a position", "bytes a live weight", "of masked"]
+    return [{"title": title, "columns": columns, "rows": rows}]
+
+
+def comparison(name: str, rows: list[dict[str, Any]]) -> Table:
+    """What `bench_results.compared` found, against the document of a file."""
+    drawn = [
+        [
+            row["what"],
+            f"{row['then']:.4g}",
+            *(["–", "–"] if row["now"] is None else [f"{row['now']:.4g}", f"{100 * row['change']:+.1f} %"]),
+            "WORSE" if row["worse"] else "",
+        ]
+        for row in rows
+    ]
+    return {"title": f"against {name}", "columns": ["", "then", "now", "change", ""], "rows": drawn}

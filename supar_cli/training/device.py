@@ -1,0 +1,75 @@
+"""What a plan resolves to on this machine: device, precision, compiling, rows at a time."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from supar_cli.errors import InputError, SetupError
+from supar_cli.planning.plan import Plan
+
+# Dense bf16 matrix peaks in FLOP/s, from NVIDIA's datasheets, by a word of the device's name
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+    "A10": 125e12,
+    "V100": 125e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bfloat16 peak of a CUDA device in FLOP/s; None of one that is not known."""
+    name = torch.cuda.get_device_name(device)
+    return next((value for word, value in PEAK_FLOPS.items() if word in name), None)
+
+
+def device_of(plan: Plan) -> torch.device:
+    """The device a plan asks for. Raises SetupError when it is not there, InputError when it is no device."""
+    word = plan.run.device
+    if word == "auto":
+        word = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(word)
+    except RuntimeError:
+        raise InputError(f"run.device: {word!r} is no device; expected auto, cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"run.device: {word!r}; expected auto, cpu or cuda")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise SetupError(
+            f"run.device: {word}: this machine has no such CUDA device that torch {torch.__version__} can use"
+        )
+    return device
+
+
+@dataclass(slots=True)
+class Setup:
+    """What a plan resolves to on this machine."""
+
+    device: torch.device
+    precision: torch.dtype
+    compiles: bool
+    micro_batch: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> Setup:
+        device = device_of(plan)
+        cuda = device.type == "cuda"
+        word = plan.run.precision
+        native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = native if word == "auto" else word == "bfloat16"
+        compiles = cuda if plan.run.compile == "auto" else plan.run.compile == "on"
+        micro = plan.run.micro_batch_size or plan.train.batch_size
+        if plan.train.batch_size % micro:
+            raise InputError(f"run.micro_batch_size: {micro} does not divide the batch size {plan.train.batch_size}")
+        return cls(device, torch.bfloat16 if bf16 else torch.float32, compiles, micro)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.precision)

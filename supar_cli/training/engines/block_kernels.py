@@ -1,0 +1,262 @@
+"""The block engine's Triton kernels: tokens times live blocks, forward or transposed, and the gradient of live blocks.
+
+Shape suffixes as in `block`; P programs' parts of a gradient. Everything is row-major. Imports Triton, so import late.
+
+A sum's order depends on shapes alone: no atomics, and tuning picks neither a reduction tile nor a split.
+Annotations are no strings here, since torch reads the operators' schemas from them.
+"""
+
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-untyped,import-not-found]
+import triton.language as tl  # type: ignore[import-untyped,import-not-found]
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from supar_cli.training.engines.block import Structure, blocks_of, values_of
+
+GRADIENT_PROGRAMS = 512  # chosen: about four for each multiprocessor of a large GPU
+SPLIT_TOKENS = 1024  # chosen: fewer tokens for a program cost less than a second pass over the partial sums
+INTERPRETED_TOKENS = 32  # chosen: the interpreter runs a tile as numpy would, so any size will do
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _product(  # type: ignore[no-untyped-def]
+    x,
+    blocks,
+    y,
+    pointers,
+    sources,
+    numbers,
+    n_tokens,
+    x_width,
+    y_width,
+    n_targets,
+    BUCKET: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    WIDEN: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """One tile of tokens times the live blocks of one target, (TOKENS, BLOCK), by steps of STEP inputs.
+
+    Forward, a target is a block row, its sources are block columns and a block is read transposed; TRANSPOSED is the
+    reverse, and blocks are found through `numbers`. BUCKET only makes tuning separate for few and many tokens.
+    WIDEN is for the interpreter, which holds bfloat16 as integers and multiplies those.
+    """
+    tile = tl.program_id(0) // n_targets
+    target = tl.program_id(0) % n_targets
+    token = (tile * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    present = token[:, None] < n_tokens
+    inner = tl.arange(0, STEP)
+    outer = tl.arange(0, BLOCK)
+    parts: tl.constexpr = BLOCK // STEP
+    first = tl.load(pointers + target)
+    last = tl.load(pointers + target + 1)
+    total = tl.zeros((TOKENS, BLOCK), dtype=tl.float32)
+    for at in range(first * parts, last * parts):
+        entry = at // parts
+        along = (at % parts) * STEP + inner
+        source = tl.load(sources + entry)
+        x_tile = tl.load(x + token[:, None] * x_width + (source * BLOCK + along)[None, :], mask=present, other=0.0)
+        if TRANSPOSED:
+            number = tl.load(numbers + entry).to(tl.int64)
+            weight = tl.load(blocks + number * (BLOCK * BLOCK) + along[:, None] * BLOCK + outer[None, :])
+        else:
+            number = entry.to(tl.int64)
+            weight = tl.load(blocks + number * (BLOCK * BLOCK) + outer[None, :] * BLOCK + along[:, None])
+        if WIDEN:
+            x_tile, weight = x_tile.to(tl.float32), weight.to(tl.float32)
+        total = tl.dot(x_tile, weight, total, input_precision="ieee")
+    place = y + token[:, None] * y_width + (target * BLOCK + outer)[None, :]
+    tl.store(place, total.to(y.dtype.element_ty), mask=present)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gradient(  # type: ignore[no-untyped-def]
+    dy,
+    x,
+    partial,
+    rows,
+    columns,
+    n_tokens,
+    dy_width,
+    x_width,
+    n_blocks,
+    span_tokens,
+    BUCKET: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDEN: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """dyᵀ·x at one live block, (BLOCK, BLOCK), over one span of the tokens. BUCKET and WIDEN as in `_product`."""
+    number = tl.program_id(0) % n_blocks
+    begin = (tl.program_id(0) // n_blocks) * span_tokens
+    end = tl.minimum(begin + span_tokens, n_tokens)
+    inner = tl.arange(0, TOKENS)
+    outer = tl.arange(0, BLOCK)
+    dy_column = tl.load(rows + number) * BLOCK + outer
+    x_column = tl.load(columns + number) * BLOCK + outer
+    total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    for first in range(begin, end, TOKENS):
+        token = (first + inner).to(tl.int64)
+        present = token < end
+        dy_tile = tl.load(dy + token[None, :] * dy_width + dy_column[:, None], mask=present[None, :], other=0.0)
+        x_tile = tl.load(x + token[:, None] * x_width + x_column[None, :], mask=present[:, None], other=0.0)
+        if WIDEN:
+            dy_tile, x_tile = dy_tile.to(tl.float32), x_tile.to(tl.float32)
+        total = tl.dot(dy_tile, x_tile, total, input_precision="ieee")
+    place = partial + tl.program_id(0).to(tl.int64) * (BLOCK * BLOCK) + outer[:, None] * BLOCK + outer[None, :]
+    tl.store(place, total)
+
+
+INTERPRETED = not isinstance(_product, triton.JITFunction)  # TRITON_INTERPRET was set before the import
+
+# chosen: tiles from few tokens up to what fills the registers, and 4 warps at least, for Hopper's matrix instructions.
+# A source's number is loaded one stage ahead, so that 2, 3 and 5 stages hold 2, 2 and 3 tiles; 4 is the same as 3.
+PRODUCT_CONFIGS = [
+    triton.Config({"TOKENS": 32}, num_warps=4, num_stages=5),
+    triton.Config({"TOKENS": 64}, num_warps=4, num_stages=2),
+    triton.Config({"TOKENS": 64}, num_warps=4, num_stages=5),
+    triton.Config({"TOKENS": 128}, num_warps=4, num_stages=3),
+    triton.Config({"TOKENS": 128}, num_warps=8, num_stages=5),
+]
+GRADIENT_CONFIGS = [
+    triton.Config({}, num_warps=4, num_stages=2),
+    triton.Config({}, num_warps=4, num_stages=4),
+    triton.Config({}, num_warps=8, num_stages=3),
+]
+_KEY = ["BUCKET", "BLOCK"]  # Triton adds the dtypes of the tensors
+tuned_product: Any = (
+    _product if INTERPRETED else triton.autotune(configs=PRODUCT_CONFIGS, key=[*_KEY, "TRANSPOSED"])(_product)
+)
+tuned_gradient: Any = _gradient if INTERPRETED else triton.autotune(configs=GRADIENT_CONFIGS, key=_KEY)(_gradient)
+
+
+def product_step(block: int, dtype: torch.dtype) -> int:
+    """Inputs of one step of a product. chosen: float32 multiplies without tensor cores, so a short step compiles fast."""
+    return min(block, 32 if dtype == torch.float32 else 64)
+
+
+def gradient_tokens(dtype: torch.dtype) -> int:
+    """Tokens of one step of a gradient. Not tuned: the step is part of the sum's order."""
+    return 32 if dtype == torch.float32 else 64
+
+
+def splits_of(tokens: int, live_blocks: int) -> int:
+    """In how many spans a gradient's tokens are summed: more for few blocks and many tokens, so that all units work."""
+    splits = 1
+    while splits < 32 and live_blocks * splits < GRADIENT_PROGRAMS and tokens > 2 * splits * SPLIT_TOKENS:
+        splits *= 2
+    return splits
+
+
+def _bucket(tokens: int) -> int:
+    return 0 if tokens <= 512 else 1 if tokens <= 8192 else 2
+
+
+def forward_(x_NI: Tensor, blocks_KBB: Tensor, structure: Structure) -> Tensor:
+    """y (N, out) of x's dtype, zero in dead block rows."""
+    return _launch_product(x_NI, blocks_KBB, structure.pointers, structure.columns, structure.transposed_numbers, False)
+
+
+def grad_input_(dy_NO: Tensor, blocks_KBB: Tensor, structure: Structure) -> Tensor:
+    """dx (N, in) of dy's dtype, zero in dead block columns."""
+    pointers, rows, numbers = structure.transposed_pointers, structure.transposed_rows, structure.transposed_numbers
+    return _launch_product(dy_NO, blocks_KBB, pointers, rows, numbers, True)
+
+
+def _launch_product(
+    x_NI: Tensor, blocks_KBB: Tensor, pointers: Tensor, sources: Tensor, numbers: Tensor, transposed: bool
+) -> Tensor:
+    tokens, block, targets = x_NI.shape[0], blocks_KBB.shape[-1], pointers.numel() - 1
+    if tokens == 0 or targets == 0:
+        return x_NI.new_zeros(tokens, targets * block)
+    x_NI = x_NI.contiguous()
+    y_NO = torch.empty(tokens, targets * block, dtype=x_NI.dtype, device=x_NI.device)
+    kernel = tuned_product if INTERPRETED else wrap_triton(tuned_product)
+    kernel[lambda meta: (triton.cdiv(tokens, meta["TOKENS"]) * targets,)](
+        x_NI,
+        blocks_KBB,
+        y_NO,
+        pointers,
+        sources,
+        numbers,
+        tokens,
+        x_NI.shape[1],
+        targets * block,
+        targets,
+        BUCKET=_bucket(tokens),
+        BLOCK=block,
+        STEP=product_step(block, x_NI.dtype),
+        TRANSPOSED=transposed,
+        WIDEN=INTERPRETED,
+        **({"TOKENS": INTERPRETED_TOKENS} if INTERPRETED else {}),
+    )
+    return y_NO
+
+
+def grad_values_(dy_NO: Tensor, x_NI: Tensor, structure: Structure, block: int) -> Tensor:
+    """Gradient of the live blocks (K, b, b), float32."""
+    tokens, live_blocks = x_NI.shape[0], structure.rows.numel()
+    if tokens == 0 or live_blocks == 0:
+        return x_NI.new_zeros(live_blocks, block, block, dtype=torch.float32)
+    dy_NO, x_NI = dy_NO.contiguous(), x_NI.contiguous()
+    splits, step = splits_of(tokens, live_blocks), gradient_tokens(x_NI.dtype)
+    partial_PBB = torch.empty(splits * live_blocks, block, block, dtype=torch.float32, device=x_NI.device)
+    kernel = tuned_gradient if INTERPRETED else wrap_triton(tuned_gradient)
+    kernel[(splits * live_blocks,)](
+        dy_NO,
+        x_NI,
+        partial_PBB,
+        structure.rows,
+        structure.columns,
+        tokens,
+        dy_NO.shape[1],
+        x_NI.shape[1],
+        live_blocks,
+        (tokens + splits - 1) // splits,
+        BUCKET=_bucket(tokens),
+        BLOCK=block,
+        WIDEN=INTERPRETED,
+        TOKENS=step,
+    )
+    return partial_PBB if splits == 1 else partial_PBB.view(splits, live_blocks, block, block).sum(dim=0)
+
+
+@triton_op("supar::block_linear", mutates_args=())
+def block_linear(x: Tensor, values: Tensor, structure: list[Tensor], block: int) -> Tensor:
+    """y (N, out) of x's dtype, from x (N, in) and live values (V,) in row-major order. Differentiable in both."""
+    found = Structure(*structure)
+    return forward_(x, blocks_of(values, found.order, block, x.dtype), found)
+
+
+@triton_op("supar::block_linear_grad_input", mutates_args=())
+def block_linear_grad_input(dy: Tensor, values: Tensor, structure: list[Tensor], block: int) -> Tensor:
+    """dx (N, in) of dy's dtype, from dy (N, out) and live values (V,)."""
+    found = Structure(*structure)
+    return grad_input_(dy, blocks_of(values, found.order, block, dy.dtype), found)
+
+
+@triton_op("supar::block_linear_grad_values", mutates_args=())
+def block_linear_grad_values(dy: Tensor, x: Tensor, structure: list[Tensor], block: int) -> Tensor:
+    """Gradient of the live values (V,) in row-major order, float32, from dy (N, out) and x (N, in)."""
+    found = Structure(*structure)
+    return values_of(grad_values_(dy, x, found, block), found.inverse)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, list[Tensor], int], output: Tensor) -> None:
+    x, values, structure, ctx.block = inputs
+    ctx.save_for_backward(x, values, *structure)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, list[None], None]:
+    x, values, *structure = ctx.saved_tensors
+    dx = block_linear_grad_input(dy, values, structure, ctx.block) if ctx.needs_input_grad[0] else None
+    dvalues = block_linear_grad_values(dy, x, structure, ctx.block) if ctx.needs_input_grad[1] else None
+    return dx, None if dvalues is None else dvalues.to(values.dtype), [None] * len(structure), None
+
+
+block_linear.register_autograd(_backward, setup_context=_save)

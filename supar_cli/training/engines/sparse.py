@@ -1,0 +1,160 @@
+"""The sparse engine on CPU, for unstructured masks: compressed rows and their transpose, products at live weights only.
+
+Time and memory follow the live weights. Kernels are numba's where it is installed (`pip install 'supar[sparse]'`), else
+torch's: `embedding_bag` with per-sample weights for the products, `sampled_addmm` for the gradient of the values.
+
+Shape suffixes: N tokens, I in, O out, L live weights in row-major order.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from supar_cli.training.engines.linear import Engine
+
+Kernels = Literal["auto", "numba", "torch"]
+
+
+class Sparse(Engine):
+    """`mask` is (out, in), True where alive. Sums are in float32, whatever the precision of X and Y."""
+
+    starts: Tensor  # (out + 1,): where each row's weights begin
+    columns_L: Tensor
+    order_L: Tensor  # positions among the live weights, by column and then row
+    starts_by_column: Tensor  # (in + 1,)
+    rows_L: Tensor  # in that order
+
+    def __init__(self, mask: NDArray[np.bool_], kernels: Kernels = "auto") -> None:
+        super().__init__()
+        self.shape = mask.shape
+        if kernels == "auto":
+            kernels = "numba" if importlib.util.find_spec("numba") else "torch"
+        self.kernels = kernels
+        rows_L, columns_L = np.nonzero(mask)
+        order_L = np.argsort(columns_L, kind="stable")
+        buffers = {
+            "starts": np.concatenate(([0], np.cumsum(mask.sum(axis=1)))),
+            "columns_L": columns_L,
+            "order_L": order_L,
+            "starts_by_column": np.concatenate(([0], np.cumsum(mask.sum(axis=0)))),
+            "rows_L": rows_L[order_L],
+        }
+        for name, value in buffers.items():
+            self.register_buffer(name, torch.from_numpy(value.astype(np.int32)), persistent=False)
+
+    def forward(self, x: Tensor, values: Tensor) -> Tensor:
+        y: Tensor = _apply(x, values, self)
+        return y
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _apply(x: Tensor, values: Tensor, engine: Sparse) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):
+        x = x.to(torch.get_autocast_dtype("cpu"))
+    return _Product.apply(x, values, engine)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values_L: Tensor, engine: Sparse) -> Tensor:
+        ctx.save_for_backward(x, values_L)
+        ctx.engine = engine
+        y_NO = KERNELS[engine.kernels].product(engine, _rows(x), values_L.detach())
+        return y_NO.to(x.dtype).view(*x.shape[:-1], engine.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, values_L = ctx.saved_tensors
+        found = KERNELS[ctx.engine.kernels].gradients(
+            ctx.engine, _rows(x), _rows(gradient), values_L.detach(), *ctx.needs_input_grad[:2]
+        )
+        by_x, by_values = found
+        return None if by_x is None else by_x.to(x.dtype).view(x.shape), by_values, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(…, width) as contiguous float32 (N, width)."""
+    return x.detach().reshape(-1, x.shape[-1]).float().contiguous()
+
+
+class Torch:
+    """Products by torch's own operations, on transposed activations."""
+
+    @staticmethod
+    def product(engine: Sparse, x_NI: Tensor, values_L: Tensor) -> Tensor:
+        return _bags(x_NI, engine.columns_L, engine.starts, values_L)
+
+    @staticmethod
+    def gradients(
+        engine: Sparse, x_NI: Tensor, gradient_NO: Tensor, values_L: Tensor, by_x: bool, by_values: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        x_gradient = values_gradient = None
+        if by_x:
+            x_gradient = _bags(gradient_NO, engine.rows_L, engine.starts_by_column, values_L[engine.order_L])
+        if by_values:
+            transposed_ON = gradient_NO.t().contiguous()
+            values_gradient = torch.sparse.sampled_addmm(_pattern(engine), transposed_ON, x_NI, beta=0.0).values()
+        return x_gradient, values_gradient
+
+
+def _pattern(engine: Sparse) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's, that its CSR tensors are in beta
+        zeros_L = torch.zeros(len(engine.columns_L))
+        return torch.sparse_csr_tensor(engine.starts, engine.columns_L, zeros_L, engine.shape, check_invariants=False)
+
+
+def _bags(x_NI: Tensor, index_L: Tensor, starts: Tensor, values_L: Tensor) -> Tensor:
+    """X times the transpose of compressed rows: each output a bag of rows of Xᵀ, summed with the values as weights."""
+    transposed_IN = x_NI.t().contiguous()
+    if not len(index_L):
+        return x_NI.new_zeros(len(x_NI), len(starts) - 1)
+    y_ON = F.embedding_bag(index_L, transposed_IN, starts[:-1], mode="sum", per_sample_weights=values_L)
+    return y_ON.t().contiguous()
+
+
+class Numba:
+    """Products by compiled loops over tiles of tokens, as `sparse_kernels` has them."""
+
+    @staticmethod
+    def product(engine: Sparse, x_NI: Tensor, values_L: Tensor) -> Tensor:
+        from supar_cli.training.engines import sparse_kernels
+
+        y_NO = x_NI.new_empty(len(x_NI), engine.shape[0])
+        columns, starts = engine.columns_L.numpy(), engine.starts.numpy()
+        threads = sparse_kernels.use_threads()
+        sparse_kernels.product(x_NI.numpy(), starts, columns, values_L.numpy(), y_NO.numpy(), threads)
+        return y_NO
+
+    @staticmethod
+    def gradients(
+        engine: Sparse, x_NI: Tensor, gradient_NO: Tensor, values_L: Tensor, by_x: bool, by_values: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        from supar_cli.training.engines import sparse_kernels
+
+        # what is not asked for is an empty array, of which there is nothing to compute
+        by_x_NI = torch.empty_like(x_NI) if by_x else x_NI.new_empty(0, 0)
+        parts = values_L.new_zeros(sparse_kernels.use_threads(), len(values_L) if by_values else 0)
+        sparse_kernels.gradients(
+            x_NI.numpy(),
+            gradient_NO.numpy(),
+            engine.starts.numpy(),
+            engine.columns_L.numpy(),
+            engine.starts_by_column.numpy(),
+            engine.rows_L.numpy(),
+            values_L[engine.order_L].numpy(),
+            by_x_NI.numpy(),
+            parts.numpy(),
+        )
+        return by_x_NI if by_x else None, parts.sum(0) if by_values else None
+
+
+KERNELS: dict[str, type[Torch] | type[Numba]] = {"torch": Torch, "numba": Numba}

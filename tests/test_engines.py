@@ -1,0 +1,311 @@
+"""Engines of masked linears against dense float64 products, in training, and how one is chosen."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from supar_cli.errors import InputError
+from supar_cli.planning.plan import Plan
+from supar_cli.training import checkpoint, rundir
+from supar_cli.training.engines import choose
+from supar_cli.training.engines.dense import Dense
+from supar_cli.training.engines.linear import Engine
+from supar_cli.training.engines.sparse import Sparse
+from supar_cli.training.trainer import Silent, Trainer
+from tests.conftest import Called, environment
+
+MakePlan = Callable[..., Plan]
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+
+KINDS: dict[str, Callable[[Mask], Engine]] = {
+    "dense": lambda mask: Dense(mask, torch.float32),
+    "sparse by numba": lambda mask: Sparse(mask, "numba"),
+    "sparse by torch": lambda mask: Sparse(mask, "torch"),
+}
+SHAPES = {  # (out, in), tokens, density
+    "tiles that are cut": ((130, 70), (2, 65), 0.05),
+    "wide": ((3, 300), (64,), 0.1),
+    "tall": ((300, 3), (1, 1), 0.3),
+    "every weight": ((16, 8), (5,), 1.0),
+    "no weight": ((9, 5), (7,), 0.0),
+    "no token": ((9, 5), (0,), 0.5),
+}
+
+
+def drawn(shape: tuple[int, int], density: float, seed: int = 0) -> Mask:
+    return np.random.default_rng(seed).random(shape) < density
+
+
+def numbers(engine: Engine, mask: Mask, tokens: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Any]:
+    """Y, the gradients of X and of the values, and the same of dense float64 products."""
+    random = torch.Generator().manual_seed(1)
+    out, width = mask.shape
+    values = torch.randn(int(mask.sum()), generator=random)
+    x = torch.randn(*tokens, width, generator=random).to(dtype)
+    gradient = torch.randn(*tokens, out, generator=random).to(dtype)
+
+    weight = torch.zeros(mask.shape, dtype=torch.float64)
+    weight[torch.from_numpy(mask)] = values.double()
+    weight.requires_grad_()
+    reference_x = x.double().requires_grad_()
+    reference = F.linear(reference_x, weight)
+    torch.autograd.backward(reference, gradient.double())
+    assert weight.grad is not None and reference_x.grad is not None
+
+    values, x = values.requires_grad_(), x.requires_grad_()
+    engine.refresh(values.detach())
+    y = engine(x, values)
+    torch.autograd.backward(y, gradient)
+    assert values.grad is not None and values.grad.dtype == torch.float32 and y.dtype == dtype
+    return [
+        (y.detach(), reference.detach()),
+        (x.grad, reference_x.grad),
+        (values.grad, weight.grad[torch.from_numpy(mask)]),
+    ]
+
+
+def largest_error(pairs: list[Any]) -> float:
+    """Of the largest number of each, over all three."""
+    errors = [
+        float((a.double() - b).abs().max() / max(float(b.abs().max()), 1e-30)) if a.numel() else 0.0 for a, b in pairs
+    ]
+    assert all(a.shape == b.shape for a, b in pairs)
+    return max(errors)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestProducts:
+    @pytest.mark.parametrize("case", SHAPES)
+    def test_are_those_of_the_dense_weight(self, kind: str, case: str) -> None:
+        shape, tokens, density = SHAPES[case]
+        mask = drawn(shape, density)
+        assert largest_error(numbers(KINDS[kind](mask), mask, tokens)) <= 1e-5
+
+    def test_rows_of_none_and_one(self, kind: str) -> None:
+        mask = np.zeros((70, 40), np.bool_)
+        mask[::3, 7] = True
+        mask[69, :] = True
+        assert largest_error(numbers(KINDS[kind](mask), mask, (33,))) <= 1e-5
+
+    @settings(max_examples=20, deadline=None)
+    @given(
+        out=st.integers(1, 90),
+        width=st.integers(1, 90),
+        tokens=st.integers(1, 140),
+        density=st.floats(0, 1),
+        seed=st.integers(0, 99),
+    )
+    def test_of_any_shape(self, kind: str, out: int, width: int, tokens: int, density: float, seed: int) -> None:
+        mask = drawn((out, width), density, seed)
+        assert largest_error(numbers(KINDS[kind](mask), mask, (tokens,))) <= 2e-5
+
+    def test_in_bfloat16(self, kind: str) -> None:
+        """Inputs, outputs and their gradients keep 8 bits; sums are wider than that."""
+        mask = drawn((64, 96), 0.2)
+        engine = Dense(mask, torch.bfloat16) if kind == "dense" else KINDS[kind](mask)
+        limit = 2**-7 if kind == "dense" else 2**-8  # the dense engine rounds the weight too
+        assert largest_error(numbers(engine, mask, (50,), torch.bfloat16)) <= limit
+
+    def test_only_what_is_asked_for_has_a_gradient(self, kind: str) -> None:
+        mask = drawn((20, 30), 0.3)
+        engine = KINDS[kind](mask)
+        for by_x, by_values in ((True, False), (False, True)):
+            x = torch.randn(6, 30, requires_grad=by_x)
+            values = torch.randn(int(mask.sum()), requires_grad=by_values)
+            engine.refresh(values.detach())
+            engine(x, values).sum().backward()
+            assert (x.grad is not None, values.grad is not None) == (by_x, by_values)
+
+    def test_inputs_that_do_not_lie_in_rows(self, kind: str) -> None:
+        mask = drawn((20, 30), 0.3)
+        engine, values = KINDS[kind](mask), torch.randn(int(drawn((20, 30), 0.3).sum()))
+        engine.refresh(values)
+        x = torch.randn(30, 8).t()
+        assert torch.equal(engine(x, values), engine(x.contiguous(), values))
+
+    def test_a_weight_at_another_place_is_seen(self, kind: str) -> None:
+        mask = drawn((64, 64), 0.1)
+        other = mask.copy()
+        row = int(np.flatnonzero(mask.any(1) & ~mask.all(1))[0])
+        one, zero = np.flatnonzero(mask[row])[0], np.flatnonzero(~mask[row])[0]
+        other[row, [one, zero]] = other[row, [zero, one]]
+        assert largest_error(numbers(KINDS[kind](other), mask, (32,))) > 1e-2
+
+
+def losses(plan: Plan) -> list[float]:
+    trainer = Trainer(plan)
+    return [trainer.step()[0] for _ in range(plan.train.steps)]
+
+
+class TestTraining:
+    """20 steps of a sparse SμPar plan under each engine."""
+
+    def plan(self, plan_of: MakePlan, engine: Any, **run: Any) -> Plan:
+        return plan_of(
+            train={"steps": 20}, run={"engine": engine, **run}, target={"width": 64, "sparsity": {"density": 0.1}}
+        )
+
+    def test_losses_and_gradients_are_the_same(self, plan_of: MakePlan) -> None:
+        found, gradients = {}, {}
+        for engine in ("dense", "sparse"):
+            plan = self.plan(plan_of, engine)
+            found[engine] = losses(plan)
+            trainer = Trainer(plan)
+            trainer.optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[assignment, misc]
+            trainer.step()
+            gradients[engine] = {name: tensor.grad for name, tensor in trainer.prepared.tensors.items()}
+            assert {choice.name for choice in trainer.engines.choices.values()} == {engine}
+        assert max(abs(a - b) for a, b in zip(found["dense"], found["sparse"], strict=True)) <= 1e-5
+        for name, gradient in gradients["dense"].items():
+            assert gradient is not None
+            difference = (gradient - gradients["sparse"][name]).abs().max()
+            assert difference <= 1e-5 * gradient.abs().max(), name
+        # the control: another seed's losses differ by far more
+        assert abs(found["dense"][-1] - losses(self.plan(plan_of, "dense").model_copy(update={}))[-1]) <= 1e-6
+        other = plan_of(train={"steps": 20, "seed": 1}, target={"width": 64, "sparsity": {"density": 0.1}})
+        assert abs(found["dense"][-1] - losses(other)[-1]) > 1e-3
+
+    def test_saved_under_one_and_resumed_under_another(self, plan_of: MakePlan, tmp_path: Path) -> None:
+        whole = losses(self.plan(plan_of, "dense"))
+        plan = self.plan(plan_of, "dense", checkpoint_every=7)
+        rundir.start(tmp_path / "run", plan, resume=False, force=False)
+
+        class Stop(Exception):
+            pass
+
+        class Stopping(Silent):
+            def progress(self, step: int, steps: int, loss: float) -> None:
+                if step == 9:
+                    raise Stop
+
+        with pytest.raises(Stop):
+            Trainer(plan, reporter=Stopping()).run(tmp_path / "run")
+        again = self.plan(plan_of, "sparse")
+        assert again.hash() == plan.hash()
+        outcome = Trainer(again).run(tmp_path / "run", resume=True)
+        assert outcome.resumed_at == 7 and outcome.losses == pytest.approx(whole, abs=1e-5)
+        assert set(json.loads((tmp_path / "run/result.json").read_text())["environment"]["engines"].values()) == {
+            "sparse"
+        }
+
+    def test_a_checkpoint_holds_live_values_and_masks_only(self, plan_of: MakePlan, tmp_path: Path) -> None:
+        plan = self.plan(plan_of, "sparse")
+        trainer = Trainer(plan)
+        trainer.step()
+        path = checkpoint.save(tmp_path, plan, trainer.prepared, trainer.optimizer, 1, "sha256:x")
+        masked = sum(row.kept for row in plan.tensors if row.kept < row.size)
+        dense = sum(row.size for row in plan.tensors if row.kept == row.size)
+        bits = sum(row.size for row in plan.tensors if row.kept < row.size) / 8
+        expected = 12 * (masked + dense) + bits
+        assert expected < (path / "state.safetensors").stat().st_size < expected + 20_000
+
+    def test_accumulation_compiling_and_bfloat16(self, plan_of: MakePlan) -> None:
+        whole = losses(self.plan(plan_of, "sparse"))
+        assert losses(self.plan(plan_of, "sparse", micro_batch_size=2)) == pytest.approx(whole, rel=1e-4)
+        for engine in ("dense", "sparse"):
+            rounded = losses(self.plan(plan_of, engine, precision="bfloat16"))
+            assert rounded == pytest.approx(whole, rel=0.02) and rounded != pytest.approx(whole, rel=1e-5)
+
+
+def test_the_kernels_leave_torchs_threads_alone() -> None:
+    """In a process of its own, where they start their threads: numba's OpenMP layer would make these 1 its 2 or more."""
+    code = (
+        "import numpy as np, torch\n"
+        "from supar_cli.training.engines.sparse import Sparse\n"
+        "torch.set_num_threads(1)\n"
+        "Sparse(np.eye(8, dtype=bool), 'numba')(torch.randn(4, 8), torch.randn(8))\n"
+        "print(torch.get_num_threads())"
+    )
+    run = [sys.executable, "-c", code]
+    assert subprocess.run(run, capture_output=True, text=True, env=environment(), check=True).stdout.strip() == "1"
+
+
+class TestChoice:
+    @pytest.fixture(autouse=True)
+    def cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        return tmp_path / "cache/supar/engines.json"
+
+    SETTING = choose.Setting(torch.device("cpu"), torch.float32, 4096)
+
+    def test_it_is_measured_once_and_kept(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        mask = drawn((256, 256), 1 / 64)
+        first = choose.fastest(mask, self.SETTING)
+        assert first.measured_now and set(first.seconds) == {"dense", "sparse"} and all(first.seconds.values())
+        monkeypatch.setattr(choose, "times", lambda *_: pytest.fail("measured again"))
+        again = choose.fastest(drawn((256, 256), 1 / 64), self.SETTING)
+        assert (again.name, again.seconds, again.measured_now) == (first.name, first.seconds, False)
+        assert list(json.loads(cache.read_text()).values()) == [first.seconds]
+
+    @pytest.mark.parametrize(("sparse", "name"), [(0.5, "sparse"), (0.95, "dense"), (2.0, "dense")])
+    def test_the_fastest_wins_if_by_enough(self, monkeypatch: pytest.MonkeyPatch, sparse: float, name: str) -> None:
+        monkeypatch.setattr(choose, "times", lambda *_: {"dense": 1.0, "sparse": sparse})
+        assert choose.fastest(drawn((256, 256), 0.1), self.SETTING).name == name
+
+    def test_at_one_weight_in_128_the_sparse_one_is_faster_and_at_one_in_two_the_dense_one(self) -> None:
+        """A real measurement: 10 times and more either way on an idle machine."""
+        assert choose.fastest(drawn((1024, 512), 1 / 128), self.SETTING).name == "sparse"
+        assert choose.fastest(drawn((1024, 512), 1 / 2), self.SETTING).name == "dense"
+
+    def test_a_small_layer_is_dense_unmeasured(self, cache: Path) -> None:
+        assert choose.fastest(drawn((64, 64), 0.1), self.SETTING) == choose.Choice("dense", {})
+        assert not cache.exists()
+
+    @pytest.mark.parametrize("text", ["", "{", "[1]", '{"x": 1}'])
+    def test_a_broken_cache_is_measured_anew(self, cache: Path, text: str) -> None:
+        cache.parent.mkdir(parents=True)
+        cache.write_text(text)
+        assert choose.fastest(drawn((256, 256), 0.1), self.SETTING).measured_now
+        json.loads(cache.read_text())
+
+    def test_a_cache_that_cannot_be_written_costs_a_measurement(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+        assert choose.fastest(drawn((256, 256), 0.1), self.SETTING).measured_now
+
+    def test_by_role_and_by_tensor(self, plan_of: MakePlan) -> None:
+        trainer = Trainer(plan_of(run={"engine": {"hidden": "sparse", "blocks.0.attn.q": "dense"}}))
+        found = {name: choice.name for name, choice in trainer.engines.choices.items()}
+        assert found.pop("blocks.0.attn.q") == "dense" and set(found.values()) == {"sparse"}
+
+    def test_what_cannot_be_is_refused(self, plan_of: MakePlan) -> None:
+        with pytest.raises(InputError, match=r"run\.engine: block needs a plan whose sparsity\.pattern is block"):
+            Trainer(plan_of(run={"engine": "block"}))
+        with pytest.raises(InputError, match=r"run\.engine: sparse runs on CPU only"):
+            choose.make("sparse", drawn((4, 4), 0.5), choose.Setting(torch.device("cuda"), torch.float32, 1))
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ("fast", "run.engine: should be 'auto', 'dense', 'sparse', 'block' or a mapping to these, not 'fast'"),
+        ("{hiden: dense}", "run.engine.hiden: neither a role nor a tensor of this plan"),
+    ],
+)
+def test_a_wrong_engine_ends_with_2(
+    supar_here: Callable[..., Called], plan_of: MakePlan, tmp_path: Path, engine: str, message: str
+) -> None:
+    from supar_cli.planning import document
+
+    (tmp_path / "plan.yaml").write_text(document.write([plan_of().model_dump()]))
+    ended = supar_here("train", "plan.yaml", "-s", f"run.engine={engine}")
+    assert ended.status == 2 and message in ended.err and not (tmp_path / "runs").exists()
+
+
+def test_large_blocks_are_kept_unless_switched_off() -> None:
+    code = "from supar_cli.training.allocator import keep_large_blocks; print(keep_large_blocks())"
+    for value, kept in (("1", str(sys.platform == "linux")), ("0", "False")):
+        run = [sys.executable, "-c", code]
+        done = subprocess.run(run, capture_output=True, text=True, env=environment(SUPAR_KEEP_MEMORY=value), check=True)
+        assert done.stdout.strip() == kept
