@@ -42,7 +42,7 @@ def transfer(
     **target: Any,
 ) -> Plan:
     """The plan of a target; keywords as the flags of `supar transfer` (width, layers, steps, …). Raises InputError."""
-    drawn = {name: target.pop(name) for name in ("pattern", "distribution", "overrides") if name in target}
+    drawn = {name: target.pop(name) for name in ("pattern", "block", "distribution", "overrides") if name in target}
     wanted: dict[str, Any] = {**proxy.target.model_dump(), **target}
     if target.get("width") is not None:  # as the flags: a target's own heads and FFN width belong to its own width
         wanted |= {name: target.get(name) for name in ("heads", "kv_heads", "ffn_width")}

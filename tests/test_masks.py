@@ -22,6 +22,7 @@ from .conftest import environment
 
 MakePlan = Callable[..., Plan]
 
+BLOCKS = "caea685f9fc1b5e7"
 EXACT, FIXED_FAN_IN, BERNOULLI = "392c00f9093754e3", "0ab2c369c1593423", "392c00f9093754e3"
 
 
@@ -168,3 +169,45 @@ class TestChance:
         assert abs(np.mean(counts) - self.KEPT) < self.ALLOWED * deviation / sqrt(400)
         assert abs(np.std(counts) / deviation - 1) < self.ALLOWED / sqrt(800)
         assert np.std([int(drawn(self.SHAPE, self.KEPT, seed=seed).sum()) for seed in range(3)]) == 0
+
+
+class TestBlocks:
+    """Whole aligned blocks, as many as planned, drawn as single weights are."""
+
+    def drawn(self, shape: tuple[int, int], blocks: int, block: int, **of: Any) -> NDArray[Any]:
+        mask = masks.draw(row(shape, blocks * block**2, of.get("name", "w")), of.get("seed", 0), "block", block)
+        assert mask is not None
+        return mask
+
+    @settings(max_examples=50, deadline=None, derandomize=True)
+    @given(st.integers(1, 6), st.integers(1, 6), st.sampled_from([16, 32]), st.data())
+    def test_exactly_as_many_each_whole(self, rows: int, columns: int, block: int, data: Any) -> None:
+        blocks = data.draw(st.integers(0 if rows * columns == 1 else 1, max(rows * columns - 1, 0)))
+        if not blocks:
+            return
+        mask = self.drawn((rows * block, columns * block), blocks, block)
+        parts = mask.reshape(rows, block, columns, block).sum(axis=(1, 3))
+        assert sorted(set(parts.flat) - {0}) == [block**2] and int((parts > 0).sum()) == blocks
+
+    def test_another_name_or_seed_is_another_mask_and_the_same_is_the_same(self) -> None:
+        first = self.drawn((320, 640), 40, 32)
+        assert (first == self.drawn((320, 640), 40, 32)).all()
+        assert (first != self.drawn((320, 640), 40, 32, name="v")).any()
+        assert (first != self.drawn((320, 640), 40, 32, seed=1)).any()
+        assert masks.fingerprint(first) == BLOCKS
+
+    def test_training_keeps_to_the_blocks(self, plan_of: MakePlan) -> None:
+        from supar_cli.training.trainer import Trainer
+
+        wanted = {"width": 64, "sparsity": {"density": 0.25, "pattern": "block", "block": 16}}
+        losses = {}
+        for engine in ("dense", "sparse", "block"):
+            trainer = Trainer(plan_of(target=wanted, run={"engine": engine}))
+            losses[engine] = [trainer.step()[0] for _ in range(6)]
+            for name, mask in trainer.prepared.masks.items():
+                alive = (trainer.prepared.weight(name) != 0).numpy()
+                assert (alive == mask).all()
+                parts = alive.reshape(alive.shape[0] // 16, 16, -1, 16).sum(axis=(1, 3))
+                assert set(parts.flat) == {0, 256} and parts.sum() == alive.size // 4
+        assert losses["block"] == pytest.approx(losses["dense"], abs=1e-5)
+        assert losses["sparse"] == pytest.approx(losses["dense"], abs=1e-5)

@@ -115,6 +115,46 @@ class TestDistribution:
         assert (down.kept, down.density) == (77 * 640, 77 / 2560)  # 2560 · .03 = 76.8
         assert query.because["m_rho"] == 19 / 640
 
+    def test_blocks_are_whole_and_theirs_is_the_density(self) -> None:
+        made = plan(target={"width": 640, "sparsity": {"sparsity": 0.97, "pattern": "block", "block": 32}})
+        query, down = row(made, "blocks.0.attn.q"), row(made, "blocks.0.mlp.down")
+        assert (query.kept, query.density) == (12 * 1024, 12 / 400)  # 400 blocks · .03
+        assert (down.kept, down.density) == (48 * 1024, 48 / 1600)
+        assert query.because["m_rho"] == query.density
+        text = document.write([made.model_dump()])
+        assert "pattern: block\n  block: 32\n" in text
+        (found,) = document.read(text, "plan.yaml")
+        assert parse(Plan, found) == made
+        uneven = plan(target={"width": 128, "sparsity": {"density": 0.3, "pattern": "block", "block": 32}})
+        assert row(uneven, "blocks.0.attn.q").because["m_rho"] == 5 / 16
+        assert any("whole blocks make its density 0.3125, not 0.3" in message for message in warnings(uneven))
+
+    def test_without_blocks_nothing_says_block(self) -> None:
+        made = plan(target={"width": 128, "sparsity": {"density": 0.25}})
+        assert "block:" not in document.write([made.model_dump()])
+
+    def test_rows_of_blocks_that_are_empty_are_warned_of(self) -> None:
+        """16 weights per neuron in blocks of 32 are half a block a row: e^-.5 of the rows have none."""
+        made = plan(target={"width": 512, "sparsity": {"density": 1 / 32, "pattern": "block", "block": 32}})
+        assert any("0.5 blocks per row of blocks: about 61 % of rows" in message for message in warnings(made))
+
+    @pytest.mark.parametrize(
+        ("wanted", "message"),
+        [
+            ({"pattern": "block"}, r"block: is missing; expected 16, 32, 64, 128 with the pattern block"),
+            ({"block": 32}, r"block: given with the pattern exact; expected it with the pattern block only"),
+            ({"pattern": "block", "block": 24}, r"block"),
+            (
+                {"pattern": "block", "block": 128},
+                r"blocks\.0\.attn\.q: its shape 192×192 is not made of 128×128 blocks",
+            ),
+            ({"pattern": "block", "block": 64, "density": 0.01}, r"attn\.q: density 0\.01 keeps none of its 9 blocks"),
+        ],
+    )
+    def test_what_cannot_be_blocks_is_refused(self, wanted: dict[str, Any], message: str) -> None:
+        with pytest.raises((InputError, ValueError), match=message):
+            plan(target={"width": 192, "sparsity": {"density": 0.25, **wanted}})
+
 
 @pytest.mark.parametrize(
     ("word", "value", "density"),

@@ -47,7 +47,7 @@ def proxy_sweeps(
     first_seed = proxy.train.seed
 
     def plan(arm: Name, width: int, density: float, seed: int) -> Plan:
-        wanted = Sparsity(density=density, pattern=drawn.pattern, distribution=drawn.distribution)
+        wanted = Sparsity(density=density, pattern=drawn.pattern, block=drawn.block, distribution=drawn.distribution)
         return transfer(base, Target(width=width, sparsity=wanted, seed=first_seed + seed), arm, allow_low_wpn=True)
 
     def sweep(arm: Name, axis: str, control: bool) -> Sweep:
@@ -83,7 +83,7 @@ def plan_sweeps(plan: Plan, *, seeds: int, steps: int, batch_size: int) -> list[
         wanted = Target(sparsity=sparsity, seed=plan.train.seed + seed, **target)
         return transfer(proxy, wanted, arm, allow_low_wpn=True)
 
-    drawn = Sparsity(density=plan.sparsity.density, pattern=plan.sparsity.pattern)
+    drawn = Sparsity(density=plan.sparsity.density, pattern=plan.sparsity.pattern, block=plan.sparsity.block)
     base_density = proxy.sparsity.density or 1.0
     m_rho, m_d = plan.sparsity.density / base_density, plan.model.width / plan.parameterization.base.width
     sweeps = []
@@ -125,7 +125,7 @@ def _proxy_of(plan: Plan, steps: int, batch_size: int) -> Proxy:
         model=Model(**fields),
         hyperparameters=plan.hyperparameters,
         parameterization=Options(**options),
-        sparsity=Sparsity(density=max(densities), pattern=plan.sparsity.pattern),
+        sparsity=Sparsity(density=max(densities), pattern=plan.sparsity.pattern, block=plan.sparsity.block),
         data=plan.data,
         train=_train(plan.train, steps, batch_size),
         run=plan.run,

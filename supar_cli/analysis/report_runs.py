@@ -217,7 +217,7 @@ def plan_facts(plan: Plan) -> list[tuple[str, list[tuple[str, str]]]]:
             f"{model.family}, width {model.width}, {model.layers} layers, {model.heads} heads, context {model.context}",
         ),
         ("parameters", f"{plan.parameters:,}; live {plan.live:,}"),
-        ("sparsity", f"{plan.sparsity.sparsity:g} ({plan.sparsity.pattern}, {plan.sparsity.distribution})"),
+        ("sparsity", f"{plan.sparsity.sparsity:g} ({plan.sparsity.drawn}, {plan.sparsity.distribution})"),
         ("training", f"{plan.train.steps:,} steps of {plan.train.batch_size} sequences, {plan.train.tokens:,} tokens"),
         ("data", plan.data.source),
     ]

@@ -35,7 +35,8 @@ def check(
         str | None, typer.Option(help="Widths. [default: 1, 2, 4, 8 times the proxy's]", show_default=False)
     ] = None,
     density: Annotated[str | None, typer.Option(help="Densities. [default: 1,0.25,0.0625]", show_default=False)] = None,
-    pattern: Annotated[str | None, typer.Option(help="exact, fixed_fan_in or bernoulli.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="exact, fixed_fan_in, bernoulli or block.")] = None,
+    block: Annotated[int | None, typer.Option(help="Edge of a block: 16, 32, 64 or 128.")] = None,
     distribution: Annotated[str | None, typer.Option(help="uniform or erk.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds; fewer than 4 are noisy.")] = 4,
     max_seeds: Annotated[
@@ -91,7 +92,7 @@ def _document(source: str | None, flags: dict[str, Any]) -> tuple[Document, Any]
     read = console.read_one(source or str(console.template("quickstart")), "`supar tune-proxy` writes a proxy")
     read.name = source or "quickstart template"
     console.apply_settings(read, flags["settings"])
-    places = {"pattern": ("target", "sparsity", "pattern"), "distribution": ("target", "sparsity", "distribution")}
+    places = {name: ("target", "sparsity", name) for name in ("pattern", "block", "distribution")}
     kind = read.data.get("kind") if isinstance(read.data, dict) else None
     if kind not in KINDS:
         raise InputError(read.problem(("kind",), f"is {kind!r}", f"expected one of {', '.join(KINDS)}"))

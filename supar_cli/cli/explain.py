@@ -157,7 +157,7 @@ class Explained:
         plan, own, base = self.plan, self.plan.parameterization, self.plan.parameterization.base
         head = [
             f"{TITLES[own.name]} with {TITLES[plan.train.optimizer]},",
-            f"sparsity {plan.sparsity.sparsity:g} ({plan.sparsity.pattern}, {plan.sparsity.distribution});",
+            f"sparsity {plan.sparsity.sparsity:g} ({plan.sparsity.drawn}, {plan.sparsity.distribution});",
             *f"weight_decay_rule {own.weight_decay_rule}, depth_rule {own.depth_rule},".split(),
             *f"residual_init {own.residual_init}, unembedding_init {own.unembedding_init}".split(),
         ]

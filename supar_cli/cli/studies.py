@@ -43,7 +43,9 @@ def read(source: str | None, full: bool, words: dict[str, Any]) -> document.Docu
         raise InputError(one.problem(("kind",), f"is {one.data.get('kind')!r}", expected))
     target = one.data.get("target")
     own = target.get("sparsity") if isinstance(target, dict) else None
-    drawn = {key: own[key] for key in ("pattern", "distribution") if key in own} if isinstance(own, dict) else {}
+    drawn = (
+        {key: own[key] for key in ("pattern", "block", "distribution") if key in own} if isinstance(own, dict) else {}
+    )
     one.data = {key: value for key, value in one.data.items() if key not in NOT_IN_A_SWEEP}
     one.data |= {
         "kind": "supar.sweep/v1",

@@ -54,7 +54,8 @@ def transfer(
     parameterization: Annotated[
         str, typer.Option(metavar="NAME", help="supar, mup, sp, or half of supar: supar-init-only, supar-lr-only.")
     ] = "supar",
-    pattern: Annotated[str | None, typer.Option(help="exact, fixed_fan_in or bernoulli.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="exact, fixed_fan_in, bernoulli or block.")] = None,
+    block: Annotated[int | None, typer.Option(help="Edge of a block: 16, 32, 64 or 128.")] = None,
     distribution: Annotated[str | None, typer.Option(help="uniform or erk.")] = None,
     data: console.DataOption = None,
     seed: Annotated[int | None, typer.Option(help="Seed of init, masks and batches.")] = None,
@@ -140,7 +141,9 @@ def _put_flags(read: Any, flags: dict[str, Any]) -> None:
         for name in ("heads", "kv_heads", "ffn_width"):
             if flags[name] is None:
                 console.put(read, ("target", name), None)
-    for name in ("pattern", "distribution"):
+    if flags["pattern"] not in (None, "block"):  # a document's own blocks go with its pattern
+        console.put(read, ("target", "sparsity", "block"), None)
+    for name in ("pattern", "block", "distribution"):
         if flags[name] is not None:
             console.put(read, ("target", "sparsity", name), flags[name])
     if flags["seed"] is not None:

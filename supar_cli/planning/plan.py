@@ -7,8 +7,9 @@ from typing import Any, Literal
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.rules import Name, Role
 from supar_cli.planning.section import Field, Section
+from supar_cli.planning.sparsity import Block, Blocks, Pattern
 from supar_cli.planning.spec import Data as Data  # re-exported: `training` reads plans, never specs
-from supar_cli.planning.spec import Distribution, Hyperparameters, Model, Options, Pattern, Run, Train
+from supar_cli.planning.spec import Distribution, Hyperparameters, Model, Options, Run, Train
 from supar_cli.planning.spec import Engine as Engine
 from supar_cli.planning.spec import parse as parse
 
@@ -42,14 +43,23 @@ class Parameterization(Options):
     base: Base
 
 
-class PlanSparsity(Section):
+class PlanSparsity(Blocks):
     """The target density and how it is spread and drawn."""
 
     density: float = Field(gt=0, le=1)
     sparsity: float = Field(ge=0, lt=1)
     pattern: Pattern
+    block: Block | None = None
     distribution: Distribution
     overrides: dict[str, float] = Field(default_factory=dict)
+
+    def fits(self) -> None:
+        self.blocks_fit()
+
+    @property
+    def drawn(self) -> str:
+        """The pattern in words."""
+        return self.pattern if self.block is None else f"blocks of {self.block}"
 
 
 class PlanTrain(Train):

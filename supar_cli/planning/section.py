@@ -162,7 +162,7 @@ def _typed(hint: Any, bounds: dict[str, Any]) -> core_schema.CoreSchema:
         return core_schema.any_schema()
     if origin is Literal:
         return core_schema.literal_schema(list(inner))
-    if origin is UnionType and len(inner) == 2 and NoneType in inner:
+    if origin in (UnionType, Union) and len(inner) == 2 and NoneType in inner:
         return core_schema.nullable_schema(_typed(next(one for one in inner if one is not NoneType), bounds))
     if origin in (UnionType, Union):  # a Literal makes the latter of `|`
         said = " or ".join(map(_words, inner))

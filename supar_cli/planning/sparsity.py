@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
+from typing import Any, Literal, get_args
 
 from supar_cli.errors import InputError
 from supar_cli.planning.layout import Tensor
+from supar_cli.planning.section import Section
+
+Pattern = Literal["exact", "fixed_fan_in", "bernoulli", "block"]
+Block = Literal[16, 32, 64, 128]  # edges of blocks, as the block engine has them
+
+
+class Blocks(Section):
+    """The keys of a section whose `pattern` may be `block`; `block`, the edge of a block, is written with that one only."""
+
+    def blocks_fit(self) -> None:
+        pattern, block = vars(self)["pattern"], vars(self)["block"]
+        if pattern == "block" and block is None:
+            raise ValueError(
+                f"block: is missing; expected {', '.join(map(str, get_args(Block)))} with the pattern block"
+            )
+        if pattern != "block" and block is not None:
+            raise ValueError(f"block: given with the pattern {pattern}; expected it with the pattern block only")
+
+    def model_dump(self, *, include: Collection[str] | None = None, exclude: Collection[str] = ()) -> dict[str, Any]:
+        found = super().model_dump(include=include, exclude=exclude)
+        return {key: value for key, value in found.items() if key != "block" or value is not None}
 
 
 def literal(value: str | float | int) -> Decimal:
@@ -54,11 +76,13 @@ def distribute(
     pattern: str,
     overrides: Mapping[str, float],
     where: str = "sparsity.overrides",
+    block: int | None = None,
 ) -> dict[str, Kept]:
     """Density and kept count of every hidden tensor, by name.
 
     `overrides` maps a tensor name, a site (`attn.q`), a part (`attn`, `mlp`) or `hidden` to a density; the most specific wins,
-    and the others share the target. Raises InputError for an override that names nothing; `where` is their place in the document.
+    and the others share the target. Raises InputError for an override that names nothing, `where` being their place in the
+    document, and for a tensor that `block` does not divide.
     """
     hidden = list(hidden)
     target = Fraction(density)
@@ -76,7 +100,7 @@ def distribute(
         raise InputError(f"{where}: {', '.join(unused)} names no hidden tensor; sites are {', '.join(sites)}")
     free = [tensor for tensor in hidden if tensor.name not in fixed]
     shares = {tensor.name: target for tensor in free} if distribution == "uniform" else _erk(free, target)
-    return {tensor.name: _kept(tensor, {**shares, **fixed}[tensor.name], pattern) for tensor in hidden}
+    return {tensor.name: _kept(tensor, {**shares, **fixed}[tensor.name], pattern, block) for tensor in hidden}
 
 
 def _erk(tensors: list[Tensor], target: Fraction) -> dict[str, Fraction]:
@@ -96,7 +120,22 @@ def _erk(tensors: list[Tensor], target: Fraction) -> dict[str, Fraction]:
     return {tensor.name: Fraction(1) for tensor in tensors}
 
 
-def _kept(tensor: Tensor, density: Fraction, pattern: str) -> Kept:
+def _kept(tensor: Tensor, density: Fraction, pattern: str, block: int | None) -> Kept:
+    if pattern == "block" and density < 1:
+        assert block is not None
+        if any(size % block for size in tensor.shape):
+            shape = "×".join(map(str, tensor.shape))
+            raise InputError(
+                f"{tensor.name}: its shape {shape} is not made of {block}×{block} blocks; expected another block"
+            )
+        count = tensor.size // block**2
+        live = _round(density * count)
+        if not live:
+            raise InputError(
+                f"{tensor.name}: density {float(density):g} keeps none of its {count} blocks; expected a smaller block or more width"
+            )
+        # whole blocks: the density that holds is theirs, as for whole weights per row
+        return Kept(float(Fraction(live, count)), live * block**2)
     if pattern == "fixed_fan_in":
         # every row keeps the same whole number, so the density that holds is that number's share, not the nominal one
         per_row = _round(density * tensor.fan_in)

@@ -10,10 +10,10 @@ from supar_cli.errors import InputError, Problem
 from supar_cli.planning.document import Document, Path_, content_hash
 from supar_cli.planning.rules import DecayRule, DepthRule, Optimizer, ResidualInit, UnembeddingInit
 from supar_cli.planning.section import Field, Section
+from supar_cli.planning.sparsity import Block, Blocks, Pattern
 
 Family = Literal["gpt2", "llama"]
 Engine = Literal["auto", "dense", "sparse", "block"]
-Pattern = Literal["exact", "fixed_fan_in", "bernoulli"]
 Distribution = Literal["uniform", "erk"]
 
 FAMILY_PARTS: dict[str, dict[str, Any]] = {
@@ -136,16 +136,18 @@ class Run(Section):
     checkpoint_every: int = Field(default=1000, gt=0)
 
 
-class Sparsity(Section):
+class Sparsity(Blocks):
     """Which hidden weights live. Give `sparsity` or `density`; `overrides` are densities by tensor, site or part."""
 
     sparsity: float | None = None
     density: float | None = None
     pattern: Pattern = "exact"
+    block: Block | None = None
     distribution: Distribution = "uniform"
     overrides: dict[str, float] = Field(default_factory=dict)
 
     def fits(self) -> None:
+        self.blocks_fit()
         if self.sparsity is not None and self.density is not None:
             raise ValueError("density: given beside sparsity; expected only one of them")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
@@ -286,7 +288,7 @@ def _absent(kind: type[Section], document: Document, section: str) -> list[Probl
     held = document.data[section]
     if not isinstance(held, dict):
         return []
-    lost = [key for key in _keys(kind, (section,)) if key not in held]
+    lost = [key for key in _keys(kind, (section,)) if key not in held and key != "block"]  # the pattern asks for that
     return [document.problem((section,), f"the key {key!r} is missing") for key in lost]
 
 

@@ -40,7 +40,9 @@ def transfer(
     all_tensors = layout.tensors(model)
     hidden = [tensor for tensor in all_tensors if tensor.role == "hidden"]
     where = "target.sparsity.overrides"
-    kept = sparsity.distribute(hidden, density, wanted.distribution, wanted.pattern, wanted.overrides, where)
+    kept = sparsity.distribute(
+        hidden, density, wanted.distribution, wanted.pattern, wanted.overrides, where, wanted.block
+    )
     base_density, base_fan_in = _base(proxy)
     tuned = rules.Tuned(
         proxy.hyperparameters.init_std,
@@ -81,6 +83,7 @@ def transfer(
             density=float(density),
             sparsity=float(1 - density),
             pattern=wanted.pattern,
+            block=wanted.block,
             distribution=wanted.distribution,
             overrides=wanted.overrides,
         ),
@@ -145,7 +148,7 @@ def _base(proxy: Proxy) -> tuple[dict[str, float], dict[str, int]]:
     """The proxy's density and fan-in by site; its blocks are alike, so the site says enough."""
     hidden = [tensor for tensor in layout.tensors(proxy.model) if tensor.role == "hidden"]
     own = proxy.sparsity
-    kept = sparsity.distribute(hidden, _density(own), own.distribution, own.pattern, own.overrides)
+    kept = sparsity.distribute(hidden, _density(own), own.distribution, own.pattern, own.overrides, block=own.block)
     densities: dict[str, float] = {}
     for tensor in hidden:
         if densities.setdefault(tensor.site, kept[tensor.name].density) != kept[tensor.name].density:
@@ -218,12 +221,19 @@ def warnings(plan: Plan) -> list[str]:
     sparse = any(row.density < 1 for row in hidden)
     if sparse and low.wpn < WPN_TRAINED:
         empty = ""
-        if low.wpn < WPN_EMPTY_ROWS and plan.sparsity.pattern != "fixed_fan_in":
-            empty = f"; rows with no weight at all appear (about {100 * 2.718281828459045**-low.wpn:.2g} % of them)"
+        per_row = low.wpn / (plan.sparsity.block or 1)  # what is drawn, weights or blocks, of a row
+        if per_row < WPN_EMPTY_ROWS and plan.sparsity.pattern != "fixed_fan_in":
+            empty = f"; rows with no weight at all appear (about {100 * 2.718281828459045**-per_row:.2g} % of them)"
         found.append(
             f"{low.name}: {low.wpn:.3g} weights per neuron, below the {WPN_TRAINED} the paper trained{empty}; {remedy(plan, low)}"
         )
-    if plan.sparsity.pattern == "fixed_fan_in":
+    if plan.sparsity.block and low.wpn >= WPN_TRAINED and low.wpn / plan.sparsity.block < WPN_EMPTY_ROWS and sparse:
+        share = 100 * 2.718281828459045 ** -(low.wpn / plan.sparsity.block)
+        found.append(
+            f"{low.name}: {low.wpn / plan.sparsity.block:.3g} blocks per row of blocks: about {share:.2g} % of rows have no weight at all; "
+            "a smaller block or more width has fewer"
+        )
+    if plan.sparsity.pattern in ("fixed_fan_in", "block"):
         off = max(hidden, key=lambda row: abs(row.density / plan.sparsity.density - 1))
         if (
             plan.sparsity.distribution == "uniform"
@@ -231,7 +241,8 @@ def warnings(plan: Plan) -> list[str]:
             and abs(off.density / plan.sparsity.density - 1) > 0.01
         ):
             found.append(
-                f"{off.name}: whole weights per row make its density {off.density:.4g}, not {plan.sparsity.density:g}"
+                f"{off.name}: whole {'blocks' if plan.sparsity.block else 'weights per row'} make its density {off.density:.4g}, "
+                f"not {plan.sparsity.density:g}"
             )
     short = [row for row in hidden if (timescale_steps(row) or plan.train.steps) < plan.train.steps / 10]
     if short:
@@ -266,8 +277,10 @@ def remedy(plan: Plan, row: PlanTensor) -> str:
 
 def _asked_density(plan: Plan, row: PlanTensor) -> Fraction:
     """The density that was asked of `row`, or the least it can be: fixed fan-in rounds it to whole weights per row."""
-    if plan.sparsity.pattern != "fixed_fan_in":
+    if plan.sparsity.pattern not in ("fixed_fan_in", "block"):
         return Fraction(sparsity.literal(row.density))
     if plan.sparsity.distribution == "uniform" and not plan.sparsity.overrides:
         return Fraction(sparsity.literal(plan.sparsity.density))
+    if plan.sparsity.block:
+        return Fraction(row.kept, row.size)
     return (Fraction(row.kept, row.shape[0]) - Fraction(1, 2)) / row.shape[1]

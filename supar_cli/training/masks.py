@@ -17,11 +17,17 @@ def stream(seed: int, name: str, position: int = 0) -> np.random.Philox:
     return np.random.Philox(key=key, counter=np.array([0, 0, 0, position], dtype=np.uint64))
 
 
-def draw(row: PlanTensor, seed: int, pattern: str) -> NDArray[np.bool_] | None:
+def draw(row: PlanTensor, seed: int, pattern: str, block: int | None = None) -> NDArray[np.bool_] | None:
     """Mask of one tensor, shape (out, in), True where the weight lives. None where every weight lives."""
     if row.kept == row.size:
         return None
     rows, columns = row.shape
+    if pattern == "block":
+        assert block is not None
+        count = row.size // block**2
+        keys = stream(seed, f"mask:{row.name}").random_raw(count)
+        alive = _smallest(keys.reshape(1, -1), row.kept // block**2).reshape(rows // block, columns // block)
+        return alive.repeat(block, axis=0).repeat(block, axis=1)
     keys = stream(seed, f"mask:{row.name}").random_raw(row.size)
     if pattern == "bernoulli":
         density = Fraction(row.density)
@@ -43,7 +49,8 @@ def _smallest(keys: NDArray[np.uint64], count: int) -> NDArray[np.bool_]:
 
 def draw_all(plan: Plan) -> dict[str, NDArray[np.bool_]]:
     """Masks of all sparse tensors by name. Adding a layer changes no other mask."""
-    drawn = {row.name: draw(row, plan.train.seed, plan.sparsity.pattern) for row in plan.tensors}
+    sparsity = plan.sparsity
+    drawn = {row.name: draw(row, plan.train.seed, sparsity.pattern, sparsity.block) for row in plan.tensors}
     return {name: mask for name, mask in drawn.items() if mask is not None}
 
 

@@ -69,7 +69,7 @@ class Engines:
 
     def __init__(self, plan: Plan, device: torch.device, precision: torch.dtype, rows: int) -> None:
         self.plan, self.choices = plan, dict[str, Choice]()
-        self.setting = Setting(device, precision, rows * plan.model.context, getattr(plan.sparsity, "block", None))
+        self.setting = Setting(device, precision, rows * plan.model.context, plan.sparsity.block)
         self._rows = {row.name: row for row in plan.tensors}
         self._fastest: dict[tuple[object, ...], Choice] = {}  # one measurement for all layers of a shape and size
 
