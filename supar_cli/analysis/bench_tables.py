@@ -40,7 +40,7 @@ def _layer(result: dict[str, Any]) -> list[Table]:
         rows = [
             [
                 f"auto ({one['auto']})" if name == "auto" else name,
-                f"{arm['ms']:.3g}",
+                f"{arm['ms']:.1f}" if arm["ms"] >= 10 else f"{arm['ms']:.3g}",
                 *_spread(arm, "ratio"),
                 *_spread(arm, "over_dense"),
             ]

@@ -1,0 +1,239 @@
+"""`supar bench`: its arms compute the same numbers, its documents are whole, and its comparison can fail."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from math import log, nan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from supar_cli.analysis import bench_layers, bench_memory, bench_results, benchmark
+from supar_cli.planning.plan import Plan
+from supar_cli.training.engines.choose import Setting
+from supar_cli.training.trainer import Trainer
+from tests.conftest import Called
+
+CPU = torch.device("cpu")
+SHAPE = (96, 64)
+LAYER = ("bench", "layer", "--device", "cpu", "--precision", "float32", "--shape", "96x64", "--tokens", "40")
+STEP = ("bench", "step", "--device", "cpu", "--width", "64", "--heads", "2", "--layers", "1", "--context", "16")
+ARMS = ["masked", "dense", "dense_bf16", "dense_fp32", "sparse", "sparse_torch", "auto"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements that `auto` keeps stay out of the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def run(call: Callable[..., Called], *arguments: str) -> tuple[dict[str, Any], Called]:
+    done = call(*arguments, "--json")
+    assert done.status == 0, done.err
+    return json.loads(done.out), done
+
+
+def largest(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, relative to the largest number."""
+    return float((found.double() - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("block", [None, 16])
+def test_all_arms_compute_the_same_numbers(block: int | None) -> None:
+    """Of Y, of X's gradient and of the live values', against float64; what is asked of bfloat16 is its rounding."""
+    setting = Setting(CPU, torch.float32, tokens=40, block=block)
+    mask = bench_layers.draw_mask(SHAPE, 0.25, block)
+    assert mask.sum() == 0.25 * mask.size
+    values = bench_layers.draw_values(mask, CPU)
+    arms, chosen = bench_layers.make_all(mask, setting)
+    assert list(arms) == [*ARMS[:-1], *(["block"] if block else []), "auto"] and chosen == "dense"
+    x, gradient = (tensor.detach().double() for tensor in bench_layers.draw_inputs(SHAPE, setting, torch.float32))
+    weight = torch.zeros(SHAPE, dtype=torch.float64)
+    alive = torch.from_numpy(mask)
+    weight[alive] = values.double()
+    for name, arm in arms.items():
+        inputs, given = bench_layers.draw_inputs(SHAPE, setting, arm.precision)
+        y = bench_layers.step(arm, inputs, given).detach()
+        by_values = arm.parameter.grad
+        assert inputs.grad is not None and by_values is not None
+        by_values = by_values[alive] if by_values.shape == mask.shape else by_values
+        bound = 1e-5 if arm.precision == torch.float32 else 2e-2
+        assert largest(y, x @ weight.T) < bound, name
+        assert largest(inputs.grad, gradient @ weight) < bound, name
+        assert largest(by_values, (gradient.T @ x)[alive]) < bound, name
+
+
+def test_an_arm_of_another_mask_is_told_apart() -> None:
+    setting = Setting(CPU, torch.float32, tokens=40)
+    mask = bench_layers.draw_mask(SHAPE, 0.25)
+    values = bench_layers.draw_values(mask, CPU)
+    inputs = bench_layers.draw_inputs(SHAPE, setting, torch.float32)
+    right, wrong = (
+        bench_layers.step(bench_layers.make("sparse", one, values, setting), *inputs).detach()
+        for one in (mask, np.roll(mask, 1))
+    )
+    assert largest(wrong, right.double()) > 0.1
+
+
+def test_break_even_is_interpolated_on_logarithmic_axes() -> None:
+    # a ratio that falls as density^-1/2 from 8 at 1/1024 is 1 at 1/16
+    points = [(2.0**-k, 2.0 ** (k / 2 - 2)) for k in (2, 6, 10)]
+    found = bench_layers.break_even(points)["density"]
+    assert abs(log(found * 16)) < 1e-3
+    for some, word in ((points[1:], "above 0.0156"), (points[:1], "below 0.25")):
+        one = bench_layers.break_even(some)
+        assert one["density"] is None and word in one["text"] and "not measured" in one["text"]
+
+
+def test_layer_document_and_picture(supar_here: Callable[..., Called], tmp_path: Path) -> None:
+    flags = ("--rounds", "3", "--density", "1/16,0.25", "--block", "16", "--picture", "layer.png", "-o", "layer.yaml")
+    result, done = run(supar_here, *LAYER, *flags)
+    assert result["kind"] == "supar.bench/v1" and result["density"] == [0.0625, 0.25]
+    assert set(result) >= {"bench", "shape", "tokens", "block", "device", "precision", "rounds", "break_even"}
+    assert set(result["environment"]) >= {"device", "threads", "torch", "numba", "date", "command"}
+    for one in result["densities"]:
+        assert sorted(one["arms"]) == sorted([*ARMS, "block"]) and one["auto"] in ("dense", "sparse", "block")
+        for arm in one["arms"].values():
+            low, high = arm["ratio_quartiles"]
+            assert arm["ms"] > 0 and 0 < low <= arm["ratio"] <= high and arm["best_dense"] in ARMS[:4]
+        assert one["arms"]["masked"]["ratio_quartiles"] == [1, 1]
+        assert one["arms"]["dense_bf16"]["best_dense"] == "dense_bf16"
+    assert sorted(result["break_even"]) == ["block", "sparse", "sparse_torch"]
+    assert (tmp_path / "layer.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "layer.yaml").is_file()
+    assert max(map(len, done.err.splitlines())) <= 80
+
+
+def test_compare_passes_and_fails(supar_here: Callable[..., Called], tmp_path: Path) -> None:
+    flags = (*LAYER, "--rounds", "3", "--density", "0.25")
+    result, _ = run(supar_here, *flags)
+    arms = result["densities"][0]["arms"]
+
+    def doctored(factor: float) -> Called:
+        """How the command ends against a file whose ratios of `sparse` are a thousand times better or worse."""
+        arm = {key: value for key, value in arms["sparse"].items()}
+        arm |= {"ratio": factor * arm["ratio"], "ratio_quartiles": [factor * value for value in arm["ratio_quartiles"]]}
+        slow = {**arms["dense"], "ratio": 1e-9, "ratio_quartiles": [1e-9, 1e-9]}
+        changed = {name: slow for name in arms} | {"masked": arms["masked"], "sparse": arm}
+        (tmp_path / "then.json").write_text(
+            json.dumps({**result, "densities": [{**result["densities"][0], "arms": changed}]})
+        )
+        return supar_here(*flags, "--json", "--compare", "then.json")
+
+    fallen = doctored(1000.0)
+    assert fallen.status == 5 and "error: sparse at 0.25: was " in fallen.err
+    assert [row["what"] for row in json.loads(fallen.out)["compared"] if row["worse"]] == ["sparse at 0.25"]
+    assert doctored(0.001).status == 0
+
+
+def test_other_settings_are_refused_before_anything_runs(supar_here: Callable[..., Called], tmp_path: Path) -> None:
+    result, _ = run(supar_here, *LAYER, "--rounds", "3", "--density", "0.25")
+    (tmp_path / "then.json").write_text(json.dumps(result))
+    compare = ("--density", "0.25", "--compare", "then.json")
+    other = supar_here(*LAYER[:-1], "41", *compare)
+    assert other.status == 2 and other.out == ""
+    assert other.err == "error: then.json: tokens: was 40 then, is 41 now; expected the same settings\n"
+    assert supar_here("bench", "memory", *compare).err.startswith(
+        "error: then.json: bench: is 'layer'; expected memory"
+    )
+    (tmp_path / "then.json").write_text(json.dumps({**result, "densities": [{}]}))
+    assert supar_here(*LAYER, *compare).status == 2
+    (tmp_path / "then.json").write_text("[1]")
+    assert supar_here(*LAYER, *compare).status == 2
+    assert supar_here(*LAYER, "--compare", "none.json").status == 2
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "worse"),
+    [
+        ((2.0, 1.9, 2.1), (1.7, 1.6, 1.8), True),
+        ((2.0, 1.9, 2.1), (1.85, 1.8, 1.89), False),  # apart, but not by a tenth
+        ((2.0, 1.7, 2.1), (1.7, 1.6, 1.8), False),  # a tenth, but within the spread
+        ((2.0, 1.9, 2.1), (3.0, 2.9, 3.1), False),
+    ],
+)
+def test_a_ratio_is_worse_by_a_tenth_and_beyond_the_spread(then: Any, now: Any, worse: bool) -> None:
+    def document(kind: str, value: float, low: float, high: float) -> dict[str, Any]:
+        if kind == "step":  # there the stored ratio is of times, ours above: less is better
+            own = {"ratio": 1 / value, "ratio_quartiles": [1 / high, 1 / low]}
+            return {"bench": kind, **own, "masked_dense_ratio": 1.0, "masked_dense_ratio_quartiles": [1.0, 1.0]}
+        arms = {"sparse": {"ratio": value, "ratio_quartiles": [low, high]}}
+        return {"bench": kind, "densities": [{"density": 0.25, "arms": arms}]}
+
+    for kind in ("layer", "step"):
+        rows = bench_results.compared("then.json", document(kind, *then), document(kind, *now))
+        assert [row["worse"] for row in rows] == ([worse] if kind == "layer" else [False, worse])
+
+
+def test_memory_is_worse_when_it_rises() -> None:
+    def document(value: float) -> dict[str, Any]:
+        return {"bench": "memory", "arms": {"sparse": {"bytes_per_position": value}}}
+
+    for value, worse in ((1.2, True), (1.05, False), (0.5, False)):
+        assert bench_results.compared("f", document(1.0), document(value))[0]["worse"] is worse
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (("layer", "--shape", "12"), "--shape 12"),
+        (("layer", "--density", "2"), "0 < density <= 1"),
+        (("layer", "--density", "a"), "--density a"),
+        (("layer", "--block", "24"), "--block 24"),
+        (("layer", "--shape", "40x64", "--block", "16"), "40×64"),
+        (("layer", "--precision", "float8"), "--precision: "),
+        (("memory", "--density", "0.1,0.2"), "one density"),
+        (("step", "--density", "0.5", "--sparsity", "0.5"), "only one of them"),
+        (("step", "--engine", "fast"), "--engine"),
+    ],
+)
+def test_bad_flags_are_named(supar_here: Callable[..., Called], flags: tuple[str, ...], what: str) -> None:
+    done = supar_here("bench", *flags)
+    assert done.status == 2 and what in done.err and done.out == ""
+
+
+def test_step_document(supar_here: Callable[..., Called], tmp_path: Path) -> None:
+    flags = (*STEP, "--batch-size", "2", "--steps", "3", "--density", "0.25", "--engine", "dense")
+    result, done = run(supar_here, *flags)
+    before = {"kind", "shape", "batch_size", "sparsity", "device", "precision", "compiled", "steps", "ratio"}
+    assert set(result) >= before | {"masked_ms", "dense_ms", "ratio_quartiles"}
+    assert result["sparsity"] == 0.75 and result["engines"] == {"dense": 6}
+    low, high = result["masked_dense_ratio_quartiles"]
+    assert 0 < low <= result["masked_dense_ratio"] <= high and result["masked_dense_ms"] > 0
+    assert "plain masked dense" in done.err
+    (tmp_path / "then.json").write_text(json.dumps(result))
+    assert supar_here(*flags, "-q", "--sparsity", "0.5", "--compare", "then.json").status == 2
+
+
+def test_masked_dense_steps_as_ours_do(plan_of: Callable[..., Plan]) -> None:
+    """With SP and the plain step's rate and decay, from equal weights, equal losses; without the masks, others."""
+    plan = plan_of(
+        "sp",
+        hyperparameters={"lr": 3e-4, "init_std": 0.1},
+        train={"schedule": "constant", "warmup_fraction": 0.0},
+        run={"engine": "dense", "precision": "float32"},
+    )
+    ours, other = (Trainer(plan, benchmark.random_tokens(plan)) for _ in range(2))
+    masked = benchmark.masked_dense(ours.prepared)
+    unmasked = benchmark.masked_dense(other.prepared)
+    for module in unmasked.modules():
+        if isinstance(module, benchmark.MaskedLinear):
+            torch.nn.init.normal_(module.weight, std=0.1)
+            module.mask.fill_(True)
+    steps = [benchmark.plain_step(ours, masked), benchmark.plain_step(ours, unmasked)]
+    losses = [(ours.step()[0], *(step() for step in steps)) for _ in range(4)]
+    assert max(abs(mine - theirs) for mine, theirs, _ in losses) < 1e-4, losses
+    assert max(abs(mine - theirs) for mine, _, theirs in losses) > 1e-3
+
+
+@pytest.mark.skipif(not bench_memory.STATUS.exists(), reason="reads Linux's /proc")
+def test_memory_follows_the_live_weights() -> None:
+    """A real measurement, each arm in a process: sparse below dense below masked dense, whatever else runs here."""
+    arms = bench_memory.measure_all((2048, 2048), 2**-7, Setting(CPU, torch.float32, 64))
+    peaks = {name: arm["peak_bytes"] for name, arm in arms.items()}
+    assert 0 < peaks["sparse"] < peaks["dense"] < peaks["masked"], peaks
+    assert arms["masked"]["bytes_per_position"] > 20  # weight, gradient and two moments in float32, and products
+    assert arms["masked"]["share_of_masked"] == 1 and arms["sparse"].get("bytes_per_live", nan) > 16
