@@ -7,7 +7,6 @@ gradients of the values over its own, so the order of that sum depends on their 
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numba
@@ -15,10 +14,6 @@ import numpy as np
 import torch
 from numba import njit, prange
 from numpy.typing import NDArray
-
-if "NUMBA_THREADING_LAYER" not in os.environ:
-    # its OpenMP layer sets the number of OpenMP threads of the whole process, and with it torch's
-    numba.config.THREADING_LAYER = "workqueue"
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -31,8 +26,11 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 def use_threads() -> int:
     """Let numba run as many threads as torch does, its own limit allowing; their number."""
-    count = min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS))
+    wanted = torch.get_num_threads()
+    count = min(wanted, int(numba.config.NUMBA_NUM_THREADS))
     numba.set_num_threads(count)
+    if torch.get_num_threads() != wanted:  # numba's OpenMP layer, as it starts, sets that of the whole process
+        torch.set_num_threads(wanted)
     return count
 
 
