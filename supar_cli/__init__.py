@@ -1,6 +1,7 @@
 """supar: tune a small dense proxy, transfer with SμPar to a wide sparse target, train it.
 
-The Python API is documents in, documents out: `load`, `transfer`, `train`. torch is imported by `train` only.
+The Python API is documents in, documents out: `load`, `transfer`, `train`; `weights` gives what was trained.
+torch is imported by the last two only.
 """
 
 from __future__ import annotations
@@ -8,14 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "train", "transfer"]
+__all__ = ["__version__", "load", "train", "transfer", "weights"]
 
 if TYPE_CHECKING:
-    from supar_cli.api import load, train, transfer
+    from supar_cli.api import load, train, transfer, weights
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("load", "train", "transfer"):
+    if name in ("load", "train", "transfer", "weights"):
         from supar_cli import api
 
         return getattr(api, name)

@@ -1,9 +1,9 @@
-"""The public Python API: documents in, documents out. torch is imported by `train` only."""
+"""The public Python API: documents in, documents out. torch is imported by `train` and `weights` only."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from supar_cli.errors import InputError
 from supar_cli.planning import corpus, document
@@ -12,6 +12,9 @@ from supar_cli.planning.rules import Name
 from supar_cli.planning.spec import Proxy, Sparsity, Spec, Target, parse
 from supar_cli.planning.study import Sweep
 from supar_cli.planning.transfer import transfer as _transfer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KINDS: dict[str, type[Spec] | type[Proxy] | type[Plan] | type[Sweep]] = {
     "supar.spec/v1": Spec,
@@ -76,3 +79,19 @@ def train(plan: Plan, directory: str | Path, *, resume: bool = False, force: boo
     rundir.start(Path(directory), plan, resume=resume, force=force)
     ready.run(Path(directory), resume=resume)
     return dict(json.loads((Path(directory) / "result.json").read_text("utf-8")))
+
+
+def weights(directory: str | Path) -> dict[str, Tensor]:
+    """The tensors of a run's newest checkpoint by plan name, in the plan's shapes, float32, zero where dead.
+
+    Raises InputError where there is none, SetupError where it is corrupt.
+    """
+    from supar_cli.training import checkpoint
+
+    found = checkpoint.available(Path(directory) / "checkpoints")
+    if not found:
+        raise InputError(f"{directory}: no checkpoint there; expected the directory of a run")
+    plan = load(found[-1] / "plan.yaml")
+    if not isinstance(plan, Plan):
+        raise InputError(f"{found[-1] / 'plan.yaml'}: is not a plan")
+    return checkpoint.weights(found[-1], plan)

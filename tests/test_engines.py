@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import supar_cli
 from supar_cli.errors import InputError
 from supar_cli.planning.plan import Plan
 from supar_cli.training import checkpoint, rundir
@@ -210,6 +211,19 @@ class TestTraining:
         bits = sum(row.size for row in plan.tensors if row.kept < row.size) / 8
         expected = 12 * (masked + dense) + bits
         assert expected < (path / "state.safetensors").stat().st_size < expected + 20_000
+
+    def test_weights_are_read_back_in_their_shapes(self, plan_of: MakePlan, tmp_path: Path) -> None:
+        plan = self.plan(plan_of, "sparse")
+        trainer = Trainer(plan)
+        trainer.step()
+        checkpoint.save(tmp_path / "checkpoints", plan, trainer.prepared, trainer.optimizer, 1, "sha256:x")
+        found = supar_cli.weights(tmp_path)
+        assert list(found) == [row.name for row in plan.tensors]
+        for row in plan.tensors:
+            assert torch.equal(found[row.name], trainer.prepared.weight(row.name))
+            assert np.count_nonzero(found[row.name]) <= row.kept and tuple(found[row.name].shape) == tuple(row.shape)
+        with pytest.raises(InputError, match="no checkpoint"):
+            supar_cli.weights(tmp_path / "checkpoints")
 
     def test_accumulation_compiling_and_bfloat16(self, plan_of: MakePlan) -> None:
         whole = losses(self.plan(plan_of, "sparse"))

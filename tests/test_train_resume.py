@@ -288,11 +288,16 @@ class TestCorrupt:
         (folder / "state.safetensors").unlink()
         self.refuse(plan, directory, r"state\.safetensors")
 
-    @pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"kind": "supar.checkpoint/v1", "step": "6"}'])
+    @pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"kind": "supar.checkpoint/v2", "step": "6"}'])
     def test_a_manifest_that_is_none(self, stored: tuple[Plan, Path, Path], text: str) -> None:
         plan, directory, folder = stored
         (folder / "manifest.json").write_text(text)
         self.refuse(plan, directory, r"step-00000006/manifest\.json: a corrupt checkpoint manifest")
+
+    def test_one_of_an_older_version(self, stored: tuple[Plan, Path, Path]) -> None:
+        plan, directory, folder = stored
+        (folder / "manifest.json").write_text('{"kind": "supar.checkpoint/v1", "step": 6}')
+        self.refuse(plan, directory, "step-00000006: a checkpoint of an older version")
 
     def test_deleting_it_continues_from_the_one_before_as_the_message_says(
         self, plan_of: MakePlan, tmp_path: Path

@@ -1,7 +1,8 @@
 """Checkpoints: safetensors with the plan beside it, written all or nothing, verified on load.
 
 A checkpoint is a folder `step-N` holding `state.safetensors` (weights, packed masks, optimizer state), `plan.yaml` and
-`manifest.json`. It is written under another name, flushed to disk and renamed, so a folder of that name is complete.
+`manifest.json`. A masked weight is its live values in row-major order, and so is its optimizer state: the engine that
+trained it is not in the file. It is written under another name, flushed to disk and renamed, so a folder of that name is complete.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
 from supar_cli.training import masks
-from supar_cli.training.initial import Prepared
+from supar_cli.training.initial import Prepared, unmasked
 
+KIND = "supar.checkpoint/v2"  # v1 held masked weights with their zeros
 KEEP = 2  # chosen: the newest, and one before it
 
 
@@ -44,7 +46,7 @@ def save(
                 state[f"optimizer/{name}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
     save_file(state, aside / "state.safetensors")
     manifest = {
-        "kind": "supar.checkpoint/v1",
+        "kind": KIND,
         "step": step,
         "plan": plan.hash(),
         "data": data_hash,
@@ -97,10 +99,26 @@ def load(path: Path, plan: Plan, prepared: Prepared, optimizer: torch.optim.Opti
     return int(manifest["step"])
 
 
+def weights(path: Path, plan: Plan) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors by plan name, in the plan's shapes, zero where dead. Raises InputError or SetupError."""
+    state = _state(path, _manifest(path))
+    found = {}
+    for row in plan.tensors:
+        packed = state.get(f"mask/{row.name}")
+        mask = None
+        if packed is not None:
+            mask = np.unpackbits(packed.numpy(), count=row.size).astype(bool).reshape(row.shape)
+        shape = tuple(row.shape) if mask is None else (int(mask.sum()),)
+        found[row.name] = unmasked(_entry(path, state, f"weight/{row.name}", shape), mask)
+    return found
+
+
 def _manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / "manifest.json").read_text("utf-8"))
-        if manifest["kind"] != "supar.checkpoint/v1":
+        if manifest["kind"] == "supar.checkpoint/v1":
+            raise SetupError(f"{path}: a checkpoint of an older version ({manifest['kind']}); expected {KIND}")
+        if manifest["kind"] != KIND:
             raise ValueError(manifest["kind"])
         for key, kind in (("step", int), ("plan", str), ("data", str), ("masks", dict), ("state", str)):
             if not isinstance(manifest[key], kind):
