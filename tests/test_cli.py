@@ -98,7 +98,9 @@ class TestTransferRefuses:
         [
             (["--sparsity", "half"], "--sparsity half: 'half' is not a number"),
             (["--sparsity", "0.5,,0.6"], "'' is not a number"),
-            (["--sparsity", "nan"], "target.sparsity.sparsity: "),
+            (["--sparsity", "nan"], "--sparsity nan: 'nan' is not a number"),
+            (["--density", "1/0"], "--density 1/0: '1/0' is not a number"),
+            (["--density", "3/2"], "target.sparsity.density: "),
             (["--sparsity", "0.5", "--density", "0.5"], "expected only one of them"),
             (
                 ["--parameterization", "ntk"],
@@ -172,7 +174,7 @@ class TestTransfer:
         ended = supar_here("transfer", "-o", "-", "--sparsity", "0.5,0.75,0.992", "--allow-low-wpn")
         plans = list(yaml.safe_load_all(ended.out))
         assert [plan["sparsity"]["density"] for plan in plans] == [0.5, 0.25, 0.008]
-        ended = supar_here("transfer", "-o", "-", "--density", "0.5,0.25", "--json")
+        ended = supar_here("transfer", "-o", "-", "--density", "0.5,1/4", "--json")
         assert [plan["sparsity"]["sparsity"] for plan in json.loads(ended.out)] == [0.5, 0.75]
 
     def test_flags_and_settings_stand_for_keys(self, supar_here: Supar, proxy_file: Path, text_file: Path) -> None:

@@ -288,10 +288,16 @@ class TestChoice:
         monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
         assert choose.fastest(drawn((256, 256), 0.1), self.SETTING).measured_now
 
-    def test_by_role_and_by_tensor(self, plan_of: MakePlan) -> None:
-        trainer = Trainer(plan_of(run={"engine": {"hidden": "sparse", "blocks.0.attn.q": "dense"}}))
+    def test_the_most_specific_name_decides(self, plan_of: MakePlan) -> None:
+        named = {"hidden": "sparse", "mlp": "dense", "mlp.up": "sparse", "attn.q": "dense", "blocks.0.attn.q": "sparse"}
+        trainer = Trainer(plan_of(run={"engine": named}))
         found = {name: choice.name for name, choice in trainer.engines.choices.items()}
-        assert found.pop("blocks.0.attn.q") == "dense" and set(found.values()) == {"sparse"}
+        assert found.pop("blocks.0.attn.q") == "sparse" and len(found) > 6
+        for name, engine in found.items():
+            assert (engine == "dense") == name.endswith((".attn.q", ".mlp.down"))
+        trainer = Trainer(plan_of(run={"engine": {"blocks.0.attn.k": "sparse"}}))
+        assert trainer.engines.choices["blocks.0.attn.k"].name == "sparse"
+        assert trainer.engines.choices["blocks.0.attn.q"].name == "dense"  # of auto, which is, so small
 
     def test_what_cannot_be_is_refused(self, plan_of: MakePlan) -> None:
         with pytest.raises(InputError, match=r"run\.engine: block needs a plan whose sparsity\.pattern is block"):
@@ -304,7 +310,8 @@ class TestChoice:
     ("engine", "message"),
     [
         ("fast", "run.engine: should be 'auto', 'dense', 'sparse', 'block' or a mapping to these, not 'fast'"),
-        ("{hiden: dense}", "run.engine.hiden: neither a role nor a tensor of this plan"),
+        ("{hiden: dense}", "run.engine.hiden: no hidden tensor, site (`attn.q`), part (`attn`) or `hidden`"),
+        ("{embedding: dense}", "run.engine.embedding: no hidden tensor"),
     ],
 )
 def test_a_wrong_engine_ends_with_2(

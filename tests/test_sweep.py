@@ -68,7 +68,7 @@ class TestGrammar:
             ("lr", "0.1,,0.2", "can't be read"),
             ("lr", "0.1,0.1", "each once"),
             ("lr", "0", "0 is no lr"),
-            ("lr", "nan", "nan is no lr"),
+            ("lr", "nan", "can't be read"),
             ("lr", True, "is no axis"),
             ("lr", {"a": 1}, "is no axis"),
             ("lr", [[1]], "can't be read"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +12,7 @@ import typer
 
 from supar_cli.cli import console, studies
 from supar_cli.errors import CheckViolated, InputError
+from supar_cli.planning import sparsity as sparsities
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Hyperparameters, Model, Proxy, Run, Sparsity, Target, Train
 from supar_cli.planning.transfer import transfer
@@ -48,7 +48,10 @@ def step(
     sparsity: Annotated[
         float | None, typer.Option(help="Sparsity of the masked model. [default: 0.9]", show_default=False)
     ] = None,
-    density: Annotated[float | None, typer.Option(help="Density instead of sparsity.", show_default=False)] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(parser=sparsities.number, help="Density instead of sparsity, such as 1/128.", show_default=False),
+    ] = None,
     block: Block = None,
     engine: Annotated[str, typer.Option(help="auto, dense, sparse or block.")] = "auto",
     steps: Annotated[int, typer.Option(min=3, help="Rounds of steps timed.")] = 20,
@@ -188,8 +191,8 @@ def _shape(text: str) -> tuple[int, int]:
 def _densities(text: str) -> list[float]:
     """Densities in the order given. Raises InputError."""
     try:
-        found = [float(Fraction(part.strip())) for part in text.split(",")]
-    except (ValueError, ZeroDivisionError):
+        found = [sparsities.number(part) for part in text.split(",")]
+    except ValueError:
         raise InputError(f"--density {text}: expected numbers with commas between them") from None
     if any(not 0 < value <= 1 for value in found) or len(set(found)) < len(found):
         raise InputError(f"--density {text}: expected 0 < density <= 1, each once")

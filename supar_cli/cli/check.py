@@ -10,7 +10,7 @@ import typer
 from supar_cli.cli import console, studies
 from supar_cli.cli.app import single
 from supar_cli.errors import CheckViolated, InputError
-from supar_cli.planning import corpus, rules
+from supar_cli.planning import corpus, rules, sparsity
 from supar_cli.planning.document import Document
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Proxy, Spec, parse
@@ -120,7 +120,7 @@ def _sweeps(wanted: Any, flags: dict[str, Any]) -> list[Any]:
         wanted,
         flags["parameterization"],
         widths=_numbers("width", flags["width"], int) or [base * factor for factor in check_plans.WIDTHS],
-        densities=_numbers("density", flags["density"], float) or list(check_plans.DENSITIES),
+        densities=_numbers("density", flags["density"], sparsity.number) or list(check_plans.DENSITIES),
         seeds=flags["seeds"],
         steps=flags["steps"],
         batch_size=rows,
@@ -130,7 +130,7 @@ def _sweeps(wanted: Any, flags: dict[str, Any]) -> list[Any]:
 def _numbers(word: str, text: str | None, kind: Any) -> list[Any]:
     """The sizes of a flag, the densest or the narrowest first. Raises InputError."""
     try:
-        found = sorted({kind(part) for part in (text or "").split(",") if part.strip()}, reverse=kind is float)
+        found = sorted({kind(part) for part in (text or "").split(",") if part.strip()}, reverse=kind is not int)
     except ValueError:
         raise InputError(f"--{word} {text}: expected numbers with commas between them") from None
     if any(not (value > 0 and (kind is int or value <= 1)) for value in found):

@@ -34,6 +34,9 @@ RATES = {"H200/H100": 0.4 * 989e12, "A100": 0.4 * 312e12, "RTX 4090": 0.4 * 165e
 # measured: `supar bench layer` on two cores of EPYC (Zen 4), float32, densities 1/128 to 1/8: seconds a number of X and Y
 # for the three products together, and FLOP/s at live weights beyond that
 SPARSE_SECONDS, SPARSE_RATE = 0.9e-9, 6e10
+# measured there, on whole steps of width 1024 and 2048: seconds a number of what is between the products; with it the
+# estimate is within a third of both
+BETWEEN_SECONDS = 1.3e-9
 
 
 def show_estimate(plan: Plan) -> None:
@@ -43,7 +46,8 @@ def show_estimate(plan: Plan) -> None:
     model = plan.model
     flops = plan.flops_per_token * plan.train.tokens
     rows = plan.run.micro_batch_size or plan.train.batch_size
-    activations = rows * model.context * (model.layers * (8 * model.width + 3 * model.ffn_width) * 2 + model.vocab * 8)
+    between = model.layers * (8 * model.width + 3 * model.ffn_width)  # numbers a token that the blocks keep
+    activations = rows * model.context * (between * 2 + model.vocab * 8)
     states = ", ".join(f"{name} {_gib(value)}" for name, value in state_bytes(plan).items())
     lines = [
         f"parameters {plan.parameters:,}; live {plan.live:,}; hidden {live:,} of {size:,} live",
@@ -56,7 +60,7 @@ def show_estimate(plan: Plan) -> None:
     ]
     if masked:
         dense = flops - 6.0 * sum(row.size for row in masked) * plan.train.tokens
-        seconds = dense / RATES["2 CPU cores"]
+        seconds = dense / RATES["2 CPU cores"] + plan.train.tokens * between * BETWEEN_SECONDS
         for row in masked:
             seconds += plan.train.tokens * (sum(row.shape) * SPARSE_SECONDS + 6.0 * row.kept / SPARSE_RATE)
         lines.append(f"2 CPU cores with the sparse engine: {_time(seconds)} (`supar bench layer` measures it here)")

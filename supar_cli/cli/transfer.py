@@ -11,6 +11,7 @@ from supar_cli.cli import console
 from supar_cli.cli.app import single
 from supar_cli.errors import InputError
 from supar_cli.planning.rules import Name
+from supar_cli.planning.sparsity import number
 from supar_cli.planning.spec import Proxy, parse
 
 TARGET_FLAGS = (
@@ -34,7 +35,7 @@ def transfer(
     sparsity: Annotated[
         str | None, typer.Option(help="Share of hidden weights that are zero; several: 0.5,0.75,0.992.")
     ] = None,
-    density: Annotated[str | None, typer.Option(help="Share that lives, instead of --sparsity.")] = None,
+    density: Annotated[str | None, typer.Option(help="Share that lives, instead of --sparsity: 0.008, 1/4,1/16.")] = None,
     width: Annotated[int | None, typer.Option(help="Model width.")] = None,
     layers: Annotated[int | None, typer.Option(help="Number of blocks.")] = None,
     heads: Annotated[
@@ -161,7 +162,7 @@ def _levels(sparsity: str | None, density: str | None) -> list[tuple[str, float]
     levels = []
     for part in text.split(","):
         try:
-            levels.append((word, float(part)))
+            levels.append((word, number(part)))
         except ValueError:
             raise InputError(f"--{word} {text}: {part!r} is not a number") from None
     return levels

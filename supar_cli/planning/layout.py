@@ -60,6 +60,11 @@ class Tensor:
         return self.shape[-1]
 
     @property
+    def keys(self) -> tuple[str, ...]:
+        """What settings by tensor may call it, the most specific first: name, site (`attn.q`), part (`attn`), role."""
+        return tuple(dict.fromkeys((self.name, self.site, self.site.partition(".")[0], self.role)))
+
+    @property
     def size(self) -> int:
         size = 1
         for extent in self.shape:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from supar_cli.planning import layout
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.rules import Name, Role
 from supar_cli.planning.section import Field, Section
@@ -135,17 +136,18 @@ class Plan(Section):
             )
 
         if isinstance(self.run.engine, dict):
-            known = {row.name for row in self.tensors} | {row.role for row in self.tensors}
+            known = {key for tensor in layout.tensors(self.model) if tensor.role == "hidden" for key in tensor.keys}
             for name in self.run.engine:
                 if name not in known:
-                    raise ValueError(f"run.engine.{name}: neither a role nor a tensor of this plan")
+                    raise ValueError(f"run.engine.{name}: no hidden tensor, site (`attn.q`), part (`attn`) or `hidden`")
 
-    def engine(self, row: PlanTensor) -> Engine:
-        """What the run section says of a tensor: by its name, by its role, or of all."""
+    def engine(self, name: str) -> Engine:
+        """What the run section says of a hidden tensor: by its name, site or part, or of all."""
         said = self.run.engine
-        if isinstance(said, dict):
-            return said.get(row.name, said.get(row.role, "auto"))
-        return said
+        if not isinstance(said, dict):
+            return said
+        keys = next(tensor.keys for tensor in layout.tensors(self.model) if tensor.name == name)
+        return next((said[key] for key in keys if key in said), "auto")
 
     def hash(self) -> str:
         """Identity of the experiment: everything but `run` and `meta`."""

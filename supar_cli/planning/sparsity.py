@@ -69,6 +69,14 @@ class Kept:
     count: int
 
 
+def number(text: str) -> float:
+    """A number written as 0.0078125 or as 1/128. Raises ValueError."""
+    try:
+        return float(Fraction(text.strip()))
+    except ZeroDivisionError:
+        raise ValueError(f"{text} divides by zero") from None
+
+
 def distribute(
     hidden: Iterable[Tensor],
     density: Decimal,
@@ -89,7 +97,7 @@ def distribute(
     fixed: dict[str, Fraction] = {}
     used: set[str] = set()
     for tensor in hidden:
-        for key in (tensor.name, tensor.site, tensor.site.split(".")[0], "hidden"):
+        for key in tensor.keys:
             if key in overrides:
                 fixed[tensor.name] = Fraction(literal(overrides[key]))
                 used.add(key)

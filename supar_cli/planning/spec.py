@@ -130,7 +130,7 @@ class Run(Section):
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
-    engine: Engine | dict[str, Engine] = "auto"  # in a plan also by role or tensor; what is not named is `auto`
+    engine: Engine | dict[str, Engine] = "auto"  # in a plan also by tensor, site or part; what is not named is `auto`
     micro_batch_size: int | None = Field(default=None, gt=0)
     log_every: int = Field(default=10, gt=0)
     checkpoint_every: int = Field(default=1000, gt=0)

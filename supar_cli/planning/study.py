@@ -34,7 +34,7 @@ def axis_values(name: str, given: Any, centre: float = 1.0) -> tuple[float, ...]
     else:
         parts = given.split(",") if isinstance(given, str) else given if isinstance(given, list) else [given]
         try:
-            values = [float(part) for part in parts if not isinstance(part, bool)]
+            values = [sparsity.number(str(part)) for part in parts if not isinstance(part, bool)]
         except (TypeError, ValueError):
             raise ValueError(f"{where}: {given!r} can't be read; expected {GRAMMAR}") from None
     if not values or len(set(values)) < len(values) or len(values) > MOST_VALUES:

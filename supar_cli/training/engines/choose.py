@@ -75,7 +75,7 @@ class Engines:
 
     def make(self, name: str, mask: Mask) -> Engine:
         """The engine of a tensor's mask (out, in)."""
-        named = self.plan.engine(self._rows[name])
+        named = self.plan.engine(name)
         alike = (mask.shape, int(mask.sum()))
         if named != "auto":
             choice = Choice(named, {})
