@@ -35,7 +35,9 @@ def transfer(
     sparsity: Annotated[
         str | None, typer.Option(help="Share of hidden weights that are zero; several: 0.5,0.75,0.992.")
     ] = None,
-    density: Annotated[str | None, typer.Option(help="Share that lives, instead of --sparsity: 0.008, 1/4,1/16.")] = None,
+    density: Annotated[
+        str | None, typer.Option(help="Share that lives, instead of --sparsity: 0.008, 1/4,1/16.")
+    ] = None,
     width: Annotated[int | None, typer.Option(help="Model width.")] = None,
     layers: Annotated[int | None, typer.Option(help="Number of blocks.")] = None,
     heads: Annotated[

@@ -26,13 +26,12 @@ from supar_cli.training import masks
 from supar_cli.training.initial import Prepared, unmasked
 
 KIND = "supar.checkpoint/v2"  # v1 held masked weights with their zeros
-KEEP = 2  # chosen: the newest, and one before it
 
 
 def save(
     folder: Path, plan: Plan, prepared: Prepared, optimizer: torch.optim.Optimizer, step: int, data_hash: str
 ) -> Path:
-    """Write `folder/step-N` after `step` steps are done and drop all but the newest KEEP. Raises OSError."""
+    """Write `folder/step-N` after `step` steps are done and drop all but the newest `run.keep`. Raises OSError."""
     final = folder / f"step-{step:08d}"
     aside = folder / f".{final.name}.{os.getpid()}"
     for left in folder.glob(".step-*"):  # of a process killed while it wrote
@@ -62,7 +61,7 @@ def save(
     aside.rename(final)
     shutil.rmtree(folder / f".{final.name}.old", ignore_errors=True)
     _flush(folder)
-    for old in available(folder)[:-KEEP]:
+    for old in available(folder)[: -plan.run.keep]:
         shutil.rmtree(old)
     return final
 

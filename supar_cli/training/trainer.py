@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from supar_cli import __version__
-from supar_cli.errors import SetupError, UnusableResult
+from supar_cli.errors import Preempted, SetupError, UnusableResult
 from supar_cli.planning import document, schedule
 from supar_cli.planning.plan import Plan
 from supar_cli.training import checkpoint, data, initial, masks, monitor, optim, rundir
@@ -175,10 +175,12 @@ class Trainer:
         *,
         resume: bool = False,
         on_evaluation: Callable[[int, float], None] | None = None,
+        stop: Callable[[], str | None] = lambda: None,
     ) -> Outcome:
         """Train to the plan's last step. With a directory: metrics, checkpoints and, last, result.json are written.
 
-        `on_evaluation(step, loss)` may raise to end the run early. Raises UnusableResult on a loss that is not finite.
+        `on_evaluation(step, loss)` may raise to end the run early. `stop()` is asked between steps; when it gives a reason,
+        a checkpoint is written and Preempted raised. Raises UnusableResult on a loss that is not finite.
         """
         outcome = Outcome()
         if directory is not None and resume:
@@ -189,7 +191,7 @@ class Trainer:
             outcome.evaluations = [(r["step"], r["validation_loss"]) for r in metrics.before if "validation_loss" in r]
             if self.done == self.plan.train.steps and directory is not None and (directory / "result.json").is_file():
                 return outcome
-            self._loop(outcome, metrics, directory, on_evaluation)
+            self._loop(outcome, metrics, directory, on_evaluation, stop)
         outcome.seconds = time.perf_counter() - started
         if directory is not None:
             self._checkpoint(directory)
@@ -203,10 +205,16 @@ class Trainer:
         metrics: rundir.Metrics,
         directory: Path | None,
         on_evaluation: Callable[[int, float], None] | None,
+        stop: Callable[[], str | None],
     ) -> None:
         train, run = self.plan.train, self.plan.run
         mark, marked = time.perf_counter(), self.done
+        saved = self.done
         while self.done < train.steps:
+            if reason := stop():
+                if directory is not None and self.done > saved:
+                    self._checkpoint(directory)
+                raise Preempted(f"stopped at step {self.done} of {train.steps} by {reason}")
             step = self.done
             watch = directory is not None and (step % run.log_every == 0 or step == train.steps - 1)
             loss, norm, roles = self.step(watch)
@@ -232,6 +240,7 @@ class Trainer:
             metrics.write(record)
             if directory is not None and self.done % run.checkpoint_every == 0 and self.done < train.steps:
                 self._checkpoint(directory)
+                saved = self.done
             if "validation_loss" in record and on_evaluation is not None:
                 on_evaluation(self.done, record["validation_loss"])
             if watch:
@@ -247,9 +256,12 @@ class Trainer:
     def _restore(self, directory: Path) -> int:
         found = checkpoint.available(directory / "checkpoints")
         if not found:
-            self.reporter.log(f"{directory} holds no checkpoint yet: starting at step 0")
+            if (directory / "metrics.jsonl").is_file():
+                self.reporter.log(f"{directory} holds no checkpoint yet: starting at step 0")
             return 0
-        return checkpoint.load(found[-1], self.plan, self.prepared, self.optimizer, self.tokens.hash)
+        done = checkpoint.load(found[-1], self.plan, self.prepared, self.optimizer, self.tokens.hash)
+        self.reporter.log(f"{directory}: continues after step {done}")
+        return done
 
     def _checkpoint(self, directory: Path) -> None:
         try:
