@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from supar_cli.cli.console import seconds
-from supar_cli.errors import InputError
+from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.training import rundir
+from supar_cli.training import checkpoint, rundir
+from supar_cli.training.trainer import Trainer
 from tests.conftest import Called, environment
 from tests.test_train import trained
 from tests.test_train_resume import assert_same_run
@@ -195,3 +196,41 @@ class TestDirectory:
         assert supar_here("train", "-o", "run", "-q").status == 4
         found = json.loads((tmp_path / "run/ended.json").read_text())
         assert found["state"] == "failed" and found["text"].startswith("step 2: the loss is")
+
+
+class TestWriting:
+    """Checkpoints are written beside the training."""
+
+    def test_training_goes_on_and_the_copy_is_of_its_step(
+        self, plan_of: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plan = plan_of(run={"checkpoint_every": 4, "keep": 5})
+        trained(plan_of(run={"checkpoint_every": 4, "keep": 5}), tmp_path / "whole")
+        write, trainer, during = checkpoint._write, Trainer(plan), list[tuple[int, int]]()
+
+        def slow(*arguments: Any) -> Path:
+            step, end = arguments[4], time.monotonic() + 20
+            while trainer.done < min(step + 2, 12) and time.monotonic() < end:
+                time.sleep(0.001)
+            during.append((step, trainer.done))
+            return write(*arguments)
+
+        monkeypatch.setattr(checkpoint, "_write", slow)
+        with rundir.opened(tmp_path / "run", plan, resume=True, force=False):
+            trainer.run(tmp_path / "run")
+        assert [step for step, _ in during] == [4, 8, 12] and all(done >= min(step + 2, 12) for step, done in during)
+        for step in (4, 8, 12):
+            here, there = (tmp_path / name / f"checkpoints/step-{step:08d}/manifest.json" for name in ("run", "whole"))
+            assert json.loads(here.read_text()) == json.loads(there.read_text())
+
+    def test_a_write_that_fails_ends_the_run_by_its_name(
+        self, plan_of: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: Any) -> Path:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(checkpoint, "_write", full)
+        trainer = Trainer(plan_of(run={"checkpoint_every": 4}))
+        with pytest.raises(SetupError, match="checkpoints: the checkpoint can't be written: No space left on device"):
+            trainer.run(tmp_path)
+        assert trainer.done == 8  # where the next one was due

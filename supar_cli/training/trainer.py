@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -191,10 +192,18 @@ class Trainer:
             outcome.evaluations = [(r["step"], r["validation_loss"]) for r in metrics.before if "validation_loss" in r]
             if self.done == self.plan.train.steps and directory is not None and (directory / "result.json").is_file():
                 return outcome
-            self._loop(outcome, metrics, directory, on_evaluation, stop)
+            writer = None
+            if directory is not None:
+                writer = checkpoint.Writer(directory / "checkpoints", self.plan, self.tokens.hash)
+            try:
+                self._loop(outcome, metrics, writer, on_evaluation, stop)
+            except Exception:
+                if writer is not None:
+                    with suppress(OSError):  # of the checkpoint before: there is something else to say
+                        writer.wait()
+                raise
         outcome.seconds = time.perf_counter() - started
         if directory is not None:
-            self._checkpoint(directory)
             result = self.result(outcome)
             document.write_file(directory / "result.json", json.dumps(result, indent=1) + "\n")
         return outcome
@@ -203,7 +212,7 @@ class Trainer:
         self,
         outcome: Outcome,
         metrics: rundir.Metrics,
-        directory: Path | None,
+        writer: checkpoint.Writer | None,
         on_evaluation: Callable[[int, float], None] | None,
         stop: Callable[[], str | None],
     ) -> None:
@@ -212,11 +221,10 @@ class Trainer:
         saved = self.done
         while self.done < train.steps:
             if reason := stop():
-                if directory is not None and self.done > saved:
-                    self._checkpoint(directory)
+                self._checkpoint(writer, finish=True, save=self.done > saved)
                 raise Preempted(f"stopped at step {self.done} of {train.steps} by {reason}")
             step = self.done
-            watch = directory is not None and (step % run.log_every == 0 or step == train.steps - 1)
+            watch = writer is not None and (step % run.log_every == 0 or step == train.steps - 1)
             loss, norm, roles = self.step(watch)
             outcome.losses.append(loss)
             self.reporter.progress(self.done, train.steps, loss)
@@ -238,13 +246,14 @@ class Trainer:
                 if not math.isfinite(value):
                     raise UnusableResult(f"step {self.done}: the validation loss is {value}")
             metrics.write(record)
-            if directory is not None and self.done % run.checkpoint_every == 0 and self.done < train.steps:
-                self._checkpoint(directory)
+            if self.done % run.checkpoint_every == 0 and self.done < train.steps:
+                self._checkpoint(writer)
                 saved = self.done
             if "validation_loss" in record and on_evaluation is not None:
                 on_evaluation(self.done, record["validation_loss"])
             if watch:
                 mark, marked = time.perf_counter(), self.done
+        self._checkpoint(writer, finish=True)
 
     def peak_share(self, tokens_per_s: float) -> float | None:
         """Model FLOP/s over the device's dense bf16 peak (masked weights counted as dense: that is what is computed)."""
@@ -263,15 +272,17 @@ class Trainer:
         self.reporter.log(f"{directory}: continues after step {done}")
         return done
 
-    def _checkpoint(self, directory: Path) -> None:
+    def _checkpoint(self, writer: checkpoint.Writer | None, save: bool = True, finish: bool = False) -> None:
+        """Have the state written while training goes on; with `finish`, return when it is on disk. Raises SetupError."""
+        if writer is None:
+            return
         try:
-            checkpoint.save(
-                directory / "checkpoints", self.plan, self.prepared, self.optimizer, self.done, self.tokens.hash
-            )
+            if save:
+                writer.save(self.prepared, self.optimizer, self.done)
+            if finish:
+                writer.wait()
         except OSError as error:
-            raise SetupError(
-                f"{directory / 'checkpoints'}: the checkpoint can't be written: {error.strerror or error}"
-            ) from None
+            raise SetupError(f"{writer.folder}: the checkpoint can't be written: {error.strerror or error}") from None
 
     def result(self, outcome: Outcome) -> dict[str, Any]:
         """The result document: losses, what ran where, and the hashes that identify it."""
