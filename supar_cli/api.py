@@ -69,15 +69,19 @@ def transfer(
     return _transfer(proxy, found, parameterization, allow_low_wpn=allow_low_wpn)
 
 
-def train(plan: Plan, directory: str | Path, *, resume: bool = False, force: bool = False) -> dict[str, Any]:
-    """Train a plan in a run directory and return its result document. Raises SuparError."""
+def train(plan: Plan, directory: str | Path, *, resume: bool = True, force: bool = False) -> dict[str, Any]:
+    """Train a plan in a run directory, from its last checkpoint, and return its result document. Raises SuparError.
+
+    Without `resume` a directory that holds a run is refused; with `force` it starts again.
+    """
     import json
 
     from supar_cli.training import rundir, trainer
 
     ready = trainer.Trainer(plan)
-    rundir.start(Path(directory), plan, resume=resume, force=force)
-    ready.run(Path(directory), resume=resume)
+    resume = resume and not force
+    with rundir.opened(Path(directory), plan, resume=resume, force=force):
+        ready.run(Path(directory), resume=resume)
     return dict(json.loads((Path(directory) / "result.json").read_text("utf-8")))
 
 

@@ -49,6 +49,12 @@ class UnusableResult(SuparError):
     exit_status = 4
 
 
+class Preempted(SuparError):
+    """Training was asked to stop and did, between two steps; the same command goes on (exit status 75)."""
+
+    exit_status = 75
+
+
 class CheckViolated(SuparError):
     """A check was violated (exit status 5)."""
 

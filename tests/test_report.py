@@ -136,6 +136,10 @@ def test_a_finished_run(supar_here: Supar, trained: Path, tmp_path: Path) -> Non
 def test_a_running_run_is_shown_so_far(supar_here: Supar, cut: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()}
     called = supar_here("report", "cut", "--json", "-o", "-")
+    assert json.loads(called.out)["parts"][0]["state"].startswith("killed: step 7 of 12")
+    with rundir._lock(cut):
+        called = supar_here("report", "cut", "--json", "-o", "-")
+    (cut / "lock").unlink()
     assert called.status == 0
     part = json.loads(called.out)["parts"][0]
     assert re.match(r"running: step 7 of 12, last written 20\d\d-", part["state"])

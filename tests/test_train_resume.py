@@ -341,7 +341,8 @@ def test_the_command_ends_with_these_statuses(
     _, _, folder = stored
     ended = supar_here("train", "run", "--set", "hyperparameters.lr=0.5", "--resume")
     assert ended.status == 2 and "error: run: holds a run of another plan" in ended.err and ended.out == ""
-    ended = supar_here("train", "run")
+    assert "  hyperparameters.lr: 0.01 → 0.5\n" in ended.err and "train." not in ended.err
+    ended = supar_here("train", "run", "--no-resume")
     assert ended.status == 2 and "error: run: holds a run already" in ended.err
     (folder / "state.safetensors").write_bytes(b"")
     ended = supar_here("train", "run", "--resume")

@@ -14,6 +14,7 @@ from supar_cli.planning import document
 from supar_cli.planning.overview import COLUMNS, number, plan_rows
 from supar_cli.planning.plan import Plan, parse
 from supar_cli.planning.spec import Proxy
+from supar_cli.training import rundir
 
 POINTS = 200  # chosen: more than a figure of this size shows
 QUIET_S = 600.0  # chosen: a job that has written nothing for so long may not be running any more
@@ -74,7 +75,7 @@ def run_part(folder: Path) -> Part:
         raise SetupError(f"{folder / 'result.json'}: is no result of a run; expected kind supar.result/v1")
     part = Part(str(folder), "run", f"Run {plan.name}", "")
     step = records[-1]["step"] if records else 0
-    _judge(part, plan, result, records, step, last_written(path if path.exists() else source))
+    _judge(part, plan, result, records, step, last_written(path if path.exists() else source)[0], state(folder, result))
     part.figures = run_figures(records)
     part.tables = [*_losses(records, result), *plan_tables(plan)]
     part.facts = plan_facts(plan)
@@ -90,9 +91,23 @@ def run_part(folder: Path) -> Part:
     return part
 
 
-def _judge(part: Part, plan: Plan, result: Any, records: list[Record], step: int, written: tuple[str, bool]) -> None:
+def state(folder: Path, result: Any) -> tuple[str, str]:
+    """(running, finished, preempted, failed or killed; what was said of it) of a run directory."""
+    if rundir.is_open(folder):
+        return "running", ""
+    if result is not None:
+        return "finished", ""
+    ended = read_json(folder / rundir.ENDED) if (folder / rundir.ENDED).exists() else {}
+    if not isinstance(ended, dict):
+        raise SetupError(f"{folder / rundir.ENDED}: is corrupt; expected a state and a text")
+    return str(ended.get("state", "killed")), str(ended.get("text", ""))
+
+
+def _judge(
+    part: Part, plan: Plan, result: Any, records: list[Record], step: int, when: str, state: tuple[str, str]
+) -> None:
     """State and verdicts of a run."""
-    steps, (when, live) = plan.train.steps, written
+    steps, (word, text) = plan.train.steps, state
     losses = [(one["step"], one.get(name)) for one in records for name in ("loss", "validation_loss") if name in one]
     bad = [at for at, loss in losses if finite(loss) is None]
     if result is not None:
@@ -104,8 +119,7 @@ def _judge(part: Part, plan: Plan, result: Any, records: list[Record], step: int
                 f"result.json is of another plan ({_text(result.get('plan'))}), not of plan.yaml beside it."
             )
     else:
-        word = "running" if live else "not finished, and silent for a while: running or stopped"
-        part.state = f"{word}: step {step} of {steps}, last written {when}"
+        part.state = f"{word}: step {step} of {steps}, last written {when}" + (f": {text}" if text else "")
         part.verdicts.append(Verdict(what="finished", passed=None, text=part.state))
     if losses:
         text = (

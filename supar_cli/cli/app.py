@@ -17,6 +17,8 @@ COMMANDS = {
     "tune-proxy": ("tune_proxy", "Search hyperparameters on a small dense proxy; write proxy.yaml."),
     "transfer": ("transfer", "Turn a proxy and a target sparsity into a plan; write plan.yaml."),
     "train": ("train", "Train a plan; write runs/NAME/."),
+    "runs": ("runs", "List runs: state, progress, last losses."),
+    "show": ("show", "Show a run: state, plan, environment, curve."),
     "demo": ("demo", "See in minutes what SμPar keeps and SP loses; write demo/."),
     "check": ("check", "Check that sizes keep still over density and width; exit 5 if not."),
     "sweep": ("sweep", "Measure whether optima hold over density or width; write sweeps/NAME/."),

@@ -119,6 +119,22 @@ def duration(seconds: float) -> str:
     return f"{minutes}m" if minutes < 90 else f"{minutes // 60}h{minutes % 60:02d}m"
 
 
+def seconds(flag: str, text: str) -> float:
+    """Seconds of `90s`, `30m`, `2h` or `1:30:00`. Raises InputError."""
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    parts = text.split(":")
+    try:
+        if 2 <= len(parts) <= 3 and all(part.isascii() and part.isdigit() for part in parts):
+            found = sum(int(part) * 60.0**power for power, part in enumerate(reversed(parts)))
+        else:
+            found = float(text[:-1]) * units[text[-1:]]
+        if not 0 < found < float("inf"):
+            raise ValueError
+    except (KeyError, ValueError):
+        raise InputError(f"{flag} {text}: expected a time such as 90s, 30m, 2h or 1:30:00") from None
+    return found
+
+
 def read_one(source: str, missing: str) -> document.Document:
     """The one document of a file or `-`. Raises InputError; `missing` says how to make the file when it is not there."""
     documents = read_all(source, missing)

@@ -82,6 +82,12 @@ def state_bytes(plan: Plan) -> dict[str, int]:
     }
 
 
+def counted(what: str, by_tensor: dict[str, str]) -> list[str]:
+    """How many tensors have each value, as `engine: dense 12, sparse 4`."""
+    counts = {value: list(by_tensor.values()).count(value) for value in sorted(set(by_tensor.values()))}
+    return [f"{what}: " + ", ".join(f"{value} {count}" for value, count in counts.items())] if counts else []
+
+
 def _gib(value: float) -> str:
     return f"{value / 2**30:.2f} GiB"
 

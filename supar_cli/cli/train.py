@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from supar_cli.cli import console
 from supar_cli.cli.app import single
-from supar_cli.errors import InputError, SetupError
+from supar_cli.errors import InputError, Preempted, SetupError
 from supar_cli.planning.document import Document
 from supar_cli.planning.plan import Plan, with_steps
 from supar_cli.planning.spec import parse
+
+if TYPE_CHECKING:
+    from supar_cli.training.stopping import Stopping
 
 
 def train(
@@ -27,8 +31,17 @@ def train(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Train this many steps instead, the warm-up the same share.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its last checkpoint.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume", help="Continue the directory's run from its last checkpoint, or refuse to."
+        ),
+    ] = True,
     checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.")] = None,
+    keep: Annotated[int | None, typer.Option(min=1, help="Checkpoints that stay, the newest.")] = None,
+    max_time: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Stop with a checkpoint after 90s, 30m, 2h or 1:30:00; exit 75.")
+    ] = None,
     data: console.DataOption = None,
     device: console.DeviceOption = None,
     precision: console.PrecisionOption = None,
@@ -64,6 +77,7 @@ def train(
             (("run", "compile"), compile_),
             (("run", "engine"), engine),
             (("run", "checkpoint_every"), checkpoint_every),
+            (("run", "keep"), keep),
         ):
             if value is not None:
                 console.put(document, path, value)
@@ -76,10 +90,13 @@ def train(
         plans, documents = plans[index : index + 1], documents[index : index + 1]
     if out is not None and len(plans) > 1:
         raise InputError(f"--out: {source} holds {len(plans)} plans; expected --index with one directory")
-    results = [
-        _run(_shortened(one, steps, talk), document, out, resume, force, dry_run, talk)
-        for one, document in zip(plans, documents, strict=True)
-    ]
+    from supar_cli.training.stopping import Stopping
+
+    with Stopping(None if max_time is None else console.seconds("--max-time", max_time)) as stopping:
+        results = [
+            _run(_shortened(one, steps, talk), document, out, resume and not force, force, dry_run, talk, stopping)
+            for one, document in zip(plans, documents, strict=True)
+        ]
     if not dry_run:
         console.emit(results, None, None, force=True, as_json=as_json, talk=talk)
 
@@ -106,7 +123,14 @@ def _enough_memory() -> Iterator[None]:
 
 
 def _run(
-    plan: Plan, read: Document, out: str | None, resume: bool, force: bool, dry_run: bool, talk: console.Talk
+    plan: Plan,
+    read: Document,
+    out: str | None,
+    resume: bool,
+    force: bool,
+    dry_run: bool,
+    talk: console.Talk,
+    stopping: Stopping,
 ) -> dict[str, Any]:
     if dry_run:
         from supar_cli.cli import tables
@@ -120,23 +144,28 @@ def _run(
     with console.Progress(directory.name, talk.quiet, talk.verbose) as progress:
         with console.located(read), _enough_memory():
             ready = trainer.Trainer(plan, reporter=progress)
-        rundir.start(directory, plan, resume=resume, force=force)
         setup = ready.setup
-        talk_precision = str(setup.precision).removeprefix("torch.")
-        progress.log(
-            f"{directory}: {plan.train.steps} steps on {setup.device}, {talk_precision}, compile {'on' if setup.compiles else 'off'}"
-        )
+        precision = str(setup.precision).removeprefix("torch.")
         try:
-            with _enough_memory():
-                outcome = ready.run(directory, resume=resume)
-        except KeyboardInterrupt:
+            with rundir.opened(directory, plan, resume=resume, force=force) as changes, _enough_memory():
+                for change in changes:
+                    progress.warn(f"{directory}: goes on otherwise than it began: {change}")
+                compiled = "on" if setup.compiles else "off"
+                progress.log(
+                    f"{directory}: {plan.train.steps} steps on {setup.device}, {precision}, compile {compiled}"
+                )
+                outcome = ready.run(directory, resume=resume, stop=stopping.reason)
+        except (KeyboardInterrupt, Preempted) as error:
             kept = checkpoint.available(directory / "checkpoints")
             how = f"continues from {kept[-1].name}" if kept else "starts at step 0: no checkpoint was written yet"
-            progress.warn(f"stopped at step {ready.done}; `supar train {directory} --resume` {how}")
-            raise
+            what = str(error) or f"stopped at step {ready.done} of {plan.train.steps}"
+            progress.warn(f"{what}; `supar train {directory}` {how}")
+            if stopping.signal == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise typer.Exit(Preempted.exit_status) from None
     result: dict[str, Any] = json.loads((directory / "result.json").read_text("utf-8"))
     if outcome.resumed_at == plan.train.steps:
-        talk.log(f"{directory}: was complete already")
+        talk.log(f"{directory}: was complete already; --force starts again")
     took = f"after {result['steps']} steps in {console.duration(result['seconds'])}"
     talk.log(f"{directory}: validation loss {result['validation_loss']:.4f} {took}")
     return result

@@ -150,8 +150,15 @@ class Plan(Section):
         return next((said[key] for key in keys if key in said), "auto")
 
     def hash(self) -> str:
-        """Identity of the experiment: everything but `run` and `meta`."""
-        return content_hash(self.model_dump(exclude={"run", "meta"}))
+        """Identity of the experiment: everything but `run`, `meta` and where the data lie, which have a hash of their own."""
+        return content_hash(self.experiment())
+
+    def experiment(self) -> dict[str, Any]:
+        """What decides the run's result, as plain data."""
+        found = self.model_dump(exclude={"run", "meta"})
+        if self.data.hash is not None:
+            del found["data"]["source"]
+        return found
 
     @property
     def name(self) -> str:

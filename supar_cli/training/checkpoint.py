@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +24,74 @@ from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
 from supar_cli.training import masks
-from supar_cli.training.initial import Prepared, unmasked
+from supar_cli.training.initial import Mask, Prepared, unmasked
 
 KIND = "supar.checkpoint/v2"  # v1 held masked weights with their zeros
-KEEP = 2  # chosen: the newest, and one before it
 
 
 def save(
     folder: Path, plan: Plan, prepared: Prepared, optimizer: torch.optim.Optimizer, step: int, data_hash: str
 ) -> Path:
-    """Write `folder/step-N` after `step` steps are done and drop all but the newest KEEP. Raises OSError."""
+    """Write `folder/step-N` after `step` steps are done and drop all but the newest `run.keep`. Raises OSError."""
+    return _write(folder, plan, prepared.masks, _snapshot(prepared, optimizer), step, data_hash)
+
+
+class Writer:
+    """Writes a run's checkpoints beside its training, one at a time. Raises OSError of one at the next call."""
+
+    def __init__(self, folder: Path, plan: Plan, data_hash: str) -> None:
+        self.folder, self._plan, self._data_hash = folder, plan, data_hash
+        self._pool = ThreadPoolExecutor(1, "checkpoints")
+        self._pending: Future[Path] | None = None
+
+    def save(self, prepared: Prepared, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Copy the state and return; the copy is written meanwhile. Waits for the checkpoint before."""
+        self.wait()
+        state = _snapshot(prepared, optimizer)
+        self._pending = self._pool.submit(_write, self.folder, self._plan, prepared.masks, state, step, self._data_hash)
+
+    def wait(self) -> None:
+        """Return when all is on disk."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+
+def _snapshot(prepared: Prepared, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Copies of weights and optimizer state, on the CPU: training goes on in the originals."""
+    state = {f"weight/{name}": _copy(tensor) for name, tensor in prepared.tensors.items()}
+    for name, tensor in prepared.tensors.items():
+        for key, value in optimizer.state[tensor].items():
+            if value is not None:
+                state[f"optimizer/{name}/{key}"] = _copy(torch.as_tensor(value))
+    return state
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _write(
+    folder: Path,
+    plan: Plan,
+    drawn: dict[str, Mask],
+    state: dict[str, torch.Tensor],
+    step: int,
+    data_hash: str,
+) -> Path:
     final = folder / f"step-{step:08d}"
     aside = folder / f".{final.name}.{os.getpid()}"
     for left in folder.glob(".step-*"):  # of a process killed while it wrote
         shutil.rmtree(left, ignore_errors=True)
     aside.mkdir(parents=True)
-    state = {f"weight/{name}": tensor.detach().cpu().contiguous() for name, tensor in prepared.tensors.items()}
-    state |= {f"mask/{name}": torch.from_numpy(np.packbits(mask)) for name, mask in prepared.masks.items()}
-    for name, tensor in prepared.tensors.items():
-        for key, value in optimizer.state[tensor].items():
-            if value is not None:
-                state[f"optimizer/{name}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    state |= {f"mask/{name}": torch.from_numpy(np.packbits(mask)) for name, mask in drawn.items()}
     save_file(state, aside / "state.safetensors")
     manifest = {
         "kind": KIND,
         "step": step,
         "plan": plan.hash(),
         "data": data_hash,
-        "masks": {name: masks.fingerprint(mask) for name, mask in prepared.masks.items()},
+        "masks": {name: masks.fingerprint(mask) for name, mask in drawn.items()},
         "state": _file_hash(aside / "state.safetensors"),
     }
     (aside / "plan.yaml").write_text(document.write([plan.model_dump()]), "utf-8")
@@ -62,7 +103,7 @@ def save(
     aside.rename(final)
     shutil.rmtree(folder / f".{final.name}.old", ignore_errors=True)
     _flush(folder)
-    for old in available(folder)[:-KEEP]:
+    for old in available(folder)[: -plan.run.keep]:
         shutil.rmtree(old)
     return final
 

@@ -1,29 +1,94 @@
-"""A run directory: opened for one plan, its metrics a line at a time, its files whole or not at all."""
+"""A run directory: opened for one plan by one process, its metrics a line at a time, its files whole or not at all."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from supar_cli.errors import InputError, SetupError
+from supar_cli.errors import InputError, Preempted, SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan, parse
 
+DIFFERENCES = 8  # chosen: named of two plans; the others are counted
+ENDED = "ended.json"  # how training ended where it did not finish
 
-def start(directory: Path, plan: Plan, *, resume: bool, force: bool) -> None:
-    """Make a run directory ready. Raises InputError when it holds another run, or this one and neither flag was given."""
-    existing = directory / "plan.yaml"
+
+@contextmanager
+def opened(directory: Path, plan: Plan, *, resume: bool, force: bool) -> Iterator[list[str]]:
+    """Start or continue a run in a directory that no other process may open until this ends; note how it ended.
+
+    Gives what is to run otherwise than before, as `run.precision: float32 → bfloat16`.
+    Raises InputError as `start` does, and where another process trains there.
+    """
+    if (directory / "plan.yaml").is_file():
+        lock = _lock(directory)
+        changes = start(directory, plan, resume=resume, force=force)
+    else:
+        changes = start(directory, plan, resume=resume, force=force)
+        lock = _lock(directory)
+    with lock:
+        (directory / ENDED).unlink(missing_ok=True)
+        try:
+            yield changes
+        except BaseException as error:
+            state = "preempted" if isinstance(error, Preempted | KeyboardInterrupt) else "failed"
+            text = str(error) or type(error).__name__
+            with suppress(OSError):  # the disk may be why it ended
+                document.write_file(directory / ENDED, json.dumps({"state": state, "text": text}) + "\n")
+            raise
+
+
+def _lock(directory: Path) -> TextIO:
+    """The directory's lock, the system's own: it ends with the process, however that ends."""
+    try:
+        file = (directory / "lock").open("a")
+    except OSError as error:
+        raise SetupError(f"{directory}: can't be written: {error.strerror or error}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"{directory}: another process is training there; expected another --out") from None
+    except OSError:  # a file system without locks: as it was before there were any
+        pass
+    return file
+
+
+def is_open(directory: Path) -> bool:
+    """Whether a process is training in a run directory."""
+    try:
+        with (directory / "lock").open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def start(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list[str]:
+    """Make a run directory ready; gives what of `run` has changed there.
+
+    Raises InputError when it holds another run, or this one and neither flag was given.
+    """
+    existing, changes = directory / "plan.yaml", list[str]()
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory}: is a file; expected a folder for --out")
     if existing.is_file():
         other = parse(Plan, document.read_file(str(existing))[0])
         if resume and other.hash() != plan.hash():
             raise InputError(
-                f"{directory}: holds a run of another plan ({other.hash()[:19]}…, this one is {plan.hash()[:19]}…)"
+                f"{directory}: holds a run of another plan; expected another --out, or --force to start again",
+                *("  " + line for line in _differences(other.experiment(), plan.experiment())),
             )
-        if not resume and not force:
+        if resume:
+            changes = _differences({"run": other.run.model_dump()}, {"run": plan.run.model_dump()})
+        elif not force:
             raise InputError(
                 f"{directory}: holds a run already; expected --resume to continue it or --force to start again"
             )
@@ -38,6 +103,29 @@ def start(directory: Path, plan: Plan, *, resume: bool, force: bool) -> None:
         document.write_file(existing, document.write([plan.model_dump()]))
     except OSError as error:
         raise SetupError(f"{directory}: can't be written: {error.strerror or error}") from None
+    return changes
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs in two plans, as `train.steps: 12 → 24`; the tensors' numbers, which follow from the rest, last."""
+    before, after = dict(_leaves("", old)), dict(_leaves("", new))
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    keys.sort(key=lambda key: key.startswith("tensors."))
+    lines = [f"{key}: {before.get(key, 'nothing')} → {after.get(key, 'nothing')}" for key in keys[:DIFFERENCES]]
+    return [*lines, f"and {len(keys) - DIFFERENCES} more"] if len(keys) > DIFFERENCES else lines
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Every scalar of plain data by its path; an element of a list goes by its name where it has one."""
+    if isinstance(value, dict):
+        parts = list(value.items())
+    elif isinstance(value, list):
+        parts = [(part.get("name", at) if isinstance(part, dict) else at, part) for at, part in enumerate(value)]
+    else:
+        yield path, value
+        return
+    for key, part in parts:
+        yield from _leaves(f"{path}.{key}" if path else str(key), part)
 
 
 class Metrics:

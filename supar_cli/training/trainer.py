@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from supar_cli import __version__
-from supar_cli.errors import SetupError, UnusableResult
+from supar_cli.errors import Preempted, SetupError, UnusableResult
 from supar_cli.planning import document, schedule
 from supar_cli.planning.plan import Plan
 from supar_cli.training import checkpoint, data, initial, masks, monitor, optim, rundir
@@ -175,10 +176,12 @@ class Trainer:
         *,
         resume: bool = False,
         on_evaluation: Callable[[int, float], None] | None = None,
+        stop: Callable[[], str | None] = lambda: None,
     ) -> Outcome:
         """Train to the plan's last step. With a directory: metrics, checkpoints and, last, result.json are written.
 
-        `on_evaluation(step, loss)` may raise to end the run early. Raises UnusableResult on a loss that is not finite.
+        `on_evaluation(step, loss)` may raise to end the run early. `stop()` is asked between steps; when it gives a reason,
+        a checkpoint is written and Preempted raised. Raises UnusableResult on a loss that is not finite.
         """
         outcome = Outcome()
         if directory is not None and resume:
@@ -189,10 +192,18 @@ class Trainer:
             outcome.evaluations = [(r["step"], r["validation_loss"]) for r in metrics.before if "validation_loss" in r]
             if self.done == self.plan.train.steps and directory is not None and (directory / "result.json").is_file():
                 return outcome
-            self._loop(outcome, metrics, directory, on_evaluation)
+            writer = None
+            if directory is not None:
+                writer = checkpoint.Writer(directory / "checkpoints", self.plan, self.tokens.hash)
+            try:
+                self._loop(outcome, metrics, writer, on_evaluation, stop)
+            except Exception:
+                if writer is not None:
+                    with suppress(OSError):  # of the checkpoint before: there is something else to say
+                        writer.wait()
+                raise
         outcome.seconds = time.perf_counter() - started
         if directory is not None:
-            self._checkpoint(directory)
             result = self.result(outcome)
             document.write_file(directory / "result.json", json.dumps(result, indent=1) + "\n")
         return outcome
@@ -201,14 +212,19 @@ class Trainer:
         self,
         outcome: Outcome,
         metrics: rundir.Metrics,
-        directory: Path | None,
+        writer: checkpoint.Writer | None,
         on_evaluation: Callable[[int, float], None] | None,
+        stop: Callable[[], str | None],
     ) -> None:
         train, run = self.plan.train, self.plan.run
         mark, marked = time.perf_counter(), self.done
+        saved = self.done
         while self.done < train.steps:
+            if reason := stop():
+                self._checkpoint(writer, finish=True, save=self.done > saved)
+                raise Preempted(f"stopped at step {self.done} of {train.steps} by {reason}")
             step = self.done
-            watch = directory is not None and (step % run.log_every == 0 or step == train.steps - 1)
+            watch = writer is not None and (step % run.log_every == 0 or step == train.steps - 1)
             loss, norm, roles = self.step(watch)
             outcome.losses.append(loss)
             self.reporter.progress(self.done, train.steps, loss)
@@ -230,12 +246,14 @@ class Trainer:
                 if not math.isfinite(value):
                     raise UnusableResult(f"step {self.done}: the validation loss is {value}")
             metrics.write(record)
-            if directory is not None and self.done % run.checkpoint_every == 0 and self.done < train.steps:
-                self._checkpoint(directory)
+            if self.done % run.checkpoint_every == 0 and self.done < train.steps:
+                self._checkpoint(writer)
+                saved = self.done
             if "validation_loss" in record and on_evaluation is not None:
                 on_evaluation(self.done, record["validation_loss"])
             if watch:
                 mark, marked = time.perf_counter(), self.done
+        self._checkpoint(writer, finish=True)
 
     def peak_share(self, tokens_per_s: float) -> float | None:
         """Model FLOP/s over the device's dense bf16 peak (masked weights counted as dense: that is what is computed)."""
@@ -247,19 +265,24 @@ class Trainer:
     def _restore(self, directory: Path) -> int:
         found = checkpoint.available(directory / "checkpoints")
         if not found:
-            self.reporter.log(f"{directory} holds no checkpoint yet: starting at step 0")
+            if (directory / "metrics.jsonl").is_file():
+                self.reporter.log(f"{directory} holds no checkpoint yet: starting at step 0")
             return 0
-        return checkpoint.load(found[-1], self.plan, self.prepared, self.optimizer, self.tokens.hash)
+        done = checkpoint.load(found[-1], self.plan, self.prepared, self.optimizer, self.tokens.hash)
+        self.reporter.log(f"{directory}: continues after step {done}")
+        return done
 
-    def _checkpoint(self, directory: Path) -> None:
+    def _checkpoint(self, writer: checkpoint.Writer | None, save: bool = True, finish: bool = False) -> None:
+        """Have the state written while training goes on; with `finish`, return when it is on disk. Raises SetupError."""
+        if writer is None:
+            return
         try:
-            checkpoint.save(
-                directory / "checkpoints", self.plan, self.prepared, self.optimizer, self.done, self.tokens.hash
-            )
+            if save:
+                writer.save(self.prepared, self.optimizer, self.done)
+            if finish:
+                writer.wait()
         except OSError as error:
-            raise SetupError(
-                f"{directory / 'checkpoints'}: the checkpoint can't be written: {error.strerror or error}"
-            ) from None
+            raise SetupError(f"{writer.folder}: the checkpoint can't be written: {error.strerror or error}") from None
 
     def result(self, outcome: Outcome) -> dict[str, Any]:
         """The result document: losses, what ran where, and the hashes that identify it."""

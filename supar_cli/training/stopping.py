@@ -1,0 +1,52 @@
+"""Asked to stop: a signal or a limit of time is noted, and the training loop stops between two steps, with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+# Slurm's `--signal=USR1@120` and clusters' SIGTERM before SIGKILL; SIGINT is Ctrl-C
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Stopping:
+    """While entered, notes signals instead of ending; `reason` says why to stop, None while there is no reason.
+
+    The second of SIGTERM or SIGINT has its usual effect at once. `max_seconds` count from here.
+    """
+
+    def __init__(self, max_seconds: float | None = None) -> None:
+        self._end = None if max_seconds is None else time.monotonic() + max_seconds
+        self._max_seconds = max_seconds
+        self._before: dict[signal.Signals, Any] = {}
+        self.signal: signal.Signals | None = None
+
+    def reason(self) -> str | None:
+        if self.signal is not None:
+            return self.signal.name
+        if self._end is not None and time.monotonic() >= self._end:
+            return f"the limit of {self._max_seconds:g} s"
+        return None
+
+    def __enter__(self) -> Stopping:
+        if threading.current_thread() is threading.main_thread():  # only there can Python handle signals
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        asked = signal.Signals(number)
+        if self.signal in (None, signal.SIGUSR1):  # SIGUSR1 announces the SIGTERM that follows it
+            self.signal = asked
+        elif asked != signal.SIGUSR1:
+            signal.signal(number, self._before[asked] if callable(self._before[asked]) else signal.SIG_DFL)
+            os.kill(os.getpid(), number)

@@ -1,0 +1,236 @@
+"""Runs that are asked to stop: by signals, by a limit of time, by another process in their directory."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from supar_cli.cli.console import seconds
+from supar_cli.errors import InputError, SetupError
+from supar_cli.planning import document
+from supar_cli.planning.plan import Plan
+from supar_cli.training import checkpoint, rundir
+from supar_cli.training.trainer import Trainer
+from tests.conftest import Called, environment
+from tests.test_train import trained
+from tests.test_train_resume import assert_same_run
+
+MakePlan = Callable[..., Plan]
+Supar = Callable[..., Called]
+
+
+@pytest.fixture
+def plan(plan_of: MakePlan, tmp_path: Path) -> Plan:
+    """A run of a few seconds with a checkpoint at its end only, in plan.yaml."""
+    train = {"steps": 600, "batch_size": 2, "eval_every": 300}
+    made = plan_of(model={"layers": 1}, target={"width": 32}, train=train, run={"log_every": 50})
+    (tmp_path / "plan.yaml").write_text(document.write([made.model_dump()]), "utf-8")
+    return made
+
+
+def steps_in(folder: Path) -> int:
+    metrics = folder / "run/metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def started(folder: Path, *flags: str, steps: int = 3) -> subprocess.Popen[str]:
+    """`supar train` as it does its first steps."""
+    command = [sys.executable, "-m", "supar_cli", "train", "plan.yaml", "-o", "run", *flags]
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    end, before = time.monotonic() + 60, steps_in(folder)
+    while process.poll() is None and time.monotonic() < end and steps_in(folder) < before + steps:
+        time.sleep(0.002)
+    return process
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+class TestSignals:
+    def test_a_run_stopped_by_each_ends_as_the_uninterrupted_one(self, plan: Plan, tmp_path: Path) -> None:
+        trained(plan, tmp_path / "whole")
+        newest = 0
+        for number, status in ((signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)):
+            process = started(tmp_path)
+            process.send_signal(number)
+            code, out, err = ended(process)
+            assert (code, out) == (status, ""), err
+            (*_, folder) = sorted((tmp_path / "run/checkpoints").iterdir())
+            step = int(folder.name.removeprefix("step-"))
+            assert newest < step < 600 and step == steps_in(tmp_path)
+            assert (
+                f"stopped at step {step} of 600 by {number.name}; `supar train run` continues from {folder.name}" in err
+            )
+            assert json.loads((tmp_path / "run/ended.json").read_text())["state"] == "preempted"
+            assert "Traceback" not in err and not (tmp_path / "run/result.json").exists()
+            newest = step
+        code, _, err = ended(started(tmp_path))
+        assert code == 0 and f"run: continues after step {newest}" in err
+        assert not (tmp_path / "run/ended.json").exists()
+        assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+    @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+    def test_the_second_stops_at_once(self, plan: Plan, tmp_path: Path, number: signal.Signals, status: int) -> None:
+        """The first is granted between two steps; a step that never ends shows what the second does."""
+        code = (
+            "import time, sys\n"
+            "from supar_cli.training.trainer import Trainer\n"
+            "step = Trainer.step\n"
+            "def slow(self, watch=False):\n"
+            "    found = step(self, watch)\n"
+            "    if self.done > 3:\n"
+            "        print('slow', flush=True)\n"
+            "        time.sleep(60)\n"
+            "    return found\n"
+            "Trainer.step = slow\n"
+            "from supar_cli.cli.app import main\n"
+            "sys.argv = ['supar', 'train', '-o', 'run', '-q']\n"
+            "main()\n"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None and process.stdout.readline() == "slow\n"
+        process.send_signal(number)
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(number)
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == status and "Traceback" not in err
+        assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+    def test_a_signal_before_the_first_step_leaves_no_checkpoint(self, plan: Plan, tmp_path: Path) -> None:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "supar_cli", "train", "-o", "run", "--max-time", "0.001s"],
+            cwd=tmp_path,
+            env=environment(),
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        code, _, err = ended(process)
+        assert code == 75 and "stopped at step 0 of 600 by the limit of 0.001 s" in err and "no checkpoint" in err
+
+
+class TestMaxTime:
+    def test_a_run_in_pieces_ends_as_the_whole(self, plan: Plan, supar_here: Supar, tmp_path: Path) -> None:
+        trained(plan, tmp_path / "whole")
+        statuses = []
+        for _ in range(60):
+            statuses.append(supar_here("train", "-o", "run", "-q", "--max-time", "0.3s").status)
+            if statuses[-1] != 75:
+                break
+        assert len(statuses) > 2 and statuses[-1] == 0 and set(statuses[:-1]) == {75}
+        assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+    @pytest.mark.parametrize(
+        ("text", "found"), [("90s", 90), ("1.5h", 5400), ("2m", 120), ("1:30", 90), ("02:00:05", 7205)]
+    )
+    def test_times(self, text: str, found: float) -> None:
+        assert seconds("--max-time", text) == found
+
+    @pytest.mark.parametrize("text", ["", "90", "s", "0s", "-1s", "nans", "infh", "1:2:3:4", "1:-2", "2 days"])
+    def test_what_is_no_time(self, text: str) -> None:
+        with pytest.raises(InputError, match=r"--max-time .*: expected a time such as 90s"):
+            seconds("--max-time", text)
+
+
+class TestDirectory:
+    def test_two_processes_do_not_share_one(self, plan: Plan, supar_here: Supar, tmp_path: Path) -> None:
+        process = started(tmp_path)
+        try:
+            assert rundir.is_open(tmp_path / "run")
+            for flags in ((), ("--force",)):
+                other = supar_here("train", "-o", "run", *flags)
+                assert other.status == 2 and "run: another process is training there" in other.err
+        finally:
+            process.kill()
+            process.communicate()
+        assert not rundir.is_open(tmp_path / "run") and not rundir.is_open(tmp_path)
+        assert supar_here("train", "-o", "run", "-q").status == 0
+
+    def test_checkpoints_that_stay(self, plan: Plan, supar_here: Supar, tmp_path: Path) -> None:
+        flags = ("--steps", "12", "--checkpoint-every", "2", "--keep", "4", "-q")
+        assert supar_here("train", "-o", "run", *flags).status == 0
+        assert len(list((tmp_path / "run/checkpoints").iterdir())) == 4
+
+    def test_what_changes_in_how_it_runs_is_said(self, plan: Plan, supar_here: Supar, tmp_path: Path) -> None:
+        assert supar_here("train", "-o", "run", "-q", "--max-time", "0.2s").status == 75
+        other = supar_here("train", "-o", "run", "-q", "--precision", "bfloat16")
+        assert (
+            other.status == 0 and "run: goes on otherwise than it began: run.precision: auto → bfloat16\n" in other.err
+        )
+
+    def test_data_that_moved_are_the_same_experiment(
+        self, plan: Plan, supar_here: Supar, text_file: Path, tmp_path: Path
+    ) -> None:
+        assert supar_here("train", "-o", "run", "-q", "--max-time", "0.2s").status == 75
+        (tmp_path / "moved").mkdir()
+        text_file.rename(tmp_path / "moved/text.txt")
+        other = supar_here("train", "-o", "run", "-q", "--data", "moved/text.txt")
+        assert (other.status, other.err) == (0, "")
+        (tmp_path / "moved/text.txt").write_bytes(b"other" * 5000)
+        other = supar_here("train", "-o", "run", "-q", "--data", "moved/text.txt")
+        assert other.status == 2 and "text.txt is not the data" in other.err
+
+    def test_a_failure_is_noted(self, plan_of: MakePlan, supar_here: Supar, tmp_path: Path) -> None:
+        huge: Any = plan_of(hyperparameters={"lr": 1e30})
+        (tmp_path / "plan.yaml").write_text(document.write([huge.model_dump()]), "utf-8")
+        assert supar_here("train", "-o", "run", "-q").status == 4
+        found = json.loads((tmp_path / "run/ended.json").read_text())
+        assert found["state"] == "failed" and found["text"].startswith("step 2: the loss is")
+
+
+class TestWriting:
+    """Checkpoints are written beside the training."""
+
+    def test_training_goes_on_and_the_copy_is_of_its_step(
+        self, plan_of: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plan = plan_of(run={"checkpoint_every": 4, "keep": 5})
+        trained(plan_of(run={"checkpoint_every": 4, "keep": 5}), tmp_path / "whole")
+        write, trainer, during = checkpoint._write, Trainer(plan), list[tuple[int, int]]()
+
+        def slow(*arguments: Any) -> Path:
+            step, end = arguments[4], time.monotonic() + 20
+            while trainer.done < min(step + 2, 12) and time.monotonic() < end:
+                time.sleep(0.001)
+            during.append((step, trainer.done))
+            return write(*arguments)
+
+        monkeypatch.setattr(checkpoint, "_write", slow)
+        with rundir.opened(tmp_path / "run", plan, resume=True, force=False):
+            trainer.run(tmp_path / "run")
+        assert [step for step, _ in during] == [4, 8, 12] and all(done >= min(step + 2, 12) for step, done in during)
+        for step in (4, 8, 12):
+            here, there = (tmp_path / name / f"checkpoints/step-{step:08d}/manifest.json" for name in ("run", "whole"))
+            assert json.loads(here.read_text()) == json.loads(there.read_text())
+
+    def test_a_write_that_fails_ends_the_run_by_its_name(
+        self, plan_of: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: Any) -> Path:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(checkpoint, "_write", full)
+        trainer = Trainer(plan_of(run={"checkpoint_every": 4}))
+        with pytest.raises(SetupError, match="checkpoints: the checkpoint can't be written: No space left on device"):
+            trainer.run(tmp_path)
+        assert trainer.done == 8  # where the next one was due
