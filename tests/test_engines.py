@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -283,6 +284,27 @@ class TestChoice:
         cache.write_text(text)
         assert choose.fastest(drawn((256, 256), 0.1), self.SETTING).measured_now
         json.loads(cache.read_text())
+
+    @pytest.mark.parametrize("kept", ["fast", {"dense": "x", "sparse": 1.0}, {"dense": 1.0, "sparse": float("nan")}])
+    def test_a_broken_measurement_too(self, cache: Path, kept: Any) -> None:
+        assert choose.fastest(drawn((256, 256), 0.1), self.SETTING).measured_now
+        cache.write_text(json.dumps(dict.fromkeys(json.loads(cache.read_text()), kept)))
+        assert choose.fastest(drawn((256, 256), 0.1), self.SETTING).measured_now
+
+    def test_without_numba_torch_does_it_and_the_extra_is_named(
+        self, plan_of: MakePlan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *rest: (name != "numba" and found(name, *rest)) or None
+        )
+        monkeypatch.setattr(choose, "SMALL", 1)
+        monkeypatch.setattr(choose, "times", lambda *_: {"dense": 1.0, "sparse": 0.5})
+        trainer = Trainer(plan_of(target={"width": 64, "sparsity": {"density": 0.1}}))
+        engine = trainer.prepared.linear("blocks.0.mlp.up").engine
+        assert isinstance(engine, Sparse) and engine.kernels == "torch"
+        assert "pip install 'supar[sparse]'" in trainer.engines.lines()[-1]
+        trainer.step()
 
     def test_a_cache_that_cannot_be_written_costs_a_measurement(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")

@@ -21,7 +21,7 @@ from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Data, Proxy, Spec, Target, parse
 from supar_cli.planning.transfer import transfer
 
-EXTRAS = {"hf": "tokenizers", "gp": "scipy"}
+EXTRAS = {"hf": "tokenizers", "gp": "scipy", "sparse": "numba"}
 STEPS = 8
 
 

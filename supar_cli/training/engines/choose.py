@@ -87,13 +87,16 @@ class Engines:
         return make(choice.name, mask, self.setting)
 
     def lines(self) -> list[str]:
-        """What was measured, a line a shape."""
+        """What was measured, a line a shape, and what would make it faster."""
         said: dict[str, int] = {}
         for name, choice in self.choices.items():
             row = self._rows[name]
             text = f"{'×'.join(map(str, row.shape))} at density {row.density:.3g}: {choice.text()}"
             said[text] = said.get(text, 0) + (1 if choice.seconds else 0)
-        return [f"engine of {count} tensors {text}" for text, count in said.items() if count]
+        lines = [f"engine of {count} tensors {text}" for text, count in said.items() if count]
+        if lines and self.setting.device.type == "cpu" and not importlib.util.find_spec("numba"):
+            lines.append("numba is not installed: `pip install 'supar[sparse]'` makes the sparse engine faster")
+        return lines
 
 
 def make(name: Name, mask: Mask, setting: Setting) -> Engine:
@@ -132,7 +135,7 @@ def fastest(mask: Mask, setting: Setting) -> Choice:
     path, key = _cache(), _key(mask, setting, tokens)
     known = _read(path)
     seconds = known.get(key)
-    measured_now = not (isinstance(seconds, dict) and set(seconds) == set(names))
+    measured_now = not _sound(seconds, names)
     if measured_now or seconds is None:
         seconds = times({name: make(name, mask, setting) for name in names}, mask, setting, tokens, ROUNDS)
         with suppress(OSError):  # measured again next time
@@ -194,6 +197,13 @@ def _processor() -> str:
 def _cache() -> Path:
     folder = os.environ.get("XDG_CACHE_HOME")
     return (Path(folder) if folder else Path.home() / ".cache") / "supar" / "engines.json"
+
+
+def _sound(seconds: object, names: list[Name]) -> bool:
+    """Whether a cached measurement is one of these engines."""
+    if not isinstance(seconds, dict) or set(seconds) != set(names):
+        return False
+    return all(isinstance(value, float) and value > 0 for value in seconds.values())
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:
