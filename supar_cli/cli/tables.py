@@ -75,11 +75,12 @@ def state_bytes(plan: Plan) -> dict[str, int]:
     if not masked:
         return {"dense": rest}
     # a live weight: value, gradient, two moments, index (dense) or three (sparse); a position: its weight and gradient
-    return {
+    found = {
         "dense in bfloat16": rest + 4 * size + 20 * live,
         "dense in float32": rest + 8 * size + 20 * live,
         "sparse (CPU)": rest + 28 * live,
     }
+    return found | ({"block": rest + 16 * live} if plan.sparsity.block else {})  # its indices are a share of 1/block
 
 
 def counted(what: str, by_tensor: dict[str, str]) -> list[str]:
