@@ -36,6 +36,11 @@ def plan(plan_of: MakePlan, tmp_path: Path) -> Plan:
     return made
 
 
+def hear() -> None:
+    """In a child: Ctrl-C as at a terminal, though these tests may run in the background, where it is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def steps_in(folder: Path) -> int:
     metrics = folder / "run/metrics.jsonl"
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
@@ -45,7 +50,13 @@ def started(folder: Path, *flags: str, steps: int = 3) -> subprocess.Popen[str]:
     """`supar train` as it does its first steps."""
     command = [sys.executable, "-m", "supar_cli", "train", "plan.yaml", "-o", "run", *flags]
     process = subprocess.Popen(
-        command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear,
     )
     end, before = time.monotonic() + 60, steps_in(folder)
     while process.poll() is None and time.monotonic() < end and steps_in(folder) < before + steps:
@@ -106,6 +117,7 @@ class TestSignals:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=hear,
         )
         assert process.stdout is not None and process.stdout.readline() == "slow\n"
         process.send_signal(number)
@@ -116,6 +128,20 @@ class TestSignals:
         assert process.returncode == status and "Traceback" not in err
         assert not list((tmp_path / "run").glob("checkpoints/step-*"))
 
+    def test_a_background_job_goes_on_at_ctrl_c(self, plan: Plan, tmp_path: Path) -> None:
+        command = [sys.executable, "-m", "supar_cli", "train", "-o", "run", "-q"]
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        )
+        while process.poll() is None and steps_in(tmp_path) < 3:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+
     def test_a_signal_before_the_first_step_leaves_no_checkpoint(self, plan: Plan, tmp_path: Path) -> None:
         process = subprocess.Popen(
             [sys.executable, "-m", "supar_cli", "train", "-o", "run", "--max-time", "0.001s"],
@@ -124,6 +150,7 @@ class TestSignals:
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            preexec_fn=hear,
         )
         code, _, err = ended(process)
         assert code == 75 and "stopped at step 0 of 600 by the limit of 0.001 s" in err and "no checkpoint" in err

@@ -21,7 +21,14 @@ from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Data, Proxy, Spec, Target, parse
 from supar_cli.planning.transfer import transfer
 
-EXTRAS = {"hf": "tokenizers", "gp": "scipy", "sparse": "numba"}
+EXTRAS = {
+    "hf": "tokenizers",
+    "gp": "scipy",
+    "sparse": "numba",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+}
 STEPS = 8
 
 

@@ -50,6 +50,10 @@ def train(
         str | None,
         typer.Option(help="How masked weights are computed: auto (the fastest here), dense, sparse or block."),
     ] = None,
+    tracker: Annotated[
+        list[str] | None,
+        typer.Option(help="Follow the run in tensorboard, wandb or mlflow too, offline; repeatable."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show sizes, FLOPs, memory and time; run nothing.")
     ] = False,
@@ -78,6 +82,7 @@ def train(
             (("run", "engine"), engine),
             (("run", "checkpoint_every"), checkpoint_every),
             (("run", "keep"), keep),
+            (("run", "trackers"), tracker),
         ):
             if value is not None:
                 console.put(document, path, value)

@@ -134,6 +134,7 @@ class Run(Section):
     micro_batch_size: int | None = Field(default=None, gt=0)
     log_every: int = Field(default=10, gt=0)
     checkpoint_every: int = Field(default=1000, gt=0)
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list)
     keep: int = Field(default=2, gt=0)  # chosen: the newest checkpoint, and one should that be damaged
 
 

@@ -96,8 +96,9 @@ def start(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list[str
         raise InputError(f"{directory}: exists and is no run directory; expected another --out")
     try:
         if force and not resume and existing.is_file():
-            shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-            for name in ("metrics.jsonl", "result.json"):
+            for name in ("checkpoints", "tensorboard", "wandb"):
+                shutil.rmtree(directory / name, ignore_errors=True)
+            for name in ("metrics.jsonl", "result.json", "trackers.json", ENDED):
                 (directory / name).unlink(missing_ok=True)
         directory.mkdir(parents=True, exist_ok=True)
         document.write_file(existing, document.write([plan.model_dump()]))

@@ -34,7 +34,10 @@ class Stopping:
 
     def __enter__(self) -> Stopping:
         if threading.current_thread() is threading.main_thread():  # only there can Python handle signals
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            heard = [
+                number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
+            ]  # not in background jobs
+            self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(

@@ -20,7 +20,7 @@ from supar_cli import __version__
 from supar_cli.errors import Preempted, SetupError, UnusableResult
 from supar_cli.planning import document, schedule
 from supar_cli.planning.plan import Plan
-from supar_cli.training import checkpoint, data, initial, masks, monitor, optim, rundir
+from supar_cli.training import checkpoint, data, initial, masks, monitor, optim, rundir, trackers
 from supar_cli.training.device import Setup, peak_flops
 from supar_cli.training.engines import choose
 from supar_cli.training.models.transformer import loss_of
@@ -58,6 +58,7 @@ class Trainer:
     def __init__(self, plan: Plan, tokens: data.Tokens | None = None, reporter: Reporter | None = None) -> None:
         self.plan, self.reporter = plan, reporter or Silent()
         self.setup = Setup.of(plan)
+        trackers.require(plan)
         self.tokens = tokens or data.load(plan.data, vocab=plan.model.vocab, context=plan.model.context)
         self._rows = {row.name: row for row in plan.tensors}
         self.engines = choose.Engines(plan, self.setup.device, self.setup.precision, self.setup.micro_batch)
@@ -196,7 +197,8 @@ class Trainer:
             if directory is not None:
                 writer = checkpoint.Writer(directory / "checkpoints", self.plan, self.tokens.hash)
             try:
-                self._loop(outcome, metrics, writer, on_evaluation, stop)
+                with trackers.Trackers(self.plan, directory, self.done, self.reporter.warn) as tracked:
+                    self._loop(outcome, metrics, tracked, writer, on_evaluation, stop)
             except Exception:
                 if writer is not None:
                     with suppress(OSError):  # of the checkpoint before: there is something else to say
@@ -212,6 +214,7 @@ class Trainer:
         self,
         outcome: Outcome,
         metrics: rundir.Metrics,
+        tracked: trackers.Trackers,
         writer: checkpoint.Writer | None,
         on_evaluation: Callable[[int, float], None] | None,
         stop: Callable[[], str | None],
@@ -246,6 +249,7 @@ class Trainer:
                 if not math.isfinite(value):
                     raise UnusableResult(f"step {self.done}: the validation loss is {value}")
             metrics.write(record)
+            tracked.log(record)
             if self.done % run.checkpoint_every == 0 and self.done < train.steps:
                 self._checkpoint(writer)
                 saved = self.done

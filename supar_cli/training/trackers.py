@@ -1,0 +1,180 @@
+"""A run's metrics in TensorBoard, Weights & Biases or MLflow too: beside metrics.jsonl, never instead of it.
+
+Nothing leaves the machine unless the tracker's own settings say so (WANDB_MODE=online, MLFLOW_TRACKING_URI).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from supar_cli.errors import SetupError
+from supar_cli.planning import document
+from supar_cli.planning.plan import Plan
+
+NAMES = ("loss", "validation_loss", "lr", "grad_norm", "tokens_per_s")  # of a step's record
+IDS = "trackers.json"  # by which a continued run is the same run to its trackers
+
+
+class Tracker(Protocol):
+    """One of them, opened for one run. `identity` is what a continued run is found by, None where it needs none."""
+
+    identity: str | None
+
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+    def close(self, finished: bool) -> None: ...
+
+
+class TensorBoard:
+    """Event files in the run's `tensorboard/`."""
+
+    identity: str | None = None
+
+    def __init__(self, plan: Plan, directory: Path, done: int, identity: str | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1 if done else None)  # type: ignore[no-untyped-call]
+        if not done:
+            text = json.dumps(settings(plan), indent=1).replace("\n", "\n    ")
+            self._writer.add_text("plan", "    " + text)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self, finished: bool) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """Offline in the run's `wandb/`, for `wandb sync`, unless WANDB_MODE says otherwise."""
+
+    def __init__(self, plan: Plan, directory: Path, done: int, identity: str | None) -> None:
+        import wandb
+
+        self._run: Any = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "supar"),
+            mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
+            dir=str(directory),
+            name=directory.name,
+            config=settings(plan),
+            id=identity,
+            resume="allow",
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        self.identity: str | None = self._run.id
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def close(self, finished: bool) -> None:
+        self._run.finish(exit_code=0 if finished else 1)
+
+
+class MLflow:
+    """In `mlflow.db` beside the run's directory, unless MLFLOW_TRACKING_URI says otherwise."""
+
+    def __init__(self, plan: Plan, directory: Path, done: int, identity: str | None) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        for name in ("alembic", "mlflow"):  # they tell of making their tables
+            logging.getLogger(name).setLevel(logging.WARNING)
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        beside = f"sqlite:///{directory.resolve().parent / 'mlflow.db'}"
+        self._client: Any = MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or beside)
+        if identity is not None:
+            try:
+                self._client.update_run(identity, status="RUNNING")
+            except MlflowException:  # of a database that is not this one
+                identity = None
+        if identity is None:
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "supar")
+            experiment = self._client.get_experiment_by_name(name)
+            at = experiment.experiment_id if experiment else self._client.create_experiment(name)
+            identity = str(self._client.create_run(at, run_name=directory.name).info.run_id)
+            for key, value in settings(plan).items():
+                self._client.log_param(identity, key, value)
+        self.identity: str | None = identity
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._client.log_metric(self.identity, name, value, step=step)
+
+    def close(self, finished: bool) -> None:
+        self._client.set_terminated(self.identity, status="FINISHED" if finished else "KILLED")
+
+
+KINDS: dict[str, Callable[[Plan, Path, int, str | None], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "mlflow": MLflow,
+}
+
+
+def require(plan: Plan) -> None:
+    """Raises SetupError where a tracker of the plan is not installed."""
+    for name in plan.run.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise SetupError(f"run.trackers: {name} is not installed; expected `pip install 'supar[{name}]'`")
+
+
+def settings(plan: Plan) -> dict[str, Any]:
+    """What a tracker shows of a plan: its hash and every scalar that is not a tensor's."""
+    found: dict[str, Any] = {"plan": plan.hash()}
+    for section in ("model", "parameterization", "hyperparameters", "sparsity", "train"):
+        for key, value in getattr(plan, section).model_dump().items():
+            if isinstance(value, str | int | float):
+                found[f"{section}.{key}"] = value
+    return found
+
+
+class Trackers:
+    """The trackers of one run, as a context. One that fails is dropped with a warning: training goes on."""
+
+    def __init__(self, plan: Plan, directory: Path | None, done: int, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._open: dict[str, Tracker] = {}
+        if directory is None or not plan.run.trackers:
+            return
+        path = directory / IDS
+        ids = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        for name in plan.run.trackers:
+            with self._guarded(name):
+                self._open[name] = KINDS[name](plan, directory, done, ids.get(name))
+        found = {name: tracker.identity for name, tracker in self._open.items() if tracker.identity}
+        if found:
+            document.write_file(path, json.dumps(found) + "\n")
+
+    @contextmanager
+    def _guarded(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever another's package raises
+            self._open.pop(name, None)
+            self._warn(f"{name}: {type(error).__name__}: {error}; not tracked there any more, metrics.jsonl goes on")
+
+    def log(self, record: dict[str, Any]) -> None:
+        """A step's record, where it holds more than a loss: every `run.log_every` steps and at evaluations."""
+        if "lr" in record or "validation_loss" in record:
+            values = {name: float(record[name]) for name in NAMES if record.get(name) is not None}
+            for name, tracker in list(self._open.items()):
+                with self._guarded(name):
+                    tracker.log(record["step"], values)
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name, tracker in list(self._open.items()):
+            with self._guarded(name):
+                tracker.close(kind is None)
