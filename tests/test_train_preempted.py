@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -261,3 +263,49 @@ class TestWriting:
         with pytest.raises(SetupError, match="checkpoints: the checkpoint can't be written: No space left on device"):
             trainer.run(tmp_path)
         assert trainer.done == 8  # where the next one was due
+
+
+class TestDisk:
+    """A disk that fills up under a run: a small tmpfs where one may be mounted, else a limit on the size of a file."""
+
+    def test_full_and_then_not(self, plan: Plan, tmp_path: Path) -> None:
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(disk)]
+        if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+            pytest.skip("no tmpfs can be mounted here")
+        try:
+            flags = ("-q", "--checkpoint-every", "20", "--keep", "30")
+            command = [sys.executable, "-m", "supar_cli", "train", "plan.yaml", "-o", "disk/run", *flags]
+            done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+            assert (done.returncode, done.stdout) == (3, ""), done.stderr
+            assert "No space left on device" in done.stderr and "Traceback" not in done.stderr
+            assert "can't be written" in done.stderr and len(done.stderr.splitlines()) == 1
+            kept = sorted(path.name for path in (disk / "run/checkpoints").iterdir())
+            assert len(kept) >= 2 and all(name.startswith("step-") for name in kept)
+            larger = ["mount", "-o", "remount,size=200m", str(disk)]
+            assert subprocess.run(larger, capture_output=True).returncode == 0
+            done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+            assert done.returncode == 0 and done.stderr == "", done.stderr
+            trained(plan, tmp_path / "whole")
+            assert_same_run(disk / "run", tmp_path / "whole")
+        finally:
+            subprocess.run(["umount", str(disk)], capture_output=True, check=True)
+
+    @pytest.mark.parametrize("limit", [0, 1000, 30_000, 100_000])
+    def test_files_that_may_not_grow(self, plan: Plan, tmp_path: Path, limit: int) -> None:
+        """The plan, the metrics or a checkpoint fails, by the limit; without it the run goes on and ends as the whole."""
+
+        def small() -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+        flags = ("-o", "run", "-q", "--checkpoint-every", "40")
+        command = [sys.executable, "-m", "supar_cli", "train", "plan.yaml", *flags]
+        streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        done = subprocess.run(command, cwd=tmp_path, env=environment(), preexec_fn=small, **streams)
+        assert (done.returncode, done.stdout) == (3, ""), done.stderr
+        assert "can't be written: " in done.stderr and "Traceback" not in done.stderr
+        again = subprocess.run(command, cwd=tmp_path, env=environment(), **streams)
+        assert again.returncode == 0, again.stderr
+        trained(plan, tmp_path / "whole")
+        assert_same_run(tmp_path / "run", tmp_path / "whole")

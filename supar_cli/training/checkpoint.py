@@ -83,7 +83,26 @@ def _write(
     aside = folder / f".{final.name}.{os.getpid()}"
     for left in folder.glob(".step-*"):  # of a process killed while it wrote
         shutil.rmtree(left, ignore_errors=True)
-    aside.mkdir(parents=True)
+    try:
+        aside.mkdir(parents=True)
+        _fill(aside, plan, drawn, state, step, data_hash)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)  # a full disk has better uses
+        raise error if isinstance(error, OSError) else OSError(str(error)) from None
+    if final.exists():  # moved away whole: a kill now leaves the one before it, never a part of this
+        final.rename(folder / f".{final.name}.old")
+    aside.rename(final)
+    shutil.rmtree(folder / f".{final.name}.old", ignore_errors=True)
+    _flush(folder)
+    for old in available(folder)[: -plan.run.keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def _fill(
+    aside: Path, plan: Plan, drawn: dict[str, Mask], state: dict[str, torch.Tensor], step: int, data_hash: str
+) -> None:
+    """Write a checkpoint's files and see them on disk."""
     state |= {f"mask/{name}": torch.from_numpy(np.packbits(mask)) for name, mask in drawn.items()}
     save_file(state, aside / "state.safetensors")
     manifest = {
@@ -98,14 +117,6 @@ def _write(
     (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
     for path in aside.iterdir():
         _flush(path)
-    if final.exists():  # moved away whole: a kill now leaves the one before it, never a part of this
-        final.rename(folder / f".{final.name}.old")
-    aside.rename(final)
-    shutil.rmtree(folder / f".{final.name}.old", ignore_errors=True)
-    _flush(folder)
-    for old in available(folder)[: -plan.run.keep]:
-        shutil.rmtree(old)
-    return final
 
 
 def available(folder: Path) -> list[Path]:

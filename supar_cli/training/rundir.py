@@ -45,10 +45,8 @@ def opened(directory: Path, plan: Plan, *, resume: bool, force: bool) -> Iterato
 
 def _lock(directory: Path) -> TextIO:
     """The directory's lock, the system's own: it ends with the process, however that ends."""
-    try:
+    with writing(directory):
         file = (directory / "lock").open("a")
-    except OSError as error:
-        raise SetupError(f"{directory}: can't be written: {error.strerror or error}") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -94,7 +92,7 @@ def start(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list[str
             )
     elif directory.exists() and any(directory.iterdir()) and not force:
         raise InputError(f"{directory}: exists and is no run directory; expected another --out")
-    try:
+    with writing(directory):
         if force and not resume and existing.is_file():
             for name in ("checkpoints", "tensorboard", "wandb"):
                 shutil.rmtree(directory / name, ignore_errors=True)
@@ -102,9 +100,16 @@ def start(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list[str
                 (directory / name).unlink(missing_ok=True)
         directory.mkdir(parents=True, exist_ok=True)
         document.write_file(existing, document.write([plan.model_dump()]))
+    return changes
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Raises SetupError that names the directory where a file in it can't be written."""
+    try:
+        yield
     except OSError as error:
         raise SetupError(f"{directory}: can't be written: {error.strerror or error}") from None
-    return changes
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -139,20 +144,24 @@ class Metrics:
             path = directory / "metrics.jsonl"
             kept = [line for line in _lines(path) if json.loads(line)["step"] <= done] if done else []
             self.before = [json.loads(line) for line in kept]
-            document.write_file(path, "".join(kept))
-            self._file = path.open("a", encoding="utf-8")
+            self._directory = directory
+            with writing(directory):
+                document.write_file(path, "".join(kept))
+                self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # of a line that could not be written before
+                self._file.close()
 
     def write(self, record: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            with writing(self._directory):
+                self._file.write(json.dumps(record) + "\n")
+                self._file.flush()
 
 
 def _lines(path: Path) -> list[str]:

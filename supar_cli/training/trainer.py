@@ -206,8 +206,9 @@ class Trainer:
                 raise
         outcome.seconds = time.perf_counter() - started
         if directory is not None:
-            result = self.result(outcome)
-            document.write_file(directory / "result.json", json.dumps(result, indent=1) + "\n")
+            text = json.dumps(self.result(outcome), indent=1) + "\n"
+            with rundir.writing(directory):
+                document.write_file(directory / "result.json", text)
         return outcome
 
     def _loop(
