@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,17 +73,22 @@ def transfer(
 def train(plan: Plan, directory: str | Path, *, resume: bool = True, force: bool = False) -> dict[str, Any]:
     """Train a plan in a run directory, from its last checkpoint, and return its result document. Raises SuparError.
 
-    Without `resume` a directory that holds a run is refused; with `force` it starts again.
+    In a script that torchrun started, its processes train it together. Without `resume` a directory that holds a run is
+    refused; with `force` it starts again.
     """
     import json
 
     from supar_cli.training import rundir, trainer
+    from supar_cli.training.world import joined
 
-    ready = trainer.Trainer(plan)
     resume = resume and not force
-    with rundir.opened(Path(directory), plan, resume=resume, force=force):
+    with joined() as world, ExitStack() as stack:
+        ready = trainer.Trainer(plan, world=world)
+        opening = rundir.opened(Path(directory), plan, resume=resume, force=force)
+        world.on_first(lambda: stack.enter_context(opening))
         ready.run(Path(directory), resume=resume)
-    return dict(json.loads((Path(directory) / "result.json").read_text("utf-8")))
+        result = Path(directory) / "result.json"
+        return dict(world.on_first(lambda: json.loads(result.read_text("utf-8"))))
 
 
 def weights(directory: str | Path) -> dict[str, Tensor]:

@@ -6,9 +6,13 @@ from dataclasses import dataclass
 
 
 class SuparError(Exception):
-    """An error whose message is meant for the user. `exit_status` is what the process ends with."""
+    """An error whose message is meant for the user. `exit_status` is what the process ends with.
+
+    `shared`: every process of a run raises it, and the first of them says it for all.
+    """
 
     exit_status = 1
+    shared = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Preempted(SuparError):
     """Training was asked to stop and did, between two steps; the same command goes on (exit status 75)."""
 
     exit_status = 75
+    interrupted = False  # by Ctrl-C, which has a status of its own
 
 
 class CheckViolated(SuparError):

@@ -87,6 +87,14 @@ def largest_error(pairs: list[Any]) -> float:
     return max(errors)
 
 
+def saved(trainer: Trainer, folder: Path) -> Path:
+    """The checkpoint of a trainer's present state."""
+    writer = checkpoint.Writer(folder, trainer)
+    writer.save()
+    writer.wait()
+    return checkpoint.available(folder)[-1]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 class TestProducts:
     @pytest.mark.parametrize("case", SHAPES)
@@ -206,7 +214,7 @@ class TestTraining:
         plan = self.plan(plan_of, "sparse")
         trainer = Trainer(plan)
         trainer.step()
-        path = checkpoint.save(tmp_path, plan, trainer.prepared, trainer.optimizer, 1, "sha256:x")
+        path = saved(trainer, tmp_path)
         masked = sum(row.kept for row in plan.tensors if row.kept < row.size)
         dense = sum(row.size for row in plan.tensors if row.kept == row.size)
         bits = sum(row.size for row in plan.tensors if row.kept < row.size) / 8
@@ -217,7 +225,7 @@ class TestTraining:
         plan = self.plan(plan_of, "sparse")
         trainer = Trainer(plan)
         trainer.step()
-        checkpoint.save(tmp_path / "checkpoints", plan, trainer.prepared, trainer.optimizer, 1, "sha256:x")
+        saved(trainer, tmp_path / "checkpoints")
         found = supar_cli.weights(tmp_path)
         assert list(found) == [row.name for row in plan.tensors]
         for row in plan.tensors:

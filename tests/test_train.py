@@ -317,7 +317,7 @@ class TestRun:
     def test_the_result_is_written_last(self, plan_of: MakePlan, tmp_path: Path, monkeypatch: Any) -> None:
         written: list[str] = []
         save, write = checkpoint._write, document.write_file
-        monkeypatch.setattr(checkpoint, "_write", lambda *a: (save(*a), written.append(f"checkpoint {a[4]}"))[0])
+        monkeypatch.setattr(checkpoint, "_write", lambda *a: (save(*a), written.append(f"checkpoint {a[1].step}"))[0])
         monkeypatch.setattr(document, "write_file", lambda p, t: (written.append(p.name), write(p, t))[1])
         trained(plan_of(run={"checkpoint_every": 6}), tmp_path / "run")
         assert written == ["plan.yaml", "metrics.jsonl", "checkpoint 6", "checkpoint 12", "result.json"]

@@ -238,7 +238,7 @@ class TestWriting:
         write, trainer, during = checkpoint._write, Trainer(plan), list[tuple[int, int]]()
 
         def slow(*arguments: Any) -> Path:
-            step, end = arguments[4], time.monotonic() + 20
+            step, end = arguments[1].step, time.monotonic() + 20
             while trainer.done < min(step + 2, 12) and time.monotonic() < end:
                 time.sleep(0.001)
             during.append((step, trainer.done))

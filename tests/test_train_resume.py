@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.training import rundir
+from supar_cli.training import checkpoint, rundir
 from supar_cli.training.trainer import Trainer
 from tests.conftest import Called, environment
 from tests.test_train import trained
@@ -96,14 +96,14 @@ class TestUninterrupted:
         trained(plan, tmp_path / "whole")
         cut_at(plan, tmp_path / "cut", 8)
         trainer = Trainer(plan)
-        restore = trainer._restore
+        load = checkpoint.load
 
-        def forgetful(directory: Path) -> int:
-            step = restore(directory)
+        def forgetful(path: Path, trainer: Trainer) -> int:
+            step = load(path, trainer)
             trainer.optimizer.state.clear()
             return step
 
-        monkeypatch.setattr(trainer, "_restore", forgetful)
+        monkeypatch.setattr(checkpoint, "load", forgetful)
         trainer.run(tmp_path / "cut", resume=True)
         with pytest.raises(AssertionError):
             assert_same_run(tmp_path / "cut", tmp_path / "whole")
@@ -160,7 +160,7 @@ class TestKilled:
             for folder in found:  # complete, whatever the moment
                 manifest = json.loads((folder / "manifest.json").read_text())
                 content = (folder / "state.safetensors").read_bytes()
-                assert manifest["state"] == "sha256:" + hashlib.sha256(content).hexdigest()
+                assert manifest["files"]["state.safetensors"] == "sha256:" + hashlib.sha256(content).hexdigest()
         _, outcome = trained(plan, tmp_path / "run", resume=True)
         assert resumed[0] == "none" and resumed[1] >= "step-00000040" and outcome.resumed_at >= 120
         assert_same_run(tmp_path / "run", tmp_path / "whole")
@@ -175,12 +175,21 @@ def stored(plan_of: MakePlan, tmp_path: Path) -> tuple[Plan, Path, Path]:
 
 
 def rewrite_state(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Change a checkpoint's tensors and make its manifest's file hash fit again."""
+    """Change a checkpoint's tensors and make its manifest fit again."""
     state = load_file(folder / "state.safetensors")
     change(state)
     save_file(state, folder / "state.safetensors")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["state"] = "sha256:" + hashlib.sha256((folder / "state.safetensors").read_bytes()).hexdigest()
+    rewrite_manifest(folder)
+
+
+def rewrite_manifest(folder: Path, **changes: Any) -> None:
+    """Change a manifest and make its hashes fit again."""
+    manifest = json.loads((folder / "manifest.json").read_text()) | changes
+    manifest["files"] = {
+        name: "sha256:" + hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in manifest["files"]
+    }
+    del manifest["hash"]
+    manifest["hash"] = document.content_hash(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -219,8 +228,7 @@ class TestRefused:
 
     def test_of_other_data(self, stored: tuple[Plan, Path, Path], text_file: Path) -> None:
         plan, directory, folder = stored
-        manifest = json.loads((folder / "manifest.json").read_text())
-        (folder / "manifest.json").write_text(json.dumps({**manifest, "data": "sha256:" + "0" * 64}))
+        rewrite_manifest(folder, data="sha256:" + "0" * 64)
         self.refuse(plan, directory, r"step-00000006: was trained on other data \(sha256:000000")
         text_file.write_bytes(text_file.read_bytes()[:-1])
         self.refuse(plan, directory, r"data\.hash: .*text\.txt is not the data")
@@ -270,10 +278,7 @@ class TestCorrupt:
         content = (folder / "state.safetensors").read_bytes()
         (folder / "state.safetensors").write_bytes(content[: math.floor(share * len(content))])
         if rehash:
-            manifest = json.loads((folder / "manifest.json").read_text())
-            cut = (folder / "state.safetensors").read_bytes()
-            manifest["state"] = "sha256:" + hashlib.sha256(cut).hexdigest()
-            (folder / "manifest.json").write_text(json.dumps(manifest))
+            rewrite_manifest(folder)
         self.refuse(plan, directory, r"step-00000006/state\.safetensors: a corrupt checkpoint")
 
     def test_one_flipped_bit(self, stored: tuple[Plan, Path, Path]) -> None:
@@ -288,15 +293,16 @@ class TestCorrupt:
         (folder / "state.safetensors").unlink()
         self.refuse(plan, directory, r"state\.safetensors")
 
-    @pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"kind": "supar.checkpoint/v2", "step": "6"}'])
+    @pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"kind": "supar.checkpoint/v3", "step": "6"}'])
     def test_a_manifest_that_is_none(self, stored: tuple[Plan, Path, Path], text: str) -> None:
         plan, directory, folder = stored
         (folder / "manifest.json").write_text(text)
         self.refuse(plan, directory, r"step-00000006/manifest\.json: a corrupt checkpoint manifest")
 
-    def test_one_of_an_older_version(self, stored: tuple[Plan, Path, Path]) -> None:
+    @pytest.mark.parametrize("version", [1, 2])
+    def test_one_of_an_older_version(self, stored: tuple[Plan, Path, Path], version: int) -> None:
         plan, directory, folder = stored
-        (folder / "manifest.json").write_text('{"kind": "supar.checkpoint/v1", "step": 6}')
+        (folder / "manifest.json").write_text(f'{{"kind": "supar.checkpoint/v{version}", "step": 6}}')
         self.refuse(plan, directory, "step-00000006: a checkpoint of an older version")
 
     def test_deleting_it_continues_from_the_one_before_as_the_message_says(

@@ -12,7 +12,9 @@ import typer.main
 
 from supar_cli import __version__
 from supar_cli.errors import SuparError
+from supar_cli.training.membership import is_follower
 
+ARGUMENTS = "supar.arguments"
 COMMANDS = {
     "tune-proxy": ("tune_proxy", "Search hyperparameters on a small dense proxy; write proxy.yaml."),
     "transfer": ("transfer", "Turn a proxy and a target sparsity into a plan; write plan.yaml."),
@@ -34,7 +36,11 @@ COMMANDS = {
 
 
 class LazyGroup(typer.core.TyperGroup):
-    """Imports the module of the one command that is called."""
+    """Imports the module of the one command that is called; `ctx.meta[ARGUMENTS]` has the whole command line."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
@@ -57,11 +63,13 @@ class LazyGroup(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except SuparError as error:
-            for line in str(error).splitlines():
-                sys.stderr.write(line + "\n" if line.startswith(("  ", "error:")) else f"error: {line}\n")
+            if not (error.shared and is_follower()):
+                for line in str(error).splitlines():
+                    sys.stderr.write(line + "\n" if line.startswith(("  ", "error:")) else f"error: {line}\n")
             raise SystemExit(error.exit_status) from None
         except KeyboardInterrupt:
-            sys.stderr.write("interrupted\n")
+            if not is_follower():
+                sys.stderr.write("interrupted\n")
             raise SystemExit(130) from None
 
 

@@ -180,7 +180,9 @@ def located(read: document.Document) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(*(_located(read, problem) for problem in error.problems)) from None
+        located = InputError(*(_located(read, problem) for problem in error.problems))
+        located.shared = error.shared
+        raise located from None
 
 
 def _located(read: document.Document, problem: Problem | str) -> Problem | str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from supar_cli.planning import memory
 from supar_cli.planning.overview import COLUMNS, number, plan_rows
 from supar_cli.planning.plan import Plan
 
@@ -39,22 +40,22 @@ SPARSE_SECONDS, SPARSE_RATE = 0.9e-9, 6e10
 BETWEEN_SECONDS = 1.3e-9
 
 
-def show_estimate(plan: Plan) -> None:
-    """FLOPs, memory and time from arithmetic alone; no device is touched."""
+def show_estimate(plan: Plan, processes: int = 1) -> None:
+    """FLOPs, memory and time from arithmetic alone; no device is touched. Times are one device's."""
     masked = [row for row in plan.tensors if row.kept < row.size]
     live, size = (sum(getattr(row, key) for row in plan.tensors if row.role == "hidden") for key in ("kept", "size"))
-    model = plan.model
     flops = plan.flops_per_token * plan.train.tokens
-    rows = plan.run.micro_batch_size or plan.train.batch_size
-    between = model.layers * (8 * model.width + 3 * model.ffn_width)  # numbers a token that the blocks keep
-    activations = rows * model.context * (between * 2 + model.vocab * 8)
-    states = ", ".join(f"{name} {_gib(value)}" for name, value in state_bytes(plan).items())
+    rows = plan.run.micro_batch_size or max(1, plan.train.batch_size // processes)
+    between = memory.numbers_between(plan)
+    activations = memory.activation_bytes(plan, rows, 2)
+    states = ", ".join(f"{name} {_gib(value)}" for name, value in _states(plan).items())
     lines = [
         f"parameters {plan.parameters:,}; live {plan.live:,}; hidden {live:,} of {size:,} live",
         f"lowest WPN {min(row.wpn for row in plan.tensors if row.role == 'hidden'):.4g}",
         f"{plan.train.steps:,} steps, {plan.train.tokens:,} tokens, {flops:.3g} FLOPs as a dense engine computes them",
         f"memory of state by engine: {states}",
         f"and about {_gib(activations)} of activations a micro-batch of {rows} sequences",
+        *([f"in shards over {processes} processes, each has 1/{processes} of the state"] if processes > 1 else []),
         "time (estimate; GPUs at an assumed 40 % of peak): "
         + ", ".join(f"{name} {_time(flops / rate)}" for name, rate in RATES.items()),
     ]
@@ -67,20 +68,14 @@ def show_estimate(plan: Plan) -> None:
     Console(stderr=True).print("\n".join(lines), highlight=False)
 
 
-def state_bytes(plan: Plan) -> dict[str, int]:
-    """Weights, gradients, AdamW's moments and indices by engine; activations are not among them."""
-    masked = [row for row in plan.tensors if row.kept < row.size]
-    size, live = sum(row.size for row in masked), sum(row.kept for row in masked)
-    rest = 16 * (plan.parameters - size)  # float32 weight, gradient and two moments
-    if not masked:
-        return {"dense": rest}
-    # a live weight: value, gradient, two moments, index (dense) or three (sparse); a position: its weight and gradient
-    found = {
-        "dense in bfloat16": rest + 4 * size + 20 * live,
-        "dense in float32": rest + 8 * size + 20 * live,
-        "sparse (CPU)": rest + 28 * live,
-    }
-    return found | ({"block": rest + 16 * live} if plan.sparsity.block else {})  # its indices are a share of 1/block
+def _states(plan: Plan) -> dict[str, int]:
+    """Bytes of state by engine."""
+    engines = {"dense in bfloat16": ("dense", 2), "dense in float32": ("dense", 4), "sparse (CPU)": ("sparse", 4)}
+    if plan.sparsity.block:
+        engines["block"] = ("block", 4)
+    if all(row.kept == row.size for row in plan.tensors):
+        engines = {"dense": ("dense", 4)}
+    return {name: memory.state_bytes(plan, *how) for name, how in engines.items()}
 
 
 def counted(what: str, by_tensor: dict[str, str]) -> list[str]:

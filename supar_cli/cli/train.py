@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import json
-import signal
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from supar_cli.cli import console
-from supar_cli.cli.app import single
+from supar_cli.cli.app import ARGUMENTS, single
 from supar_cli.errors import InputError, Preempted, SetupError
+from supar_cli.planning import document
 from supar_cli.planning.document import Document
 from supar_cli.planning.plan import Plan, with_steps
 from supar_cli.planning.spec import parse
+from supar_cli.training.membership import LAUNCH, TORCHRUN, is_follower
 
 if TYPE_CHECKING:
-    from supar_cli.training.stopping import Stopping
+    from supar_cli.training.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A plan to run, flags and settings put in, the document it was read from, and its directory."""
+
+    plan: Plan
+    read: Document
+    directory: Path
 
 
 def train(
+    ctx: typer.Context,
     plan: Annotated[
         str | None,
         typer.Argument(help="Plan document, run directory, or - for stdin. [default: plan.yaml]", show_default=False),
@@ -50,6 +63,19 @@ def train(
         str | None,
         typer.Option(help="How masked weights are computed: auto (the fastest here), dense, sparse or block."),
     ] = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes to train with on this machine, each on its own GPU.", show_default=False),
+    ] = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            help="How processes hold the model: ddp (whole), fsdp (in shards), auto (shards where it fits none)."
+        ),
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="With --nproc: times to go on from the last checkpoint when a process dies.")
+    ] = 0,
     tracker: Annotated[
         list[str] | None,
         typer.Option(help="Follow the run in tensorboard, wandb or mlflow too, offline; repeatable."),
@@ -67,43 +93,90 @@ def train(
     verbose: console.Verbose = False,
 ) -> None:
     """Train every plan of a document; metrics, checkpoints and result.json go to runs/NAME/."""
-    talk = console.Talk(quiet, verbose)
-    source = plan or "plan.yaml"
+    flags = locals()
+    talk = console.Talk(quiet or is_follower(), verbose)
+    if dry_run:
+        _show(flags, talk)
+        return
+    if nproc is not None and not _is_launched():
+        raise typer.Exit(_launched(flags, talk))
+    from supar_cli.training.stopping import Stopping
+    from supar_cli.training.world import joined
+
+    limit = None if max_time is None else console.seconds("--max-time", max_time)
+    with Stopping(limit) as stopping:
+        try:
+            with joined() as world:
+                jobs = world.on_first(lambda: _jobs(flags, talk))
+                results = [_run(job, flags, talk, stopping.reason, world) for job in jobs]
+        except Preempted as error:
+            if error.interrupted:
+                raise KeyboardInterrupt from None
+            raise typer.Exit(Preempted.exit_status) from None
+    if world.is_first:
+        console.emit(results, None, None, force=True, as_json=as_json, talk=talk)
+
+
+def _jobs(flags: dict[str, Any], talk: console.Talk) -> list[Job]:
+    """The plans that the command line asks for. Raises InputError."""
+    out, source = flags["out"], flags["plan"] or "plan.yaml"
     if source != "-" and Path(source).is_dir():
         out, source = out or source, str(Path(source) / "plan.yaml")
     documents = console.read_all(source, "`supar transfer` writes it")
     plans = []
-    for document in documents:
-        console.apply_settings(document, settings)
-        for path, value in (
-            (("run", "device"), device),
-            (("run", "precision"), precision),
-            (("run", "compile"), compile_),
-            (("run", "engine"), engine),
-            (("run", "checkpoint_every"), checkpoint_every),
-            (("run", "keep"), keep),
-            (("run", "trackers"), tracker),
-        ):
-            if value is not None:
-                console.put(document, path, value)
-        if data is not None:
-            console.put(document, ("data", "source"), data)
-        plans.append(parse(Plan, document))
+    for read in documents:
+        console.apply_settings(read, flags["settings"])
+        for path, flag in PLACES.items():
+            if flags[flag] is not None:
+                console.put(read, path, flags[flag])
+        plans.append(parse(Plan, read))
+    index = flags["index"]
     if index is not None:
         if not 0 <= index < len(plans):
             raise InputError(f"--index {index}: {source} holds {len(plans)} documents; expected 0 to {len(plans) - 1}")
         plans, documents = plans[index : index + 1], documents[index : index + 1]
     if out is not None and len(plans) > 1:
         raise InputError(f"--out: {source} holds {len(plans)} plans; expected --index with one directory")
-    from supar_cli.training.stopping import Stopping
+    plans = [_shortened(plan, flags["steps"], talk) for plan in plans]
+    return [Job(plan, read, Path(out or Path("runs") / plan.name)) for plan, read in zip(plans, documents, strict=True)]
 
-    with Stopping(None if max_time is None else console.seconds("--max-time", max_time)) as stopping:
-        results = [
-            _run(_shortened(one, steps, talk), document, out, resume and not force, force, dry_run, talk, stopping)
-            for one, document in zip(plans, documents, strict=True)
-        ]
-    if not dry_run:
-        console.emit(results, None, None, force=True, as_json=as_json, talk=talk)
+
+PLACES = {
+    ("run", "device"): "device",
+    ("run", "precision"): "precision",
+    ("run", "compile"): "compile_",
+    ("run", "engine"): "engine",
+    ("run", "parallel"): "parallel",
+    ("run", "checkpoint_every"): "checkpoint_every",
+    ("run", "keep"): "keep",
+    ("run", "trackers"): "tracker",
+    ("data", "source"): "data",
+}
+
+
+def _show(flags: dict[str, Any], talk: console.Talk) -> None:
+    """Sizes and estimates of what would run."""
+    from supar_cli.cli import tables
+
+    for job in _jobs(flags, talk):
+        tables.show_plan(job.plan)
+        tables.show_estimate(job.plan, flags["nproc"] or 1)
+
+
+def _is_launched() -> bool:
+    """Whether this process is one of `--nproc`'s. Raises InputError where it is one of another launcher's."""
+    if LAUNCH not in os.environ and TORCHRUN in os.environ:
+        raise InputError("--nproc: torchrun has started this process; expected torchrun's own --nproc-per-node")
+    return LAUNCH in os.environ
+
+
+def _launched(flags: dict[str, Any], talk: console.Talk) -> int:
+    """Run this very command in several processes and give its exit status."""
+    from supar_cli.training import launch
+
+    with launch.prepared(flags["nproc"], document.standard_input() if flags["plan"] == "-" else None) as folder:
+        _jobs(flags, console.Talk(quiet=True))  # bad input ends here, once
+        return launch.launch(flags["ctx"].meta[ARGUMENTS], flags["nproc"], flags["max_restarts"], folder, talk.warn)
 
 
 def _shortened(plan: Plan, steps: int | None, talk: console.Talk) -> Plan:
@@ -127,47 +200,37 @@ def _enough_memory() -> Iterator[None]:
         ) from None
 
 
-def _run(
-    plan: Plan,
-    read: Document,
-    out: str | None,
-    resume: bool,
-    force: bool,
-    dry_run: bool,
-    talk: console.Talk,
-    stopping: Stopping,
-) -> dict[str, Any]:
-    if dry_run:
-        from supar_cli.cli import tables
-
-        tables.show_plan(plan)
-        tables.show_estimate(plan)
-        return {}
-    directory = Path(out or Path("runs") / plan.name)
+def _run(job: Job, flags: dict[str, Any], talk: console.Talk, stop: Any, world: World) -> dict[str, Any]:
+    """Train a plan, this process's part of it, and give its result; only the first of several speaks and writes."""
     from supar_cli.training import checkpoint, rundir, trainer
+    from supar_cli.training.running import Silent
 
-    with console.Progress(directory.name, talk.quiet, talk.verbose) as progress:
-        with console.located(read), _enough_memory():
-            ready = trainer.Trainer(plan, reporter=progress)
+    plan, directory = job.plan, job.directory
+    resume = flags["resume"] and not flags["force"]
+    with console.Progress(directory.name, talk.quiet, talk.verbose) as progress, ExitStack() as stack:
+        with console.located(job.read), _enough_memory():
+            ready = trainer.Trainer(plan, reporter=progress if world.is_first else Silent(), world=world)
         setup = ready.setup
-        precision = str(setup.precision).removeprefix("torch.")
         try:
-            with rundir.opened(directory, plan, resume=resume, force=force) as changes, _enough_memory():
+            opening = rundir.opened(directory, plan, resume=resume, force=flags["force"])
+            changes = world.on_first(lambda: stack.enter_context(opening))
+            with world.complete(), _enough_memory():
                 for change in changes:
-                    progress.warn(f"{directory}: goes on otherwise than it began: {change}")
-                compiled = "on" if setup.compiles else "off"
-                progress.log(
-                    f"{directory}: {plan.train.steps} steps on {setup.device}, {precision}, compile {compiled}"
+                    ready.reporter.warn(f"{directory}: goes on otherwise than it began: {change}")
+                precision, compiled = str(setup.precision).removeprefix("torch."), "on" if setup.compiles else "off"
+                among = f" in {world.size} processes ({ready.parallel.kind})" if world.grouped else ""
+                ready.reporter.log(
+                    f"{directory}: {plan.train.steps} steps on {setup.device}{among}, {precision}, compile {compiled}"
                 )
-                outcome = ready.run(directory, resume=resume, stop=stopping.reason)
+                outcome = ready.run(directory, resume=resume, stop=stop)
         except (KeyboardInterrupt, Preempted) as error:
             kept = checkpoint.available(directory / "checkpoints")
             how = f"continues from {kept[-1].name}" if kept else "starts at step 0: no checkpoint was written yet"
             what = str(error) or f"stopped at step {ready.done} of {plan.train.steps}"
-            progress.warn(f"{what}; `supar train {directory}` {how}")
-            if stopping.signal == signal.SIGINT:
-                raise KeyboardInterrupt from None
-            raise typer.Exit(Preempted.exit_status) from None
+            ready.reporter.warn(f"{what}; `supar train {directory}` {how}")
+            raise
+    if not world.is_first:
+        return {}
     result: dict[str, Any] = json.loads((directory / "result.json").read_text("utf-8"))
     if outcome.resumed_at == plan.train.steps:
         talk.log(f"{directory}: was complete already; --force starts again")

@@ -175,10 +175,16 @@ def _scalar(node: yaml.ScalarNode, path: Path_, document: Document, problems: li
     return None
 
 
+def standard_input() -> bytes:
+    """All of standard input, or of the file that SUPAR_STDIN names: one of several processes has read it for all."""
+    already = os.environ.get("SUPAR_STDIN")
+    return Path(already).read_bytes() if already else sys.stdin.buffer.read()
+
+
 def read_file(source: str) -> list[Document]:
     """Documents of a file, or of standard input for `-`. Raises InputError when there is nothing to read."""
     if source == "-":
-        name, raw = "<stdin>", sys.stdin.buffer.read()
+        name, raw = "<stdin>", standard_input()
         if not raw.strip():
             raise InputError(
                 Problem(

@@ -1,8 +1,10 @@
-"""Checkpoints: safetensors with the plan beside it, written all or nothing, verified on load.
+"""Checkpoints: safetensors with the plan beside them, written all or nothing, verified on load.
 
-A checkpoint is a folder `step-N` holding `state.safetensors` (weights, packed masks, optimizer state), `plan.yaml` and
-`manifest.json`. A masked weight is its live values in row-major order, and so is its optimizer state: the engine that
-trained it is not in the file. It is written under another name, flushed to disk and renamed, so a folder of that name is complete.
+A checkpoint is a folder `step-N` holding weights, packed masks and optimizer state in `state.safetensors`, or in one
+`shard-…` file of each process where the model is sharded; `plan.yaml`; and `manifest.json`, which has the hash of every
+file and its own. A masked weight is its live values in row-major order, and so is its optimizer state: neither the engine
+nor the number of processes that trained it is in the file. It is written under another name, flushed to disk and renamed,
+so a folder of that name is complete.
 """
 
 from __future__ import annotations
@@ -11,112 +13,174 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
 from supar_cli.training import masks
-from supar_cli.training.initial import Mask, Prepared, unmasked
+from supar_cli.training.initial import Mask, unmasked
+from supar_cli.training.world import World
 
-KIND = "supar.checkpoint/v2"  # v1 held masked weights with their zeros
+if TYPE_CHECKING:
+    from supar_cli.training.trainer import Trainer
 
-
-def save(
-    folder: Path, plan: Plan, prepared: Prepared, optimizer: torch.optim.Optimizer, step: int, data_hash: str
-) -> Path:
-    """Write `folder/step-N` after `step` steps are done and drop all but the newest `run.keep`. Raises OSError."""
-    return _write(folder, plan, prepared.masks, _snapshot(prepared, optimizer), step, data_hash)
-
-
-class Writer:
-    """Writes a run's checkpoints beside its training, one at a time. Raises OSError of one at the next call."""
-
-    def __init__(self, folder: Path, plan: Plan, data_hash: str) -> None:
-        self.folder, self._plan, self._data_hash = folder, plan, data_hash
-        self._pool = ThreadPoolExecutor(1, "checkpoints")
-        self._pending: Future[Path] | None = None
-
-    def save(self, prepared: Prepared, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Copy the state and return; the copy is written meanwhile. Waits for the checkpoint before."""
-        self.wait()
-        state = _snapshot(prepared, optimizer)
-        self._pending = self._pool.submit(_write, self.folder, self._plan, prepared.masks, state, step, self._data_hash)
-
-    def wait(self) -> None:
-        """Return when all is on disk."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+KIND = "supar.checkpoint/v3"
+OLDER = {"supar.checkpoint/v1", "supar.checkpoint/v2"}  # with zeros where dead; with one hash, and of no other file
+WHOLE = "state.safetensors"
+State = dict[str, torch.Tensor]
 
 
-def _snapshot(prepared: Prepared, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Copies of weights and optimizer state, on the CPU: training goes on in the originals."""
-    state = {f"weight/{name}": _copy(tensor) for name, tensor in prepared.tensors.items()}
-    for name, tensor in prepared.tensors.items():
-        for key, value in optimizer.state[tensor].items():
-            if value is not None:
-                state[f"optimizer/{name}/{key}"] = _copy(torch.as_tensor(value))
-    return state
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A trainer's state after `step` steps, in memory of its own: training goes on in the originals."""
+
+    plan: Plan
+    step: int
+    data_hash: str
+    masks: dict[str, Mask]
+    tensors: State
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> Snapshot:
+        tensors = {}
+        for name, tensor in trainer.prepared.tensors.items():
+            tensors[f"weight/{name}"] = _copy(tensor)
+            for key, value in trainer.optimizer.state[tensor].items():
+                if value is not None:
+                    tensors[f"optimizer/{name}/{key}"] = _copy(torch.as_tensor(value))
+        return cls(trainer.plan, trainer.done, trainer.tokens.hash, trainer.prepared.masks, tensors)
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _write(
-    folder: Path,
-    plan: Plan,
-    drawn: dict[str, Mask],
-    state: dict[str, torch.Tensor],
-    step: int,
-    data_hash: str,
-) -> Path:
-    final = folder / f"step-{step:08d}"
-    aside = folder / f".{final.name}.{os.getpid()}"
-    for left in folder.glob(".step-*"):  # of a process killed while it wrote
-        shutil.rmtree(left, ignore_errors=True)
+class Writer:
+    """Writes a run's checkpoints beside its training, one at a time, all but the newest `run.keep` dropped.
+
+    Where the model is sharded every process has one. Raises SetupError of a checkpoint that failed at the next call.
+    """
+
+    def __init__(self, folder: Path, trainer: Trainer) -> None:
+        self.folder, self._trainer = folder, trainer
+        self._world = trainer.world.beside() if trainer.parallel.sharded else World()
+        self._pool = ThreadPoolExecutor(1, "checkpoints")
+        self._pending: Future[Path] | None = None
+
+    def save(self) -> None:
+        """Copy the state and return; the copy is written meanwhile. Waits for the checkpoint before."""
+        self.wait()
+        self._pending = self._pool.submit(_write, self.folder, Snapshot.of(self._trainer), self._world)
+
+    def wait(self) -> None:
+        """Return when all is on disk."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with _writing(self.folder):
+                pending.result()
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Raises SetupError where what is inside can't write."""
     try:
+        yield
+    except (OSError, SafetensorError, CheckpointException) as error:
+        why: BaseException = error
+        if isinstance(error, CheckpointException) and error.failures:
+            why = next(iter(error.failures.values()))[0]
+        text = getattr(why, "strerror", None) or str(why)
+        raise SetupError(f"{folder}: the checkpoint can't be written: {text}") from None
+
+
+def _write(folder: Path, snapshot: Snapshot, world: World) -> Path:
+    """Write `folder/step-N`, by all of a world together; gives its path. Raises SetupError."""
+    final = folder / f"step-{snapshot.step:08d}"
+    aside = folder / f".{final.name}.{os.getpid()}"
+    try:
+        aside = world.on_first(lambda: _begin(folder, aside))
+        _fill(aside, snapshot, world)
+        files = world.together(lambda: _hashed(aside, world))
+        hashes = {name: value for found in world.gather(files) for name, value in found.items()}
+        return world.on_first(lambda: _finish(aside, final, snapshot, hashes))
+    except SetupError:
+        if world.is_first:
+            shutil.rmtree(aside, ignore_errors=True)  # a full disk has better uses
+        raise
+
+
+def _begin(folder: Path, aside: Path) -> Path:
+    with _writing(folder):
+        for left in folder.glob(".step-*"):  # of a process killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)
         aside.mkdir(parents=True)
-        _fill(aside, plan, drawn, state, step, data_hash)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)  # a full disk has better uses
-        raise error if isinstance(error, OSError) else OSError(str(error)) from None
-    if final.exists():  # moved away whole: a kill now leaves the one before it, never a part of this
-        final.rename(folder / f".{final.name}.old")
-    aside.rename(final)
-    shutil.rmtree(folder / f".{final.name}.old", ignore_errors=True)
-    _flush(folder)
-    for old in available(folder)[: -plan.run.keep]:
-        shutil.rmtree(old)
+    return aside
+
+
+def _fill(aside: Path, snapshot: Snapshot, world: World) -> None:
+    """Write this process's file of tensors and see it on disk; what fails in one process of a world fails in all."""
+    packed = {f"mask/{name}": torch.from_numpy(np.packbits(mask)) for name, mask in snapshot.masks.items()}
+    state = snapshot.tensors | packed
+    with _writing(aside.parent):
+        if not world.grouped:
+            save_file(state, aside / WHOLE)
+            _flush(aside / WHOLE)
+            return
+        storage = HuggingFaceStorageWriter(str(aside), save_distributed=True)
+        state_dict_saver.save(state, storage_writer=storage, process_group=world.group)
+
+
+def _hashed(aside: Path, world: World) -> dict[str, str]:
+    """The hashes, by name, of the files that this process wrote."""
+    pattern = f"shard-{world.rank + 1:05d}-*" if world.grouped else WHOLE
+    with _writing(aside.parent):
+        return {path.name: _file_hash(path) for path in aside.glob(pattern)}
+
+
+def _finish(aside: Path, final: Path, snapshot: Snapshot, hashes: dict[str, str]) -> Path:
+    """Make a folder that holds all tensors the checkpoint of its step, and drop those that are too many."""
+    with _writing(final.parent):
+        missing = [name for name in hashes if not (aside / name).is_file()]
+        if missing:
+            raise OSError(f"{missing[0]} is not there; expected a folder that all machines of the run share")
+        (aside / "plan.yaml").write_text(document.write([snapshot.plan.model_dump()]), "utf-8")
+        manifest = {
+            "kind": KIND,
+            "step": snapshot.step,
+            "plan": snapshot.plan.hash(),
+            "data": snapshot.data_hash,
+            "masks": {name: masks.fingerprint(mask) for name, mask in snapshot.masks.items()},
+            "files": {**dict(sorted(hashes.items())), "plan.yaml": _file_hash(aside / "plan.yaml")},
+        }
+        manifest["hash"] = document.content_hash(manifest)
+        (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+        for name in ("plan.yaml", "manifest.json"):
+            _flush(aside / name)
+        _flush(aside)
+        before = final.with_name(f".{final.name}.old")
+        if final.exists():  # moved away whole: a kill now leaves the one before it, never a part of this
+            final.rename(before)
+        aside.rename(final)
+        shutil.rmtree(before, ignore_errors=True)
+        _flush(final.parent)
+        for old in available(final.parent)[: -snapshot.plan.run.keep]:
+            shutil.rmtree(old)
     return final
-
-
-def _fill(
-    aside: Path, plan: Plan, drawn: dict[str, Mask], state: dict[str, torch.Tensor], step: int, data_hash: str
-) -> None:
-    """Write a checkpoint's files and see them on disk."""
-    state |= {f"mask/{name}": torch.from_numpy(np.packbits(mask)) for name, mask in drawn.items()}
-    save_file(state, aside / "state.safetensors")
-    manifest = {
-        "kind": KIND,
-        "step": step,
-        "plan": plan.hash(),
-        "data": data_hash,
-        "masks": {name: masks.fingerprint(mask) for name, mask in drawn.items()},
-        "state": _file_hash(aside / "state.safetensors"),
-    }
-    (aside / "plan.yaml").write_text(document.write([plan.model_dump()]), "utf-8")
-    (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
-    for path in aside.iterdir():
-        _flush(path)
 
 
 def available(folder: Path) -> list[Path]:
@@ -124,90 +188,132 @@ def available(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / "manifest.json").is_file())
 
 
-def load(path: Path, plan: Plan, prepared: Prepared, optimizer: torch.optim.Optimizer, data_hash: str) -> int:
-    """Restore weights and optimizer state in place and return the number of steps done.
+def load(path: Path, trainer: Trainer) -> int:
+    """Restore a trainer's weights and optimizer state in place and return the number of steps done.
 
-    Raises InputError when the checkpoint is of another plan, other data or other masks, SetupError when it is corrupt.
+    However many processes wrote it, each of a world reads what lies in it. Raises InputError when the checkpoint is of
+    another plan, other data or other masks, SetupError when it is corrupt.
     """
+    plan, prepared, world = trainer.plan, trainer.prepared, trainer.world
     manifest = _manifest(path)
-    if manifest["plan"] != plan.hash():
-        raise InputError(f"{path}: is of another plan ({manifest['plan'][:19]}…, this one is {plan.hash()[:19]}…)")
-    if manifest["data"] != data_hash:
-        raise InputError(f"{path}: was trained on other data ({manifest['data'][:19]}…, this is {data_hash[:19]}…)")
-    state = _state(path, manifest)
-    _check_masks(path, manifest, state, prepared)
-    with torch.no_grad():
-        for name, tensor in prepared.tensors.items():
-            tensor.copy_(_entry(path, state, f"weight/{name}", tuple(tensor.shape)))
+    for what, of, wanted in (
+        ("plan", "is of another plan", plan.hash()),
+        ("data", "was trained on other data", trainer.tokens.hash),
+    ):
+        if manifest[what] != wanted:
+            raise InputError(f"{path}: {of} ({manifest[what][:19]}…, this one is {wanted[:19]}…)")
+    _verify(path, manifest, world)
+    stored = _Stored(path, manifest)
+    _check_masks(path, manifest, stored, prepared.masks)
+    targets = {f"weight/{name}": tensor.detach() for name, tensor in prepared.tensors.items()}
+    states: dict[str, State] = {name: {} for name in prepared.tensors}
+    for key in stored.shapes:
+        of, _, rest = key.partition("/")
+        name, _, what = rest.rpartition("/")
+        if of == "optimizer" and name in states:
+            tensor = prepared.tensors[name].detach()
+            # a counter is on the device where fused Adam keeps it
+            value = torch.zeros((), device=tensor.device) if what == "step" else torch.zeros_like(tensor)
+            states[name][what] = targets[key] = value
+    stored.read(targets)
     prepared.refresh()
     for name, tensor in prepared.tensors.items():
-        prefix = f"optimizer/{name}/"
-        stored = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        optimizer.state[tensor] = {
-            key: value.to(torch.float32) if key == "step" else value.to(tensor.device) for key, value in stored.items()
-        }
-        if "step" in stored and tensor.device.type == "cuda":  # fused Adam keeps its counter on the device
-            optimizer.state[tensor]["step"] = stored["step"].to(tensor.device)
+        trainer.optimizer.state[tensor] = states[name]
     return int(manifest["step"])
 
 
-def weights(path: Path, plan: Plan) -> dict[str, torch.Tensor]:
+def weights(path: Path, plan: Plan) -> State:
     """A checkpoint's tensors by plan name, in the plan's shapes, zero where dead. Raises InputError or SetupError."""
-    state = _state(path, _manifest(path))
-    found = {}
+    manifest = _manifest(path)
+    _verify(path, manifest, World())
+    stored, found = _Stored(path, manifest), {}
     for row in plan.tensors:
-        packed = state.get(f"mask/{row.name}")
         mask = None
-        if packed is not None:
-            mask = np.unpackbits(packed.numpy(), count=row.size).astype(bool).reshape(row.shape)
-        shape = tuple(row.shape) if mask is None else (int(mask.sum()),)
-        found[row.name] = unmasked(_entry(path, state, f"weight/{row.name}", shape), mask)
+        if f"mask/{row.name}" in stored.shapes:
+            packed = {f"mask/{row.name}": torch.zeros((row.size + 7) // 8, dtype=torch.uint8)}
+            stored.read(packed)
+            mask = np.unpackbits(packed[f"mask/{row.name}"].numpy(), count=row.size).astype(bool).reshape(row.shape)
+        values = torch.zeros(tuple(row.shape) if mask is None else (int(mask.sum()),))
+        stored.read({f"weight/{row.name}": values})
+        found[row.name] = unmasked(values, mask)
     return found
 
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / "manifest.json").read_text("utf-8"))
-        if manifest["kind"] == "supar.checkpoint/v1":
+        if manifest["kind"] in OLDER:
             raise SetupError(f"{path}: a checkpoint of an older version ({manifest['kind']}); expected {KIND}")
         if manifest["kind"] != KIND:
             raise ValueError(manifest["kind"])
-        for key, kind in (("step", int), ("plan", str), ("data", str), ("masks", dict), ("state", str)):
+        if manifest.pop("hash") != document.content_hash(manifest):
+            raise ValueError("hash")
+        for key, kind in (("step", int), ("plan", str), ("data", str), ("masks", dict), ("files", dict)):
             if not isinstance(manifest[key], kind):
                 raise ValueError(key)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise SetupError(
             f"{path / 'manifest.json'}: a corrupt checkpoint manifest; delete the folder to use the one before"
         ) from None
     return dict(manifest)
 
 
-def _state(path: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
-    file = path / "state.safetensors"
+def _verify(path: Path, manifest: dict[str, Any], world: World) -> None:
+    """Raise SetupError, naming the file, where one is not what was written; the processes of a world share them out."""
+    for name in sorted(manifest["files"])[world.rank :: world.size]:
+        with _reading(path / name):
+            if _file_hash(path / name) != manifest["files"][name]:
+                raise SafetensorError("its content is not what was written")
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Raises SetupError that names the file where what is inside can't read it."""
     try:
-        if _file_hash(file) != manifest["state"]:
-            raise SafetensorError("its content is not what was written")
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise SetupError(f"{file}: a corrupt checkpoint: {error}; delete its folder to use the one before") from None
+        yield
+    except SetupError:
+        raise
+    except Exception as error:  # whatever the readers raise of headers that nobody wrote
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SetupError(f"{file}: a corrupt checkpoint: {text}; delete its folder to use the one before") from None
 
 
-def _check_masks(path: Path, manifest: dict[str, Any], state: dict[str, torch.Tensor], prepared: Prepared) -> None:
-    for name, mask in prepared.masks.items():
-        stored = state.get(f"mask/{name}")
-        same = stored is not None and np.array_equal(stored.numpy(), np.packbits(mask))
+class _Stored:
+    """The tensors of a checkpoint's files: `shapes` by key, and `read` to fill tensors, plain or in shards, with them."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self._path = path
+        for name in manifest["files"]:
+            if name.endswith(".safetensors"):
+                with _reading(path / name), safe_open(path / name, framework="pt"):
+                    pass
+        self._reader = HuggingFaceStorageReader(str(path))
+        with _reading(path):
+            found = self._reader.read_metadata().state_dict_metadata
+            self.shapes = {key: tuple(entry.size) for key, entry in found.items()}  # type: ignore[union-attr]
+
+    def read(self, targets: State) -> None:
+        """Fill each tensor from its key. Raises InputError where that is not there or has another shape."""
+        for key, tensor in targets.items():
+            if self.shapes.get(key) != tuple(tensor.shape):
+                raise InputError(f"{self._path}: {key} is missing or has another shape than {tuple(tensor.shape)}")
+        with _reading(self._path), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each process reads for itself
+            state_dict_loader.load(targets, storage_reader=self._reader, no_dist=True)
+
+
+def _check_masks(path: Path, manifest: dict[str, Any], stored: _Stored, drawn: dict[str, Mask]) -> None:
+    packed = {name: torch.from_numpy(np.packbits(mask)) for name, mask in drawn.items()}
+    there = {name: bits for name, bits in packed.items() if stored.shapes.get(f"mask/{name}") == tuple(bits.shape)}
+    found = {f"mask/{name}": torch.zeros_like(bits) for name, bits in there.items()}
+    stored.read(found)
+    for name, mask in drawn.items():
+        same = name in there and torch.equal(found[f"mask/{name}"], packed[name])
         if not same or manifest["masks"].get(name) != masks.fingerprint(mask):
             raise InputError(f"{path}: the mask of {name} is not the one this plan draws")
-    extra = set(manifest["masks"]) - set(prepared.masks)
+    extra = set(manifest["masks"]) - set(drawn)
     if extra:
         raise InputError(f"{path}: has a mask for {sorted(extra)[0]}, which is dense in this plan")
-
-
-def _entry(path: Path, state: dict[str, torch.Tensor], key: str, shape: tuple[int, ...]) -> torch.Tensor:
-    value = state.get(key)
-    if value is None or tuple(value.shape) != shape:
-        raise InputError(f"{path}: {key} is missing or has another shape than {shape}")
-    return value
 
 
 def _file_hash(path: Path) -> str:

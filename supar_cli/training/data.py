@@ -25,6 +25,7 @@ SEPARATOR_BYTE = 0  # chosen: NUL parts documents in byte tokens; it stands in n
 TAIL_SHARE = 10  # chosen: a corpus of one file holds out its last tenth
 LLMC_HEADER_BYTES = 1024
 ENCODED_AT_ONCE = 256  # chosen: documents, enough for the tokenizer's threads, few enough to hold
+ALL = slice(None)
 
 Encoder = Callable[[list[str]], list[list[int]]]
 
@@ -67,9 +68,12 @@ class Split:
             index -= count
         raise IndexError(index)
 
-    def batch(self, seed: int, step: int, rows: int, context: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of a training step, each (rows, context) int64, at windows drawn from (seed, step)."""
-        draws = masks.stream(seed, "batch", step).random_raw(rows)
+    def batch(self, seed: int, step: int, rows: int, context: int, share: slice = ALL) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a training step, each (rows, context) int64, at windows drawn from (seed, step).
+
+        `share` are the rows wanted: the whole batch is the same whoever asks for which of it.
+        """
+        draws = masks.stream(seed, "batch", step).random_raw(rows)[share]
         available = np.uint64(self.windows(context + 1))
         return self._pair([int(draw % available) for draw in draws], context)
 

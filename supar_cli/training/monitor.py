@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from supar_cli.training.engines.linear import Linear
+from supar_cli.training.parallel import local
 
 # measured: in 20 healthy SμPar steps the authors' model grows an MLP output 46-fold (reference run supar-s0.9375), so
 # the alarm is far above that. chosen: a thousandfold.
@@ -44,11 +45,15 @@ def activation_sizes(model: nn.Module, inputs_BT: Tensor) -> dict[str, float]:
 
 
 def first_not_finite(model: nn.Module, inputs_BT: Tensor) -> str:
-    """Name of the tensor at which values stop being finite: a weight, else the output of a linear, else the loss."""
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            return f"the weight {name.removesuffix('.weight')}"
-    for name, size in activation_sizes(model, inputs_BT).items():
+    """Name of the tensor at which values stop being finite: a weight, else the output of a linear, else the loss.
+
+    Makes its forward pass in any case: other processes may wait for it.
+    """
+    weights = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(local(weight)).all())]
+    sizes = activation_sizes(model, inputs_BT)
+    if weights:
+        return f"the weight {weights[0].removesuffix('.weight')}"
+    for name, size in sizes.items():
         if not torch.isfinite(torch.tensor(size)):
             return f"the output of {name}"
     return "the loss"

@@ -9,6 +9,8 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+from supar_cli.training.membership import is_member
+
 # Slurm's `--signal=USR1@120` and clusters' SIGTERM before SIGKILL; SIGINT is Ctrl-C
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -16,13 +18,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class Stopping:
     """While entered, notes signals instead of ending; `reason` says why to stop, None while there is no reason.
 
-    The second of SIGTERM or SIGINT has its usual effect at once. `max_seconds` count from here.
+    The second of SIGTERM or SIGINT has its usual effect at once. `max_seconds` count from here. One of several processes
+    also stops when the launcher that started it is gone: nobody else would end it.
     """
 
     def __init__(self, max_seconds: float | None = None) -> None:
         self._end = None if max_seconds is None else time.monotonic() + max_seconds
         self._max_seconds = max_seconds
         self._before: dict[signal.Signals, Any] = {}
+        self._launcher = os.getppid() if is_member() else None
         self.signal: signal.Signals | None = None
 
     def reason(self) -> str | None:
@@ -30,6 +34,8 @@ class Stopping:
             return self.signal.name
         if self._end is not None and time.monotonic() >= self._end:
             return f"the limit of {self._max_seconds:g} s"
+        if self._launcher is not None and os.getppid() != self._launcher:
+            return "the end of its launcher"
         return None
 
     def __enter__(self) -> Stopping:

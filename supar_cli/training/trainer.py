@@ -1,82 +1,95 @@
-"""The training loop: obeys a plan, writes a run directory."""
+"""A plan on its devices, a step at a time: batches, gradients, updates, evaluations. `run` makes a whole run of them."""
 
 from __future__ import annotations
 
-import json
 import math
-import platform
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from supar_cli import __version__
-from supar_cli.errors import Preempted, SetupError, UnusableResult
-from supar_cli.planning import document, schedule
+from supar_cli.errors import SetupError, UnusableResult
+from supar_cli.planning import schedule
 from supar_cli.planning.plan import Plan
-from supar_cli.training import checkpoint, data, initial, masks, monitor, optim, rundir, trackers
-from supar_cli.training.device import Setup, peak_flops
+from supar_cli.training import data, initial, masks, monitor, optim, running, trackers
+from supar_cli.training.device import Setup
 from supar_cli.training.engines import choose
-from supar_cli.training.models.transformer import loss_of
-
-
-class Reporter(Protocol):
-    """Where progress and warnings go; `cli` shows them, trials drop them."""
-
-    def progress(self, step: int, steps: int, loss: float) -> None: ...
-    def warn(self, message: str) -> None: ...
-    def log(self, message: str) -> None: ...
-
-
-class Silent:
-    """A reporter that says nothing."""
-
-    def progress(self, step: int, steps: int, loss: float) -> None: ...
-    def warn(self, message: str) -> None: ...
-    def log(self, message: str) -> None: ...
-
-
-@dataclass(slots=True)
-class Outcome:
-    """Losses of a run: `losses[i]` is the training loss of step i before its update, `evaluations` are (step, loss)."""
-
-    losses: list[float] = field(default_factory=list)
-    evaluations: list[tuple[int, float]] = field(default_factory=list)
-    seconds: float = 0.0
-    resumed_at: int = 0
+from supar_cli.training.models.transformer import loss_of, named_tensors
+from supar_cli.training.parallel import Parallel, kind_of, local
+from supar_cli.training.running import Outcome, Reporter, Silent
+from supar_cli.training.world import World, shared
 
 
 class Trainer:
-    """One plan on one device. `step()` performs one optimizer step; `run()` the whole plan."""
+    """One plan in one process, or in each of a world's. `step()` performs one optimizer step; `run()` the whole plan."""
 
-    def __init__(self, plan: Plan, tokens: data.Tokens | None = None, reporter: Reporter | None = None) -> None:
-        self.plan, self.reporter = plan, reporter or Silent()
-        self.setup = Setup.of(plan)
-        trackers.require(plan)
-        self.tokens = tokens or data.load(plan.data, vocab=plan.model.vocab, context=plan.model.context)
+    def __init__(
+        self,
+        plan: Plan,
+        tokens: data.Tokens | None = None,
+        reporter: Reporter | None = None,
+        world: World | None = None,
+    ) -> None:
+        self.plan, self.reporter, self.world = plan, reporter or Silent(), world or World()
         self._rows = {row.name: row for row in plan.tensors}
-        self.engines = choose.Engines(plan, self.setup.device, self.setup.precision, self.setup.micro_batch)
-        self.prepared = initial.prepare(plan, self.setup.device, self.engines.make)
-        for line in self.engines.lines():
-            self.reporter.log(line)
-        self.model: nn.Module = self.prepared.model
-        if self.setup.compiles:
-            torch.compiler.reset()  # graphs of earlier plans count against the limit on recompiling
-            self.model = torch.compile(self.prepared.model)  # type: ignore[assignment]
+        self.setup, self.tokens = self.world.together(lambda: self._found(tokens))
+        self.world.together(self._build)
+        self._require_equal_worlds()
         self.optimizer = optim.build(plan, self.prepared.tensors)
         self.done = 0
+        self.asked_to_stop = False
+        self.stop: Callable[[], str | None] = lambda: None
         self._monitor = monitor.Monitor()
         self._prefetched: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None
         self._drawing = ThreadPoolExecutor(1, "batches") if self.setup.device.type == "cuda" else None
 
+    @property
+    def model(self) -> nn.Module:
+        """Tokens (B, T) → logits (B, T, V), as a training step calls it."""
+        return self.parallel.model
+
+    def _found(self, tokens: data.Tokens | None) -> tuple[Setup, data.Tokens]:
+        """What has to be there, before processes wait for each other."""
+        setup, plan = Setup.of(self.plan, self.world), self.plan
+        if setup.device.type == "cuda":
+            torch.cuda.set_device(setup.device)
+        if self.world.is_first:
+            trackers.require(plan)
+        return setup, tokens or data.load(plan.data, vocab=plan.model.vocab, context=plan.model.context)
+
+    def _build(self) -> None:
+        setup, plan = self.setup, self.plan
+        kind, why = kind_of(plan, setup, self.world)
+        if why:
+            self.reporter.log(why)
+        self.engines = choose.Engines(plan, setup, self.world, sharded=kind == "fsdp")
+        # what will be sharded goes to the device shard by shard
+        home = torch.device("cpu") if kind == "fsdp" else setup.device
+        self.prepared = initial.prepare(plan, home, self.engines.make)
+        for line in self.engines.lines():
+            self.reporter.log(line)
+        if setup.compiles:
+            torch.compiler.reset()  # graphs of earlier plans count against the limit on recompiling
+        self.parallel = Parallel(kind, self.prepared.model, setup, self.world)
+        self.prepared.tensors = named_tensors(self.prepared.model)
+
+    def _require_equal_worlds(self) -> None:
+        """Raise SetupError where another process has other masks, data or plan: the run would be none of theirs."""
+        drawn = {name: masks.fingerprint(mask) for name, mask in self.prepared.masks.items()}
+        found = self.world.gather({"plan": self.plan.hash(), "data": self.tokens.hash, **drawn})
+        for rank, other in enumerate(found):
+            different = [name for name, value in found[0].items() if other.get(name) != value]
+            if different:
+                what = different[0] if different[0] in ("plan", "data") else f"the mask of {different[0]}"
+                raise shared(SetupError, f"rank {rank}: {what} is not that of rank 0; expected the same everywhere")
+
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (batch, context) of a step; on CUDA the next ones are drawn meanwhile, in pinned memory."""
+        """Inputs and targets (rows, context) of a step, this process's share of the batch.
+
+        On CUDA the next ones are drawn meanwhile, in pinned memory.
+        """
         if self._drawing is None:
             return self._draw(step)
         if self._prefetched is not None and self._prefetched[0] == step:
@@ -87,31 +100,34 @@ class Trainer:
         return pair
 
     def _draw(self, step: int) -> tuple[Tensor, Tensor]:
-        train = self.plan.train
-        inputs, targets = self.tokens.train.batch(train.seed, step, train.batch_size, self.plan.model.context)
-        return (inputs.pin_memory(), targets.pin_memory()) if self._drawing is not None else (inputs, targets)
+        train, rows = self.plan.train, self.setup.rows
+        share = slice(self.world.rank * rows, (self.world.rank + 1) * rows)
+        pair = self.tokens.train.batch(train.seed, step, train.batch_size, self.plan.model.context, share)
+        return (pair[0].pin_memory(), pair[1].pin_memory()) if self._drawing is not None else pair
 
     def step(self, watch: bool = False) -> tuple[float, float, dict[str, float]]:
         """One optimizer step: (loss before it, gradient norm before clipping, gradient norm per role if `watch`).
 
-        Raises UnusableResult, before any weight changes, when the loss or a gradient is not finite.
+        All of the whole batch. Raises UnusableResult, before any weight changes, when the loss or a gradient is not finite.
         """
-        train = self.plan.train
+        train, micro_batch = self.plan.train, self.setup.micro_batch
         inputs, targets = self.batch(self.done)
-        total = torch.zeros((), device=self.setup.device)
-        for start in range(0, len(inputs), self.setup.micro_batch):
-            part = slice(start, start + self.setup.micro_batch)
+        own = torch.zeros((), device=self.setup.device)
+        for start in range(0, len(inputs), micro_batch):
+            part = slice(start, start + micro_batch)
             on_device = (tensor[part].to(self.setup.device, non_blocking=True) for tensor in (inputs, targets))
-            with self.setup.autocast():
-                loss = loss_of(self.model, *on_device) * (self.setup.micro_batch / len(inputs))
-            torch.autograd.backward(loss)
-            total += loss.detach()
-        gradients = [tensor.grad for tensor in self.prepared.tensors.values() if tensor.grad is not None]
-        norms = torch.stack(torch._foreach_norm(gradients))
-        norm = norms.norm()
-        loss_value, norm_value = torch.stack((total, norm)).tolist()
+            with self.parallel.exchanging(last=start + micro_batch >= len(inputs)):
+                with self.setup.autocast():
+                    loss = loss_of(self.model, *on_device) * (micro_batch / len(inputs))
+                torch.autograd.backward(loss)
+            own += loss.detach()
+        gradients = [local(t.grad) for t in self.prepared.tensors.values() if t.grad is not None]
+        norms = self.parallel.norms(gradients)
+        asked = torch.full_like(own, float(self.world.grouped and self.stop() is not None))
+        total, anyone = self.world.sum(torch.stack((own / self.world.size, asked))).unbind()
+        loss_value, norm_value, stops = torch.stack((total, norms.norm(), anyone)).tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            raise UnusableResult(self._not_finite(loss_value, norms, inputs))
+            raise shared(UnusableResult, self._not_finite(loss_value, float(own), norms, inputs))
         if train.grad_clip and norm_value > train.grad_clip:
             torch._foreach_mul_(gradients, train.grad_clip / (norm_value + 1e-6))
         optim.set_rates(self.optimizer, self.factor(self.done))
@@ -119,6 +135,7 @@ class Trainer:
         self.prepared.refresh()
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
+        self.asked_to_stop = stops > 0
         return loss_value, norm_value, self._watch(inputs, norms) if watch else {}
 
     def factor(self, step: int) -> float:
@@ -134,7 +151,7 @@ class Trainer:
 
     def _watch(self, inputs: Tensor, norms: Tensor) -> dict[str, float]:
         by_tensor = dict(zip(self.prepared.tensors, norms.tolist(), strict=True))
-        with self.setup.autocast():
+        with self.setup.autocast(), self.parallel.looking(hooks=True):
             sizes = monitor.activation_sizes(self.prepared.model, inputs[:1].to(self.setup.device))
         for what, found in (("activation", sizes), ("gradient", by_tensor)):
             for message in self._monitor.warnings(self.done, what, found):
@@ -145,15 +162,19 @@ class Trainer:
             roles[role] = roles.get(role, 0.0) + value * value
         return {role: math.sqrt(value) for role, value in roles.items()}
 
-    def _not_finite(self, loss: float, norms: Tensor, inputs: Tensor) -> str:
+    def _not_finite(self, loss: float, own: float, norms: Tensor, inputs: Tensor) -> str:
+        """Where values stop being finite. All processes look, and pass the same batches: they may hold shards."""
         if not math.isfinite(loss):
-            where = "the loss"
+            where = ""
             for part in torch.split(inputs, self.setup.micro_batch):
-                with self.setup.autocast():
-                    where = monitor.first_not_finite(self.prepared.model, part.to(self.setup.device))
-                if where != "the loss":
-                    break
-            return f"step {self.done + 1}: the loss is {loss}; the first tensor that is not finite is {where}"
+                with self.setup.autocast(), self.parallel.looking(hooks=True):
+                    found = monitor.first_not_finite(self.prepared.model, part.to(self.setup.device))
+                where = where or (found if found != "the loss" else "")
+            places = self.world.gather(where or ("" if math.isfinite(own) else "the loss"))
+            rank = next((rank for rank, place in enumerate(places) if place), 0)
+            of = f" of rank {rank}" if self.world.size > 1 else ""
+            first = f"the first tensor{of} that is not finite is {places[rank] or 'the loss'}"
+            return f"step {self.done + 1}: the loss is {loss}; {first}"
         names = [
             name for name, value in zip(self.prepared.tensors, norms.tolist(), strict=True) if not math.isfinite(value)
         ]
@@ -161,15 +182,15 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean validation loss over the plan's evaluation batches, nats per token."""
-        train, losses = self.plan.train, []
-        rows = self.setup.micro_batch
+        """Mean validation loss over the plan's evaluation batches, nats per token; each process takes its share of them."""
+        train, losses, rows = self.plan.train, [], self.setup.micro_batch
         count = train.eval_batches * train.batch_size // rows
-        for index in range(count):
-            pair = self.tokens.validation.evaluation(index, count, rows, self.plan.model.context)
-            with self.setup.autocast():
-                losses.append(loss_of(self.model, *(tensor.to(self.setup.device) for tensor in pair)))
-        return float(torch.stack(losses).mean())
+        with self.parallel.looking():
+            for index in range(self.world.rank, count, self.world.size):
+                pair = self.tokens.validation.evaluation(index, count, rows, self.plan.model.context)
+                with self.setup.autocast():
+                    losses.append(loss_of(self.parallel.inner, *(tensor.to(self.setup.device) for tensor in pair)))
+        return float(self.world.sum(torch.stack(losses).mean() / self.world.size))
 
     def run(
         self,
@@ -182,138 +203,8 @@ class Trainer:
         """Train to the plan's last step. With a directory: metrics, checkpoints and, last, result.json are written.
 
         `on_evaluation(step, loss)` may raise to end the run early. `stop()` is asked between steps; when it gives a reason,
-        a checkpoint is written and Preempted raised. Raises UnusableResult on a loss that is not finite.
+        in one process or in any of them, a checkpoint is written and Preempted raised. Raises UnusableResult on a loss that
+        is not finite.
         """
-        outcome = Outcome()
-        if directory is not None and resume:
-            self.done = outcome.resumed_at = self._restore(directory)
-        started = time.perf_counter()
-        with rundir.Metrics(directory, self.done) as metrics:
-            outcome.losses = [record["loss"] for record in metrics.before]
-            outcome.evaluations = [(r["step"], r["validation_loss"]) for r in metrics.before if "validation_loss" in r]
-            if self.done == self.plan.train.steps and directory is not None and (directory / "result.json").is_file():
-                return outcome
-            writer = None
-            if directory is not None:
-                writer = checkpoint.Writer(directory / "checkpoints", self.plan, self.tokens.hash)
-            try:
-                with trackers.Trackers(self.plan, directory, self.done, self.reporter.warn) as tracked:
-                    self._loop(outcome, metrics, tracked, writer, on_evaluation, stop)
-            except Exception:
-                if writer is not None:
-                    with suppress(OSError):  # of the checkpoint before: there is something else to say
-                        writer.wait()
-                raise
-        outcome.seconds = time.perf_counter() - started
-        if directory is not None:
-            text = json.dumps(self.result(outcome), indent=1) + "\n"
-            with rundir.writing(directory):
-                document.write_file(directory / "result.json", text)
-        return outcome
-
-    def _loop(
-        self,
-        outcome: Outcome,
-        metrics: rundir.Metrics,
-        tracked: trackers.Trackers,
-        writer: checkpoint.Writer | None,
-        on_evaluation: Callable[[int, float], None] | None,
-        stop: Callable[[], str | None],
-    ) -> None:
-        train, run = self.plan.train, self.plan.run
-        mark, marked = time.perf_counter(), self.done
-        saved = self.done
-        while self.done < train.steps:
-            if reason := stop():
-                self._checkpoint(writer, finish=True, save=self.done > saved)
-                raise Preempted(f"stopped at step {self.done} of {train.steps} by {reason}")
-            step = self.done
-            watch = writer is not None and (step % run.log_every == 0 or step == train.steps - 1)
-            loss, norm, roles = self.step(watch)
-            outcome.losses.append(loss)
-            self.reporter.progress(self.done, train.steps, loss)
-            record: dict[str, Any] = {"step": self.done, "loss": loss}
-            if watch:
-                seconds = max(time.perf_counter() - mark, 1e-9)
-                rate = (self.done - marked) * train.batch_size * self.plan.model.context / seconds
-                record |= {"lr": self.plan.hyperparameters.lr * self.factor(step), "lr_factor": self.factor(step)}
-                record |= {
-                    "grad_norm": norm,
-                    "grad_norm_by_role": roles,
-                    "tokens_per_s": rate,
-                    "peak_share": self.peak_share(rate),
-                }
-            if self.done % train.eval_every == 0 or self.done == train.steps:
-                value = self.evaluate()
-                outcome.evaluations.append((self.done, value))
-                record["validation_loss"] = value
-                if not math.isfinite(value):
-                    raise UnusableResult(f"step {self.done}: the validation loss is {value}")
-            metrics.write(record)
-            tracked.log(record)
-            if self.done % run.checkpoint_every == 0 and self.done < train.steps:
-                self._checkpoint(writer)
-                saved = self.done
-            if "validation_loss" in record and on_evaluation is not None:
-                on_evaluation(self.done, record["validation_loss"])
-            if watch:
-                mark, marked = time.perf_counter(), self.done
-        self._checkpoint(writer, finish=True)
-
-    def peak_share(self, tokens_per_s: float) -> float | None:
-        """Model FLOP/s over the device's dense bf16 peak (masked weights counted as dense: that is what is computed)."""
-        if self.setup.device.type != "cuda":
-            return None
-        peak = peak_flops(self.setup.device)
-        return None if peak is None else tokens_per_s * self.plan.flops_per_token / peak
-
-    def _restore(self, directory: Path) -> int:
-        found = checkpoint.available(directory / "checkpoints")
-        if not found:
-            if (directory / "metrics.jsonl").is_file():
-                self.reporter.log(f"{directory} holds no checkpoint yet: starting at step 0")
-            return 0
-        done = checkpoint.load(found[-1], self.plan, self.prepared, self.optimizer, self.tokens.hash)
-        self.reporter.log(f"{directory}: continues after step {done}")
-        return done
-
-    def _checkpoint(self, writer: checkpoint.Writer | None, save: bool = True, finish: bool = False) -> None:
-        """Have the state written while training goes on; with `finish`, return when it is on disk. Raises SetupError."""
-        if writer is None:
-            return
-        try:
-            if save:
-                writer.save(self.prepared, self.optimizer, self.done)
-            if finish:
-                writer.wait()
-        except OSError as error:
-            raise SetupError(f"{writer.folder}: the checkpoint can't be written: {error.strerror or error}") from None
-
-    def result(self, outcome: Outcome) -> dict[str, Any]:
-        """The result document: losses, what ran where, and the hashes that identify it."""
-        cuda = self.setup.device.type == "cuda"
-        return {
-            "kind": "supar.result/v1",
-            "plan": self.plan.hash(),
-            "data": self.tokens.hash,
-            "masks": {name: masks.fingerprint(mask) for name, mask in self.prepared.masks.items()},
-            "steps": self.done,
-            "train_loss": outcome.losses[-1] if outcome.losses else None,
-            "validation_loss": outcome.evaluations[-1][1] if outcome.evaluations else None,
-            "parameters": self.plan.parameters,
-            "live_parameters": sum(row.size for row in self.plan.tensors)
-            - sum(int(mask.size - mask.sum()) for mask in self.prepared.masks.values()),
-            "resumed_at": outcome.resumed_at,
-            "seconds": outcome.seconds,
-            "environment": {
-                "supar": __version__,
-                "torch": str(torch.__version__),
-                "python": platform.python_version(),
-                "device": torch.cuda.get_device_name(self.setup.device)
-                if cuda
-                else f"cpu ({torch.get_num_threads()} threads)",
-                "precision": str(self.setup.precision).removeprefix("torch."),
-                "compiled": self.setup.compiles,
-                "engines": {name: choice.name for name, choice in self.engines.choices.items()},
-            },
-        }
+        self.stop = stop
+        return running.run(self, directory, resume, on_evaluation)

@@ -26,6 +26,7 @@ from supar_cli.planning.spec import Proxy, Target
 from supar_cli.planning.transfer import transfer
 from supar_cli.training import initial, optim
 from supar_cli.training.data import Segment, Split, Tokens
+from supar_cli.training.parallel import Parallel
 from supar_cli.training.trainer import Trainer
 
 LIMIT = 1e-5  # nats, the largest difference in a loss that float32 rounding may make over 20 steps
@@ -182,7 +183,7 @@ class Replay(Trainer):
 
         drawn = {name: mask.bool().numpy() for name, mask in masks.items()}
         self.prepared = initial.build(plan, self.setup.device, drawn, recorded)
-        self.model = self.prepared.model
+        self.parallel = Parallel("alone", self.prepared.model, self.setup, self.world)
         self.optimizer = optim.build(plan, self.prepared.tensors)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:

@@ -25,10 +25,12 @@ from supar_cli.planning import document
 from supar_cli.planning.plan import Engine as Name
 from supar_cli.planning.plan import Plan
 from supar_cli.training.allocator import keep_large_blocks
+from supar_cli.training.device import Setup
 from supar_cli.training.engines.block import Block
 from supar_cli.training.engines.dense import Dense
 from supar_cli.training.engines.linear import Engine
 from supar_cli.training.engines.sparse import Sparse
+from supar_cli.training.world import World
 
 Mask = NDArray[np.bool_]
 
@@ -40,12 +42,16 @@ SMALL = 2**25  # chosen: multiply-adds of a layer below which it is dense unmeas
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What an engine works under. `tokens` are those of a micro-batch; `block` is the plan's, None without blocks."""
+    """What an engine works under. `tokens` are those of a micro-batch; `block` is the plan's, None without blocks.
+
+    `sharded`: the values lie in shards between passes, and nothing as large as the weight may.
+    """
 
     device: torch.device
     precision: torch.dtype
     tokens: int
     block: int | None = None
+    sharded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +71,15 @@ class Choice:
 
 
 class Engines:
-    """The engines of a plan's masked tensors: `make` each as the model is built; `choices` then says which they are."""
+    """The engines of a plan's masked tensors: `make` each as the model is built; `choices` then says which they are.
 
-    def __init__(self, plan: Plan, device: torch.device, precision: torch.dtype, rows: int) -> None:
-        self.plan, self.choices = plan, dict[str, Choice]()
-        self.setting = Setting(device, precision, rows * plan.model.context, plan.sparsity.block)
+    Of several processes the first one measures, alone, and all choose alike.
+    """
+
+    def __init__(self, plan: Plan, setup: Setup, world: World, sharded: bool) -> None:
+        self.plan, self.choices, self._world = plan, dict[str, Choice](), world
+        tokens = setup.micro_batch * plan.model.context
+        self.setting = Setting(setup.device, setup.precision, tokens, plan.sparsity.block, sharded)
         self._rows = {row.name: row for row in plan.tensors}
         self._fastest: dict[tuple[object, ...], Choice] = {}  # one measurement for all layers of a shape and size
 
@@ -82,7 +92,7 @@ class Engines:
         elif alike in self._fastest:
             choice = self._fastest[alike]
         else:
-            choice = self._fastest[alike] = fastest(mask, self.setting)
+            choice = self._fastest[alike] = self._world.on_first(lambda: fastest(mask, self.setting))
         self.choices[name] = choice
         return make(choice.name, mask, self.setting)
 
@@ -104,7 +114,7 @@ def make(name: Name, mask: Mask, setting: Setting) -> Engine:
     if setting.device.type == "cpu":
         keep_large_blocks()
     if name == "dense":
-        return Dense(mask, setting.precision).to(setting.device)
+        return Dense(mask, setting.precision, kept=not setting.sharded).to(setting.device)
     if name == "sparse":
         if setting.device.type != "cpu":
             raise InputError("run.engine: sparse runs on CPU only; expected dense, or block for a plan with blocks")
@@ -182,7 +192,7 @@ def _key(mask: Mask, setting: Setting, tokens: int) -> str:
     kernels = f"numba {importlib.metadata.version('numba')}" if importlib.util.find_spec("numba") else "no numba"
     pattern = f"blocks of {setting.block}" if setting.block else "single weights"
     shape = f"{mask.shape[0]}x{mask.shape[1]}, {int(mask.sum())} live, {pattern}"
-    precision = str(setting.precision).removeprefix("torch.")
+    precision = str(setting.precision).removeprefix("torch.") + (", sharded" if setting.sharded else "")
     return f"{where}; torch {torch.__version__}, {kernels}; {shape}; {tokens} tokens, {precision}"
 
 

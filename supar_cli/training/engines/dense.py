@@ -1,7 +1,8 @@
 """The dense engine: the weight stored dense, zero where dead, in the precision it is computed in.
 
 No `weight * mask` in any forward pass. A position costs its compute weight and, while it lasts, its gradient: 4 bytes in
-bfloat16, 8 in float32. A live weight costs its master value, gradient, both moments and index.
+bfloat16, 8 in float32. A live weight costs its master value, gradient, both moments and index. Where values are sharded
+over processes the dense weight is not kept: it is filled for each pass, so that no process holds those of all layers.
 """
 
 from __future__ import annotations
@@ -38,22 +39,54 @@ class _Product(torch.autograd.Function):
         return by_x, by_values, None, None
 
 
+class _Filled(torch.autograd.Function):
+    """The same product with a weight that lasts for one pass; what is kept for the backward one is the values."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, live: Tensor, shape: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(x, values, live)
+        ctx.shape = shape
+        return F.linear(x, _fill(values, live, shape, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, values, live = ctx.saved_tensors
+        by_x = by_values = None
+        if ctx.needs_input_grad[0]:
+            by_x = gradient @ _fill(values, live, ctx.shape, x.dtype)
+        if ctx.needs_input_grad[1]:
+            dense = gradient.flatten(0, -2).t() @ x.flatten(0, -2)
+            by_values = dense.view(-1).index_select(0, live).to(values.dtype)
+        return by_x, by_values, None, None
+
+
+def _fill(values: Tensor, live: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    weight = torch.zeros(shape, dtype=dtype, device=values.device)
+    weight.view(-1)[live] = values.to(dtype)
+    return weight
+
+
 class Dense(Engine):
-    """`mask` is (out, in), True where alive; `precision` that of the products."""
+    """`mask` is (out, in), True where alive; `precision` that of the products; `kept`: hold the weight between passes."""
 
     weight: Tensor
     live: Tensor
 
-    def __init__(self, mask: NDArray[np.bool_], precision: torch.dtype) -> None:
+    def __init__(self, mask: NDArray[np.bool_], precision: torch.dtype, kept: bool = True) -> None:
         super().__init__()
+        self.shape, self.precision, self.kept = mask.shape, precision, kept
         live = np.flatnonzero(mask)
         index = live.astype(np.int32) if mask.size < 2**31 else live
-        self.register_buffer("weight", torch.zeros(mask.shape, dtype=precision), persistent=False)
+        if kept:
+            self.register_buffer("weight", torch.zeros(mask.shape, dtype=precision), persistent=False)
         self.register_buffer("live", torch.from_numpy(index), persistent=False)
 
     def forward(self, x: Tensor, values: Tensor) -> Tensor:
+        if not self.kept:
+            return _Filled.apply(x.to(self.precision), values, self.live, self.shape)  # type: ignore[no-any-return,no-untyped-call]
         return _Product.apply(x.to(self.weight.dtype), values, self.weight, self.live)  # type: ignore[no-any-return,no-untyped-call]
 
     @torch.no_grad()
     def refresh(self, values: Tensor) -> None:
-        self.weight.view(-1)[self.live] = values.to(self.weight.dtype)
+        if self.kept:
+            self.weight.view(-1)[self.live] = values.to(self.precision)

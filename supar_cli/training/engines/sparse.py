@@ -138,7 +138,8 @@ class Numba:
         y_NO = x_NI.new_empty(len(x_NI), engine.shape[0])
         columns, starts = engine.columns_L.numpy(), engine.starts.numpy()
         threads = sparse_kernels.use_threads()
-        sparse_kernels.product(x_NI.numpy(), starts, columns, values_L.numpy(), y_NO.numpy(), threads)
+        values = values_L.clone().numpy()  # FSDP frees the original between passes, which a view of it would forbid
+        sparse_kernels.product(x_NI.numpy(), starts, columns, values, y_NO.numpy(), threads)
         return y_NO
 
     @staticmethod

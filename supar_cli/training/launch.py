@@ -1,0 +1,131 @@
+"""`supar train --nproc N`: the same command in N processes of this machine, by torch's elastic launcher.
+
+Between runs of the group lies no state but the run directory: a group that lost a process starts again from the last
+checkpoint, as often as `--max-restarts` allows.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import FrameType
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from supar_cli.errors import Preempted, SetupError
+from supar_cli.training.membership import LAUNCH, STDIN
+from supar_cli.training.stopping import SIGNALS
+
+# A worker's statuses that another try would not change: bad input, no usable result, a check, asked to stop
+FINAL = (2, 3, 4, 5, Preempted.exit_status, 130)
+
+
+@contextmanager
+def prepared(processes: int, stdin: bytes | None) -> Iterator[Path]:
+    """The folder and the environment of processes to launch; `stdin` is what they are to read as standard input."""
+    before = dict(os.environ)
+    try:
+        with TemporaryDirectory(prefix="supar-") as folder:
+            os.environ[LAUNCH] = folder
+            if stdin is not None:
+                os.environ[STDIN] = str(Path(folder, "stdin"))
+                Path(folder, "stdin").write_bytes(stdin)
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+            yield Path(folder)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def launch(arguments: list[str], processes: int, restarts: int, folder: Path, warn: Callable[[str], None]) -> int:
+    """Run `supar ARGUMENTS` in `processes` processes and give its exit status; signals to this process go on to them.
+
+    `folder` is `prepared`'s. Raises SetupError where one of them is killed more often than `restarts` times.
+    """
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):  # what went wrong is said once, by the process that knows
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    for attempt in range(restarts + 1):
+        with _forwarding(folder) as heard:
+            failures = _run(arguments, processes, folder)
+        if not failures:
+            return 0
+        final = [code for code in failures.values() if code in FINAL]
+        # SIGTERM is the launcher's own word to those that are left; another's would have been heeded
+        killed = [
+            f"rank {rank} by {signal.Signals(-code).name}"
+            for rank, code in failures.items()
+            if code < 0 and -code != signal.SIGTERM
+        ]
+        if heard:
+            return final[0] if final else 128 + heard[0]
+        if final and not killed:
+            return final[0]
+        if attempt < restarts:
+            what = f"killed: {', '.join(killed)}" if killed else "a process failed"
+            warn(f"{what}; starting again from the last checkpoint, {attempt + 1} of at most {restarts} times")
+    if killed:
+        raise SetupError(f"killed: {', '.join(killed)}; the same command goes on from the last checkpoint")
+    return next((code for code in failures.values() if code > 0), 1)
+
+
+def _run(arguments: list[str], processes: int, folder: Path) -> dict[int, int]:
+    """One life of the group: exit statuses of the processes that failed, by rank; negative ones are signals'."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
+    )
+    # in a thread of its own, so that torch takes over no signal: it would end the processes 30 s after the first
+    with ThreadPoolExecutor(1, "launcher") as pool:
+        future: Future[object] = pool.submit(elastic_launch(config, sys.executable), "-m", "supar_cli", *arguments)
+        while not future.done():
+            wait_for([future], timeout=0.1)  # short, so that signals are heard
+        try:
+            future.result()
+        except ChildFailedError as error:
+            return {rank: failure.exitcode for rank, failure in error.failures.items()}
+    return {}
+
+
+@contextmanager
+def _forwarding(folder: Path) -> Iterator[list[signal.Signals]]:
+    """Hand signals on to the processes, which have left their numbers in a folder; gives the list of those heard."""
+    heard: list[signal.Signals] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        heard.append(signal.Signals(number))
+        for path in folder.iterdir():
+            if path.name.isdigit():
+                with suppress(OSError, ValueError):
+                    os.kill(int(path.read_text("utf-8")), number)
+
+    for left in folder.iterdir():
+        if left.name.isdigit():
+            left.unlink()
+    before = {
+        number: signal.signal(number, forward) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
+    }
+    try:
+        yield heard
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

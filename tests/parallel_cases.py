@@ -1,0 +1,128 @@
+"""What two processes find out together, as `torchrun --nproc-per-node 2 tests/parallel_cases.py PLAN` prints it: JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from supar_cli import load
+from supar_cli.errors import InputError, SuparError
+from supar_cli.planning.plan import Plan
+from supar_cli.training import masks, parallel
+from supar_cli.training.trainer import Trainer
+from supar_cli.training.world import World, joined
+
+
+def error_of(function: Callable[[], object]) -> list[Any]:
+    """[class, text, whether all raise it] of what a call raises."""
+    try:
+        function()
+    except SuparError as error:
+        return [type(error).__name__, str(error), error.shared]
+    return []
+
+
+def planned(plan: Plan, **run: Any) -> Plan:
+    return plan.model_copy(update={"run": plan.run.model_copy(update=run)})
+
+
+def other_mask(plan: Plan, world: World) -> list[Any]:
+    """Rank 1 draws the mask of one tensor from another seed."""
+    draw = masks.draw
+    masks.draw = lambda row, seed, *rest: draw(row, seed + (row.name == "blocks.1.attn.k") * world.rank, *rest)
+    try:
+        return error_of(lambda: Trainer(plan, world=world))
+    finally:
+        masks.draw = draw
+
+
+def lost_data(plan: Plan, world: World) -> list[Any]:
+    """Rank 1 does not find the data."""
+    data = plan.data.model_copy(update={"source": plan.data.source + ".gone" * world.rank})
+    return error_of(lambda: Trainer(plan.model_copy(update={"data": data}), world=world))
+
+
+def fails_first(world: World) -> list[Any]:
+    def fail() -> None:
+        raise InputError("what rank 0 found")
+
+    return error_of(lambda: world.on_first(fail))
+
+
+def kinds(plan: Plan, world: World) -> list[Any]:
+    """(kind, reason) with enough memory and with too little."""
+    trainer, host_bytes = Trainer(plan, world=world), parallel._host_bytes
+    found = []
+    for there in (2**30, 2**20):
+        parallel._host_bytes = lambda there=there: there
+        found.append(parallel.kind_of(planned(plan, parallel="auto"), trainer.setup, world))
+    parallel._host_bytes = host_bytes
+    return found
+
+
+def exchanges(plan: Plan, world: World, kind: str, held: bool) -> int:
+    """How often gradients go round in a step of four micro-batches; with `held` taken out, after each of them."""
+    trainer = Trainer(planned(plan, parallel=kind, micro_batch_size=1), world=world)
+    if not held:
+        exchanging = trainer.parallel.exchanging
+        trainer.parallel.exchanging = lambda last: exchanging(True)  # type: ignore[method-assign]
+    trainer.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        trainer.step()
+    sums = sum(
+        event.count for event in profile.key_averages() if event.key == "gloo:all_reduce"
+    )  # as gloo scatters too
+    return sums - {"ddp": 1, "fsdp": 2}[kind]  # those of the loss and, of shards, of the norms
+
+
+def shards(plan: Plan, world: World) -> dict[str, Any]:
+    """What a process holds of a model in shards, and whether its numbers are the plan's."""
+    trainer = Trainer(planned(plan, parallel="fsdp", engine="dense"), world=world)
+    trainer.step()
+    tensors, rows = trainer.prepared.tensors, {row.name: row for row in plan.tensors}
+    rates = all(
+        group["peak_lr"] == rows[name].lr
+        and group["weight_decay"] == rows[name].weight_decay
+        and tensor is tensors[name]
+        for group in trainer.optimizer.param_groups
+        for name, tensor in zip(group["names"], group["params"], strict=True)
+    )
+    state = trainer.optimizer.state
+    return {
+        "numbers": {name: parallel.local(tensor).numel() for name, tensor in tensors.items()},
+        "moments": {name: parallel.local(state[tensor]["exp_avg"]).numel() for name, tensor in tensors.items()},
+        "sharded": all(isinstance(tensor, DTensor) for tensor in tensors.values()),
+        "rates": rates,
+        "dense": [name for name, buffer in trainer.prepared.model.named_buffers() if name.endswith("engine.weight")],
+    }
+
+
+def main() -> None:
+    plan = load(Path(sys.argv[1]))
+    assert isinstance(plan, Plan)
+    with joined() as world:
+        found = {
+            "other_mask": other_mask(plan, world),
+            "lost_data": lost_data(plan, world),
+            "fails_first": fails_first(world),
+            "kinds": kinds(plan, world),
+            "exchanges": {
+                f"{kind} {'held' if held else 'not held'}": exchanges(plan, world, kind, held)
+                for kind in ("ddp", "fsdp")
+                for held in (True, False)
+            },
+            "shards": shards(plan, world),
+        }
+        everyone = world.gather(found)
+        if world.is_first:
+            sys.stdout.write(json.dumps(everyone))
+
+
+if __name__ == "__main__":
+    main()

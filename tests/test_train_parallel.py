@@ -1,0 +1,350 @@
+"""Several processes train one plan: by `--nproc` and by torchrun, whole and in shards, stopped, killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import supar_cli
+from supar_cli.planning import document
+from supar_cli.planning.plan import Plan
+from tests.conftest import CHECKOUT, TEXT_BYTES, Called, environment, plan_from, proxy_fields, real_text
+from tests.test_train import trained
+from tests.test_train_preempted import ended, hear
+from tests.test_train_resume import losses
+
+MakePlan = Callable[..., Plan]
+Supar = Callable[..., Called]
+
+AGREE = 1e-5  # nats: over 20 steps in float32; measured: 5e-7
+SPARSE = {"density": 0.1}
+
+
+@pytest.fixture
+def plan(plan_of: MakePlan, tmp_path: Path) -> Plan:
+    """20 steps of a sparse plan, accumulating, in plan.yaml."""
+    made = plan_of(train={"steps": 20, "batch_size": 8, "eval_every": 10}, target={"width": 64, "sparsity": SPARSE})
+    made = made.model_copy(update={"run": made.run.model_copy(update={"micro_batch_size": 2})})
+    write(made, tmp_path)
+    return made
+
+
+@pytest.fixture
+def long(plan_of: MakePlan, tmp_path: Path) -> Plan:
+    """A run of several seconds, in plan.yaml."""
+    train = {"steps": 400, "batch_size": 2, "eval_every": 400}
+    made = plan_of(model={"layers": 1}, target={"width": 64, "sparsity": SPARSE}, train=train, run={"log_every": 50})
+    write(made, tmp_path)
+    return made
+
+
+def write(plan: Plan, folder: Path) -> None:
+    (folder / "plan.yaml").write_text(document.write([plan.model_dump()]), "utf-8")
+
+
+def assert_close(one: Path, other: Path, agree: float = AGREE) -> None:
+    """The same steps, their losses and evaluations within `agree`."""
+    a, b = losses(one), losses(other)
+    assert [step for step, *_ in a] == [step for step, *_ in b]
+    for (_, loss, evaluated), (_, other_loss, other_evaluated) in zip(a, b, strict=True):
+        assert abs(loss - other_loss) <= agree and (evaluated is None) == (other_evaluated is None)
+        assert evaluated is None or abs(evaluated - other_evaluated) <= agree
+
+
+def started(folder: Path, *flags: str, out: str = "run", steps: int = 3) -> subprocess.Popen[str]:
+    """`supar train` as it does its first steps."""
+    command = [sys.executable, "-m", "supar_cli", "train", "plan.yaml", "-o", out, "-q", *flags]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=folder, env=environment(), preexec_fn=hear, **pipes)
+    metrics, end = folder / out / "metrics.jsonl", time.monotonic() + 60
+    before = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    while process.poll() is None and time.monotonic() < end:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= before + steps:
+            break
+        time.sleep(0.005)
+    return process
+
+
+def member(launcher: int, rank: int) -> int:
+    """The process of a rank that a launcher has started."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                if parent == launcher and f"\0RANK={rank}\0".encode() in (entry / "environ").read_bytes():
+                    return int(entry.name)
+            except OSError:
+                continue
+    raise AssertionError(f"no rank {rank} below process {launcher}")
+
+
+def torchrun(folder: Path, *flags: str, nodes: int = 1, nproc: int = 2, port: int = 0, stdin: str = "") -> list[Called]:
+    """`torchrun … -m supar_cli train` as so many nodes on loopback, each an agent of its own."""
+    rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=t", "--local-addr=127.0.0.1"]
+    start = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={nproc}"]
+    where = rendezvous if nodes > 1 else ["--standalone"]
+    command = [*start, *where, "-m", "supar_cli", "train", *flags]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    agents = [
+        subprocess.Popen(command, cwd=folder, env=environment(OMP_NUM_THREADS="1"), **pipes) for _ in range(nodes)
+    ]
+    said = [agent.communicate(stdin, timeout=120) for agent in agents]
+    return [Called(agent.returncode, *texts) for agent, texts in zip(agents, said, strict=True)]
+
+
+class TestAgree:
+    """Losses of a sparse plan, evaluations too, with those of one process."""
+
+    @pytest.mark.parametrize(("processes", "parallel"), [(2, "ddp"), (2, "fsdp"), (1, "fsdp")])
+    def test_with_one_process(self, plan: Plan, supar: Supar, tmp_path: Path, processes: int, parallel: str) -> None:
+        _, outcome = trained(plan, tmp_path / "one")
+        flags = ("-q", "--nproc", str(processes), "--parallel", parallel)
+        done = supar("train", "-o", "many", *flags)
+        assert (done.status, done.err) == (0, ""), done.err
+        assert_close(tmp_path / "one", tmp_path / "many")
+        (printed,) = document.read(done.out, "stdout")  # once, though there are several processes
+        results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "many")]
+        assert printed.data["masks"] == results[0]["masks"] == results[1]["masks"] and len(results[0]["masks"]) == 12
+        assert results[1]["environment"]["processes"] == processes
+        assert results[1]["environment"]["parallel"] == parallel
+        before, after = supar_cli.weights(tmp_path / "one"), supar_cli.weights(tmp_path / "many")
+        for row in plan.tensors:
+            assert (before[row.name] != 0).sum() == (after[row.name] != 0).sum()
+            # Adam magnifies what rounding does to the smallest gradients: up to a step's own size
+            assert float((before[row.name] - after[row.name]).abs().max()) <= 3 * row.lr
+        assert outcome.losses[-1] < outcome.losses[0] - 0.3
+
+    def test_one_wrong_row_would_be_seen(self, plan: Plan, plan_of: MakePlan, tmp_path: Path) -> None:
+        trained(plan, tmp_path / "one")
+        other = plan.model_copy(update={"train": plan.train.model_copy(update={"seed": 1})})
+        trained(other, tmp_path / "other")
+        with pytest.raises(AssertionError):
+            assert_close(tmp_path / "one", tmp_path / "other", agree=1e-3)
+
+    def test_two_nodes_of_torchrun(self, plan: Plan, tmp_path: Path, free_port: int) -> None:
+        trained(plan, tmp_path / "one")
+        done = torchrun(tmp_path, "-o", "many", "-q", "--parallel", "fsdp", nodes=2, nproc=1, port=free_port)
+        assert [called.status for called in done] == [0, 0], done
+        assert sorted(bool(called.out) for called in done) == [False, True]
+        assert_close(tmp_path / "one", tmp_path / "many")
+
+    def test_a_plan_on_stdin_is_read_once(self, plan: Plan, supar: Supar, tmp_path: Path) -> None:
+        trained(plan, tmp_path / "one")
+        text = (tmp_path / "plan.yaml").read_text()
+        (tmp_path / "plan.yaml").unlink()
+        done = supar("train", "-", "-o", "many", "-q", "--nproc", "2", stdin=text)
+        assert (done.status, done.err) == (0, "")
+        (called,) = torchrun(tmp_path, "-", "-o", "again", "-q", stdin=text)
+        assert called.status == 0, called.err
+        assert_close(tmp_path / "one", tmp_path / "many")
+        assert_close(tmp_path / "many", tmp_path / "again", agree=0.0)
+
+
+@pytest.fixture
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What `parallel_cases` finds out, by rank."""
+    folder = tmp_path_factory.mktemp("cases")
+    (folder / "text.txt").write_bytes(real_text(TEXT_BYTES))
+    train = {"steps": 20, "batch_size": 8}
+    plan = plan_from(proxy_fields(str(folder / "text.txt"), train=train, target={"width": 64, "sparsity": SPARSE}))
+    write(plan, folder)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    cases = str(CHECKOUT / "tests/parallel_cases.py")
+    environ = environment(OMP_NUM_THREADS="1")
+    done = subprocess.run([*command, cases, "plan.yaml"], cwd=folder, env=environ, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
+    by_rank = json.loads(done.stdout)
+    by_rank[0]["plan"] = plan
+    return list(by_rank)
+
+
+class TestTogether:
+    def test_another_mask_in_one_process_is_refused_by_all(self, found: list[dict[str, Any]]) -> None:
+        text = "rank 1: the mask of blocks.1.attn.k is not that of rank 0; expected the same everywhere"
+        assert [one["other_mask"] for one in found] == [["SetupError", text, True]] * 2
+
+    def test_data_that_one_process_lacks_end_all(self, found: list[dict[str, Any]]) -> None:
+        for one in found:
+            kind, text, shared = one["lost_data"]
+            assert (kind, shared) == ("InputError", True)
+            assert text.startswith("rank 1: data.source: ") and text.endswith("text.txt.gone: no such file or folder")
+
+    def test_what_the_first_finds_wrong_ends_all(self, found: list[dict[str, Any]]) -> None:
+        assert [one["fails_first"] for one in found] == [["InputError", "what rank 0 found", True]] * 2
+
+    def test_what_does_not_fit_is_sharded(self, found: list[dict[str, Any]]) -> None:
+        for one in found:
+            (fits, why), (too_large, why_not) = one["kinds"]
+            assert (fits, too_large) == ("ddp", "fsdp")
+            assert why.startswith("ddp: the plan fits a device: about 0.0")
+            assert why_not.startswith("fsdp: the plan does not fit a device: about 0.0")
+
+    def test_gradients_go_round_once_a_step(self, found: list[dict[str, Any]]) -> None:
+        """Four micro-batches; 2 blocks and the rest are three groups of FSDP, one bucket of DDP."""
+        for one in found:
+            counts = one["exchanges"]
+            assert (counts["ddp held"], counts["ddp not held"]) == (1, 4)
+            assert (counts["fsdp held"], counts["fsdp not held"]) == (3, 12)
+
+    def test_a_shard_is_half_of_the_live_weights(self, found: list[dict[str, Any]]) -> None:
+        plan, halves = found[0]["plan"], [one["shards"] for one in found]
+        for row in plan.tensors:
+            for what in ("numbers", "moments"):
+                parts = [half[what][row.name] for half in halves]
+                assert sum(parts) == row.kept and max(parts) - min(parts) <= max(1, row.shape[-1] * (row.density == 1))
+        for half in halves:
+            assert half["sharded"] and half["rates"] and half["dense"] == []
+
+
+class TestStopped:
+    def test_signals_stop_all_and_any_number_goes_on(self, long: Plan, tmp_path: Path) -> None:
+        """Saved by two processes whole, by two in shards, by one: each goes on with what the other wrote."""
+        trained(long, tmp_path / "whole")
+        newest = 0
+        for flags, number, status in (
+            (("--nproc", "2", "--parallel", "ddp"), signal.SIGTERM, 75),
+            (("--nproc", "2", "--parallel", "fsdp"), signal.SIGUSR1, 75),
+            ((), signal.SIGTERM, 75),
+            (("--nproc", "2", "--parallel", "fsdp"), signal.SIGINT, 130),
+        ):
+            process = started(tmp_path, *flags)
+            process.send_signal(number)
+            code, out, err = ended(process)
+            assert (code, out) == (status, ""), err
+            (*_, folder) = sorted((tmp_path / "run/checkpoints").iterdir())
+            step = int(folder.name.removeprefix("step-"))
+            assert newest < step < 400
+            said = f"stopped at step {step} of 400 by {number.name}; `supar train run` continues from {folder.name}"
+            assert err.count(said) == 1 and "Traceback" not in err
+            assert len(list(folder.glob("*.safetensors"))) == (2 if "fsdp" in flags else 1)
+            newest = step
+        code, _, err = ended(started(tmp_path))
+        assert (code, err) == (
+            0,
+            "warning: run: goes on otherwise than it began: run.parallel: fsdp → auto\n",
+        )
+        assert_close(tmp_path / "run", tmp_path / "whole", agree=1e-3)  # 400 steps; each seam would show at once
+        assert_close_until(tmp_path / "run", tmp_path / "whole", steps=20)
+
+    def test_one_rank_asked_stops_all(self, long: Plan, tmp_path: Path) -> None:
+        process = started(tmp_path, "--nproc", "2")
+        os.kill(member(process.pid, 1), signal.SIGTERM)
+        code, _, err = ended(process)
+        assert code == 75 and "by SIGTERM; `supar train run` continues from step-" in err
+
+    def test_the_end_of_the_launcher_is_theirs(self, long: Plan, tmp_path: Path) -> None:
+        process = started(tmp_path, "--nproc", "2")
+        first = member(process.pid, 0)
+        process.kill()
+        process.communicate()
+        end = time.monotonic() + 30
+        while Path(f"/proc/{first}").exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        assert "the end of its launcher" in json.loads((tmp_path / "run/ended.json").read_text())["text"]
+        assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 1
+
+    def test_max_time(self, long: Plan, supar: Supar, tmp_path: Path) -> None:
+        done = supar("train", "-o", "run", "-q", "--nproc", "2", "--max-time", "0.3s")
+        assert done.status == 75 and "by the limit of 0.3 s" in done.err
+
+
+def assert_close_until(one: Path, other: Path, steps: int) -> None:
+    for (_, loss, _), (_, other_loss, _) in zip(losses(one)[:steps], losses(other)[:steps], strict=True):
+        assert abs(loss - other_loss) <= AGREE
+
+
+class TestKilled:
+    @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+    def test_a_rank_killed_mid_step_restarts_from_the_last_checkpoint(
+        self, long: Plan, tmp_path: Path, parallel: str
+    ) -> None:
+        trained(long, tmp_path / "whole")
+        flags = ("--nproc", "2", "--parallel", parallel, "--max-restarts", "1", "--checkpoint-every", "20")
+        process = started(tmp_path, *flags, steps=50)
+        os.kill(member(process.pid, 1), signal.SIGKILL)
+        code, _, err = ended(process)
+        assert code == 0, err
+        assert (
+            "warning: killed: rank 1 by SIGKILL; starting again from the last checkpoint, 1 of at most 1 times" in err
+        )
+        assert "Traceback" not in err
+        assert json.loads((tmp_path / "run/result.json").read_text())["resumed_at"] >= 20
+        assert_close(tmp_path / "run", tmp_path / "whole", agree=1e-3)
+
+    def test_without_restarts_the_same_command_goes_on(self, long: Plan, supar: Supar, tmp_path: Path) -> None:
+        process = started(tmp_path, "--nproc", "2", "--checkpoint-every", "10", steps=30)
+        os.kill(member(process.pid, 0), signal.SIGKILL)
+        code, out, err = ended(process)
+        assert (code, out) == (3, "") and "Traceback" not in err
+        assert err.splitlines()[-1] == (
+            "error: killed: rank 0 by SIGKILL; the same command goes on from the last checkpoint"
+        )
+        done = supar("train", "-o", "run", "-q", "--nproc", "2", "--steps", "400")
+        assert done.status == 0 and json.loads((tmp_path / "run/result.json").read_text())["resumed_at"] >= 10
+
+
+class TestRefused:
+    def test_bad_input_is_said_once_and_nothing_starts(self, plan: Plan, supar: Supar, tmp_path: Path) -> None:
+        done = supar("train", "none.yaml", "--nproc", "2")
+        assert done.status == 2 and done.err.splitlines() == [
+            "error: none.yaml: no such file; `supar transfer` writes it"
+        ]
+        done = supar("train", "-o", "run", "-q", "--nproc", "3")
+        assert done.status == 2 and len(done.err.splitlines()) == 1
+        assert "train.batch_size: 8 sequences can't be shared evenly by 3 processes" in done.err
+        assert not (tmp_path / "run").exists()
+
+    def test_nan_in_one_rank_ends_all_and_names_it(self, plan: Plan, tmp_path: Path) -> None:
+        """A weight of rank 1 turns into NaN after step 3: no weight changes any more, anywhere."""
+        code = (
+            "import os, sys, torch\n"
+            "from supar_cli.training.trainer import Trainer\n"
+            "step = Trainer.step\n"
+            "def poisoned(self, watch=False):\n"
+            "    if self.done == 3 and os.environ['RANK'] == '1':\n"
+            "        tensor = self.prepared.tensors['blocks.1.mlp.up'].detach()\n"
+            "        getattr(tensor, '_local_tensor', tensor)[0] = float('nan')\n"
+            "        self.prepared.refresh()\n"
+            "    return step(self, watch)\n"
+            "Trainer.step = poisoned\n"
+            "from supar_cli.cli.app import main\n"
+            "sys.argv = ['supar', 'train', '-o', 'run', '-q', '--parallel', sys.argv[1]]\n"
+            "main()\n"
+        )
+        (tmp_path / "poisoned.py").write_text(code)
+        for parallel in ("ddp", "fsdp"):
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+            done = subprocess.run(
+                [*command, "poisoned.py", parallel],
+                cwd=tmp_path,
+                env=environment(OMP_NUM_THREADS="1"),
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+            assert len(said) == 1, done.stderr
+            assert re.search(r"step 4: the loss is nan; the first tensor of rank \d that is not finite is ", said[0])
+            if parallel == "ddp":
+                assert said[0].endswith("of rank 1 that is not finite is the weight blocks.1.mlp.up")
+            assert done.stdout == "" and len(losses(tmp_path / "run")) == 3
+            subprocess.run(["rm", "-r", str(tmp_path / "run")], check=True)
