@@ -92,8 +92,7 @@ class World:
             if not self.grouped or not gone:
                 raise
             raise SetupError(
-                f"rank {self.rank}: another process of this run is gone ({str(error).splitlines()[0]}); "
-                "the same command goes on from the last checkpoint"
+                f"rank {self.rank}: another process of this run is gone; the same command goes on from the last checkpoint"
             ) from None
 
     def beside(self) -> World:
