@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from math import log, nan
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from supar_cli.analysis import bench_layers, bench_memory, bench_results, benchmark
+from supar_cli.analysis import bench_layers, bench_memory, bench_results, bench_run, benchmark
 from supar_cli.planning.plan import Plan
+from supar_cli.training import checkpoint
 from supar_cli.training.engines.choose import Setting
 from supar_cli.training.trainer import Trainer
 from tests.conftest import Called
@@ -206,6 +208,41 @@ def test_step_document(supar_here: Callable[..., Called], tmp_path: Path) -> Non
     assert "plain masked dense" in done.err
     (tmp_path / "then.json").write_text(json.dumps(result))
     assert supar_here(*flags, "-q", "--sparsity", "0.5", "--compare", "then.json").status == 2
+
+
+def test_run_document(supar_here: Callable[..., Called], tmp_path: Path) -> None:
+    flags = ("bench", "run", *STEP[2:], "--batch-size", "2", "--steps", "3", "--density", "0.25")
+    result, done = run(supar_here, *flags)
+    assert 0 < result["checkpoint_returns_ms"] <= result["checkpoint_stall_ms"] and result["log_every"] == 10
+    assert result["checkpoint_bytes"] > 10_000 and result["checkpoint_written_ms"] > 0 and result["step_ms"] > 0
+    parallel = result["parallel"]
+    assert parallel["processes"] == 2 and min(parallel[f"{name}_ms"] for name in ("alone", "beside", "exchanging")) > 0
+    for one in (result["checkpoint"], result["metrics"], parallel["over_alone"], parallel["over_beside"]):
+        low, high = one["quartiles"]
+        assert 0 < low <= one["share"] <= high
+    assert "gradients exchanged (DDP)" in done.err and max(map(len, done.err.splitlines())) <= 80
+    rose = {**result, "checkpoint": {"share": 1e-9, "quartiles": [1e-9, 1e-9]}}
+    rows = bench_results.compared("then.json", rose, result)
+    assert [row["what"] for row in rows if row["worse"]] == ["checkpoint, of a step"]
+
+
+def test_what_slows_a_checkpoint_is_measured(
+    plan_of: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save that waits for the disk, as one without a thread would, costs as many steps as it takes."""
+    trainer = Trainer(plan_of(), benchmark.random_tokens(plan_of()))
+    trainer.step()
+    quick = bench_run._checkpoint(trainer, tmp_path / "quick")
+    save = checkpoint.Writer.save
+
+    def waits(writer: checkpoint.Writer) -> None:
+        save(writer)
+        time.sleep(0.5)
+        writer.wait()
+
+    monkeypatch.setattr(checkpoint.Writer, "save", waits)
+    slow = bench_run._checkpoint(trainer, tmp_path / "slow")
+    assert slow["stall"] >= 0.5 > quick["stall"] and slow["returns"] >= 0.5
 
 
 def test_masked_dense_steps_as_ours_do(plan_of: Callable[..., Plan]) -> None:

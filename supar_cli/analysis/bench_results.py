@@ -21,6 +21,7 @@ WORSE = 0.1  # chosen: a smaller loss than a tenth is not worth an alarm, even w
 SETTINGS = {
     "layer": ("shape", "tokens", "density", "block", "device", "precision"),
     "step": ("shape", "batch_size", "sparsity", "block", "device", "precision", "compiled", "engine"),
+    "run": ("shape", "batch_size", "sparsity", "block", "device", "precision", "compiled", "engine"),
     "memory": ("shape", "tokens", "density", "device", "precision"),
 }
 
@@ -91,6 +92,13 @@ def readings(result: dict[str, Any]) -> dict[str, Reading]:
         return {
             "masked dense ÷ ours": Reading(result["masked_dense_ratio"], *result["masked_dense_ratio_quartiles"]),
             "plain dense ÷ ours": Reading(1 / result["ratio"], 1 / high, 1 / low),
+        }
+    if result["bench"] == "run":
+        found = {"checkpoint": result["checkpoint"], "metrics and monitors": result["metrics"]}
+        found |= {"two processes ÷ one beside another": result["parallel"]["over_beside"]} if result["parallel"] else {}
+        return {
+            f"{what}, of a step": Reading(one["share"], one["quartiles"][0], one["quartiles"][1], gain=False)
+            for what, one in found.items()
         }
     return {
         f"{name}, bytes per position": Reading(bytes_, bytes_, bytes_, gain=False)  # one measurement has no spread

@@ -9,7 +9,7 @@ Table = dict[str, Any]
 
 def tables(result: dict[str, Any]) -> list[Table]:
     """What a document says, within 80 columns."""
-    return {"layer": _layer, "step": _step, "memory": _memory}[result["bench"]](result)
+    return {"layer": _layer, "step": _step, "run": _run, "memory": _memory}[result["bench"]](result)
 
 
 def _spread(found: dict[str, Any], word: str) -> list[str]:
@@ -53,6 +53,36 @@ def _layer(result: dict[str, Any]) -> list[Table]:
     if even:
         columns = ["breaks even", "with masked dense", "with the best dense"]
         found.append({"title": "", "columns": columns, "rows": even})
+    return found
+
+
+def _run(result: dict[str, Any]) -> list[Table]:
+    def share(one: dict[str, Any]) -> list[str]:
+        return [f"{one['share']:.4g}", "{:.4g} to {:.4g}".format(*one["quartiles"])]
+
+    rows = [
+        ["a step", f"{result['step_ms']:.1f}", "1", ""],
+        [
+            f"a checkpoint of {result['checkpoint_bytes'] / 2**20:.1f} MiB",
+            f"{result['checkpoint_stall_ms']:.1f}",
+            *share(result["checkpoint"]),
+        ],
+        ["until its save returns", f"{result['checkpoint_returns_ms']:.1f}", "", ""],
+        ["until it is on disk", f"{result['checkpoint_written_ms']:.1f}", "", ""],
+        [f"metrics, and monitors every {result['log_every']} steps", "", *share(result["metrics"])],
+    ]
+    columns = ["", "ms", "of a step", "quartiles"]
+    found = [{"title": f"what is added to a step, density {result['density']:g}", "columns": columns, "rows": rows}]
+    parallel = result["parallel"]
+    if parallel:
+        title = f"a process's step at equal work, {parallel['threads_each']} threads each, {parallel['steps']} rounds"
+        rows = [
+            ["alone on the machine", f"{parallel['alone_ms']:.1f}", "", ""],
+            ["beside another, nothing exchanged", f"{parallel['beside_ms']:.1f}", "", ""],
+            ["gradients exchanged (DDP)", f"{parallel['exchanging_ms']:.1f}", *share(parallel["over_beside"])],
+            ["the same, over alone", "", *share(parallel["over_alone"])],
+        ]
+        found.append({"title": title, "columns": ["", "ms", "ratio", "quartiles"], "rows": rows})
     return found
 
 

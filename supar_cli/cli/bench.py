@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from supar_cli.cli import console, studies
+from supar_cli.cli import bench_transfer, console, studies
 from supar_cli.errors import CheckViolated, InputError
 from supar_cli.planning import sparsity as sparsities
 from supar_cli.planning.plan import Plan
@@ -36,28 +33,39 @@ Block = Annotated[
     int | None, typer.Option(help="Live weights in aligned N×N blocks, N of 16, 32, 64 or 128.", show_default=False)
 ]
 
+Width = Annotated[int, typer.Option(help="Model width.")]
+Layers = Annotated[int, typer.Option(help="Number of blocks.")]
+Heads = Annotated[int, typer.Option(help="Attention heads.")]
+Context = Annotated[int, typer.Option(help="Tokens per sequence.")]
+Vocab = Annotated[int, typer.Option(help="Vocabulary.")]
+BatchSize = Annotated[int, typer.Option(help="Sequences per step.")]
+StepSparsity = Annotated[
+    float | None, typer.Option(help="Sparsity of the masked model. [default: 0.9]", show_default=False)
+]
+StepDensity = Annotated[
+    float | None,
+    typer.Option(parser=sparsities.number, help="Density instead of sparsity, such as 1/128.", show_default=False),
+]
+EngineName = Annotated[str, typer.Option(help="auto, dense, sparse or block.")]
+Compile = Annotated[str, typer.Option("--compile", help="auto, on or off.")]
+
 
 @app.command(context_settings=HELP)
 def step(
-    width: Annotated[int, typer.Option(help="Model width.")] = 512,
-    layers: Annotated[int, typer.Option(help="Number of blocks.")] = 4,
-    heads: Annotated[int, typer.Option(help="Attention heads.")] = 8,
-    context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
-    vocab: Annotated[int, typer.Option(help="Vocabulary.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 8,
-    sparsity: Annotated[
-        float | None, typer.Option(help="Sparsity of the masked model. [default: 0.9]", show_default=False)
-    ] = None,
-    density: Annotated[
-        float | None,
-        typer.Option(parser=sparsities.number, help="Density instead of sparsity, such as 1/128.", show_default=False),
-    ] = None,
+    width: Width = 512,
+    layers: Layers = 4,
+    heads: Heads = 8,
+    context: Context = 256,
+    vocab: Vocab = 256,
+    batch_size: BatchSize = 8,
+    sparsity: StepSparsity = None,
+    density: StepDensity = None,
     block: Block = None,
-    engine: Annotated[str, typer.Option(help="auto, dense, sparse or block.")] = "auto",
+    engine: EngineName = "auto",
     steps: Annotated[int, typer.Option(min=3, help="Rounds of steps timed.")] = 20,
     device: Device = "auto",
     precision: Precision = "auto",
-    compile_: Annotated[str, typer.Option("--compile", help="auto, on or off.")] = "auto",
+    compile_: Compile = "auto",
     compare: Compare = None,
     out: console.Out = None,
     force: console.Force = False,
@@ -67,26 +75,33 @@ def step(
     """Time a masked training step against a plain GPT's, dense and masked as peers do it, interleaved."""
     flags = locals()
     plan = _step_plan(flags)
-    from supar_cli.analysis import bench_results, benchmark
+    from supar_cli.analysis import benchmark
     from supar_cli.training.device import Setup
 
     setup = Setup.of(plan)
-    start = {
-        "bench": "step",
-        "shape": {name: getattr(plan.model, name) for name in SHAPE},
-        "batch_size": batch_size,
-        "sparsity": plan.sparsity.sparsity,
-        "density": plan.sparsity.density,
-        "block": block,
-        "engine": engine,
-        **bench_results.where(setup.device, setup.precision),
-        "compiled": setup.compiles,
-    }
+    start = _step_settings("step", plan, flags, setup)
     earlier = _earlier(start, flags)
     _finish(start | benchmark.compare(plan, steps).fields(), earlier, setup.device, flags)
 
 
 SHAPE = ("family", "width", "layers", "heads", "context", "vocab")
+
+
+def _step_settings(bench: str, plan: Plan, flags: dict[str, Any], setup: Any) -> dict[str, Any]:
+    """What a benchmark of a whole model's steps is of."""
+    from supar_cli.analysis import bench_results
+
+    return {
+        "bench": bench,
+        "shape": {name: getattr(plan.model, name) for name in SHAPE},
+        "batch_size": plan.train.batch_size,
+        "sparsity": plan.sparsity.sparsity,
+        "density": plan.sparsity.density,
+        "block": flags["block"],
+        "engine": flags["engine"],
+        **bench_results.where(setup.device, setup.precision),
+        "compiled": setup.compiles,
+    }
 
 
 def _step_plan(flags: dict[str, Any]) -> Plan:
@@ -99,6 +114,42 @@ def _step_plan(flags: dict[str, Any]) -> Plan:
     shape = {"family": "gpt2", **{name: flags[name] for name in SHAPE[1:]}}
     run = {name: flags[name] for name in ("device", "precision", "engine")} | {"compile": flags["compile_"]}
     return _plan(shape, flags["batch_size"], flags["steps"], wanted, run)
+
+
+@app.command(context_settings=HELP)
+def run(
+    width: Width = 512,
+    layers: Layers = 4,
+    heads: Heads = 8,
+    context: Context = 256,
+    vocab: Vocab = 256,
+    batch_size: BatchSize = 8,
+    sparsity: StepSparsity = None,
+    density: StepDensity = None,
+    block: Block = None,
+    engine: EngineName = "auto",
+    steps: Annotated[int, typer.Option(min=3, help="Rounds of steps timed.")] = 20,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    compile_: Compile = "auto",
+    compare: Compare = None,
+    out: console.Out = None,
+    force: console.Force = False,
+    as_json: console.Json = False,
+    quiet: console.Quiet = False,
+) -> None:
+    """Time what is added to a step: checkpoints, metrics and monitors; on a CPU also a second process and its gradients."""
+    flags = locals()
+    plan = _step_plan(flags)
+    from supar_cli.analysis import bench_run
+    from supar_cli.training.device import Setup
+
+    setup = Setup.of(plan)
+    start = _step_settings("run", plan, flags, setup)
+    earlier = _earlier(start, flags)
+    found = bench_run.measure(plan, steps)
+    parallel = bench_run.measure_processes(plan, steps) if setup.device.type == "cpu" else None
+    _finish(start | found | {"parallel": parallel}, earlier, setup.device, flags)
 
 
 @app.command(context_settings=HELP)
@@ -241,62 +292,7 @@ def _finish(result: dict[str, Any], earlier: dict[str, Any] | None, device: Any,
         raise CheckViolated("\n".join(worse))
 
 
-PROXY = """\
-kind: supar.proxy/v1
-model: {family: gpt2, width: 128, layers: 2, heads: 2, context: 128, vocab: 256}
-hyperparameters: {lr: 0.015625, init_std: 0.08, alpha_input: 5.0, alpha_output: 1.0, weight_decay: 0.1}
-train: {steps: 300, batch_size: 16}
-data: {source: stdlib, hash: "sha256:known"}
-"""
-IMPORTS = "import typer, pydantic, yaml"
-
-
-@app.command("transfer", context_settings=HELP)
-def transfer_(
-    rounds: Annotated[int, typer.Option(min=3, help="Times each command is run.")] = 15,
-    as_json: console.Json = False,
-    quiet: console.Quiet = False,
-) -> None:
-    """Time `supar transfer` against importing its libraries, and a target of 100 layers against one of 2."""
-    import statistics
-
-    def transfer_to(layers: int) -> list[str]:
-        return [
-            sys.executable,
-            "-m",
-            "supar_cli",
-            "transfer",
-            "-",
-            "--sparsity",
-            "0.992",
-            "--width",
-            "2048",
-            "--layers",
-            str(layers),
-            "-o",
-            "-",
-        ]
-
-    commands = {"imports": [sys.executable, "-c", IMPORTS], "2 layers": transfer_to(2), "100 layers": transfer_to(100)}
-    times: dict[str, list[float]] = {name: [] for name in commands}
-    for _ in range(rounds):
-        for name, command in commands.items():
-            started = time.perf_counter()
-            subprocess.run(command, input=PROXY.encode(), capture_output=True, check=True)
-            times[name].append(time.perf_counter() - started)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    result = {
-        "kind": "supar.bench/v1",
-        "rounds": rounds,
-        "seconds": {name: round(value, 4) for name, value in median.items()},
-        "transfer_over_imports": round(median["2 layers"] / median["imports"], 3),
-        "100_layers_minus_twice_2_layers_s": round(median["100 layers"] - 2 * median["2 layers"], 3),
-    }
-    console.Talk(quiet).log(
-        f"`{IMPORTS}` {median['imports']:.3f} s; `supar transfer` {median['2 layers']:.3f} s with 2 layers "
-        f"({result['transfer_over_imports']} times that), {median['100 layers']:.3f} s with 100"
-    )
-    console.emit([result], None, None, force=True, as_json=as_json, talk=console.Talk(quiet))
+app.command("transfer", context_settings=HELP)(bench_transfer.transfer)
 
 
 def _plan(shape: dict[str, Any], batch_size: int, steps: int, sparsity: dict[str, Any], run: dict[str, Any]) -> Plan:

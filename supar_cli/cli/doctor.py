@@ -103,7 +103,13 @@ def _devices() -> dict[str, Any]:
                 "bfloat16": card.major >= 8,
             }
         )
-    return {"cuda_build": torch.version.cuda, "cuda": cards, "cpu_threads": torch.get_num_threads()}
+    backends = {"gloo": torch.distributed.is_gloo_available(), "nccl": torch.distributed.is_nccl_available()}
+    return {
+        "cuda_build": torch.version.cuda,
+        "cuda": cards,
+        "cpu_threads": torch.get_num_threads(),
+        "distributed": [name for name, there in backends.items() if there],
+    }
 
 
 def _data(source: str | None) -> dict[str, Any]:

@@ -87,6 +87,11 @@ class Writer:
         self.wait()
         self._pending = self._pool.submit(_write, self.folder, Snapshot.of(self._trainer), self._world)
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether one is being written now."""
+        return self._pending is not None and not self._pending.done()
+
     def wait(self) -> None:
         """Return when all is on disk."""
         pending, self._pending = self._pending, None

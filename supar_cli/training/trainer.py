@@ -136,7 +136,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
         self.asked_to_stop = stops > 0
-        return loss_value, norm_value, self._watch(inputs, norms) if watch else {}
+        return loss_value, norm_value, self.watch(inputs, norms) if watch else {}
 
     def factor(self, step: int) -> float:
         """The schedule's factor on every peak learning rate at a step."""
@@ -149,7 +149,8 @@ class Trainer:
             final_lr_fraction=train.final_lr_fraction,
         )
 
-    def _watch(self, inputs: Tensor, norms: Tensor) -> dict[str, float]:
+    def watch(self, inputs: Tensor, norms: Tensor) -> dict[str, float]:
+        """Look at activations on the first of the inputs, and at the tensors' gradient norms; those norms by role."""
         by_tensor = dict(zip(self.prepared.tensors, norms.tolist(), strict=True))
         with self.setup.autocast(), self.parallel.looking(hooks=True):
             sizes = monitor.activation_sizes(self.prepared.model, inputs[:1].to(self.setup.device))
