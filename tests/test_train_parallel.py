@@ -279,7 +279,9 @@ class TestKilled:
     ) -> None:
         trained(long, tmp_path / "whole")
         flags = ("--nproc", "2", "--parallel", parallel, "--max-restarts", "1", "--checkpoint-every", "20")
-        process = started(tmp_path, *flags, steps=50)
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/other").write_text("in the way")  # so that --force is needed, and may not start again
+        process = started(tmp_path, *flags, "--force", steps=50)
         os.kill(member(process.pid, 1), signal.SIGKILL)
         code, _, err = ended(process)
         assert code == 0, err
@@ -303,6 +305,10 @@ class TestKilled:
 
 
 class TestRefused:
+    def test_restarts_without_a_launcher(self, plan: Plan, supar_here: Supar) -> None:
+        done = supar_here("train", "-o", "run", "--max-restarts", "2")
+        assert (done.status, done.err) == (2, "error: --max-restarts: goes with --nproc; torchrun has its own\n")
+
     def test_bad_input_is_said_once_and_nothing_starts(self, plan: Plan, supar: Supar, tmp_path: Path) -> None:
         done = supar("train", "none.yaml", "--nproc", "2")
         assert done.status == 2 and done.err.splitlines() == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -64,7 +65,8 @@ class LazyGroup(typer.core.TyperGroup):
             return super().invoke(ctx)
         except SuparError as error:
             if not (error.shared and is_follower()):
-                for line in str(error).splitlines():
+                rank = f"rank {os.environ['RANK']}: " if is_follower() else ""
+                for line in (rank + str(error)).splitlines():
                     sys.stderr.write(line + "\n" if line.startswith(("  ", "error:")) else f"error: {line}\n")
             raise SystemExit(error.exit_status) from None
         except KeyboardInterrupt:

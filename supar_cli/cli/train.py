@@ -19,7 +19,7 @@ from supar_cli.planning import document
 from supar_cli.planning.document import Document
 from supar_cli.planning.plan import Plan, with_steps
 from supar_cli.planning.spec import parse
-from supar_cli.training.membership import LAUNCH, TORCHRUN, is_follower
+from supar_cli.training.membership import LAUNCH, TORCHRUN, is_follower, is_restarted
 
 if TYPE_CHECKING:
     from supar_cli.training.world import World
@@ -100,6 +100,8 @@ def train(
         return
     if nproc is not None and not _is_launched():
         raise typer.Exit(_launched(flags, talk))
+    if max_restarts and nproc is None:
+        raise InputError("--max-restarts: goes with --nproc; torchrun has its own")
     from supar_cli.training.stopping import Stopping
     from supar_cli.training.world import joined
 
@@ -175,7 +177,9 @@ def _launched(flags: dict[str, Any], talk: console.Talk) -> int:
     from supar_cli.training import launch
 
     with launch.prepared(flags["nproc"], document.standard_input() if flags["plan"] == "-" else None) as folder:
-        _jobs(flags, console.Talk(quiet=True))  # bad input ends here, once
+        jobs = _jobs(flags, console.Talk(quiet=True))  # bad input ends here, once
+        if flags["force"] and flags["max_restarts"] and len(jobs) > 1:  # another start could not tell which have begun
+            raise InputError(f"--force: {len(jobs)} plans with --max-restarts; expected --index with one of them")
         return launch.launch(flags["ctx"].meta[ARGUMENTS], flags["nproc"], flags["max_restarts"], folder, talk.warn)
 
 
@@ -206,13 +210,14 @@ def _run(job: Job, flags: dict[str, Any], talk: console.Talk, stop: Any, world: 
     from supar_cli.training.running import Silent
 
     plan, directory = job.plan, job.directory
-    resume = flags["resume"] and not flags["force"]
+    force = flags["force"] and not is_restarted()
+    resume = (flags["resume"] and not force) or is_restarted()
     with console.Progress(directory.name, talk.quiet, talk.verbose) as progress, ExitStack() as stack:
         with console.located(job.read), _enough_memory():
             ready = trainer.Trainer(plan, reporter=progress if world.is_first else Silent(), world=world)
         setup = ready.setup
         try:
-            opening = rundir.opened(directory, plan, resume=resume, force=flags["force"])
+            opening = rundir.opened(directory, plan, resume=resume, force=force)
             changes = world.on_first(lambda: stack.enter_context(opening))
             with world.complete(), _enough_memory():
                 for change in changes:

@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from supar_cli.errors import Preempted, SetupError
-from supar_cli.training.membership import LAUNCH, STDIN
+from supar_cli.training.membership import LAUNCH, RESTARTED, STDIN
 from supar_cli.training.stopping import SIGNALS
 
 # A worker's statuses that another try would not change: bad input, no usable result, a check, asked to stop
@@ -73,6 +73,7 @@ def launch(arguments: list[str], processes: int, restarts: int, folder: Path, wa
             return final[0] if final else 128 + heard[0]
         if final and not killed:
             return final[0]
+        os.environ[RESTARTED] = "1"
         if attempt < restarts:
             what = f"killed: {', '.join(killed)}" if killed else "a process failed"
             warn(f"{what}; starting again from the last checkpoint, {attempt + 1} of at most {restarts} times")

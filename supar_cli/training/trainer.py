@@ -61,7 +61,7 @@ class Trainer:
 
     def _build(self) -> None:
         setup, plan = self.setup, self.plan
-        kind, why = kind_of(plan, setup, self.world)
+        kind, why = self.world.on_first(lambda: kind_of(plan, setup, self.world))
         if why:
             self.reporter.log(why)
         self.engines = choose.Engines(plan, setup, self.world, sharded=kind == "fsdp")

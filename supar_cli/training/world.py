@@ -92,7 +92,7 @@ class World:
             if not self.grouped or not gone:
                 raise
             raise SetupError(
-                f"rank {self.rank}: another process of this run is gone; the same command goes on from the last checkpoint"
+                "another process of this run is gone; the same command goes on from the last checkpoint"
             ) from None
 
     def beside(self) -> World:
