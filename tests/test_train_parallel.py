@@ -88,10 +88,13 @@ def member(launcher: int, rank: int) -> int:
     raise AssertionError(f"no rank {rank} below process {launcher}")
 
 
-def torchrun(folder: Path, *flags: str, nodes: int = 1, nproc: int = 2, port: int = 0, stdin: str = "") -> list[Called]:
+def torchrun(
+    folder: Path, *flags: str, nodes: int = 1, nproc: int = 2, port: int = 0, stdin: str = "", restarts: int = 0
+) -> list[Called]:
     """`torchrun … -m supar_cli train` as so many nodes on loopback, each an agent of its own."""
     rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=t", "--local-addr=127.0.0.1"]
     start = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc-per-node={nproc}"]
+    start.append(f"--max-restarts={restarts}")
     where = rendezvous if nodes > 1 else ["--standalone"]
     command = [*start, *where, "-m", "supar_cli", "train", *flags]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -265,6 +268,14 @@ class TestStopped:
     def test_max_time(self, long: Plan, supar: Supar, tmp_path: Path) -> None:
         done = supar("train", "-o", "run", "-q", "--nproc", "2", "--max-time", "0.3s")
         assert done.status == 75 and "by the limit of 0.3 s" in done.err
+
+    def test_torchruns_restarts_do_not_take_it_up(self, long: Plan, tmp_path: Path) -> None:
+        flags = ("-o", "run", "-q", "--max-time", "0.3s")
+        (called,) = torchrun(tmp_path, *flags, restarts=1)
+        assert called.status == 1 and called.out == ""
+        said = [line for line in called.err.splitlines() if line.startswith("warning: stopped at step ")]
+        assert len(said) == 2 and said[0] == said[1]
+        assert f"at step {len(losses(tmp_path / 'run'))} of 400 by the limit of 0.3 s" in said[0]
 
 
 def assert_close_until(one: Path, other: Path, steps: int) -> None:

@@ -208,6 +208,7 @@ def _run(job: Job, flags: dict[str, Any], talk: console.Talk, stop: Any, world: 
     """Train a plan, this process's part of it, and give its result; only the first of several speaks and writes."""
     from supar_cli.training import checkpoint, rundir, trainer
     from supar_cli.training.running import Silent
+    from supar_cli.training.world import shared
 
     plan, directory = job.plan, job.directory
     force = flags["force"] and not is_restarted()
@@ -217,6 +218,8 @@ def _run(job: Job, flags: dict[str, Any], talk: console.Talk, stop: Any, world: 
             ready = trainer.Trainer(plan, reporter=progress if world.is_first else Silent(), world=world)
         setup = ready.setup
         try:
+            if is_restarted() and (why := world.on_first(lambda: rundir.preempted(directory))):
+                raise shared(Preempted, why)  # by torchrun, to which every status but 0 is a failure
             opening = rundir.opened(directory, plan, resume=resume, force=force)
             changes = world.on_first(lambda: stack.enter_context(opening))
             with world.complete(), _enough_memory():

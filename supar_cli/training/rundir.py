@@ -43,6 +43,14 @@ def opened(directory: Path, plan: Plan, *, resume: bool, force: bool) -> Iterato
             raise
 
 
+def preempted(directory: Path) -> str:
+    """How a directory's run was asked to stop, empty where it ended otherwise or goes on."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        ended = json.loads((directory / ENDED).read_text("utf-8"))
+        return str(ended["text"]) if ended["state"] == "preempted" else ""
+    return ""
+
+
 def _lock(directory: Path) -> TextIO:
     """The directory's lock, the system's own: it ends with the process, however that ends."""
     with writing(directory):
