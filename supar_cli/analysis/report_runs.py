@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -15,44 +14,10 @@ from supar_cli.planning.overview import COLUMNS, number, plan_rows
 from supar_cli.planning.plan import Plan, parse
 from supar_cli.planning.spec import Proxy
 from supar_cli.training import rundir
+from supar_cli.training.rundir import Record, read_json, read_lines, read_result
 
 POINTS = 200  # chosen: more than a figure of this size shows
 QUIET_S = 600.0  # chosen: a job that has written nothing for so long may not be running any more
-
-Record = dict[str, Any]
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's data; NaN and infinities are read as null. Raises SetupError that names the file."""
-    try:
-        return json.loads(path.read_bytes().decode("utf-8"), parse_constant=lambda _: None)
-    except OSError as error:
-        raise SetupError(f"{path}: can't be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise SetupError(f"{path}: is corrupt: {error}; expected JSON") from None
-
-
-def read_lines(path: Path, key: str) -> list[Record]:
-    """Records of a JSONL file, each with `key`; a last line that is cut is dropped, a missing file has none.
-
-    Raises SetupError that names the file and line.
-    """
-    if not path.exists():
-        return []
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise SetupError(f"{path}: can't be read: {error.strerror or error}") from None
-    found = []
-    for at, line in enumerate(raw.split(b"\n")[:-1], 1):
-        try:
-            record = json.loads(line.decode("utf-8"), parse_constant=lambda _: None)
-        except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict) or key not in record:
-            raise SetupError(f"{path}:{at}: not a record; expected a JSON object with `{key}`")
-        found.append(record)
-    return found
 
 
 def last_written(path: Path) -> tuple[str, bool]:
@@ -70,9 +35,7 @@ def run_part(folder: Path) -> Part:
     for at, record in enumerate(records, 1):
         if not isinstance(record["step"], int) or not isinstance(record.get("grad_norm_by_role", {}), dict):
             raise SetupError(f"{path}:{at}: not a record of a step; expected a whole number and norms by role")
-    result = read_json(folder / "result.json") if (folder / "result.json").exists() else None
-    if result is not None and (not isinstance(result, dict) or result.get("kind") != "supar.result/v1"):
-        raise SetupError(f"{folder / 'result.json'}: is no result of a run; expected kind supar.result/v1")
+    result = read_result(folder / "result.json") if (folder / "result.json").exists() else None
     part = Part(str(folder), "run", f"Run {plan.name}", "")
     step = records[-1]["step"] if records else 0
     _judge(part, plan, result, records, step, last_written(path if path.exists() else source)[0], state(folder, result))

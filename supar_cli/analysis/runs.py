@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from supar_cli.analysis.report_runs import Record, finite, last_written, points, read_json, read_lines, state, thinned
+from supar_cli.analysis.report_runs import finite, last_written, points, state, thinned
 from supar_cli.errors import SetupError, SuparError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan, parse
+from supar_cli.training.rundir import Record, read_lines, read_result
 
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a Unicode braille cell: 4 rows of 2
 
@@ -25,7 +26,7 @@ def summary(folder: Path) -> dict[str, Any]:
     try:
         plan = parse(Plan, document.read_file(str(folder / "plan.yaml"))[0])
         records = read_lines(folder / "metrics.jsonl", "step")
-        result = read_json(folder / "result.json") if (folder / "result.json").exists() else None
+        result = read_result(folder / "result.json") if (folder / "result.json").exists() else None
         word, text = state(folder, result)
     except SuparError as error:
         return {"run": str(folder), "state": "unreadable", "text": str(error).splitlines()[0]}
@@ -47,7 +48,7 @@ def details(folder: Path) -> tuple[Plan, dict[str, Any], list[Record], dict[str,
     if found["state"] == "unreadable":
         raise SetupError(found["text"])
     plan = parse(Plan, document.read_file(str(folder / "plan.yaml"))[0])
-    result = read_json(folder / "result.json") if (folder / "result.json").exists() else {}
+    result = read_result(folder / "result.json") if (folder / "result.json").exists() else {}
     return plan, found, read_lines(folder / "metrics.jsonl", "step"), result.get("environment") or {}
 
 

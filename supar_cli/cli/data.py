@@ -41,6 +41,7 @@ def inspect(
 ) -> None:
     """Show how a corpus is read: format, split, number of tokens, vocabulary needed, first tokens, hash."""
     from supar_cli.training import data
+    from supar_cli.training.tokenfile import largest
 
     section = _section(source, format_, tokenizer, field)
     known = corpus.identified(section)
@@ -62,7 +63,7 @@ def inspect(
         "bytes": sum(path.stat().st_size for path in found.files),
         "tokens": {name: split.total for name, split in splits.items()},
         "longest_context": {name: max(len(s.tokens) for s in split.segments) - 1 for name, split in splits.items()},
-        "vocab": 1 + max(int(s.tokens.max()) for split in splits.values() for s in split.segments if len(s.tokens)),
+        "vocab": 1 + max(largest(s.tokens) for split in splits.values() for s in split.segments if len(s.tokens)),
         "first": bytes(first).decode("utf-8", "replace") if words and tokenizer == "bytes" else first.tolist(),
         "hash": tokens.hash,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -239,7 +238,7 @@ def _run(job: Job, flags: dict[str, Any], talk: console.Talk, stop: Any, world: 
             raise
     if not world.is_first:
         return {}
-    result: dict[str, Any] = json.loads((directory / "result.json").read_text("utf-8"))
+    result: dict[str, Any] = rundir.read_result(directory / "result.json")
     if outcome.resumed_at == plan.train.steps:
         talk.log(f"{directory}: was complete already; --force starts again")
     took = f"after {result['steps']} steps in {console.duration(result['seconds'])}"

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,11 +73,12 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 class Writer:
     """Writes a run's checkpoints beside its training, one at a time, all but the newest `run.keep` dropped.
 
-    Where the model is sharded every process has one. Raises SetupError of a checkpoint that failed at the next call.
+    Where the model is sharded every process has one. `before` is called when a checkpoint has all its tensors and is not
+    yet whole. Raises SetupError of a checkpoint that failed at the next call.
     """
 
-    def __init__(self, folder: Path, trainer: Trainer) -> None:
-        self.folder, self._trainer = folder, trainer
+    def __init__(self, folder: Path, trainer: Trainer, before: Callable[[], None] = lambda: None) -> None:
+        self.folder, self._trainer, self._before = folder, trainer, before
         self._world = trainer.world.beside() if trainer.parallel.sharded else World()
         self._pool = ThreadPoolExecutor(1, "checkpoints")
         self._pending: Future[Path] | None = None
@@ -85,7 +86,8 @@ class Writer:
     def save(self) -> None:
         """Copy the state and return; the copy is written meanwhile. Waits for the checkpoint before."""
         self.wait()
-        self._pending = self._pool.submit(_write, self.folder, Snapshot.of(self._trainer), self._world)
+        snapshot = Snapshot.of(self._trainer)
+        self._pending = self._pool.submit(_write, self.folder, snapshot, self._world, self._before)
 
     @property
     def is_writing(self) -> bool:
@@ -113,7 +115,7 @@ def _writing(folder: Path) -> Iterator[None]:
         raise SetupError(f"{folder}: the checkpoint can't be written: {text}") from None
 
 
-def _write(folder: Path, snapshot: Snapshot, world: World) -> Path:
+def _write(folder: Path, snapshot: Snapshot, world: World, before: Callable[[], None]) -> Path:
     """Write `folder/step-N`, by all of a world together; gives its path. Raises SetupError."""
     final = folder / f"step-{snapshot.step:08d}"
     aside = folder / f".{final.name}.{os.getpid()}"
@@ -122,7 +124,7 @@ def _write(folder: Path, snapshot: Snapshot, world: World) -> Path:
         _fill(aside, snapshot, world)
         files = world.together(lambda: _hashed(aside, world))
         hashes = {name: value for found in world.gather(files) for name, value in found.items()}
-        return world.on_first(lambda: _finish(aside, final, snapshot, hashes))
+        return world.on_first(lambda: _finish(aside, final, snapshot, hashes, before))
     except SetupError:
         if world.is_first:
             shutil.rmtree(aside, ignore_errors=True)  # a full disk has better uses
@@ -157,7 +159,7 @@ def _hashed(aside: Path, world: World) -> dict[str, str]:
         return {path.name: _file_hash(path) for path in aside.glob(pattern)}
 
 
-def _finish(aside: Path, final: Path, snapshot: Snapshot, hashes: dict[str, str]) -> Path:
+def _finish(aside: Path, final: Path, snapshot: Snapshot, hashes: dict[str, str], before: Callable[[], None]) -> Path:
     """Make a folder that holds all tensors the checkpoint of its step, and drop those that are too many."""
     with _writing(final.parent):
         missing = [name for name in hashes if not (aside / name).is_file()]
@@ -177,11 +179,12 @@ def _finish(aside: Path, final: Path, snapshot: Snapshot, hashes: dict[str, str]
         for name in ("plan.yaml", "manifest.json"):
             _flush(aside / name)
         _flush(aside)
-        before = final.with_name(f".{final.name}.old")
+        before()
+        replaced = final.with_name(f".{final.name}.old")
         if final.exists():  # moved away whole: a kill now leaves the one before it, never a part of this
-            final.rename(before)
+            final.rename(replaced)
         aside.rename(final)
-        shutil.rmtree(before, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
         _flush(final.parent)
         for old in available(final.parent)[: -snapshot.plan.run.keep]:
             shutil.rmtree(old)

@@ -20,6 +20,7 @@ from supar_cli.planning import corpus
 from supar_cli.planning.corpus import Corpus
 from supar_cli.planning.plan import Data
 from supar_cli.training import masks
+from supar_cli.training.tokenfile import Stamp, TokenFile, changed, stamp
 
 SEPARATOR_BYTE = 0  # chosen: NUL parts documents in byte tokens; it stands in no text
 TAIL_SHARE = 10  # chosen: a corpus of one file holds out its last tenth
@@ -35,7 +36,12 @@ class Segment:
     """One run of tokens and the file it came from."""
 
     name: str
-    tokens: NDArray[Any]
+    tokens: NDArray[Any] | TokenFile
+
+    def part(self, start: int, stop: int) -> Segment:
+        """The tokens from `start` to before `stop`."""
+        tokens = self.tokens.part(start, stop) if isinstance(self.tokens, TokenFile) else self.tokens[start:stop]
+        return Segment(self.name, tokens)
 
 
 @dataclass(slots=True)
@@ -96,18 +102,22 @@ class Tokens:
 
 def load(data: Data, *, vocab: int, context: int) -> Tokens:
     """Tokens of a data section. Raises InputError for the wrong data, SetupError for data that can't be used."""
+    found = corpus.find(data)
+    stamps = {path: stamp(path) for path in found.files}  # before they are read: what is hashed is what is used
     identified = corpus.identified(data)
     assert identified.hash is not None
-    found = corpus.find(data)
     encode, size = tokenizer(data)
     if found.kind in ("text", "jsonl") and size > vocab:
         raise InputError(f"model.vocab: {vocab} is less than the {size} tokens of the tokenizer {data.tokenizer!r}")
-    train, validation = _segments(found, found.train, data, encode), _segments(found, found.validation, data, encode)
+    train, validation = (_segments(found, files, data, encode, stamps) for files in (found.train, found.validation))
+    for path, known in stamps.items():
+        if stamp(path) != known:
+            raise changed(path)
     if not validation:
         longest = max(train, key=lambda segment: len(segment.tokens))
         cut = len(longest.tokens) - len(longest.tokens) // TAIL_SHARE
-        validation = [Segment(longest.name, longest.tokens[cut:])]
-        train = [Segment(s.name, s.tokens[:cut]) if s is longest else s for s in train]
+        validation = [longest.part(cut, len(longest.tokens))]
+        train = [one.part(0, cut) if one is longest else one for one in train]
     splits = Split(train, vocab), Split(validation, vocab)
     for name, split in zip(("training", "validation"), splits, strict=True):
         if split.windows(context + 1) < 1:
@@ -144,13 +154,15 @@ def tokenizer(data: Data) -> tuple[Encoder | None, int]:
     return encode, loaded.get_vocab_size()
 
 
-def _segments(found: Corpus, files: list[Path], data: Data, encode: Encoder | None) -> list[Segment]:
+def _segments(
+    found: Corpus, files: list[Path], data: Data, encode: Encoder | None, stamps: dict[Path, Stamp]
+) -> list[Segment]:
     if not files:
         return []
     if found.kind in ("nanogpt", "llmc"):
-        return [Segment(str(path), _token_file(path, found.kind)) for path in files]
+        return [Segment(str(path), _token_file(path, found.kind, stamps[path])) for path in files]
     if encode is None and found.kind == "text" and len(files) == 1:
-        return [Segment(str(files[0]), _mapped(files[0], np.uint8, 0))]
+        return [Segment(str(files[0]), _bytes(files[0], stamps[files[0]]))]
     parts = list(encoded(found.kind, files, data, encode))
     return [Segment(str(found.root), np.concatenate(parts) if parts else np.zeros(0, np.uint8))]
 
@@ -184,10 +196,9 @@ def documents(kind: str, files: list[Path], data: Data) -> Iterator[bytes]:
                     ) from None
 
 
-def _token_file(path: Path, kind: str) -> NDArray[Any]:
-    """A memory map of uint16 tokens. nanoGPT: raw; llm.c: a header of 256 int32 (magic, version, count), then tokens."""
-    size = path.stat().st_size
-    offset = 0
+def _token_file(path: Path, kind: str, known: Stamp) -> TokenFile:
+    """A file of uint16 tokens. nanoGPT: raw; llm.c: a header of 256 int32 (magic, version, count), then tokens."""
+    size, offset = known[1], 0
     if kind == "llmc":
         header = np.fromfile(path, dtype="<i4", count=256)
         if len(header) < 256 or header[0] != corpus.LLMC_MAGIC or header[1] != 1:
@@ -199,13 +210,13 @@ def _token_file(path: Path, kind: str) -> NDArray[Any]:
             )
     if (size - offset) % 2 or size == offset:
         raise SetupError(f"{path}: a corrupt token file: {size} bytes are not uint16 tokens")
-    return _mapped(path, np.dtype("<u2"), offset)
+    return TokenFile(path, "<u2", offset, known)
 
 
-def _mapped(path: Path, dtype: Any, offset: int) -> NDArray[Any]:
-    if path.stat().st_size == 0:
+def _bytes(path: Path, known: Stamp) -> TokenFile:
+    if known[1] == 0:
         raise InputError(f"{path}: the file is empty")
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset)
+    return TokenFile(path, np.uint8, 0, known)
 
 
 def prepare(data: Data, directory: Path, progress: Callable[[str, int], None]) -> dict[str, int]:

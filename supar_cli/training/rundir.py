@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,6 +14,8 @@ from typing import Any, TextIO
 from supar_cli.errors import InputError, Preempted, SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan, parse
+
+Record = dict[str, Any]
 
 DIFFERENCES = 8  # chosen: named of two plans; the others are counted
 ENDED = "ended.json"  # how training ended where it did not finish
@@ -143,18 +146,24 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 class Metrics:
-    """metrics.jsonl of a run: `before` are the records of steps already done; lines of steps to be done again are dropped."""
+    """metrics.jsonl of a run: `before` are the records of steps already done; lines of steps to be done again are dropped.
 
-    def __init__(self, directory: Path | None, done: int) -> None:
+    `warn` is told of steps that have no record. Raises SetupError where the file can't be read or written.
+    """
+
+    def __init__(self, directory: Path | None, done: int, warn: Callable[[str], None] = lambda _: None) -> None:
         self._file: TextIO | None = None
-        self.before: list[dict[str, Any]] = []
+        self.before: list[Record] = []
         if directory is not None:
             path = directory / "metrics.jsonl"
-            kept = [line for line in _lines(path) if json.loads(line)["step"] <= done] if done else []
-            self.before = [json.loads(line) for line in kept]
+            kept = _steps(path, done)
+            self.before = [record for _, record in kept]
+            lost = done - len({record["step"] for record in self.before})
+            if lost:
+                warn(f"{path}: {lost} of the {done} steps before have no record any more")
             self._directory = directory
             with writing(directory):
-                document.write_file(path, "".join(kept))
+                document.write_file(path, "".join(line for line, _ in kept))
                 self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> Metrics:
@@ -165,15 +174,72 @@ class Metrics:
             with suppress(OSError):  # of a line that could not be written before
                 self._file.close()
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Record) -> None:
         if self._file is not None:
             with writing(self._directory):
                 self._file.write(json.dumps(record) + "\n")
                 self._file.flush()
 
+    def sync(self) -> None:
+        """See what is written on disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
-def _lines(path: Path) -> list[str]:
-    """Complete lines of a file; the last one of a killed run may be cut."""
-    if not path.is_file():
+
+def _steps(path: Path, done: int) -> list[tuple[str, Record]]:
+    """Lines and records of the first `done` steps. What follows them is to be done again, whatever it is."""
+    found: list[tuple[str, Record]] = []
+    lines = (
+        path.read_bytes().split(b"\n")[:-1] if done and path.is_file() else []
+    )  # a killed run's last line may be cut
+    for at, line in enumerate(lines, 1):
+        if found and found[-1][1]["step"] >= done:
+            break
+        record = _record(path, at, line, "loss")
+        if not isinstance(record.get("step"), int):
+            raise SetupError(f"{path}:{at}: not a record of a step; expected a whole number as its `step`")
+        if record["step"] <= done:
+            found.append((line.decode("utf-8") + "\n", record))
+    return found
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's data; NaN and infinities are read as null. Raises SetupError that names the file."""
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"), parse_constant=lambda _: None)
+    except OSError as error:
+        raise SetupError(f"{path}: can't be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise SetupError(f"{path}: is corrupt: {error}; expected JSON") from None
+
+
+def read_result(path: Path) -> Record:
+    """A run's result.json. Raises SetupError that names the file where it is none."""
+    found = read_json(path)
+    if not isinstance(found, dict) or found.get("kind") != "supar.result/v1":
+        raise SetupError(f"{path}: is no result of a run; without it `supar train` writes it again")
+    return found
+
+
+def read_lines(path: Path, key: str) -> list[Record]:
+    """Records of a JSONL file, each with `key`; a last line that is cut is dropped, a missing file has none.
+
+    Raises SetupError that names the file and line.
+    """
+    if not path.exists():
         return []
-    return [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise SetupError(f"{path}: can't be read: {error.strerror or error}") from None
+    return [_record(path, at, line, key) for at, line in enumerate(raw.split(b"\n")[:-1], 1)]
+
+
+def _record(path: Path, at: int, line: bytes, key: str) -> Record:
+    try:
+        record = json.loads(line.decode("utf-8"), parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or key not in record:
+        raise SetupError(f"{path}:{at}: not a record; expected a JSON object with `{key}`")
+    return record

@@ -63,7 +63,7 @@ def run(
         trainer.done = outcome.resumed_at = _restore(trainer, directory)
     started = time.perf_counter()
     own = directory if world.is_first else None
-    with rundir.Metrics(own, trainer.done) as metrics:
+    with rundir.Metrics(own, trainer.done, trainer.reporter.warn) as metrics:
         outcome.losses = [record["loss"] for record in metrics.before]
         outcome.evaluations = [(r["step"], r["validation_loss"]) for r in metrics.before if "validation_loss" in r]
         there = directory is not None and trainer.done == trainer.plan.train.steps
@@ -71,7 +71,7 @@ def run(
             return outcome
         writer = None
         if directory is not None and (world.is_first or trainer.parallel.sharded):
-            writer = checkpoint.Writer(directory / "checkpoints", trainer)
+            writer = checkpoint.Writer(directory / "checkpoints", trainer, metrics.sync)
         try:
             with trackers.Trackers(trainer.plan, own, trainer.done, trainer.reporter.warn) as tracked:
                 _Loop(trainer, outcome, metrics, tracked, writer, directory is not None).run(on_evaluation)

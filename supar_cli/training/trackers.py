@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from supar_cli.errors import SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
+from supar_cli.training.rundir import read_json
 
 NAMES = ("loss", "validation_loss", "lr", "grad_norm", "tokens_per_s")  # of a step's record
 IDS = "trackers.json"  # by which a continued run is the same run to its trackers
@@ -145,7 +146,11 @@ class Trackers:
         if directory is None or not plan.run.trackers:
             return
         path = directory / IDS
-        ids = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        try:
+            ids = dict(read_json(path)) if path.is_file() else {}
+        except (SetupError, TypeError, ValueError):
+            ids = {}
+            warn(f"{path}: is corrupt; the trackers begin a run of their own")
         for name in plan.run.trackers:
             with self._guarded(name):
                 self._open[name] = KINDS[name](plan, directory, done, ids.get(name))
