@@ -180,15 +180,18 @@ def _finish(aside: Path, final: Path, snapshot: Snapshot, hashes: dict[str, str]
             _flush(aside / name)
         _flush(aside)
         before()
-        replaced = final.with_name(f".{final.name}.old")
-        if final.exists():  # moved away whole: a kill now leaves the one before it, never a part of this
-            final.rename(replaced)
+        dropped = [_away(final)] if final.exists() else []
         aside.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
         _flush(final.parent)
-        for old in available(final.parent)[: -snapshot.plan.run.keep]:
-            shutil.rmtree(old)
+        dropped += [_away(old) for old in available(final.parent)[: -snapshot.plan.run.keep]]
+        for path in dropped:
+            shutil.rmtree(path, ignore_errors=True)
     return final
+
+
+def _away(path: Path) -> Path:
+    """Move a checkpoint out of sight whole: a kill while its files are deleted leaves no part of one."""
+    return path.rename(path.with_name(f".{path.name}.old"))
 
 
 def available(folder: Path) -> list[Path]:
