@@ -70,11 +70,11 @@ class TestKilled:
     def test_all_processes_at_random_moments(self, plan_of: MakePlan, tmp_path: Path) -> None:
         """Launcher and both ranks, checkpoints in shards after every second step."""
         train = {"steps": 300, "batch_size": 2, "eval_every": 300}
-        plan = plan_of(model={"layers": 1}, target={"width": 32}, train=train, run={"checkpoint_every": 2})
+        plan = plan_of(model={"layers": 1}, target={"width": 32}, train=train)
         write(plan, tmp_path)
         moments, flags = random.Random(SEED), ("--nproc", "2", "--parallel", "fsdp")
         for _ in range(2):
-            process = launched(tmp_path, *flags, steps=4)
+            process = launched(tmp_path, *flags, "--checkpoint-every", "2", steps=4)
             time.sleep(moments.uniform(0, 0.2))
             for number in (process.pid, *(member(process.pid, rank) for rank in (0, 1))):
                 os.kill(number, signal.SIGKILL)

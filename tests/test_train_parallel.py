@@ -75,6 +75,14 @@ def started(folder: Path, *flags: str, out: str = "run", steps: int = 3) -> subp
     return process
 
 
+def wait_for_steps(directory: Path, steps: int, process: subprocess.Popen[str]) -> None:
+    metrics, end = directory / "metrics.jsonl", time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < end:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= steps:
+            return
+        time.sleep(0.005)
+
+
 def member(launcher: int, rank: int) -> int:
     """The process of a rank that a launcher has started."""
     for entry in Path("/proc").iterdir():
@@ -274,7 +282,7 @@ class TestStopped:
         (called,) = torchrun(tmp_path, *flags, restarts=1)
         assert called.status == 1 and called.out == ""
         said = [line for line in called.err.splitlines() if line.startswith("warning: stopped at step ")]
-        assert len(said) == 2 and said[0] == said[1]
+        assert len(said) == 2 and said[0] == said[1], called.err
         assert f"at step {len(losses(tmp_path / 'run'))} of 400 by the limit of 0.3 s" in said[0]
 
 
@@ -301,6 +309,29 @@ class TestKilled:
         )
         assert "Traceback" not in err
         assert json.loads((tmp_path / "run/result.json").read_text())["resumed_at"] >= 20
+        assert_close(tmp_path / "run", tmp_path / "whole", agree=1e-3)
+
+    def test_torchruns_own_restarts(self, long: Plan, tmp_path: Path) -> None:
+        """Which keep one store: addresses of the life before must not be found in it."""
+        trained(long, tmp_path / "whole")
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            "--max-restarts=3",
+        ]
+        flags = ["-m", "supar_cli", "train", "-o", "run", "-q", "--checkpoint-every", "20"]
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        environ = environment(OMP_NUM_THREADS="1")
+        agent = subprocess.Popen([*command, *flags], cwd=tmp_path, env=environ, **pipes)
+        for steps in (60, 150):
+            wait_for_steps(tmp_path / "run", steps, agent)
+            os.kill(member(agent.pid, steps % 4 // 2), signal.SIGKILL)
+        out, err = agent.communicate(timeout=120)
+        assert agent.returncode == 0 and "kind: supar.result/v1" in out, err
+        assert json.loads((tmp_path / "run/result.json").read_text())["resumed_at"] >= 140
         assert_close(tmp_path / "run", tmp_path / "whole", agree=1e-3)
 
     def test_without_restarts_the_same_command_goes_on(self, long: Plan, supar: Supar, tmp_path: Path) -> None:

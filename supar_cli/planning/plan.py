@@ -135,6 +135,8 @@ class Plan(Section):
                 f"sparsity.density: {self.sparsity.density} and sparsity {self.sparsity.sparsity} don't add up to 1"
             )
 
+        if self.model.layers > len(self.tensors):
+            raise ValueError(f"model.layers: {self.model.layers} layers have more than the {len(self.tensors)} tensors")
         if isinstance(self.run.engine, dict):
             known = {key for tensor in layout.tensors(self.model) if tensor.role == "hidden" for key in tensor.keys}
             for name in self.run.engine:

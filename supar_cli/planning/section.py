@@ -14,8 +14,9 @@ from typing import Any, ClassVar, Literal, Self, Union, dataclass_transform, get
 from pydantic_core import SchemaValidator, core_schema
 
 _UNSET: Any = object()
+LARGEST = 2**63 - 1  # what readers in other languages, numpy and torch hold of an integer
 _PLAIN: dict[type, Callable[..., Any]] = {
-    int: core_schema.int_schema,
+    int: lambda **bounds: core_schema.int_schema(**{"le": LARGEST, **bounds}),
     float: core_schema.float_schema,
     str: core_schema.str_schema,
     bool: core_schema.bool_schema,

@@ -16,6 +16,8 @@ Family = Literal["gpt2", "llama"]
 Engine = Literal["auto", "dense", "sparse", "block"]
 Distribution = Literal["uniform", "erk"]
 
+MOST_LAYERS = 10_000  # chosen: ten times the deepest transformer trained; a plan has a line for each tensor of each
+
 FAMILY_PARTS: dict[str, dict[str, Any]] = {
     "gpt2": {"norm": "layernorm", "activation": "gelu", "positions": "learned"},
     "llama": {"norm": "rmsnorm", "activation": "swiglu", "positions": "rope"},
@@ -26,12 +28,12 @@ class Model(Section):
     """Shape of a decoder-only transformer. What is left out follows from the family and the width, and is written out."""
 
     family: Family
-    width: int = Field(gt=0)
-    layers: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    kv_heads: int = Field(gt=0)
-    ffn_width: int = Field(gt=0)
-    context: int = Field(gt=0)
+    width: int = Field(gt=0, le=2**31)
+    layers: int = Field(gt=0, le=MOST_LAYERS)
+    heads: int = Field(gt=0, le=2**31)
+    kv_heads: int = Field(gt=0, le=2**31)
+    ffn_width: int = Field(gt=0, le=2**31)
+    context: int = Field(gt=0, le=2**31)
     vocab: int = Field(gt=1, le=2**31)
     norm: Literal["layernorm", "rmsnorm"]
     activation: Literal["gelu", "swiglu"]
@@ -166,12 +168,12 @@ class Sparsity(Blocks):
 class Target(Section):
     """What the quickstart transfers to when no flag says otherwise. None: as the proxy."""
 
-    width: int | None = Field(default=None, gt=0)
-    layers: int | None = Field(default=None, gt=0)
-    heads: int | None = Field(default=None, gt=0)
-    kv_heads: int | None = Field(default=None, gt=0)
-    ffn_width: int | None = Field(default=None, gt=0)
-    context: int | None = Field(default=None, gt=0)
+    width: int | None = Field(default=None, gt=0, le=2**31)
+    layers: int | None = Field(default=None, gt=0, le=MOST_LAYERS)
+    heads: int | None = Field(default=None, gt=0, le=2**31)
+    kv_heads: int | None = Field(default=None, gt=0, le=2**31)
+    ffn_width: int | None = Field(default=None, gt=0, le=2**31)
+    context: int | None = Field(default=None, gt=0, le=2**31)
     batch_size: int | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, gt=0)
     tokens: int | None = Field(default=None, gt=0)

@@ -260,8 +260,10 @@ def _manifest(path: Path) -> dict[str, Any]:
         if manifest.pop("hash") != document.content_hash(manifest):
             raise ValueError("hash")
         for key, kind in (("step", int), ("plan", str), ("data", str), ("masks", dict), ("files", dict)):
-            if not isinstance(manifest[key], kind):
+            if type(manifest[key]) is not kind:
                 raise ValueError(key)
+        if path.name != f"step-{manifest['step']:08d}" or not (manifest["plan"] + manifest["data"]).isprintable():
+            raise ValueError("step")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise SetupError(
             f"{path / 'manifest.json'}: a corrupt checkpoint manifest; delete the folder to use the one before"
@@ -294,14 +296,19 @@ class _Stored:
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self._path = path
-        for name in manifest["files"]:
-            if name.endswith(".safetensors"):
-                with _reading(path / name), safe_open(path / name, framework="pt"):
-                    pass
+        there = {file.name for file in path.glob("*.safetensors")}  # all of which are read
+        if unnamed := there - set(manifest["files"]):
+            raise SetupError(f"{path / min(unnamed)}: a corrupt checkpoint: its manifest does not name this file")
+        for name in there:
+            with _reading(path / name), safe_open(path / name, framework="pt"):
+                pass
         self._reader = HuggingFaceStorageReader(str(path))
         with _reading(path):
-            found = self._reader.read_metadata().state_dict_metadata
-            self.shapes = {key: tuple(entry.size) for key, entry in found.items()}  # type: ignore[union-attr]
+            found: dict[str, Any] = dict(self._reader.read_metadata().state_dict_metadata)
+            for key, entry in found.items():
+                if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+                    raise SafetensorError(f"{key} is not there in one piece")
+            self.shapes = {key: tuple(entry.size) for key, entry in found.items()}
 
     def read(self, targets: State) -> None:
         """Fill each tensor from its key. Raises InputError where that is not there or has another shape."""

@@ -79,9 +79,10 @@ def build(
     engine_of: Callable[[str, Mask], Engine] | None = None,
 ) -> Prepared:
     """A model of given masks and values: those of live weights in row-major order where there is a mask."""
+    with torch.device("meta"):  # before a shape that is not the plan's takes memory
+        _require_same_tensors(plan, named_tensors(Transformer(plan.model)))
     model = Transformer(plan.model)
     tensors = named_tensors(model)
-    _require_same_tensors(plan, tensors)
     prepared = Prepared(model, {}, drawn)
     engine_of = engine_of or (lambda _, mask: Dense(mask, torch.float32))
     with torch.no_grad():

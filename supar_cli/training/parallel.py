@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from supar_cli.errors import SetupError
 from supar_cli.planning import memory
 from supar_cli.planning.plan import Plan
 from supar_cli.training.device import Setup
@@ -44,8 +46,30 @@ def kind_of(plan: Plan, setup: Setup, world: World) -> tuple[Kind, str]:
     return kind, f"{kind}: the plan {words}: about {wanted / 2**30:.2f} GiB of {there / 2**30:.2f} GiB"
 
 
+def require_host_memory(plan: Plan, setup: Setup, world: World) -> None:
+    """Raise SetupError where a plan can't be built here: Linux would not say so but end the process.
+
+    Each process builds the model on its host: masks, live values, and all else of training where the device is the CPU.
+    """
+    masked = sum(row.size for row in plan.tensors if row.kept < row.size)
+    wanted = masked + 4 * plan.live
+    if setup.device.type == "cpu":
+        wanted = masked + memory.state_bytes(plan, "sparse", 4)
+        wanted += memory.activation_bytes(plan, setup.micro_batch, setup.precision.itemsize)
+    wanted *= world.local_size
+    if wanted > _host_bytes():
+        raise SetupError(
+            f"out of memory: the plan needs about {wanted / 2**30:.1f} GiB, this machine has {_host_bytes() / 2**30:.1f}; "
+            "expected a smaller model or run.micro_batch_size"
+        )
+
+
 def _host_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """This machine's memory, or what a container may have of it."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # no control group, or one without a limit, `max`
+        return min(found, int(Path("/sys/fs/cgroup/memory.max").read_text("utf-8")))
+    return found
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from supar_cli.errors import SetupError, UnusableResult
+from supar_cli.errors import InputError, SetupError, UnusableResult
 from supar_cli.planning import schedule
 from supar_cli.planning.plan import Plan
 from supar_cli.training import data, initial, masks, monitor, optim, running, trackers
 from supar_cli.training.device import Setup
 from supar_cli.training.engines import choose
 from supar_cli.training.models.transformer import loss_of, named_tensors
-from supar_cli.training.parallel import Parallel, kind_of, local
+from supar_cli.training.parallel import Parallel, kind_of, local, require_host_memory
 from supar_cli.training.running import Outcome, Reporter, Silent
 from supar_cli.training.world import World, shared
 
@@ -57,7 +57,15 @@ class Trainer:
             torch.cuda.set_device(setup.device)
         if self.world.is_first:
             trackers.require(plan)
-        return setup, tokens or data.load(plan.data, vocab=plan.model.vocab, context=plan.model.context)
+        tokens = tokens or data.load(plan.data, vocab=plan.model.vocab, context=plan.model.context)
+        wanted, there = (
+            plan.train.eval_batches * plan.train.batch_size,
+            tokens.validation.windows(plan.model.context + 1),
+        )
+        if wanted > there:
+            raise InputError(f"train.eval_batches: {wanted} sequences in all are more than the {there} held out")
+        require_host_memory(plan, setup, self.world)
+        return setup, tokens
 
     def _build(self) -> None:
         setup, plan = self.setup, self.plan

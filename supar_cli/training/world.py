@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from supar_cli.errors import SetupError, SuparError
 from supar_cli.training.membership import LAUNCH, is_member
@@ -123,7 +125,11 @@ def joined() -> Iterator[World]:
         begun = not dist.is_initialized()
         if begun:
             both = torch.cuda.is_available() and dist.is_nccl_available()
-            dist.init_process_group("cpu:gloo,cuda:nccl" if both else "gloo")
+            store, *_ = next(rendezvous("env://", rank, size))
+            # torchrun keeps one store for all its restarts, in which gloo would find the addresses of the life before
+            life = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size}"
+            backend = "cpu:gloo,cuda:nccl" if both else "gloo"
+            dist.init_process_group(backend, store=PrefixStore(life, store), rank=rank, world_size=size)
         try:
             yield world
         except SuparError as error:
