@@ -9,8 +9,8 @@ from supar_cli.planning.document import content_hash
 from supar_cli.planning.rules import Name, Role
 from supar_cli.planning.section import Field, Section
 from supar_cli.planning.sparsity import Block, Blocks, Pattern
+from supar_cli.planning.spec import MOST_LAYERS, Distribution, Hyperparameters, Model, Options, Run, Train
 from supar_cli.planning.spec import Data as Data  # re-exported: `training` reads plans, never specs
-from supar_cli.planning.spec import Distribution, Hyperparameters, Model, Options, Run, Train
 from supar_cli.planning.spec import Engine as Engine
 from supar_cli.planning.spec import parse as parse
 
@@ -31,12 +31,12 @@ class PlanModel(Model):
 class Base(Section):
     """The proxy's shape, from which the multipliers come."""
 
-    width: int
-    ffn_width: int
-    layers: int
-    kv_share: float
-    steps: int
-    batch_size: int
+    width: int = Field(gt=0, le=2**31)
+    ffn_width: int = Field(gt=0, le=2**31)
+    layers: int = Field(gt=0, le=MOST_LAYERS)
+    kv_share: float = Field(gt=0, le=1)
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
 
 
 class Parameterization(Options):
@@ -103,6 +103,9 @@ class PlanTensor(Section):
             raise ValueError(f"shape: {self.shape} must be positive")
         if abs(self.kept - self.density * self.size) > 0.51:
             raise ValueError(f"kept: {self.kept} is not density {self.density} of {self.size} weights")
+        for key, value in self.because.items():
+            if value <= 0:
+                raise ValueError(f"because.{key}: {value}; expected a multiplier above 0")
         if self.role != "hidden" and self.density != 1:
             raise ValueError(f"density: {self.density} on a tensor of role {self.role}; only hidden weights are sparse")
 

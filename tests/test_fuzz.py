@@ -1,0 +1,237 @@
+"""Documents and token files that nobody meant: each command gives a result or a clean error, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from supar_cli.cli.app import app
+from supar_cli.errors import SuparError
+from supar_cli.planning import document
+from supar_cli.planning.spec import Proxy
+from supar_cli.training import running
+from supar_cli.training.trainer import Trainer
+from tests.conftest import CHECKOUT, TEXT_BYTES, plan_from, proxy_fields, real_text
+from tests.mutation import changed, garbled, garbled_bytes
+
+TIMES = int(os.environ.get("SUPAR_FUZZ", "1"))
+STATUSES = {0, 2, 3, 4, 5, 75}
+
+
+def bounded(examples: int) -> settings:
+    return settings(
+        max_examples=examples * TIMES,
+        deadline=None,
+        derandomize=TIMES == 1,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+    )
+
+
+class Ends:
+    """A folder with valid documents in it, and how commands on changed ones ended."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.counts: Counter[str] = Counter()
+        (folder / "text.txt").write_bytes(real_text(TEXT_BYTES))
+        fields = proxy_fields("text.txt", model={"layers": 1}, train={"steps": 2, "batch_size": 2})
+        with contextlib.chdir(folder):
+            plan = plan_from(fields)
+            sweep = CHECKOUT / "templates" / "fig6.yaml"
+            self.documents: dict[str, Any] = {
+                "plan": plan.model_dump(),
+                "proxy": Proxy.model_validate(copy.deepcopy(fields)).model_dump(),
+                "spec": {
+                    **{key: value for key, value in fields.items() if key not in ("kind", "target")},
+                    "kind": "supar.spec/v1",
+                    "search": {"trials": 2, "lr": [0.001, 0.1]},
+                },
+                "sweep": document.read_file(str(sweep))[0].data,
+            }
+        self.texts = {name: document.write([data]) for name, data in self.documents.items()}
+
+    def files(self) -> dict[str, bytes]:
+        kept = (path for path in sorted(self.folder.rglob("*")) if path.is_file() and path.suffix != ".journal")
+        return {str(path): path.read_bytes() for path in kept}
+
+    def call(self, *arguments: str) -> int:
+        """The exit status of a command; it said nothing of a bug, and wrote nothing where it failed."""
+        before = self.files()
+        out, err = io.StringIO(), io.StringIO()
+        status: Any = 0
+        with contextlib.chdir(self.folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                app(list(arguments))
+            except SystemExit as ended:
+                status = ended.code or 0
+            except SuparError as error:
+                raise AssertionError("an error escaped the application") from error
+        assert status in STATUSES, (status, err.getvalue())
+        assert "Traceback" not in err.getvalue()
+        if status:
+            assert err.getvalue().strip() and out.getvalue() == ""
+        if status == 2:
+            assert self.files() == before
+            assert all(line.startswith(("error: ", "  ", "warning: ")) for line in err.getvalue().splitlines()), (
+                err.getvalue()
+            )
+        self.counts[f"{arguments[0]} {status}"] += 1
+        return int(status)
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ends]:
+    patch = pytest.MonkeyPatch()
+    folder = tmp_path_factory.mktemp("fuzz")
+    patch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
+    made = Ends(folder)
+    yield made
+    patch.undo()
+    sys.stderr.write(f"\n{dict(sorted(made.counts.items()))}\n")
+
+
+def written(ends: Ends, name: str, draw: st.DataObject) -> str:
+    """The name of the file that holds a changed document of a kind."""
+    path = ends.folder / f"{name}.yaml"
+    if draw.draw(st.booleans()):
+        path.write_text(changed(draw, ends.documents[name]), "utf-8")
+    else:
+        path.write_bytes(garbled(draw, ends.texts[name]))
+    return path.name
+
+
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run ends after a few steps, whatever its plan says, as it would by a signal."""
+    run = Trainer.run
+
+    def soon(trainer: Trainer, directory: Path | None = None, **flags: Any) -> running.Outcome:
+        return run(trainer, directory, **{**flags, "stop": lambda: "enough" if trainer.done >= 2 else None})
+
+    monkeypatch.setattr(Trainer, "run", soon)
+
+
+@bounded(150)
+@given(draw=st.data())
+def test_a_proxy(ends: Ends, draw: st.DataObject) -> None:
+    name = written(ends, "proxy", draw)
+    ends.call("transfer", name, "--sparsity", "0.9", "-o", "-", "-q")
+
+
+@bounded(150)
+@given(draw=st.data())
+def test_a_plan_is_explained_and_shown(ends: Ends, draw: st.DataObject) -> None:
+    name = written(ends, "plan", draw)
+    ends.call("explain", name)
+    ends.call("train", name, "--dry-run")
+
+
+@bounded(120)
+@given(draw=st.data())
+def test_a_plan_is_trained(ends: Ends, draw: st.DataObject) -> None:
+    name = written(ends, "plan", draw)
+    with pytest.MonkeyPatch.context() as patch:
+        short(patch)
+        ends.call("train", name, "-o", "run", "-q", "--force")
+
+
+@bounded(60)
+@given(draw=st.data())
+def test_a_spec(ends: Ends, draw: st.DataObject) -> None:
+    name = written(ends, "spec", draw)
+    with pytest.MonkeyPatch.context() as patch:
+        short(patch)
+        patch.setattr(
+            "supar_cli.tuning.search.search", lambda *_, **__: (_ for _ in ()).throw(SuparErrorOfTests("enough"))
+        )
+        ends.call("tune-proxy", name, "-o", "-", "-q")
+
+
+class SuparErrorOfTests(SuparError):
+    exit_status = 4
+
+
+@bounded(60)
+@given(draw=st.data())
+def test_a_sweep(ends: Ends, draw: st.DataObject) -> None:
+    from supar_cli.analysis import records
+
+    name = written(ends, "sweep", draw)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def enough(*_: Any) -> None:
+            raise SuparErrorOfTests("enough")
+
+        patch.setattr(records, "open_result", enough)
+        patch.setattr("supar_cli.tuning.execute.require_runnable", lambda *_: None)
+        ends.call("sweep", name, "--data", "text.txt", "-q")
+
+
+@bounded(120)
+@given(draw=st.data())
+def test_token_files(ends: Ends, draw: st.DataObject) -> None:
+    """nanoGPT's and llm.c's files, JSONL, text and tokenizer.json, random or changed, inspected and trained on."""
+    kind = draw.draw(st.sampled_from(["bin", "llmc", "jsonl", "txt", "tokenizer"]))
+    tokens = np.arange(4000, dtype="<u2") % 256
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    lines = b"".join(json.dumps({"text": "some words, and more of them"}).encode() + b"\n" for _ in range(50))
+    whole = {
+        "bin": tokens.tobytes(),
+        "llmc": header.tobytes() + tokens.tobytes(),
+        "jsonl": lines,
+        "txt": real_text(8000),
+        "tokenizer": TOKENIZER,
+    }[kind]
+    content = garbled_bytes(draw, whole) if draw.draw(st.booleans()) else draw.draw(st.binary(max_size=300))
+    suffix = {"llmc": "bin", "tokenizer": "json"}.get(kind, kind)
+    (ends.folder / f"data.{suffix}").write_bytes(content)
+    plan = copy.deepcopy(ends.documents["plan"])
+    plan["data"] |= {"source": f"data.{suffix}", "hash": None}
+    flags: list[str] = []
+    if kind == "tokenizer":
+        plan["data"] |= {"source": "text.txt", "tokenizer": "data.json"}
+        flags = ["--tokenizer", "data.json"]
+    (ends.folder / "plan.yaml").write_text(document.write([plan]), "utf-8")
+    ends.call("data", "inspect", plan["data"]["source"], *flags, "-q")
+    with pytest.MonkeyPatch.context() as patch:
+        short(patch)
+        ends.call("train", "plan.yaml", "-o", "run", "-q", "--force")
+
+
+TOKENIZER = json.dumps(
+    {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": {"a": 0, "the": 1, "[UNK]": 2}, "unk_token": "[UNK]"},
+    }
+).encode()
+
+
+def test_enough_was_tried_and_some_of_it_ran(ends: Ends) -> None:
+    total, ran = sum(ends.counts.values()), sum(n for name, n in ends.counts.items() if name.endswith((" 0", " 75")))
+    assert total >= 800 * TIMES and total / 20 < ran < total, ends.counts
+
+
+def test_a_traceback_would_be_seen(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("supar_cli.cli.transfer.parse", bug)
+    (ends.folder / "proxy.yaml").write_text(ends.texts["proxy"])
+    with pytest.raises(ZeroDivisionError):
+        ends.call("transfer", "proxy.yaml", "--sparsity", "0.9", "-o", "-")

@@ -1,0 +1,130 @@
+"""Several processes of which one is killed, meets a NaN, or is asked for what can't be."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from supar_cli.planning.plan import Plan
+from tests.conftest import environment
+from tests.test_train import trained
+from tests.test_train_parallel import Supar, assert_close, long, member, plan, started, wait_for_steps
+from tests.test_train_preempted import ended
+from tests.test_train_resume import losses
+
+__all__ = ["long", "plan"]  # fixtures
+
+
+class TestKilled:
+    @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+    def test_a_rank_killed_mid_step_restarts_from_the_last_checkpoint(
+        self, long: Plan, tmp_path: Path, parallel: str
+    ) -> None:
+        trained(long, tmp_path / "whole")
+        flags = ("--nproc", "2", "--parallel", parallel, "--max-restarts", "1", "--checkpoint-every", "20")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/other").write_text("in the way")  # so that --force is needed, and may not start again
+        process = started(tmp_path, *flags, "--force", steps=50)
+        os.kill(member(process.pid, 1), signal.SIGKILL)
+        code, _, err = ended(process)
+        assert code == 0, err
+        assert (
+            "warning: killed: rank 1 by SIGKILL; starting again from the last checkpoint, 1 of at most 1 times" in err
+        )
+        assert "Traceback" not in err
+        assert json.loads((tmp_path / "run/result.json").read_text())["resumed_at"] >= 20
+        assert_close(tmp_path / "run", tmp_path / "whole", agree=1e-3)
+
+    def test_torchruns_own_restarts(self, long: Plan, tmp_path: Path) -> None:
+        """Which keep one store: addresses of the life before must not be found in it."""
+        trained(long, tmp_path / "whole")
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            "--max-restarts=3",
+        ]
+        flags = ["-m", "supar_cli", "train", "-o", "run", "-q", "--checkpoint-every", "20"]
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        environ = environment(OMP_NUM_THREADS="1")
+        agent = subprocess.Popen([*command, *flags], cwd=tmp_path, env=environ, **pipes)
+        for steps in (60, 150):
+            wait_for_steps(tmp_path / "run", steps, agent)
+            os.kill(member(agent.pid, steps % 4 // 2), signal.SIGKILL)
+        out, err = agent.communicate(timeout=120)
+        assert agent.returncode == 0 and "kind: supar.result/v1" in out, err
+        assert json.loads((tmp_path / "run/result.json").read_text())["resumed_at"] >= 140
+        assert_close(tmp_path / "run", tmp_path / "whole", agree=1e-3)
+
+    def test_without_restarts_the_same_command_goes_on(self, long: Plan, supar: Supar, tmp_path: Path) -> None:
+        process = started(tmp_path, "--nproc", "2", "--checkpoint-every", "10", steps=30)
+        os.kill(member(process.pid, 0), signal.SIGKILL)
+        code, out, err = ended(process)
+        assert (code, out) == (3, "") and "Traceback" not in err
+        assert err.splitlines()[-1] == (
+            "error: killed: rank 0 by SIGKILL; the same command goes on from the last checkpoint"
+        )
+        done = supar("train", "-o", "run", "-q", "--nproc", "2", "--steps", "400")
+        assert done.status == 0 and json.loads((tmp_path / "run/result.json").read_text())["resumed_at"] >= 10
+
+
+class TestRefused:
+    def test_restarts_without_a_launcher(self, plan: Plan, supar_here: Supar) -> None:
+        done = supar_here("train", "-o", "run", "--max-restarts", "2")
+        assert (done.status, done.err) == (2, "error: --max-restarts: goes with --nproc; torchrun has its own\n")
+
+    def test_bad_input_is_said_once_and_nothing_starts(self, plan: Plan, supar: Supar, tmp_path: Path) -> None:
+        done = supar("train", "none.yaml", "--nproc", "2")
+        assert done.status == 2 and done.err.splitlines() == [
+            "error: none.yaml: no such file; `supar transfer` writes it"
+        ]
+        done = supar("train", "-o", "run", "-q", "--nproc", "3")
+        assert done.status == 2 and len(done.err.splitlines()) == 1
+        assert "train.batch_size: 8 sequences can't be shared evenly by 3 processes" in done.err
+        assert not (tmp_path / "run").exists()
+
+    def test_nan_in_one_rank_ends_all_and_names_it(self, plan: Plan, tmp_path: Path) -> None:
+        """A weight of rank 1 turns into NaN after step 3: no weight changes any more, anywhere."""
+        code = (
+            "import os, sys, torch\n"
+            "from supar_cli.training.trainer import Trainer\n"
+            "step = Trainer.step\n"
+            "def poisoned(self, watch=False):\n"
+            "    if self.done == 3 and os.environ['RANK'] == '1':\n"
+            "        tensor = self.prepared.tensors['blocks.1.mlp.up'].detach()\n"
+            "        getattr(tensor, '_local_tensor', tensor)[0] = float('nan')\n"
+            "        self.prepared.refresh()\n"
+            "    return step(self, watch)\n"
+            "Trainer.step = poisoned\n"
+            "from supar_cli.cli.app import main\n"
+            "sys.argv = ['supar', 'train', '-o', 'run', '-q', '--parallel', sys.argv[1]]\n"
+            "main()\n"
+        )
+        (tmp_path / "poisoned.py").write_text(code)
+        for parallel in ("ddp", "fsdp"):
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+            done = subprocess.run(
+                [*command, "poisoned.py", parallel],
+                cwd=tmp_path,
+                env=environment(OMP_NUM_THREADS="1"),
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+            assert len(said) == 1, done.stderr
+            assert re.search(r"step 4: the loss is nan; the first tensor of rank \d that is not finite is ", said[0])
+            if parallel == "ddp":
+                assert said[0].endswith("of rank 1 that is not finite is the weight blocks.1.mlp.up")
+            assert done.stdout == "" and len(losses(tmp_path / "run")) == 3
+            subprocess.run(["rm", "-r", str(tmp_path / "run")], check=True)
