@@ -17,12 +17,14 @@ import torch
 from supar_cli.analysis.records import Records
 from supar_cli.errors import InputError, SetupError, SuparError
 from supar_cli.tuning import clusters, execute
-from supar_cli.tuning.execute import Failure, Workers
+from supar_cli.tuning import search as tuning
+from supar_cli.tuning.execute import Failure
 from supar_cli.tuning.local import Local, visible_devices
 from supar_cli.tuning.shared import _is_alive, counts
 
 from . import studies
 from .conftest import environment
+from .test_tune import Heard
 
 # what workers are asked to do: functions of a module, as a worker imports them
 
@@ -208,12 +210,12 @@ def test_an_executor_or_setting_that_is_not_known_is_bad_input() -> None:
         execute.workers("ray", settings={"adress": "x"})
     with pytest.raises(InputError, match="--executor-set partion: no setting of slurm; did you mean 'partition'"):
         execute.workers("slurm", settings={"partion": "x"})
-    for name, setting in (("ray", {"cpus": "many"}), ("slurm", {"cluster": "local", "time": "1:00"})):
+    for name, setting in (("ray", {"cpus": "many"}), ("slurm", {"time": "1:00"})):
         with pytest.raises(InputError, match="whole number"):
             execute.workers(name, settings=setting)
     for name in ("ray", "slurm"):
         with pytest.raises(InputError, match="sees its own device only"):
-            execute.workers(name, device="cuda:1", settings={"cluster": "local"} if name == "slurm" else {})
+            execute.workers(name, device="cuda:1")
 
 
 @pytest.mark.parametrize("executor", ["ray", "slurm"])
@@ -291,11 +293,11 @@ FAKE_SBATCH = """\
 cp "$1" script.sh
 last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\)%.*/\\1/p' "$1")
 for task in $(seq 0 "${last:-0}"); do
-  id=77; [ -n "$last" ] && id=77_$task
-  SLURM_JOB_ID=$id SLURM_ARRAY_JOB_ID=77 SLURM_ARRAY_TASK_ID=$task SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 \\
+  id=$$; [ -n "$last" ] && id=$$_$task
+  SLURM_JOB_ID=$id SLURM_ARRAY_JOB_ID=$$ SLURM_ARRAY_TASK_ID=$task SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 \\
     sh "$1" > slurm.log 2>&1 &
 done
-echo "Submitted batch job 77"
+echo "Submitted batch job $$"
 """
 FAKE_SRUN = """\
 #!/bin/sh
@@ -364,16 +366,25 @@ class TestSlurm:
     def test_errors_cross_and_a_killed_jobs_call_is_made_again(self, tmp_path: Path, monkeypatch) -> None:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
-        workers: Workers = execute.workers("slurm", settings={"cluster": "local"}, folder=tmp_path / "slurm")
+        workers = clusters.Slurm(2, {}, "cpu", tmp_path / "slurm", cluster="local")
         monkeypatch.setattr("submitit.LocalJob._results_timeout_s", 0)
         with workers:
             assert dict(workers.results(dies, [(str(tmp_path), 1, 1), (str(tmp_path), 2, 0)])) == {0: 2, 1: 4}
             with pytest.raises(SuparError, match=r"train\.steps: too few"):
                 list(workers.results(bad_input, [(1,)]))
 
-    def test_a_search_and_a_sweep_run_as_jobs(self, tmp_path: Path) -> None:
+    def test_a_search_by_submitits_local_executor(self, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+        spec = studies.write_spec(tmp_path, 3, studies.FAST, further=False)
+        workers = clusters.Slurm(2, {}, "cpu", tmp_path / "slurm", cluster="local")
+        proxy = tuning.search(spec, "proxy.journal", workers=workers, reporter=Heard())
+        studies.check_exact(spec, "proxy.journal", [proxy])
+        assert len({trial.user_attrs["process"][1] for trial in studies.trials_of(spec, "proxy.journal")}) == 3
+
+    def test_a_search_and_a_sweep_run_as_jobs(self, fake_slurm: None, tmp_path: Path) -> None:
         spec, path = studies.write_spec(tmp_path, 2, studies.FAST, further=False), str(tmp_path / "proxy.journal")
-        flags = ("--executor", "slurm", "--executor-set", "cluster=local", "--jobs", "2")
+        flags = ("--executor", "slurm", "--jobs", "2")
         studies.check_exact(spec, path, studies.ended([studies.start(tmp_path, "tune-proxy", *flags)]))
         sweep = ("sweep", "--over", "lr=x:0..1/1", "--over", "density=1", "--parameterization", "supar")
         done = studies.start(

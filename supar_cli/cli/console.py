@@ -51,7 +51,7 @@ ExecutorSet = Annotated[
         "--executor-set",
         metavar="KEY=VALUE",
         help="A setting of the executor; repeatable. ray: address, cpus of a run. slurm: partition, account, time in "
-        "minutes and sbatch's other options; cluster=local tries it without Slurm.",
+        "minutes and sbatch's other options.",
     ),
 ]
 PrecisionOption = Annotated[str | None, typer.Option("--precision", help="auto, float32 or bfloat16.")]

@@ -29,7 +29,9 @@ def demo(
     steps: Annotated[int, typer.Option(min=8, help="Training steps of every run.")] = STEPS,
     trials: Annotated[int, typer.Option(min=1, help="Trials of the proxy's search.")] = 6,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds averaged at every point of the sweep.")] = 1,
-    jobs: console.JobsOption = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Processes. [default: one a CPU core, at most 8]", show_default=False)
+    ] = None,
     device: console.DeviceOption = None,
     out: Annotated[
         str, typer.Option("--out", "-o", help="Folder for proxy.yaml, results.json and lr_transfer.png.")

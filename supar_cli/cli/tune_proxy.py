@@ -35,7 +35,8 @@ def tune_proxy(
     study: Annotated[
         str | None,
         typer.Option(
-            help="Journal file or database URL, shared by any number of these commands. [default: proxy.journal]",
+            help="Journal file or database (postgresql://HOST/NAME); any number of these commands may share one. "
+            "[default: proxy.journal]",
             show_default=False,
         ),
     ] = None,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 import os
 import shutil
 import socket
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from supar_cli.errors import InputError, SetupError
 from supar_cli.tuning.execute import POLL_S, RETRIES, Call, Died, Function, Workers, answer
 
 SLURM_JOBS = 8  # chosen: a search's trials in a few rounds, and no more than most sites let one user run
+LARGEST_ARRAY = 1000  # chosen: what Slurm takes unless its MaxArraySize says otherwise
 SLURM_MINUTES = 60  # chosen: a trial takes minutes; Slurm ends what takes longer than it said
 ASK_S = 30.0  # chosen: a site's accounting is asked at most twice a minute by a command
 ANSWER_S = 5.0  # chosen: for a cluster's head to accept a connection
@@ -68,8 +70,10 @@ class Ray(Workers):
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns of it
         import ray
 
-        self._ray = ray
         address = _ray_cluster(settings.get("address") or os.environ.get("RAY_ADDRESS"))
+        # Ray prints what its daemons have to say, wherever it is told to log
+        self._ray, self._elsewhere = ray, ExitStack()
+        self._elsewhere.enter_context(redirect_stdout(sys.stderr if verbose else io.StringIO()))
         try:
             ray.init(
                 address,
@@ -78,6 +82,7 @@ class Ray(Workers):
                 log_to_driver=verbose,
             )
         except Exception as error:  # connection errors of several kinds, Ray's and Python's
+            self._elsewhere.close()
             what = " ".join(str(error).split()) or type(error).__name__
             raise SetupError(f"--executor ray: {address}: {what}") from None
         there = ray.cluster_resources()
@@ -112,46 +117,48 @@ class Ray(Workers):
 
     def close(self) -> None:
         self._ray.shutdown()
+        self._elsewhere.close()
 
 
 class Slurm(Workers):
     """A job of Slurm for each call, the calls of a round one job array of which `jobs` run at the same time.
 
-    Settings are sbatch's options as submitit names them (`partition`, `account`, `time` in minutes, …), and `cluster`:
-    with `local`, submitit runs the jobs on this machine, to try things. A GPU is asked for where the device is `cuda`.
+    Settings are sbatch's options as submitit names them (`partition`, `account`, `time` in minutes, …). A GPU is asked
+    for where the device is `cuda`. For tests, `cluster` is `local`: submitit runs the jobs on this machine.
     """
 
     here: ClassVar[bool] = False
-    at_once: ClassVar[int] = sys.maxsize  # type: ignore[assignment]  # Slurm has them wait
 
-    def __init__(self, jobs: int | None, settings: dict[str, Any], device: str, folder: Path) -> None:
+    def __init__(
+        self, jobs: int | None, settings: dict[str, Any], device: str, folder: Path, cluster: str = "slurm"
+    ) -> None:
         super().__init__(jobs or SLURM_JOBS)
         _required("submitit", "slurm")
         import submitit
 
-        options = {key: value for key, value in settings.items() if key != "cluster"}
-        cluster = settings.get("cluster", "slurm")
-        if cluster not in ("slurm", "local"):
-            raise InputError(f"--executor-set cluster={cluster}: expected slurm or local")
-        _known("slurm", settings, {*submitit.SlurmExecutor._valid_parameters(), "cluster"})
+        _known("slurm", settings, submitit.SlurmExecutor._valid_parameters())
+        options = dict(settings)
         minutes = options.pop("time", SLURM_MINUTES)
         if not isinstance(minutes, int) or minutes < 1:
             raise InputError(f"--executor-set time={minutes}: expected minutes, as a whole number")
+        own = {"gres", "gpus_per_node", "gpus_per_task"} & set(options)
+        asks = _wants_gpu(device, torch.cuda.is_available()) and not own
         if cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
             raise SetupError("--executor slurm: no sbatch and srun here; expected a machine that submits to Slurm")
-        if _wants_gpu(device, torch.cuda.is_available()) and not {"gres", "gpus_per_node", "gpus_per_task"} & set(
-            options
-        ):
-            options["gpus_per_node"] = 1
         self._submitit, self._looked = submitit, time.monotonic()
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what is called is there, a database's password too
         except OSError as error:
             raise SetupError(f"{folder}: can't be written: {error.strerror or error}") from None
         self._executor = submitit.AutoExecutor(folder=folder.absolute(), cluster=cluster)
-        options = {"job_name": "supar", "wckey": "supar", "array_parallelism": self.jobs, **options}
+        usual = {"job_name": "supar", "wckey": "supar", "array_parallelism": self.jobs}
+        options = {**usual, **({"gpus_per_node": 1} if asks else {}), **options}
         named = {f"slurm_{key}": value for key, value in options.items()}
         self._executor.update_parameters(timeout_min=minutes, **named)
+
+    @property
+    def at_once(self) -> int:
+        return self.jobs if self._executor.cluster == "local" else LARGEST_ARRAY  # Slurm has them wait
 
     def submit(self, function: Function, calls: list[Call]) -> list[Any]:
         import subprocess

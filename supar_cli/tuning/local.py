@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import connection, resource_tracker
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 
 from supar_cli.tuning.execute import Call, Died, Function, Workers, answer
+
+STOP_S = 5.0  # chosen: for a worker to give its trial back, between two operations of training
 
 
 def visible_devices(device: str) -> list[str]:
@@ -69,6 +72,8 @@ class Local(Workers):
 
     def cancel(self, handles: list[Any]) -> None:
         for slot in handles:
+            slot.stop()
+        for slot in handles:
             slot.end()
         self._slots = {place: slot for place, slot in self._slots.items() if slot not in handles}
 
@@ -102,8 +107,13 @@ class _Slot:
         self.idle = True
         return found
 
+    def stop(self) -> None:
+        """Ask the process to give back what it does."""
+        self._process.terminate()
+
     def end(self) -> None:
-        """Kill the process, unless it has ended, and wait until it is gone."""
+        """Wait until the process is gone, and after a while kill it."""
+        self._process.join(STOP_S)
         self._process.kill()
         self._process.join()
         self.channel.close()
@@ -130,13 +140,11 @@ def _without_interrupts() -> Iterator[None]:
 def _serve(channel: Any, environment: dict[str, str], threads: int) -> None:
     os.environ.update(environment)  # before CUDA is first used
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a study's trial is given back
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    while True:
-        try:
+    with suppress(EOFError, OSError, KeyboardInterrupt):
+        while True:
             function, call = channel.recv()
-        except EOFError:
-            return
-        with suppress(OSError):  # the parent is gone, and this process will be
             channel.send(answer(function, call))
 
 
@@ -145,6 +153,8 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(STOP_S)
         os._exit(1)
 
 
