@@ -110,12 +110,15 @@ class Shared:
         ):
             return None
         trial = self.study.ask()
-        trial.set_user_attr("process", [socket.gethostname(), os.getpid(), machine()])
-        if why := self._excess(trial, most, among):
+        try:
+            trial.set_user_attr("process", [socket.gethostname(), os.getpid(), machine()])
+            if not (why := self._excess(trial, most, among)):
+                return trial
             trial.set_user_attr("withdrawn", why)
-            self.study.tell(trial, state=TrialState.FAIL)
-            return None
-        return trial
+            self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            pass  # this process was silent for so long that the trial was given back
+        return None
 
     def _excess(self, trial: optuna.Trial, most: int | None, among: set[str] | None) -> str:
         """Why a trial is not to be run, if so. The earlier of two equal ones is run, the first `most` of all."""

@@ -176,6 +176,8 @@ def told(error: BaseException, storage: str) -> str:
     """What a storage's error says, in one line and without the password."""
     while not isinstance(error, exc.DBAPIError) and error.__cause__ is not None:
         error = error.__cause__
+    if isinstance(error, exc.PendingRollbackError):
+        return "the connection was cut"
     origin = getattr(error, "orig", None) or error
     text = " ".join(str(origin).split()) or type(origin).__name__
     return text.replace(storage, shown(storage)) if not (secret := _password(storage)) else text.replace(secret, "***")
