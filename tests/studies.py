@@ -67,7 +67,11 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[Proxy]:
     """The proxies of processes that are to end well, and without a traceback."""
     proxies = []
     for process in processes:
-        out, err = process.communicate(timeout=120)
+        try:
+            out, err = process.communicate(timeout=180)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
         assert process.returncode == 0, err
         assert "Traceback" not in err, err
         proxies.append(parse(Proxy, document.read(out, "stdout")[0]))

@@ -83,11 +83,11 @@ def pair() -> Iterator[Local]:
 
 class TestLocal:
     def test_results_come_as_calls_end_and_processes_are_kept(self, pair: Local) -> None:
-        assert [index for index, _ in pair.results(double, [(1, 0.5), (2,), (3,)])] == [1, 2, 0]
-        assert dict(pair.results(double, [(value,) for value in range(5)])) == {n: 2 * n for n in range(5)}
         ids = {found for _, found in pair.results(process, [(n,) for n in range(6)])}
         assert len(ids) == 2 and os.getpid() not in ids
         assert {found for _, found in pair.results(process, [(0,), (1,)])} == ids
+        assert [index for index, _ in pair.results(double, [(1, 2.0), (2,), (3,)])] == [1, 2, 0]
+        assert dict(pair.results(double, [(value,) for value in range(5)])) == {n: 2 * n for n in range(5)}
 
     def test_errors_of_ours_cross_as_themselves_and_bugs_with_where_they_are(self, pair: Local) -> None:
         with pytest.raises(InputError, match=r"^train.steps: too few\ndata.source: no such file$") as ours:
@@ -174,7 +174,7 @@ def test_a_run_that_takes_its_workers_down_is_recorded_as_failed(tmp_path: Path)
 
 class TestTuning:
     def test_a_local_worker_killed_in_a_trial_costs_only_its_work(self, tmp_path: Path) -> None:
-        spec, path = studies.write_spec(tmp_path, 4, studies.SLOW), str(tmp_path / "proxy.journal")
+        spec, path = studies.write_spec(tmp_path, 4, studies.SLOW, further=False), str(tmp_path / "proxy.journal")
         running = studies.start(tmp_path, "tune-proxy", "--jobs", "2")
         trial = studies.wait_for(lambda: (tmp_path / "proxy.journal").exists() and studies.midway(spec, path))
         os.kill(trial.user_attrs["process"][1], signal.SIGKILL)
@@ -184,7 +184,7 @@ class TestTuning:
         assert [t.params for t in trials if counts(t)].count(trial.params) == 1, "its proposal was lost"
 
     def test_ctrl_c_gives_trials_back_and_the_same_command_goes_on(self, tmp_path: Path) -> None:
-        spec, path = studies.write_spec(tmp_path, 3, studies.SLOW), str(tmp_path / "proxy.journal")
+        spec, path = studies.write_spec(tmp_path, 3, studies.SLOW, further=False), str(tmp_path / "proxy.journal")
         running = studies.start(tmp_path, "tune-proxy", "--jobs", "2")
         studies.wait_for(lambda: (tmp_path / "proxy.journal").exists() and studies.midway(spec, path))
         # as a terminal does it: to all processes of the group
@@ -244,7 +244,7 @@ class TestRay:
     def test_a_worker_killed_in_a_trial_costs_only_its_work_and_both_nodes_take_trials(
         self, cluster: str, tmp_path: Path
     ) -> None:
-        spec, path = studies.write_spec(tmp_path, 6, studies.SLOW), str(tmp_path / "proxy.journal")
+        spec, path = studies.write_spec(tmp_path, 6, studies.SLOW, further=False), str(tmp_path / "proxy.journal")
         running = studies.start(tmp_path, "tune-proxy", "--executor", "ray", RAY_ADDRESS=cluster)
         nodes: dict[int, str] = {}  # the daemon of a node that is a worker's parent, by the worker
 
@@ -295,7 +295,7 @@ last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\)%.*/\\1/p' "$1")
 for task in $(seq 0 "${last:-0}"); do
   id=$$; [ -n "$last" ] && id=$$_$task
   SLURM_JOB_ID=$id SLURM_ARRAY_JOB_ID=$$ SLURM_ARRAY_TASK_ID=$task SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 \\
-    sh "$1" > slurm.log 2>&1 &
+    sh script.sh > "slurm-$id.log" 2>&1 &
 done
 echo "Submitted batch job $$"
 """
