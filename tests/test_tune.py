@@ -22,6 +22,9 @@ from supar_cli.planning.transfer import as_trial
 from supar_cli.training.trainer import Trainer
 from supar_cli.tuning import search as tuning
 from supar_cli.tuning.fit import quadratic, student_t975
+from supar_cli.tuning.local import Local
+from supar_cli.tuning.shared import machine
+from supar_cli.tuning.storage import open_study
 
 SPEC = """\
 kind: supar.spec/v1
@@ -68,7 +71,7 @@ def with_search(spec: Spec, **changes: object) -> Spec:
 
 
 def trials_of(spec: Spec, storage: str) -> list[optuna.trial.FrozenTrial]:
-    return tuning.open_study(storage, tuning.study_name(spec)).get_trials()
+    return open_study(storage, tuning.study_name(spec)).get_trials()
 
 
 def test_a_trial_is_a_plan_run_by_the_trainer(spec: Spec, tmp_path: Path) -> None:
@@ -169,7 +172,8 @@ def test_the_median_pruner_stops_a_bad_trial_early(spec: Spec, tmp_path: Path, m
 def test_jobs_share_one_study_and_do_exactly_the_trials_asked_for(spec: Spec, tmp_path: Path) -> None:
     storage = str(tmp_path / "s.journal")
     wanted = with_search(spec, trials=4, finalists=1, seeds=1, lr_fit_octaves=[])
-    tuning.search(wanted, storage, jobs=2, reporter=Heard())
+    with Local(2) as workers:
+        tuning.search(wanted, storage, workers=workers, reporter=Heard())
     found = trials_of(wanted, storage)
     assert [trial.state.name for trial in found] == ["COMPLETE"] * 4
     assert len({trial.params["lr"] for trial in found}) == 4
@@ -190,10 +194,10 @@ def test_nothing_to_search_is_said_before_a_study_is_made(spec: Spec, tmp_path: 
 
 def test_a_trial_left_running_by_a_killed_process_is_done_again(spec: Spec, tmp_path: Path) -> None:
     storage = str(tmp_path / "s.journal")
-    left = tuning.open_study(storage, tuning.study_name(spec)).ask()
+    left = open_study(storage, tuning.study_name(spec)).ask()
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    left.set_user_attr("process", [tuning.socket.gethostname(), gone.pid])
+    left.set_user_attr("process", ["host", gone.pid, machine()])
     tuning.search(spec, storage, reporter=Heard())
     states = [trial.state.name for trial in trials_of(spec, storage)]
     assert states == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]

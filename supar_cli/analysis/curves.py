@@ -93,6 +93,11 @@ def measure(plan: Plan, about: dict[str, Any]) -> Record:
     return {**record, "seconds": round(time.monotonic() - started, 2)}
 
 
+def died(plan: Plan, about: dict[str, Any], why: str) -> Record:
+    """The record of a run that takes its workers down."""
+    return {**about, "plan": plan.hash(), "state": "failed", "loss": None, "why": why}
+
+
 _LOSS = {"diverged": inf, "failed": nan}
 Point = tuple[Curve, float]
 
@@ -100,8 +105,8 @@ Point = tuple[Curve, float]
 class Measurements:
     """The runs of a study, those of its folder's records made only once."""
 
-    def __init__(self, sweep: Sweep, folder: Path, jobs: int, reporter: Reporter) -> None:
-        self.sweep, self.jobs, self.reporter = sweep, jobs, reporter
+    def __init__(self, sweep: Sweep, folder: Path, workers: execute.Workers, reporter: Reporter) -> None:
+        self.sweep, self.workers, self.reporter = sweep, workers, reporter
         self.records = Records(folder)
         # a run that failed is tried again by the next command; what it then gives is added and counts
         self.records.by_run = {run: r for run, r in self.records.by_run.items() if r.get("state") != "failed"}
@@ -125,7 +130,7 @@ class Measurements:
                 wanted.append((one, place, seed, plan.hash()))
         known = set(self.records.by_run)
         self.asked += sum(run not in known for run in calls)
-        for _, _, record in self.records.complete(measure, calls, self.jobs):
+        for _, _, record in self.records.complete(measure, calls, self.workers, died):
             if record["run"] in known:
                 continue
             self.ended += 1

@@ -17,7 +17,7 @@ import torch
 from supar_cli import __version__
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import document
-from supar_cli.tuning.execute import Workers
+from supar_cli.tuning.execute import Failure, Workers
 
 Record = dict[str, Any]
 
@@ -58,11 +58,16 @@ class Records:
             raise SetupError(f"{self.path}: can't be written: {error.strerror or error}") from None
 
     def complete(
-        self, function: Callable[..., Record], calls: dict[str, tuple[Any, ...]], jobs: int
+        self,
+        function: Callable[..., Record],
+        calls: dict[str, tuple[Any, ...]],
+        workers: Workers,
+        died: Callable[..., Record] | None = None,
     ) -> Iterator[tuple[int, int, Record]]:
         """Make the calls whose run is not recorded yet: (done, of all, its record) as each ends, the recorded ones first.
 
         `function` returns its record without `run`, with `state`: `done`, or why not (`diverged`, `failed`) and `why`.
+        `died`, of the call and why, is the record of one that takes its workers down each time; SetupError without it.
         """
         missing = {run: call for run, call in calls.items() if run not in self.by_run}
         done = len(calls) - len(missing)
@@ -70,7 +75,11 @@ class Records:
             if run not in missing:
                 yield done, len(calls), self.by_run[run]
         runs = list(missing)
-        for index, record in Workers(jobs).results(function, list(missing.values())):
+        for index, record in workers.results(function, list(missing.values())):
+            if isinstance(record, Failure):
+                if died is None:
+                    raise SetupError(f"a run's worker died each time it was started: {record.why}")
+                record = died(*missing[runs[index]], record.why)
             self.add({"run": runs[index], **record})
             done += 1
             yield done, len(calls), self.by_run[runs[index]]
@@ -107,15 +116,16 @@ def _asked(text: str) -> Any:
     return {**asked, "seeds": None} if isinstance(asked, dict) else asked
 
 
-def environment(jobs: int) -> dict[str, Any]:
+def environment(workers: Workers) -> dict[str, Any]:
     """Versions and machine, as results state them."""
     cuda = torch.cuda.is_available()
+    where = "" if workers.here else f" on {type(workers).__name__}"
     return {
         "supar": __version__,
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jobs} jobs",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {workers.jobs} jobs{where}",
         "cuda": torch.cuda.get_device_name() if cuda else None,
     }
 

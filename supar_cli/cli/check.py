@@ -46,9 +46,9 @@ def check(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Sequences a step. [default: 512 tokens of them]", show_default=False)
     ] = None,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Processes. [default: one a CPU core, at most 8]", show_default=False)
-    ] = None,
+    jobs: console.JobsOption = None,
+    executor: console.ExecutorOption = "local",
+    executor_set: console.ExecutorSet = None,
     data: console.DataOption = None,
     device: console.DeviceOption = None,
     settings: console.Set = None,
@@ -147,8 +147,8 @@ def _measured(
     from supar_cli.tuning import execute
 
     first = sweeps[0].plans[0][0]
-    execute.require_runnable(first)
-    jobs = flags["jobs"] or studies.jobs_for(first.run.device)
+    workers = studies.workers(flags, first.run.device, folder)
+    execute.require_runnable(first, device=workers.here)
     # what identifies the question is its first seed: more seeds go on with what is there
     question = {
         "runs": sorted({row[0].hash() for sweep in sweeps for row in sweep.plans}),
@@ -156,7 +156,8 @@ def _measured(
     }
     records.open_result(folder, question, flags["force"])
     store = records.Records(folder)
-    found = _judged(sweeps, store, jobs, flags["max_seeds"], talk)
+    with workers:
+        found = _judged(sweeps, store, workers, flags["max_seeds"], talk)
     pictures = verdicts.pictures(sweeps, store.by_run, flags["steps"])
     result = records.result(
         "supar.check-result/v1",
@@ -169,7 +170,7 @@ def _measured(
         tables=[verdicts.table(verdict) for verdict in found if verdict.findings],
         figures=pictures,
         parents={},
-        environment=records.environment(jobs),
+        environment=records.environment(workers),
         notes=[f"{v.sweep.label}: {note}" for v in found for note in v.notes],
     )
     studies.write(folder, result, talk)
@@ -181,7 +182,7 @@ def _measured(
     return result, [f"{v.sweep.label}: {v.text()}" for v in found if not v.passed]
 
 
-def _judged(sweeps: list[Any], store: Any, jobs: int, max_seeds: int, talk: console.Talk) -> list[Any]:
+def _judged(sweeps: list[Any], store: Any, workers: Any, max_seeds: int, talk: console.Talk) -> list[Any]:
     """The verdicts, of more seeds where a bound lies within a slope's interval; of no more where another fails for certain."""
     from supar_cli.analysis import coordinates
     from supar_cli.analysis.check import judge
@@ -190,7 +191,7 @@ def _judged(sweeps: list[Any], store: Any, jobs: int, max_seeds: int, talk: cons
         plans = {plan.hash(): plan for sweep in sweeps for plan in sweep.runs()}
         calls = {run: (plan,) for run, plan in sorted(plans.items(), key=lambda item: -item[1].parameters)}
         with studies.progress_of("check", store.path.parent, talk.quiet, talk.verbose) as progress:
-            for done, total, record in store.complete(coordinates.measure, calls, jobs):
+            for done, total, record in store.complete(coordinates.measure, calls, workers):
                 progress.progress(done, total, record["losses"][-1] if record["losses"] else float("nan"))
         found = [judge(sweep, store.by_run) for sweep in sweeps]
         short = [v for v in found if v.open and len(v.sweep.plans[0]) < max_seeds]

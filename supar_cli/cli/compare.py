@@ -35,9 +35,9 @@ def compare(
         typer.Option(metavar="NAME[,…]", help="Some of sp, mup, supar, supar-init-only, supar-lr-only."),
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds a point, the same for all.")] = None,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Processes. [default: one a CPU core, at most 8]", show_default=False)
-    ] = None,
+    jobs: console.JobsOption = None,
+    executor: console.ExecutorOption = "local",
+    executor_set: console.ExecutorSet = None,
     width: Annotated[int | None, typer.Option(help="Width of the runs. [default: the proxy's]")] = None,
     layers: Annotated[int | None, typer.Option(help="Number of blocks.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
@@ -76,11 +76,12 @@ def compare(
     from supar_cli.analysis import comparison, curves, records
     from supar_cli.tuning import execute
 
-    jobs = jobs or studies.jobs_for(study.run.device)
-    execute.require_runnable(study.plan(study.parameterizations[0], study.levels[0], 0, study.run_seeds[0]))
+    workers = studies.workers(flags, study.run.device, folder)
+    first = study.plan(study.parameterizations[0], study.levels[0], 0, study.run_seeds[0])
+    execute.require_runnable(first, device=workers.here)
     records.open_result(folder, study.model_dump(exclude={"run", "meta"}), force)
-    with studies.progress_of("compare", folder, quiet, verbose) as progress:
-        measured = curves.Measurements(study, folder, jobs, progress)
+    with workers, studies.progress_of("compare", folder, quiet, verbose) as progress:
+        measured = curves.Measurements(study, folder, workers, progress)
         found = measured.curves()
         measured.add((curve, 0.0) for curve in found)
         own = [curve for curve in found if curve.name == "sp"]
@@ -95,7 +96,7 @@ def compare(
         tables=comparison.tables(rows, axis),
         figures=[comparison.figure(rows, axis)],
         parents={"sweep": study.hash()},
-        environment=records.environment(jobs),
+        environment=records.environment(workers),
         sweep=study.model_dump(),
         levels=rows,
     )

@@ -29,6 +29,31 @@ DataOption = Annotated[
     str | None, typer.Option("--data", help="`stdlib`, a text/JSONL/token file or a folder of them.")
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+JobsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs",
+        min=1,
+        help="Runs at the same time. [default: one a GPU; on a CPU 1 for tune-proxy, else one a core, at most 8; "
+        "on Ray one a GPU or core of the cluster; on Slurm 8]",
+        show_default=False,
+    ),
+]
+ExecutorOption = Annotated[
+    str,
+    typer.Option(
+        "--executor", metavar="NAME", help="Who runs them: local, processes of this machine; ray, a cluster; or slurm."
+    ),
+]
+ExecutorSet = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--executor-set",
+        metavar="KEY=VALUE",
+        help="A setting of the executor; repeatable. ray: address, cpus of a run. slurm: partition, account, time in "
+        "minutes and sbatch's other options.",
+    ),
+]
 PrecisionOption = Annotated[str | None, typer.Option("--precision", help="auto, float32 or bfloat16.")]
 
 
@@ -158,6 +183,17 @@ def apply_settings(read: document.Document, settings: list[str] | None) -> None:
             raise InputError(f"--set {setting}: expected A.B=VALUE")
         found = document.read(text or "null", f"--set {path}")
         put(read, tuple(path.split(".")), found[0].data if found else None)
+
+
+def executor_settings(settings: list[str] | None) -> dict[str, Any]:
+    """`KEY=VALUE` of `--executor-set`, VALUE being YAML. Raises InputError when it is not of that form."""
+    found: dict[str, Any] = {}
+    for setting in settings or []:
+        key, equals, text = setting.partition("=")
+        if not equals or not key or not text:
+            raise InputError(f"--executor-set {setting}: expected KEY=VALUE")
+        found[key.strip().replace("-", "_")] = document.read(text, f"--executor-set {key}")[0].data
+    return found
 
 
 def put(read: document.Document, path: tuple[str, ...], value: Any) -> None:

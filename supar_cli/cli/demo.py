@@ -43,25 +43,25 @@ def demo(
     """See what SμPar keeps and SP loses as weights go sparse: a few minutes on two CPU cores, no download."""
     started = time.monotonic()
     spec = _spec(data, steps, trials, device)
-    jobs = jobs or studies.jobs_for(spec.run.device)
     folder = Path(out)
+    workers = studies.workers({"jobs": jobs, "verbose": verbose}, spec.run.device, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SetupError(f"{folder}: can't be written: {error.strerror or error}") from None
-    with console.Progress("demo", quiet, verbose) as progress:
+    with workers, console.Progress("demo", quiet, verbose) as progress:
         progress.log(
             f"1. Tuning a dense proxy: width {spec.model.width}, {spec.model.layers} layers, {steps} steps on {spec.data.source}."
         )
-        proxy = _tuned(spec, folder, jobs, progress)
+        proxy = _tuned(spec, folder, workers, progress)
         document.write_file(folder / "proxy.yaml", document.write([proxy.model_dump()]))
         progress.log(
             "2. Transferring it to densities 1, 1/4, 1/16 under SP and SμPar; at each, the learning rate is swept\n"
             "   by factors of 2 around the transferred one."
         )
     study = _study(proxy, seeds)
-    with console.Progress("demo", quiet, verbose) as progress:
-        curves = _sweep(study, folder, jobs, progress)
+    with workers, console.Progress("demo", quiet, verbose) as progress:
+        curves = _sweep(study, folder, workers, progress)
     from supar_cli.analysis import figures, study_views
 
     rows = _regrets(curves)
@@ -83,7 +83,7 @@ def demo(
         ],
         "meta": {
             "seconds": round(time.monotonic() - started, 1),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jobs} jobs",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {workers.jobs} jobs",
         },
     }
     document.write_file(folder / "results.json", json.dumps(result, indent=1) + "\n")
@@ -117,10 +117,10 @@ def _spec(data: str | None, steps: int, trials: int, device: str | None) -> Spec
     return spec.model_copy(update={"data": corpus.identified(spec.data)})
 
 
-def _tuned(spec: Spec, folder: Path, jobs: int, progress: console.Progress) -> Proxy:
+def _tuned(spec: Spec, folder: Path, workers: Any, progress: console.Progress) -> Proxy:
     from supar_cli.tuning import search
 
-    return search.search(spec, str(folder / "proxy.journal"), jobs=jobs, reporter=progress)
+    return search.search(spec, str(folder / "proxy.journal"), workers=workers, reporter=progress)
 
 
 def _study(proxy: Proxy, seeds: int) -> Sweep:
@@ -141,11 +141,11 @@ def _octave(place: float) -> int:
     return FIRST_OCTAVE + round(place)
 
 
-def _sweep(study: Sweep, folder: Path, jobs: int, progress: console.Progress) -> list[Any]:
+def _sweep(study: Sweep, folder: Path, workers: Any, progress: console.Progress) -> list[Any]:
     from supar_cli.analysis import curves as measuring
     from supar_cli.analysis.figures import fraction
 
-    measured = measuring.Measurements(study, folder, jobs, progress)
+    measured = measuring.Measurements(study, folder, workers, progress)
     curves = measured.curves()
     measured.bracket(curves)
     measured.share(curves)

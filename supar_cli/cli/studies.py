@@ -132,12 +132,19 @@ def describe(sweep: Sweep, talk: console.Talk) -> None:
             talk.log(f"  density {level.density:g}: width {level.width}, {live}, {100 * share:.1f} % of it")
 
 
-def jobs_for(device: str) -> int:
-    """Processes by default: one on a GPU, which runs share badly; one a core otherwise, at most 8."""
-    import torch
+def workers(flags: dict[str, Any], device: str, folder: Path) -> Any:
+    """The workers that flags ask for; by default a process a GPU, or one a core, at most 8."""
+    from supar_cli.tuning import execute
 
-    on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    return 1 if on_cuda else min(8, os.cpu_count() or 1)
+    return execute.workers(
+        flags.get("executor", "local"),
+        jobs=flags["jobs"],
+        settings=console.executor_settings(flags.get("executor_set")),
+        device=device,
+        on_cpu=min(8, os.cpu_count() or 1),
+        folder=folder / "slurm",
+        verbose=flags["verbose"],
+    )
 
 
 @contextmanager

@@ -46,9 +46,9 @@ def sweep(
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="The preset at the paper's size.")] = False,
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds a point, the same for all.")] = None,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Processes. [default: one a CPU core, at most 8]", show_default=False)
-    ] = None,
+    jobs: console.JobsOption = None,
+    executor: console.ExecutorOption = "local",
+    executor_set: console.ExecutorSet = None,
     width: Annotated[int | None, typer.Option(help="Width of the runs. [default: the proxy's]")] = None,
     layers: Annotated[int | None, typer.Option(help="Number of blocks.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
@@ -89,16 +89,17 @@ def sweep(
     from supar_cli.analysis import curves, records, transfer_study
     from supar_cli.tuning import execute
 
-    jobs = jobs or studies.jobs_for(study.run.device)
-    execute.require_runnable(study.plan(study.parameterizations[0], study.levels[0], 0, study.run_seeds[0]))
+    workers = studies.workers(flags, study.run.device, folder)
+    first = study.plan(study.parameterizations[0], study.levels[0], 0, study.run_seeds[0])
+    execute.require_runnable(first, device=workers.here)
     records.open_result(folder, study.model_dump(exclude={"run", "meta"}), force)
-    with studies.progress_of("sweep", folder, quiet, verbose) as progress:
-        measured = curves.Measurements(study, folder, jobs, progress)
+    with workers, studies.progress_of("sweep", folder, quiet, verbose) as progress:
+        measured = curves.Measurements(study, folder, workers, progress)
         found = measured.curves()
         measured.bracket(found)
         measured.share(found)
     arms = transfer_study.analyse(study, found)
-    result = _result(study, arms, records.environment(jobs))
+    result = _result(study, arms, records.environment(workers))
     studies.write(folder, result, talk)
     if not quiet:
         studies.show(result["tables"])

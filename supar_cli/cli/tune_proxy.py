@@ -34,9 +34,15 @@ def tune_proxy(
     ] = None,
     study: Annotated[
         str | None,
-        typer.Option(help="Journal file or Optuna URL. [default: proxy.journal]", show_default=False),
+        typer.Option(
+            help="Journal file or database (postgresql://HOST/NAME); any number of these commands may share one. "
+            "[default: proxy.journal]",
+            show_default=False,
+        ),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Trials run at the same time, each in a process.")] = 1,
+    jobs: console.JobsOption = None,
+    executor: console.ExecutorOption = "local",
+    executor_set: console.ExecutorSet = None,
     width: Annotated[int | None, typer.Option(help="Model width; head width and FFN ratio stay the spec's.")] = None,
     layers: Annotated[int | None, typer.Option(help="Number of blocks.")] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
@@ -68,13 +74,22 @@ def tune_proxy(
         Path(str(out)).parent.mkdir(parents=True, exist_ok=True)
     storage = study or ("proxy.journal" if out in (None, "-") else str(Path(str(out)).with_suffix(".journal")))
 
+    from supar_cli.tuning import execute
     from supar_cli.tuning import search as tuning
 
     may_replace = force or _is_own(out, tuning.study_name(wanted))
     console.check_writable(out, "proxy.yaml", may_replace)
-    with console.Progress("tune-proxy", quiet, verbose) as progress:
+    workers = execute.workers(
+        executor,
+        jobs=jobs,
+        settings=console.executor_settings(executor_set),
+        device=wanted.run.device,
+        folder=Path("proxy.slurm" if out in (None, "-") else str(out)).with_suffix(".slurm"),
+        verbose=verbose,
+    )
+    with console.Progress("tune-proxy", quiet, verbose) as progress, workers:
         try:
-            proxy = tuning.search(wanted, storage, jobs=jobs, reporter=progress)
+            proxy = tuning.search(wanted, storage, workers=workers, reporter=progress)
         except KeyboardInterrupt:
             best = tuning.best_so_far(wanted, storage)
             progress.warn("stopped; the same command continues the study" + (f"; {best}" if best else ""))

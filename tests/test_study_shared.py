@@ -1,0 +1,454 @@
+"""One study, many processes: totals are exact, nothing is run twice, and the dead and the cut off lose only their own work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from sqlalchemy import exc
+
+from supar_cli.errors import InputError, SetupError, UnusableResult
+from supar_cli.planning.spec import Search
+from supar_cli.tuning import samplers, shared, storage
+from supar_cli.tuning.shared import Shared, counts
+
+from . import studies
+from .studies import Postgres
+
+WORKERS = 6
+Made = Callable[[], Shared]
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    with studies.postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["journal", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A storage of its own for each test."""
+    if request.param == "journal":
+        return str(tmp_path / "study.journal")
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.database(tmp_path.name)
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Made:
+    return lambda: Shared(str(tmp_path / "study.journal"), "s")
+
+
+def together(url: str, work: Callable[[Shared], Any]) -> list[Any]:
+    """What as many threads get, each with a connection of its own, from work begun at the same time."""
+    Shared(url, "s")
+    begin = threading.Barrier(WORKERS)
+
+    def one() -> Any:
+        study = Shared(url, "s", join=True)
+        begin.wait(60)
+        return work(study)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return [done.result() for done in [pool.submit(one) for _ in range(WORKERS)]]
+
+
+def worked(study: Shared, most: int) -> int:
+    """Run trials of next to no work until the study has as many; how many this was."""
+    mine = 0
+
+    def objective(trial: optuna.Trial) -> float:
+        time.sleep(0.01)
+        return trial.suggest_float("x", 0, 1)
+
+    while sum(map(counts, study.trials())) < most:
+        trial = study.claim(most=most)
+        if trial is not None:
+            mine += study.run(trial, objective) is not None
+        else:
+            time.sleep(0.01)
+    return mine
+
+
+def test_a_total_is_exact_whoever_works_on_it(url: str) -> None:
+    assert sum(together(url, lambda study: worked(study, 20))) == 20
+    trials = Shared(url, "s").trials()
+    assert sum(map(counts, trials)) == 20 and {t.state.name for t in trials} <= {"COMPLETE", "FAIL"}
+
+
+def all_ask_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worst case: everybody has seen that trials are missing before anybody begins one."""
+    begin, ask = threading.Barrier(WORKERS), optuna.Study.ask
+
+    def late(self: optuna.Study, *arguments: Any) -> optuna.Trial:
+        begin.wait(60)
+        return ask(self, *arguments)
+
+    monkeypatch.setattr(optuna.Study, "ask", late)
+
+
+def claimed(study: Shared) -> int:
+    trial = study.claim(most=2)
+    return 0 if trial is None else study.run(trial, lambda _: 1.0) is not None
+
+
+def test_trials_asked_for_at_the_same_moment_are_withdrawn_beyond_the_total(url: str, monkeypatch) -> None:
+    all_ask_at_once(monkeypatch)
+    assert sum(together(url, claimed)) == 2
+    withdrawn = [t.user_attrs["withdrawn"] for t in Shared(url, "s").trials() if not counts(t)]
+    assert withdrawn == ["the study has its trials"] * (WORKERS - 2)
+
+
+def test_without_the_rule_the_total_is_exceeded(url: str, monkeypatch) -> None:
+    all_ask_at_once(monkeypatch)
+    monkeypatch.setattr(Shared, "_excess", lambda *_: "")
+    assert sum(together(url, claimed)) == WORKERS
+
+
+@pytest.mark.parametrize("rule", [True, False])
+def test_of_equal_queued_trials_one_is_run(url: str, rule: bool, monkeypatch) -> None:
+    if not rule:
+        monkeypatch.setattr(Shared, "_excess", lambda *_: "")
+    study = Shared(url, "s")
+    for _ in range(3):
+        study.queue({"x": 0.5})
+    for _ in range(3):
+        trial = study.claim(most=9)
+        if trial is not None:
+            study.run(trial, lambda t: t.suggest_float("x", 0, 1))
+    states = [trial.state.name for trial in study.trials()]
+    assert states == (["COMPLETE", "FAIL", "FAIL"] if rule else ["COMPLETE"] * 3)
+
+
+def test_a_queued_run_is_taken_only_by_who_waits_for_it(journal: Made) -> None:
+    study = journal()
+    study.queue({}, run="a")
+    assert study.claim(among={"b"}) is None
+    assert [trial.state.name for trial in study.trials()] == ["WAITING"]
+    trial = study.claim(among={"a", "b"})
+    assert trial is not None and trial.user_attrs["run"] == "a"
+
+
+@pytest.mark.parametrize("sampler", ["random", "qmc", "tpe", "gp"])
+def test_no_two_trials_that_run_at_the_same_time_draw_the_same(sampler: str, url: str) -> None:
+    if sampler in ("qmc", "gp"):
+        pytest.importorskip("scipy", reason=f"the {sampler} sampler needs scipy")
+
+    def draw(study: Shared) -> tuple[int, float]:
+        study.study.sampler = samplers.ByNumber(Search(sampler=sampler, seed=3))
+        trial = study.claim(most=WORKERS)
+        assert trial is not None
+        return trial.number, trial.suggest_float("x", 1e-3, 1.0, log=True)
+
+    drawn = dict(together(url, draw))
+    assert sorted(drawn) == list(range(WORKERS)) and len(set(drawn.values())) == WORKERS
+
+
+def test_a_proposal_is_the_numbers_own(tmp_path: Path) -> None:
+    def drawn(name: str, seed: int) -> list[float]:
+        study = Shared(str(tmp_path / name), "s")
+        study.study.sampler = samplers.ByNumber(Search(seed=seed))
+        return [study.study.ask().suggest_float("x", 0, 1) for _ in range(3)]
+
+    assert drawn("a", 3) == drawn("b", 3) != drawn("c", 4)
+
+
+def left_by(study: Shared, process: int, where: str) -> optuna.Trial:
+    trial = study.study.ask()
+    trial.suggest_float("x", 0, 1)
+    trial.set_user_attr("process", ["host", process, where])
+    return trial
+
+
+def test_the_trial_of_a_dead_process_is_given_back_once_and_its_proposal_run_again(url: str) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    study = Shared(url, "s")
+    dead = left_by(study, gone.pid, shared.machine())
+    alive = left_by(study, os.getpid(), shared.machine())
+    given_back = [number for one in together(url, Shared.give_back) for number in (t.number for t in one)]
+    assert given_back == [dead.number]
+    again = study.claim(most=9)
+    assert again is not None and again.suggest_float("x", 0, 1) == dead.params["x"]
+    assert [t.state.name for t in study.trials()] == ["FAIL", "RUNNING", "RUNNING"] and alive.number == 1
+
+
+def test_a_killed_process_that_nobody_waited_for_is_dead() -> None:
+    gone = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert shared._is_alive(gone.pid)
+    gone.kill()
+    studies.wait_for(lambda: not shared._is_alive(gone.pid))
+    gone.wait()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "BEAT_S", 0.1)
+    monkeypatch.setattr(shared, "GRACE_S", 0.6)
+
+
+def looks(study: Shared, seconds: float) -> list[int]:
+    limit, found = time.monotonic() + seconds, []
+    while time.monotonic() < limit:
+        found += [trial.number for trial in study.give_back()]
+        time.sleep(0.05)
+    return found
+
+
+def test_a_trial_of_another_machine_is_given_back_when_it_falls_silent(journal: Made, quick: None) -> None:
+    study = journal()
+    silent = left_by(study, os.getpid(), "another machine")
+    beating = left_by(study, os.getpid(), "another machine")
+    unmarked = study.study.ask()  # of a process that died at once
+    with shared._beating(beating):
+        assert looks(study, 0.4) == [], "nothing is given back within the grace"
+        assert looks(study, 1.5) == [silent.number, unmarked.number]
+    assert looks(study, 1.5) == [beating.number]
+    assert [t.state.name for t in study.trials()] == ["FAIL"] * 3 + ["WAITING"] * 2, "the unmarked had no proposal"
+
+
+def test_an_outage_is_not_held_against_a_trial(journal: Made, quick: None) -> None:
+    study = journal()
+    left_by(study, os.getpid(), "another machine")
+    assert looks(study, 0.3) == []
+    time.sleep(1)  # nobody can look, nor beat
+    assert study.give_back() == []
+
+
+def test_a_proposal_that_kills_every_process_is_not_queued_for_ever(journal: Made) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    study = journal()
+    study.queue({"x": 0.5})
+    for _ in range(shared.AGAIN + 1):
+        left_by(study, gone.pid, shared.machine())
+        study.give_back()
+    assert len(study.trials()) == shared.AGAIN + 1 and not [t for t in study.trials() if t.state.name == "WAITING"]
+
+
+def test_work_on_a_trial_that_was_given_back_is_not_used(journal: Made) -> None:
+    study, other = journal(), journal()
+
+    def slow(trial: optuna.Trial) -> float:
+        trial.suggest_float("x", 0, 1)
+        assert other._give_back(other.trials()[trial.number])
+        return 1.0
+
+    trial = study.claim(most=1)
+    assert trial is not None and study.run(trial, slow) is None
+    again = other.claim(most=1)
+    assert again is not None and other.run(again, lambda t: t.suggest_float("x", 0, 1)) is not None
+    assert sum(map(counts, study.trials())) == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SetupError("no data here"), MemoryError()])
+def test_what_interrupts_a_trial_gives_it_back(error: BaseException, journal: Made) -> None:
+    def interrupted(trial: optuna.Trial) -> float:
+        trial.suggest_float("x", 0, 1)
+        raise error
+
+    study = journal()
+    trial = study.claim(most=1)
+    assert trial is not None
+    with pytest.raises(type(error)):
+        study.run(trial, interrupted)
+    first, second = study.trials()
+    assert (first.state.name, second.state.name) == ("FAIL", "WAITING") and not counts(first)
+    assert second.system_attrs["fixed_params"] == first.params
+
+
+def test_a_diverged_trial_counts_and_is_not_done_again(journal: Made) -> None:
+    def diverging(trial: optuna.Trial) -> float:
+        raise UnusableResult("loss nan")
+
+    study = journal()
+    trial = study.claim(most=1)
+    assert trial is not None and study.run(trial, diverging) is not None
+    assert study.claim(most=1) is None and [t.state.name for t in study.trials()] == ["FAIL"]
+
+
+class TestProcesses:
+    """`supar tune-proxy` as processes, begun at the same time."""
+
+    def test_four_on_postgresql(self, postgres: Postgres, tmp_path: Path) -> None:
+        spec, url = studies.write_spec(tmp_path, 6, studies.FAST), postgres.database(tmp_path.name)
+        flags = ("tune-proxy", "--study", url)
+        several = [studies.start(tmp_path, *flags, "-o", f"{n}.yaml") for n in range(3)]
+        several.append(studies.start(tmp_path, *flags, "-o", "3.yaml", "--jobs", "2"))
+        proxies = studies.ended(several)
+        studies.check_exact(spec, url, proxies)
+        assert len({(tmp_path / f"{n}.yaml").read_text() for n in range(4)}) == 1
+        assert "secret" not in (tmp_path / "0.yaml").read_text()
+
+    def test_three_on_a_journal_file(self, tmp_path: Path) -> None:
+        spec, path = studies.write_spec(tmp_path, 5, studies.FAST), str(tmp_path / "s.journal")
+        flags = ("tune-proxy", "--study", "s.journal")
+        proxies = studies.ended([studies.start(tmp_path, *flags, "-o", f"{n}.yaml") for n in range(3)])
+        studies.check_exact(spec, path, proxies)
+
+    def test_one_killed_in_a_trial_while_another_works(self, tmp_path: Path) -> None:
+        spec, path = studies.write_spec(tmp_path, 4, studies.SLOW), str(tmp_path / "s.journal")
+        flags = ("tune-proxy", "--study", "s.journal")
+        killed = studies.start(tmp_path, *flags, "-o", "killed.yaml", "--jobs", "2")
+        trial = studies.wait_for(lambda: (tmp_path / "s.journal").exists() and studies.midway(spec, path))
+        other = studies.start(tmp_path, *flags, "-o", "other.yaml")
+        killed.kill()
+        killed.communicate(timeout=60)
+        worker = trial.user_attrs["process"][1]
+        studies.wait_for(lambda: not shared._is_alive(worker), 20)
+        proxies = studies.ended([other])
+        studies.check_exact(spec, path, proxies)
+        trials = studies.trials_of(spec, path)
+        assert trials[trial.number].state.name == "FAIL"
+        assert [t.params for t in trials if counts(t)].count(trial.params) == 1, "its proposal was run after all"
+
+    def test_a_database_restarted_in_the_middle(self, postgres: Postgres, tmp_path: Path) -> None:
+        spec, url = studies.write_spec(tmp_path, 12, studies.SLOW), postgres.database(tmp_path.name)
+        flags = ("tune-proxy", "--study", url)
+        several = [studies.start(tmp_path, *flags, "-o", f"{n}.yaml", "--jobs", str(n + 1)) for n in range(2)]
+
+        def both_work() -> bool:
+            own = {t.user_attrs["process"][1] == several[0].pid for t in studies.trials_of(spec, url) if t.last_step}
+            return own == {True, False}
+
+        studies.wait_for(both_work)
+        postgres.restart()
+        done = sum(map(counts, studies.trials_of(spec, url)))
+        studies.wait_for(lambda: sum(map(counts, studies.trials_of(spec, url))) > done)
+        postgres.restart()
+        studies.check_exact(spec, url, studies.ended(several))
+
+    def test_a_database_that_is_not_there_is_said_at_once(self, tmp_path: Path) -> None:
+        studies.write_spec(tmp_path, 5, studies.FAST)
+        began = time.monotonic()
+        refused = studies.start(tmp_path, "tune-proxy", "--study", "postgresql://me:secret@127.0.0.1:1/none")
+        out, err = refused.communicate(timeout=60)
+        assert refused.returncode == 3 and out == "" and "secret" not in err and "Traceback" not in err
+        assert "error: --study postgresql://127.0.0.1:1/none: can't be opened: " in err
+        assert time.monotonic() - began < 30 and not (tmp_path / "proxy.yaml").exists()
+
+
+class TestOutages:
+    """A storage whose operations fail as a database's do that is restarted."""
+
+    def away(self) -> optuna.exceptions.StorageInternalError:
+        error = optuna.exceptions.StorageInternalError("commit")
+        error.__cause__ = exc.OperationalError("select", {}, Exception("the server closed the connection"))
+        return error
+
+    def test_an_operation_is_tried_again_and_that_is_said_once(self, monkeypatch) -> None:
+        monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.001)
+        said: list[str] = []
+        failures = iter([self.away()] * 3)
+
+        def operation(value: int) -> int:
+            for failure in failures:
+                raise failure
+            return value
+
+        assert storage.Patience("postgresql://me:secret@h/d", said.append).tried(operation, 5) == 5
+        assert said == ["--study postgresql://h/d: the server closed the connection; trying again for up to 5 minutes"]
+
+    def test_a_transaction_that_was_cut_off_is_no_refusal(self) -> None:
+        cut = optuna.exceptions.StorageInternalError("commit")
+        cut.__cause__ = exc.PendingRollbackError("can't reconnect until rolled back")
+        assert storage._is_away(cut) and storage._is_away(self.away())
+        assert not storage._is_away(optuna.exceptions.StorageInternalError("too long"))
+
+    def test_patience_ends(self) -> None:
+        def operation() -> None:
+            raise self.away()
+
+        with pytest.raises(SetupError, match="--study postgresql://h/d: the server closed the connection"):
+            storage.Patience("postgresql://me:secret@h/d", limit_s=0.0).tried(operation)
+
+    def test_a_database_that_is_away_is_waited_for(self, postgres: Postgres, tmp_path: Path) -> None:
+        url, said = postgres.database(tmp_path.name), list[str]()
+        study = Shared(url, "s", storage.Patience(url, said.append))
+        impatient = Shared(url, "s", storage.Patience(url, limit_s=0.0))
+        trial = study.claim(most=1)
+        assert trial is not None
+        postgres.crash()
+        with pytest.raises(SetupError, match="onnection"):
+            impatient.trials()
+        threading.Timer(1.0, postgres.up).start()
+        assert study.run(trial, lambda t: t.suggest_float("x", 0, 1)) is not None
+        assert len(said) >= 1 and all("trying again for up to 5 minutes" in message for message in said)
+        assert impatient.trials()[0].state.name == "COMPLETE"
+
+    def test_what_a_database_refuses_is_not_tried_again(self) -> None:
+        refused = exc.IntegrityError("insert", {}, Exception("duplicate key"))
+
+        def operation() -> None:
+            raise refused
+
+        with pytest.raises(exc.IntegrityError):
+            storage.Patience("postgresql://h/d").tried(operation)
+
+    @pytest.mark.parametrize("lost", ["create_new_trial", "set_trial_param", "set_trial_state_values"])
+    def test_a_reply_that_is_lost_after_its_commit_changes_no_total(
+        self, lost: str, url: str, monkeypatch, quick: None
+    ) -> None:
+        if "://" not in url:
+            pytest.skip("a journal file is written or not")
+        monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.001)
+        study = Shared(url, "s", storage.Patience(url, lambda _: None))
+        backend = study.study._storage
+        real = getattr(type(backend), lost)
+        losses = iter([self.away()])
+
+        def commits_and_fails(*arguments: Any, **named: Any) -> Any:
+            found = real(backend, *arguments, **named)
+            for loss in losses:
+                raise loss
+            return found
+
+        commits_and_fails.__name__, commits_and_fails.__self__ = lost, backend  # type: ignore[attr-defined]
+        setattr(backend, lost, lambda *a, **k: study.patience.tried(commits_and_fails, *a, **k))
+        began = time.monotonic()
+        while sum(map(counts, study.trials())) < 3 and time.monotonic() - began < 30:
+            trial = study.claim(most=3)
+            if trial is not None:
+                assert study.run(trial, lambda t: t.suggest_float("x", 0, 1)) is not None
+            time.sleep(0.05)
+        assert sum(map(counts, study.trials())) == 3
+        assert next(losses, None) is None
+
+
+def test_a_missing_driver_is_named_at_the_start(monkeypatch) -> None:
+    monkeypatch.setattr(storage.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(SetupError, match=r"needs the extra: pip install 'supar\[postgresql\]'"):
+        Shared("postgresql://me:secret@h/d", "s")
+
+
+@pytest.mark.parametrize(
+    ("url", "without"),
+    [
+        ("postgresql://me:secret@h:5/d?sslmode=require", "postgresql://h:5/d?sslmode=require"),
+        ("postgresql://h/d?user=me&password=secret", "postgresql://h/d?user=me"),
+        ("folder/s.journal", "folder/s.journal"),
+    ],
+)
+def test_no_password_is_shown(url: str, without: str) -> None:
+    assert storage.shown(url) == without
+    assert "secret" not in storage.told(ValueError(f"can't parse {url}"), url)
+
+
+def test_no_url_is_bad_input_and_a_study_that_a_worker_lacks_is_its_machines_fault(tmp_path: Path) -> None:
+    for url in ("postgresq://h/d", "postgresql://h:port/d"):
+        with pytest.raises(InputError, match="expected postgresql://HOST/NAME"):
+            Shared(url, "s")
+    with pytest.raises(SetupError, match="on a disk that all share"):
+        Shared(str(tmp_path / "elsewhere.journal"), "s", join=True)
+    Shared(str(tmp_path / "here.journal"), "s")
+    with pytest.raises(SetupError, match="on a disk that all share"):
+        Shared(str(tmp_path / "here.journal"), "another", join=True)
