@@ -40,6 +40,8 @@ def inspect(
     quiet: console.Quiet = False,
 ) -> None:
     """Show how a corpus is read: format, split, number of tokens, vocabulary needed, first tokens, hash."""
+    import numpy as np
+
     from supar_cli.training import data
 
     section = _section(source, format_, tokenizer, field)
@@ -48,7 +50,7 @@ def inspect(
     words = found.kind in ("text", "jsonl")
     # a corpus of tokens is bounded by its integers only; what a model's vocabulary has is checked when it is trained
     tokens = data.load(known, vocab=data.tokenizer(section)[1] if words else 2**16, context=1)
-    first = tokens.train.segments[0].tokens[:SAMPLE_TOKENS]
+    first = np.asarray(tokens.train.segments[0].tokens[:SAMPLE_TOKENS])
     splits = {"train": tokens.train, "validation": tokens.validation}
     result: dict[str, Any] = {
         "source": source,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import corpus
 from supar_cli.planning.corpus import Corpus
 from supar_cli.planning.plan import Data
-from supar_cli.training import masks
+from supar_cli.training import masks, tokenfiles
+from supar_cli.training.tokenfiles import Stamp, TokenFile
 
 SEPARATOR_BYTE = 0  # chosen: NUL parts documents in byte tokens; it stands in no text
 TAIL_SHARE = 10  # chosen: a corpus of one file holds out its last tenth
@@ -35,7 +37,7 @@ class Segment:
     """One run of tokens and the file it came from."""
 
     name: str
-    tokens: NDArray[Any]
+    tokens: NDArray[Any] | TokenFile
 
 
 @dataclass(slots=True)
@@ -45,28 +47,41 @@ class Split:
     segments: list[Segment]
     vocab: int
     total: int = field(init=False)
+    _ends: dict[int, list[int]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.total = sum(len(segment.tokens) for segment in self.segments)
 
     def windows(self, length: int) -> int:
-        return sum(max(0, len(segment.tokens) - length + 1) for segment in self.segments)
+        """The number of windows of `length` tokens."""
+        ends = self._ends_of(length)
+        return ends[-1] if ends else 0
+
+    def _ends_of(self, length: int) -> list[int]:
+        """Number of windows up to the end of each segment."""
+        if length not in self._ends:
+            counts = (max(0, len(segment.tokens) - length + 1) for segment in self.segments)
+            self._ends[length] = list(accumulate(counts))
+        return self._ends[length]
 
     def window(self, index: int, length: int) -> NDArray[np.int64]:
-        """Window number `index` of `length` tokens. Raises SetupError on a token the vocabulary has not."""
-        for segment in self.segments:
-            count = max(0, len(segment.tokens) - length + 1)
-            if index < count:
-                tokens = np.asarray(segment.tokens[index : index + length]).astype(np.int64)
-                if tokens.max() >= self.vocab:
-                    at = index + int(np.argmax(tokens >= self.vocab))
-                    raise SetupError(
-                        f"{segment.name}: token {at} is {tokens.max()}, the vocabulary has {self.vocab}: a corrupt token file, "
-                        "or one made with another tokenizer"
-                    )
-                return tokens
-            index -= count
-        raise IndexError(index)
+        """Window number `index` of `length` tokens.
+
+        Raises SetupError on a token the vocabulary has not, and where a file is not what it was.
+        """
+        ends = self._ends_of(length)
+        at = bisect_right(ends, index)
+        if at == len(ends):
+            raise IndexError(index)
+        segment, start = self.segments[at], index - (ends[at - 1] if at else 0)
+        tokens = np.asarray(segment.tokens[start : start + length]).astype(np.int64)
+        if tokens.max() >= self.vocab:
+            wrong = int(np.argmax(tokens >= self.vocab))
+            raise SetupError(
+                f"{segment.name}: token {start + wrong} is {tokens.max()}, the vocabulary has {self.vocab}: a corrupt token file, "
+                "or one made with another tokenizer"
+            )
+        return tokens
 
     def batch(self, seed: int, step: int, rows: int, context: int, share: slice = ALL) -> tuple[Tensor, Tensor]:
         """Inputs and targets of a training step, each (rows, context) int64, at windows drawn from (seed, step).
@@ -95,14 +110,20 @@ class Tokens:
 
 
 def load(data: Data, *, vocab: int, context: int) -> Tokens:
-    """Tokens of a data section. Raises InputError for the wrong data, SetupError for data that can't be used."""
-    identified = corpus.identified(data)
-    assert identified.hash is not None
+    """Tokens of a data section. Raises InputError for the wrong data, SetupError for data that can't be used.
+
+    They are those whose hash is given: files that are written to meanwhile are refused.
+    """
     found = corpus.find(data)
-    encode, size = tokenizer(data)
-    if found.kind in ("text", "jsonl") and size > vocab:
-        raise InputError(f"model.vocab: {vocab} is less than the {size} tokens of the tokenizer {data.tokenizer!r}")
-    train, validation = _segments(found, found.train, data, encode), _segments(found, found.validation, data, encode)
+    more = [Path(data.tokenizer)] if data.tokenizer != "bytes" and os.path.isfile(data.tokenizer) else []
+    with tokenfiles.unchanged([*found.files, *more]) as stamps:
+        identified = corpus.identified(data, found)
+        encode, size = tokenizer(data)
+        if found.kind in ("text", "jsonl") and size > vocab:
+            raise InputError(f"model.vocab: {vocab} is less than the {size} tokens of the tokenizer {data.tokenizer!r}")
+        tokenfiles.allow(len(found.files))
+        train, validation = (_segments(found, files, data, encode, stamps) for files in (found.train, found.validation))
+    assert identified.hash is not None
     if not validation:
         longest = max(train, key=lambda segment: len(segment.tokens))
         cut = len(longest.tokens) - len(longest.tokens) // TAIL_SHARE
@@ -144,13 +165,17 @@ def tokenizer(data: Data) -> tuple[Encoder | None, int]:
     return encode, loaded.get_vocab_size()
 
 
-def _segments(found: Corpus, files: list[Path], data: Data, encode: Encoder | None) -> list[Segment]:
+def _segments(
+    found: Corpus, files: list[Path], data: Data, encode: Encoder | None, stamps: dict[Path, Stamp]
+) -> list[Segment]:
     if not files:
         return []
     if found.kind in ("nanogpt", "llmc"):
-        return [Segment(str(path), _token_file(path, found.kind)) for path in files]
+        return [Segment(str(path), _token_file(path, found.kind, stamps[path])) for path in files]
     if encode is None and found.kind == "text" and len(files) == 1:
-        return [Segment(str(files[0]), _mapped(files[0], np.uint8, 0))]
+        if not stamps[files[0]].size_bytes:
+            raise InputError(f"{files[0]}: the file is empty")
+        return [Segment(str(files[0]), TokenFile(files[0], "u1", 0, stamps[files[0]]))]
     parts = list(encoded(found.kind, files, data, encode))
     return [Segment(str(found.root), np.concatenate(parts) if parts else np.zeros(0, np.uint8))]
 
@@ -167,45 +192,41 @@ def encoded(kind: str, files: list[Path], data: Data, encode: Encoder | None) ->
 
 
 def documents(kind: str, files: list[Path], data: Data) -> Iterator[bytes]:
-    """Texts of text or JSONL files, as bytes. Raises InputError naming file and line of a bad JSONL record."""
+    """Texts of text or JSONL files, as bytes.
+
+    Raises InputError naming file and line of a bad JSONL record, SetupError where a file can't be read.
+    """
     for path in files:
-        if kind == "text":
-            yield path.read_bytes()
-            continue
-        with path.open("rb") as lines:
+        with corpus.opened(path) as lines:
+            if kind == "text":
+                yield lines.read()
+                continue
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 try:
                     yield json.loads(line)[data.field].encode()
-                except (ValueError, KeyError, TypeError, AttributeError):
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     raise InputError(
                         f"{path}:{number}: no text under {data.field!r} in this line; expected data.field"
                     ) from None
 
 
-def _token_file(path: Path, kind: str) -> NDArray[Any]:
-    """A memory map of uint16 tokens. nanoGPT: raw; llm.c: a header of 256 int32 (magic, version, count), then tokens."""
-    size = path.stat().st_size
-    offset = 0
+def _token_file(path: Path, kind: str, stamp: Stamp) -> TokenFile:
+    """A file of uint16 tokens. nanoGPT: raw; llm.c: a header of 256 int32 (magic, version, count), then tokens."""
+    size, start = stamp.size_bytes, 0
     if kind == "llmc":
-        header = np.fromfile(path, dtype="<i4", count=256)
+        header = np.asarray(TokenFile(path, "<i4", 0, stamp)[:256])
         if len(header) < 256 or header[0] != corpus.LLMC_MAGIC or header[1] != 1:
             raise SetupError(f"{path}: not an llm.c shard of version 1")
-        offset = LLMC_HEADER_BYTES
-        if size != offset + 2 * int(header[2]):
+        start = LLMC_HEADER_BYTES
+        if size != start + 2 * int(header[2]):
             raise SetupError(
-                f"{path}: a corrupt token file: its header counts {header[2]} tokens, it holds {(size - offset) / 2:g}"
+                f"{path}: a corrupt token file: its header counts {header[2]} tokens, it holds {(size - start) / 2:g}"
             )
-    if (size - offset) % 2 or size == offset:
+    if (size - start) % 2 or size == start:
         raise SetupError(f"{path}: a corrupt token file: {size} bytes are not uint16 tokens")
-    return _mapped(path, np.dtype("<u2"), offset)
-
-
-def _mapped(path: Path, dtype: Any, offset: int) -> NDArray[Any]:
-    if path.stat().st_size == 0:
-        raise InputError(f"{path}: the file is empty")
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset)
+    return TokenFile(path, "<u2", start, stamp)
 
 
 def prepare(data: Data, directory: Path, progress: Callable[[str, int], None]) -> dict[str, int]:
