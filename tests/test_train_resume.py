@@ -129,7 +129,8 @@ class TestUninterrupted:
 class TestKilled:
     """SIGKILL to `supar train` as soon as a step shows in its metrics, three times in the life of one run."""
 
-    MOMENTS = (3, 60, 130)  # before any checkpoint, and twice between checkpoints
+    # before any checkpoint, and twice after one that is surely written: the next one waits for it
+    MOMENTS = (3, 90, 170)
 
     def killed(self, folder: Path, step: int) -> None:
         command = [sys.executable, "-m", "supar_cli", "train", "plan.yaml", "-o", "run", "--resume", "-q"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from supar_cli.planning.plan import Plan, parse
 
 DIFFERENCES = 8  # chosen: named of two plans; the others are counted
 ENDED = "ended.json"  # how training ended where it did not finish
+DAMAGED = "metrics.damaged.jsonl"  # metrics.jsonl as it was where some of its records could not be read
 
 
 @contextmanager
@@ -77,8 +79,8 @@ def start(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list[str
     existing, changes = directory / "plan.yaml", list[str]()
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory}: is a file; expected a folder for --out")
-    if existing.is_file():
-        other = parse(Plan, document.read_file(str(existing))[0])
+    if existing.is_file() and not force:
+        other = _plan(existing)
         if resume and other.hash() != plan.hash():
             raise InputError(
                 f"{directory}: holds a run of another plan; expected another --out, or --force to start again",
@@ -86,21 +88,42 @@ def start(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list[str
             )
         if resume:
             changes = _differences({"run": other.run.model_dump()}, {"run": plan.run.model_dump()})
-        elif not force:
+        else:
             raise InputError(
                 f"{directory}: holds a run already; expected --resume to continue it or --force to start again"
             )
-    elif directory.exists() and any(directory.iterdir()) and not force:
+    elif not existing.is_file() and directory.exists() and any(directory.iterdir()) and not force:
         raise InputError(f"{directory}: exists and is no run directory; expected another --out")
     with writing(directory):
         if force and not resume and existing.is_file():
             for name in ("checkpoints", "tensorboard", "wandb"):
                 shutil.rmtree(directory / name, ignore_errors=True)
-            for name in ("metrics.jsonl", "result.json", "trackers.json", ENDED):
+            for name in ("metrics.jsonl", DAMAGED, "result.json", "trackers.json", ENDED):
                 (directory / name).unlink(missing_ok=True)
         directory.mkdir(parents=True, exist_ok=True)
         document.write_file(existing, document.write([plan.model_dump()]))
     return changes
+
+
+def _plan(path: Path) -> Plan:
+    """The plan that a run was started with. Raises InputError."""
+    try:
+        return parse(Plan, document.read_file(str(path))[0])
+    except InputError as error:
+        said = (f"  {problem}" for problem in error.problems)
+        what = "can't be read; expected this run's plan, of which each checkpoint has a copy, or --force to start again"
+        raise InputError(f"{path}: {what}", *said) from None
+
+
+def result(directory: Path, plan: Plan) -> dict[str, Any] | None:
+    """result.json of a plan's run, None where there is none that is whole."""
+    try:
+        found = json.loads((directory / "result.json").read_bytes())
+        numbers = [found["steps"], found["seconds"], found["validation_loss"]]
+        same = found["kind"] == "supar.result/v1" and found["plan"] == plan.hash()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return dict(found) if same and all(isinstance(number, int | float) for number in numbers) else None
 
 
 @contextmanager
@@ -135,18 +158,27 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 class Metrics:
-    """metrics.jsonl of a run: `before` are the records of steps already done; lines of steps to be done again are dropped."""
+    """metrics.jsonl of a run: `before` are the records of steps already done; lines of steps to be done again are dropped.
+
+    `damage` says so where the record of a step done is not there or can't be read: the state does not depend on it.
+    """
 
     def __init__(self, directory: Path | None, done: int) -> None:
         self._file: TextIO | None = None
         self.before: list[dict[str, Any]] = []
+        self.damage = ""
         if directory is not None:
             path = directory / "metrics.jsonl"
-            kept = [line for line in _lines(path) if json.loads(line)["step"] <= done] if done else []
-            self.before = [json.loads(line) for line in kept]
             self._directory = directory
             with writing(directory):
-                document.write_file(path, "".join(kept))
+                self.before = list(_records(path, done)) if done else []
+                lost = done - len(self.before)
+                if lost:
+                    self.damage = f"{path}: the records of {lost} of the {done} steps done are missing or damaged"
+                    if path.exists() and not (directory / DAMAGED).exists():  # the first is the one that tells most
+                        path.replace(directory / DAMAGED)
+                        self.damage += f"; {DAMAGED} is the file as it was"
+                document.write_file(path, "".join(json.dumps(record) + "\n" for record in self.before))
                 self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> Metrics:
@@ -163,9 +195,22 @@ class Metrics:
                 self._file.write(json.dumps(record) + "\n")
                 self._file.flush()
 
+    def keep(self) -> None:
+        """See what is written on disk: a checkpoint will stand for these steps."""
+        if self._file is not None:
+            with writing(self._directory):
+                os.fsync(self._file.fileno())
 
-def _lines(path: Path) -> list[str]:
-    """Complete lines of a file; the last one of a killed run may be cut."""
-    if not path.is_file():
-        return []
-    return [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+
+def _records(path: Path, done: int) -> Iterator[dict[str, Any]]:
+    """Records of steps up to `done`, in their order; lines that are none, as the last one of a killed run, are left out."""
+    last = 0
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        try:
+            record = json.loads(line.decode("utf-8"))
+            step, losses = record["step"], [record["loss"], record.get("validation_loss", 0.0)]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+        if type(step) is int and last < step <= done and all(isinstance(loss, int | float) for loss in losses):
+            last = step
+            yield record
