@@ -179,7 +179,7 @@ def _finish(aside: Path, final: Path, snapshot: Snapshot, hashes: dict[str, str]
         shutil.rmtree(before, ignore_errors=True)
         _flush(final.parent)
         for old in available(final.parent)[: -snapshot.plan.run.keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))  # so that a part of one has no such name
     return final
 
 

@@ -34,7 +34,10 @@ def opened(directory: Path, plan: Plan, *, resume: bool, force: bool) -> Iterato
         changes = start(directory, plan, resume=resume, force=force)
         lock = _lock(directory)
     with lock:
-        (directory / ENDED).unlink(missing_ok=True)
+        with writing(directory):
+            (directory / ENDED).unlink(missing_ok=True)
+            for path in _left(directory):
+                _drop(path)
         try:
             yield changes
         except BaseException as error:
@@ -57,6 +60,20 @@ def _lock(directory: Path) -> TextIO:
     except OSError:  # a file system without locks: as it was before there were any
         pass
     return file
+
+
+def _left(directory: Path) -> set[Path]:
+    """What a process that was killed while it wrote or removed something has left of it."""
+    names = ("plan.yaml", "metrics.jsonl", "result.json", "trackers.json", ENDED, "checkpoints")
+    return {path for name in names for path in directory.glob(f".{name}.*")}
+
+
+def _drop(path: Path) -> None:
+    """Remove what may be there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def is_open(directory: Path) -> bool:
@@ -92,14 +109,15 @@ def start(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list[str
             raise InputError(
                 f"{directory}: holds a run already; expected --resume to continue it or --force to start again"
             )
-    elif not existing.is_file() and directory.exists() and any(directory.iterdir()) and not force:
+    elif not force and directory.exists() and set(directory.iterdir()) - _left(directory):
         raise InputError(f"{directory}: exists and is no run directory; expected another --out")
     with writing(directory):
         if force and not resume and existing.is_file():
-            for name in ("checkpoints", "tensorboard", "wandb"):
-                shutil.rmtree(directory / name, ignore_errors=True)
-            for name in ("metrics.jsonl", DAMAGED, "result.json", "trackers.json", ENDED):
-                (directory / name).unlink(missing_ok=True)
+            if (directory / "checkpoints").is_dir():  # out of the way whole: a kill now leaves all of them or none
+                (directory / "checkpoints").rename(directory / ".checkpoints.old")
+            for name in ("result.json", "metrics.jsonl", DAMAGED, "trackers.json", ENDED, "tensorboard", "wandb"):
+                _drop(directory / name)
+            _drop(directory / ".checkpoints.old")
         directory.mkdir(parents=True, exist_ok=True)
         document.write_file(existing, document.write([plan.model_dump()]))
     return changes

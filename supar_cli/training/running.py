@@ -143,7 +143,7 @@ class _Loop:
                 mark, marked = time.perf_counter(), trainer.done
         if trainer.world.on_first(lambda: trainer.done not in dict(self.outcome.evaluations)):
             self._evaluate()  # the record of it is lost
-        self._checkpoint(finish=True)
+        self._checkpoint(finish=True, save=trainer.done > saved)
 
     def _reason(self) -> str | None:
         """Why to stop now: for all, though only one of them was asked to."""
