@@ -22,6 +22,7 @@ from supar_cli.planning import corpus, document
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Proxy, Target, parse
 from supar_cli.planning.transfer import transfer
+from tests.fuzzing import tried as tried
 
 CHECKOUT = Path(supar_cli.__file__).resolve().parent.parent
 TEXT_BYTES = 24_000  # enough for a validation tail, small enough to hash in no time
@@ -170,3 +171,11 @@ def supar_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> C
         return Called(int(status), *capfd.readouterr())
 
     return call
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many inputs each fuzz test tried, and how they ended."""
+    for report in terminalreporter.stats.get("", []):
+        for name, text in getattr(report, "user_properties", []):
+            if name == "tried" and report.when == "teardown":
+                terminalreporter.write_line(f"{report.nodeid.rpartition('/')[2]}: {text}")

@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial
 from supar_cli.planning import corpus, document
 from supar_cli.planning.spec import Proxy, Spec, parse
 from supar_cli.tuning import search as tuning
+from supar_cli.tuning import shared
 from supar_cli.tuning.shared import Shared, counts
 
 from .conftest import environment, real_text
@@ -179,3 +180,24 @@ def postgres_server() -> Iterator[Postgres]:
         yield server
     finally:
         server.remove()
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["journal", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A storage of its own for each test."""
+    if request.param == "journal":
+        return str(tmp_path / "study.journal")
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.database(tmp_path.name)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "BEAT_S", 0.1)
+    monkeypatch.setattr(shared, "GRACE_S", 0.6)

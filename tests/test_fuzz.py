@@ -6,7 +6,6 @@ import contextlib
 import copy
 import io
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from supar_cli.cli.app import app
@@ -25,20 +24,10 @@ from supar_cli.planning.spec import Proxy
 from supar_cli.training import running
 from supar_cli.training.trainer import Trainer
 from tests.conftest import CHECKOUT, TEXT_BYTES, plan_from, proxy_fields, real_text
+from tests.fuzzing import MORE, tries
 from tests.mutation import changed, garbled, garbled_bytes
 
-TIMES = int(os.environ.get("SUPAR_FUZZ", "1"))
 STATUSES = {0, 2, 3, 4, 5, 75}
-
-
-def bounded(examples: int) -> settings:
-    return settings(
-        max_examples=examples * TIMES,
-        deadline=None,
-        derandomize=TIMES == 1,
-        suppress_health_check=list(HealthCheck),
-        database=None,
-    )
 
 
 class Ends:
@@ -124,14 +113,14 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "run", soon)
 
 
-@bounded(150)
+@tries(150)
 @given(draw=st.data())
 def test_a_proxy(ends: Ends, draw: st.DataObject) -> None:
     name = written(ends, "proxy", draw)
     ends.call("transfer", name, "--sparsity", "0.9", "-o", "-", "-q")
 
 
-@bounded(150)
+@tries(150)
 @given(draw=st.data())
 def test_a_plan_is_explained_and_shown(ends: Ends, draw: st.DataObject) -> None:
     name = written(ends, "plan", draw)
@@ -139,7 +128,7 @@ def test_a_plan_is_explained_and_shown(ends: Ends, draw: st.DataObject) -> None:
     ends.call("train", name, "--dry-run")
 
 
-@bounded(120)
+@tries(120)
 @given(draw=st.data())
 def test_a_plan_is_trained(ends: Ends, draw: st.DataObject) -> None:
     name = written(ends, "plan", draw)
@@ -148,7 +137,7 @@ def test_a_plan_is_trained(ends: Ends, draw: st.DataObject) -> None:
         ends.call("train", name, "-o", "run", "-q", "--force")
 
 
-@bounded(60)
+@tries(60)
 @given(draw=st.data())
 def test_a_spec(ends: Ends, draw: st.DataObject) -> None:
     name = written(ends, "spec", draw)
@@ -164,7 +153,7 @@ class SuparErrorOfTests(SuparError):
     exit_status = 4
 
 
-@bounded(60)
+@tries(60)
 @given(draw=st.data())
 def test_a_sweep(ends: Ends, draw: st.DataObject) -> None:
     from supar_cli.analysis import records
@@ -172,15 +161,15 @@ def test_a_sweep(ends: Ends, draw: st.DataObject) -> None:
     name = written(ends, "sweep", draw)
     with pytest.MonkeyPatch.context() as patch:
 
-        def enough(*_: Any) -> None:
+        def enough(*_: Any, **__: Any) -> None:
             raise SuparErrorOfTests("enough")
 
         patch.setattr(records, "open_result", enough)
-        patch.setattr("supar_cli.tuning.execute.require_runnable", lambda *_: None)
+        patch.setattr("supar_cli.tuning.execute.require_runnable", lambda *_, **__: None)
         ends.call("sweep", name, "--data", "text.txt", "-q")
 
 
-@bounded(120)
+@tries(120)
 @given(draw=st.data())
 def test_token_files(ends: Ends, draw: st.DataObject) -> None:
     """nanoGPT's and llm.c's files, JSONL, text and tokenizer.json, random or changed, inspected and trained on."""
@@ -224,7 +213,7 @@ TOKENIZER = json.dumps(
 
 def test_enough_was_tried_and_some_of_it_ran(ends: Ends) -> None:
     total, ran = sum(ends.counts.values()), sum(n for name, n in ends.counts.items() if name.endswith((" 0", " 75")))
-    assert total >= 800 * TIMES and total / 20 < ran < total, ends.counts
+    assert total >= 800 * max(1, MORE) and total / 20 < ran < total, ends.counts
 
 
 def test_a_traceback_would_be_seen(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:

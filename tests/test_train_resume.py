@@ -6,10 +6,6 @@ import hashlib
 import json
 import math
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +20,7 @@ from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
 from supar_cli.training import checkpoint, rundir
 from supar_cli.training.trainer import Trainer
-from tests.conftest import Called, environment
+from tests.conftest import Called
 from tests.test_train import trained
 
 MakePlan = Callable[..., Plan]
@@ -124,46 +120,6 @@ class TestUninterrupted:
         _, outcome = trained(other, tmp_path / "run", resume=True)
         assert outcome.resumed_at == 6
         assert len(losses(tmp_path / "run")) == 12
-
-
-class TestKilled:
-    """SIGKILL to `supar train` as soon as a step shows in its metrics, three times in the life of one run."""
-
-    MOMENTS = (3, 60, 130)  # before any checkpoint, and twice between checkpoints
-
-    def killed(self, folder: Path, step: int) -> None:
-        command = [sys.executable, "-m", "supar_cli", "train", "plan.yaml", "-o", "run", "--resume", "-q"]
-        process = subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE)
-        metrics, end = folder / "run/metrics.jsonl", time.monotonic() + 60
-        try:
-            while process.poll() is None and time.monotonic() < end:
-                if metrics.exists() and metrics.read_bytes().count(b"\n") >= step:
-                    break
-                time.sleep(0.002)
-        finally:
-            process.kill()
-            _, said = process.communicate()
-        assert process.returncode == -signal.SIGKILL, said.decode()
-        assert not (folder / "run/result.json").exists()
-
-    def test_a_killed_run_ends_as_the_uninterrupted_one(self, plan_of: MakePlan, tmp_path: Path) -> None:
-        train = {"steps": 600, "batch_size": 2, "eval_every": 200}
-        model, target = {"layers": 1}, {"width": 32}
-        plan = plan_of(model=model, target=target, train=train, run={"checkpoint_every": 40, "log_every": 50})
-        (tmp_path / "plan.yaml").write_text(document.write([plan.model_dump()]), "utf-8")
-        trained(plan, tmp_path / "whole")
-        resumed = []
-        for moment in self.MOMENTS:
-            self.killed(tmp_path, moment)
-            found = sorted((tmp_path / "run/checkpoints").glob("step-*"))
-            resumed.append(found[-1].name if found else "none")
-            for folder in found:  # complete, whatever the moment
-                manifest = json.loads((folder / "manifest.json").read_text())
-                content = (folder / "state.safetensors").read_bytes()
-                assert manifest["files"]["state.safetensors"] == "sha256:" + hashlib.sha256(content).hexdigest()
-        _, outcome = trained(plan, tmp_path / "run", resume=True)
-        assert resumed[0] == "none" and resumed[1] >= "step-00000040" and outcome.resumed_at >= 120
-        assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,22 @@ def last_written(path: Path) -> tuple[str, bool]:
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at)), time.time() - at < QUIET_S
 
 
-def run_part(folder: Path) -> Part:
-    """A run directory, finished or not."""
-    source = folder / "plan.yaml"
-    plan = parse(Plan, document.read_file(str(source))[0])
+def run_files(folder: Path) -> tuple[Plan, list[Record], Record | None]:
+    """(plan, metrics, result or None) of a run directory. Raises SuparError that names the file."""
+    plan = parse(Plan, document.read_file(str(folder / "plan.yaml"))[0])
     path = folder / "metrics.jsonl"
     records = read_lines(path, "step")
     for at, record in enumerate(records, 1):
         if not isinstance(record["step"], int) or not isinstance(record.get("grad_norm_by_role", {}), dict):
             raise SetupError(f"{path}:{at}: not a record of a step; expected a whole number and norms by role")
     result = read_result(folder / "result.json") if (folder / "result.json").exists() else None
+    return plan, records, result
+
+
+def run_part(folder: Path) -> Part:
+    """A run directory, finished or not."""
+    source, path = folder / "plan.yaml", folder / "metrics.jsonl"
+    plan, records, result = run_files(folder)
     part = Part(str(folder), "run", f"Run {plan.name}", "")
     step = records[-1]["step"] if records else 0
     _judge(part, plan, result, records, step, last_written(path if path.exists() else source)[0], state(folder, result))
@@ -95,7 +102,7 @@ def _judge(
 
 def finite(value: Any) -> float | None:
     """A number that can be drawn, else None."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    return float(value) if isinstance(value, int | float) and abs(value) <= sys.float_info.max else None
 
 
 def points(records: list[Record], name: str) -> dict[float, float | None]:

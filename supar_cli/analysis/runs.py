@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from supar_cli.analysis.report_runs import finite, last_written, points, state, thinned
+from supar_cli.analysis.report_runs import finite, last_written, points, run_files, state, thinned
 from supar_cli.errors import SetupError, SuparError
-from supar_cli.planning import document
-from supar_cli.planning.plan import Plan, parse
-from supar_cli.training.rundir import Record, read_lines, read_result
+from supar_cli.planning.plan import Plan
+from supar_cli.training.rundir import Record
 
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a Unicode braille cell: 4 rows of 2
 
@@ -24,9 +23,7 @@ def folders(root: Path) -> list[Path]:
 def summary(folder: Path) -> dict[str, Any]:
     """One run as plain data. A directory that can't be read has the state `unreadable` and says why."""
     try:
-        plan = parse(Plan, document.read_file(str(folder / "plan.yaml"))[0])
-        records = read_lines(folder / "metrics.jsonl", "step")
-        result = read_result(folder / "result.json") if (folder / "result.json").exists() else None
+        plan, records, result = run_files(folder)
         word, text = state(folder, result)
     except SuparError as error:
         return {"run": str(folder), "state": "unreadable", "text": str(error).splitlines()[0]}
@@ -47,9 +44,9 @@ def details(folder: Path) -> tuple[Plan, dict[str, Any], list[Record], dict[str,
     found = summary(folder)
     if found["state"] == "unreadable":
         raise SetupError(found["text"])
-    plan = parse(Plan, document.read_file(str(folder / "plan.yaml"))[0])
-    result = read_result(folder / "result.json") if (folder / "result.json").exists() else {}
-    return plan, found, read_lines(folder / "metrics.jsonl", "step"), result.get("environment") or {}
+    plan, records, result = run_files(folder)
+    environment = (result or {}).get("environment")
+    return plan, found, records, environment if isinstance(environment, dict) else {}
 
 
 def curve(records: list[Record], name: str, width: int, height: int) -> list[str]:

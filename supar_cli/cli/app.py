@@ -12,7 +12,7 @@ import typer.core
 import typer.main
 
 from supar_cli import __version__
-from supar_cli.errors import SuparError
+from supar_cli.errors import SetupError, SuparError
 from supar_cli.training.membership import is_follower
 
 ARGUMENTS = "supar.arguments"
@@ -69,6 +69,11 @@ class LazyGroup(typer.core.TyperGroup):
                 for line in (rank + str(error)).splitlines():
                     sys.stderr.write(line + "\n" if line.startswith(("  ", "error:")) else f"error: {line}\n")
             raise SystemExit(error.exit_status) from None
+        except OSError as error:  # of the environment: a name that is too long, a folder that may not be read
+            if error.filename is None:
+                raise
+            sys.stderr.write(f"error: {error.filename}: {error.strerror}\n")
+            raise SystemExit(SetupError.exit_status) from None
         except KeyboardInterrupt:
             if not is_follower():
                 sys.stderr.write("interrupted\n")

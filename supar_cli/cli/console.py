@@ -76,8 +76,9 @@ class Talk:
         self._write(f"warning: {message}")
 
     def _write(self, message: str) -> None:
-        sys.stderr.write(message + "\n")
-        sys.stderr.flush()
+        with _unread(sys.stderr):
+            sys.stderr.write(message + "\n")
+            sys.stderr.flush()
 
 
 class Progress(Talk):
@@ -261,11 +262,18 @@ def emit(documents: list[Any], out: str | None, default: str | None, *, force: b
 
 def to_stdout(text: str) -> None:
     """Write to stdout, once. A reader that is gone loses nothing: the work is on disk."""
-    try:
+    with _unread(sys.stdout):
         sys.stdout.write(text)
         sys.stdout.flush()
+
+
+@contextmanager
+def _unread(stream: Any) -> Iterator[None]:
+    """Writing to a stream whose reader may be gone: what is said from then on is lost, and the work goes on."""
+    try:
+        yield
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def template(name: str) -> Path:

@@ -40,8 +40,9 @@ def inspect(
     quiet: console.Quiet = False,
 ) -> None:
     """Show how a corpus is read: format, split, number of tokens, vocabulary needed, first tokens, hash."""
+    import numpy as np
+
     from supar_cli.training import data
-    from supar_cli.training.tokenfile import largest
 
     section = _section(source, format_, tokenizer, field)
     known = corpus.identified(section)
@@ -49,7 +50,7 @@ def inspect(
     words = found.kind in ("text", "jsonl")
     # a corpus of tokens is bounded by its integers only; what a model's vocabulary has is checked when it is trained
     tokens = data.load(known, vocab=data.tokenizer(section)[1] if words else 2**16, context=1)
-    first = tokens.train.segments[0].tokens[:SAMPLE_TOKENS]
+    first = np.asarray(tokens.train.segments[0].tokens[:SAMPLE_TOKENS])
     splits = {"train": tokens.train, "validation": tokens.validation}
     result: dict[str, Any] = {
         "source": source,
@@ -63,7 +64,7 @@ def inspect(
         "bytes": sum(path.stat().st_size for path in found.files),
         "tokens": {name: split.total for name, split in splits.items()},
         "longest_context": {name: max(len(s.tokens) for s in split.segments) - 1 for name, split in splits.items()},
-        "vocab": 1 + max(largest(s.tokens) for split in splits.values() for s in split.segments if len(s.tokens)),
+        "vocab": 1 + max(int(s.tokens.max()) for split in splits.values() for s in split.segments if len(s.tokens)),
         "first": bytes(first).decode("utf-8", "replace") if words and tokenizer == "bytes" else first.tolist(),
         "hash": tokens.hash,
     }

@@ -48,7 +48,8 @@ def show(
         tables.show_plan(plan)
         for name, value in flat({key: value for key, value in environment.items() if key != "engines"}):
             talk.log(f"{name}: {value}")
-        for line in tables.counted("engine", environment.get("engines") or {}):
+        engines = environment.get("engines")
+        for line in tables.counted("engine", engines if isinstance(engines, dict) else {}):
             talk.log(line)
         width = min(shutil.get_terminal_size().columns, WIDEST)
         lines = reading.curve(records, "loss", width, HEIGHT)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 
 from supar_cli.errors import InputError, SetupError
@@ -43,7 +46,7 @@ def find(data: Data) -> Corpus:
             raise SetupError(f"data.source: stdlib: no Python sources under {root}; expected --data FILE")
         return Corpus("text", root, *_split(sorted(found), root))
     path = Path(data.source)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path's, false of a name that no file can have
         raise InputError(f"data.source: {data.source}: no such file or folder")
     if path.is_file():
         return Corpus(_kind(path, data), path.parent, [path], [])
@@ -67,7 +70,7 @@ def _kind(path: Path, data: Data) -> str:
     kind = _SUFFIXES.get(path.suffix, "text")
     if kind != "bin":
         return kind
-    with _opened(path) as file:
+    with opened(path) as file:
         return "llmc" if int.from_bytes(file.read(4), "little") == LLMC_MAGIC else "nanogpt"
 
 
@@ -88,24 +91,30 @@ def content_hash(corpus: Corpus, tokenizer: str = "bytes") -> str:
         named.append(("/tokenizer", Path(tokenizer)))  # no relative path begins with a slash
     total = hashlib.sha256()
     for name, path in named:
-        with _opened(path) as file:
+        with opened(path) as file:
             total.update(f"{name}\0".encode())
             total.update(hashlib.file_digest(file, "sha256").digest())
     return "sha256:" + total.hexdigest()
 
 
-def _opened(path: Path):  # type: ignore[no-untyped-def]
+@contextmanager
+def opened(path: Path) -> Iterator[BufferedReader]:
+    """A file to read. Raises SetupError, naming it, where it can't be."""
     try:
-        return path.open("rb")
+        with path.open("rb") as file:
+            yield file
     except OSError as error:
         raise SetupError(f"{path}: can't be read: {error.strerror or error}") from None
 
 
-def identified(data: Data) -> Data:
-    """The data section with its hash filled in. Raises InputError when it has one and the content has another."""
-    if data.tokenizer != "bytes" and not Path(data.tokenizer).is_file():
+def identified(data: Data, corpus: Corpus | None = None) -> Data:
+    """The data section with its hash filled in, `corpus` being what it means if that is known already.
+
+    Raises InputError when it has a hash and the content has another.
+    """
+    if data.tokenizer != "bytes" and not os.path.isfile(data.tokenizer):
         raise InputError(f"data.tokenizer: {data.tokenizer}: no such file; expected `bytes` or a tokenizer.json")
-    found = content_hash(find(data), data.tokenizer)
+    found = content_hash(corpus or find(data), data.tokenizer)
     if data.hash is not None and data.hash != found:
         why = " (the standard library's sources differ between Python versions)" if data.source == "stdlib" else ""
         raise InputError(

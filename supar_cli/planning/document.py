@@ -23,6 +23,7 @@ from supar_cli.errors import InputError, Problem
 Path_ = tuple[str | int, ...]
 
 MAX_DEPTH = 100  # chosen: far beyond any document of ours, far within Python's recursion limit
+TOO_DEEP = "nested too deeply"
 
 _BaseLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _BaseDumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -95,7 +96,8 @@ def read(text: str, name: str) -> list[Document]:
         mark = getattr(error, "problem_mark", None)
         what = " ".join(part for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part)
         line = mark.line + 1 if mark is not None else None
-        raise InputError(Problem(name, line, "", f"not valid YAML: {what or error}")) from None
+        deep = "maximum nesting depth" in what  # libyaml's own limit, which its scanner may reach ahead of any event
+        raise InputError(Problem(name, line, "", TOO_DEEP if deep else f"not valid YAML: {what or error}")) from None
     for node in nodes:
         document = Document(None, name)
         problems: list[Problem] = []
@@ -114,7 +116,7 @@ def _check_depth(text: str, name: str) -> None:
             depth += 1
             if depth > MAX_DEPTH:
                 mark = event.start_mark
-                raise InputError(Problem(name, mark.line + 1 if mark else None, "", "nested too deeply"))
+                raise InputError(Problem(name, mark.line + 1 if mark else None, "", TOO_DEEP))
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
 

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.training import masks
+from supar_cli.training import masks, optim, shards
 from supar_cli.training.initial import Mask, unmasked
 from supar_cli.training.world import World
 
@@ -218,19 +218,20 @@ def load(path: Path, trainer: Trainer) -> int:
     _check_masks(path, manifest, stored, prepared.masks)
     targets = {f"weight/{name}": tensor.detach() for name, tensor in prepared.tensors.items()}
     states: dict[str, State] = {name: {} for name in prepared.tensors}
-    for key in stored.shapes:
-        of, _, rest = key.partition("/")
-        name, _, what = rest.rpartition("/")
-        if of == "optimizer" and name in states:
-            tensor = prepared.tensors[name].detach()
+    for name, tensor in prepared.tensors.items():
+        for what in optim.state_names(plan):
             # a counter is on the device where fused Adam keeps it
-            value = torch.zeros((), device=tensor.device) if what == "step" else torch.zeros_like(tensor)
-            states[name][what] = targets[key] = value
+            value = torch.zeros((), device=tensor.device) if what == "step" else torch.zeros_like(tensor.detach())
+            states[name][what] = targets[f"optimizer/{name}/{what}"] = value
     stored.read(targets)
     prepared.refresh()
     for name, tensor in prepared.tensors.items():
         trainer.optimizer.state[tensor] = states[name]
-    return int(manifest["step"])
+    step = int(manifest["step"])
+    counters = [float(state["step"]) for state in states.values() if "step" in state]
+    if not 0 < step <= plan.train.steps or any(counter != step for counter in counters):
+        raise SetupError(f"{path}: a corrupt checkpoint: its tensors are not those of step {step}")
+    return step
 
 
 def weights(path: Path, plan: Plan) -> State:
@@ -264,6 +265,8 @@ def _manifest(path: Path) -> dict[str, Any]:
                 raise ValueError(key)
         if path.name != f"step-{manifest['step']:08d}" or not (manifest["plan"] + manifest["data"]).isprintable():
             raise ValueError("step")
+        if any(Path(name).name != name for name in manifest["files"]):  # outside of the folder
+            raise ValueError("files")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise SetupError(
             f"{path / 'manifest.json'}: a corrupt checkpoint manifest; delete the folder to use the one before"
@@ -273,8 +276,11 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 def _verify(path: Path, manifest: dict[str, Any], world: World) -> None:
     """Raise SetupError, naming the file, where one is not what was written; the processes of a world share them out."""
+    shards.refuse_others(path, manifest["files"])
     for name in sorted(manifest["files"])[world.rank :: world.size]:
         with _reading(path / name):
+            if not (path / name).is_file():
+                raise SafetensorError("it is not there")
             if _file_hash(path / name) != manifest["files"][name]:
                 raise SafetensorError("its content is not what was written")
 
@@ -286,7 +292,7 @@ def _reading(file: Path) -> Iterator[None]:
         yield
     except SetupError:
         raise
-    except Exception as error:  # whatever the readers raise of headers that nobody wrote
+    except (Exception, CheckpointException) as error:  # whatever the readers raise of headers that nobody wrote
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SetupError(f"{file}: a corrupt checkpoint: {text}; delete its folder to use the one before") from None
 
@@ -296,18 +302,16 @@ class _Stored:
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self._path = path
-        there = {file.name for file in path.glob("*.safetensors")}  # all of which are read
-        if unnamed := there - set(manifest["files"]):
-            raise SetupError(f"{path / min(unnamed)}: a corrupt checkpoint: its manifest does not name this file")
-        for name in there:
-            with _reading(path / name), safe_open(path / name, framework="pt"):
-                pass
+        for name in manifest["files"]:
+            if name.endswith(".safetensors"):
+                with _reading(path / name), safe_open(path / name, framework="pt"):
+                    pass
         self._reader = HuggingFaceStorageReader(str(path))
         with _reading(path):
             found: dict[str, Any] = dict(self._reader.read_metadata().state_dict_metadata)
-            for key, entry in found.items():
-                if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
-                    raise SafetensorError(f"{key} is not there in one piece")
+            for key, entry in found.items():  # the reader leaves as it was what no file holds
+                if not shards.are_whole(entry):
+                    raise SafetensorError(f"parts of {key} are missing or there twice")
             self.shapes = {key: tuple(entry.size) for key, entry in found.items()}
 
     def read(self, targets: State) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import corpus
 from supar_cli.planning.corpus import Corpus
 from supar_cli.planning.plan import Data
-from supar_cli.training import masks
-from supar_cli.training.tokenfile import Stamp, TokenFile, changed, stamp
+from supar_cli.training import masks, tokenfiles
+from supar_cli.training.tokenfiles import Stamp, TokenFile
 
 SEPARATOR_BYTE = 0  # chosen: NUL parts documents in byte tokens; it stands in no text
 TAIL_SHARE = 10  # chosen: a corpus of one file holds out its last tenth
@@ -38,11 +39,6 @@ class Segment:
     name: str
     tokens: NDArray[Any] | TokenFile
 
-    def part(self, start: int, stop: int) -> Segment:
-        """The tokens from `start` to before `stop`."""
-        tokens = self.tokens.part(start, stop) if isinstance(self.tokens, TokenFile) else self.tokens[start:stop]
-        return Segment(self.name, tokens)
-
 
 @dataclass(slots=True)
 class Split:
@@ -51,28 +47,41 @@ class Split:
     segments: list[Segment]
     vocab: int
     total: int = field(init=False)
+    _ends: dict[int, list[int]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.total = sum(len(segment.tokens) for segment in self.segments)
 
     def windows(self, length: int) -> int:
-        return sum(max(0, len(segment.tokens) - length + 1) for segment in self.segments)
+        """The number of windows of `length` tokens."""
+        ends = self._ends_of(length)
+        return ends[-1] if ends else 0
+
+    def _ends_of(self, length: int) -> list[int]:
+        """Number of windows up to the end of each segment."""
+        if length not in self._ends:
+            counts = (max(0, len(segment.tokens) - length + 1) for segment in self.segments)
+            self._ends[length] = list(accumulate(counts))
+        return self._ends[length]
 
     def window(self, index: int, length: int) -> NDArray[np.int64]:
-        """Window number `index` of `length` tokens. Raises SetupError on a token the vocabulary has not."""
-        for segment in self.segments:
-            count = max(0, len(segment.tokens) - length + 1)
-            if index < count:
-                tokens = np.asarray(segment.tokens[index : index + length]).astype(np.int64)
-                if tokens.max() >= self.vocab:
-                    at = index + int(np.argmax(tokens >= self.vocab))
-                    raise SetupError(
-                        f"{segment.name}: token {at} is {tokens.max()}, the vocabulary has {self.vocab}: a corrupt token file, "
-                        "or one made with another tokenizer"
-                    )
-                return tokens
-            index -= count
-        raise IndexError(index)
+        """Window number `index` of `length` tokens.
+
+        Raises SetupError on a token the vocabulary has not, and where a file is not what it was.
+        """
+        ends = self._ends_of(length)
+        at = bisect_right(ends, index)
+        if at == len(ends):
+            raise IndexError(index)
+        segment, start = self.segments[at], index - (ends[at - 1] if at else 0)
+        tokens = np.asarray(segment.tokens[start : start + length]).astype(np.int64)
+        if tokens.max() >= self.vocab:
+            wrong = int(np.argmax(tokens >= self.vocab))
+            raise SetupError(
+                f"{segment.name}: token {start + wrong} is {tokens.max()}, the vocabulary has {self.vocab}: a corrupt token file, "
+                "or one made with another tokenizer"
+            )
+        return tokens
 
     def batch(self, seed: int, step: int, rows: int, context: int, share: slice = ALL) -> tuple[Tensor, Tensor]:
         """Inputs and targets of a training step, each (rows, context) int64, at windows drawn from (seed, step).
@@ -101,23 +110,25 @@ class Tokens:
 
 
 def load(data: Data, *, vocab: int, context: int) -> Tokens:
-    """Tokens of a data section. Raises InputError for the wrong data, SetupError for data that can't be used."""
+    """Tokens of a data section. Raises InputError for the wrong data, SetupError for data that can't be used.
+
+    They are those whose hash is given: files that are written to meanwhile are refused.
+    """
     found = corpus.find(data)
-    stamps = {path: stamp(path) for path in found.files}  # before they are read: what is hashed is what is used
-    identified = corpus.identified(data)
+    more = [Path(data.tokenizer)] if data.tokenizer != "bytes" and os.path.isfile(data.tokenizer) else []
+    with tokenfiles.unchanged([*found.files, *more]) as stamps:
+        identified = corpus.identified(data, found)
+        encode, size = tokenizer(data)
+        if found.kind in ("text", "jsonl") and size > vocab:
+            raise InputError(f"model.vocab: {vocab} is less than the {size} tokens of the tokenizer {data.tokenizer!r}")
+        tokenfiles.allow(len(found.files))
+        train, validation = (_segments(found, files, data, encode, stamps) for files in (found.train, found.validation))
     assert identified.hash is not None
-    encode, size = tokenizer(data)
-    if found.kind in ("text", "jsonl") and size > vocab:
-        raise InputError(f"model.vocab: {vocab} is less than the {size} tokens of the tokenizer {data.tokenizer!r}")
-    train, validation = (_segments(found, files, data, encode, stamps) for files in (found.train, found.validation))
-    for path, known in stamps.items():
-        if stamp(path) != known:
-            raise changed(path)
     if not validation:
         longest = max(train, key=lambda segment: len(segment.tokens))
         cut = len(longest.tokens) - len(longest.tokens) // TAIL_SHARE
-        validation = [longest.part(cut, len(longest.tokens))]
-        train = [one.part(0, cut) if one is longest else one for one in train]
+        validation = [Segment(longest.name, longest.tokens[cut:])]
+        train = [Segment(s.name, s.tokens[:cut]) if s is longest else s for s in train]
     splits = Split(train, vocab), Split(validation, vocab)
     for name, split in zip(("training", "validation"), splits, strict=True):
         if split.windows(context + 1) < 1:
@@ -162,7 +173,9 @@ def _segments(
     if found.kind in ("nanogpt", "llmc"):
         return [Segment(str(path), _token_file(path, found.kind, stamps[path])) for path in files]
     if encode is None and found.kind == "text" and len(files) == 1:
-        return [Segment(str(files[0]), _bytes(files[0], stamps[files[0]]))]
+        if not stamps[files[0]].size_bytes:
+            raise InputError(f"{files[0]}: the file is empty")
+        return [Segment(str(files[0]), TokenFile(files[0], "u1", 0, stamps[files[0]]))]
     parts = list(encoded(found.kind, files, data, encode))
     return [Segment(str(found.root), np.concatenate(parts) if parts else np.zeros(0, np.uint8))]
 
@@ -179,44 +192,41 @@ def encoded(kind: str, files: list[Path], data: Data, encode: Encoder | None) ->
 
 
 def documents(kind: str, files: list[Path], data: Data) -> Iterator[bytes]:
-    """Texts of text or JSONL files, as bytes. Raises InputError naming file and line of a bad JSONL record."""
+    """Texts of text or JSONL files, as bytes.
+
+    Raises InputError naming file and line of a bad JSONL record, SetupError where a file can't be read.
+    """
     for path in files:
-        if kind == "text":
-            yield path.read_bytes()
-            continue
-        with path.open("rb") as lines:
+        with corpus.opened(path) as lines:
+            if kind == "text":
+                yield lines.read()
+                continue
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 try:
                     yield json.loads(line)[data.field].encode()
-                except (ValueError, KeyError, TypeError, AttributeError):
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     raise InputError(
                         f"{path}:{number}: no text under {data.field!r} in this line; expected data.field"
                     ) from None
 
 
-def _token_file(path: Path, kind: str, known: Stamp) -> TokenFile:
+def _token_file(path: Path, kind: str, stamp: Stamp) -> TokenFile:
     """A file of uint16 tokens. nanoGPT: raw; llm.c: a header of 256 int32 (magic, version, count), then tokens."""
-    size, offset = known[1], 0
+    size, start = stamp.size_bytes, 0
     if kind == "llmc":
-        header = np.fromfile(path, dtype="<i4", count=256)
+        header = np.asarray(TokenFile(path, "<i4", 0, stamp)[:256])
         if len(header) < 256 or header[0] != corpus.LLMC_MAGIC or header[1] != 1:
             raise SetupError(f"{path}: not an llm.c shard of version 1")
-        offset = LLMC_HEADER_BYTES
-        if size != offset + 2 * int(header[2]):
+        start = LLMC_HEADER_BYTES
+        if size != start + 2 * int(header[2]):
             raise SetupError(
-                f"{path}: a corrupt token file: its header counts {header[2]} tokens, it holds {(size - offset) / 2:g}"
+                f"{path}: a corrupt token file: its header counts {header[2]} tokens, it holds {(size - start) / 2:g}"
             )
-    if (size - offset) % 2 or size == offset:
+    if (size - start) % 2 or size == start:
         raise SetupError(f"{path}: a corrupt token file: {size} bytes are not uint16 tokens")
-    return TokenFile(path, "<u2", offset, known)
-
-
-def _bytes(path: Path, known: Stamp) -> TokenFile:
-    if known[1] == 0:
-        raise InputError(f"{path}: the file is empty")
-    return TokenFile(path, np.uint8, 0, known)
+    return TokenFile(path, "<u2", start, stamp)
 
 
 def prepare(data: Data, directory: Path, progress: Callable[[str, int], None]) -> dict[str, int]:

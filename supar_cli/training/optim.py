@@ -39,6 +39,13 @@ def build(plan: Plan, tensors: Mapping[str, nn.Parameter]) -> torch.optim.Optimi
     return torch.optim.SGD(groups, lr=0.0, momentum=plan.train.momentum, fused=fused)
 
 
+def state_names(plan: Plan) -> tuple[str, ...]:
+    """What torch keeps of a tensor from the first step on."""
+    if plan.train.optimizer == "adamw":
+        return ("step", "exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if plan.train.momentum else ()
+
+
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set every group's learning rate to its peak times `factor`."""
     for group in optimizer.param_groups:

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,6 +19,7 @@ Record = dict[str, Any]
 
 DIFFERENCES = 8  # chosen: named of two plans; the others are counted
 ENDED = "ended.json"  # how training ended where it did not finish
+DAMAGED = "metrics.damaged.jsonl"  # metrics.jsonl as it was where some of its records could not be read
 
 
 @contextmanager
@@ -35,7 +36,10 @@ def opened(directory: Path, plan: Plan, *, resume: bool, force: bool) -> Iterato
         changes = start(directory, plan, resume=resume, force=force)
         lock = _lock(directory)
     with lock:
-        (directory / ENDED).unlink(missing_ok=True)
+        with writing(directory):
+            (directory / ENDED).unlink(missing_ok=True)
+            for path in _left(directory):
+                _drop(path)
         try:
             yield changes
         except BaseException as error:
@@ -68,6 +72,20 @@ def _lock(directory: Path) -> TextIO:
     return file
 
 
+def _left(directory: Path) -> set[Path]:
+    """What a process that was killed while it wrote or removed something has left of it."""
+    names = ("plan.yaml", "metrics.jsonl", "result.json", "trackers.json", ENDED, "checkpoints")
+    return {path for name in names for path in directory.glob(f".{name}.*")}
+
+
+def _drop(path: Path) -> None:
+    """Remove what may be there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def is_open(directory: Path) -> bool:
     """Whether a process is training in a run directory."""
     try:
@@ -88,8 +106,8 @@ def start(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list[str
     existing, changes = directory / "plan.yaml", list[str]()
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory}: is a file; expected a folder for --out")
-    if existing.is_file():
-        other = parse(Plan, document.read_file(str(existing))[0])
+    if existing.is_file() and not force:
+        other = _plan(existing)
         if resume and other.hash() != plan.hash():
             raise InputError(
                 f"{directory}: holds a run of another plan; expected another --out, or --force to start again",
@@ -97,21 +115,43 @@ def start(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list[str
             )
         if resume:
             changes = _differences({"run": other.run.model_dump()}, {"run": plan.run.model_dump()})
-        elif not force:
+        else:
             raise InputError(
                 f"{directory}: holds a run already; expected --resume to continue it or --force to start again"
             )
-    elif directory.exists() and any(directory.iterdir()) and not force:
+    elif not force and directory.exists() and set(directory.iterdir()) - _left(directory):
         raise InputError(f"{directory}: exists and is no run directory; expected another --out")
     with writing(directory):
         if force and not resume and existing.is_file():
-            for name in ("checkpoints", "tensorboard", "wandb"):
-                shutil.rmtree(directory / name, ignore_errors=True)
-            for name in ("metrics.jsonl", "result.json", "trackers.json", ENDED):
-                (directory / name).unlink(missing_ok=True)
+            if (directory / "checkpoints").is_dir():  # out of the way whole: a kill now leaves all of them or none
+                (directory / "checkpoints").rename(directory / ".checkpoints.old")
+            for name in ("result.json", "metrics.jsonl", DAMAGED, "trackers.json", ENDED, "tensorboard", "wandb"):
+                _drop(directory / name)
+            _drop(directory / ".checkpoints.old")
         directory.mkdir(parents=True, exist_ok=True)
         document.write_file(existing, document.write([plan.model_dump()]))
     return changes
+
+
+def _plan(path: Path) -> Plan:
+    """The plan that a run was started with. Raises InputError."""
+    try:
+        return parse(Plan, document.read_file(str(path))[0])
+    except InputError as error:
+        said = (f"  {problem}" for problem in error.problems)
+        what = "can't be read; expected this run's plan, of which each checkpoint has a copy, or --force to start again"
+        raise InputError(f"{path}: {what}", *said) from None
+
+
+def result(directory: Path, plan: Plan) -> dict[str, Any] | None:
+    """result.json of a plan's run, None where there is none that is whole."""
+    try:
+        found = json.loads((directory / "result.json").read_bytes())
+        numbers = [found["steps"], found["seconds"], found["validation_loss"]]
+        same = found["kind"] == "supar.result/v1" and found["plan"] == plan.hash()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return dict(found) if same and all(isinstance(number, int | float) for number in numbers) else None
 
 
 @contextmanager
@@ -148,22 +188,25 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 class Metrics:
     """metrics.jsonl of a run: `before` are the records of steps already done; lines of steps to be done again are dropped.
 
-    `warn` is told of steps that have no record. Raises SetupError where the file can't be read or written.
+    `damage` says so where the record of a step done is not there or can't be read: the state does not depend on it.
     """
 
-    def __init__(self, directory: Path | None, done: int, warn: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, directory: Path | None, done: int) -> None:
         self._file: TextIO | None = None
-        self.before: list[Record] = []
+        self.before: list[dict[str, Any]] = []
+        self.damage = ""
         if directory is not None:
             path = directory / "metrics.jsonl"
-            kept = _steps(path, done)
-            self.before = [record for _, record in kept]
-            lost = done - len({record["step"] for record in self.before})
-            if lost:
-                warn(f"{path}: {lost} of the {done} steps before have no record any more")
             self._directory = directory
             with writing(directory):
-                document.write_file(path, "".join(line for line, _ in kept))
+                self.before = list(_records(path, done)) if done else []
+                lost = done - len(self.before)
+                if lost:
+                    self.damage = f"{path}: the records of {lost} of the {done} steps done are missing or damaged"
+                    if path.exists() and not (directory / DAMAGED).exists():  # the first is the one that tells most
+                        path.replace(directory / DAMAGED)
+                        self.damage += f"; {DAMAGED} is the file as it was"
+                document.write_file(path, "".join(json.dumps(record) + "\n" for record in self.before))
                 self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> Metrics:
@@ -181,26 +224,24 @@ class Metrics:
                 self._file.flush()
 
     def sync(self) -> None:
-        """See what is written on disk."""
+        """See what is written on disk: a checkpoint will stand for these steps."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with writing(self._directory):
+                os.fsync(self._file.fileno())
 
 
-def _steps(path: Path, done: int) -> list[tuple[str, Record]]:
-    """Lines and records of the first `done` steps. What follows them is to be done again, whatever it is."""
-    found: list[tuple[str, Record]] = []
-    lines = (
-        path.read_bytes().split(b"\n")[:-1] if done and path.is_file() else []
-    )  # a killed run's last line may be cut
-    for at, line in enumerate(lines, 1):
-        if found and found[-1][1]["step"] >= done:
-            break
-        record = _record(path, at, line, "loss")
-        if not isinstance(record.get("step"), int):
-            raise SetupError(f"{path}:{at}: not a record of a step; expected a whole number as its `step`")
-        if record["step"] <= done:
-            found.append((line.decode("utf-8") + "\n", record))
-    return found
+def _records(path: Path, done: int) -> Iterator[dict[str, Any]]:
+    """Records of steps up to `done`, in their order; lines that are none, as the last one of a killed run, are left out."""
+    last = 0
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        try:
+            record = json.loads(line.decode("utf-8"))
+            step, losses = record["step"], [record["loss"], record.get("validation_loss", 0.0)]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+        if type(step) is int and last < step <= done and all(isinstance(loss, int | float) for loss in losses):
+            last = step
+            yield record
 
 
 def read_json(path: Path) -> Any:

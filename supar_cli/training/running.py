@@ -45,7 +45,7 @@ class Silent:
 class Outcome:
     """Losses of a run: `losses[i]` is the training loss of step i before its update, `evaluations` are (step, loss).
 
-    Those of steps before `resumed_at` are known to a world's first process only.
+    Those of steps before `resumed_at` are known to a world's first process only, and nan where no record of them is left.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -63,11 +63,14 @@ def run(
         trainer.done = outcome.resumed_at = _restore(trainer, directory)
     started = time.perf_counter()
     own = directory if world.is_first else None
-    with rundir.Metrics(own, trainer.done, trainer.reporter.warn) as metrics:
-        outcome.losses = [record["loss"] for record in metrics.before]
+    with rundir.Metrics(own, trainer.done) as metrics:
+        if metrics.damage:
+            trainer.reporter.warn(metrics.damage)
+        known = {record["step"]: record["loss"] for record in metrics.before}
+        outcome.losses = [known.get(step, math.nan) for step in range(1, trainer.done + 1)]
         outcome.evaluations = [(r["step"], r["validation_loss"]) for r in metrics.before if "validation_loss" in r]
         there = directory is not None and trainer.done == trainer.plan.train.steps
-        if there and world.on_first(lambda: own is not None and (own / "result.json").is_file()):
+        if there and world.on_first(lambda: own is not None and rundir.result(own, trainer.plan) is not None):
             return outcome
         writer = None
         if directory is not None and (world.is_first or trainer.parallel.sharded):
@@ -138,7 +141,9 @@ class _Loop:
                 on_evaluation(trainer.done, record["validation_loss"])
             if watch:
                 mark, marked = time.perf_counter(), trainer.done
-        self._checkpoint(finish=True)
+        if trainer.world.on_first(lambda: trainer.done not in dict(self.outcome.evaluations)):
+            self._evaluate()  # the record of it is lost
+        self._checkpoint(finish=True, save=trainer.done > saved)
 
     def _reason(self) -> str | None:
         """Why to stop now: for all, though only one of them was asked to."""
@@ -197,7 +202,7 @@ def result(trainer: Trainer, outcome: Outcome) -> dict[str, Any]:
         "data": trainer.tokens.hash,
         "masks": {name: masks.fingerprint(mask) for name, mask in drawn.items()},
         "steps": trainer.done,
-        "train_loss": outcome.losses[-1] if outcome.losses else None,
+        "train_loss": outcome.losses[-1] if outcome.losses and math.isfinite(outcome.losses[-1]) else None,
         "validation_loss": outcome.evaluations[-1][1] if outcome.evaluations else None,
         "parameters": plan.parameters,
         "live_parameters": sum(row.size for row in plan.tensors)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from supar_cli.errors import SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.training.rundir import read_json
+from supar_cli.training import rundir
 
 NAMES = ("loss", "validation_loss", "lr", "grad_norm", "tokens_per_s")  # of a step's record
 IDS = "trackers.json"  # by which a continued run is the same run to its trackers
@@ -146,17 +146,25 @@ class Trackers:
         if directory is None or not plan.run.trackers:
             return
         path = directory / IDS
-        try:
-            ids = dict(read_json(path)) if path.is_file() else {}
-        except (SetupError, TypeError, ValueError):
-            ids = {}
-            warn(f"{path}: is corrupt; the trackers begin a run of their own")
+        ids = self._ids(path) if path.exists() else {}
         for name in plan.run.trackers:
             with self._guarded(name):
                 self._open[name] = KINDS[name](plan, directory, done, ids.get(name))
         found = {name: tracker.identity for name, tracker in self._open.items() if tracker.identity}
         if found:
-            document.write_file(path, json.dumps(found) + "\n")
+            with rundir.writing(directory):
+                document.write_file(path, json.dumps(found) + "\n")
+
+    def _ids(self, path: Path) -> dict[str, str]:
+        """The names by which trackers know this run, as far as they can be read."""
+        try:
+            found = json.loads(path.read_bytes())
+            if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
+                return found
+        except (OSError, ValueError, RecursionError):
+            pass
+        self._warn(f"{path}: is corrupt; trackers see another run from here on")
+        return {}
 
     @contextmanager
     def _guarded(self, name: str) -> Iterator[None]:

@@ -140,9 +140,9 @@ def _without_interrupts() -> Iterator[None]:
 def _serve(channel: Any, environment: dict[str, str], threads: int) -> None:
     os.environ.update(environment)  # before CUDA is first used
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a study's trial is given back
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     with suppress(EOFError, OSError, KeyboardInterrupt):
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a study's trial is given back
+        threading.Thread(target=_end_with_parent, daemon=True).start()
         while True:
             function, call = channel.recv()
             channel.send(answer(function, call))

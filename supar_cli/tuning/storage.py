@@ -51,7 +51,11 @@ class Patience:
                 if again and _is_written(operation, *args, **named):
                     return True
                 raise
-            except OSError as error:
+            except (OSError, RuntimeError) as error:
+                if _interrupts(error):  # Optuna's file lock failed to undo what was cut off
+                    raise KeyboardInterrupt from None
+                if not isinstance(error, OSError):
+                    raise
                 raise SetupError(f"--study {shown(self.storage)}: {error.strerror or error}") from None
             except (optuna.exceptions.StorageInternalError, exc.SQLAlchemyError) as error:
                 if not _is_away(error):
@@ -65,6 +69,13 @@ class Patience:
                 again = True
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def _interrupts(error: BaseException | None) -> bool:
+    """Whether an error came up while Ctrl-C was handled, and so hides it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _is_away(error: BaseException) -> bool:
