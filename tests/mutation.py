@@ -71,7 +71,7 @@ def changed(draw: st.DataObject, data: Any) -> str:
         here = data
         for part in above:
             here = here[part]
-        how = draw.draw(st.sampled_from(["mild", "mild", "mild", "replace", "replace", "remove", "add"]))
+        how = draw.draw(st.sampled_from([*["mild"] * 6, "replace", "replace", "remove", "add"]))
         if how == "mild":
             here[key] = draw.draw(alike(here[key]))
         elif how == "remove":

@@ -6,9 +6,8 @@ import contextlib
 import copy
 import io
 import json
-import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from tests.fuzzing import MORE, tries
 from tests.mutation import changed, garbled, garbled_bytes
 
 STATUSES = {0, 2, 3, 4, 5, 75}
+PLANS = ["plan", "plan", "llama", "block"]
 
 
 class Ends:
@@ -39,10 +39,17 @@ class Ends:
         (folder / "text.txt").write_bytes(real_text(TEXT_BYTES))
         fields = proxy_fields("text.txt", model={"layers": 1}, train={"steps": 2, "batch_size": 2})
         with contextlib.chdir(folder):
+            llama = {"layers": 1, "family": "llama", "kv_heads": 1, "tied": False}
+            erk = {"sparsity": {"density": 0.25, "distribution": "erk", "overrides": {"attn.q": 0.5}}}
+            block = {"width": 64, "sparsity": {"density": 0.5, "pattern": "block", "block": 16}}
             plan = plan_from(fields)
             sweep = CHECKOUT / "templates" / "fig6.yaml"
             self.documents: dict[str, Any] = {
                 "plan": plan.model_dump(),
+                "llama": plan_from(
+                    {**fields, "model": {**fields["model"], **llama}, "target": {**fields["target"], **erk}}
+                ).model_dump(),
+                "block": plan_from({**fields, "target": {**fields["target"], **block}}).model_dump(),
                 "proxy": Proxy.model_validate(copy.deepcopy(fields)).model_dump(),
                 "spec": {
                     **{key: value for key, value in fields.items() if key not in ("kind", "target")},
@@ -90,16 +97,16 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ends]:
     made = Ends(folder)
     yield made
     patch.undo()
-    sys.stderr.write(f"\n{dict(sorted(made.counts.items()))}\n")
 
 
 def written(ends: Ends, name: str, draw: st.DataObject) -> str:
     """The name of the file that holds a changed document of a kind."""
     path = ends.folder / f"{name}.yaml"
+    kind = draw.draw(st.sampled_from(PLANS)) if name == "plan" else name
     if draw.draw(st.booleans()):
-        path.write_text(changed(draw, ends.documents[name]), "utf-8")
+        path.write_text(changed(draw, ends.documents[kind]), "utf-8")
     else:
-        path.write_bytes(garbled(draw, ends.texts[name]))
+        path.write_bytes(garbled(draw, ends.texts[kind]))
     return path.name
 
 
@@ -211,7 +218,8 @@ TOKENIZER = json.dumps(
 ).encode()
 
 
-def test_enough_was_tried_and_some_of_it_ran(ends: Ends) -> None:
+def test_enough_was_tried_and_some_of_it_ran(ends: Ends, record_property: Callable[[str, object], None]) -> None:
+    record_property("tried", ", ".join(f"{count} {how}" for how, count in sorted(ends.counts.items())))
     total, ran = sum(ends.counts.values()), sum(n for name, n in ends.counts.items() if name.endswith((" 0", " 75")))
     assert total >= 800 * max(1, MORE) and total / 20 < ran < total, ends.counts
 

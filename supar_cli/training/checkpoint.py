@@ -9,11 +9,9 @@ so a folder of that name is complete.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,26 +21,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.training import masks, optim, shards
+from supar_cli.training import masks, optim
 from supar_cli.training.initial import Mask, unmasked
+from supar_cli.training.stored import KIND, State, Stored, file_hash, read_manifest, verify
 from supar_cli.training.world import World
 
 if TYPE_CHECKING:
     from supar_cli.training.trainer import Trainer
 
-KIND = "supar.checkpoint/v3"
-OLDER = {"supar.checkpoint/v1", "supar.checkpoint/v2"}  # with zeros where dead; with one hash, and of no other file
 WHOLE = "state.safetensors"
-State = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +152,7 @@ def _hashed(aside: Path, world: World) -> dict[str, str]:
     """The hashes, by name, of the files that this process wrote."""
     pattern = f"shard-{world.rank + 1:05d}-*" if world.grouped else WHOLE
     with _writing(aside.parent):
-        return {path.name: _file_hash(path) for path in aside.glob(pattern)}
+        return {path.name: file_hash(path) for path in aside.glob(pattern)}
 
 
 def _finish(aside: Path, final: Path, snapshot: Snapshot, hashes: dict[str, str], before: Callable[[], None]) -> Path:
@@ -172,7 +168,7 @@ def _finish(aside: Path, final: Path, snapshot: Snapshot, hashes: dict[str, str]
             "plan": snapshot.plan.hash(),
             "data": snapshot.data_hash,
             "masks": {name: masks.fingerprint(mask) for name, mask in snapshot.masks.items()},
-            "files": {**dict(sorted(hashes.items())), "plan.yaml": _file_hash(aside / "plan.yaml")},
+            "files": {**dict(sorted(hashes.items())), "plan.yaml": file_hash(aside / "plan.yaml")},
         }
         manifest["hash"] = document.content_hash(manifest)
         (aside / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
@@ -206,15 +202,15 @@ def load(path: Path, trainer: Trainer) -> int:
     another plan, other data or other masks, SetupError when it is corrupt.
     """
     plan, prepared, world = trainer.plan, trainer.prepared, trainer.world
-    manifest = _manifest(path)
+    manifest = read_manifest(path)
     for what, of, wanted in (
         ("plan", "is of another plan", plan.hash()),
         ("data", "was trained on other data", trainer.tokens.hash),
     ):
         if manifest[what] != wanted:
             raise InputError(f"{path}: {of} ({manifest[what][:19]}…, this one is {wanted[:19]}…)")
-    _verify(path, manifest, world)
-    stored = _Stored(path, manifest)
+    verify(path, manifest, world)
+    stored = Stored(path, manifest)
     _check_masks(path, manifest, stored, prepared.masks)
     targets = {f"weight/{name}": tensor.detach() for name, tensor in prepared.tensors.items()}
     states: dict[str, State] = {name: {} for name in prepared.tensors}
@@ -236,9 +232,9 @@ def load(path: Path, trainer: Trainer) -> int:
 
 def weights(path: Path, plan: Plan) -> State:
     """A checkpoint's tensors by plan name, in the plan's shapes, zero where dead. Raises InputError or SetupError."""
-    manifest = _manifest(path)
-    _verify(path, manifest, World())
-    stored, found = _Stored(path, manifest), {}
+    manifest = read_manifest(path)
+    verify(path, manifest, World())
+    stored, found = Stored(path, manifest), {}
     for row in plan.tensors:
         mask = None
         if f"mask/{row.name}" in stored.shapes:
@@ -251,80 +247,7 @@ def weights(path: Path, plan: Plan) -> State:
     return found
 
 
-def _manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((path / "manifest.json").read_text("utf-8"))
-        if manifest["kind"] in OLDER:
-            raise SetupError(f"{path}: a checkpoint of an older version ({manifest['kind']}); expected {KIND}")
-        if manifest["kind"] != KIND:
-            raise ValueError(manifest["kind"])
-        if manifest.pop("hash") != document.content_hash(manifest):
-            raise ValueError("hash")
-        for key, kind in (("step", int), ("plan", str), ("data", str), ("masks", dict), ("files", dict)):
-            if type(manifest[key]) is not kind:
-                raise ValueError(key)
-        if path.name != f"step-{manifest['step']:08d}" or not (manifest["plan"] + manifest["data"]).isprintable():
-            raise ValueError("step")
-        if any(Path(name).name != name for name in manifest["files"]):  # outside of the folder
-            raise ValueError("files")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise SetupError(
-            f"{path / 'manifest.json'}: a corrupt checkpoint manifest; delete the folder to use the one before"
-        ) from None
-    return dict(manifest)
-
-
-def _verify(path: Path, manifest: dict[str, Any], world: World) -> None:
-    """Raise SetupError, naming the file, where one is not what was written; the processes of a world share them out."""
-    shards.refuse_others(path, manifest["files"])
-    for name in sorted(manifest["files"])[world.rank :: world.size]:
-        with _reading(path / name):
-            if not (path / name).is_file():
-                raise SafetensorError("it is not there")
-            if _file_hash(path / name) != manifest["files"][name]:
-                raise SafetensorError("its content is not what was written")
-
-
-@contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """Raises SetupError that names the file where what is inside can't read it."""
-    try:
-        yield
-    except SetupError:
-        raise
-    except (Exception, CheckpointException) as error:  # whatever the readers raise of headers that nobody wrote
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SetupError(f"{file}: a corrupt checkpoint: {text}; delete its folder to use the one before") from None
-
-
-class _Stored:
-    """The tensors of a checkpoint's files: `shapes` by key, and `read` to fill tensors, plain or in shards, with them."""
-
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self._path = path
-        for name in manifest["files"]:
-            if name.endswith(".safetensors"):
-                with _reading(path / name), safe_open(path / name, framework="pt"):
-                    pass
-        self._reader = HuggingFaceStorageReader(str(path))
-        with _reading(path):
-            found: dict[str, Any] = dict(self._reader.read_metadata().state_dict_metadata)
-            for key, entry in found.items():  # the reader leaves as it was what no file holds
-                if not shards.are_whole(entry):
-                    raise SafetensorError(f"parts of {key} are missing or there twice")
-            self.shapes = {key: tuple(entry.size) for key, entry in found.items()}
-
-    def read(self, targets: State) -> None:
-        """Fill each tensor from its key. Raises InputError where that is not there or has another shape."""
-        for key, tensor in targets.items():
-            if self.shapes.get(key) != tuple(tensor.shape):
-                raise InputError(f"{self._path}: {key} is missing or has another shape than {tuple(tensor.shape)}")
-        with _reading(self._path), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each process reads for itself
-            state_dict_loader.load(targets, storage_reader=self._reader, no_dist=True)
-
-
-def _check_masks(path: Path, manifest: dict[str, Any], stored: _Stored, drawn: dict[str, Mask]) -> None:
+def _check_masks(path: Path, manifest: dict[str, Any], stored: Stored, drawn: dict[str, Mask]) -> None:
     packed = {name: torch.from_numpy(np.packbits(mask)) for name, mask in drawn.items()}
     there = {name: bits for name, bits in packed.items() if stored.shapes.get(f"mask/{name}") == tuple(bits.shape)}
     found = {f"mask/{name}": torch.zeros_like(bits) for name, bits in there.items()}
@@ -336,11 +259,6 @@ def _check_masks(path: Path, manifest: dict[str, Any], stored: _Stored, drawn: d
     extra = set(manifest["masks"]) - set(drawn)
     if extra:
         raise InputError(f"{path}: has a mask for {sorted(extra)[0]}, which is dense in this plan")
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

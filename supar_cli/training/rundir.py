@@ -38,7 +38,7 @@ def opened(directory: Path, plan: Plan, *, resume: bool, force: bool) -> Iterato
     with lock:
         with writing(directory):
             (directory / ENDED).unlink(missing_ok=True)
-            for path in _left(directory):
+            for path in [*_left(directory), *directory.glob("checkpoints/.step-*")]:
                 _drop(path)
         try:
             yield changes
