@@ -218,6 +218,37 @@ TOKENIZER = json.dumps(
 ).encode()
 
 
+FOUND = {
+    "a run of more tokens than an integer holds": ("proxy", ("train", "steps"), 2**63 - 1, 2),
+    "a decay whose timescale is no number": ("plan", ("tensors", 2, "weight_decay"), 5e-324, 0),
+    "a name that no file can have": ("plan", ("data", "source"), "x" * 3000, 2),
+    "a tokenizer with a name that no file can have": ("plan", ("data", "tokenizer"), "x" * 3000, 2),
+    "a width of nothing": ("proxy", ("model", "width"), 0, 2),
+}
+COMMANDS = {
+    "proxy": [["transfer", "proxy.yaml", "-o", "-"]],
+    "plan": [["train", "plan.yaml", "-o", "run", "-q", "--force"], ["explain", "plan.yaml"]],
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_longer_runs_have_found(ends: Ends, name: str) -> None:
+    kind, (*above, key), value, status = FOUND[name]
+    data = copy.deepcopy(ends.documents[kind])
+    here = data
+    for part in above:
+        here = here[part]
+    here[key] = value
+    (ends.folder / f"{kind}.yaml").write_text(json.dumps(data), "utf-8")
+    first, *_ = [ends.call(*command) for command in COMMANDS[kind]]
+    assert first == status
+
+
+def test_a_tokenizer_that_lacks_what_it_needs(ends: Ends) -> None:
+    (ends.folder / "data.json").write_bytes(TOKENIZER.replace(b'"unk_token": "[UNK]"', b'"unk_token": "[UNX]"'))
+    assert ends.call("data", "inspect", "text.txt", "--tokenizer", "data.json", "-q") == 3
+
+
 def test_enough_was_tried_and_some_of_it_ran(ends: Ends, record_property: Callable[[str, object], None]) -> None:
     record_property("tried", ", ".join(f"{count} {how}" for how, count in sorted(ends.counts.items())))
     total, ran = sum(ends.counts.values()), sum(n for name, n in ends.counts.items() if name.endswith((" 0", " 75")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from decimal import Decimal
 from fractions import Fraction
 from math import ceil
@@ -21,6 +22,7 @@ from supar_cli.planning.plan import (
     PlanTensor,
     PlanTrain,
 )
+from supar_cli.planning.section import LARGEST
 from supar_cli.planning.spec import Model, Proxy, Sparsity, Target
 
 # [P §3.1]: the smallest weights-per-neuron count the paper trained; below 4, Bernoulli rows are empty with P ≈ e^-WPN
@@ -200,6 +202,8 @@ def _train(proxy: Proxy, target: Target, model: Model, live: int) -> PlanTrain:
         steps = ceil(Fraction(target.tokens, step_tokens))
     else:
         steps = target.steps or proxy.train.steps
+    if steps * step_tokens > LARGEST:
+        raise InputError(f"train.steps: {steps} steps of {step_tokens} tokens are more than any run can have")
     fields: dict[str, Any] = proxy.train.model_dump()
     fields |= {"steps": steps, "batch_size": batch_size, "tokens": steps * step_tokens}
     fields["warmup_steps"] = int(Fraction(sparsity.literal(proxy.train.warmup_fraction)) * steps)
@@ -210,7 +214,8 @@ def _train(proxy: Proxy, target: Target, model: Model, live: int) -> PlanTrain:
 
 def timescale_steps(row: PlanTensor) -> float | None:
     """Steps in which weight decay alone shrinks a weight by e at the peak rate: 1/(lr·λ). None without decay."""
-    return 1.0 / (row.lr * row.weight_decay) if row.weight_decay else None
+    rate = row.lr * row.weight_decay
+    return 1.0 / rate if rate >= sys.float_info.min else None  # what is less has no reciprocal, and decays nothing
 
 
 def warnings(plan: Plan) -> list[str]:

@@ -160,7 +160,11 @@ def tokenizer(data: Data) -> tuple[Encoder | None, int]:
     )
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return [[*one.ids, *([] if end is None else [end])] for one in loaded.encode_batch(texts)]
+        try:
+            found = loaded.encode_batch(texts)
+        except Exception as error:  # as above, of a tokenizer that loads and lacks what it needs
+            raise SetupError(f"{data.tokenizer}: can't encode the text: {error}") from None
+        return [[*one.ids, *([] if end is None else [end])] for one in found]
 
     return encode, loaded.get_vocab_size()
 
