@@ -47,6 +47,12 @@ class SetupError(SuparError):
     exit_status = 3
 
 
+class PeerGone(SetupError):
+    """Another process of the run is gone. Its own status says why, so that of this one (1) says nothing."""
+
+    exit_status = 1
+
+
 class UnusableResult(SuparError):
     """The work was done but its result can't be used: a loss not finite, every trial diverged (exit status 4)."""
 

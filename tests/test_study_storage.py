@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import threading
 import time
 from pathlib import Path
@@ -161,3 +163,47 @@ def test_ctrl_c_at_any_moment_of_a_files_lock_is_ctrl_c(
     with pytest.raises(KeyboardInterrupt):
         study.claim(most=1)
     assert next(pressed, None) is None
+
+
+class TestJournal:
+    """A line that a full disk or a kill has torn costs that line; a corrupt one is named."""
+
+    def done(self, study: Shared) -> None:
+        trial = study.claim(most=9)
+        assert trial is not None and study.run(trial, lambda t: t.suggest_float("x", 0, 1)) is not None
+
+    @pytest.mark.parametrize("torn", [b'{"op_code":4,"torn', b"x" * (storage.LINES_BYTES + 7), b"\x00\xff"])
+    def test_a_torn_line_is_no_line(self, torn: bytes, tmp_path: Path) -> None:
+        path = tmp_path / "s.journal"
+        self.done(Shared(str(path), "s"))
+        with path.open("ab") as file:
+            file.write(torn)
+        self.done(Shared(str(path), "s", join=True))
+        assert [t.state.name for t in Shared(str(path), "s", join=True).trials()] == ["COMPLETE", "COMPLETE"]
+        assert torn[-9:] not in path.read_bytes() and path.read_bytes().endswith(b"\n")
+
+    def test_a_full_disk_loses_nothing_that_was_there(self, tmp_path: Path) -> None:
+        path = tmp_path / "s.journal"
+        study = Shared(str(path), "s")
+        self.done(study)
+        whole = path.read_bytes()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 9, hard))
+        try:
+            with pytest.raises(SetupError, match=r"--study .*s\.journal: "):
+                study.claim(most=9)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            signal.signal(signal.SIGXFSZ, handler)
+        assert path.read_bytes() == whole and not list(tmp_path.glob("*.lock*"))
+        self.done(study)
+        assert len(Shared(str(path), "s", join=True).trials()) == 2
+
+    def test_a_corrupt_line_is_named(self, tmp_path: Path) -> None:
+        path = tmp_path / "s.journal"
+        self.done(Shared(str(path), "s"))
+        content = path.read_bytes()
+        path.write_bytes(content.replace(b'"op_code"', b'"op_c', 1))
+        with pytest.raises(SetupError, match=r"--study .*s\.journal: a corrupt journal: "):
+            Shared(str(path), "s")

@@ -63,7 +63,9 @@ class TestKilled:
             os.kill(member(agent.pid, steps % 4 // 2), signal.SIGKILL)
         out, err = agent.communicate(timeout=300)
         assert agent.returncode == 0 and "kind: supar.result/v1" in out, err
-        assert json.loads((tmp_path / "run/result.json").read_text())["resumed_at"] >= 120  # which is on disk before 140 is written
+        assert (
+            json.loads((tmp_path / "run/result.json").read_text())["resumed_at"] >= 120
+        )  # which is on disk before 140 is written
         assert_close(tmp_path / "run", tmp_path / "whole", agree=1e-3)
 
     def test_without_restarts_the_same_command_goes_on(self, long: Plan, supar: Supar, tmp_path: Path) -> None:

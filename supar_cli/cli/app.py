@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
+from contextlib import suppress
 from typing import Any
 
 import typer
@@ -12,8 +14,8 @@ import typer.core
 import typer.main
 
 from supar_cli import __version__
-from supar_cli.errors import SetupError, SuparError
-from supar_cli.training.membership import is_follower
+from supar_cli.errors import PeerGone, SetupError, SuparError
+from supar_cli.training.membership import is_follower, is_member
 
 ARGUMENTS = "supar.arguments"
 COMMANDS = {
@@ -64,7 +66,7 @@ class LazyGroup(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except SuparError as error:
-            if not (error.shared and is_follower()):
+            if not (is_follower() and (error.shared or isinstance(error, PeerGone))):  # the first speaks for all
                 rank = f"rank {os.environ['RANK']}: " if is_follower() else ""
                 for line in (rank + str(error)).splitlines():
                     sys.stderr.write(line + "\n" if line.startswith(("  ", "error:")) else f"error: {line}\n")
@@ -108,7 +110,20 @@ def _top(
 
 def main() -> None:
     """Entry point of the `supar` script."""
-    app()
+    if not is_member():
+        app()
+    status: Any = 1
+    try:
+        app()
+    except SystemExit as ended:
+        status = ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    # torch's threads may want the interpreter while it ends, which would end the process by SIGABRT whatever it has done
+    os._exit(status if isinstance(status, int) else 1)
 
 
 def single(function: Any) -> typer.Typer:

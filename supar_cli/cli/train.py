@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from supar_cli.planning import document
 from supar_cli.planning.document import Document
 from supar_cli.planning.plan import Plan, with_steps
 from supar_cli.planning.spec import parse
-from supar_cli.training.membership import LAUNCH, TORCHRUN, is_follower, is_restarted
+from supar_cli.training.membership import LAUNCH, TORCHRUN, is_follower
 
 if TYPE_CHECKING:
     from supar_cli.training.world import World
@@ -110,6 +111,11 @@ def train(
             with joined() as world:
                 jobs = world.on_first(lambda: _jobs(flags, talk))
                 results = [_run(job, flags, talk, stopping.reason, world) for job in jobs]
+        except KeyboardInterrupt:
+            if not is_follower():
+                sys.stderr.write("interrupted\n")
+            sys.stderr.flush()
+            os._exit(130)  # the second Ctrl-C: nothing is waited for, not even a checkpoint that is being written
         except Preempted as error:
             if error.interrupted:
                 raise KeyboardInterrupt from None
@@ -176,9 +182,7 @@ def _launched(flags: dict[str, Any], talk: console.Talk) -> int:
     from supar_cli.training import launch
 
     with launch.prepared(flags["nproc"], document.standard_input() if flags["plan"] == "-" else None) as folder:
-        jobs = _jobs(flags, console.Talk(quiet=True))  # bad input ends here, once
-        if flags["force"] and flags["max_restarts"] and len(jobs) > 1:  # another start could not tell which have begun
-            raise InputError(f"--force: {len(jobs)} plans with --max-restarts; expected --index with one of them")
+        _jobs(flags, console.Talk(quiet=True))  # bad input ends here, once
         return launch.launch(flags["ctx"].meta[ARGUMENTS], flags["nproc"], flags["max_restarts"], folder, talk.warn)
 
 
@@ -210,17 +214,22 @@ def _run(job: Job, flags: dict[str, Any], talk: console.Talk, stop: Any, world: 
     from supar_cli.training.world import shared
 
     plan, directory = job.plan, job.directory
-    force = flags["force"] and not is_restarted()
-    resume = (flags["resume"] and not force) or is_restarted()
+    # left behind by the life before of `--nproc`'s processes, which goes on whatever the flags said of its first start
+    begun = Path(os.environ[LAUNCH], "begun-" + document.content_hash(str(directory))) if LAUNCH in os.environ else None
+    goes_on = world.on_first(lambda: begun is not None and begun.exists())
+    force = flags["force"] and not goes_on
+    resume = (flags["resume"] and not force) or goes_on
     with console.Progress(directory.name, talk.quiet, talk.verbose) as progress, ExitStack() as stack:
         with console.located(job.read), _enough_memory():
             ready = trainer.Trainer(plan, reporter=progress if world.is_first else Silent(), world=world)
         setup = ready.setup
         try:
-            if is_restarted() and (why := world.on_first(lambda: rundir.preempted(directory))):
-                raise shared(Preempted, why)  # by torchrun, to which every status but 0 is a failure
+            if why := world.on_first(lambda: rundir.preempted(directory)):
+                raise shared(Preempted, why)  # torchrun has started it again: every status but 0 is a failure to it
             opening = rundir.opened(directory, plan, resume=resume, force=force)
             changes = world.on_first(lambda: stack.enter_context(opening))
+            if world.is_first and begun is not None:
+                begun.touch()
             with world.complete(), _enough_memory():
                 for change in changes:
                     ready.reporter.warn(f"{directory}: goes on otherwise than it began: {change}")

@@ -13,10 +13,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
 from supar_cli.training import masks, optim
+from supar_cli.training.device import on_device
 from supar_cli.training.initial import Mask, unmasked
 from supar_cli.training.stored import KIND, State, Stored, file_hash, read_manifest, verify
 from supar_cli.training.world import World
@@ -76,14 +78,15 @@ class Writer:
     def __init__(self, folder: Path, trainer: Trainer, before: Callable[[], None] = lambda: None) -> None:
         self.folder, self._trainer, self._before = folder, trainer, before
         self._world = trainer.world.beside() if trainer.parallel.sharded else World()
-        self._pool = ThreadPoolExecutor(1, "checkpoints")
+        self._pool = on_device(trainer.setup.device, "checkpoints")
         self._pending: Future[Path] | None = None
+        self._naming = Lock()
 
     def save(self) -> None:
         """Copy the state and return; the copy is written meanwhile. Waits for the checkpoint before."""
         self.wait()
         snapshot = Snapshot.of(self._trainer)
-        self._pending = self._pool.submit(_write, self.folder, snapshot, self._world, self._before)
+        self._pending = self._pool.submit(_write, self.folder, snapshot, self._world, self._before, self._naming)
 
     @property
     def is_writing(self) -> bool:
@@ -96,6 +99,10 @@ class Writer:
         if pending is not None:
             with _writing(self.folder):
                 pending.result()
+
+    def abandon(self) -> None:
+        """Have no checkpoint appear from now on, though one is being written: the folder may soon be another process's."""
+        self._naming.acquire()
 
 
 @contextmanager
@@ -111,17 +118,17 @@ def _writing(folder: Path) -> Iterator[None]:
         raise SetupError(f"{folder}: the checkpoint can't be written: {text}") from None
 
 
-def _write(folder: Path, snapshot: Snapshot, world: World, before: Callable[[], None]) -> Path:
+def _write(folder: Path, snapshot: Snapshot, world: World, before: Callable[[], None], naming: Lock) -> Path:
     """Write `folder/step-N`, by all of a world together; gives its path. Raises SetupError."""
     final = folder / f"step-{snapshot.step:08d}"
     aside = folder / f".{final.name}.{os.getpid()}"
     try:
         aside = world.on_first(lambda: _begin(folder, aside))
-        _fill(aside, snapshot, world)
+        world.together(lambda: _fill(aside, snapshot, world))
         files = world.together(lambda: _hashed(aside, world))
         hashes = {name: value for found in world.gather(files) for name, value in found.items()}
-        return world.on_first(lambda: _finish(aside, final, snapshot, hashes, before))
-    except SetupError:
+        return world.on_first(lambda: _finish(aside, final, snapshot, hashes, before, naming))
+    except Exception:
         if world.is_first:
             shutil.rmtree(aside, ignore_errors=True)  # a full disk has better uses
         raise
@@ -155,7 +162,9 @@ def _hashed(aside: Path, world: World) -> dict[str, str]:
         return {path.name: file_hash(path) for path in aside.glob(pattern)}
 
 
-def _finish(aside: Path, final: Path, snapshot: Snapshot, hashes: dict[str, str], before: Callable[[], None]) -> Path:
+def _finish(
+    aside: Path, final: Path, snapshot: Snapshot, hashes: dict[str, str], before: Callable[[], None], naming: Lock
+) -> Path:
     """Make a folder that holds all tensors the checkpoint of its step, and drop those that are too many."""
     with _writing(final.parent):
         missing = [name for name in hashes if not (aside / name).is_file()]
@@ -176,8 +185,13 @@ def _finish(aside: Path, final: Path, snapshot: Snapshot, hashes: dict[str, str]
             _flush(aside / name)
         _flush(aside)
         before()
-        dropped = [_away(final)] if final.exists() else []
-        aside.rename(final)
+        if not naming.acquire(blocking=False):
+            raise SetupError(f"{final}: the checkpoint was given up")
+        try:
+            dropped = [_away(final)] if final.exists() else []
+            aside.rename(final)
+        finally:
+            naming.release()
         _flush(final.parent)
         dropped += [_away(old) for old in available(final.parent)[: -snapshot.plan.run.keep]]
         for path in dropped:

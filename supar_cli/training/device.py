@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,16 @@ def device_of(plan: Plan, world: World) -> torch.device:
         raise SetupError(
             f"run.device: {device}: this machine has no such CUDA device that torch {torch.__version__} can use"
         )
+    if device.type == "cuda" and device.index is None:  # torch selects devices by number only
+        device = torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def on_device(device: torch.device, name: str) -> ThreadPoolExecutor:
+    """A thread that works for a device, CUDA's current one being each thread's own."""
+    if device.type == "cuda":
+        return ThreadPoolExecutor(1, name, torch.cuda.set_device, (device,))
+    return ThreadPoolExecutor(1, name)
 
 
 @dataclass(slots=True)
@@ -69,6 +79,8 @@ class Setup:
         world = world or World()
         device = device_of(plan, world)
         cuda = device.type == "cuda"
+        if cuda:
+            torch.cuda.set_device(device)
         word = plan.run.precision
         native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         bf16 = native if word == "auto" else word == "bfloat16"

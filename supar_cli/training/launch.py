@@ -24,7 +24,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from supar_cli.errors import Preempted, SetupError
-from supar_cli.training.membership import LAUNCH, RESTARTED, STDIN
+from supar_cli.planning import document
+from supar_cli.training.membership import HEARD, LAUNCH, LAUNCHER, STDIN
 from supar_cli.training.stopping import SIGNALS
 
 # A worker's statuses that another try would not change: bad input, no usable result, a check, asked to stop
@@ -37,7 +38,7 @@ def prepared(processes: int, stdin: bytes | None) -> Iterator[Path]:
     before = dict(os.environ)
     try:
         with TemporaryDirectory(prefix="supar-") as folder:
-            os.environ[LAUNCH] = folder
+            os.environ |= {LAUNCH: folder, LAUNCHER: str(os.getpid())}
             if stdin is not None:
                 os.environ[STDIN] = str(Path(folder, "stdin"))
                 Path(folder, "stdin").write_bytes(stdin)
@@ -57,26 +58,27 @@ def launch(arguments: list[str], processes: int, restarts: int, folder: Path, wa
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):  # what went wrong is said once, by the process that knows
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    for attempt in range(restarts + 1):
-        with _forwarding(folder) as heard:
+    with _forwarding(folder) as heard:
+        for attempt in range(restarts + 1):
+            for left in _processes(folder):
+                left.unlink()
             failures = _run(arguments, processes, folder)
-        if not failures:
-            return 0
-        final = [code for code in failures.values() if code in FINAL]
-        # SIGTERM is the launcher's own word to those that are left; another's would have been heeded
-        killed = [
-            f"rank {rank} by {signal.Signals(-code).name}"
-            for rank, code in failures.items()
-            if code < 0 and -code != signal.SIGTERM
-        ]
-        if heard:
-            return final[0] if final else 128 + heard[0]
-        if final and not killed:
-            return final[0]
-        os.environ[RESTARTED] = "1"
-        if attempt < restarts:
-            what = f"killed: {', '.join(killed)}" if killed else "a process failed"
-            warn(f"{what}; starting again from the last checkpoint, {attempt + 1} of at most {restarts} times")
+            if not failures:
+                return 0
+            final = [code for code in failures.values() if code in FINAL]
+            # SIGTERM is the launcher's own word to those that are left; another's would have been heeded
+            killed = [
+                f"rank {rank} by {signal.Signals(-code).name}"
+                for rank, code in failures.items()
+                if code < 0 and -code != signal.SIGTERM
+            ]
+            if heard:
+                return final[0] if final else 128 + heard[0]
+            if final and not killed:
+                return final[0]
+            if attempt < restarts:
+                what = f"killed: {', '.join(killed)}" if killed else "a process failed"
+                warn(f"{what}; starting again from the last checkpoint, {attempt + 1} of at most {restarts} times")
     if killed:
         raise SetupError(f"killed: {', '.join(killed)}; the same command goes on from the last checkpoint")
     return next((code for code in failures.values() if code > 0), 1)
@@ -109,19 +111,19 @@ def _run(arguments: list[str], processes: int, folder: Path) -> dict[int, int]:
 
 @contextmanager
 def _forwarding(folder: Path) -> Iterator[list[signal.Signals]]:
-    """Hand signals on to the processes, which have left their numbers in a folder; gives the list of those heard."""
+    """Hand signals on to the processes, which have left their numbers in a folder; gives the list of those heard.
+
+    A process that is not there yet finds the signal in the folder: it leaves its number before it looks.
+    """
     heard: list[signal.Signals] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         heard.append(signal.Signals(number))
-        for path in folder.iterdir():
-            if path.name.isdigit():
-                with suppress(OSError, ValueError):
-                    os.kill(int(path.read_text("utf-8")), number)
+        document.write_file(folder / HEARD, str(number))
+        for path in _processes(folder):
+            with suppress(OSError):
+                os.kill(int(path.read_text("utf-8")), number)
 
-    for left in folder.iterdir():
-        if left.name.isdigit():
-            left.unlink()
     before = {
         number: signal.signal(number, forward) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
     }
@@ -130,3 +132,7 @@ def _forwarding(folder: Path) -> Iterator[list[signal.Signals]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _processes(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name.isdigit()]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import platform
+import time
+from pathlib import Path
 
 LAUNCH = "SUPAR_LAUNCH"  # the folder in which `--nproc` and its processes find each other
+LAUNCHER = "SUPAR_LAUNCHER"  # the process number of `--nproc`'s launcher
+HEARD = "heard"  # there: the last signal that the launcher got
 STDIN = "SUPAR_STDIN"  # the file that stands for standard input, which `--nproc` has read
-RESTARTED = "SUPAR_RESTARTED"  # set where `--nproc` has started its processes again
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 
@@ -15,11 +19,36 @@ def is_member() -> bool:
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
 
 
-def is_restarted() -> bool:
-    """Whether an earlier life of this process's group ended before its work was done, so that it has to go on with that."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" or RESTARTED in os.environ
-
-
 def is_follower() -> bool:
     """Whether it is not the first of them, which speaks for all."""
     return is_member() and os.environ["RANK"] != "0"
+
+
+def is_torchruns() -> bool:
+    """Whether another launcher than `--nproc` started it: one that may start it again, which looks like the first time."""
+    return is_member() and LAUNCH not in os.environ
+
+
+def launcher_process() -> int:
+    """The number of the process that started this one; another parent means that it is gone."""
+    return int(os.environ.get(LAUNCHER, os.getppid()))
+
+
+def launcher() -> str:
+    """What tells this process's launcher from any other, of this machine or another."""
+    return f"{platform.node()} {os.getppid()} {_launched()}"
+
+
+def launched_s() -> float:
+    """Seconds since this process's launcher started, 0 where the system doesn't tell."""
+    begun = _launched()
+    return 0.0 if begun is None else max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - begun)
+
+
+def _launched() -> float | None:
+    """When this process's parent started, in seconds since the machine did."""
+    try:
+        fields = Path(f"/proc/{os.getppid()}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+        return int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc_pid_stat(5); two stand before the bracket
+    except (OSError, ValueError, IndexError):
+        return None

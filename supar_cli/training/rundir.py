@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Any, TextIO
 from supar_cli.errors import InputError, Preempted, SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan, parse
+from supar_cli.training.membership import is_member, is_torchruns, launcher
 
 Record = dict[str, Any]
 
+LOCK_TRIES = 10  # chosen: for a second; who only looks whether a run goes on holds its lock for an instant
 DIFFERENCES = 8  # chosen: named of two plans; the others are counted
 ENDED = "ended.json"  # how training ended where it did not finish
 DAMAGED = "metrics.damaged.jsonl"  # metrics.jsonl as it was where some of its records could not be read
@@ -27,15 +30,18 @@ def opened(directory: Path, plan: Plan, *, resume: bool, force: bool) -> Iterato
     """Start or continue a run in a directory that no other process may open until this ends; note how it ended.
 
     Gives what is to run otherwise than before, as `run.precision: float32 → bfloat16`.
-    Raises InputError as `start` does, and where another process trains there.
+    Raises InputError as `start` does, where another process trains there, and under torchrun for anything but `resume`.
     """
-    if (directory / "plan.yaml").is_file():
-        lock = _lock(directory)
+    if is_torchruns() and not resume:
+        raise InputError(
+            f"{directory}: can't be told to start anew under torchrun, whose restarts would do so too; "
+            "expected another --out, or that the directory is removed"
+        )
+    _refuse_foreign(directory, force)
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    with _lock(directory):
         changes = start(directory, plan, resume=resume, force=force)
-    else:
-        changes = start(directory, plan, resume=resume, force=force)
-        lock = _lock(directory)
-    with lock:
         with writing(directory):
             (directory / ENDED).unlink(missing_ok=True)
             for path in [*_left(directory), *directory.glob("checkpoints/.step-*")]:
@@ -45,16 +51,18 @@ def opened(directory: Path, plan: Plan, *, resume: bool, force: bool) -> Iterato
         except BaseException as error:
             state = "preempted" if isinstance(error, Preempted | KeyboardInterrupt) else "failed"
             text = str(error) or type(error).__name__
+            ended = {"state": state, "text": text} | ({"launcher": launcher()} if is_member() else {})
             with suppress(OSError):  # the disk may be why it ended
-                document.write_file(directory / ENDED, json.dumps({"state": state, "text": text}) + "\n")
+                document.write_file(directory / ENDED, json.dumps(ended) + "\n")
             raise
 
 
 def preempted(directory: Path) -> str:
-    """How a directory's run was asked to stop, empty where it ended otherwise or goes on."""
+    """How a directory's run was asked to stop under this process's own launcher, empty where it was not."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         ended = json.loads((directory / ENDED).read_text("utf-8"))
-        return str(ended["text"]) if ended["state"] == "preempted" else ""
+        if is_member() and ended["state"] == "preempted" and ended["launcher"] == launcher():
+            return str(ended["text"])
     return ""
 
 
@@ -62,14 +70,16 @@ def _lock(directory: Path) -> TextIO:
     """The directory's lock, the system's own: it ends with the process, however that ends."""
     with writing(directory):
         file = (directory / "lock").open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise InputError(f"{directory}: another process is training there; expected another --out") from None
-    except OSError:  # a file system without locks: as it was before there were any
-        pass
-    return file
+    for _ in range(LOCK_TRIES):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            time.sleep(0.1)
+        except OSError:  # a file system without locks: as it was before there were any
+            return file
+    file.close()
+    raise InputError(f"{directory}: another process is training there; expected another --out")
 
 
 def _left(directory: Path) -> set[Path]:
@@ -98,14 +108,22 @@ def is_open(directory: Path) -> bool:
     return False
 
 
+def _refuse_foreign(directory: Path, force: bool) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory}: is a file; expected a folder for --out")
+    if force or not directory.exists() or (directory / "plan.yaml").is_file():
+        return
+    if set(directory.iterdir()) - _left(directory) - {directory / "lock"}:
+        raise InputError(f"{directory}: exists and is no run directory; expected another --out")
+
+
 def start(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list[str]:
     """Make a run directory ready; gives what of `run` has changed there.
 
     Raises InputError when it holds another run, or this one and neither flag was given.
     """
     existing, changes = directory / "plan.yaml", list[str]()
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"{directory}: is a file; expected a folder for --out")
+    _refuse_foreign(directory, force)
     if existing.is_file() and not force:
         other = _plan(existing)
         if resume and other.hash() != plan.hash():
@@ -119,8 +137,6 @@ def start(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list[str
             raise InputError(
                 f"{directory}: holds a run already; expected --resume to continue it or --force to start again"
             )
-    elif not force and directory.exists() and set(directory.iterdir()) - _left(directory):
-        raise InputError(f"{directory}: exists and is no run directory; expected another --out")
     with writing(directory):
         if force and not resume and existing.is_file():
             if (directory / "checkpoints").is_dir():  # out of the way whole: a kill now leaves all of them or none

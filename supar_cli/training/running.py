@@ -78,8 +78,10 @@ def run(
         try:
             with trackers.Trackers(trainer.plan, own, trainer.done, trainer.reporter.warn) as tracked:
                 _Loop(trainer, outcome, metrics, tracked, writer, directory is not None).run(on_evaluation)
-        except Exception:
-            if writer is not None:
+        except BaseException as error:
+            if writer is not None and not isinstance(error, Exception):  # at once
+                writer.abandon()
+            elif writer is not None:
                 with suppress(SetupError, RuntimeError):  # of the checkpoint before: there is something else to say
                     writer.wait()
             raise

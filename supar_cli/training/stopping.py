@@ -9,25 +9,31 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from supar_cli.training.membership import is_member
+from supar_cli.training.membership import is_member, launched_s, launcher_process
 
 # Slurm's `--signal=USR1@120` and clusters' SIGTERM before SIGKILL; SIGINT is Ctrl-C
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+ONE_REQUEST_S = 1.0  # chosen: longer than a launcher takes to hand on what its processes have got from elsewhere too
+
+
 class Stopping:
     """While entered, notes signals instead of ending; `reason` says why to stop, None while there is no reason.
 
-    The second of SIGTERM or SIGINT has its usual effect at once. `max_seconds` count from here. One of several processes
-    also stops when the launcher that started it is gone: nobody else would end it.
+    The second of SIGTERM or SIGINT has its usual effect at once. `max_seconds` count from here, in one of several
+    processes from its launcher's start, so that a restart gives no more of them. Such a process also stops when its
+    launcher is gone: nobody else would end it.
     """
 
     def __init__(self, max_seconds: float | None = None) -> None:
-        self._end = None if max_seconds is None else time.monotonic() + max_seconds
+        gone = launched_s() if is_member() else 0.0
+        self._end = None if max_seconds is None else time.monotonic() + max_seconds - gone
         self._max_seconds = max_seconds
         self._before: dict[signal.Signals, Any] = {}
-        self._launcher = os.getppid() if is_member() else None
+        self._launcher = launcher_process() if is_member() else None
         self.signal: signal.Signals | None = None
+        self._noted = 0.0
 
     def reason(self) -> str | None:
         if self.signal is not None:
@@ -53,7 +59,10 @@ class Stopping:
             signal.signal(number, before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        asked = signal.Signals(number)
+        asked, now = signal.Signals(number), time.monotonic()
+        if self._launcher is not None and asked == self.signal and now - self._noted < ONE_REQUEST_S:
+            return  # a cluster's signal to all processes, the launcher among them
+        self._noted = now
         if self.signal in (None, signal.SIGUSR1):  # SIGUSR1 announces the SIGTERM that follows it
             self.signal = asked
         elif asked != signal.SIGUSR1:

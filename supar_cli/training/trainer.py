@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from supar_cli.errors import InputError, SetupError, UnusableResult
 from supar_cli.planning import schedule
 from supar_cli.planning.plan import Plan
 from supar_cli.training import data, initial, masks, monitor, optim, running, trackers
-from supar_cli.training.device import Setup
+from supar_cli.training.device import Setup, on_device
 from supar_cli.training.engines import choose
 from supar_cli.training.models.transformer import loss_of, named_tensors
 from supar_cli.training.parallel import Parallel, kind_of, local, require_host_memory
@@ -35,15 +35,17 @@ class Trainer:
         self.plan, self.reporter, self.world = plan, reporter or Silent(), world or World()
         self._rows = {row.name: row for row in plan.tensors}
         self.setup, self.tokens = self.world.together(lambda: self._found(tokens))
+        self._require_equal({"device": self.setup.device.type, "precision": str(self.setup.precision)})
         self.world.together(self._build)
-        self._require_equal_worlds()
+        drawn = {f"the mask of {name}": masks.fingerprint(mask) for name, mask in self.prepared.masks.items()}
+        self._require_equal({"plan": plan.hash(), "data": self.tokens.hash, **drawn})
         self.optimizer = optim.build(plan, self.prepared.tensors)
         self.done = 0
         self.asked_to_stop = False
         self.stop: Callable[[], str | None] = lambda: None
         self._monitor = monitor.Monitor()
         self._prefetched: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None
-        self._drawing = ThreadPoolExecutor(1, "batches") if self.setup.device.type == "cuda" else None
+        self._drawing = on_device(self.setup.device, "batches") if self.setup.device.type == "cuda" else None
 
     @property
     def model(self) -> nn.Module:
@@ -53,8 +55,6 @@ class Trainer:
     def _found(self, tokens: data.Tokens | None) -> tuple[Setup, data.Tokens]:
         """What has to be there, before processes wait for each other."""
         setup, plan = Setup.of(self.plan, self.world), self.plan
-        if setup.device.type == "cuda":
-            torch.cuda.set_device(setup.device)
         if self.world.is_first:
             trackers.require(plan)
         tokens = tokens or data.load(plan.data, vocab=plan.model.vocab, context=plan.model.context)
@@ -83,15 +83,13 @@ class Trainer:
         self.parallel = Parallel(kind, self.prepared.model, setup, self.world)
         self.prepared.tensors = named_tensors(self.prepared.model)
 
-    def _require_equal_worlds(self) -> None:
-        """Raise SetupError where another process has other masks, data or plan: the run would be none of theirs."""
-        drawn = {name: masks.fingerprint(mask) for name, mask in self.prepared.masks.items()}
-        found = self.world.gather({"plan": self.plan.hash(), "data": self.tokens.hash, **drawn})
+    def _require_equal(self, own: dict[str, str]) -> None:
+        """Raise SetupError where another process has other values of these: the run would be none of theirs."""
+        found = self.world.gather(own)
         for rank, other in enumerate(found):
-            different = [name for name, value in found[0].items() if other.get(name) != value]
-            if different:
-                what = different[0] if different[0] in ("plan", "data") else f"the mask of {different[0]}"
-                raise shared(SetupError, f"rank {rank}: {what} is not that of rank 0; expected the same everywhere")
+            for name, value in found[0].items():
+                if other.get(name) != value:
+                    raise shared(SetupError, f"rank {rank}: {name} is not that of rank 0; expected the same everywhere")
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets (rows, context) of a step, this process's share of the batch.

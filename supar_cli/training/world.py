@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from supar_cli.errors import SetupError, SuparError
-from supar_cli.training.membership import LAUNCH, is_member
+from supar_cli.errors import PeerGone, SuparError
+from supar_cli.planning import document
+from supar_cli.training.membership import HEARD, LAUNCH, is_member
 
 T = TypeVar("T")
 
@@ -85,7 +86,7 @@ class World:
 
     @contextmanager
     def complete(self) -> Iterator[None]:
-        """Raises SetupError where what is inside fails because another process is gone."""
+        """Raises PeerGone where what is inside fails because another process is gone."""
         try:
             yield
         except RuntimeError as error:
@@ -93,7 +94,7 @@ class World:
             gone = isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Gloo", "by peer"))
             if not self.grouped or not gone:
                 raise
-            raise SetupError(
+            raise PeerGone(
                 "another process of this run is gone; the same command goes on from the last checkpoint"
             ) from None
 
@@ -112,14 +113,16 @@ def shared(kind: type[SuparError], text: str) -> SuparError:
 
 @contextmanager
 def joined() -> Iterator[World]:
-    """The world of this process, left by all at once unless one of them fails. Raises SetupError when one is gone."""
+    """The world of this process, left by all at once unless one of them fails. Raises PeerGone when one is gone."""
     if not is_member():
         yield World()
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if folder := os.environ.get(LAUNCH):
-        (Path(folder) / str(rank)).write_text(str(os.getpid()), "utf-8")
+        document.write_file(Path(folder, str(rank)), str(os.getpid()))
+        if (heard := Path(folder, HEARD)).is_file():  # before the launcher knew of this process
+            os.kill(os.getpid(), int(heard.read_text("utf-8")))
     world = World(rank, size, *local, grouped=True)
     with world.complete():
         begun = not dist.is_initialized()
@@ -130,12 +133,14 @@ def joined() -> Iterator[World]:
             life = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size}"
             backend = "cpu:gloo,cuda:nccl" if both else "gloo"
             dist.init_process_group(backend, store=PrefixStore(life, store), rank=rank, world_size=size)
+        else:  # a script's own, which may know tensors on CUDA only
+            world = replace(world, group=dist.new_group(backend="gloo"))
         try:
             yield world
         except SuparError as error:
             if error.shared:
-                dist.barrier()
+                dist.barrier(world.group)
             raise
-        dist.barrier()  # no one ends before the others are done: launchers end what is left
+        dist.barrier(world.group)  # no one ends before the others are done: launchers end what is left
         if begun:
             dist.destroy_process_group()

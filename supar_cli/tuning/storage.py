@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import optuna
@@ -21,6 +23,7 @@ PATIENCE_S = (
     300.0  # chosen: a database's restart or failover takes seconds to a few minutes; longer is an outage to be told of
 )
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0  # chosen: a restart of a second costs little, an outage is not hammered
+LINES_BYTES = 2**16  # chosen: more than a line of a journal usually has
 RACES = 20  # chosen: processes that make a database's tables at the same time; each round one of them has made it
 
 # the operations of Optuna's storage interface that reach a database
@@ -131,11 +134,59 @@ def open_study(
 _ELSEWHERE = "this worker's machine doesn't have the study; expected a database, or a file on a disk that all share"
 
 
+class _Journal(optuna.storages.journal.JournalFileBackend):  # type: ignore[misc]
+    """Optuna's journal file, which a full disk or a kill in the middle of a line doesn't make unreadable."""
+
+    def __init__(self, path: str) -> None:
+        self._path, self._own_lock = path, optuna.storages.journal.JournalFileSymlinkLock(path)
+        super().__init__(path, lock_obj=self._own_lock)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Write lines, after the last one that is whole."""
+        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
+        self._own_lock.acquire()
+        try:
+            with open(self._path, "r+b") as file:
+                end = _end_of_lines(file)
+                file.truncate(end)  # what is behind was never read
+                try:
+                    file.seek(end)
+                    file.write(lines)
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError:
+                    os.truncate(self._path, end)  # all of them or none
+                    raise
+        finally:
+            self._own_lock.release()
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        """Lines from this one on. Raises SetupError where one is corrupt."""
+        try:
+            yield from super().read_logs(log_number_from)
+        except ValueError as error:
+            what = "expected a copy of it from before, or another --study"
+            raise SetupError(f"--study {self._path}: a corrupt journal: {error}; {what}") from None
+
+
+def _end_of_lines(file: BinaryIO) -> int:
+    """Where the last line that ends does."""
+    at = file.seek(0, os.SEEK_END)
+    while at:
+        start = max(0, at - LINES_BYTES)
+        file.seek(start)
+        found = file.read(at - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        at = start
+    return 0
+
+
 def _backend(storage: str, join: bool) -> Any:
     if "://" not in storage:
         if join and not Path(storage).exists():
             raise SetupError(f"--study {storage}: {_ELSEWHERE}")
-        return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
+        return optuna.storages.JournalStorage(_Journal(storage))
     url = _url(storage)
     options: dict[str, Any] = {"pool_pre_ping": True}
     if url.drivername in ("postgresql+psycopg", "postgresql+psycopg2"):

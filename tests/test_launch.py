@@ -1,0 +1,232 @@
+"""Processes and their launcher: signals at any moment, limits of time, restarts, and what a start again may take over."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from supar_cli.errors import InputError, PeerGone
+from supar_cli.planning.plan import Plan
+from supar_cli.training import checkpoint, device, launch, membership, rundir, stopping
+from supar_cli.training.stopping import Stopping
+from supar_cli.training.trainer import Trainer
+from supar_cli.training.world import World
+from tests.conftest import Called, environment
+from tests.test_train import trained
+from tests.test_train_parallel import long, member, plan, started, torchrun
+from tests.test_train_preempted import ended, hear
+
+__all__ = ["long", "plan"]  # fixtures
+
+MakePlan = Callable[..., Plan]
+Supar = Callable[..., Called]
+
+
+@pytest.fixture
+def of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the environment of one of two processes that torchrun has started."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def begun(folder: Path, *flags: str) -> tuple[subprocess.Popen[str], int]:
+    """`supar train --nproc 2`, and its rank 1 as soon as that is there: long before it knows what it is to do."""
+    command = [sys.executable, "-m", "supar_cli", "train", "-o", "run", "-q", "--nproc", "2", *flags]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=folder, env=environment(OMP_NUM_THREADS="1"), preexec_fn=hear, **pipes)
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        try:
+            return process, member(process.pid, 1)
+        except AssertionError:
+            time.sleep(0.01)
+    raise AssertionError(process.communicate(timeout=1))
+
+
+class TestSignals:
+    def test_one_that_comes_before_a_process_is_ready_is_heeded(self, long: Plan, tmp_path: Path) -> None:
+        process, _ = begun(tmp_path)
+        process.send_signal(signal.SIGTERM)
+        code, out, err = ended(process)
+        assert (code, out) == (75, "") and "stopped at step 0 of 400 by SIGTERM" in err
+
+    def test_one_that_all_processes_get_is_one_request(self, long: Plan, tmp_path: Path) -> None:
+        """As Slurm sends it: to the launcher, which hands it on, and to each process."""
+        process = started(tmp_path, "--nproc", "2")
+        for number in (member(process.pid, 0), member(process.pid, 1), process.pid):
+            os.kill(number, signal.SIGTERM)
+        code, _, err = ended(process)
+        assert code == 75 and "by SIGTERM; `supar train run` continues from step-" in err, err
+
+    def test_a_repeat_is_a_second_request_only_later_and_alone_at_once(
+        self, of_torchrun: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(stopping, "ONE_REQUEST_S", 0.5)
+        with Stopping() as asked:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+            assert asked.reason() == "SIGINT"
+            time.sleep(0.6)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(5)
+        monkeypatch.delenv("RANK")
+        with Stopping() as asked, pytest.raises(KeyboardInterrupt):
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+
+    def test_a_second_ctrl_c_waits_for_no_checkpoint_and_none_appears(self, long: Plan, tmp_path: Path) -> None:
+        code = (
+            "import sys, time\n"
+            "from supar_cli.training import checkpoint\n"
+            "save = checkpoint.save_file\n"
+            "def slow(*arguments):\n"
+            "    print('writes', flush=True)\n"
+            "    time.sleep(20)\n"
+            "    save(*arguments)\n"
+            "checkpoint.save_file = slow\n"
+            "from supar_cli.cli.app import main\n"
+            "sys.argv = ['supar', 'train', '-o', 'run', '-q', '--checkpoint-every', '5']\n"
+            "main()\n"
+        )
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command = [sys.executable, "-c", code]
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment(), preexec_fn=hear, **pipes)
+        assert process.stdout is not None and process.stdout.readline() == "writes\n"
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        asked = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        status, _, err = ended(process)
+        assert status == 130 and time.monotonic() - asked < 10 and err.endswith("interrupted\n"), err
+        assert json.loads((tmp_path / "run/ended.json").read_text())["state"] == "preempted"
+        assert checkpoint.available(tmp_path / "run/checkpoints") == [] and "Traceback" not in err
+
+    def test_a_checkpoint_that_is_given_up_gets_no_name(
+        self, plan_of: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupted(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        hashed = checkpoint.file_hash
+        monkeypatch.setattr(checkpoint, "file_hash", lambda path: (time.sleep(0.5), hashed(path))[1])
+        monkeypatch.setattr(rundir.Metrics, "sync", lambda _: None)  # else the closed file would be in its way
+        made = plan_of(train={"eval_every": 6}, run={"checkpoint_every": 5})
+        with rundir.opened(tmp_path / "run", made, resume=True, force=False), pytest.raises(KeyboardInterrupt):
+            Trainer(made).run(tmp_path / "run", on_evaluation=interrupted)
+        folder, end = tmp_path / "run/checkpoints", time.monotonic() + 10
+        assert list(folder.iterdir()) != []  # it is being written
+        while list(folder.iterdir()) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert list(folder.iterdir()) == []
+
+
+class TestLimitOfTime:
+    def test_it_counts_from_the_launchers_start(self, of_torchrun: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        since = membership.launched_s()
+        assert since > 0.1
+        assert Stopping(since + 60).reason() is None and Stopping(since / 2).reason() == f"the limit of {since / 2:g} s"
+        monkeypatch.delenv("RANK")
+        assert Stopping(since / 2).reason() is None
+
+
+class TestRestarts:
+    def test_force_that_had_not_begun_is_still_meant(self, long: Plan, tmp_path: Path) -> None:
+        """A complete run lies there; what is killed had not yet removed it."""
+        trained(long, tmp_path / "run")
+        process, second = begun(tmp_path, "--force", "--max-restarts", "1")
+        os.kill(second, signal.SIGKILL)
+        code, _, err = ended(process)
+        assert code == 0 and "starting again" in err and "was complete already" not in err, err
+        assert json.loads((tmp_path / "run/result.json").read_text())["environment"]["processes"] == 2
+
+    def test_under_torchrun_nothing_starts_anew(self, plan: Plan, tmp_path: Path, of_torchrun: None) -> None:
+        for flags in ({"resume": False, "force": True}, {"resume": False, "force": False}):
+            with (
+                pytest.raises(InputError, match="under torchrun, whose restarts would do so too"),
+                rundir.opened(tmp_path / "run", plan, **flags),
+            ):
+                pass
+        assert not (tmp_path / "run").exists()
+
+    def test_only_its_own_launchers_preempted_run_is_left_alone(
+        self, plan: Plan, tmp_path: Path, of_torchrun: None
+    ) -> None:
+        ends = {"state": "preempted", "text": "stopped at step 8 of 20 by SIGTERM"}
+        for launcher, found in (("elsewhere 17 1.5", ""), (membership.launcher(), ends["text"]), (None, "")):
+            (tmp_path / "ended.json").write_text(json.dumps({**ends, "launcher": launcher}))
+            assert rundir.preempted(tmp_path) == found
+
+    def test_a_run_preempted_before_goes_on_under_torchrun(self, plan: Plan, supar_here: Supar, tmp_path: Path) -> None:
+        assert supar_here("train", "-o", "run", "-q", "--max-time", "0.001s").status == 75
+        (done,) = torchrun(tmp_path, "-o", "run", "-q")
+        assert done.status == 0 and "kind: supar.result/v1" in done.out, done.err
+
+    def test_a_peer_that_is_gone_is_no_reason_of_its_own(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        lives, said = iter([{0: 1, 1: PeerGone.exit_status}, {}]), list[str]()
+        monkeypatch.setattr(launch, "_run", lambda *_: next(lives))
+        assert launch.launch([], 2, 1, tmp_path, said.append) == 0
+        assert said == ["a process failed; starting again from the last checkpoint, 1 of at most 1 times"]
+        lives = iter([{0: 2, 1: PeerGone.exit_status}])
+        assert launch.launch([], 2, 1, tmp_path, said.append) == 2
+
+    def test_a_process_of_which_another_is_gone_says_it_once(self, tmp_path: Path) -> None:
+        with pytest.raises(PeerGone, match="another process of this run is gone"), World(grouped=True).complete():
+            raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+
+
+def test_a_checkpoint_in_shards_that_cannot_be_written_is_told_once(long: Plan, tmp_path: Path) -> None:
+    """No file may become larger than 40 KiB: a full disk, to those that write shards."""
+    train = f"{sys.executable} -m supar_cli train -o run -q --nproc 2 --parallel fsdp --checkpoint-every 20"
+    command = ["bash", "-c", f"ulimit -f 40; exec {train}"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=120
+    )
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 3 and len(said) == 1, done.stderr
+    assert "run/checkpoints: the checkpoint can't be written: File too large" in said[0]
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
+
+
+class TestLock:
+    def test_who_only_looks_is_in_nobodys_way(self, plan: Plan, tmp_path: Path) -> None:
+        with rundir.opened(tmp_path / "run", plan, resume=True, force=False):
+            assert rundir.is_open(tmp_path / "run")
+        code = (
+            "import fcntl, sys, time\n"
+            "file = open(sys.argv[1])\n"
+            "fcntl.flock(file, fcntl.LOCK_SH)\n"
+            "print('looks', flush=True)\n"
+            "time.sleep(0.3)\n"
+        )
+        command = [sys.executable, "-c", code, str(tmp_path / "run/lock")]
+        looker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert looker.stdout is not None and looker.stdout.readline() == "looks\n"
+        with rundir.opened(tmp_path / "run", plan, resume=True, force=False):
+            pass
+        looker.communicate()
+
+
+def test_a_cuda_device_has_a_number(plan_of: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch selects devices by number only: `cuda` alone would end each run of one process."""
+    chosen = list[torch.device]()
+    for name, value in {"is_available": True, "device_count": 2, "current_device": 1}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bool(chosen))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    plan = plan_of(run={"device": "auto"})
+    assert device.device_of(plan, World()) == torch.device("cuda", 1)
+    assert device.device_of(plan, World(1, 2, 0, 2, grouped=True)) == torch.device("cuda", 0)
+    assert device.Setup.of(plan).precision is torch.bfloat16  # asked of the device that was selected
+    assert chosen == [torch.device("cuda", 1)]
