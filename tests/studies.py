@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -79,8 +80,13 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[Proxy]:
     return proxies
 
 
+@functools.cache  # a connection each, which a look every few ms would use up
+def _study(storage: str, name: str) -> Shared:
+    return Shared(storage, name)
+
+
 def trials_of(spec: Spec, storage: str, suffix: str = "") -> list[FrozenTrial]:
-    return Shared(storage, tuning.study_name(spec) + suffix).trials()
+    return _study(storage, tuning.study_name(spec) + suffix).trials()
 
 
 def wait_for(found: Callable[[], Any], seconds: float = 60) -> Any:

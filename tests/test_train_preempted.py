@@ -184,6 +184,7 @@ class TestMaxTime:
 class TestDirectory:
     def test_two_processes_do_not_share_one(self, plan: Plan, supar_here: Supar, tmp_path: Path) -> None:
         process = started(tmp_path)
+        process.send_signal(signal.SIGSTOP)  # else it may have ended meanwhile
         try:
             assert rundir.is_open(tmp_path / "run")
             for flags in ((), ("--force",)):
