@@ -79,16 +79,20 @@ def train(plan: Plan, directory: str | Path, *, resume: bool = True, force: bool
     import json
 
     from supar_cli.training import rundir, trainer
-    from supar_cli.training.world import joined
+    from supar_cli.training.world import World, joined
 
-    resume = resume and not force
-    with joined() as world, ExitStack() as stack:
-        ready = trainer.Trainer(plan, world=world)
-        opening = rundir.opened(Path(directory), plan, resume=resume, force=force)
-        world.on_first(lambda: stack.enter_context(opening))
-        ready.run(Path(directory), resume=resume)
-        result = Path(directory) / "result.json"
-        return dict(world.on_first(lambda: json.loads(result.read_text("utf-8"))))
+    def trained(world: World) -> dict[str, Any]:
+        goes_on = resume and not force
+        with ExitStack() as stack:
+            ready = trainer.Trainer(plan, world=world)
+            opening = rundir.opened(Path(directory), plan, resume=goes_on, force=force)
+            world.on_first(lambda: stack.enter_context(opening))
+            ready.run(Path(directory), resume=goes_on)
+            result = Path(directory) / "result.json"
+            return dict(world.on_first(lambda: json.loads(result.read_text("utf-8"))))
+
+    with joined() as world:
+        return trained(world)
 
 
 def weights(directory: str | Path) -> dict[str, Tensor]:

@@ -199,6 +199,33 @@ def test_a_checkpoint_in_shards_that_cannot_be_written_is_told_once(long: Plan, 
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
 
 
+def test_no_model_outlives_its_group(plan: Plan, tmp_path: Path) -> None:
+    """The last to hold a group, DDP's reducer would wait, with the interpreter locked, for threads that want it: for ever."""
+    code = (
+        "import gc, sys, torch.distributed as dist\n"
+        "from torch.nn.parallel import DistributedDataParallel\n"
+        "from supar_cli import load, train\n"
+        "destroy = dist.destroy_process_group\n"
+        "def looked() -> None:\n"
+        "    print(built, sum(isinstance(one, DistributedDataParallel) for one in gc.get_objects()))\n"
+        "    destroy()\n"
+        "built, init = 0, DistributedDataParallel.__init__\n"
+        "def counted(*arguments, **named):\n"
+        "    global built\n"
+        "    built += 1\n"
+        "    init(*arguments, **named)\n"
+        "DistributedDataParallel.__init__ = counted\n"
+        "dist.destroy_process_group = looked\n"
+        "gc.disable()\n"
+        "train(load('plan.yaml'), 'run')\n"
+    )
+    (tmp_path / "script.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "script.py"]
+    environ = environment(OMP_NUM_THREADS="1")
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.split("\n") == ["1 0", "1 0", ""], done
+
+
 class TestLock:
     def test_who_only_looks_is_in_nobodys_way(self, plan: Plan, tmp_path: Path) -> None:
         with rundir.opened(tmp_path / "run", plan, resume=True, force=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import statistics
@@ -135,17 +136,22 @@ def _threads() -> int:
 def _process(rank: int, folder: str, plan: Plan, together: Plan, steps: int) -> tuple[list[float], ...]:
     torch.set_num_threads(_threads())
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=PROCESSES)
-    world = World(rank, PROCESSES, rank, PROCESSES, grouped=True)
+    times = _turns(World(rank, PROCESSES, rank, PROCESSES, grouped=True), plan, together, steps)
+    gc.collect()  # as `world.joined` has it
+    dist.destroy_process_group()
+    return times
+
+
+def _turns(world: World, plan: Plan, together: Plan, steps: int) -> tuple[list[float], ...]:
     own = Trainer(plan, random_tokens(plan))
     shared = Trainer(together, random_tokens(together), world=world)
     times: tuple[list[float], ...] = ([], [], [])
     for turn in range(WARMUP + steps):
-        for kind, trainer, takes_part in ((0, own, rank == 0), (1, own, True), (2, shared, True)):
+        for kind, trainer, takes_part in ((0, own, world.is_first), (1, own, True), (2, shared, True)):
             dist.barrier()
             if takes_part:
                 seconds = _timed(trainer.step)
                 if turn >= WARMUP:
                     times[kind].append(seconds)
     dist.barrier()
-    dist.destroy_process_group()
     return times

@@ -6,6 +6,7 @@ gloo for all else.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -113,7 +114,10 @@ def shared(kind: type[SuparError], text: str) -> SuparError:
 
 @contextmanager
 def joined() -> Iterator[World]:
-    """The world of this process, left by all at once unless one of them fails. Raises PeerGone when one is gone."""
+    """The world of this process, left by all at once unless one of them fails. Raises PeerGone when one is gone.
+
+    What was trained in it has to be given up inside.
+    """
     if not is_member():
         yield World()
         return
@@ -143,4 +147,5 @@ def joined() -> Iterator[World]:
             raise
         dist.barrier(world.group)  # no one ends before the others are done: launchers end what is left
         if begun:
+            gc.collect()  # DDP's models first: the last one to hold a group waits for threads that wait for the interpreter
             dist.destroy_process_group()
