@@ -181,9 +181,19 @@ class TestRestarts:
         lives = iter([{0: 2, 1: PeerGone.exit_status}])
         assert launch.launch([], 2, 1, tmp_path, said.append) == 2
 
-    def test_a_process_of_which_another_is_gone_says_it_once(self, tmp_path: Path) -> None:
-        with pytest.raises(PeerGone, match="another process of this run is gone"), World(grouped=True).complete():
-            raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+    def test_of_the_processes_that_are_left_the_first_says_that_one_is_gone(
+        self, of_torchrun: None, supar_here: Supar, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def cut_off(*_: Any) -> None:
+            with World(grouped=True).complete():
+                raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+
+        monkeypatch.setattr("supar_cli.cli.transfer.parse", cut_off)
+        gone = "error: another process of this run is gone; the same command goes on from the last checkpoint\n"
+        for rank, said in (("0", gone), ("1", "")):
+            monkeypatch.setenv("RANK", rank)
+            called = supar_here("transfer", "--from-paper", "--sparsity", "0.9", "-o", "-", "-q")
+            assert (called.status, called.out, called.err) == (1, "", said)
 
 
 def test_a_checkpoint_in_shards_that_cannot_be_written_is_told_once(long: Plan, tmp_path: Path) -> None:

@@ -162,12 +162,12 @@ def _plan(path: Path) -> Plan:
 def result(directory: Path, plan: Plan) -> dict[str, Any] | None:
     """result.json of a plan's run, None where there is none that is whole."""
     try:
-        found = json.loads((directory / "result.json").read_bytes())
-        numbers = [found["steps"], found["seconds"], found["validation_loss"]]
-        same = found["kind"] == "supar.result/v1" and found["plan"] == plan.hash()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = read_result(directory / "result.json")
+    except SetupError:
         return None
-    return dict(found) if same and all(isinstance(number, int | float) for number in numbers) else None
+    numbers = [found.get(name) for name in ("steps", "seconds", "validation_loss")]
+    whole = found.get("plan") == plan.hash() and all(isinstance(number, int | float) for number in numbers)
+    return found if whole else None
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -157,12 +157,10 @@ class Trackers:
 
     def _ids(self, path: Path) -> dict[str, str]:
         """The names by which trackers know this run, as far as they can be read."""
-        try:
-            found = json.loads(path.read_bytes())
+        with suppress(SetupError):
+            found = rundir.read_json(path)
             if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
                 return found
-        except (OSError, ValueError, RecursionError):
-            pass
         self._warn(f"{path}: is corrupt; trackers see another run from here on")
         return {}
 
