@@ -6,12 +6,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from supar_cli.data import corpus
 from supar_cli.errors import InputError
-from supar_cli.planning import corpus, document
+from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.rules import Name
 from supar_cli.planning.spec import Proxy, Sparsity, Spec, Target, parse
-from supar_cli.planning.study import Sweep
+from supar_cli.planning.sweep import Sweep
 from supar_cli.planning.transfer import transfer as _transfer
 
 if TYPE_CHECKING:
@@ -78,14 +79,14 @@ def train(plan: Plan, directory: str | Path, *, resume: bool = True, force: bool
     """
     import json
 
-    from supar_cli.training import rundir, trainer
-    from supar_cli.training.world import World, joined
+    from supar_cli.training import run_directory, trainer
+    from supar_cli.training.distributed import World, joined
 
     def trained(world: World) -> dict[str, Any]:
         goes_on = resume and not force
         with ExitStack() as stack:
             ready = trainer.Trainer(plan, world=world)
-            opening = rundir.opened(Path(directory), plan, resume=goes_on, force=force)
+            opening = run_directory.opened(Path(directory), plan, resume=goes_on, force=force)
             world.on_first(lambda: stack.enter_context(opening))
             ready.run(Path(directory), resume=goes_on)
             result = Path(directory) / "result.json"

@@ -17,8 +17,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; workers' threads would only wait
 
 import supar_cli
+from supar_cli.data import corpus
 from supar_cli.errors import SuparError
-from supar_cli.planning import corpus, document
+from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Proxy, Target, parse
 from supar_cli.planning.transfer import transfer

@@ -14,9 +14,10 @@ from torch.distributed.tensor import DTensor
 from supar_cli import load
 from supar_cli.errors import InputError, SuparError
 from supar_cli.planning.plan import Plan
-from supar_cli.training import masks, parallel
+from supar_cli.sparse import masks
+from supar_cli.training import parallel
+from supar_cli.training.distributed import World, joined
 from supar_cli.training.trainer import Trainer
-from supar_cli.training.world import World, joined
 
 
 def error_of(function: Callable[[], object]) -> list[Any]:

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from supar_cli.data import batches
 from supar_cli.planning.document import Document
 from supar_cli.planning.plan import Data, Plan, PlanTensor
 from supar_cli.planning.rules import Name
 from supar_cli.planning.spec import Proxy, Sparsity, Target, parse
 from supar_cli.planning.transfer import transfer
-from supar_cli.training import data
-from supar_cli.training.engines.linear import Linear
+from supar_cli.sparse.linear import Linear
 from supar_cli.training.trainer import Trainer
 
 Y, GAIN, CHANGE = range(3)  # mean|Y|, mean|dL/dX| / mean|dL/dY|, mean|ΔY| where ΔY = X·ΔW at the step's own X
@@ -95,8 +95,8 @@ class Experiment:
 
 
 @cache
-def tokens() -> data.Tokens:
-    return data.load(Data(), vocab=256, context=CONTEXT)
+def tokens() -> batches.Tokens:
+    return batches.load(Data(), vocab=256, context=CONTEXT)
 
 
 class Watch:

@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 from optuna.trial import FrozenTrial
 
-from supar_cli.planning import corpus, document
+from supar_cli.data import corpus
+from supar_cli.planning import document
 from supar_cli.planning.spec import Proxy, Spec, parse
 from supar_cli.tuning import search as tuning
 from supar_cli.tuning import shared

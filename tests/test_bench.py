@@ -15,8 +15,8 @@ import torch
 
 from supar_cli.analysis import bench_layers, bench_memory, bench_results, bench_run, benchmark
 from supar_cli.planning.plan import Plan
+from supar_cli.sparse.autotune import Setting
 from supar_cli.training import checkpoint
-from supar_cli.training.engines.choose import Setting
 from supar_cli.training.trainer import Trainer
 from tests.conftest import Called
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from supar_cli.cli import console
-from supar_cli.planning import corpus, document
+from supar_cli.data import batches, corpus
+from supar_cli.planning import document
 from supar_cli.planning.plan import Data, Plan
 from supar_cli.planning.spec import Proxy, Spec, Target, parse
 from supar_cli.planning.transfer import transfer
-from supar_cli.training import data
 
 from .conftest import Called
 
@@ -181,8 +181,8 @@ class TestData:
             (tmp_path / "text" / f"{i}.txt").write_text(f"document {i} " * (i + 3))
         called = supar_here("data", "prepare", "text", "-o", "bins", "--json")
         told = json.loads(called.out)
-        direct = data.load(Data(source=str(tmp_path / "text")), vocab=256, context=8)
-        prepared = data.load(Data(source=str(tmp_path / "bins")), vocab=256, context=8)
+        direct = batches.load(Data(source=str(tmp_path / "text")), vocab=256, context=8)
+        prepared = batches.load(Data(source=str(tmp_path / "bins")), vocab=256, context=8)
         for name in ("train", "validation"):
             one, other = (getattr(tokens, name).segments[0].tokens for tokens in (direct, prepared))
             assert np.array_equal(one, other) and told[name] == len(one) > 0
@@ -193,8 +193,8 @@ class TestData:
         lines = "".join(json.dumps({"body": f"line {i}"}) + "\n" for i in range(100))
         (tmp_path / "a.jsonl").write_text(lines)
         assert supar_here("data", "prepare", "a.jsonl", "-o", "bins", "--field", "body", "-q").status == 0
-        direct = data.load(Data(source=str(tmp_path / "a.jsonl"), field="body"), vocab=256, context=8)
-        prepared = data.load(Data(source=str(tmp_path / "bins")), vocab=256, context=8)
+        direct = batches.load(Data(source=str(tmp_path / "a.jsonl"), field="body"), vocab=256, context=8)
+        prepared = batches.load(Data(source=str(tmp_path / "bins")), vocab=256, context=8)
         for name in ("train", "validation"):
             one, other = (getattr(tokens, name).segments[0].tokens for tokens in (direct, prepared))
             assert np.array_equal(one, other)

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from supar_cli.data import batches, corpus
+from supar_cli.data.batches import Segment, Split
 from supar_cli.errors import InputError, SetupError
-from supar_cli.planning import corpus
 from supar_cli.planning.spec import Data
-from supar_cli.training import data
-from supar_cli.training.data import Segment, Split
 from tests.conftest import real_text
 
 
@@ -26,8 +25,8 @@ def split_of(*lengths: int) -> Split:
     return Split(made, int(ends[-1]))
 
 
-def loaded(source: Path, context: int = 8, vocab: int = 256, **section: Any) -> data.Tokens:
-    return data.load(Data(source=str(source), **section), vocab=vocab, context=context)
+def loaded(source: Path, context: int = 8, vocab: int = 256, **section: Any) -> batches.Tokens:
+    return batches.load(Data(source=str(source), **section), vocab=vocab, context=context)
 
 
 def text_of(split: Split) -> bytes:
@@ -261,10 +260,10 @@ class TestIdentity:
 
     def test_changed_data_is_refused_by_name(self, text_file: Path) -> None:
         known = corpus.identified(Data(source=str(text_file)))
-        data.load(known, vocab=256, context=8)
+        batches.load(known, vocab=256, context=8)
         text_file.write_bytes(text_file.read_bytes()[:-1] + b"!")
         with pytest.raises(InputError, match=r"data\.hash: .*text\.txt is not the data this document was made with"):
-            data.load(known, vocab=256, context=8)
+            batches.load(known, vocab=256, context=8)
 
 
 class TestRefusals:

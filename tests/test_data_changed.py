@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from supar_cli.data import batches, corpus, tokens
 from supar_cli.errors import InputError, SetupError
-from supar_cli.planning import corpus, document
+from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Data
-from supar_cli.training import data, tokenfiles
 from supar_cli.training.trainer import Trainer
 from tests.conftest import TEXT_BYTES, Called, environment, plan_from, proxy_fields, real_text
 from tests.test_data import write_shard
@@ -138,7 +138,7 @@ class TestUnderTheRun:
         def unchecked(self: Any, at: int, count: int) -> bytes:
             return os.pread(self.number, count, at)
 
-        monkeypatch.setattr(tokenfiles._Open, "read", unchecked)
+        monkeypatch.setattr(tokens._Open, "read", unchecked)
         at_step(monkeypatch, 5, lambda: file.write_bytes(file.read_bytes()[::-1]))
         trained(plan, tmp_path / "run")
         with pytest.raises(AssertionError):
@@ -146,7 +146,7 @@ class TestUnderTheRun:
 
     def test_a_disk_that_fails_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         source, _ = written(tmp_path, "text")
-        split = data.load(Data(source=str(source)), vocab=256, context=8).train
+        split = batches.load(Data(source=str(source)), vocab=256, context=8).train
 
         def broken(*_: Any) -> bytes:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -174,7 +174,7 @@ class TestBeforeTheFirstWindow:
         else:
             source, file = written(tmp_path, kind)
         known = corpus.identified(Data(source=str(source)))
-        where, name = {"hashed": (corpus, "content_hash"), "read": (data, "_segments")}[moment]
+        where, name = {"hashed": (corpus, "content_hash"), "read": (batches, "_segments")}[moment]
         call, calls = getattr(where, name), list[Any]()
 
         def spoiled(*arguments: Any) -> Any:
@@ -185,7 +185,7 @@ class TestBeforeTheFirstWindow:
 
         monkeypatch.setattr(where, name, spoiled)
         with pytest.raises(SetupError, match=rf"{file.name}: (was written to|can't be read)"):
-            data.load(known, vocab=256, context=8)
+            batches.load(known, vocab=256, context=8)
         assert calls
 
     def test_a_change_in_the_same_tick_of_the_clock_shows(self, tmp_path: Path) -> None:
@@ -193,25 +193,25 @@ class TestBeforeTheFirstWindow:
         for turn in range(30):
             path = tmp_path / f"{turn}.txt"
             path.write_bytes(b"a" * 100)
-            with pytest.raises(SetupError), tokenfiles.unchanged([path]):
+            with pytest.raises(SetupError), tokens.unchanged([path]):
                 flip(path)
 
     def test_files_that_stay_are_read(self, tmp_path: Path) -> None:
         path = tmp_path / "a.txt"
         path.write_bytes(bytes(100))
-        with tokenfiles.unchanged([path]) as stamps:
-            read = tokenfiles.TokenFile(path, "u1", 0, stamps[path])
+        with tokens.unchanged([path]) as stamps:
+            read = tokens.TokenFile(path, "u1", 0, stamps[path])
         assert np.array_equal(np.asarray(read), np.zeros(100)) and len(read[90:200]) == 10
 
     def test_a_file_that_is_no_more_what_was_stamped_is_not_opened(self, tmp_path: Path) -> None:
         path, other = tmp_path / "a.txt", tmp_path / "b.txt"
         for one in (path, other):
             one.write_bytes(bytes(100))
-        stamp = tokenfiles.Stamp.of(path)
+        stamp = tokens.Stamp.of(path)
         os.utime(other, ns=(stamp.changed, stamp.changed))  # the same size and time: another file all the same
         other.replace(path)
         with pytest.raises(SetupError, match=r"a\.txt: was written to"):
-            tokenfiles.TokenFile(path, "u1", 0, stamp)
+            tokens.TokenFile(path, "u1", 0, stamp)
 
 
 class TestTokenFile:
@@ -219,8 +219,8 @@ class TestTokenFile:
         values = np.random.default_rng(0).integers(0, 2**16, 1000).astype("<u2")
         path = tmp_path / "a.bin"
         path.write_bytes(b"head" + values.tobytes())
-        monkeypatch.setattr(tokenfiles, "AT_ONCE", 64)
-        read = tokenfiles.TokenFile(path, "<u2", 4, tokenfiles.Stamp.of(path))
+        monkeypatch.setattr(tokens, "AT_ONCE", 64)
+        read = tokens.TokenFile(path, "<u2", 4, tokens.Stamp.of(path))
         assert len(read) == 1000 and read.max() == values.max() and np.array_equal(np.asarray(read), values)
         for part in (slice(10, 20), slice(None, 7), slice(990, None), slice(400, 400), slice(5, 3), slice(-5, None)):
             assert np.array_equal(np.asarray(read[part]), values[part])
@@ -229,7 +229,7 @@ class TestTokenFile:
     def test_reads_that_come_in_pieces_are_whole(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path, pread = tmp_path / "a.bin", os.pread
         path.write_bytes(bytes(range(256)))
-        read = tokenfiles.TokenFile(path, "u1", 0, tokenfiles.Stamp.of(path))
+        read = tokens.TokenFile(path, "u1", 0, tokens.Stamp.of(path))
         monkeypatch.setattr(os, "pread", lambda number, count, at: pread(number, min(count, 100), at))
         assert np.asarray(read).tolist() == list(range(256))
 
@@ -243,7 +243,7 @@ class TestTokenFile:
         code = (
             "from supar_cli.training import data\n"
             "from supar_cli.planning.spec import Data\n"
-            "print(data.load(Data(source='.'), vocab=256, context=8).train.windows(9))"
+            "print(batches.load(Data(source='.'), vocab=256, context=8).train.windows(9))"
         )
         command: Any = [sys.executable, "-c", code]
         done = subprocess.run(
@@ -257,12 +257,12 @@ class TestTokenFile:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         opened = list[Any]()
         path = tmp_path / "000.bin"
-        stamp = tokenfiles.Stamp.of(path)
+        stamp = tokens.Stamp.of(path)
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
         try:
             with pytest.raises(SetupError, match=r"000\.bin: can't be read: Too many open files"):
                 for _ in range(120):
-                    opened.append(tokenfiles.TokenFile(path, "u1", 0, stamp))
+                    opened.append(tokens.TokenFile(path, "u1", 0, stamp))
         finally:
             opened.clear()
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -271,7 +271,7 @@ class TestTokenFile:
 def test_unreadable_names_are_refused(tmp_path: Path) -> None:
     for name in ("x" * 300, "a\0b", str(tmp_path / ("y" * 5000))):
         with pytest.raises(InputError, match=r"data\.source: "):
-            data.load(Data(source=name), vocab=256, context=8)
+            batches.load(Data(source=name), vocab=256, context=8)
         (tmp_path / "a.txt").write_bytes(bytes(100))
         with pytest.raises(InputError, match=r"data\.tokenizer: "):
-            data.load(Data(source=str(tmp_path / "a.txt"), tokenizer=name), vocab=256, context=8)
+            batches.load(Data(source=str(tmp_path / "a.txt"), tokenizer=name), vocab=256, context=8)

@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from supar_cli.training.engines import block as engine
-from supar_cli.training.engines.block import Block
+from supar_cli.sparse import block as engine
+from supar_cli.sparse.block import Block
 from tests.conftest import CHECKOUT
 
 Kernels = Literal["auto", "triton", "torch"]
@@ -219,7 +219,7 @@ def test_other_masks_shapes_and_kernels_are_refused() -> None:
 
 def test_without_triton_only_its_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "supar_cli.training.engines.block_kernels", raising=False)
+    monkeypatch.delitem(sys.modules, "supar_cli.sparse.block_kernels", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert not Block(CASES["wide"].mask, 16).has_triton
     with pytest.raises(ModuleNotFoundError):
@@ -267,7 +267,7 @@ def test_compilation_sees_the_kernels_and_no_opaque_operator() -> None:
 
 def interpreted() -> dict[str, Any]:
     """All that runs in the interpreter: errors by case, by fault, and at random structures."""
-    from supar_cli.training.engines import block_kernels
+    from supar_cli.sparse import block_kernels
 
     rng, drawn = np.random.default_rng(0), []
     for columns in (1, 2, 3, 4, 2, 3):

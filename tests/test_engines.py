@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 import supar_cli
 from supar_cli.errors import InputError
 from supar_cli.planning.plan import Plan
-from supar_cli.training import checkpoint, rundir
-from supar_cli.training.engines import choose
-from supar_cli.training.engines.dense import Dense
-from supar_cli.training.engines.linear import Engine
-from supar_cli.training.engines.sparse import Sparse
+from supar_cli.sparse import autotune
+from supar_cli.sparse.csr import Sparse
+from supar_cli.sparse.dense import Dense
+from supar_cli.sparse.linear import Engine
+from supar_cli.training import checkpoint, run_directory
 from supar_cli.training.trainer import Silent, Trainer
 from tests.conftest import Called, environment
 
@@ -190,7 +190,7 @@ class TestTraining:
     def test_saved_under_one_and_resumed_under_another(self, plan_of: MakePlan, tmp_path: Path) -> None:
         whole = losses(self.plan(plan_of, "dense"))
         plan = self.plan(plan_of, "dense", checkpoint_every=7)
-        rundir.start(tmp_path / "run", plan, resume=False, force=False)
+        run_directory.start(tmp_path / "run", plan, resume=False, force=False)
 
         class Stop(Exception):
             pass
@@ -246,7 +246,7 @@ def test_the_kernels_leave_torchs_threads_alone() -> None:
     """In a process of its own, where they start their threads: numba's OpenMP layer would make these 1 its 2 or more."""
     code = (
         "import numpy as np, torch\n"
-        "from supar_cli.training.engines.sparse import Sparse\n"
+        "from supar_cli.sparse.csr import Sparse\n"
         "torch.set_num_threads(1)\n"
         "Sparse(np.eye(8, dtype=bool), 'numba')(torch.randn(4, 8), torch.randn(8))\n"
         "print(torch.get_num_threads())"
@@ -261,43 +261,43 @@ class TestChoice:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         return tmp_path / "cache/supar/engines.json"
 
-    SETTING = choose.Setting(torch.device("cpu"), torch.float32, 4096)
+    SETTING = autotune.Setting(torch.device("cpu"), torch.float32, 4096)
 
     def test_it_is_measured_once_and_kept(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         mask = drawn((256, 256), 1 / 64)
-        first = choose.fastest(mask, self.SETTING)
+        first = autotune.fastest(mask, self.SETTING)
         assert first.measured_now and set(first.seconds) == {"dense", "sparse"} and all(first.seconds.values())
-        monkeypatch.setattr(choose, "times", lambda *_: pytest.fail("measured again"))
-        again = choose.fastest(drawn((256, 256), 1 / 64), self.SETTING)
+        monkeypatch.setattr(autotune, "times", lambda *_: pytest.fail("measured again"))
+        again = autotune.fastest(drawn((256, 256), 1 / 64), self.SETTING)
         assert (again.name, again.seconds, again.measured_now) == (first.name, first.seconds, False)
         assert list(json.loads(cache.read_text()).values()) == [first.seconds]
 
     @pytest.mark.parametrize(("sparse", "name"), [(0.5, "sparse"), (0.95, "dense"), (2.0, "dense")])
     def test_the_fastest_wins_if_by_enough(self, monkeypatch: pytest.MonkeyPatch, sparse: float, name: str) -> None:
-        monkeypatch.setattr(choose, "times", lambda *_: {"dense": 1.0, "sparse": sparse})
-        assert choose.fastest(drawn((256, 256), 0.1), self.SETTING).name == name
+        monkeypatch.setattr(autotune, "times", lambda *_: {"dense": 1.0, "sparse": sparse})
+        assert autotune.fastest(drawn((256, 256), 0.1), self.SETTING).name == name
 
     def test_at_one_weight_in_128_the_sparse_one_is_faster_and_at_one_in_two_the_dense_one(self) -> None:
         """A real measurement: 10 times and more either way on an idle machine."""
-        assert choose.fastest(drawn((1024, 512), 1 / 128), self.SETTING).name == "sparse"
-        assert choose.fastest(drawn((1024, 512), 1 / 2), self.SETTING).name == "dense"
+        assert autotune.fastest(drawn((1024, 512), 1 / 128), self.SETTING).name == "sparse"
+        assert autotune.fastest(drawn((1024, 512), 1 / 2), self.SETTING).name == "dense"
 
     def test_a_small_layer_is_dense_unmeasured(self, cache: Path) -> None:
-        assert choose.fastest(drawn((64, 64), 0.1), self.SETTING) == choose.Choice("dense", {})
+        assert autotune.fastest(drawn((64, 64), 0.1), self.SETTING) == autotune.Choice("dense", {})
         assert not cache.exists()
 
     @pytest.mark.parametrize("text", ["", "{", "[1]", '{"x": 1}'])
     def test_a_broken_cache_is_measured_anew(self, cache: Path, text: str) -> None:
         cache.parent.mkdir(parents=True)
         cache.write_text(text)
-        assert choose.fastest(drawn((256, 256), 0.1), self.SETTING).measured_now
+        assert autotune.fastest(drawn((256, 256), 0.1), self.SETTING).measured_now
         json.loads(cache.read_text())
 
     @pytest.mark.parametrize("kept", ["fast", {"dense": "x", "sparse": 1.0}, {"dense": 1.0, "sparse": float("nan")}])
     def test_a_broken_measurement_too(self, cache: Path, kept: Any) -> None:
-        assert choose.fastest(drawn((256, 256), 0.1), self.SETTING).measured_now
+        assert autotune.fastest(drawn((256, 256), 0.1), self.SETTING).measured_now
         cache.write_text(json.dumps(dict.fromkeys(json.loads(cache.read_text()), kept)))
-        assert choose.fastest(drawn((256, 256), 0.1), self.SETTING).measured_now
+        assert autotune.fastest(drawn((256, 256), 0.1), self.SETTING).measured_now
 
     def test_without_numba_torch_does_it_and_the_extra_is_named(
         self, plan_of: MakePlan, monkeypatch: pytest.MonkeyPatch
@@ -306,8 +306,8 @@ class TestChoice:
         monkeypatch.setattr(
             importlib.util, "find_spec", lambda name, *rest: (name != "numba" and found(name, *rest)) or None
         )
-        monkeypatch.setattr(choose, "SMALL", 1)
-        monkeypatch.setattr(choose, "times", lambda *_: {"dense": 1.0, "sparse": 0.5})
+        monkeypatch.setattr(autotune, "SMALL", 1)
+        monkeypatch.setattr(autotune, "times", lambda *_: {"dense": 1.0, "sparse": 0.5})
         trainer = Trainer(plan_of(target={"width": 64, "sparsity": {"density": 0.1}}))
         engine = trainer.prepared.linear("blocks.0.mlp.up").engine
         assert isinstance(engine, Sparse) and engine.kernels == "torch"
@@ -316,7 +316,7 @@ class TestChoice:
 
     def test_a_cache_that_cannot_be_written_costs_a_measurement(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-        assert choose.fastest(drawn((256, 256), 0.1), self.SETTING).measured_now
+        assert autotune.fastest(drawn((256, 256), 0.1), self.SETTING).measured_now
 
     def test_the_most_specific_name_decides(self, plan_of: MakePlan) -> None:
         named = {"hidden": "sparse", "mlp": "dense", "mlp.up": "sparse", "attn.q": "dense", "blocks.0.attn.q": "sparse"}
@@ -333,7 +333,7 @@ class TestChoice:
         with pytest.raises(InputError, match=r"run\.engine: block needs a plan whose sparsity\.pattern is block"):
             Trainer(plan_of(run={"engine": "block"}))
         with pytest.raises(InputError, match=r"run\.engine: sparse runs on CPU only"):
-            choose.make("sparse", drawn((4, 4), 0.5), choose.Setting(torch.device("cuda"), torch.float32, 1))
+            autotune.make("sparse", drawn((4, 4), 0.5), autotune.Setting(torch.device("cuda"), torch.float32, 1))
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_a_wrong_engine_ends_with_2(
 
 
 def test_large_blocks_are_kept_unless_switched_off() -> None:
-    code = "from supar_cli.training.allocator import keep_large_blocks; print(keep_large_blocks())"
+    code = "from supar_cli.sparse.allocator import keep_large_blocks; print(keep_large_blocks())"
     for value, kept in (("1", str(sys.platform == "linux")), ("0", "False")):
         run = [sys.executable, "-c", code]
         done = subprocess.run(run, capture_output=True, text=True, env=environment(SUPAR_KEEP_MEMORY=value), check=True)

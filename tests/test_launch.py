@@ -17,10 +17,13 @@ import torch
 
 from supar_cli.errors import InputError, PeerGone
 from supar_cli.planning.plan import Plan
-from supar_cli.training import checkpoint, device, launch, membership, rundir, stopping
-from supar_cli.training.stopping import Stopping
+from supar_cli.training import checkpoint, run_directory, runtime
+from supar_cli.training.distributed import World
+from supar_cli.training.launch import elastic
+from supar_cli.training.launch import environment as membership
+from supar_cli.training.launch import signals as stopping
+from supar_cli.training.launch.signals import Stopping
 from supar_cli.training.trainer import Trainer
-from supar_cli.training.world import World
 from tests.conftest import Called, environment
 from tests.test_train import trained
 from tests.test_train_parallel import long, member, plan, started, torchrun
@@ -121,9 +124,9 @@ class TestSignals:
 
         hashed = checkpoint.file_hash
         monkeypatch.setattr(checkpoint, "file_hash", lambda path: (time.sleep(0.5), hashed(path))[1])
-        monkeypatch.setattr(rundir.Metrics, "sync", lambda _: None)  # else the closed file would be in its way
+        monkeypatch.setattr(run_directory.Metrics, "sync", lambda _: None)  # else the closed file would be in its way
         made = plan_of(train={"eval_every": 6}, run={"checkpoint_every": 5})
-        with rundir.opened(tmp_path / "run", made, resume=True, force=False), pytest.raises(KeyboardInterrupt):
+        with run_directory.opened(tmp_path / "run", made, resume=True, force=False), pytest.raises(KeyboardInterrupt):
             Trainer(made).run(tmp_path / "run", on_evaluation=interrupted)
         folder, end = tmp_path / "run/checkpoints", time.monotonic() + 10
         assert list(folder.iterdir()) != []  # it is being written
@@ -155,7 +158,7 @@ class TestRestarts:
         for flags in ({"resume": False, "force": True}, {"resume": False, "force": False}):
             with (
                 pytest.raises(InputError, match="under torchrun, whose restarts would do so too"),
-                rundir.opened(tmp_path / "run", plan, **flags),
+                run_directory.opened(tmp_path / "run", plan, **flags),
             ):
                 pass
         assert not (tmp_path / "run").exists()
@@ -166,7 +169,7 @@ class TestRestarts:
         ends = {"state": "preempted", "text": "stopped at step 8 of 20 by SIGTERM"}
         for launcher, found in (("elsewhere 17 1.5", ""), (membership.launcher(), ends["text"]), (None, "")):
             (tmp_path / "ended.json").write_text(json.dumps({**ends, "launcher": launcher}))
-            assert rundir.preempted(tmp_path) == found
+            assert run_directory.preempted(tmp_path) == found
 
     def test_a_run_preempted_before_goes_on_under_torchrun(self, plan: Plan, supar_here: Supar, tmp_path: Path) -> None:
         assert supar_here("train", "-o", "run", "-q", "--max-time", "0.001s").status == 75
@@ -175,11 +178,11 @@ class TestRestarts:
 
     def test_a_peer_that_is_gone_is_no_reason_of_its_own(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         lives, said = iter([{0: 1, 1: PeerGone.exit_status}, {}]), list[str]()
-        monkeypatch.setattr(launch, "_run", lambda *_: next(lives))
-        assert launch.launch([], 2, 1, tmp_path, said.append) == 0
+        monkeypatch.setattr(elastic, "_run", lambda *_: next(lives))
+        assert elastic.launch([], 2, 1, tmp_path, said.append) == 0
         assert said == ["a process failed; starting again from the last checkpoint, 1 of at most 1 times"]
         lives = iter([{0: 2, 1: PeerGone.exit_status}])
-        assert launch.launch([], 2, 1, tmp_path, said.append) == 2
+        assert elastic.launch([], 2, 1, tmp_path, said.append) == 2
 
     def test_of_the_processes_that_are_left_the_first_says_that_one_is_gone(
         self, of_torchrun: None, supar_here: Supar, monkeypatch: pytest.MonkeyPatch
@@ -238,8 +241,8 @@ def test_no_model_outlives_its_group(plan: Plan, tmp_path: Path) -> None:
 
 class TestLock:
     def test_who_only_looks_is_in_nobodys_way(self, plan: Plan, tmp_path: Path) -> None:
-        with rundir.opened(tmp_path / "run", plan, resume=True, force=False):
-            assert rundir.is_open(tmp_path / "run")
+        with run_directory.opened(tmp_path / "run", plan, resume=True, force=False):
+            assert run_directory.is_open(tmp_path / "run")
         code = (
             "import fcntl, sys, time\n"
             "file = open(sys.argv[1])\n"
@@ -250,7 +253,7 @@ class TestLock:
         command = [sys.executable, "-c", code, str(tmp_path / "run/lock")]
         looker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert looker.stdout is not None and looker.stdout.readline() == "looks\n"
-        with rundir.opened(tmp_path / "run", plan, resume=True, force=False):
+        with run_directory.opened(tmp_path / "run", plan, resume=True, force=False):
             pass
         looker.communicate()
 
@@ -263,7 +266,7 @@ def test_a_cuda_device_has_a_number(plan_of: MakePlan, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bool(chosen))
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     plan = plan_of(run={"device": "auto"})
-    assert device.device_of(plan, World()) == torch.device("cuda", 1)
-    assert device.device_of(plan, World(1, 2, 0, 2, grouped=True)) == torch.device("cuda", 0)
-    assert device.Setup.of(plan).precision is torch.bfloat16  # asked of the device that was selected
+    assert runtime.device_of(plan, World()) == torch.device("cuda", 1)
+    assert runtime.device_of(plan, World(1, 2, 0, 2, grouped=True)) == torch.device("cuda", 0)
+    assert runtime.Setup.of(plan).precision is torch.bfloat16  # asked of the device that was selected
     assert chosen == [torch.device("cuda", 1)]

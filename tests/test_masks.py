@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from supar_cli.planning import layout, sparsity
+from supar_cli.planning import density as sparsity
+from supar_cli.planning import layout
 from supar_cli.planning.plan import Plan, PlanTensor
-from supar_cli.training import masks
+from supar_cli.sparse import masks
 
 from .conftest import environment
 

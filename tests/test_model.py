@@ -11,10 +11,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from supar_cli.models.transformer import Transformer, alibi_bias, named_tensors, rope_tables, rotate
 from supar_cli.planning import layout
 from supar_cli.planning.plan import Plan
-from supar_cli.training import initial
-from supar_cli.training.models.transformer import Transformer, alibi_bias, named_tensors, rope_tables, rotate
+from supar_cli.training import prepare
 
 MakePlan = Callable[..., Plan]
 Array = NDArray[np.float64]
@@ -227,7 +227,7 @@ def test_names_shapes_and_counts_are_the_layouts(plan: Plan) -> None:
 def test_initial_values_are_normal_of_the_planned_deviation(plan_of: MakePlan) -> None:
     """Per tensor n live values: the deviation has the relative standard error 1/√(2n), 6 of them allowed; fourth moment 3 ± 6·√(96/n)."""
     plan = plan_of(model={**SHAPE, "width": 48, "vocab": 256, "ffn_width": 96, "bias": True}, target={"width": 192})
-    prepared = initial.prepare(plan, torch.device("cpu"))
+    prepared = prepare.prepare(plan, torch.device("cpu"))
     for row in plan.tensors:
         value = prepared.tensors[row.name].detach().double().numpy()
         if row.role in ("norm", "bias"):
@@ -243,13 +243,13 @@ def test_initial_values_are_normal_of_the_planned_deviation(plan_of: MakePlan) -
 @pytest.mark.parametrize("what", ["std", "count"])
 def test_the_check_at_start_sees_a_wrong_tensor(plan_of: MakePlan, what: str) -> None:
     plan = plan_of(target={"width": 128, "sparsity": {"density": 0.25}})
-    prepared = initial.prepare(plan, torch.device("cpu"))
+    prepared = prepare.prepare(plan, torch.device("cpu"))
     row = next(row for row in plan.tensors if row.name == "blocks.1.mlp.down")
     tensor, mask = prepared.tensors[row.name], prepared.masks[row.name].copy()
-    initial.check(row, tensor, "exact", mask)
+    prepare.check(row, tensor, "exact", mask)
     if what == "std":
         tensor = tensor.detach() * 1.1
     else:
         mask.flat[int(np.argmax(mask))] = False
     with pytest.raises(Exception, match=r"blocks\.1\.mlp\.down: (measured init std|16383 weights are alive)"):
-        initial.check(row, tensor, "exact", mask)
+        prepare.check(row, tensor, "exact", mask)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import supar_cli
 from supar_cli.errors import InputError
-from supar_cli.planning import document, sparsity
+from supar_cli.planning import density as sparsity
+from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import parse
 from supar_cli.planning.transfer import warnings

@@ -16,7 +16,7 @@ import pytest
 from supar_cli.analysis import figures, records
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.training import rundir
+from supar_cli.training import run_directory
 from supar_cli.training.trainer import Trainer
 from tests.conftest import Called
 
@@ -68,7 +68,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_bytes(real_text(24_000))
     fields = proxy_fields(str(folder / "text.txt"), run={"log_every": 2})
     plan: Plan = plan_from(fields).model_copy(update={"meta": {"note": EVIL}})
-    rundir.start(folder / "run", plan, resume=False, force=False)
+    run_directory.start(folder / "run", plan, resume=False, force=False)
     Trainer(plan).run(folder / "run")
     return folder / "run"
 
@@ -137,7 +137,7 @@ def test_a_running_run_is_shown_so_far(supar_here: Supar, cut: Path, tmp_path: P
     before = {path: path.read_bytes() for path in cut.rglob("*") if path.is_file()}
     called = supar_here("report", "cut", "--json", "-o", "-")
     assert json.loads(called.out)["parts"][0]["state"].startswith("killed: step 7 of 12")
-    with rundir._lock(cut):
+    with run_directory._lock(cut):
         called = supar_here("report", "cut", "--json", "-o", "-")
     (cut / "lock").unlink()
     assert called.status == 0

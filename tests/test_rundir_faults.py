@@ -18,7 +18,7 @@ import pytest
 from supar_cli.errors import InputError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.training import rundir
+from supar_cli.training import run_directory
 from supar_cli.training.trainer import Trainer
 from tests.conftest import Called, environment
 from tests.test_train import trained
@@ -64,14 +64,14 @@ class TestMetrics:
         whole = [json.loads(line)["step"] for line in lines]
         lines[at : at + (place == "over a record")] = [GARBAGE[kind]]
         path.write_bytes(damaged := b"".join(lines))
-        with rundir.Metrics(directory, 6) as metrics:
+        with run_directory.Metrics(directory, 6) as metrics:
             pass
         expected = [step for step in whole if step <= 6 and (place != "over a record" or step != 4)]
         assert [record["step"] for record in metrics.before] == expected
         assert bool(metrics.damage) == (place == "over a record")
         if metrics.damage:
             assert "metrics.jsonl: the records of 1 of the 6 steps done are missing or damaged" in metrics.damage
-            assert (directory / rundir.DAMAGED).read_bytes() == damaged
+            assert (directory / run_directory.DAMAGED).read_bytes() == damaged
         if kind not in ("binary", "a huge number"):  # the rest of the way is the same for all
             return
         path.write_bytes(damaged)
@@ -176,7 +176,7 @@ class TestDocuments:
             assert (called.status, called.out) == (3, "") and "Is a directory" in called.err
             (directory / name).rmdir()
         with pytest.raises(InputError):
-            rundir.start(directory / "plan.yaml", cut[0], resume=True, force=False)
+            run_directory.start(directory / "plan.yaml", cut[0], resume=True, force=False)
 
 
 class TestShown:

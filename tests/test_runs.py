@@ -14,7 +14,7 @@ import pytest
 from supar_cli.analysis import runs
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.training import rundir
+from supar_cli.training import run_directory
 from supar_cli.training.trainer import Trainer
 from tests.conftest import Called
 from tests.test_train import trained
@@ -71,7 +71,7 @@ class TestRuns:
         def look(done: int, loss: float) -> None:
             seen.extend(json.loads(supar_here("runs", ".", "-q", "--json").out))
 
-        with rundir.opened(tmp_path / "run", plan, resume=True, force=False):
+        with run_directory.opened(tmp_path / "run", plan, resume=True, force=False):
             Trainer(plan).run(tmp_path / "run", on_evaluation=look)
         assert [(one["state"], one["step"], one["steps"]) for one in seen] == [("running", 6, 12), ("running", 12, 12)]
 

@@ -12,7 +12,7 @@ import pytest
 
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.training import rundir, trackers
+from supar_cli.training import run_directory, trackers
 from supar_cli.training.trainer import Trainer
 from tests.conftest import Called
 
@@ -85,11 +85,11 @@ def test_it_holds_a_run_that_was_stopped_and_continued(
     monkeypatch.setenv("HOME", str(tmp_path))
     plan = plan_of(run={"log_every": 2, "trackers": [name]}, train={"eval_every": 3})
     directory = tmp_path / "run"
-    with rundir.opened(directory, plan, resume=True, force=False):
+    with run_directory.opened(directory, plan, resume=True, force=False):
         trainer = Trainer(plan)
         with pytest.raises(Exception, match="stopped at step 6 of 12 by a test"):
             trainer.run(directory, stop=lambda: "a test" if trainer.done == 6 else None)
-    with rundir.opened(directory, plan, resume=True, force=False):
+    with run_directory.opened(directory, plan, resume=True, force=False):
         Trainer(plan).run(directory, resume=True)
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     for metric in ("loss", "validation_loss", "lr", "grad_norm"):

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from supar_cli.errors import InputError, SetupError, UnusableResult
+from supar_cli.models.transformer import loss_of
 from supar_cli.planning import document, schedule
 from supar_cli.planning.plan import Plan
-from supar_cli.training import checkpoint, optim, rundir
-from supar_cli.training.engines.dense import Dense
-from supar_cli.training.initial import unmasked
-from supar_cli.training.models.transformer import loss_of
+from supar_cli.sparse.dense import Dense
+from supar_cli.training import checkpoint, optimizer, run_directory
 from supar_cli.training.monitor import LIMIT, Monitor
+from supar_cli.training.prepare import unmasked
 from supar_cli.training.trainer import Outcome, Silent, Trainer
 
 MakePlan = Callable[..., Plan]
@@ -44,7 +44,7 @@ def gradients(trainer: Trainer) -> dict[str, np.ndarray]:
 def trained(plan: Plan, directory: Path, *, resume: bool = False, reporter: Any = None) -> tuple[Trainer, Outcome]:
     """The trainer of a run in a directory, and what came out."""
     trainer = Trainer(plan, reporter=reporter)
-    rundir.start(directory, plan, resume=resume, force=False)
+    run_directory.start(directory, plan, resume=resume, force=False)
     return trainer, trainer.run(directory, resume=resume)
 
 
@@ -108,10 +108,10 @@ class TestGroups:
         plan = plan_of()
         tensors = dict(Trainer(plan).prepared.tensors)
         with pytest.raises(AssertionError, match="claimed by no parameter group or by two"):
-            optim.build(plan, {**tensors, "unknown": torch.nn.Parameter(torch.zeros(2))})
+            optimizer.build(plan, {**tensors, "unknown": torch.nn.Parameter(torch.zeros(2))})
         twice = plan.model_copy(update={"tensors": [*plan.tensors, plan.tensors[0].model_copy(update={"lr": 1.0})]})
         with pytest.raises((AssertionError, ValueError)):
-            optim.build(twice, tensors)
+            optimizer.build(twice, tensors)
 
 
 class TestUpdate:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from supar_cli.planning.plan import Plan
-from supar_cli.training import rundir
-from supar_cli.training.engines.dense import Dense
+from supar_cli.sparse.dense import Dense
+from supar_cli.training import run_directory
 from supar_cli.training.trainer import Trainer
 from tests.test_train import trained
 
@@ -72,7 +72,7 @@ class _Cut(Exception):
 def test_a_resumed_run_is_close_to_the_uninterrupted_one(plan_of: MakePlan, tmp_path: Path) -> None:
     plan = on("cuda", plan_of)
     _, whole = trained(plan, tmp_path / "whole")
-    rundir.start(tmp_path / "cut", plan, resume=False, force=False)
+    run_directory.start(tmp_path / "cut", plan, resume=False, force=False)
 
     def stop(step: int, loss: float) -> None:
         if step == 16:
@@ -89,7 +89,7 @@ def test_a_resumed_run_is_close_to_the_uninterrupted_one(plan_of: MakePlan, tmp_
 
 def test_a_cpu_checkpoint_is_continued_on_cuda(plan_of: MakePlan, tmp_path: Path) -> None:
     # the device is not part of the experiment, so neither is it of the plan's hash
-    rundir.start(tmp_path / "run", on("cpu", plan_of), resume=False, force=False)
+    run_directory.start(tmp_path / "run", on("cpu", plan_of), resume=False, force=False)
 
     def stop(step: int, loss: float) -> None:
         if step == 8:

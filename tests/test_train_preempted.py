@@ -19,7 +19,7 @@ from supar_cli.cli.console import seconds
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.training import checkpoint, rundir
+from supar_cli.training import checkpoint, run_directory
 from supar_cli.training.trainer import Trainer
 from tests.conftest import Called, environment
 from tests.test_train import trained
@@ -186,14 +186,14 @@ class TestDirectory:
         process = started(tmp_path)
         process.send_signal(signal.SIGSTOP)  # else it may have ended meanwhile
         try:
-            assert rundir.is_open(tmp_path / "run")
+            assert run_directory.is_open(tmp_path / "run")
             for flags in ((), ("--force",)):
                 other = supar_here("train", "-o", "run", *flags)
                 assert other.status == 2 and "run: another process is training there" in other.err
         finally:
             process.kill()
             process.communicate()
-        assert not rundir.is_open(tmp_path / "run") and not rundir.is_open(tmp_path)
+        assert not run_directory.is_open(tmp_path / "run") and not run_directory.is_open(tmp_path)
         assert supar_here("train", "-o", "run", "-q").status == 0
 
     def test_checkpoints_that_stay(self, plan: Plan, supar_here: Supar, tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ class TestWriting:
             return write(*arguments)
 
         monkeypatch.setattr(checkpoint, "_write", slow)
-        with rundir.opened(tmp_path / "run", plan, resume=True, force=False):
+        with run_directory.opened(tmp_path / "run", plan, resume=True, force=False):
             trainer.run(tmp_path / "run")
         assert [step for step, _ in during] == [4, 8, 12] and all(done >= min(step + 2, 12) for step, done in during)
         for step in (4, 8, 12):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.training import checkpoint, rundir
+from supar_cli.training import checkpoint, run_directory
 from supar_cli.training.trainer import Trainer
 from tests.conftest import Called
 from tests.test_train import trained
@@ -37,7 +37,7 @@ def cut_at(plan: Plan, directory: Path, step: int) -> None:
         if done == step:
             raise Cut
 
-    rundir.start(directory, plan, resume=False, force=False)
+    run_directory.start(directory, plan, resume=False, force=False)
     with pytest.raises(Cut):
         Trainer(plan).run(directory, on_evaluation=stop)
 
@@ -180,7 +180,7 @@ class TestRefused:
         other = plan_of(train={"eval_every": 3}, hyperparameters={"lr": 0.02}, run={"checkpoint_every": 6})
         self.refuse(other, directory, r"step-00000006: is of another plan \(sha256:")
         with pytest.raises(InputError, match=r"run: holds a run of another plan"):
-            rundir.start(directory, other, resume=True, force=False)
+            run_directory.start(directory, other, resume=True, force=False)
 
     def test_of_other_data(self, stored: tuple[Plan, Path, Path], text_file: Path) -> None:
         plan, directory, folder = stored
@@ -278,20 +278,20 @@ class TestDirectory:
         plan = plan_of()
         trained(plan, tmp_path / "run")
         with pytest.raises(InputError, match=r"holds a run already; expected --resume .* or --force"):
-            rundir.start(tmp_path / "run", plan, resume=False, force=False)
+            run_directory.start(tmp_path / "run", plan, resume=False, force=False)
         (tmp_path / "other").mkdir()
         (tmp_path / "other/thesis.txt").write_text("x")
         with pytest.raises(InputError, match=r"other: exists and is no run directory"):
-            rundir.start(tmp_path / "other", plan, resume=False, force=False)
+            run_directory.start(tmp_path / "other", plan, resume=False, force=False)
         (tmp_path / "file").write_text("x")
         with pytest.raises(InputError, match=r"file: is a file"):
-            rundir.start(tmp_path / "file", plan, resume=False, force=False)
+            run_directory.start(tmp_path / "file", plan, resume=False, force=False)
         assert sorted(path.name for path in (tmp_path / "other").iterdir()) == ["thesis.txt"]
 
     def test_force_starts_again(self, plan_of: MakePlan, tmp_path: Path) -> None:
         trained(plan_of(), tmp_path / "run")
         other = plan_of(train={"steps": 4})
-        rundir.start(tmp_path / "run", other, resume=False, force=True)
+        run_directory.start(tmp_path / "run", other, resume=False, force=True)
         assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["plan.yaml"]
         Trainer(other).run(tmp_path / "run")
         assert len(losses(tmp_path / "run")) == 4

@@ -1,1 +1,0 @@
-"""What trained plans show: studies of transfer, checks and their figures."""

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from supar_cli.errors import InputError
-from supar_cli.training.allocator import keep_large_blocks
-from supar_cli.training.engines import choose
-from supar_cli.training.engines.block import BLOCKS
-from supar_cli.training.engines.choose import Setting
-from supar_cli.training.engines.linear import Engine
-from supar_cli.training.engines.sparse import Sparse
-from supar_cli.training.initial import unmasked
+from supar_cli.sparse import autotune
+from supar_cli.sparse.allocator import keep_large_blocks
+from supar_cli.sparse.autotune import Setting
+from supar_cli.sparse.block import BLOCKS
+from supar_cli.sparse.csr import Sparse
+from supar_cli.sparse.linear import Engine
+from supar_cli.training.prepare import unmasked
 
 Mask = NDArray[np.bool_]
 
@@ -81,7 +81,7 @@ def make(name: str, mask: Mask, values: Tensor, setting: Setting) -> Arm:
     if name in ("sparse", "sparse_torch"):
         return _of_engine(Sparse(mask, "torch" if name == "sparse_torch" else "auto"), values, setting)
     if name in ("dense", "block"):
-        return _of_engine(choose.make(name, mask, setting), values, setting)  # type: ignore[arg-type]
+        return _of_engine(autotune.make(name, mask, setting), values, setting)  # type: ignore[arg-type]
     raise AssertionError(name)
 
 
@@ -98,7 +98,7 @@ def make_all(mask: Mask, setting: Setting) -> tuple[dict[str, Arm], str]:
     names += ["block"] if setting.block else []
     if setting.device.type == "cpu":
         keep_large_blocks()  # for dense arms too, so that no arm owes its ratio to the allocator
-    chosen = choose.fastest(mask, setting).name
+    chosen = autotune.fastest(mask, setting).name
     values = draw_values(mask, setting.device)
     arms = {name: make(name, mask, values, setting) for name in names}
     return {**arms, "auto": make(chosen, mask, values, setting)}, chosen

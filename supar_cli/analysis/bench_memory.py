@@ -14,7 +14,7 @@ import torch
 
 from supar_cli.analysis import bench_layers
 from supar_cli.errors import SetupError
-from supar_cli.training.engines.choose import Setting
+from supar_cli.sparse.autotune import Setting
 
 STEPS = 3  # chosen: the first makes the optimizer's state, so the second is the first with everything there
 WARM_SHAPE = (256, 256)  # chosen: nothing beside a layer of interest, large enough for every kernel and thread pool

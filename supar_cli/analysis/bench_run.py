@@ -18,9 +18,9 @@ import torch.distributed as dist
 
 from supar_cli.analysis.benchmark import random_tokens
 from supar_cli.planning.plan import Plan
-from supar_cli.training import checkpoint, rundir
+from supar_cli.training import checkpoint, run_directory
+from supar_cli.training.distributed import World
 from supar_cli.training.trainer import Trainer
-from supar_cli.training.world import World
 
 PROCESSES = 2
 WARMUP = 3  # chosen: the first steps allocate, compile and touch memory
@@ -80,7 +80,7 @@ def _watch(trainer: Trainer, folder: Path) -> tuple[float, float]:
 
     watch = _timed(look)
     record = {"step": trainer.done, "loss": 5.5, "lr": 0.01, "grad_norm": 1.0, "grad_norm_by_role": roles}
-    with rundir.Metrics(folder, trainer.done) as metrics:
+    with run_directory.Metrics(folder, trainer.done) as metrics:
         line = _timed(lambda: metrics.write(record))
     return line, watch
 

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from supar_cli.data.batches import Segment, Split, Tokens
 from supar_cli.planning.plan import Plan, PlanModel
-from supar_cli.training.data import Segment, Split, Tokens
-from supar_cli.training.device import Setup
-from supar_cli.training.initial import Prepared
+from supar_cli.training.prepare import Prepared
+from supar_cli.training.runtime import Setup
 from supar_cli.training.trainer import Trainer
 
 

@@ -23,8 +23,8 @@ from torch.overrides import TorchFunctionMode
 
 from supar_cli.analysis.records import Record
 from supar_cli.errors import UnusableResult
+from supar_cli.models.transformer import Attention
 from supar_cli.planning.plan import Plan
-from supar_cli.training.models.transformer import Attention
 from supar_cli.training.trainer import Trainer
 from supar_cli.tuning import execute
 

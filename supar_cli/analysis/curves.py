@@ -13,7 +13,7 @@ from supar_cli.analysis.records import Record, Records
 from supar_cli.errors import SuparError, UnusableResult
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.rules import Name
-from supar_cli.planning.study import Grid, Level, Sweep
+from supar_cli.planning.sweep import Grid, Level, Sweep
 from supar_cli.tuning import execute
 
 

@@ -14,8 +14,8 @@ from supar_cli.analysis.page import Figure, Part, Table, Verdict, flat
 from supar_cli.analysis.report_runs import last_written, plan_part, proxy_part, run_part
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import document
-from supar_cli.planning.study import TUNED
-from supar_cli.training.rundir import read_json, read_lines
+from supar_cli.planning.sweep import TUNED
+from supar_cli.training.run_directory import read_json, read_lines
 
 STUDIES = {"supar.check-result/v1": "check", "supar.sweep-result/v1": "sweep", "supar.compare-result/v1": "comparison"}
 FILES = ("plan.yaml", "result.json", "question.json", "records.jsonl", "results.json")

@@ -14,8 +14,8 @@ from supar_cli.planning import document
 from supar_cli.planning.overview import COLUMNS, number, plan_rows
 from supar_cli.planning.plan import Plan, parse
 from supar_cli.planning.spec import Proxy
-from supar_cli.training import rundir
-from supar_cli.training.rundir import Record, read_json, read_lines, read_result
+from supar_cli.training import run_directory
+from supar_cli.training.run_directory import Record, read_json, read_lines, read_result
 
 POINTS = 200  # chosen: more than a figure of this size shows
 QUIET_S = 600.0  # chosen: a job that has written nothing for so long may not be running any more
@@ -63,13 +63,13 @@ def run_part(folder: Path) -> Part:
 
 def state(folder: Path, result: Any) -> tuple[str, str]:
     """(running, finished, preempted, failed or killed; what was said of it) of a run directory."""
-    if rundir.is_open(folder):
+    if run_directory.is_open(folder):
         return "running", ""
     if result is not None:
         return "finished", ""
-    ended = read_json(folder / rundir.ENDED) if (folder / rundir.ENDED).exists() else {}
+    ended = read_json(folder / run_directory.ENDED) if (folder / run_directory.ENDED).exists() else {}
     if not isinstance(ended, dict):
-        raise SetupError(f"{folder / rundir.ENDED}: is corrupt; expected a state and a text")
+        raise SetupError(f"{folder / run_directory.ENDED}: is corrupt; expected a state and a text")
     return str(ended.get("state", "killed")), str(ended.get("text", ""))
 
 

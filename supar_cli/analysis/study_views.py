@@ -8,7 +8,7 @@ from typing import Any
 from supar_cli.analysis import figures
 from supar_cli.analysis.curves import Curve, first_of
 from supar_cli.analysis.transfer_study import Arm
-from supar_cli.planning.study import Level, Sweep
+from supar_cli.planning.sweep import Level, Sweep
 
 
 def label(level: Level) -> str:

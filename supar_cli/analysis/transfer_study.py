@@ -10,7 +10,7 @@ import numpy as np
 
 from supar_cli.analysis.curves import Curve, first_of
 from supar_cli.analysis.figures import TITLES
-from supar_cli.planning.study import Sweep
+from supar_cli.planning.sweep import Sweep
 from supar_cli.tuning.fit import quadratic
 
 # chosen: a loss curve is a parabola near its optimum only; on the far side of it training soon breaks down

@@ -15,7 +15,7 @@ import typer.main
 
 from supar_cli import __version__
 from supar_cli.errors import PeerGone, SetupError, SuparError
-from supar_cli.training.membership import is_follower, is_member
+from supar_cli.training.launch.environment import is_follower, is_member
 
 ARGUMENTS = "supar.arguments"
 COMMANDS = {

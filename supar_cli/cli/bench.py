@@ -9,7 +9,7 @@ import typer
 
 from supar_cli.cli import bench_transfer, console, studies
 from supar_cli.errors import CheckViolated, InputError
-from supar_cli.planning import sparsity as sparsities
+from supar_cli.planning import density as sparsities
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Hyperparameters, Model, Proxy, Run, Sparsity, Target, Train
 from supar_cli.planning.transfer import transfer
@@ -76,7 +76,7 @@ def step(
     flags = locals()
     plan = _step_plan(flags)
     from supar_cli.analysis import benchmark
-    from supar_cli.training.device import Setup
+    from supar_cli.training.runtime import Setup
 
     setup = Setup.of(plan)
     start = _step_settings("step", plan, flags, setup)
@@ -142,7 +142,7 @@ def run(
     flags = locals()
     plan = _step_plan(flags)
     from supar_cli.analysis import bench_run
-    from supar_cli.training.device import Setup
+    from supar_cli.training.runtime import Setup
 
     setup = Setup.of(plan)
     start = _step_settings("run", plan, flags, setup)
@@ -175,7 +175,7 @@ def layer(
     sides, densities = _shape(shape), _densities(density)
     setup = _setup(device, precision)
     from supar_cli.analysis import bench_layers, bench_results
-    from supar_cli.training.engines.choose import Setting
+    from supar_cli.sparse.autotune import Setting
 
     bench_layers.require_blocks(sides, block)
     start = {
@@ -217,7 +217,7 @@ def memory(
         raise InputError(f"--density {density}: expected one density")
     setup = _setup(device, precision)
     from supar_cli.analysis import bench_memory, bench_results
-    from supar_cli.training.engines.choose import Setting
+    from supar_cli.sparse.autotune import Setting
 
     start = {
         "bench": "memory",
@@ -254,7 +254,7 @@ def _setup(device: str, precision: str) -> Any:
     """The device and precision that these words mean on this machine, as a plan's do."""
     shape = {"family": "gpt2", "width": 64, "layers": 1, "heads": 1, "context": 64, "vocab": 64}
     plan = _plan(shape, 1, 1, {"sparsity": 0.0}, {"device": device, "precision": precision, "compile": "off"})
-    from supar_cli.training.device import Setup
+    from supar_cli.training.runtime import Setup
 
     return Setup.of(plan)
 

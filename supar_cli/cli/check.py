@@ -9,8 +9,10 @@ import typer
 
 from supar_cli.cli import console, studies
 from supar_cli.cli.app import single
+from supar_cli.data import corpus
 from supar_cli.errors import CheckViolated, InputError
-from supar_cli.planning import corpus, rules, sparsity
+from supar_cli.planning import density as sparsity
+from supar_cli.planning import rules
 from supar_cli.planning.document import Document
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Proxy, Spec, parse

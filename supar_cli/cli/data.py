@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from supar_cli.cli import console
+from supar_cli.data import corpus
 from supar_cli.errors import InputError, SetupError
-from supar_cli.planning import corpus
 from supar_cli.planning.plan import Data
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -42,14 +42,14 @@ def inspect(
     """Show how a corpus is read: format, split, number of tokens, vocabulary needed, first tokens, hash."""
     import numpy as np
 
-    from supar_cli.training import data
+    from supar_cli.data import batches
 
     section = _section(source, format_, tokenizer, field)
     known = corpus.identified(section)
     found = corpus.find(section)
     words = found.kind in ("text", "jsonl")
     # a corpus of tokens is bounded by its integers only; what a model's vocabulary has is checked when it is trained
-    tokens = data.load(known, vocab=data.tokenizer(section)[1] if words else 2**16, context=1)
+    tokens = batches.load(known, vocab=batches.tokenizer(section)[1] if words else 2**16, context=1)
     first = np.asarray(tokens.train.segments[0].tokens[:SAMPLE_TOKENS])
     splits = {"train": tokens.train, "validation": tokens.validation}
     result: dict[str, Any] = {
@@ -85,7 +85,7 @@ def prepare(
     quiet: console.Quiet = False,
 ) -> None:
     """Tokenize text once, into nanoGPT's format: raw uint16 tokens, as `--data FOLDER` reads them."""
-    from supar_cli.training import data
+    from supar_cli.data import batches
 
     folder, talk = Path(out), console.Talk(quiet)
     section = _section(source, format_, tokenizer, field)
@@ -104,7 +104,7 @@ def prepare(
             talk.log(f"{name}: {count:,} tokens")
 
     try:
-        counts = data.prepare(section, folder, progress)
+        counts = batches.prepare(section, folder, progress)
     except OSError as error:
         raise SetupError(f"{folder}: can't be written: {error.strerror or error}") from None
     talk.log(

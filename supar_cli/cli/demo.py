@@ -14,10 +14,11 @@ import typer
 
 from supar_cli.cli import console, studies
 from supar_cli.cli.app import single
+from supar_cli.data import corpus
 from supar_cli.errors import SetupError, UnusableResult
-from supar_cli.planning import corpus, document
+from supar_cli.planning import document
 from supar_cli.planning.spec import Proxy, Spec, parse
-from supar_cli.planning.study import Sweep
+from supar_cli.planning.sweep import Sweep
 
 DENSITIES = (1.0, 1 / 4, 1 / 16)
 STEPS = 120

@@ -15,8 +15,8 @@ import typer
 from supar_cli import __version__
 from supar_cli.cli import console
 from supar_cli.cli.app import single
+from supar_cli.data import corpus
 from supar_cli.errors import SetupError, SuparError
-from supar_cli.planning import corpus
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Data, Proxy, Spec, Target, parse
 from supar_cli.planning.transfer import transfer

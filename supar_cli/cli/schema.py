@@ -13,9 +13,9 @@ import typer
 from supar_cli.cli import console
 from supar_cli.cli.app import single
 from supar_cli.planning.plan import Plan
-from supar_cli.planning.section import Section
+from supar_cli.planning.schema import Section
 from supar_cli.planning.spec import Proxy, Spec
-from supar_cli.planning.study import Sweep
+from supar_cli.planning.sweep import Sweep
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 

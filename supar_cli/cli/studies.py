@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from supar_cli.cli import console
+from supar_cli.data import corpus
 from supar_cli.errors import InputError
-from supar_cli.planning import corpus, document
+from supar_cli.planning import document
 from supar_cli.planning.spec import parse
-from supar_cli.planning.study import LEVELS, TUNED, Sweep, checked
+from supar_cli.planning.sweep import LEVELS, TUNED, Sweep, checked
 from supar_cli.planning.transfer import warnings
 
 TARGET_FLAGS = ("width", "layers", "context", "batch_size", "steps", "seed")

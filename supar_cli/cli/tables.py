@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from supar_cli.planning import memory
+from supar_cli.planning import estimate
 from supar_cli.planning.overview import COLUMNS, number, plan_rows
 from supar_cli.planning.plan import Plan
 
@@ -46,8 +46,8 @@ def show_estimate(plan: Plan, processes: int = 1) -> None:
     live, size = (sum(getattr(row, key) for row in plan.tensors if row.role == "hidden") for key in ("kept", "size"))
     flops = plan.flops_per_token * plan.train.tokens
     rows = plan.run.micro_batch_size or max(1, plan.train.batch_size // processes)
-    between = memory.numbers_between(plan)
-    activations = memory.activation_bytes(plan, rows, 2)
+    between = estimate.numbers_between(plan)
+    activations = estimate.activation_bytes(plan, rows, 2)
     states = ", ".join(f"{name} {_gib(value)}" for name, value in _states(plan).items())
     lines = [
         f"parameters {plan.parameters:,}; live {plan.live:,}; hidden {live:,} of {size:,} live",
@@ -75,7 +75,7 @@ def _states(plan: Plan) -> dict[str, int]:
         engines["block"] = ("block", 4)
     if all(row.kept == row.size for row in plan.tensors):
         engines = {"dense": ("dense", 4)}
-    return {name: memory.state_bytes(plan, *how) for name, how in engines.items()}
+    return {name: estimate.state_bytes(plan, *how) for name, how in engines.items()}
 
 
 def counted(what: str, by_tensor: dict[str, str]) -> list[str]:

@@ -19,10 +19,10 @@ from supar_cli.planning import document
 from supar_cli.planning.document import Document
 from supar_cli.planning.plan import Plan, with_steps
 from supar_cli.planning.spec import parse
-from supar_cli.training.membership import LAUNCH, TORCHRUN, is_follower
+from supar_cli.training.launch.environment import LAUNCH, TORCHRUN, is_follower
 
 if TYPE_CHECKING:
-    from supar_cli.training.world import World
+    from supar_cli.training.distributed import World
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +102,8 @@ def train(
         raise typer.Exit(_launched(flags, talk))
     if max_restarts and nproc is None:
         raise InputError("--max-restarts: goes with --nproc; torchrun has its own")
-    from supar_cli.training.stopping import Stopping
-    from supar_cli.training.world import joined
+    from supar_cli.training.distributed import joined
+    from supar_cli.training.launch.signals import Stopping
 
     limit = None if max_time is None else console.seconds("--max-time", max_time)
     with Stopping(limit) as stopping:
@@ -179,11 +179,11 @@ def _is_launched() -> bool:
 
 def _launched(flags: dict[str, Any], talk: console.Talk) -> int:
     """Run this very command in several processes and give its exit status."""
-    from supar_cli.training import launch
+    from supar_cli.training.launch import elastic
 
-    with launch.prepared(flags["nproc"], document.standard_input() if flags["plan"] == "-" else None) as folder:
+    with elastic.prepared(flags["nproc"], document.standard_input() if flags["plan"] == "-" else None) as folder:
         _jobs(flags, console.Talk(quiet=True))  # bad input ends here, once
-        return launch.launch(flags["ctx"].meta[ARGUMENTS], flags["nproc"], flags["max_restarts"], folder, talk.warn)
+        return elastic.launch(flags["ctx"].meta[ARGUMENTS], flags["nproc"], flags["max_restarts"], folder, talk.warn)
 
 
 def _shortened(plan: Plan, steps: int | None, talk: console.Talk) -> Plan:
@@ -209,9 +209,9 @@ def _enough_memory() -> Iterator[None]:
 
 def _run(job: Job, flags: dict[str, Any], talk: console.Talk, stop: Any, world: World) -> dict[str, Any]:
     """Train a plan, this process's part of it, and give its result; only the first of several speaks and writes."""
-    from supar_cli.training import checkpoint, rundir, trainer
+    from supar_cli.training import checkpoint, run_directory, trainer
+    from supar_cli.training.distributed import shared
     from supar_cli.training.running import Silent
-    from supar_cli.training.world import shared
 
     plan, directory = job.plan, job.directory
     # left behind by the life before of `--nproc`'s processes, which goes on whatever the flags said of its first start
@@ -224,9 +224,9 @@ def _run(job: Job, flags: dict[str, Any], talk: console.Talk, stop: Any, world: 
             ready = trainer.Trainer(plan, reporter=progress if world.is_first else Silent(), world=world)
         setup = ready.setup
         try:
-            if why := world.on_first(lambda: rundir.preempted(directory)):
+            if why := world.on_first(lambda: run_directory.preempted(directory)):
                 raise shared(Preempted, why)  # torchrun has started it again: every status but 0 is a failure to it
-            opening = rundir.opened(directory, plan, resume=resume, force=force)
+            opening = run_directory.opened(directory, plan, resume=resume, force=force)
             changes = world.on_first(lambda: stack.enter_context(opening))
             if world.is_first and begun is not None:
                 begun.touch()
@@ -247,7 +247,7 @@ def _run(job: Job, flags: dict[str, Any], talk: console.Talk, stop: Any, world: 
             raise
     if not world.is_first:
         return {}
-    result: dict[str, Any] = rundir.read_result(directory / "result.json")
+    result: dict[str, Any] = run_directory.read_result(directory / "result.json")
     if outcome.resumed_at == plan.train.steps:
         talk.log(f"{directory}: was complete already; --force starts again")
     took = f"after {result['steps']} steps in {console.duration(result['seconds'])}"

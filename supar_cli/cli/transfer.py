@@ -10,8 +10,8 @@ import typer
 from supar_cli.cli import console
 from supar_cli.cli.app import single
 from supar_cli.errors import InputError
+from supar_cli.planning.density import number
 from supar_cli.planning.rules import Name
-from supar_cli.planning.sparsity import number
 from supar_cli.planning.spec import Proxy, parse
 
 TARGET_FLAGS = (
@@ -83,7 +83,7 @@ def transfer(
 ) -> None:
     """Turn a tuned proxy into the plan of a wide, sparse target, every number derived and stored."""
     flags = locals()
-    from supar_cli.planning import corpus
+    from supar_cli.data import corpus
     from supar_cli.planning.transfer import transfer as make_plan
     from supar_cli.planning.transfer import warnings
 

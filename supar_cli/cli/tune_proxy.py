@@ -11,8 +11,9 @@ import typer
 
 from supar_cli.cli import console
 from supar_cli.cli.app import single
+from supar_cli.data import corpus
 from supar_cli.errors import InputError
-from supar_cli.planning import corpus, document
+from supar_cli.planning import document
 from supar_cli.planning.spec import Proxy, Search, Spec, Target, parse
 from supar_cli.planning.transfer import target_model
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from supar_cli.planning import layout
+from supar_cli.planning.density import Block, Blocks, Pattern
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.rules import Name, Role
-from supar_cli.planning.section import Field, Section
-from supar_cli.planning.sparsity import Block, Blocks, Pattern
+from supar_cli.planning.schema import Field, Section
 from supar_cli.planning.spec import MOST_LAYERS, Distribution, Hyperparameters, Model, Options, Run, Train
 from supar_cli.planning.spec import Data as Data  # re-exported: `training` reads plans, never specs
 from supar_cli.planning.spec import Engine as Engine

@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic_core import ValidationError
 
 from supar_cli.errors import InputError, Problem
+from supar_cli.planning.density import Block, Blocks, Pattern
 from supar_cli.planning.document import Document, Path_, content_hash
 from supar_cli.planning.rules import DecayRule, DepthRule, Optimizer, ResidualInit, UnembeddingInit
-from supar_cli.planning.section import Field, Section
-from supar_cli.planning.sparsity import Block, Blocks, Pattern
+from supar_cli.planning.schema import Field, Section
 
 Family = Literal["gpt2", "llama"]
 Engine = Literal["auto", "dense", "sparse", "block"]

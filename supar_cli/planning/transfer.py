@@ -11,7 +11,8 @@ from typing import Any
 from pydantic_core import ValidationError
 
 from supar_cli.errors import InputError
-from supar_cli.planning import layout, rules, sparsity
+from supar_cli.planning import density as sparsity
+from supar_cli.planning import layout, rules
 from supar_cli.planning.plan import (
     Base,
     Multipliers,
@@ -22,7 +23,7 @@ from supar_cli.planning.plan import (
     PlanTensor,
     PlanTrain,
 )
-from supar_cli.planning.section import LARGEST
+from supar_cli.planning.schema import LARGEST
 from supar_cli.planning.spec import Model, Proxy, Sparsity, Target
 
 # [P §3.1]: the smallest weights-per-neuron count the paper trained; below 4, Bernoulli rows are empty with P ≈ e^-WPN

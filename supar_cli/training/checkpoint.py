@@ -31,11 +31,12 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.training import masks, optim
-from supar_cli.training.device import on_device
-from supar_cli.training.initial import Mask, unmasked
+from supar_cli.sparse import masks
+from supar_cli.training import optimizer
+from supar_cli.training.distributed import World
+from supar_cli.training.prepare import Mask, unmasked
+from supar_cli.training.runtime import on_device
 from supar_cli.training.stored import KIND, State, Stored, file_hash, read_manifest, verify
-from supar_cli.training.world import World
 
 if TYPE_CHECKING:
     from supar_cli.training.trainer import Trainer
@@ -229,7 +230,7 @@ def load(path: Path, trainer: Trainer) -> int:
     targets = {f"weight/{name}": tensor.detach() for name, tensor in prepared.tensors.items()}
     states: dict[str, State] = {name: {} for name in prepared.tensors}
     for name, tensor in prepared.tensors.items():
-        for what in optim.state_names(plan):
+        for what in optimizer.state_names(plan):
             # a counter is on the device where fused Adam keeps it
             value = torch.zeros((), device=tensor.device) if what == "step" else torch.zeros_like(tensor.detach())
             states[name][what] = targets[f"optimizer/{name}/{what}"] = value

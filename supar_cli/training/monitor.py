@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from supar_cli.training.engines.linear import Linear
+from supar_cli.sparse.linear import Linear
 from supar_cli.training.parallel import local
 
 # measured: in 20 healthy SμPar steps the authors' model grows an MLP output 46-fold (reference run supar-s0.9375), so

@@ -20,11 +20,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from supar_cli.errors import SetupError
-from supar_cli.planning import memory
+from supar_cli.models.transformer import Transformer
+from supar_cli.planning import estimate
 from supar_cli.planning.plan import Plan
-from supar_cli.training.device import Setup
-from supar_cli.training.models.transformer import Transformer
-from supar_cli.training.world import World
+from supar_cli.training.distributed import World
+from supar_cli.training.runtime import Setup
 
 Kind = Literal["alone", "ddp", "fsdp"]
 USED = 0.9  # chosen: of a device's memory; the rest is the allocator's and the libraries'
@@ -38,8 +38,8 @@ def kind_of(plan: Plan, setup: Setup, world: World) -> tuple[Kind, str]:
         return plan.run.parallel, ""
     cuda = setup.device.type == "cuda"
     engine = "sparse" if not cuda and plan.run.engine == "auto" else plan.run.engine
-    wanted = memory.state_bytes(plan, engine if isinstance(engine, str) else "dense", setup.precision.itemsize)
-    wanted += memory.activation_bytes(plan, setup.micro_batch, setup.precision.itemsize)
+    wanted = estimate.state_bytes(plan, engine if isinstance(engine, str) else "dense", setup.precision.itemsize)
+    wanted += estimate.activation_bytes(plan, setup.micro_batch, setup.precision.itemsize)
     there = int(USED * (torch.cuda.mem_get_info(setup.device)[1] if cuda else _host_bytes() // world.local_size))
     kind: Kind = "fsdp" if wanted > there else "ddp"
     words = {"ddp": "fits a device", "fsdp": "does not fit a device"}[kind]
@@ -54,8 +54,8 @@ def require_host_memory(plan: Plan, setup: Setup, world: World) -> None:
     masked = sum(row.size for row in plan.tensors if row.kept < row.size)
     wanted = masked + 4 * plan.live
     if setup.device.type == "cpu":
-        wanted = masked + memory.state_bytes(plan, "sparse", 4)
-        wanted += memory.activation_bytes(plan, setup.micro_batch, setup.precision.itemsize)
+        wanted = masked + estimate.state_bytes(plan, "sparse", 4)
+        wanted += estimate.activation_bytes(plan, setup.micro_batch, setup.precision.itemsize)
     wanted *= world.local_size
     if wanted > _host_bytes():
         raise SetupError(

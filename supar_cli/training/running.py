@@ -17,9 +17,10 @@ import torch
 from supar_cli import __version__
 from supar_cli.errors import Preempted, SetupError, UnusableResult
 from supar_cli.planning import document
-from supar_cli.training import checkpoint, masks, rundir, trackers
-from supar_cli.training.device import peak_flops
-from supar_cli.training.world import shared
+from supar_cli.sparse import masks
+from supar_cli.training import checkpoint, run_directory, trackers
+from supar_cli.training.distributed import shared
+from supar_cli.training.runtime import peak_flops
 
 if TYPE_CHECKING:
     from supar_cli.training.trainer import Trainer
@@ -63,14 +64,14 @@ def run(
         trainer.done = outcome.resumed_at = _restore(trainer, directory)
     started = time.perf_counter()
     own = directory if world.is_first else None
-    with rundir.Metrics(own, trainer.done) as metrics:
+    with run_directory.Metrics(own, trainer.done) as metrics:
         if metrics.damage:
             trainer.reporter.warn(metrics.damage)
         known = {record["step"]: record["loss"] for record in metrics.before}
         outcome.losses = [known.get(step, math.nan) for step in range(1, trainer.done + 1)]
         outcome.evaluations = [(r["step"], r["validation_loss"]) for r in metrics.before if "validation_loss" in r]
         there = directory is not None and trainer.done == trainer.plan.train.steps
-        if there and world.on_first(lambda: own is not None and rundir.result(own, trainer.plan) is not None):
+        if there and world.on_first(lambda: own is not None and run_directory.result(own, trainer.plan) is not None):
             return outcome
         writer = None
         if directory is not None and (world.is_first or trainer.parallel.sharded):
@@ -88,7 +89,7 @@ def run(
     outcome.seconds = time.perf_counter() - started
     if own is not None:
         text = json.dumps(result(trainer, outcome), indent=1) + "\n"
-        with rundir.writing(own):
+        with run_directory.writing(own):
             document.write_file(own / "result.json", text)
     return outcome
 
@@ -99,7 +100,7 @@ class _Loop:
 
     trainer: Trainer
     outcome: Outcome
-    metrics: rundir.Metrics
+    metrics: run_directory.Metrics
     tracked: trackers.Trackers
     writer: checkpoint.Writer | None
     watched: bool

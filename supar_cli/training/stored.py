@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import document
-from supar_cli.training.world import World
+from supar_cli.training.distributed import World
 
 KIND = "supar.checkpoint/v3"
 OLDER = {"supar.checkpoint/v1", "supar.checkpoint/v2"}  # with zeros where dead; with one hash, and of no other file

@@ -10,16 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from supar_cli.data import batches
 from supar_cli.errors import InputError, SetupError, UnusableResult
+from supar_cli.models.transformer import loss_of, named_tensors
 from supar_cli.planning import schedule
 from supar_cli.planning.plan import Plan
-from supar_cli.training import data, initial, masks, monitor, optim, running, trackers
-from supar_cli.training.device import Setup, on_device
-from supar_cli.training.engines import choose
-from supar_cli.training.models.transformer import loss_of, named_tensors
+from supar_cli.sparse import autotune, masks
+from supar_cli.training import monitor, optimizer, prepare, running, trackers
+from supar_cli.training.distributed import World, shared
 from supar_cli.training.parallel import Parallel, kind_of, local, require_host_memory
 from supar_cli.training.running import Outcome, Reporter, Silent
-from supar_cli.training.world import World, shared
+from supar_cli.training.runtime import Setup, on_device
 
 
 class Trainer:
@@ -28,7 +29,7 @@ class Trainer:
     def __init__(
         self,
         plan: Plan,
-        tokens: data.Tokens | None = None,
+        tokens: batches.Tokens | None = None,
         reporter: Reporter | None = None,
         world: World | None = None,
     ) -> None:
@@ -39,7 +40,7 @@ class Trainer:
         self.world.together(self._build)
         drawn = {f"the mask of {name}": masks.fingerprint(mask) for name, mask in self.prepared.masks.items()}
         self._require_equal({"plan": plan.hash(), "data": self.tokens.hash, **drawn})
-        self.optimizer = optim.build(plan, self.prepared.tensors)
+        self.optimizer = optimizer.build(plan, self.prepared.tensors)
         self.done = 0
         self.asked_to_stop = False
         self.stop: Callable[[], str | None] = lambda: None
@@ -52,12 +53,12 @@ class Trainer:
         """Tokens (B, T) → logits (B, T, V), as a training step calls it."""
         return self.parallel.model
 
-    def _found(self, tokens: data.Tokens | None) -> tuple[Setup, data.Tokens]:
+    def _found(self, tokens: batches.Tokens | None) -> tuple[Setup, batches.Tokens]:
         """What has to be there, before processes wait for each other."""
         setup, plan = Setup.of(self.plan, self.world), self.plan
         if self.world.is_first:
             trackers.require(plan)
-        tokens = tokens or data.load(plan.data, vocab=plan.model.vocab, context=plan.model.context)
+        tokens = tokens or batches.load(plan.data, vocab=plan.model.vocab, context=plan.model.context)
         wanted, there = (
             plan.train.eval_batches * plan.train.batch_size,
             tokens.validation.windows(plan.model.context + 1),
@@ -72,10 +73,10 @@ class Trainer:
         kind, why = self.world.on_first(lambda: kind_of(plan, setup, self.world))
         if why:
             self.reporter.log(why)
-        self.engines = choose.Engines(plan, setup, self.world, sharded=kind == "fsdp")
+        self.engines = autotune.Engines(plan, setup, self.world, sharded=kind == "fsdp")
         # what will be sharded goes to the device shard by shard
         home = torch.device("cpu") if kind == "fsdp" else setup.device
-        self.prepared = initial.prepare(plan, home, self.engines.make)
+        self.prepared = prepare.prepare(plan, home, self.engines.make)
         for line in self.engines.lines():
             self.reporter.log(line)
         if setup.compiles:
@@ -136,7 +137,7 @@ class Trainer:
             raise shared(UnusableResult, self._not_finite(loss_value, float(own), norms, inputs))
         if train.grad_clip and norm_value > train.grad_clip:
             torch._foreach_mul_(gradients, train.grad_clip / (norm_value + 1e-6))
-        optim.set_rates(self.optimizer, self.factor(self.done))
+        optimizer.set_rates(self.optimizer, self.factor(self.done))
         self.optimizer.step()
         self.prepared.refresh()
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,1 +1,0 @@
-"""Search over trials, each of them a plan run by the trainer."""

@@ -14,20 +14,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
 
+from supar_cli.data import batches
 from supar_cli.errors import InputError, SuparError
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Data
-from supar_cli.training import data
-from supar_cli.training.device import Setup
+from supar_cli.training.runtime import Setup
 from supar_cli.training.trainer import Trainer
 
 
 @functools.lru_cache(maxsize=1)
-def _tokens(source: str, vocab: int, context: int) -> data.Tokens:
-    return data.load(Data(**json.loads(source)), vocab=vocab, context=context)
+def _tokens(source: str, vocab: int, context: int) -> batches.Tokens:
+    return batches.load(Data(**json.loads(source)), vocab=vocab, context=context)
 
 
-def tokens_of(plan: Plan) -> data.Tokens:
+def tokens_of(plan: Plan) -> batches.Tokens:
     return _tokens(json.dumps(plan.data.model_dump()), plan.model.vocab, plan.model.context)
 
 

@@ -20,12 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from supar_cli.data.batches import Segment, Split, Tokens
 from supar_cli.errors import SuparError
 from supar_cli.planning.plan import Plan, PlanTensor
 from supar_cli.planning.spec import Proxy, Target
 from supar_cli.planning.transfer import transfer
-from supar_cli.training import initial, optim
-from supar_cli.training.data import Segment, Split, Tokens
+from supar_cli.training import optimizer, prepare
 from supar_cli.training.parallel import Parallel
 from supar_cli.training.trainer import Trainer
 
@@ -182,9 +182,9 @@ class Replay(Trainer):
             return weight if mask is None else weight[mask]
 
         drawn = {name: mask.bool().numpy() for name, mask in masks.items()}
-        self.prepared = initial.build(plan, self.setup.device, drawn, recorded)
+        self.prepared = prepare.build(plan, self.setup.device, drawn, recorded)
         self.parallel = Parallel("alone", self.prepared.model, self.setup, self.world)
-        self.optimizer = optim.build(plan, self.prepared.tensors)
+        self.optimizer = optimizer.build(plan, self.prepared.tensors)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         return self.recorded[step, :, :-1], self.recorded[step, :, 1:]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from supar_cli.training.engines.linear import Engine
+from supar_cli.sparse.linear import Engine
 
 
 class _Product(torch.autograd.Function):

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from supar_cli.errors import InputError
 from supar_cli.planning.layout import Tensor
-from supar_cli.planning.section import Section
+from supar_cli.planning.schema import Section
 
 Pattern = Literal["exact", "fixed_fan_in", "bernoulli", "block"]
 Block = Literal[16, 32, 64, 128]  # edges of blocks, as the block engine has them

@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from supar_cli.errors import PeerGone, SuparError
 from supar_cli.planning import document
-from supar_cli.training.membership import HEARD, LAUNCH, is_member
+from supar_cli.training.launch.environment import HEARD, LAUNCH, is_member
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from supar_cli.training.engines.linear import Engine
+from supar_cli.sparse.linear import Engine
 
 BLOCKS = (16, 32, 64, 128)  # chosen: from the smallest tile of a tensor core up to what one program can accumulate
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -100,7 +100,7 @@ class Block(Engine):
         self.live = structure.rows.numel() * block**2
         self.has_triton = kernels == "triton" or (kernels == "auto" and _importable())
         if self.has_triton:
-            import_module("supar_cli.training.engines.block_kernels")  # not first within a compiled forward pass
+            import_module("supar_cli.sparse.block_kernels")  # not first within a compiled forward pass
 
     def extra_repr(self) -> str:
         return f"{self.d_in} → {self.d_out}, block={self.block}, live={self.live}, kernels={self.kernels}"
@@ -117,7 +117,7 @@ class Block(Engine):
         x_NI = x.to(_compute_dtype(x)).reshape(-1, self.d_in)
         structure = [self.get_buffer(name) for name in Structure._fields]
         if self._uses_triton(x_NI):
-            from supar_cli.training.engines.block_kernels import block_linear
+            from supar_cli.sparse.block_kernels import block_linear
 
             y_NO: Tensor = block_linear(x_NI, values, structure, self.block)
         else:

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from supar_cli.errors import InputError
+from supar_cli.models.transformer import Transformer, named_tensors
 from supar_cli.planning.plan import Plan, PlanTensor
-from supar_cli.training import masks
-from supar_cli.training.engines.dense import Dense
-from supar_cli.training.engines.linear import Engine, Linear
-from supar_cli.training.models.transformer import Transformer, named_tensors
+from supar_cli.sparse import masks
+from supar_cli.sparse.dense import Dense
+from supar_cli.sparse.linear import Engine, Linear
 
 Mask = NDArray[np.bool_]
 Values = NDArray[np.float32]

@@ -24,13 +24,13 @@ from supar_cli.errors import InputError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Engine as Name
 from supar_cli.planning.plan import Plan
-from supar_cli.training.allocator import keep_large_blocks
-from supar_cli.training.device import Setup
-from supar_cli.training.engines.block import Block
-from supar_cli.training.engines.dense import Dense
-from supar_cli.training.engines.linear import Engine
-from supar_cli.training.engines.sparse import Sparse
-from supar_cli.training.world import World
+from supar_cli.sparse.allocator import keep_large_blocks
+from supar_cli.sparse.block import Block
+from supar_cli.sparse.csr import Sparse
+from supar_cli.sparse.dense import Dense
+from supar_cli.sparse.linear import Engine
+from supar_cli.training.distributed import World
+from supar_cli.training.runtime import Setup
 
 Mask = NDArray[np.bool_]
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supar_cli.planning.plan import PlanModel
-from supar_cli.training.engines.linear import Linear
+from supar_cli.sparse.linear import Linear
 
 
 class Norm(nn.Module):

@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from supar_cli.data import corpus, tokens
+from supar_cli.data.corpus import Corpus
+from supar_cli.data.tokens import Stamp, TokenFile
 from supar_cli.errors import InputError, SetupError
-from supar_cli.planning import corpus
-from supar_cli.planning.corpus import Corpus
 from supar_cli.planning.plan import Data
-from supar_cli.training import masks, tokenfiles
-from supar_cli.training.tokenfiles import Stamp, TokenFile
+from supar_cli.sparse import masks
 
 SEPARATOR_BYTE = 0  # chosen: NUL parts documents in byte tokens; it stands in no text
 TAIL_SHARE = 10  # chosen: a corpus of one file holds out its last tenth
@@ -116,12 +116,12 @@ def load(data: Data, *, vocab: int, context: int) -> Tokens:
     """
     found = corpus.find(data)
     more = [Path(data.tokenizer)] if data.tokenizer != "bytes" and os.path.isfile(data.tokenizer) else []
-    with tokenfiles.unchanged([*found.files, *more]) as stamps:
+    with tokens.unchanged([*found.files, *more]) as stamps:
         identified = corpus.identified(data, found)
         encode, size = tokenizer(data)
         if found.kind in ("text", "jsonl") and size > vocab:
             raise InputError(f"model.vocab: {vocab} is less than the {size} tokens of the tokenizer {data.tokenizer!r}")
-        tokenfiles.allow(len(found.files))
+        tokens.allow(len(found.files))
         train, validation = (_segments(found, files, data, encode, stamps) for files in (found.train, found.validation))
     assert identified.hash is not None
     if not validation:

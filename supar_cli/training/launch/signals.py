@@ -9,7 +9,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from supar_cli.training.membership import is_member, launched_s, launcher_process
+from supar_cli.training.launch.environment import is_member, launched_s, launcher_process
 
 # Slurm's `--signal=USR1@120` and clusters' SIGTERM before SIGKILL; SIGINT is Ctrl-C
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

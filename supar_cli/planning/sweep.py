@@ -7,10 +7,11 @@ from math import log2
 from typing import Any, Literal, get_args
 
 from supar_cli.errors import InputError
-from supar_cli.planning import rules, sparsity
+from supar_cli.planning import density as sparsity
+from supar_cli.planning import rules
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.plan import Plan
-from supar_cli.planning.section import Field, Section
+from supar_cli.planning.schema import Field, Section
 from supar_cli.planning.spec import Data, Hyperparameters, Model, Options, Proxy, Run, Sparsity, Target, Train
 from supar_cli.planning.transfer import transfer
 

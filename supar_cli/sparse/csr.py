@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from supar_cli.training.engines.linear import Engine
+from supar_cli.sparse.linear import Engine
 
 Kernels = Literal["auto", "numba", "torch"]
 
@@ -132,7 +132,7 @@ class Numba:
 
     @staticmethod
     def product(engine: Sparse, x_NI: Tensor, values_L: Tensor) -> Tensor:
-        from supar_cli.training.engines import sparse_kernels
+        from supar_cli.sparse import csr_kernels as sparse_kernels
 
         x_NI = x_NI.contiguous()
         y_NO = x_NI.new_empty(len(x_NI), engine.shape[0])
@@ -146,7 +146,7 @@ class Numba:
     def gradients(
         engine: Sparse, x_NI: Tensor, gradient_NO: Tensor, values_L: Tensor, by_x: bool, by_values: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        from supar_cli.training.engines import sparse_kernels
+        from supar_cli.sparse import csr_kernels as sparse_kernels
 
         x_NI, gradient_NO = x_NI.contiguous(), gradient_NO.contiguous()
         # what is not asked for is an empty array, of which there is nothing to compute

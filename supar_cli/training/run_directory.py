@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from supar_cli.errors import InputError, Preempted, SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan, parse
-from supar_cli.training.membership import is_member, is_torchruns, launcher
+from supar_cli.training.launch.environment import is_member, is_torchruns, launcher
 
 Record = dict[str, Any]
 

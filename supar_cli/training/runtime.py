@@ -11,7 +11,7 @@ import torch
 
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning.plan import Plan
-from supar_cli.training.world import World
+from supar_cli.training.distributed import World
 
 # Dense bf16 matrix peaks in FLOP/s, from NVIDIA's datasheets, by a word of the device's name
 PEAK_FLOPS = {

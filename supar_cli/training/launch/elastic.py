@@ -25,8 +25,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from supar_cli.errors import Preempted, SetupError
 from supar_cli.planning import document
-from supar_cli.training.membership import HEARD, LAUNCH, LAUNCHER, STDIN
-from supar_cli.training.stopping import SIGNALS
+from supar_cli.training.launch.environment import HEARD, LAUNCH, LAUNCHER, STDIN
+from supar_cli.training.launch.signals import SIGNALS
 
 # A worker's statuses that another try would not change: bad input, no usable result, a check, asked to stop
 FINAL = (2, 3, 4, 5, Preempted.exit_status, 130)

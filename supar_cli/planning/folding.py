@@ -1,0 +1,185 @@
+"""Forward multipliers moved into a tensor's init, rate, decay and epsilon, so that a model without them trains the same.
+
+Derived by supar [D]: SPEC §11, "Folding". A parameter w that the forward pass uses as W = a·w is replaced by u = a·w. The
+gradients obey g_w = a·g_u, so with the numbers of `fold` u equals a·w at every step, exactly in real numbers. The multipliers
+themselves are those of Dey et al. 2024 (arXiv 2405.15743, Table 1). Only + - × ÷, so results are the same everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from math import isfinite
+from typing import Protocol
+
+from supar_cli.errors import InputError
+from supar_cli.planning.rules import Role
+
+_EXACT = ("adamw", "adam", "sgd")
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """How one tensor starts and trains: start, peak rate, decay as PyTorch applies it, Adam's epsilon (SGD: unused).
+
+    The start has mean `init_constant` and standard deviation `init_std`; None: the model's constructor decides, and whoever
+    prepares the model multiplies the constructor's values by the factor.
+    """
+
+    lr: float
+    weight_decay: float
+    eps: float
+    init_std: float | None = None
+    init_constant: float | None = None
+
+
+@dataclass(frozen=True)
+class TensorUse:
+    """What the forward pass does with one tensor, as far as multipliers are concerned.
+
+    `in_first_sum`: a summand of the first activations, or gain or shift of a norm directly on their sum (then not the
+    summands). `writes_residual`: weight or bias of the last product of a residual branch. `tied`: also the weight of the
+    head. `feeds_head`: gain or shift of a norm whose result only the head reads. `derived`: not used as it is (1 + g).
+    """
+
+    name: str
+    role: Role
+    in_first_sum: bool = False
+    writes_residual: bool = False
+    tied: bool = False
+    feeds_head: bool = False
+    derived: bool = False
+
+
+class FamilyTensor(Protocol):
+    """What `describe_uses` needs to know of a row; `layout.Tensor` has it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def role(self) -> Role: ...
+    @property
+    def site(self) -> str: ...
+    @property
+    def writes_residual(self) -> bool: ...
+
+
+class Multipliers(Protocol):
+    """Factors of the forward pass: α_input, α_output/m_d, 1/m_L. The attention factor is never folded."""
+
+    @property
+    def input(self) -> float: ...
+    @property
+    def output(self) -> float: ...
+    @property
+    def residual(self) -> float: ...
+
+
+def fold(numbers: Numbers, factor: float, optimizer: str) -> Numbers:
+    """Return the numbers of u = a·w from those of w, for a forward factor a > 0. [D]
+
+    AdamW, and Adam without decay: init a·s, rate a·η, decay λ/a, epsilon ε/a. SGD, with momentum or without: a·s, a²·η, λ/a².
+    Gradient clipping needs `clip_factor` too. InputError: a factor that is not finite or not above 0; an optimizer with
+    another rule; a result that overflows or underflows.
+    """
+    _require_factor("fold factor", factor)
+    kind = optimizer.lower()
+    if kind not in _EXACT or (kind == "adam" and numbers.weight_decay != 0):
+        said = "Adam with coupled weight decay" if kind == "adam" else optimizer
+        raise InputError(
+            f"{said}: multipliers can be folded exactly for AdamW, Adam without weight decay and SGD only; "
+            f"for {said} the plan can give masks but no numbers"
+        )
+    lr, weight_decay = factor * numbers.lr, numbers.weight_decay / factor
+    if kind == "sgd":
+        lr, weight_decay, eps = factor * lr, weight_decay / factor, numbers.eps
+    else:
+        eps = numbers.eps / factor
+    std, constant = (None if start is None else factor * start for start in (numbers.init_std, numbers.init_constant))
+    folded = Numbers(lr, weight_decay, eps, std, constant)
+    for field in fields(Numbers):
+        before, after = getattr(numbers, field.name), getattr(folded, field.name)
+        if before is not None and (not isfinite(after) or (after == 0) != (before == 0)):
+            raise InputError(f"fold factor: {factor!r} turns {field.name} {before!r} into {after!r}, beyond a float's range")
+    return folded
+
+
+def clip_factor(factor: float) -> float:
+    """Return what a tensor's gradient is multiplied by in the global norm that clipping compares: the fold a itself. [D]
+
+    Clipping by the global norm is not invariant under folding: the norm of all g_w is the norm of all a·g_u, since
+    g_w = a·g_u. So take √(Σ ‖a·g_u‖²) over the tensors, each with its own a, and then multiply the plain g_u by the common
+    clipping coefficient. InputError: a factor that is not finite or not above 0.
+    """
+    _require_factor("fold factor", factor)
+    return factor
+
+
+def fold_factors(uses: Iterable[TensorUse], multipliers: Multipliers) -> dict[str, float]:
+    """Return {name: a} for every tensor of a decoder, a = 1 where nothing is folded. [multipliers: Dey et al. 2024; D]
+
+    Input: into all summands of the first activations. Output: into the weight of an untied head; for a tied head, whose
+    weight holds the input factor already, output/input into gain and shift of the norm that feeds it. Residual: into the
+    weights and biases that write the residual stream. A bias of the head stands outside of the product and keeps 1.
+    InputError names every tensor into which a factor other than 1 can't go, and every such factor without a tensor.
+    """
+    rows = list(uses)
+    for name in ("input", "output", "residual"):
+        _require_factor(f"multipliers.{name}", getattr(multipliers, name))
+    problems: list[str] = []
+    heads = [row for row in rows if row.tied or row.role == "unembedding"]
+    output, carriers = multipliers.output, heads
+    tied = next((row for row in heads if row.tied), None)
+    if tied is not None:
+        output = multipliers.output / (multipliers.input if tied.in_first_sum else 1.0)
+        carriers = [row for row in rows if row.feeds_head]
+        if len(heads) > 1:
+            problems.append(f"{tied.name}: a tied head beside {len(heads) - 1} more; expected a single head")
+        if output != 1 and not any(row.role == "norm" for row in carriers):
+            problems.append(
+                f"{tied.name}: it is also the weight of the head, and no norm with a gain feeds the head alone, so the "
+                f"output multiplier can't be folded; multiply the logits by {output!r} in the forward pass"
+            )
+    places = (
+        ("input", multipliers.input, [row for row in rows if row.in_first_sum]),
+        ("residual", multipliers.residual, [row for row in rows if row.writes_residual]),
+        ("output", output, carriers),
+    )
+    asked: dict[str, float] = {}
+    for what, factor, takers in places:
+        if factor != 1 and not takers and not (what == "output" and tied):
+            problems.append(f"multipliers.{what}: no tensor can take the factor {factor!r}; expected 1")
+        for row in takers:
+            if row.derived and factor != 1:
+                problems.append(
+                    f"{row.name}: the forward pass uses a value derived from this tensor (such as 1 + g), "
+                    f"so the {what} multiplier can't be folded into it"
+                )
+            if asked.setdefault(row.name, factor) != factor:
+                problems.append(f"{row.name}: it is used in two ways, which ask for {asked[row.name]!r} and {factor!r}")
+    if problems:
+        raise InputError(*problems)
+    return {row.name: asked.get(row.name, 1.0) for row in rows}
+
+
+def describe_uses(tensors: Iterable[FamilyTensor], tied: bool) -> list[TensorUse]:
+    """Describe the tensors of supar's own families (`gpt2`, `llama`), which are known by role and site."""
+    rows = list(tensors)
+    writers = {row.site for row in rows if row.writes_residual}
+    writers |= {f"{site}.bias" for site in writers}
+    return [
+        TensorUse(
+            row.name,
+            row.role,
+            in_first_sum=row.role == "embedding",
+            writes_residual=row.site in writers,
+            tied=tied and row.site == "embedding",
+            feeds_head=row.site in ("final_norm", "final_norm.bias"),
+        )
+        for row in rows
+    ]
+
+
+def _require_factor(what: str, factor: float) -> None:
+    if not isfinite(factor) or factor <= 0:
+        raise InputError(f"{what}: {factor!r}; expected a finite number above 0")

@@ -1,1 +1,0 @@
-"""Model families. Each builds from the plan's model section alone."""
