@@ -241,7 +241,7 @@ class TestTokenFile:
             resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
         code = (
-            "from supar_cli.training import data\n"
+            "from supar_cli.data import batches\n"
             "from supar_cli.planning.spec import Data\n"
             "print(batches.load(Data(source='.'), vocab=256, context=8).train.windows(9))"
         )

@@ -107,7 +107,7 @@ class TestIdentity:
 
     def test_another_process_draws_the_same(self) -> None:
         code = (
-            "from tests.test_masks import drawn; from supar_cli.training import masks;"
+            "from tests.test_masks import drawn; from supar_cli.sparse import masks;"
             "print(masks.fingerprint(drawn((256, 64), 131)))"
         )
         env = environment(PYTHONHASHSEED="123", OMP_NUM_THREADS="1")
