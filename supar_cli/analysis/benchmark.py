@@ -139,8 +139,8 @@ class Comparison:
 def random_tokens(plan: Plan) -> Tokens:
     """Uniform tokens: what they are changes no step's time."""
     train = Split(
-        [Segment("random", np.random.default_rng(0).integers(0, plan.model.vocab, 1_000_000, np.uint16))],
-        plan.model.vocab,
+        [Segment("random", np.random.default_rng(0).integers(0, plan.decoder.vocab, 1_000_000, np.uint16))],
+        plan.decoder.vocab,
     )
     return Tokens(train, train, "sha256:random")
 
@@ -174,7 +174,7 @@ def plain_step(trainer: Trainer, plain: PlainGPT) -> Callable[[], float]:
 def compare(plan: Plan, steps: int, warmup: int = 3) -> Comparison:
     """Time `steps` rounds of a step each, their order alternating. The plan is of the gpt2 family, without biases."""
     trainer = Trainer(plan, random_tokens(plan))
-    plain, masked = PlainGPT(plan.model), masked_dense(trainer.prepared)
+    plain, masked = PlainGPT(plan.decoder), masked_dense(trainer.prepared)
     runs: list[Callable[[], object]] = [trainer.step, plain_step(trainer, plain), plain_step(trainer, masked)]
     times: list[list[float]] = [[] for _ in runs]
     for turn in range(warmup + steps):

@@ -78,14 +78,14 @@ class Engines:
 
     def __init__(self, plan: Plan, setup: Setup, world: World, sharded: bool) -> None:
         self.plan, self.choices, self._world = plan, dict[str, Choice](), world
-        tokens = setup.micro_batch * plan.model.context
+        tokens = setup.micro_batch * plan.decoder.context
         self.setting = Setting(setup.device, setup.precision, tokens, plan.sparsity.block, sharded)
         self._rows = {row.name: row for row in plan.tensors}
         self._fastest: dict[tuple[object, ...], Choice] = {}  # one measurement for all layers of a shape and size
 
     def make(self, name: str, mask: Mask) -> Engine:
         """The engine of a tensor's mask (out, in)."""
-        named = self.plan.engine(name)
+        named = self.plan.engine(self._rows[name])
         alike = (mask.shape, int(mask.sum()))
         if named != "auto":
             choice = Choice(named, {})

@@ -80,8 +80,8 @@ def build(
 ) -> Prepared:
     """A model of given masks and values: those of live weights in row-major order where there is a mask."""
     with torch.device("meta"):  # before a shape that is not the plan's takes memory
-        _require_same_tensors(plan, named_tensors(Transformer(plan.model)))
-    model = Transformer(plan.model)
+        _require_same_tensors(plan, named_tensors(Transformer(plan.decoder)))
+    model = Transformer(plan.decoder)
     tensors = named_tensors(model)
     prepared = Prepared(model, {}, drawn)
     engine_of = engine_of or (lambda _, mask: Dense(mask, torch.float32))
@@ -119,12 +119,10 @@ def _require_same_tensors(plan: Plan, tensors: dict[str, nn.Parameter]) -> None:
 
 
 def _values(row: PlanTensor, seed: int, mask: Mask | None) -> Values:
-    """Initial values: gains 1, otherwise normal with the plan's deviation; of live weights where there is a mask."""
-    if row.role == "norm":
-        return np.ones(row.shape, np.float32)
+    """Initial values: the plan's constant, or normal with its deviation; of live weights where there is a mask."""
     shape = row.shape if mask is None else [int(mask.sum())]
-    if row.init_std == 0:
-        return np.zeros(shape, np.float32)
+    if not row.init_std:
+        return np.full(shape, row.init_constant or 0.0, np.float32)
     generator = np.random.Generator(masks.stream(seed, f"init:{row.name}"))
     if mask is None:
         return generator.standard_normal(row.size, np.float32).reshape(shape) * np.float32(row.init_std)
@@ -144,7 +142,7 @@ def check(row: PlanTensor, tensor: Tensor, pattern: str, mask: Mask | None) -> N
         raise InputError(f"{row.name}: {alive} weights are alive, the plan keeps {row.kept}")
     if not alive:
         raise InputError(f"{row.name}: its mask has no live weight; expected a higher density or another seed")
-    values = tensor.detach().double() - (1.0 if row.role == "norm" else 0.0)
+    values, wanted = tensor.detach().double() - (row.init_constant or 0.0), row.init_std or 0.0
     measured = sqrt(float(values.square().sum()) / alive)
-    if abs(measured - row.init_std) > row.init_std * (6 / sqrt(2 * alive) + 1e-6):
-        raise InputError(f"{row.name}: measured init std {measured:.6g}, the plan says {row.init_std:.6g}")
+    if abs(measured - wanted) > wanted * (6 / sqrt(2 * alive) + 1e-6):
+        raise InputError(f"{row.name}: measured init std {measured:.6g}, the plan says {wanted:.6g}")

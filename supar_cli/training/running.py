@@ -124,7 +124,7 @@ class _Loop:
             record: dict[str, Any] = {"step": trainer.done, "loss": loss}
             if watch:
                 seconds = max(time.perf_counter() - mark, 1e-9)
-                rate = (trainer.done - marked) * train.batch_size * trainer.plan.model.context / seconds
+                rate = (trainer.done - marked) * train.batch_size * trainer.plan.decoder.context / seconds
                 factor = trainer.factor(step)
                 record |= {"lr": trainer.plan.hyperparameters.lr * factor, "lr_factor": factor}
                 record |= {

@@ -58,10 +58,10 @@ class Trainer:
         setup, plan = Setup.of(self.plan, self.world), self.plan
         if self.world.is_first:
             trackers.require(plan)
-        tokens = tokens or batches.load(plan.data, vocab=plan.model.vocab, context=plan.model.context)
+        tokens = tokens or batches.load(plan.data, vocab=plan.decoder.vocab, context=plan.decoder.context)
         wanted, there = (
             plan.train.eval_batches * plan.train.batch_size,
-            tokens.validation.windows(plan.model.context + 1),
+            tokens.validation.windows(plan.decoder.context + 1),
         )
         if wanted > there:
             raise InputError(f"train.eval_batches: {wanted} sequences in all are more than the {there} held out")
@@ -109,7 +109,7 @@ class Trainer:
     def _draw(self, step: int) -> tuple[Tensor, Tensor]:
         train, rows = self.plan.train, self.setup.rows
         share = slice(self.world.rank * rows, (self.world.rank + 1) * rows)
-        pair = self.tokens.train.batch(train.seed, step, train.batch_size, self.plan.model.context, share)
+        pair = self.tokens.train.batch(train.seed, step, train.batch_size, self.plan.decoder.context, share)
         return (pair[0].pin_memory(), pair[1].pin_memory()) if self._drawing is not None else pair
 
     def step(self, watch: bool = False) -> tuple[float, float, dict[str, float]]:
@@ -195,7 +195,7 @@ class Trainer:
         count = train.eval_batches * train.batch_size // rows
         with self.parallel.looking():
             for index in range(self.world.rank, count, self.world.size):
-                pair = self.tokens.validation.evaluation(index, count, rows, self.plan.model.context)
+                pair = self.tokens.validation.evaluation(index, count, rows, self.plan.decoder.context)
                 with self.setup.autocast():
                     losses.append(loss_of(self.parallel.inner, *(tensor.to(self.setup.device) for tensor in pair)))
         return float(self.world.sum(torch.stack(losses).mean() / self.world.size))
