@@ -10,7 +10,7 @@ from supar_cli.data import corpus
 from supar_cli.errors import InputError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.planning.rules import Name
+from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.spec import Proxy, Sparsity, Spec, Target, parse
 from supar_cli.planning.sweep import Sweep
 from supar_cli.planning.transfer import transfer as _transfer
@@ -42,7 +42,7 @@ def transfer(
     *,
     sparsity: float | str | None = None,
     density: float | str | None = None,
-    parameterization: Name = "supar",
+    parameterization: ParameterizationName = "supar",
     allow_low_wpn: bool = False,
     **target: Any,
 ) -> Plan:

@@ -186,7 +186,7 @@ class Explained:
 
 def _rows(plan: Plan, scheme: rules.Scheme) -> list[Row]:
     hyper, base = plan.hyperparameters, plan.parameterization.base
-    tuned = rules.Tuned(hyper.init_std, hyper.lr, hyper.weight_decay, hyper.eps)
+    tuned = rules.ProxyValues(hyper.init_std, hyper.lr, hyper.weight_decay, hyper.eps)
     known = {tensor.name: tensor for tensor in layout.tensors(plan.model)}
     # the fan-ins of the proxy by site; they depend on its two widths only
     shape = {"width": base.width, "ffn_width": base.ffn_width, "layers": 1, "heads": 1, "kv_heads": 1}
@@ -197,7 +197,7 @@ def _rows(plan: Plan, scheme: rules.Scheme) -> list[Row]:
         is_hidden = row.role == "hidden"
         m_width = plan.model.width / base.width
         m_d = tensor.fan_in / base_fan_in[tensor.site] if is_hidden and tensor.site in base_fan_in else m_width
-        place = rules.Place(
+        context = rules.TensorContext(
             row.role,
             row.because.get("m_d", m_d),
             row.because.get("m_rho", 1.0),
@@ -207,27 +207,29 @@ def _rows(plan: Plan, scheme: rules.Scheme) -> list[Row]:
             tensor.writes_residual,
         )
         remarks = [] if row.name in known else ["no tensor of this model: explained as one outside of the blocks"]
-        if place.m_d != m_d:
-            remarks.append(f"edited: the plan has m_d {place.m_d!r}, the shapes give {m_d!r}")
-        rows.append(Row(row, tensor.site, tensor.block, _numbers(row, scheme, tuned, place), tuple(remarks)))
+        if context.m_d != m_d:
+            remarks.append(f"edited: the plan has m_d {context.m_d!r}, the shapes give {m_d!r}")
+        rows.append(Row(row, tensor.site, tensor.block, _numbers(row, scheme, tuned, context), tuple(remarks)))
     return rows
 
 
-def _numbers(row: PlanTensor, scheme: rules.Scheme, tuned: rules.Tuned, place: rules.Place) -> tuple[Number, ...]:
-    symbols = {"σ": tuned.sigma, "η": tuned.eta, "λ": tuned.lam, "ε": tuned.eps, "layers": place.layers}
-    symbols |= {"m_d": place.m_d, "m_ρ": place.m_rho, "m_L": place.m_L}
+def _numbers(
+    row: PlanTensor, scheme: rules.Scheme, tuned: rules.ProxyValues, context: rules.TensorContext
+) -> tuple[Number, ...]:
+    symbols = {"σ": tuned.sigma, "η": tuned.eta, "λ": tuned.lam, "ε": tuned.eps, "layers": context.layers}
+    symbols |= {"m_d": context.m_d, "m_ρ": context.m_rho, "m_L": context.m_L}
     decay = timescale_steps(row)
     return (
-        Number.of("init_std", row.init_std, rules.init_std(scheme, tuned, place), symbols),
-        Number.of("lr", row.lr, rules.learning_rate(scheme, tuned, place), symbols),
+        Number.of("init_std", row.init_std, rules.init_std(scheme, tuned, context), symbols),
+        Number.of("lr", row.lr, rules.learning_rate(scheme, tuned, context), symbols),
         Number.of(
             "weight_decay",
             row.weight_decay,
-            rules.weight_decay(scheme, tuned, place),
+            rules.weight_decay(scheme, tuned, context),
             symbols,
             f"1/(lr·λ) = {decay:.0f} steps" if decay else "",
         ),
-        Number.of("eps", row.eps, rules.adam_eps(scheme, tuned, place), symbols),
+        Number.of("eps", row.eps, rules.adam_eps(scheme, tuned, context), symbols),
     )
 
 

@@ -11,7 +11,7 @@ from supar_cli.cli import console
 from supar_cli.cli.app import single
 from supar_cli.errors import InputError
 from supar_cli.planning.density import number
-from supar_cli.planning.rules import Name
+from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.spec import Proxy, parse
 
 TARGET_FLAGS = (
@@ -88,8 +88,8 @@ def transfer(
     from supar_cli.planning.transfer import warnings
 
     talk = console.Talk(quiet, verbose)
-    if parameterization not in get_args(Name):
-        raise InputError(f"--parameterization {parameterization}: expected {', '.join(get_args(Name))}")
+    if parameterization not in get_args(ParameterizationName):
+        raise InputError(f"--parameterization {parameterization}: expected {', '.join(get_args(ParameterizationName))}")
     if sparsity is not None and density is not None:
         raise InputError("--density: given beside --sparsity; expected only one of them")
     if from_paper and proxy is not None:

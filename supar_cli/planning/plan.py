@@ -7,7 +7,7 @@ from typing import Any, Literal
 from supar_cli.planning import layout
 from supar_cli.planning.density import Block, Blocks, Pattern
 from supar_cli.planning.document import content_hash
-from supar_cli.planning.rules import Name, Role
+from supar_cli.planning.rules import ParameterizationName, Role
 from supar_cli.planning.schema import Field, Section
 from supar_cli.planning.spec import MOST_LAYERS, Distribution, Hyperparameters, Model, Options, Run, Train
 from supar_cli.planning.spec import Data as Data  # re-exported: `training` reads plans, never specs
@@ -40,7 +40,7 @@ class Base(Section):
 
 
 class Parameterization(Options):
-    name: Name
+    name: ParameterizationName
     base: Base
 
 

@@ -31,7 +31,7 @@ WPN_TRAINED, WPN_EMPTY_ROWS, WPN_IMPOSSIBLE = 16, 4, 1
 
 
 def transfer(
-    proxy: Proxy, target: Target, parameterization: rules.Name = "supar", *, allow_low_wpn: bool = False
+    proxy: Proxy, target: Target, parameterization: rules.ParameterizationName = "supar", *, allow_low_wpn: bool = False
 ) -> Plan:
     """The plan of training `target` with the hyperparameters of `proxy`. Raises InputError for a target that can't work."""
     model = target_model(proxy.model, target)
@@ -47,7 +47,7 @@ def transfer(
         hidden, density, wanted.distribution, wanted.pattern, wanted.overrides, where, wanted.block
     )
     base_density, base_fan_in = _base(proxy)
-    tuned = rules.Tuned(
+    tuned = rules.ProxyValues(
         proxy.hyperparameters.init_std,
         proxy.hyperparameters.lr,
         proxy.hyperparameters.weight_decay,
@@ -62,10 +62,10 @@ def transfer(
         m_rho = own.density / base_density[tensor.site] if is_hidden else 1.0
         if own.count == 0:
             raise InputError(f"{tensor.name}: density {own.density} keeps none of its {tensor.size} weights")
-        place = rules.Place(
+        context = rules.TensorContext(
             tensor.role, m_d, m_rho, m_L, model.layers, tensor.block is not None, tensor.writes_residual
         )
-        rows.append(_row(scheme, tuned, tensor, own, place))
+        rows.append(_row(scheme, tuned, tensor, own, context))
     plan = Plan(
         kind="supar.plan/v1",
         parents={"proxy": proxy.hash()},
@@ -173,23 +173,27 @@ def _base_section(proxy: Proxy) -> Base:
 
 
 def _row(
-    scheme: rules.Scheme, tuned: rules.Tuned, tensor: layout.Tensor, own: sparsity.Kept, place: rules.Place
+    scheme: rules.Scheme,
+    tuned: rules.ProxyValues,
+    tensor: layout.Tensor,
+    own: sparsity.Kept,
+    context: rules.TensorContext,
 ) -> PlanTensor:
-    because = {"m_d": place.m_d}
+    because = {"m_d": context.m_d}
     if tensor.role == "hidden":
-        because["m_rho"] = place.m_rho
-    if scheme.depth_rule == "completep" and place.in_block:
-        because["m_L"] = place.m_L
+        because["m_rho"] = context.m_rho
+    if scheme.depth_rule == "completep" and context.in_block:
+        because["m_L"] = context.m_L
     return PlanTensor(
         name=tensor.name,
         role=tensor.role,
         shape=list(tensor.shape),
         density=own.density,
         kept=own.count,
-        init_std=rules.init_std(scheme, tuned, place).value,
-        lr=rules.learning_rate(scheme, tuned, place).value,
-        weight_decay=rules.weight_decay(scheme, tuned, place).value,
-        eps=rules.adam_eps(scheme, tuned, place).value,
+        init_std=rules.init_std(scheme, tuned, context).value,
+        lr=rules.learning_rate(scheme, tuned, context).value,
+        weight_decay=rules.weight_decay(scheme, tuned, context).value,
+        eps=rules.adam_eps(scheme, tuned, context).value,
         because=because,
     )
 
