@@ -18,7 +18,7 @@ from supar_cli.planning.explain import Explained
 from supar_cli.planning.kinds import AnyDocument, parse_any
 from supar_cli.planning.layout import Layout
 from supar_cli.planning.plan import Plan, read_plan
-from supar_cli.planning.rules import Name
+from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.spec import Proxy, Spec
 from supar_cli.planning.sweep import Sweep
 from supar_cli.planning.transfer import transfer as _transfer
@@ -45,7 +45,9 @@ def load(path: str | Path) -> AnyDocument:
     return parse_any(found[0])
 
 
-def transfer(proxy: Proxy, *, parameterization: Name = "supar", allow_low_wpn: bool = False, **target: Any) -> Plan:
+def transfer(
+    proxy: Proxy, *, parameterization: ParameterizationName = "supar", allow_low_wpn: bool = False, **target: Any
+) -> Plan:
     """The plan of a target; keywords as the flags of `supar transfer`: sparsity or density (0.008 or "1/128"), width,
     layers, steps, pattern, … Raises InputError.
     """
@@ -87,7 +89,7 @@ def tune(
 def check(
     subject: Spec | Proxy | Plan,
     *,
-    parameterization: Name = "supar",
+    parameterization: ParameterizationName = "supar",
     width: Sequence[int] = (),
     density: Sequence[Share] = (),
     seeds: int = 4,

@@ -9,19 +9,19 @@ from supar_cli.analysis.check import Sweep
 from supar_cli.errors import InputError
 from supar_cli.planning.density import Share, literal
 from supar_cli.planning.plan import Plan, PlanTrain, decoder_base
-from supar_cli.planning.rules import Name
+from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.spec import Model, Options, Proxy, Sparsity, Spec, Target, Train
 from supar_cli.planning.transfer import transfer
 
 DENSITIES = (1.0, 1 / 4, 1 / 16)
 WIDTHS = (1, 2, 4, 8)  # times the proxy's
-CONTROLS: tuple[tuple[Name, str], ...] = (("sp", "density"), ("mup", "density"), ("sp", "width"))
+CONTROLS: tuple[tuple[ParameterizationName, str], ...] = (("sp", "density"), ("mup", "density"), ("sp", "width"))
 CONTROL_SEEDS = 2  # chosen: a control is off by far more than two seeds differ
 
 
 def proxy_sweeps(
     proxy: Spec | Proxy,
-    name: Name,
+    name: ParameterizationName,
     *,
     widths: list[int],
     densities: list[Share],
@@ -47,11 +47,11 @@ def proxy_sweeps(
     drawn = proxy.target.sparsity
     first_seed = proxy.train.seed
 
-    def plan(arm: Name, width: int, density: Share, seed: int) -> Plan:
+    def plan(arm: ParameterizationName, width: int, density: Share, seed: int) -> Plan:
         wanted = Sparsity(density=density, pattern=drawn.pattern, block=drawn.block, distribution=drawn.distribution)
         return transfer(base, Target(width=width, sparsity=wanted, seed=first_seed + seed), arm, allow_low_wpn=True)
 
-    def sweep(arm: Name, axis: str, control: bool) -> Sweep:
+    def sweep(arm: ParameterizationName, axis: str, control: bool) -> Sweep:
         points = [(wide, d) for d in densities] if axis == "density" else [(w, densities[0]) for w in widths]
         sizes = [float(literal(density)) if axis == "density" else float(width) for width, density in points]
         fall = -0.5 if axis == "width" else 0.0
@@ -86,7 +86,9 @@ def plan_sweeps(plan: Plan, *, seeds: int, steps: int, batch_size: int) -> list[
         }
         return plan.model_copy(update={"train": PlanTrain(**train)})
 
-    def reference(seed: int, arm: Name = "supar", sparsity: Sparsity = proxy.sparsity, **target: Any) -> Plan:
+    def reference(
+        seed: int, arm: ParameterizationName = "supar", sparsity: Sparsity = proxy.sparsity, **target: Any
+    ) -> Plan:
         wanted = Target(sparsity=sparsity, seed=plan.train.seed + seed, **target)
         return transfer(proxy, wanted, arm, allow_low_wpn=True)
 

@@ -12,7 +12,7 @@ from supar_cli.analysis import check_plans, coordinates, records
 from supar_cli.analysis.check import Sweep, Verdict
 from supar_cli.planning.density import Share
 from supar_cli.planning.plan import Plan
-from supar_cli.planning.rules import Name
+from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.spec import Proxy, Spec
 from supar_cli.tuning import execute
 
@@ -41,7 +41,7 @@ class Checked:
 
 def sweeps_of(
     wanted: Spec | Proxy | Plan,
-    parameterization: Name = "supar",
+    parameterization: ParameterizationName = "supar",
     *,
     widths: Sequence[int] = (),
     densities: Sequence[Share] = (),

@@ -69,8 +69,10 @@ def check(
     μP as controls that are to fail. A plan is taken as it stands and held against its proxy, dense.
     """
     flags = locals()
-    if parameterization not in get_args(rules.Name):
-        raise InputError(f"--parameterization {parameterization}: expected one of {', '.join(get_args(rules.Name))}")
+    if parameterization not in get_args(rules.ParameterizationName):
+        raise InputError(
+            f"--parameterization {parameterization}: expected one of {', '.join(get_args(rules.ParameterizationName))}"
+        )
     talk = console.Talk(quiet, verbose)
     read, wanted = _document(source, flags)
 

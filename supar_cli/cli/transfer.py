@@ -12,7 +12,7 @@ from supar_cli.cli.app import single
 from supar_cli.errors import InputError
 from supar_cli.planning.density import Share, share
 from supar_cli.planning.problems import parse
-from supar_cli.planning.rules import Name
+from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.spec import Proxy
 
 TARGET_FLAGS = (
@@ -90,8 +90,8 @@ def transfer(
     from supar_cli.planning.transfer import transfer as make_plan
 
     talk = console.Talk(quiet, verbose)
-    if parameterization not in get_args(Name):
-        raise InputError(f"--parameterization {parameterization}: expected {', '.join(get_args(Name))}")
+    if parameterization not in get_args(ParameterizationName):
+        raise InputError(f"--parameterization {parameterization}: expected {', '.join(get_args(ParameterizationName))}")
     if sparsity is not None and density is not None:
         raise InputError("--density: given beside --sparsity; expected only one of them")
     if from_paper and proxy is not None:

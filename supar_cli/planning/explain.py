@@ -157,7 +157,7 @@ class Explained:
 
 def _rows(plan: Plan, scheme: rules.Scheme) -> list[Row]:
     hyper, model = plan.hyperparameters, plan.model
-    tuned = rules.Tuned(hyper.init_std, hyper.lr, hyper.weight_decay, hyper.eps)
+    tuned = rules.ProxyValues(hyper.init_std, hyper.lr, hyper.weight_decay, hyper.eps)
     decoder = model if isinstance(model, PlanModel) else None
     known = {tensor.name: tensor for tensor in layout.tensors(decoder)} if decoder else {}
     m_width = decoder.width / decoder_base(plan).width if decoder else None
@@ -165,7 +165,7 @@ def _rows(plan: Plan, scheme: rules.Scheme) -> list[Row]:
     for row in plan.tensors:
         tensor = known.get(row.name)
         m_d = row.fan_in / row.base_fan_in if row.role == "hidden" else m_width or row.because.get("m_d", 1.0)
-        place = rules.Place(
+        place = rules.TensorContext(
             row.role,
             row.because.get("m_d", m_d),
             row.because.get("m_rho", 1.0),
@@ -192,7 +192,9 @@ def _start(row: PlanTensor, rule: rules.Rule, symbols: dict[str, float]) -> Numb
     return Number.of("init_constant", row.init_constant, rules.Rule(constant, formula, rule.source), symbols)
 
 
-def _numbers(row: PlanTensor, scheme: rules.Scheme, tuned: rules.Tuned, place: rules.Place) -> tuple[Number, ...]:
+def _numbers(
+    row: PlanTensor, scheme: rules.Scheme, tuned: rules.ProxyValues, place: rules.TensorContext
+) -> tuple[Number, ...]:
     symbols = {"σ": tuned.sigma, "η": tuned.eta, "λ": tuned.lam, "ε": tuned.eps, "layers": place.layers}
     symbols |= {"m_d": place.m_d, "m_ρ": place.m_rho, "m_L": place.m_L}
     decay = timescale_steps(row)

@@ -12,7 +12,7 @@ from supar_cli.planning import layout
 from supar_cli.planning.density import Block, Blocks, Pattern
 from supar_cli.planning.document import content_hash, read_file
 from supar_cli.planning.problems import parse
-from supar_cli.planning.rules import Name, Role
+from supar_cli.planning.rules import ParameterizationName, Role
 from supar_cli.planning.schema import Field, Section
 from supar_cli.planning.spec import MOST_LAYERS, Distribution, Hyperparameters, Model, Options, Run, Train
 from supar_cli.planning.spec import Data as Data  # re-exported: `training` reads plans, never specs
@@ -101,7 +101,7 @@ class DecoderBase(NamedTuple):
 class Parameterization(Options):
     """The rules. `edition` is that of their formulas; it changes no number, which all are stored."""
 
-    name: Name
+    name: ParameterizationName
     base: Base
     edition: Literal[1, 2] = Field(default=1, neutral=True)
 

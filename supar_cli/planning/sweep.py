@@ -127,7 +127,7 @@ class Sweep(Section):
     train: Train
     target: Target = Field(default_factory=Target)
     over: dict[str, Any]
-    parameterizations: list[rules.Name] = Field(min_length=1)
+    parameterizations: list[rules.ParameterizationName] = Field(min_length=1)
     own: dict[str, dict[str, float]] = Field(default_factory=dict)  # hyperparameters of one parameterization
     iso: Literal["none", "parameters", "wpn"] = "none"
     seeds: int = Field(default=2, gt=0, le=1000)
@@ -149,8 +149,10 @@ class Sweep(Section):
         if len(set(self.parameterizations)) < len(self.parameterizations):
             raise ValueError("parameterizations: one stands twice; expected each once")
         for name, values in self.own.items():
-            if name not in get_args(rules.Name):
-                raise ValueError(f"own.{name}: no parameterization; expected {', '.join(get_args(rules.Name))}")
+            if name not in get_args(rules.ParameterizationName):
+                raise ValueError(
+                    f"own.{name}: no parameterization; expected {', '.join(get_args(rules.ParameterizationName))}"
+                )
             for key, value in values.items():
                 if key not in TUNED or value <= 0:
                     raise ValueError(f"own.{name}.{key}: {value:g}; expected values above 0 of {', '.join(TUNED)}")
@@ -207,7 +209,7 @@ class Sweep(Section):
             return 1.0
         return own.density if own.density is not None else _share("sparsity", str(own.sparsity))
 
-    def proxy(self, name: rules.Name, place: float | None = None) -> Proxy:
+    def proxy(self, name: rules.ParameterizationName, place: float | None = None) -> Proxy:
         """The proxy as a parameterization has it, the swept hyperparameter at a place of its grid."""
         values = self.centre(name)
         if place is not None:
@@ -217,7 +219,7 @@ class Sweep(Section):
         parts["hyperparameters"] = values
         return Proxy(kind="supar.proxy/v1", **parts)
 
-    def plan(self, name: rules.Name, level: Level, place: float | None, seed: int) -> Plan:
+    def plan(self, name: rules.ParameterizationName, level: Level, place: float | None, seed: int) -> Plan:
         """The plan of one run. Raises InputError for a size that can't be."""
         target = self.target.model_dump()
         if self.iso != "none" or level.axis == "width":

@@ -26,7 +26,7 @@ from supar_cli.planning.spec import Model, Proxy, Sparsity, Target
 
 
 def transfer(
-    proxy: Proxy, target: Target, parameterization: rules.Name = "supar", *, allow_low_wpn: bool = False
+    proxy: Proxy, target: Target, parameterization: rules.ParameterizationName = "supar", *, allow_low_wpn: bool = False
 ) -> Plan:
     """The plan of training `target` with the hyperparameters of `proxy`. Raises InputError for a target that can't work."""
     model = target_model(proxy.model, target)
@@ -88,7 +88,7 @@ def _rows(proxy: Proxy, scheme: rules.Scheme, model: Model, wanted: Sparsity, sh
     kept = density.distribute(hidden, share, wanted.distribution, wanted.pattern, wanted.overrides, where, wanted.block)
     base, base_density = {tensor.site: tensor for tensor in layout.tensors(proxy.model)}, _base_density(proxy)
     hyper = proxy.hyperparameters
-    tuned = rules.Tuned(hyper.init_std, hyper.lr, hyper.weight_decay, hyper.eps)
+    tuned = rules.ProxyValues(hyper.init_std, hyper.lr, hyper.weight_decay, hyper.eps)
     m_width, m_L = model.width / proxy.model.width, model.layers / proxy.model.layers
     rows = []
     for tensor in tensors:
@@ -98,7 +98,7 @@ def _rows(proxy: Proxy, scheme: rules.Scheme, model: Model, wanted: Sparsity, sh
         m_rho = own.density / base_density[tensor.site] if is_hidden else 1.0
         if own.count == 0:
             raise InputError(f"{tensor.name}: density {own.density} keeps none of its {tensor.size} weights")
-        place = rules.Place(
+        place = rules.TensorContext(
             tensor.role, m_d, m_rho, m_L, model.layers, tensor.block is not None, tensor.writes_residual
         )
         rows.append(_row(scheme, tuned, tensor, base[tensor.site].fan_in, own, place))
@@ -172,11 +172,11 @@ def _base_section(proxy: Proxy) -> Base:
 
 def _row(
     scheme: rules.Scheme,
-    tuned: rules.Tuned,
+    tuned: rules.ProxyValues,
     tensor: layout.Tensor,
     base_fan_in: int,
     own: density.Kept,
-    place: rules.Place,
+    place: rules.TensorContext,
 ) -> PlanTensor:
     because = {"m_d": place.m_d}
     if tensor.role == "hidden":
