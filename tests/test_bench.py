@@ -16,6 +16,7 @@ import torch
 from supar_cli.analysis import bench_layers, bench_memory, bench_results, bench_run, benchmark
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.autotune import Setting
+from supar_cli.sparse.masks import Mask
 from supar_cli.training import checkpoint
 from supar_cli.training.trainer import Trainer
 from tests.conftest import Called
@@ -49,13 +50,13 @@ def test_all_arms_compute_the_same_numbers(block: int | None) -> None:
     """Of Y, of X's gradient and of the live values', against float64; what is asked of bfloat16 is its rounding."""
     setting = Setting(CPU, torch.float32, tokens=40, block=block)
     mask = bench_layers.draw_mask(SHAPE, 0.25, block)
-    assert mask.sum() == 0.25 * mask.size
+    assert mask.count == 0.25 * mask.size
     values = bench_layers.draw_values(mask, CPU)
     arms, chosen = bench_layers.make_all(mask, setting)
     assert list(arms) == [*ARMS[:-1], *(["block"] if block else []), "auto"] and chosen == "dense"
     x, gradient = (tensor.detach().double() for tensor in bench_layers.draw_inputs(SHAPE, setting, torch.float32))
     weight = torch.zeros(SHAPE, dtype=torch.float64)
-    alive = torch.from_numpy(mask)
+    alive = torch.from_numpy(mask.alive())
     weight[alive] = values.double()
     for name, arm in arms.items():
         inputs, given = bench_layers.draw_inputs(SHAPE, setting, arm.precision)
@@ -76,7 +77,7 @@ def test_an_arm_of_another_mask_is_told_apart() -> None:
     inputs = bench_layers.draw_inputs(SHAPE, setting, torch.float32)
     right, wrong = (
         bench_layers.step(bench_layers.make("sparse", one, values, setting), *inputs).detach()
-        for one in (mask, np.roll(mask, 1))
+        for one in (mask, Mask.of(np.roll(mask.alive(), 1)))
     )
     assert largest(wrong, right.double()) > 0.1
 

@@ -24,13 +24,12 @@ from supar_cli.sparse import autotune
 from supar_cli.sparse.csr import Sparse
 from supar_cli.sparse.dense import Dense
 from supar_cli.sparse.linear import Engine
+from supar_cli.sparse.masks import Mask
 from supar_cli.training import checkpoint, run_directory
 from supar_cli.training.trainer import Silent, Trainer
 from tests.conftest import Called, environment
 
 MakePlan = Callable[..., Plan]
-Mask = np.ndarray[Any, np.dtype[np.bool_]]
-
 KINDS: dict[str, Callable[[Mask], Engine]] = {
     "dense": lambda mask: Dense(mask, torch.float32),
     "sparse by numba": lambda mask: Sparse(mask, "numba"),
@@ -47,19 +46,20 @@ SHAPES = {  # (out, in), tokens, density
 
 
 def drawn(shape: tuple[int, int], density: float, seed: int = 0) -> Mask:
-    return np.random.default_rng(seed).random(shape) < density
+    return Mask.of(np.random.default_rng(seed).random(shape) < density)
 
 
 def numbers(engine: Engine, mask: Mask, tokens: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Any]:
     """Y, the gradients of X and of the values, and the same of dense float64 products."""
     random = torch.Generator().manual_seed(1)
     out, width = mask.shape
-    values = torch.randn(int(mask.sum()), generator=random)
+    alive = torch.from_numpy(mask.alive())
+    values = torch.randn(mask.count, generator=random)
     x = torch.randn(*tokens, width, generator=random).to(dtype)
     gradient = torch.randn(*tokens, out, generator=random).to(dtype)
 
     weight = torch.zeros(mask.shape, dtype=torch.float64)
-    weight[torch.from_numpy(mask)] = values.double()
+    weight[alive] = values.double()
     weight.requires_grad_()
     reference_x = x.double().requires_grad_()
     reference = F.linear(reference_x, weight)
@@ -74,7 +74,7 @@ def numbers(engine: Engine, mask: Mask, tokens: tuple[int, ...], dtype: torch.dt
     return [
         (y.detach(), reference.detach()),
         (x.grad, reference_x.grad),
-        (values.grad, weight.grad[torch.from_numpy(mask)]),
+        (values.grad, weight.grad[alive]),
     ]
 
 
@@ -104,9 +104,10 @@ class TestProducts:
         assert largest_error(numbers(KINDS[kind](mask), mask, tokens)) <= 1e-5
 
     def test_rows_of_none_and_one(self, kind: str) -> None:
-        mask = np.zeros((70, 40), np.bool_)
-        mask[::3, 7] = True
-        mask[69, :] = True
+        alive = np.zeros((70, 40), np.bool_)
+        alive[::3, 7] = True
+        alive[69, :] = True
+        mask = Mask.of(alive)
         assert largest_error(numbers(KINDS[kind](mask), mask, (33,))) <= 1e-5
 
     @settings(max_examples=20, deadline=None)
@@ -133,25 +134,25 @@ class TestProducts:
         engine = KINDS[kind](mask)
         for by_x, by_values in ((True, False), (False, True)):
             x = torch.randn(6, 30, requires_grad=by_x)
-            values = torch.randn(int(mask.sum()), requires_grad=by_values)
+            values = torch.randn(mask.count, requires_grad=by_values)
             engine.refresh(values.detach())
             engine(x, values).sum().backward()
             assert (x.grad is not None, values.grad is not None) == (by_x, by_values)
 
     def test_inputs_that_do_not_lie_in_rows(self, kind: str) -> None:
         mask = drawn((20, 30), 0.3)
-        engine, values = KINDS[kind](mask), torch.randn(int(drawn((20, 30), 0.3).sum()))
+        engine, values = KINDS[kind](mask), torch.randn(mask.count)
         engine.refresh(values)
         x = torch.randn(30, 8).t()
         assert torch.equal(engine(x, values), engine(x.contiguous(), values))
 
     def test_a_weight_at_another_place_is_seen(self, kind: str) -> None:
         mask = drawn((64, 64), 0.1)
-        other = mask.copy()
-        row = int(np.flatnonzero(mask.any(1) & ~mask.all(1))[0])
-        one, zero = np.flatnonzero(mask[row])[0], np.flatnonzero(~mask[row])[0]
+        other = mask.alive()
+        row = int(np.flatnonzero(other.any(1) & ~other.all(1))[0])
+        one, zero = np.flatnonzero(other[row])[0], np.flatnonzero(~other[row])[0]
         other[row, [one, zero]] = other[row, [zero, one]]
-        assert largest_error(numbers(KINDS[kind](other), mask, (32,))) > 1e-2
+        assert largest_error(numbers(KINDS[kind](Mask.of(other)), mask, (32,))) > 1e-2
 
 
 def losses(plan: Plan) -> list[float]:
@@ -247,8 +248,9 @@ def test_the_kernels_leave_torchs_threads_alone() -> None:
     code = (
         "import numpy as np, torch\n"
         "from supar_cli.sparse.csr import Sparse\n"
+        "from supar_cli.sparse.masks import Mask\n"
         "torch.set_num_threads(1)\n"
-        "Sparse(np.eye(8, dtype=bool), 'numba')(torch.randn(4, 8), torch.randn(8))\n"
+        "Sparse(Mask.of(np.eye(8, dtype=bool)), 'numba')(torch.randn(4, 8), torch.randn(8))\n"
         "print(torch.get_num_threads())"
     )
     run = [sys.executable, "-c", code]

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from supar_cli.errors import InputError
@@ -23,9 +22,8 @@ from supar_cli.sparse.autotune import Setting
 from supar_cli.sparse.block import BLOCKS
 from supar_cli.sparse.csr import Sparse
 from supar_cli.sparse.linear import Engine
+from supar_cli.sparse.masks import Mask
 from supar_cli.training.prepare import unmasked
-
-Mask = NDArray[np.bool_]
 
 BASELINE = "masked"
 DENSE = (BASELINE, "dense", "dense_bf16", "dense_fp32")
@@ -60,19 +58,19 @@ def draw_mask(shape: tuple[int, int], density: float, block: int | None = None) 
     cells = np.zeros((shape[0] // edge, shape[1] // edge), np.bool_)
     count = max(1, round(density * cells.size))
     cells.reshape(-1)[np.random.default_rng(SEED).choice(cells.size, count, replace=False, shuffle=False)] = True
-    return cells if edge == 1 else cells.repeat(edge, axis=0).repeat(edge, axis=1)
+    return Mask.of(cells if edge == 1 else cells.repeat(edge, axis=0).repeat(edge, axis=1))
 
 
 def draw_values(mask: Mask, device: torch.device) -> Tensor:
     """Normal live values (live,), float32, in row-major order."""
-    return torch.randn(int(mask.sum()), generator=torch.Generator().manual_seed(SEED)).to(device)
+    return torch.randn(mask.count, generator=torch.Generator().manual_seed(SEED)).to(device)
 
 
 def make(name: str, mask: Mask, values: Tensor, setting: Setting) -> Arm:
     """An arm by its name; each has a parameter of its own. Raises InputError for an engine that can't run here."""
     if name == BASELINE:
         weight = unmasked(values, mask).requires_grad_()
-        alive = torch.from_numpy(mask).to(setting.device)
+        alive = torch.from_numpy(mask.alive()).to(setting.device)
         return Arm(torch.float32, weight, lambda x: F.linear(x, weight * alive), lambda: None)
     if name in ("dense_bf16", "dense_fp32"):
         precision = torch.bfloat16 if name == "dense_bf16" else torch.float32
@@ -159,7 +157,7 @@ def measure(shape: tuple[int, int], density: float, setting: Setting, rounds: in
             **_ratio("over_dense", seconds[best], seconds[name]),
             "best_dense": best,
         }
-    return {"density": density, "live": int(mask.sum()), "auto": chosen, "arms": rows}
+    return {"density": density, "live": mask.count, "auto": chosen, "arms": rows}
 
 
 def _ratio(word: str, above: list[float], below: list[float]) -> dict[str, Any]:

@@ -82,11 +82,12 @@ def masked_dense(prepared: Prepared) -> PlainGPT:
         weights = [prepared.weight(name) for name in names]
         layer.get_parameter("weight").copy_(torch.cat(weights))
         if isinstance(layer, MaskedLinear):
-            masks = [
-                prepared.masks.get(name, np.ones(tuple(w.shape), np.bool_))
-                for name, w in zip(names, weights, strict=True)
+            masked = [prepared.masks.get(name) for name in names]
+            alive = [
+                np.ones(tuple(w.shape), np.bool_) if m is None else m.alive()
+                for m, w in zip(masked, weights, strict=True)
             ]
-            layer.mask.copy_(torch.from_numpy(np.concatenate(masks)))
+            layer.mask.copy_(torch.from_numpy(np.concatenate(alive)))
 
     copy(plain.embedding, "embedding")
     copy(plain.positions, "positions")

@@ -16,9 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from supar_cli.errors import InputError
 from supar_cli.planning import document
@@ -29,10 +27,9 @@ from supar_cli.sparse.block import Block
 from supar_cli.sparse.csr import Sparse
 from supar_cli.sparse.dense import Dense
 from supar_cli.sparse.linear import Engine
+from supar_cli.sparse.masks import Mask
 from supar_cli.training.distributed import World
 from supar_cli.training.runtime import Setup
-
-Mask = NDArray[np.bool_]
 
 TOKENS = 1024  # chosen: more change the ratio of the engines little and make the measurement long
 ROUNDS = 5  # chosen: interleaved; their median decides
@@ -86,7 +83,7 @@ class Engines:
     def make(self, name: str, mask: Mask) -> Engine:
         """The engine of a tensor's mask (out, in)."""
         named = self.plan.engine(self._rows[name])
-        alike = (mask.shape, int(mask.sum()))
+        alike = (mask.shape, mask.count)
         if named != "auto":
             choice = Choice(named, {})
         elif alike in self._fastest:
@@ -166,7 +163,7 @@ def times(engines: dict[Name, Engine], mask: Mask, setting: Setting, tokens: int
     out, width = mask.shape
     x = normal(tokens, width, dtype=setting.precision).requires_grad_()
     gradient = normal(tokens, out, dtype=setting.precision)
-    values = normal(int(mask.sum()), dtype=torch.float32).requires_grad_()
+    values = normal(mask.count, dtype=torch.float32).requires_grad_()
     found: dict[str, list[float]] = {name: [] for name in engines}
     for turn in range(rounds + 1):
         for name, engine in engines.items():
@@ -191,7 +188,7 @@ def _key(mask: Mask, setting: Setting, tokens: int) -> str:
     where = torch.cuda.get_device_name(setting.device) if cuda else f"{_processor()}, {torch.get_num_threads()} threads"
     kernels = f"numba {importlib.metadata.version('numba')}" if importlib.util.find_spec("numba") else "no numba"
     pattern = f"blocks of {setting.block}" if setting.block else "single weights"
-    shape = f"{mask.shape[0]}x{mask.shape[1]}, {int(mask.sum())} live, {pattern}"
+    shape = f"{mask.shape[0]}x{mask.shape[1]}, {mask.count} live, {pattern}"
     precision = str(setting.precision).removeprefix("torch.") + (", sharded" if setting.sharded else "")
     return f"{where}; torch {torch.__version__}, {kernels}; {shape}; {tokens} tokens, {precision}"
 

@@ -20,14 +20,14 @@ from supar_cli.planning.plan import Plan, PlanTensor
 from supar_cli.sparse import masks
 from supar_cli.sparse.dense import Dense
 from supar_cli.sparse.linear import Engine, Linear
+from supar_cli.sparse.masks import Mask
 
-Mask = NDArray[np.bool_]
 Values = NDArray[np.float32]
 
 
 @dataclass(slots=True)
 class Prepared:
-    """A model, its parameters by plan name and the masks (True where alive). A masked parameter holds live values only."""
+    """A model, its parameters by plan name and the masks. A masked parameter holds live values only."""
 
     model: Transformer
     tensors: dict[str, nn.Parameter]
@@ -55,7 +55,7 @@ def unmasked(values: Tensor, mask: Mask | None) -> Tensor:
     if mask is None:
         return values.clone()
     dense = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
-    dense[torch.from_numpy(mask).to(values.device)] = values
+    dense.view(-1)[torch.from_numpy(mask.live()).to(values.device)] = values
     return dense
 
 
@@ -120,14 +120,17 @@ def _require_same_tensors(plan: Plan, tensors: dict[str, nn.Parameter]) -> None:
 
 def _values(row: PlanTensor, seed: int, mask: Mask | None) -> Values:
     """Initial values: the plan's constant, or normal with its deviation; of live weights where there is a mask."""
-    shape = row.shape if mask is None else [int(mask.sum())]
+    shape = row.shape if mask is None else [mask.count]
     if not row.init_std:
         return np.full(shape, row.init_constant or 0.0, np.float32)
     generator = np.random.Generator(masks.stream(seed, f"init:{row.name}"))
     if mask is None:
         return generator.standard_normal(row.size, np.float32).reshape(shape) * np.float32(row.init_std)
     # every position has its draw, so that a live weight's value does not depend on the mask; row by row, to hold few
-    live = [generator.standard_normal(alive.size, np.float32)[alive] for alive in mask]
+    live = [
+        generator.standard_normal(alive.size, np.float32)[alive]
+        for alive in (mask.alive(slice(row, row + 1))[0] for row in range(mask.shape[0]))
+    ]
     return np.concatenate(live) * np.float32(row.init_std)
 
 
@@ -136,7 +139,7 @@ def check(row: PlanTensor, tensor: Tensor, pattern: str, mask: Mask | None) -> N
 
     A normal sample's deviation has the relative standard error 1/√(2n): false alarms are below 1e-8 a tensor.
     """
-    alive = row.size if mask is None else int(mask.sum())
+    alive = row.size if mask is None else mask.count
     allowed = 6 * sqrt(row.kept * (1 - row.density)) if pattern == "bernoulli" else 0
     if abs(alive - row.kept) > allowed:
         raise InputError(f"{row.name}: {alive} weights are alive, the plan keeps {row.kept}")

@@ -17,7 +17,6 @@ import torch
 from supar_cli import __version__
 from supar_cli.errors import Preempted, SetupError, UnusableResult
 from supar_cli.planning import document
-from supar_cli.sparse import masks
 from supar_cli.training import checkpoint, run_directory, trackers
 from supar_cli.training.distributed import shared
 from supar_cli.training.runtime import peak_flops
@@ -203,13 +202,13 @@ def result(trainer: Trainer, outcome: Outcome) -> dict[str, Any]:
         "kind": "supar.result/v1",
         "plan": plan.hash(),
         "data": trainer.tokens.hash,
-        "masks": {name: masks.fingerprint(mask) for name, mask in drawn.items()},
+        "masks": {name: mask.fingerprint for name, mask in drawn.items()},
         "steps": trainer.done,
         "train_loss": outcome.losses[-1] if outcome.losses and math.isfinite(outcome.losses[-1]) else None,
         "validation_loss": outcome.evaluations[-1][1] if outcome.evaluations else None,
         "parameters": plan.parameters,
         "live_parameters": sum(row.size for row in plan.tensors)
-        - sum(int(mask.size - mask.sum()) for mask in drawn.values()),
+        - sum(mask.size - mask.count for mask in drawn.values()),
         "resumed_at": outcome.resumed_at,
         "seconds": outcome.seconds,
         "environment": {

@@ -15,7 +15,7 @@ from supar_cli.errors import InputError, SetupError, UnusableResult
 from supar_cli.models.transformer import loss_of, named_tensors
 from supar_cli.planning import schedule
 from supar_cli.planning.plan import Plan
-from supar_cli.sparse import autotune, masks
+from supar_cli.sparse import autotune
 from supar_cli.training import monitor, optimizer, prepare, running, trackers
 from supar_cli.training.distributed import World, shared
 from supar_cli.training.parallel import Parallel, kind_of, local, require_host_memory
@@ -38,7 +38,7 @@ class Trainer:
         self.setup, self.tokens = self.world.together(lambda: self._found(tokens))
         self._require_equal({"device": self.setup.device.type, "precision": str(self.setup.precision)})
         self.world.together(self._build)
-        drawn = {f"the mask of {name}": masks.fingerprint(mask) for name, mask in self.prepared.masks.items()}
+        drawn = {f"the mask of {name}": mask.fingerprint for name, mask in self.prepared.masks.items()}
         self._require_equal({"plan": plan.hash(), "data": self.tokens.hash, **drawn})
         self.optimizer = optimizer.build(plan, self.prepared.tensors)
         self.done = 0

@@ -25,6 +25,7 @@ from supar_cli.errors import SuparError
 from supar_cli.planning.plan import Plan, PlanTensor
 from supar_cli.planning.spec import Proxy, Target
 from supar_cli.planning.transfer import transfer
+from supar_cli.sparse.masks import Mask
 from supar_cli.training import optimizer, prepare
 from supar_cli.training.parallel import Parallel
 from supar_cli.training.trainer import Trainer
@@ -179,9 +180,9 @@ class Replay(Trainer):
 
         def recorded(row: PlanTensor, mask: Any) -> Any:
             weight = weights[row.name].numpy()
-            return weight if mask is None else weight[mask]
+            return weight if mask is None else weight[mask.alive()]
 
-        drawn = {name: mask.bool().numpy() for name, mask in masks.items()}
+        drawn = {name: Mask.of(mask.bool().numpy()) for name, mask in masks.items()}
         self.prepared = prepare.build(plan, self.setup.device, drawn, recorded)
         self.parallel = Parallel("alone", self.prepared.model, self.setup, self.world)
         self.optimizer = optimizer.build(plan, self.prepared.tensors)
