@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from supar_cli.errors import InputError, Problem, SetupError
+from supar_cli.files import write_file
 from supar_cli.planning import document
 
 Out = Annotated[str | None, typer.Option("--out", "-o", help="Where to write; - for stdout only.")]
@@ -245,7 +246,7 @@ def persist(path: Path, text: str, force: bool, talk: Talk) -> None:
     check_writable(str(path), str(path), force, text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        document.write_file(path, text)
+        write_file(path, text)
     except OSError as error:
         raise SetupError(f"{path}: can't be written: {error.strerror or error}") from None
     talk.log(f"wrote {path}")

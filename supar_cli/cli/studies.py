@@ -13,6 +13,7 @@ from typing import Any
 from supar_cli.cli import console
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
+from supar_cli.files import write_file
 from supar_cli.planning import document
 from supar_cli.planning.spec import parse
 from supar_cli.planning.sweep import LEVELS, TUNED, Sweep, checked
@@ -195,9 +196,7 @@ def write(folder: Path, result: dict[str, Any], talk: console.Talk) -> None:
     """result.json and a PNG of each figure."""
     from supar_cli.analysis import figures
 
-    document.write_file(
-        folder / "result.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    write_file(folder / "result.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     for figure in result["figures"]:
         figures.save(figure, folder / f"{figure['name']}.png")
     names = ", ".join(["result.json", *(f"{figure['name']}.png" for figure in result["figures"]), "records.jsonl"])
