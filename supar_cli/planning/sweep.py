@@ -187,9 +187,9 @@ class Sweep(Section):
         layers, own = self.target.layers or self.model.layers, self._own_share()
         if not axis:
             return [Level("density", float(shares.literal(own)), float(shares.literal(own)), own, width, layers)]
+        values, found = axis_values(axis, self.over[axis]), []
         exact = {shares.number(part): part for part in _parts(self.over[axis])} if axis in SHARES else {}
-        found = []
-        for value in axis_values(axis, self.over[axis]):
+        for value in values:
             share = _share(axis, exact[value]) if axis in SHARES else own
             wide, deep = (
                 int(value) if axis == name else other for name, other in (("width", width), ("layers", layers))
