@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from supar_cli.errors import InputError
 from supar_cli.planning import layout
-from supar_cli.planning.density import Block, Blocks, Pattern
 from supar_cli.planning.document import content_hash, read_file
+from supar_cli.planning.patterns import Block, Pattern, PatternKeys, describe
 from supar_cli.planning.problems import parse
 from supar_cli.planning.rules import ParameterizationName, Role
 from supar_cli.planning.schema import Field, Section
@@ -124,7 +124,7 @@ class MaskSource(Section):
         return super().identity(include=include, exclude={"path", *exclude})
 
 
-class PlanSparsity(Blocks):
+class PlanSparsity(PatternKeys):
     """The target density and how it is spread and drawn. `updates`: how masks change while training; null: they don't."""
 
     density: float = Field(gt=0, le=1)
@@ -137,12 +137,12 @@ class PlanSparsity(Blocks):
     updates: None = Field(default=None, neutral=True)
 
     def check(self) -> None:
-        self.check_block()
+        self.check_pattern()
 
     @property
     def pattern_text(self) -> str:
         """The pattern in words."""
-        return self.pattern if self.block is None else f"blocks of {self.block}"
+        return describe(self.pattern, self.block)
 
 
 class Values(Section):
