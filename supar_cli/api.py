@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
+from supar_cli.files import template, write_file
 from supar_cli.planning import document
 from supar_cli.planning.density import Share
 from supar_cli.planning.explain import Explained
@@ -177,7 +178,7 @@ def report(paths: Sequence[str | Path], out: str | Path | None = None) -> str:
         [part for path in paths for part in reading.read(str(path))], template("report.html.j2").read_text("utf-8")
     )
     if out is not None:
-        document.write_file(Path(out), text)
+        write_file(Path(out), text)
     return text
 
 

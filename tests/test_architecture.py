@@ -56,7 +56,15 @@ def planning_offences(module: str, source: str) -> list[str]:
     """`planning` knows the standard library, PyYAML, pydantic and itself."""
     if not is_below(module, "supar_cli.planning"):
         return []
-    allowed = ("supar_cli.planning", "supar_cli.errors", "yaml", "pydantic", "pydantic_core", *sys.stdlib_module_names)
+    allowed = (
+        "supar_cli.planning",
+        "supar_cli.errors",
+        "supar_cli.files",
+        "yaml",
+        "pydantic",
+        "pydantic_core",
+        *sys.stdlib_module_names,
+    )
     return [
         f"{module}:{line} imports {name}" for line, name in imports(module, source) if not _planning_may(name, allowed)
     ]

@@ -14,10 +14,10 @@ import torch
 
 from supar_cli.errors import InputError, SetupError, UnusableResult
 from supar_cli.models.transformer import loss_of
-from supar_cli.planning import document, schedule
+from supar_cli.planning import schedule
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.dense import Dense
-from supar_cli.training import checkpoint, optimizer, run_directory
+from supar_cli.training import optimizer, run_directory
 from supar_cli.training.monitor import LIMIT, Monitor
 from supar_cli.training.prepare import unmasked
 from supar_cli.training.trainer import Outcome, Silent, Trainer
@@ -316,11 +316,14 @@ class TestRun:
 
     def test_the_result_is_written_last(self, plan_of: MakePlan, tmp_path: Path, monkeypatch: Any) -> None:
         written: list[str] = []
-        save, write = checkpoint._write, document.write_file
-        monkeypatch.setattr(checkpoint, "_write", lambda *a: (save(*a), written.append(f"checkpoint {a[1].step}"))[0])
-        monkeypatch.setattr(document, "write_file", lambda p, t: (written.append(p.name), write(p, t))[1])
+
+        def noting(move: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+            return lambda path, target: (written.append(target.name), move(path, target))[1]
+
+        for name in ("replace", "rename"):  # of files and of checkpoints, as they get their names
+            monkeypatch.setattr(Path, name, noting(getattr(Path, name)))
         trained(plan_of(run={"checkpoint_every": 6}), tmp_path / "run")
-        assert written == ["plan.yaml", "metrics.jsonl", "checkpoint 6", "checkpoint 12", "result.json"]
+        assert written == ["plan.yaml", "metrics.jsonl", "step-00000006", "step-00000012", "result.json"]
 
     def test_only_the_newest_two_checkpoints_stay(self, plan_of: MakePlan, tmp_path: Path) -> None:
         trained(plan_of(run={"checkpoint_every": 3}), tmp_path / "run")

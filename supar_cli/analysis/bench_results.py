@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from supar_cli import __version__
 from supar_cli.errors import InputError
+from supar_cli.version import __version__
 
 WORSE = 0.1  # chosen: a smaller loss than a tenth is not worth an alarm, even where it is certain
 # What has to be the same for two documents of a benchmark to be compared. Rounds are not: more only narrow the spread

@@ -16,8 +16,8 @@ import matplotlib
 from matplotlib import pyplot as plt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from supar_cli import __version__
 from supar_cli.analysis import figures
+from supar_cli.version import __version__
 
 # Colours that follow the page's: ink, card, the grey band and the lines of the grid
 THEMED = {"#000000": "currentColor", "#ffffff": "var(--card)", "#bfbfbf": "var(--band)", "#b0b0b0": "var(--line)"}

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from supar_cli import __version__
 from supar_cli.analysis import figures
 from supar_cli.errors import InputError, SetupError
-from supar_cli.planning import document
+from supar_cli.files import write_file
 from supar_cli.tuning.execute import Failure, Workers
+from supar_cli.version import __version__
 
 Record = dict[str, Any]
 
@@ -37,7 +37,7 @@ class Records:
             lines = self.path.read_text("utf-8").splitlines(keepends=True) if self.path.exists() else []
             whole = [line for line in lines if line.endswith("\n")]
             if len(whole) < len(lines):
-                document.write_file(self.path, "".join(whole))
+                write_file(self.path, "".join(whole))
         except OSError as error:
             raise SetupError(f"{self.path}: can't be written: {error.strerror or error}") from None
         for number, line in enumerate(whole, 1):
@@ -103,7 +103,7 @@ def open_result(folder: Path, question: dict[str, Any], force: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if force:
             (folder / "records.jsonl").unlink(missing_ok=True)
-        document.write_file(path, text)
+        write_file(path, text)
     except OSError as error:
         raise SetupError(f"{folder}: can't be written: {error.strerror or error}") from None
 
@@ -134,7 +134,7 @@ def environment(workers: Workers) -> dict[str, Any]:
 def write_result(folder: Path, result: dict[str, Any], log: Callable[[str], None]) -> None:
     """result.json and a PNG of each figure."""
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    document.write_file(folder / "result.json", text)
+    write_file(folder / "result.json", text)
     for figure in result["figures"]:
         figures.save(figure, folder / f"{figure['name']}.png")
     names = ", ".join(["result.json", *(f"{figure['name']}.png" for figure in result["figures"]), "records.jsonl"])

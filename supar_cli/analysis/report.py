@@ -13,11 +13,11 @@ from supar_cli.analysis import figures
 from supar_cli.analysis.page import Figure, Part, Table, Verdict, flat
 from supar_cli.analysis.report_runs import last_written, plan_part, proxy_part, run_part
 from supar_cli.errors import InputError, SetupError
+from supar_cli.files import read_json, read_jsonl
 from supar_cli.planning import document
 from supar_cli.planning.kinds import kinds_of
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.sweep import TUNED
-from supar_cli.training.run_directory import read_json, read_lines
 
 STUDIES = {"supar.check-result/v1": "check", "supar.sweep-result/v1": "sweep", "supar.compare-result/v1": "comparison"}
 FILES = ("plan.yaml", "result.json", "question.json", "records.jsonl", "results.json")
@@ -137,7 +137,7 @@ def _said(records: list[dict[str, Any]]) -> str:
 
 def _with_records(part: Part, folder: Path, newer: bool) -> Part:
     """Add a folder's records to what its result says."""
-    records = read_lines(folder / "records.jsonl", "run")
+    records = read_jsonl(folder / "records.jsonl", "run")
     part.tables += _counts(records)
     if newer:
         when, _ = last_written(folder / "records.jsonl")
@@ -149,7 +149,7 @@ def _with_records(part: Part, folder: Path, newer: bool) -> Part:
 def _running(folder: Path) -> Part:
     """A sweep, check or comparison that has no result yet."""
     path = folder / "records.jsonl"
-    records = read_lines(path, "run")
+    records = read_jsonl(path, "run")
     question = read_json(folder / "question.json") if (folder / "question.json").is_file() else {}
     when, live = last_written(path if path.is_file() else folder / "question.json")
     word = "running" if live else "not finished, and silent for a while: running or stopped"

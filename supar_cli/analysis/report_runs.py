@@ -10,13 +10,14 @@ from typing import Any
 
 from supar_cli.analysis.page import Figure, Part, Table, Verdict, flat
 from supar_cli.errors import SetupError
+from supar_cli.files import Record, read_json, read_jsonl
 from supar_cli.planning import document
 from supar_cli.planning.overview import COLUMNS, number, plan_rows, start_text
 from supar_cli.planning.plan import Plan, PlanModel, read_plan
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy
 from supar_cli.training import run_directory
-from supar_cli.training.run_directory import Record, read_json, read_lines, read_result
+from supar_cli.training.run_directory import read_result
 
 POINTS = 200  # chosen: more than a figure of this size shows
 QUIET_S = 600.0  # chosen: a job that has written nothing for so long may not be running any more
@@ -32,7 +33,7 @@ def run_files(folder: Path) -> tuple[Plan, list[Record], Record | None]:
     """(plan, metrics, result or None) of a run directory. Raises SuparError that names the file."""
     plan = read_plan(folder / "plan.yaml")
     path = folder / "metrics.jsonl"
-    records = read_lines(path, "step")
+    records = read_jsonl(path, "step")
     for at, record in enumerate(records, 1):
         if not isinstance(record["step"], int) or not isinstance(record.get("grad_norm_by_role", {}), dict):
             raise SetupError(f"{path}:{at}: not a record of a step; expected a whole number and norms by role")

@@ -7,8 +7,8 @@ from typing import Any
 
 from supar_cli.analysis.report_runs import finite, last_written, points, run_files, state, thinned
 from supar_cli.errors import SetupError, SuparError
+from supar_cli.files import Record
 from supar_cli.planning.plan import Plan
-from supar_cli.training.run_directory import Record
 
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a Unicode braille cell: 4 rows of 2
 

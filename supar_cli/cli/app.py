@@ -13,9 +13,9 @@ import typer
 import typer.core
 import typer.main
 
-from supar_cli import __version__
 from supar_cli.errors import PeerGone, SetupError, SuparError
 from supar_cli.training.launch.environment import is_follower, is_member
+from supar_cli.version import __version__
 
 ARGUMENTS = "supar.arguments"
 COMMANDS = {

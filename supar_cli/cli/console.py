@@ -13,7 +13,10 @@ from typing import Annotated, Any
 
 import typer
 
+from supar_cli import files
 from supar_cli.errors import InputError, Problem, SetupError
+from supar_cli.files import template_names as template_names
+from supar_cli.files import write_file
 from supar_cli.planning import document, spec
 from supar_cli.planning.estimate import duration
 
@@ -249,7 +252,7 @@ def persist(path: Path, text: str, force: bool, talk: Talk) -> None:
     check_writable(str(path), str(path), force, text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        document.write_file(path, text)
+        write_file(path, text)
     except OSError as error:
         raise SetupError(f"{path}: can't be written: {error.strerror or error}") from None
     talk.log(f"wrote {path}")
@@ -281,14 +284,8 @@ def _unread(stream: Any) -> Iterator[None]:
 
 
 def template(name: str) -> Path:
-    """Path of a shipped template: beside the package in a checkout, inside it in a wheel."""
-    package = Path(__file__).resolve().parent.parent
-    inside = package / "templates" / f"{name}.yaml"
-    return inside if inside.exists() else package.parent / "templates" / f"{name}.yaml"
-
-
-def template_names() -> list[str]:
-    return sorted(path.stem for path in template("quickstart").parent.glob("*.yaml"))
+    """Path of a shipped document."""
+    return files.template(f"{name}.yaml")
 
 
 def input_error(error: ValueError) -> InputError:

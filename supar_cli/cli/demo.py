@@ -16,6 +16,7 @@ from supar_cli.cli import console, studies
 from supar_cli.cli.app import single
 from supar_cli.data import corpus
 from supar_cli.errors import SetupError, UnusableResult
+from supar_cli.files import write_file
 from supar_cli.planning import document
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy, Spec
@@ -56,7 +57,7 @@ def demo(
             f"1. Tuning a dense proxy: width {spec.model.width}, {spec.model.layers} layers, {steps} steps on {spec.data.source}."
         )
         proxy = _tuned(spec, folder, workers, progress)
-        document.write_file(folder / "proxy.yaml", document.write([proxy.model_dump()]))
+        write_file(folder / "proxy.yaml", document.write([proxy.model_dump()]))
         progress.log(
             "2. Transferring it to densities 1, 1/4, 1/16 under SP and SμPar; at each, the learning rate is swept\n"
             "   by factors of 2 around the transferred one."
@@ -88,7 +89,7 @@ def demo(
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {workers.jobs} jobs",
         },
     }
-    document.write_file(folder / "results.json", json.dumps(result, indent=1) + "\n")
+    write_file(folder / "results.json", json.dumps(result, indent=1) + "\n")
     talk = console.Talk(quiet, verbose)
     if not quiet:
         _show(rows)

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 
-from supar_cli import __version__
 from supar_cli.cli import console
 from supar_cli.cli.app import single
 from supar_cli.data import corpus
@@ -21,6 +20,7 @@ from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Data, Proxy, Spec, Target
 from supar_cli.planning.transfer import transfer
+from supar_cli.version import __version__
 
 EXTRAS = {
     "hf": "tokenizers",

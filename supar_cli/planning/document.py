@@ -264,24 +264,6 @@ def _flow(value: Any) -> Any:
     return value
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write aside, flush, rename: the file is the old one or the new one, never a part. A device or a pipe is fed."""
-    if path.exists() and not path.is_file():
-        path.write_bytes(text.encode())
-        return
-    path = path.resolve()  # a link stays a link
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("wb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-
-
 def content_hash(data: Any) -> str:
     """SHA-256 over the canonical JSON of plain data."""
     canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

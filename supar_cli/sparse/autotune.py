@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from supar_cli.errors import InputError
-from supar_cli.planning import document
+from supar_cli.files import write_file
 from supar_cli.planning.plan import Engine as Name
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.allocator import keep_large_blocks
@@ -147,7 +147,7 @@ def fastest(mask: Mask, setting: Setting) -> Choice:
         seconds = times({name: make(name, mask, setting) for name in names}, mask, setting, tokens, ROUNDS)
         with suppress(OSError):  # measured again next time
             path.parent.mkdir(parents=True, exist_ok=True)
-            document.write_file(path, json.dumps({**_read(path), key: seconds}, indent=1, sort_keys=True) + "\n")
+            write_file(path, json.dumps({**_read(path), key: seconds}, indent=1, sort_keys=True) + "\n")
     best = min(names, key=lambda name: seconds[name] * (1.0 if name == "dense" else WORTH))
     return Choice(best, seconds, measured_now)
 

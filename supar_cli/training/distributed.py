@@ -20,7 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from supar_cli.errors import PeerGone, SuparError
-from supar_cli.planning import document
+from supar_cli.files import write_file
 from supar_cli.training.launch.environment import HEARD, LAUNCH, is_member
 
 T = TypeVar("T")
@@ -124,7 +124,7 @@ def joined() -> Iterator[World]:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if folder := os.environ.get(LAUNCH):
-        document.write_file(Path(folder, str(rank)), str(os.getpid()))
+        write_file(Path(folder, str(rank)), str(os.getpid()))
         if (heard := Path(folder, HEARD)).is_file():  # before the launcher knew of this process
             os.kill(os.getpid(), int(heard.read_text("utf-8")))
     world = World(rank, size, *local, grouped=True)

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from supar_cli.errors import InputError, Preempted, SetupError
+from supar_cli.files import Record, naming_write_errors, read_json, write_file
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan, read_plan
 from supar_cli.training.launch.environment import is_member, is_torchruns, launcher
-
-Record = dict[str, Any]
 
 LOCK_TRIES = 10  # chosen: for a second; who only looks whether a run goes on holds its lock for an instant
 DIFFERENCES = 8  # chosen: named of two plans; the others are counted
@@ -38,11 +37,11 @@ def opened(directory: Path, plan: Plan, *, resume: bool, force: bool) -> Iterato
             "expected another --out, or that the directory is removed"
         )
     _refuse_foreign(directory, force)
-    with writing(directory):
+    with naming_write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
     with _lock(directory):
         changes = start(directory, plan, resume=resume, force=force)
-        with writing(directory):
+        with naming_write_errors(directory):
             (directory / ENDED).unlink(missing_ok=True)
             for path in [*_left(directory), *directory.glob("checkpoints/.step-*")]:
                 _drop(path)
@@ -53,7 +52,7 @@ def opened(directory: Path, plan: Plan, *, resume: bool, force: bool) -> Iterato
             text = str(error) or type(error).__name__
             ended = {"state": state, "text": text} | ({"launcher": launcher()} if is_member() else {})
             with suppress(OSError):  # the disk may be why it ended
-                document.write_file(directory / ENDED, json.dumps(ended) + "\n")
+                write_file(directory / ENDED, json.dumps(ended) + "\n")
             raise
 
 
@@ -68,7 +67,7 @@ def preempted(directory: Path) -> str:
 
 def _lock(directory: Path) -> TextIO:
     """The directory's lock, the system's own: it ends with the process, however that ends."""
-    with writing(directory):
+    with naming_write_errors(directory):
         file = (directory / "lock").open("a")
     for _ in range(LOCK_TRIES):
         try:
@@ -137,7 +136,7 @@ def start(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list[str
             raise InputError(
                 f"{directory}: holds a run already; expected --resume to continue it or --force to start again"
             )
-    with writing(directory):
+    with naming_write_errors(directory):
         if force and not resume and existing.is_file():
             if (directory / "checkpoints").is_dir():  # out of the way whole: a kill now leaves all of them or none
                 (directory / "checkpoints").rename(directory / ".checkpoints.old")
@@ -145,7 +144,7 @@ def start(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list[str
                 _drop(directory / name)
             _drop(directory / ".checkpoints.old")
         directory.mkdir(parents=True, exist_ok=True)
-        document.write_file(existing, document.write([plan.model_dump()]))
+        write_file(existing, document.write([plan.model_dump()]))
     return changes
 
 
@@ -168,15 +167,6 @@ def result(directory: Path, plan: Plan) -> dict[str, Any] | None:
     numbers = [found.get(name) for name in ("steps", "seconds", "validation_loss")]
     whole = found.get("plan") == plan.hash() and all(isinstance(number, int | float) for number in numbers)
     return found if whole else None
-
-
-@contextmanager
-def writing(directory: Path) -> Iterator[None]:
-    """Raises SetupError that names the directory where a file in it can't be written."""
-    try:
-        yield
-    except OSError as error:
-        raise SetupError(f"{directory}: can't be written: {error.strerror or error}") from None
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -214,7 +204,7 @@ class Metrics:
         if directory is not None:
             path = directory / "metrics.jsonl"
             self._directory = directory
-            with writing(directory):
+            with naming_write_errors(directory):
                 self.before = list(_records(path, done)) if done else []
                 lost = done - len(self.before)
                 if lost:
@@ -222,7 +212,7 @@ class Metrics:
                     if path.exists() and not (directory / DAMAGED).exists():  # the first is the one that tells most
                         path.replace(directory / DAMAGED)
                         self.damage += f"; {DAMAGED} is the file as it was"
-                document.write_file(path, "".join(json.dumps(record) + "\n" for record in self.before))
+                write_file(path, "".join(json.dumps(record) + "\n" for record in self.before))
                 self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> Metrics:
@@ -235,14 +225,14 @@ class Metrics:
 
     def write(self, record: Record) -> None:
         if self._file is not None:
-            with writing(self._directory):
+            with naming_write_errors(self._directory):
                 self._file.write(json.dumps(record) + "\n")
                 self._file.flush()
 
     def sync(self) -> None:
         """See what is written on disk: a checkpoint will stand for these steps."""
         if self._file is not None:
-            with writing(self._directory):
+            with naming_write_errors(self._directory):
                 os.fsync(self._file.fileno())
 
 
@@ -260,43 +250,9 @@ def _records(path: Path, done: int) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's data; NaN and infinities are read as null. Raises SetupError that names the file."""
-    try:
-        return json.loads(path.read_bytes().decode("utf-8"), parse_constant=lambda _: None)
-    except OSError as error:
-        raise SetupError(f"{path}: can't be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise SetupError(f"{path}: is corrupt: {error}; expected JSON") from None
-
-
 def read_result(path: Path) -> Record:
     """A run's result.json. Raises SetupError that names the file where it is none."""
     found = read_json(path)
     if not isinstance(found, dict) or found.get("kind") != "supar.result/v1":
         raise SetupError(f"{path}: is no result of a run; without it `supar train` writes it again")
     return found
-
-
-def read_lines(path: Path, key: str) -> list[Record]:
-    """Records of a JSONL file, each with `key`; a last line that is cut is dropped, a missing file has none.
-
-    Raises SetupError that names the file and line.
-    """
-    if not path.exists():
-        return []
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise SetupError(f"{path}: can't be read: {error.strerror or error}") from None
-    return [_record(path, at, line, key) for at, line in enumerate(raw.split(b"\n")[:-1], 1)]
-
-
-def _record(path: Path, at: int, line: bytes, key: str) -> Record:
-    try:
-        record = json.loads(line.decode("utf-8"), parse_constant=lambda _: None)
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict) or key not in record:
-        raise SetupError(f"{path}:{at}: not a record; expected a JSON object with `{key}`")
-    return record

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from supar_cli import __version__
 from supar_cli.errors import Preempted, SetupError, UnusableResult
-from supar_cli.planning import document
+from supar_cli.files import naming_write_errors, write_file
 from supar_cli.training import checkpoint, run_directory, trackers
 from supar_cli.training.distributed import shared
 from supar_cli.training.runtime import peak_flops
+from supar_cli.version import __version__
 
 if TYPE_CHECKING:
     from supar_cli.training.trainer import Trainer
@@ -88,8 +88,8 @@ def run(
     outcome.seconds = time.perf_counter() - started
     if own is not None:
         text = json.dumps(result(trainer, outcome), indent=1) + "\n"
-        with run_directory.writing(own):
-            document.write_file(own / "result.json", text)
+        with naming_write_errors(own):
+            write_file(own / "result.json", text)
     return outcome
 
 

@@ -16,9 +16,8 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from supar_cli.errors import SetupError
-from supar_cli.planning import document
+from supar_cli.files import naming_write_errors, read_json, write_file
 from supar_cli.planning.plan import Plan
-from supar_cli.training import run_directory
 
 NAMES = ("loss", "validation_loss", "lr", "grad_norm", "tokens_per_s")  # of a step's record
 IDS = "trackers.json"  # by which a continued run is the same run to its trackers
@@ -152,13 +151,13 @@ class Trackers:
                 self._open[name] = KINDS[name](plan, directory, done, ids.get(name))
         found = {name: tracker.identity for name, tracker in self._open.items() if tracker.identity}
         if found:
-            with run_directory.writing(directory):
-                document.write_file(path, json.dumps(found) + "\n")
+            with naming_write_errors(directory):
+                write_file(path, json.dumps(found) + "\n")
 
     def _ids(self, path: Path) -> dict[str, str]:
         """The names by which trackers know this run, as far as they can be read."""
         with suppress(SetupError):
-            found = run_directory.read_json(path)
+            found = read_json(path)
             if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
                 return found
         self._warn(f"{path}: is corrupt; trackers see another run from here on")

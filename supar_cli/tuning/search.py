@@ -13,7 +13,6 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from supar_cli import __version__
 from supar_cli.errors import InputError, SetupError, UnusableResult
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.plan import Plan
@@ -25,6 +24,7 @@ from supar_cli.tuning.local import Local
 from supar_cli.tuning.rounds import Reporter, rounds
 from supar_cli.tuning.shared import LIVE, Shared, counts, state_of
 from supar_cli.tuning.storage import Patience, absolute, shown
+from supar_cli.version import __version__
 
 Values = dict[str, float]
 RUNS = "-runs"  # of the name of the study that keeps a study's further runs

@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from supar_cli.errors import Preempted, SetupError
-from supar_cli.planning import document
+from supar_cli.files import write_file
 from supar_cli.training.launch.environment import HEARD, LAUNCH, LAUNCHER, STDIN
 from supar_cli.training.launch.signals import SIGNALS
 
@@ -119,7 +119,7 @@ def _forwarding(folder: Path) -> Iterator[list[signal.Signals]]:
 
     def forward(number: int, frame: FrameType | None) -> None:
         heard.append(signal.Signals(number))
-        document.write_file(folder / HEARD, str(number))
+        write_file(folder / HEARD, str(number))
         for path in _processes(folder):
             with suppress(OSError):
                 os.kill(int(path.read_text("utf-8")), number)

@@ -1,0 +1,92 @@
+"""Files: written whole or not at all, and JSON and JSONL read with errors that name the file and the line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from supar_cli.errors import SetupError
+
+Record = dict[str, Any]
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write aside, flush, rename: the file is the old one or the new one, never a part. A device or a pipe is fed."""
+    if path.exists() and not path.is_file():
+        path.write_bytes(text.encode())
+        return
+    path = path.resolve()  # a link stays a link
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def naming_write_errors(place: Path) -> Iterator[None]:
+    """Raise SetupError that names `place` where a file in it can't be written."""
+    try:
+        yield
+    except OSError as error:
+        raise SetupError(f"{place}: can't be written: {error.strerror or error}") from None
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's data; NaN and infinities are read as null. Raises SetupError that names the file."""
+    try:
+        return _parse_json(_read_bytes(path))
+    except (ValueError, RecursionError) as error:
+        raise SetupError(f"{path}: is corrupt: {error}; expected JSON") from None
+
+
+def read_jsonl(path: Path, key: str) -> list[Record]:
+    """Records of a JSONL file, each with `key`; a last line that is cut is dropped, a missing file has none.
+
+    Raises SetupError that names the file and line.
+    """
+    if not path.exists():
+        return []
+    return [_record(path, at, line, key) for at, line in enumerate(_read_bytes(path).split(b"\n")[:-1], 1)]
+
+
+def _record(path: Path, at: int, line: bytes, key: str) -> Record:
+    try:
+        record = _parse_json(line)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or key not in record:
+        raise SetupError(f"{path}:{at}: not a record; expected a JSON object with `{key}`")
+    return record
+
+
+def _parse_json(content: bytes) -> Any:
+    return json.loads(content.decode("utf-8"), parse_constant=lambda _: None)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SetupError(f"{path}: can't be read: {error.strerror or error}") from None
+
+
+def template(name: str) -> Path:
+    """Path of a shipped template file: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).resolve().parent
+    inside = package / "templates" / name
+    return inside if inside.exists() else package.parent / "templates" / name
+
+
+def template_names() -> list[str]:
+    """The documents among the templates, without their ending."""
+    return sorted(path.stem for path in template("quickstart.yaml").parent.glob("*.yaml"))
