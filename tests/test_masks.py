@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from math import sqrt
 from typing import Any
 
@@ -16,9 +17,10 @@ from numpy.typing import NDArray
 
 from supar_cli.planning import density as sparsity
 from supar_cli.planning import layout
-from supar_cli.planning.plan import Plan, PlanTensor
+from supar_cli.planning.plan import Plan
 from supar_cli.sparse import masks
 from supar_cli.sparse.masks import Mask
+from supar_cli.training import prepare
 
 from .conftest import environment
 
@@ -28,23 +30,8 @@ BLOCKS = "caea685f9fc1b5e7"
 EXACT, FIXED_FAN_IN, BERNOULLI = "392c00f9093754e3", "0ab2c369c1593423", "392c00f9093754e3"
 
 
-def row(shape: tuple[int, int], kept: int, name: str = "blocks.0.mlp.up") -> PlanTensor:
-    return PlanTensor(
-        name=name,
-        role="hidden",
-        shape=list(shape),
-        density=kept / (shape[0] * shape[1]),
-        kept=kept,
-        init_std=0.1,
-        lr=0.1,
-        weight_decay=0.0,
-        eps=1e-8,
-        because={"m_d": 1.0, "m_rho": 1.0},
-    )
-
-
 def drawn(shape: tuple[int, int], kept: int, *, name: str = "w", seed: int = 0, pattern: str = "exact") -> NDArray[Any]:
-    mask = masks.draw(row(shape, kept, name), seed, pattern)
+    mask = masks.draw(name, shape, kept, kept / (shape[0] * shape[1]), seed, pattern)
     assert mask is not None and mask == Mask.of(mask.alive())
     return mask.alive()
 
@@ -76,9 +63,9 @@ def test_fixed_fan_in_keeps_as_many_in_every_row(shape: tuple[int, int], data: A
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(shapes, st.decimals("0.001", "1", places=3))
 def test_the_planned_count_is_the_density_rounded(shape: tuple[int, int], density: Any) -> None:
-    tensor = layout.Tensor("blocks.0.mlp.up", "hidden", "mlp.up", shape, 0)
+    tensor = layout.Tensor("blocks.0.mlp.up", "hidden", "mlp.up", shape, (1,), 0)
     size = shape[0] * shape[1]
-    kept = sparsity.distribute([tensor], density, "uniform", "exact", {})[tensor.name]
+    kept = sparsity.distribute([tensor], Fraction(density), "uniform", "exact", {})[tensor.name]
     assert abs(kept.count - float(density) * size) <= 0.5 or kept.count == 1
     assert kept.density == float(density)
 
@@ -118,17 +105,6 @@ class TestPacked:
         assert Mask((3, 3), np.array([0, 0x80], np.uint8)).live().tolist() == [8]
 
 
-def test_equal_keys_lose_no_count() -> None:
-    """Keys of 64 bits tie about never, so ties are made: the first of equal keys live, as many as are kept."""
-    keys = np.array([[5, 3, 3, 3, 9], [1, 1, 1, 1, 1], [4, 2, 8, 6, 0]], np.uint64)
-    mask = masks._smallest(keys, 2)
-    assert mask.tolist() == [
-        [False, True, True, False, False],
-        [True, True, False, False, False],
-        [False, True, False, False, True],
-    ]
-
-
 class TestIdentity:
     def test_the_mask_of_a_seed_and_a_name_never_changes(self) -> None:
         """A changed literal means that no run of an earlier version can be repeated: **Numbers** in the changelog."""
@@ -139,10 +115,10 @@ class TestIdentity:
     def test_depends_on_seed_and_name_only(self, plan_of: MakePlan) -> None:
         plan, deeper = plan_of(), plan_of(target={"layers": 3})
         reordered = plan.model_copy(update={"tensors": plan.tensors[::-1]})
-        own, other, backwards = masks.draw_all(plan), masks.draw_all(deeper), masks.draw_all(reordered)
+        own, other, backwards = prepare.draw_masks(plan), prepare.draw_masks(deeper), prepare.draw_masks(reordered)
         assert set(other) - set(own) and all(own[name] == other[name] for name in own)
         assert all(own[name] == backwards[name] for name in own)
-        reseeded = masks.draw_all(plan_of(target={"seed": 7}))
+        reseeded = prepare.draw_masks(plan_of(target={"seed": 7}))
         assert not any(own[name] == reseeded[name] for name in own)
 
     def test_another_process_draws_the_same(self) -> None:
@@ -152,8 +128,8 @@ class TestIdentity:
         assert done.stdout.strip() == EXACT
 
     def test_dense_tensors_have_none(self, plan_of: MakePlan) -> None:
-        assert masks.draw(row((4, 4), 16), 0, "exact") is None
-        assert masks.draw_all(plan_of(target={"sparsity": {"density": 1.0}})) == {}
+        assert masks.draw("w", (4, 4), 16, 1.0, 0, "exact") is None
+        assert prepare.draw_masks(plan_of(target={"sparsity": {"density": 1.0}})) == {}
 
     def test_the_fingerprint_sees_one_weight(self) -> None:
         mask = drawn((16, 16), 20)
@@ -213,7 +189,9 @@ class TestBlocks:
     """Whole aligned blocks, as many as planned, drawn as single weights are."""
 
     def drawn(self, shape: tuple[int, int], blocks: int, block: int, **of: Any) -> NDArray[Any]:
-        mask = masks.draw(row(shape, blocks * block**2, of.get("name", "w")), of.get("seed", 0), "block", block)
+        kept = blocks * block**2
+        density = kept / (shape[0] * shape[1])
+        mask = masks.draw(of.get("name", "w"), shape, kept, density, of.get("seed", 0), "block", block)
         assert mask is not None
         return mask.alive()
 

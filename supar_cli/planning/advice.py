@@ -7,6 +7,7 @@ from fractions import Fraction
 from math import ceil, exp
 
 from supar_cli.planning.density import literal
+from supar_cli.planning.patterns import has_equal_rows
 from supar_cli.planning.plan import Plan, PlanModel, PlanTensor
 
 # [P §3.1]: the smallest weights-per-neuron count the paper trained; below 4, Bernoulli rows are empty with P ≈ e^-WPN
@@ -28,7 +29,7 @@ def warnings(plan: Plan) -> list[str]:
     if sparse and low.wpn < WPN_TRAINED:
         empty = ""
         per_row = low.wpn / (plan.sparsity.block or 1)  # what is drawn, weights or blocks, of a row
-        if per_row < WPN_EMPTY_ROWS and plan.sparsity.pattern != "fixed_fan_in":
+        if per_row < WPN_EMPTY_ROWS and not has_equal_rows(plan.sparsity.pattern):
             empty = f"; rows with no weight at all appear (about {100 * exp(-per_row):.2g} % of them)"
         found.append(
             f"{low.name}: {low.wpn:.3g} weights per neuron, below the {WPN_TRAINED} the paper trained{empty}; {remedy(plan, low)}"

@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
-from typing import Literal, get_args
 
 from supar_cli.errors import InputError
 from supar_cli.planning.layout import Tensor
-from supar_cli.planning.schema import Section
+from supar_cli.planning.patterns import LiveCount, live_count
 
-Pattern = Literal["exact", "fixed_fan_in", "bernoulli", "block"]
-Block = Literal[16, 32, 64, 128]  # edges of blocks, as the block engine has them
 LARGEST_EXPONENT = 400  # chosen: beyond what a double holds; the exact value of more would take memory without end
 Share = float | str  # a density or a sparsity: a number, or a fraction such as "1/3", which no float holds
-
-
-class Blocks(Section):
-    """The keys of a section whose `pattern` may be `block`; `block`, the edge of a block, is written with that one only."""
-
-    def check_block(self) -> None:
-        pattern, block = vars(self)["pattern"], vars(self)["block"]
-        if pattern == "block" and block is None:
-            raise ValueError(
-                f"block: is missing; expected {', '.join(map(str, get_args(Block)))} with the pattern block"
-            )
-        if pattern != "block" and block is not None:
-            raise ValueError(f"block: given with the pattern {pattern}; expected it with the pattern block only")
 
 
 def literal(value: Share | int) -> Fraction:
@@ -69,14 +52,6 @@ def density_from(*, sparsity: Share | None = None, density: Share | None = None)
     return result
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A tensor's own density, as it enters the rules, and its number of live weights."""
-
-    density: float
-    count: int
-
-
 def number(text: str) -> float:
     """A number written as 0.0078125 or as 1/128. Raises ValueError."""
     return float(literal(text))
@@ -90,12 +65,12 @@ def distribute(
     overrides: Mapping[str, Share],
     where: str = "sparsity.overrides",
     block: int | None = None,
-) -> dict[str, Kept]:
+) -> dict[str, LiveCount]:
     """Density and kept count of every hidden tensor, by name.
 
     `overrides` maps a tensor name, a site (`attn.q`), a part (`attn`, `mlp`) or `hidden` to a density; the most specific wins,
     and the others share the target. Raises InputError for an override that names nothing, `where` being their place in the
-    document, and for a tensor that `block` does not divide.
+    document, and for a tensor that has no mask of the pattern at its density.
     """
     hidden = list(hidden)
     fixed: dict[str, Fraction] = {}
@@ -112,7 +87,11 @@ def distribute(
         raise InputError(f"{where}: {', '.join(unused)} names no hidden tensor; sites are {', '.join(sites)}")
     free = [tensor for tensor in hidden if tensor.name not in fixed]
     shares = {tensor.name: density for tensor in free} if distribution == "uniform" else _erk(free, density)
-    return {tensor.name: _kept(tensor, {**shares, **fixed}[tensor.name], pattern, block) for tensor in hidden}
+    shares |= fixed
+    return {
+        tensor.name: live_count(tensor.name, tensor.size, tensor.fan_in, shares[tensor.name], pattern, block)
+        for tensor in hidden
+    }
 
 
 def _erk(tensors: list[Tensor], target: Fraction) -> dict[str, Fraction]:
@@ -130,31 +109,3 @@ def _erk(tensors: list[Tensor], target: Fraction) -> dict[str, Fraction]:
             return {t.name: Fraction(1) if t.name in dense else scale * sum(t.shape) / t.size for t in tensors}
         dense |= full
     return {tensor.name: Fraction(1) for tensor in tensors}
-
-
-def _kept(tensor: Tensor, density: Fraction, pattern: str, block: int | None) -> Kept:
-    if pattern == "block" and density < 1:
-        assert block is not None
-        if any(size % block for size in tensor.shape):
-            shape = "×".join(map(str, tensor.shape))
-            raise InputError(
-                f"{tensor.name}: its shape {shape} is not made of {block}×{block} blocks; expected another block"
-            )
-        count = tensor.size // block**2
-        live = _round(density * count)
-        if not live:
-            raise InputError(
-                f"{tensor.name}: density {float(density):g} keeps none of its {count} blocks; expected a smaller block or more width"
-            )
-        # whole blocks: the density that holds is theirs, as for whole weights per row
-        return Kept(float(Fraction(live, count)), live * block**2)
-    if pattern == "fixed_fan_in":
-        # every row keeps the same whole number, so the density that holds is that number's share, not the nominal one
-        per_row = _round(density * tensor.fan_in)
-        return Kept(float(Fraction(per_row, tensor.fan_in)), per_row * (tensor.size // tensor.fan_in))
-    return Kept(float(density), _round(density * tensor.size))
-
-
-def _round(value: Fraction) -> int:
-    """Nearest whole number, halves up."""
-    return (2 * value.numerator + value.denominator) // (2 * value.denominator)

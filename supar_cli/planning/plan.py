@@ -10,9 +10,9 @@ from supar_cli.errors import InputError
 from supar_cli.planning.document import content_hash, read_file
 from supar_cli.planning.plan_sections import Base as Base
 from supar_cli.planning.plan_sections import DecoderBase, OwnModel, PlanTask, derived_keys
-from supar_cli.planning.plan_sections import Parameterization as Parameterization
 from supar_cli.planning.plan_sections import MaskSource as MaskSource
 from supar_cli.planning.plan_sections import Multipliers as Multipliers
+from supar_cli.planning.plan_sections import Parameterization as Parameterization
 from supar_cli.planning.plan_sections import PlanModel as PlanModel
 from supar_cli.planning.plan_sections import PlanSparsity as PlanSparsity
 from supar_cli.planning.plan_sections import PlanTensor as PlanTensor

@@ -9,7 +9,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, Self, Union, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Self,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from pydantic_core import SchemaValidator, core_schema
 
@@ -21,6 +33,13 @@ _PLAIN: dict[type, Callable[..., Any]] = {
     str: core_schema.str_schema,
     bool: core_schema.bool_schema,
 }
+
+
+class Text(NamedTuple):
+    """What a text of type `Annotated[str, Text(…)]` has to be: a regular expression, and words for it in errors."""
+
+    pattern: str
+    words: str
 
 
 class _Field:
@@ -96,7 +115,8 @@ class Section:
     def keys(cls) -> dict[str, Any]:
         """The types of the section's keys, by name, a base class's first."""
         spaces = [vars(sys.modules[base.__module__]) for base in cls.__mro__ if issubclass(base, Section)]
-        hints = get_type_hints(cls, {name: value for space in reversed(spaces) for name, value in space.items()})
+        known = {name: value for space in reversed(spaces) for name, value in space.items()}
+        hints = get_type_hints(cls, known, include_extras=True)
         return {name: hint for name, hint in hints.items() if get_origin(hint) is not ClassVar}
 
     @classmethod
@@ -204,6 +224,8 @@ def _words(hint: Any) -> str:
     """A type of a union as an error names it."""
     if get_origin(hint) is dict:
         return "a mapping to these"
+    if get_origin(hint) is Annotated:
+        return str(hint.__metadata__[0].words)
     return ", ".join(map(repr, get_args(hint)))
 
 
@@ -214,6 +236,8 @@ def _typed(hint: Any, bounds: dict[str, Any]) -> core_schema.CoreSchema:
         return _PLAIN[hint](**bounds)  # type: ignore[no-any-return]
     if hint is Any:
         return core_schema.any_schema()
+    if origin is Annotated:
+        return core_schema.str_schema(pattern=hint.__metadata__[0].pattern)
     if origin is Literal:
         return core_schema.literal_schema(list(inner))
     if origin in (UnionType, Union) and len(inner) == 2 and NoneType in inner:

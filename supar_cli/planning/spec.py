@@ -5,8 +5,9 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
-from supar_cli.planning.density import Block, Blocks, Pattern, Share, literal
+from supar_cli.planning.density import Share, literal
 from supar_cli.planning.document import content_hash
+from supar_cli.planning.patterns import Block, Pattern, PatternKeys
 from supar_cli.planning.problems import validate
 from supar_cli.planning.rules import DecayRule, DepthRule, Optimizer, ResidualInit, UnembeddingInit
 from supar_cli.planning.schema import Field, Section
@@ -140,7 +141,7 @@ class Run(Section):
     keep: int = Field(default=2, gt=0)  # chosen: the newest checkpoint, and one should that be damaged
 
 
-class Sparsity(Blocks):
+class Sparsity(PatternKeys):
     """Which hidden weights live. Give `sparsity` or `density`; `overrides` are densities by tensor, site or part."""
 
     sparsity: Share | None = None
@@ -151,7 +152,7 @@ class Sparsity(Blocks):
     overrides: dict[str, Share] = Field(default_factory=dict)
 
     def check(self) -> None:
-        self.check_block()
+        self.check_pattern()
         if self.sparsity is not None and self.density is not None:
             raise ValueError("density: given beside sparsity; expected only one of them")
         if self.sparsity is not None and not 0 <= _number("sparsity", self.sparsity) < 1:

@@ -7,7 +7,7 @@ from math import ceil
 from typing import Any
 
 from supar_cli.errors import InputError
-from supar_cli.planning import density, layout, rules
+from supar_cli.planning import density, layout, patterns, rules
 from supar_cli.planning.advice import WPN_IMPOSSIBLE, remedy
 from supar_cli.planning.plan import (
     CURRENT_RULES,
@@ -92,7 +92,7 @@ def _rows(proxy: Proxy, scheme: rules.Scheme, model: Model, wanted: Sparsity, sh
     m_width, m_L = model.width / proxy.model.width, model.layers / proxy.model.layers
     rows = []
     for tensor in tensors:
-        own = kept.get(tensor.name, density.Kept(1.0, tensor.size))
+        own = kept.get(tensor.name, patterns.LiveCount(1.0, tensor.size))
         is_hidden = tensor.role == "hidden"
         m_d = tensor.fan_in / base[tensor.site].fan_in if is_hidden else m_width
         m_rho = own.density / base_density[tensor.site] if is_hidden else 1.0
@@ -111,9 +111,15 @@ def as_trial(proxy: Proxy) -> Plan:
 
 
 def _density(wanted: Sparsity) -> Fraction:
+    own = patterns.density_of(wanted.pattern)
     if wanted.sparsity is None and wanted.density is None:
-        raise InputError("how sparse the target is to be was not said; expected --sparsity or --density")
-    return density.density_from(sparsity=wanted.sparsity, density=wanted.density)
+        if own is None:
+            raise InputError("how sparse the target is to be was not said; expected --sparsity or --density")
+        return own
+    given = density.density_from(sparsity=wanted.sparsity, density=wanted.density)
+    if own is not None and float(given) not in (float(own), 1.0):  # a document's float is only the nearest to N/M
+        raise InputError(f"density: {float(given):g} with the pattern {wanted.pattern}; expected {own}, or 1: dense")
+    return given
 
 
 def target_model(proxy: Model, target: Target) -> Model:
@@ -175,7 +181,7 @@ def _row(
     tuned: rules.ProxyValues,
     tensor: layout.Tensor,
     base_fan_in: int,
-    own: density.Kept,
+    own: patterns.LiveCount,
     place: rules.TensorContext,
 ) -> PlanTensor:
     because = {"m_d": place.m_d}

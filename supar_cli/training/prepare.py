@@ -21,6 +21,7 @@ from supar_cli.sparse import masks
 from supar_cli.sparse.dense import Dense
 from supar_cli.sparse.linear import Engine, Linear
 from supar_cli.sparse.masks import Mask
+from supar_cli.streams import stream
 
 Values = NDArray[np.float32]
 
@@ -64,11 +65,21 @@ def prepare(plan: Plan, device: torch.device, engine_of: Callable[[str, Mask], E
 
     `engine_of` makes the engine of a masked tensor; without it, the dense one in float32.
     """
-    drawn = masks.draw_all(plan)
+    drawn = draw_masks(plan)
     prepared = build(plan, device, drawn, lambda row, mask: _values(row, plan.train.seed, mask), engine_of)
     for row in plan.tensors:
         check(row, prepared.tensors[row.name], plan.sparsity.pattern, drawn.get(row.name))
     return prepared
+
+
+def draw_masks(plan: Plan) -> dict[str, Mask]:
+    """Masks of all sparse tensors by name. Adding a layer changes no other mask. Raises InputError as `masks.draw`."""
+    seed, pattern, block = plan.train.seed, plan.sparsity.pattern, plan.sparsity.block
+    drawn = {
+        row.name: masks.draw(row.name, row.shape, row.kept, row.density, seed, pattern, block, row.fan_in_axes)
+        for row in plan.tensors
+    }
+    return {name: mask for name, mask in drawn.items() if mask is not None}
 
 
 def build(
@@ -123,7 +134,7 @@ def _values(row: PlanTensor, seed: int, mask: Mask | None) -> Values:
     shape = row.shape if mask is None else [mask.count]
     if not row.init_std:
         return np.full(shape, row.init_constant or 0.0, np.float32)
-    generator = np.random.Generator(masks.stream(seed, f"init:{row.name}"))
+    generator = np.random.Generator(stream(seed, f"init:{row.name}"))
     if mask is None:
         return generator.standard_normal(row.size, np.float32).reshape(shape) * np.float32(row.init_std)
     # every position has its draw, so that a live weight's value does not depend on the mask; row by row, to hold few
