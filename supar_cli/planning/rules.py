@@ -8,13 +8,17 @@ Symbols, as in Dey, Bergsma, Hestness, "Sparse maximal update parameterization" 
     eps     Adam epsilon of the proxy                   m_L     depth multiplier: layers / proxy layers
 
 Other sources: [R] EleutherAI/nanoGPT-mup, branch supar; [C] the same, branch completep (CompleteP, alpha = 1);
-[V] Tensor Programs V, arXiv 2203.03466; [D] derived by supar. Only + - × ÷ and sqrt, so results are the same everywhere.
+[V] Tensor Programs V, arXiv 2203.03466; [D] derived by supar. Only + - × ÷ and sqrt, and `power` for other exponents, so
+results are the same everywhere.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
+from fractions import Fraction
+from math import inf, isfinite, sqrt
+from sys import float_info
 from typing import Literal
 
 Role = Literal["embedding", "hidden", "norm", "bias", "unembedding"]
@@ -68,6 +72,34 @@ class TensorContext:
     layers: int = 1
     in_block: bool = False
     writes_residual: bool = False
+
+
+# 50 digits: a double has 17, so the rounding to a double decides, and its result is the nearest one. No traps: a result
+# beyond every double is an infinity, which `power` names.
+_DECIMAL = Context(prec=50, Emax=MAX_EMAX, Emin=MIN_EMIN, traps=[])
+_EXACT_EXPONENT = 1024  # chosen: no double but 1 stays finite in larger ones, and the fractions stay short
+
+
+def power(base: float, exponent: float) -> float:
+    """base^exponent, the nearest double to it, so that it is the same on every machine.
+
+    C's `pow` is not: libraries differ in the last bit. Whole exponents are worked out by exact fractions, ½ is the square
+    root of IEEE 754, which is correctly rounded everywhere, and all others have 50 digits before they are rounded.
+
+    Raises ValueError for a base that is not above 0 or numbers that are not finite, OverflowError beyond the largest double.
+    """
+    if not (0 < base < inf and isfinite(exponent)):
+        raise ValueError(f"{base!r} to the power of {exponent!r}; expected a finite base above 0 and a finite exponent")
+    if exponent == 0.5:
+        return sqrt(base)
+    if exponent == int(exponent) and abs(exponent) <= _EXACT_EXPONENT:
+        exact = Fraction(base) ** int(exponent)
+        result = float(exact) if exact <= float_info.max else inf
+    else:
+        result = float(_DECIMAL.power(Decimal(base), Decimal(exponent)))
+    if result == inf:
+        raise OverflowError(f"{base!r} to the power of {exponent!r} is beyond the largest double")
+    return result
 
 
 # Which parameterizations correct for density, and where: the two halves of SμPar are ablations, each right alone where the
