@@ -23,8 +23,8 @@ from supar_cli.planning.plan import Plan
 from supar_cli.sparse import autotune
 from supar_cli.sparse.csr import Sparse
 from supar_cli.sparse.dense import Dense
-from supar_cli.sparse.linear import Engine
-from supar_cli.sparse.masks import Mask
+from supar_cli.sparse.linear import Engine, Linear
+from supar_cli.sparse.masks import Mask, carry
 from supar_cli.training import checkpoint, run_directory
 from supar_cli.training.trainer import Silent, Trainer
 from tests.conftest import Called, environment
@@ -362,3 +362,43 @@ def test_large_blocks_are_kept_unless_switched_off() -> None:
         run = [sys.executable, "-c", code]
         done = subprocess.run(run, capture_output=True, text=True, env=environment(SUPAR_KEEP_MEMORY=value), check=True)
         assert done.stdout.strip() == kept
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestRemasking:
+    """A linear under one mask and then another computes with the second, whatever ran before."""
+
+    def test_is_that_of_the_new_mask(self, kind: str) -> None:
+        linear, x = Linear(40, 24, bias=True), torch.randn(7, 40)
+        torch.nn.init.normal_(linear.bias)
+        assert linear.mask is None
+        values = torch.empty(0)
+        for seed in (0, 1):
+            mask = drawn((24, 40), 0.3 + 0.1 * seed, seed)
+            values = carry(values, linear.mask, mask, 0.5) if linear.mask is not None else torch.randn(mask.count)
+            linear.remask(mask, values, KINDS[kind](mask))
+            weight = torch.zeros(24, 40)
+            weight[torch.from_numpy(mask.alive())] = values
+            assert linear.mask is mask and linear.weight.shape == (mask.count,) and linear.weight.requires_grad
+            assert torch.allclose(linear(x), F.linear(x, weight, linear.bias), atol=1e-5)
+
+    def test_an_engine_that_kept_the_old_mask_is_seen(self, kind: str) -> None:
+        """Planted: as many live weights elsewhere. It is refused, and says other numbers where it lies about its mask."""
+        old = drawn((24, 40), 0.3)
+        new = Mask.of(np.roll(old.alive(), 1, axis=1))
+        linear, stale = Linear(40, 24, bias=False), KINDS[kind](old)
+        assert old.count == new.count
+        with pytest.raises(ValueError, match=f"an engine of mask {old.fingerprint} under mask {new.fingerprint}"):
+            linear.remask(new, torch.randn(new.count), stale)
+        assert linear.mask is None
+        stale.mask = new
+        assert largest_error(numbers(stale, new, (32,))) > 1e-2
+        assert largest_error(numbers(KINDS[kind](new), new, (32,))) <= 1e-5
+
+    def test_what_does_not_fit_is_refused(self, kind: str) -> None:
+        mask, linear = drawn((24, 40), 0.3), Linear(40, 24, bias=False)
+        with pytest.raises(ValueError, match=r"values of shape \(3,\) under a mask of"):
+            linear.remask(mask, torch.randn(3), KINDS[kind](mask))
+        turned = Mask.of(mask.alive().T)
+        with pytest.raises(ValueError, match=r"a mask of shape \(40, 24\) on a weight of shape \(24, 40\)"):
+            linear.remask(turned, torch.randn(turned.count), KINDS[kind](turned))

@@ -33,7 +33,7 @@ class Sparse(Engine):
     rows_L: Tensor  # in that order
 
     def __init__(self, mask: Mask, kernels: Kernels = "auto") -> None:
-        super().__init__()
+        super().__init__(mask)
         self.shape = mask.shape
         if kernels == "auto":
             kernels = "numba" if importlib.util.find_spec("numba") else "torch"

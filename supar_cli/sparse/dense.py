@@ -73,7 +73,7 @@ class Dense(Engine):
     live: Tensor
 
     def __init__(self, mask: Mask, precision: torch.dtype, kept: bool = True) -> None:
-        super().__init__()
+        super().__init__(mask)
         self.shape, self.precision, self.kept = mask.shape, precision, kept
         index = mask.live(np.int32 if mask.size < 2**31 else np.int64)
         if kept:

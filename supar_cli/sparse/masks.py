@@ -87,7 +87,7 @@ class Mask:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Mask):
             return NotImplemented
-        return self.shape == other.shape and np.array_equal(self.bits, other.bits)
+        return self is other or (self.shape == other.shape and np.array_equal(self.bits, other.bits))
 
     def __hash__(self) -> int:
         return hash((self.shape, self.fingerprint))

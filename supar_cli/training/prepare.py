@@ -103,7 +103,8 @@ def build(
             if mask is None:
                 tensors[row.name].copy_(values)
             else:
-                prepared.linear(row.name).mask(values.to(device), engine_of(row.name, mask).to(device))
+                engine = engine_of(row.name, mask).to(device)
+                prepared.linear(row.name).remask(mask, values.to(device), engine)
     model.to(device)
     prepared.tensors = named_tensors(model)
     return prepared
