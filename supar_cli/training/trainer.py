@@ -15,9 +15,9 @@ from supar_cli.errors import InputError, SetupError, UnusableResult
 from supar_cli.models.transformer import loss_of, named_tensors
 from supar_cli.planning import schedule
 from supar_cli.planning.plan import Plan
-from supar_cli.sparse import autotune
 from supar_cli.training import monitor, optimizer, prepare, running, trackers
 from supar_cli.training.distributed import World, shared
+from supar_cli.training.engine_selector import EngineSelector
 from supar_cli.training.parallel import Parallel, kind_of, local, require_host_memory
 from supar_cli.training.running import Outcome, Reporter, Silent
 from supar_cli.training.runtime import Setup, on_device
@@ -73,7 +73,7 @@ class Trainer:
         kind, why = self.world.on_first(lambda: kind_of(plan, setup, self.world))
         if why:
             self.reporter.log(why)
-        self.engines = autotune.Engines(plan, setup, self.world, sharded=kind == "fsdp")
+        self.engines = EngineSelector(plan, setup, self.world, sharded=kind == "fsdp")
         # what will be sharded goes to the device shard by shard
         home = torch.device("cpu") if kind == "fsdp" else setup.device
         self.prepared = prepare.prepare(plan, home, self.engines.make)
