@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -149,7 +150,7 @@ class Explained:
     def of(cls, plan: Plan, tensor: str | None, role: str | None) -> Explained:
         own = plan.parameterization
         options = own.model_dump(include={"weight_decay_rule", "depth_rule", "residual_init", "unembedding_init"})
-        scheme = rules.Scheme(own.name, plan.train.optimizer, **options)
+        scheme = rules.Scheme(own.name, plan.train.optimizer, **options, edition=plan.edition)
         rows = _chosen(_rows(plan, scheme), tensor, role)
         return cls(plan, [] if tensor or role else _factors(plan, scheme), rows)
 
@@ -188,27 +189,35 @@ def _rows(plan: Plan, scheme: rules.Scheme) -> list[Row]:
     hyper, base = plan.hyperparameters, plan.parameterization.base
     tuned = rules.ProxyValues(hyper.init_std, hyper.lr, hyper.weight_decay, hyper.eps)
     known = {tensor.name: tensor for tensor in layout.tensors(plan.model)}
-    # the fan-ins of the proxy by site; they depend on its two widths only
-    shape = {"width": base.width, "ffn_width": base.ffn_width, "layers": 1, "heads": 1, "kv_heads": 1}
-    base_fan_in = {tensor.site: tensor.fan_in for tensor in layout.tensors(plan.model.model_copy(update=shape))}
+    # the proxy's shapes by site: they depend on its two widths and the keys' share only
+    kv_share = Fraction(base.kv_share).limit_denominator(base.width)
+    shape = {"width": base.width, "ffn_width": base.ffn_width, "layers": 1}
+    shape |= {"heads": kv_share.denominator, "kv_heads": max(1, kv_share.numerator)}
+    base_shape = {tensor.site: tensor.shape for tensor in layout.tensors(plan.model.model_copy(update=shape))}
     rows = []
     for row in plan.tensors:
         tensor = known.get(row.name) or layout.Tensor(row.name, row.role, row.name, tuple(row.shape))
         is_hidden = row.role == "hidden"
         m_width = plan.model.width / base.width
-        m_d = tensor.fan_in / base_fan_in[tensor.site] if is_hidden and tensor.site in base_fan_in else m_width
+        m_d, m_fan_out = m_width, None
+        if tensor.site in base_shape and (is_hidden or scheme.edition == 2):
+            m_d = tensor.fan_in / base_shape[tensor.site][-1]
+            m_fan_out = tensor.shape[0] / base_shape[tensor.site][0] if is_hidden else None
         context = rules.TensorContext(
             row.role,
             row.because.get("m_d", m_d),
-            row.because.get("m_rho", 1.0),
-            row.because.get("m_L", 1.0),
-            plan.model.layers,
-            tensor.block is not None,
-            tensor.writes_residual,
+            m_fan_out=row.because.get("m_fan_out", m_fan_out),
+            m_out=row.because.get("m_out", m_width),
+            m_rho=row.because.get("m_rho", 1.0),
+            m_L=row.because.get("m_L", 1.0),
+            layers=plan.model.layers,
+            in_block=tensor.block is not None,
+            writes_residual=tensor.writes_residual,
         )
         remarks = [] if row.name in known else ["no tensor of this model: explained as one outside of the blocks"]
-        if context.m_d != m_d:
-            remarks.append(f"edited: the plan has m_d {context.m_d!r}, the shapes give {m_d!r}")
+        for key, given in {"m_d": m_d, "m_fan_out": m_fan_out, "m_out": m_width}.items():
+            if row.because.get(key, given) != given:
+                remarks.append(f"edited: the plan has {key} {row.because[key]!r}, the shapes give {given!r}")
         rows.append(Row(row, tensor.site, tensor.block, _numbers(row, scheme, tuned, context), tuple(remarks)))
     return rows
 
@@ -217,7 +226,8 @@ def _numbers(
     row: PlanTensor, scheme: rules.Scheme, tuned: rules.ProxyValues, context: rules.TensorContext
 ) -> tuple[Number, ...]:
     symbols = {"σ": tuned.sigma, "η": tuned.eta, "λ": tuned.lam, "ε": tuned.eps, "layers": context.layers}
-    symbols |= {"m_d": context.m_d, "m_ρ": context.m_rho, "m_L": context.m_L}
+    symbols |= {"m_d": context.m_d, "m_fan_out": context.fan_out, "m_out": context.m_out}
+    symbols |= {"m_ρ": context.m_rho, "β": scheme.density_exponent, "m_L": context.m_L}
     decay = timescale_steps(row)
     return (
         Number.of("init_std", row.init_std, rules.init_std(scheme, tuned, context), symbols),
@@ -281,7 +291,7 @@ def _group(members: list[Row]) -> list[str]:
     if row.role == "hidden":
         own = f"{short(row.density)}: {row.kept:,} of {row.size:,} live, {short(row.wpn)} per neuron"
         lines += wrapped("density", own.split())
-    because = {"m_d": "width", "m_rho": "density", "m_L": "depth"}
+    because = {"m_d": "width", "m_fan_out": "fan-out", "m_out": "output", "m_rho": "density", "m_L": "depth"}
     factors = [f"{k.replace('rho', 'ρ')} = {short(v)} ({because.get(k, '?')})" for k, v in row.because.items()]
     lines += wrapped("because", _listed(factors))
     lines += [line for number in members[0].numbers for line in number.lines()]

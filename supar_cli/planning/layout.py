@@ -56,7 +56,7 @@ class Tensor:
 
     @property
     def fan_in(self) -> int:
-        """Inputs that feed one output; for tensors that are not hidden it plays no part in the rules."""
+        """Inputs that feed one output; for embeddings, biases and gains the extent that scales."""
         return self.shape[-1]
 
     @property

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from supar_cli.planning import layout
 from supar_cli.planning.density import Block, Blocks, Pattern
 from supar_cli.planning.document import content_hash
-from supar_cli.planning.rules import ParameterizationName, Role
+from supar_cli.planning.rules import Edition, ParameterizationName, Role
 from supar_cli.planning.schema import Field, Section
 from supar_cli.planning.spec import MOST_LAYERS, Distribution, Hyperparameters, Model, Options, Run, Train
 from supar_cli.planning.spec import Data as Data  # re-exported: `training` reads plans, never specs
@@ -170,6 +170,18 @@ class Plan(Section):
         """Name of the run directory this plan gets by default."""
         shape = f"w{self.model.width}-l{self.model.layers}-s{self.sparsity.sparsity:g}"
         return f"{self.parameterization.name}-{shape}-{self.hash()[7:15]}"
+
+    @property
+    def edition(self) -> Edition:
+        """Of the rules that made this plan: since 2 a row names m_fan_out and m_out where they are not its m_d.
+
+        2 where both editions give the same numbers, because the FFN's and the keys' share of the width are the proxy's.
+        """
+        base, model = self.parameterization.base, self.model
+        same_ffn = model.ffn_width * base.width == base.ffn_width * model.width
+        same_kv = abs(model.kv_heads / model.heads - base.kv_share) < 1e-9
+        named = any("m_out" in row.because or "m_fan_out" in row.because for row in self.tensors)
+        return 2 if named or (same_ffn and same_kv) else 1
 
     @property
     def parameters(self) -> int:

@@ -31,11 +31,17 @@ WPN_TRAINED, WPN_EMPTY_ROWS, WPN_IMPOSSIBLE = 16, 4, 1
 
 
 def transfer(
-    proxy: Proxy, target: Target, parameterization: rules.ParameterizationName = "supar", *, allow_low_wpn: bool = False
+    proxy: Proxy,
+    target: Target,
+    parameterization: rules.ParameterizationName = "supar",
+    *,
+    allow_low_wpn: bool = False,
+    edition: rules.Edition = 2,
 ) -> Plan:
     """The plan of training `target` with the hyperparameters of `proxy`. Raises InputError for a target that can't work."""
     model = target_model(proxy.model, target)
-    scheme = rules.Scheme(parameterization, proxy.train.optimizer, **proxy.parameterization.model_dump())
+    options = proxy.parameterization.model_dump()
+    scheme = rules.Scheme(parameterization, proxy.train.optimizer, **options, edition=edition)
     if scheme.depth_rule == "completep" and scheme.optimizer == "sgd":
         raise InputError("parameterization.depth_rule: completep is not known for SGD; expected adamw")
     wanted = target.sparsity
@@ -46,7 +52,7 @@ def transfer(
     kept = sparsity.distribute(
         hidden, density, wanted.distribution, wanted.pattern, wanted.overrides, where, wanted.block
     )
-    base_density, base_fan_in = _base(proxy)
+    base_density, base_shape = _base(proxy)
     tuned = rules.ProxyValues(
         proxy.hyperparameters.init_std,
         proxy.hyperparameters.lr,
@@ -58,12 +64,21 @@ def transfer(
     for tensor in all_tensors:
         own = kept.get(tensor.name, sparsity.Kept(1.0, tensor.size))
         is_hidden = tensor.role == "hidden"
-        m_d = tensor.fan_in / base_fan_in[tensor.site] if is_hidden else m_width
+        base = base_shape[tensor.site]
+        m_d = tensor.fan_in / base[-1] if is_hidden or edition == 2 else m_width
         m_rho = own.density / base_density[tensor.site] if is_hidden else 1.0
         if own.count == 0:
             raise InputError(f"{tensor.name}: density {own.density} keeps none of its {tensor.size} weights")
         context = rules.TensorContext(
-            tensor.role, m_d, m_rho, m_L, model.layers, tensor.block is not None, tensor.writes_residual
+            tensor.role,
+            m_d,
+            m_fan_out=tensor.shape[0] / base[0] if is_hidden else None,
+            m_out=m_width,
+            m_rho=m_rho,
+            m_L=m_L,
+            layers=model.layers,
+            in_block=tensor.block is not None,
+            writes_residual=tensor.writes_residual,
         )
         rows.append(_row(scheme, tuned, tensor, own, context))
     plan = Plan(
@@ -147,9 +162,10 @@ def target_model(proxy: Model, target: Target) -> Model:
         raise InputError(*(f"target.{problem}" for problem in found)) from None
 
 
-def _base(proxy: Proxy) -> tuple[dict[str, float], dict[str, int]]:
-    """The proxy's density and fan-in by site; its blocks are alike, so the site says enough."""
-    hidden = [tensor for tensor in layout.tensors(proxy.model) if tensor.role == "hidden"]
+def _base(proxy: Proxy) -> tuple[dict[str, float], dict[str, tuple[int, ...]]]:
+    """The proxy's density and shape by site; its blocks are alike, so the site says enough."""
+    every = layout.tensors(proxy.model)
+    hidden = [tensor for tensor in every if tensor.role == "hidden"]
     own = proxy.sparsity
     kept = sparsity.distribute(hidden, _density(own), own.distribution, own.pattern, own.overrides, block=own.block)
     densities: dict[str, float] = {}
@@ -158,7 +174,7 @@ def _base(proxy: Proxy) -> tuple[dict[str, float], dict[str, int]]:
             raise InputError(
                 f"sparsity.overrides: the proxy's blocks differ in the density of {tensor.site}; expected overrides by site, not by tensor"
             )
-    return densities, {tensor.site: tensor.fan_in for tensor in hidden}
+    return densities, {tensor.site: tensor.shape for tensor in every}
 
 
 def _base_section(proxy: Proxy) -> Base:
@@ -180,6 +196,9 @@ def _row(
     context: rules.TensorContext,
 ) -> PlanTensor:
     because = {"m_d": context.m_d}
+    if scheme.edition == 2 and scheme.name != "sp":  # what else the numbers come from, where it is another ratio
+        by_output = {"m_out": context.m_out} if scheme.optimizer == "adamw" else {"m_fan_out": context.fan_out}
+        because |= {key: value for key, value in by_output.items() if value != context.m_d}
     if tensor.role == "hidden":
         because["m_rho"] = context.m_rho
     if scheme.depth_rule == "completep" and context.in_block:
