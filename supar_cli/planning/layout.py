@@ -118,6 +118,17 @@ def _norm(shape: Form, name: str, site: str, block: int | None) -> list[Tensor]:
     return [gain]
 
 
+def ratios(tensor: Tensor, base: Tensor) -> tuple[float, float | None]:
+    """m_d and m_fan_out of a tensor to the same one of the proxy.
+
+    Of a hidden weight its own fan-in's and fan-out's; of every other tensor of supar's families its last extent's, the one
+    that scales, and None.
+    """
+    if tensor.role == "hidden":
+        return tensor.fan_in / base.fan_in, tensor.fan_out / base.fan_out
+    return tensor.shape[-1] / base.shape[-1], None
+
+
 MOST_EXTENTS = 5  # a three-dimensional convolution has five
 
 
