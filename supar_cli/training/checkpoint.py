@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from supar_cli.errors import InputError, SetupError
+from supar_cli.files import file_hash
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan, PlanTensor
 from supar_cli.sparse.masks import Mask
@@ -35,7 +36,7 @@ from supar_cli.training import optimizer
 from supar_cli.training.distributed import World
 from supar_cli.training.prepare import unmasked
 from supar_cli.training.runtime import on_device
-from supar_cli.training.stored import KIND, State, Stored, file_hash, read_manifest, verify
+from supar_cli.training.stored import KIND, State, Stored, read_manifest, verify
 
 if TYPE_CHECKING:
     from supar_cli.training.trainer import Trainer

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from supar_cli.planning.plan import Plan, PlanTensor
 from supar_cli.sparse import masks
 from supar_cli.sparse.dense import Dense
 from supar_cli.sparse.linear import Engine, Linear
+from supar_cli.sparse.mask_files import WantedMask, read_masks
 from supar_cli.sparse.masks import Mask
 from supar_cli.streams import stream
 
@@ -65,15 +67,31 @@ def prepare(plan: Plan, device: torch.device, engine_of: Callable[[str, Mask], E
 
     `engine_of` makes the engine of a masked tensor; without it, the dense one in float32.
     """
-    drawn = draw_masks(plan)
+    drawn = make_masks(plan)
     prepared = build(plan, device, drawn, lambda row, mask: _values(row, plan.train.seed, mask), engine_of)
     for row in plan.tensors:
         check(row, prepared.tensors[row.name], plan.sparsity.pattern, drawn.get(row.name))
     return prepared
 
 
+def make_masks(plan: Plan) -> dict[str, Mask]:
+    """Masks of all sparse tensors by name, from where the plan says: drawn, or read from a file.
+
+    Raises InputError as `masks.draw` and `read_masks` do, SetupError where the file can't be read.
+    """
+    sparsity = plan.sparsity
+    if sparsity.source.path is None:
+        return draw_masks(plan)
+    wanted = {
+        row.name: WantedMask(tuple(row.shape), row.kept, tuple(row.fan_in_axes), sparsity.pattern, sparsity.block)
+        for row in plan.tensors
+        if row.kept < row.size
+    }
+    return read_masks(Path(sparsity.source.path), sparsity.source.hash, wanted)
+
+
 def draw_masks(plan: Plan) -> dict[str, Mask]:
-    """Masks of all sparse tensors by name. Adding a layer changes no other mask. Raises InputError as `masks.draw`."""
+    """Random masks of all sparse tensors by name. Adding a layer changes no other mask."""
     seed, pattern, block = plan.train.seed, plan.sparsity.pattern, plan.sparsity.block
     drawn = {
         row.name: masks.draw(row.name, row.shape, row.kept, row.density, seed, pattern, block, row.fan_in_axes)
