@@ -29,8 +29,8 @@ from supar_cli.sparse.block import Block
 from supar_cli.sparse.csr import Sparse
 from supar_cli.sparse.dense import Dense
 from supar_cli.sparse.linear import Engine
-from supar_cli.training.distributed import World
-from supar_cli.training.runtime import Setup
+from supar_cli.training.distributed import Ranks
+from supar_cli.training.runtime import Runtime
 
 Mask = NDArray[np.bool_]
 
@@ -76,8 +76,8 @@ class Engines:
     Of several processes the first one measures, alone, and all choose alike.
     """
 
-    def __init__(self, plan: Plan, setup: Setup, world: World, sharded: bool) -> None:
-        self.plan, self.choices, self._world = plan, dict[str, Choice](), world
+    def __init__(self, plan: Plan, setup: Runtime, ranks: Ranks, sharded: bool) -> None:
+        self.plan, self.choices, self._world = plan, dict[str, Choice](), ranks
         tokens = setup.micro_batch * plan.model.context
         self.setting = Setting(setup.device, setup.precision, tokens, plan.sparsity.block, sharded)
         self._rows = {row.name: row for row in plan.tensors}
@@ -92,7 +92,7 @@ class Engines:
         elif alike in self._fastest:
             choice = self._fastest[alike]
         else:
-            choice = self._fastest[alike] = self._world.on_first(lambda: fastest(mask, self.setting))
+            choice = self._fastest[alike] = self._world.on_main(fastest, mask, self.setting)
         self.choices[name] = choice
         return make(choice.name, mask, self.setting)
 
