@@ -1,7 +1,7 @@
 """supar: tune a small dense proxy, transfer with SμPar to a wide sparse target, train it.
 
-The Python API is documents in, documents out: `load`, `transfer`, `train`; `weights` gives what was trained.
-torch is imported by the last two only.
+The Python API is documents in, documents out: `load`, `transfer`, `explain`, `tune`, `train`, `check`, `sweep`, `compare`,
+`report`; `weights` gives what was trained. torch is imported by what runs something only.
 """
 
 from __future__ import annotations
@@ -10,14 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 from supar_cli.version import __version__
 
-__all__ = ["__version__", "load", "train", "transfer", "weights"]
+__all__ = [
+    "__version__",
+    "check",
+    "compare",
+    "explain",
+    "load",
+    "report",
+    "sweep",
+    "train",
+    "transfer",
+    "tune",
+    "weights",
+]
 
 if TYPE_CHECKING:
-    from supar_cli.api import load, train, transfer, weights
+    from supar_cli.api import check, compare, explain, load, report, sweep, train, transfer, tune, weights
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("load", "train", "transfer", "weights"):
+    if name in __all__:
         from supar_cli import api
 
         return getattr(api, name)

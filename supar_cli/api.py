@@ -1,74 +1,185 @@
-"""The public Python API: documents in, documents out. torch is imported by `train` and `weights` only."""
+"""The public Python API: documents in, documents out, with the command line's words for what is wrong.
+
+torch is imported by what runs something only.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
+from supar_cli.files import template, write_file
 from supar_cli.planning import document
-from supar_cli.planning.plan import Plan
-from supar_cli.planning.rules import Name
-from supar_cli.planning.spec import Proxy, Sparsity, Spec, Target, parse
+from supar_cli.planning.density import Share
+from supar_cli.planning.explain import Explained
+from supar_cli.planning.kinds import AnyDocument, parse_any
+from supar_cli.planning.layout import Layout
+from supar_cli.planning.plan import Plan, read_plan
+from supar_cli.planning.rules import ParameterizationName
+from supar_cli.planning.spec import Proxy, Spec
 from supar_cli.planning.sweep import Sweep
 from supar_cli.planning.transfer import transfer as _transfer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-KINDS: dict[str, type[Spec] | type[Proxy] | type[Plan] | type[Sweep]] = {
-    "supar.spec/v1": Spec,
-    "supar.proxy/v1": Proxy,
-    "supar.plan/v1": Plan,
-    "supar.sweep/v1": Sweep,
-}
+    from supar_cli.tuning.execute import Workers
 
 
-def load(path: str | Path) -> Spec | Proxy | Plan | Sweep:
+class _Quiet:
+    """A reporter that keeps to itself: results are what is returned."""
+
+    def log(self, message: str) -> None: ...
+    def warn(self, message: str) -> None: ...
+    def progress(self, step: int, steps: int, loss: float) -> None: ...
+
+
+def load(path: str | Path) -> AnyDocument:
     """The document in a file, as its kind says. Raises InputError with every problem in it."""
     found = document.read_file(str(path))
     if len(found) != 1:
         raise InputError(f"{path}: holds {len(found)} documents; expected one")
-    kind = found[0].data.get("kind") if isinstance(found[0].data, dict) else None
-    if kind not in KINDS:
-        raise InputError(found[0].problem(("kind",), f"is {kind!r}", f"expected one of {', '.join(KINDS)}"))
-    return parse(KINDS[kind], found[0])
+    return parse_any(found[0])
 
 
 def transfer(
-    proxy: Proxy,
-    *,
-    sparsity: float | str | None = None,
-    density: float | str | None = None,
-    parameterization: Name = "supar",
-    allow_low_wpn: bool = False,
-    **target: Any,
+    proxy: Proxy, *, parameterization: ParameterizationName = "supar", allow_low_wpn: bool = False, **target: Any
 ) -> Plan:
-    """The plan of a target; keywords as the flags of `supar transfer` (width, layers, steps, …). Raises InputError."""
-    drawn = {name: target.pop(name) for name in ("pattern", "block", "distribution", "overrides") if name in target}
-    wanted: dict[str, Any] = {**proxy.target.model_dump(), **target}
-    if target.get("width") is not None:  # as the flags: a target's own heads and FFN width belong to its own width
-        wanted |= {name: target.get(name) for name in ("heads", "kv_heads", "ffn_width")}
-    if any(target.get(name) is not None for name in ("steps", "tokens", "tokens_per_parameter")):
-        wanted |= {name: target.get(name) for name in ("steps", "tokens", "tokens_per_parameter")}
+    """The plan of a target; keywords as the flags of `supar transfer`: sparsity or density (0.008 or "1/128"), width,
+    layers, steps, pattern, … Raises InputError.
+    """
+    wanted = proxy.target.override(**target)
     if proxy.data.hash is None:
         proxy = proxy.model_copy(update={"data": corpus.identified(proxy.data)})
-    own: dict[str, Any] = proxy.target.sparsity.model_dump()
-    try:
-        if sparsity is not None or density is not None:
-            level: dict[str, Any] = {
-                "sparsity": None if sparsity is None else float(sparsity),
-                "density": None if density is None else float(density),
-            }
-            wanted["sparsity"] = Sparsity(**(own | level | drawn))
-        elif drawn:
-            wanted["sparsity"] = Sparsity(**(own | drawn))
-        found = Target(**wanted)
-    except ValueError as error:  # pydantic's ValidationError is one
-        raise InputError(str(error)) from None
-    return _transfer(proxy, found, parameterization, allow_low_wpn=allow_low_wpn)
+    return _transfer(proxy, wanted, parameterization, allow_low_wpn=allow_low_wpn)
+
+
+def explain(plan: Plan, tensor: str | None = None, role: str | None = None) -> Explained:
+    """The formula, the numbers and the source behind a plan's values, of all tensors or of those named.
+
+    `.text(title)` is what `supar explain` prints, `.as_json()` its data. Raises InputError where no tensor is named so.
+    """
+    return Explained.of(plan, tensor, role)
+
+
+def tune(
+    spec: Spec,
+    study: str | Path = "proxy.journal",
+    *,
+    jobs: int | None = None,
+    executor: str = "local",
+    executor_set: dict[str, Any] | None = None,
+    reporter: Any = None,
+) -> Proxy:
+    """Tune a spec up to its number of trials, in a study that the same call continues; the proxy with its evidence.
+
+    `study` is a journal file or a database's URL. Raises SuparError.
+    """
+    from supar_cli.tuning import search
+
+    spec = spec.model_copy(update={"data": corpus.identified(spec.data)})
+    workers = _workers(executor, jobs, executor_set, spec.run.device, Path("proxy.slurm"), on_cpu=1)
+    with workers:
+        return search.search(spec, str(study), workers=workers, reporter=reporter or _Quiet())
+
+
+def check(
+    subject: Spec | Proxy | Plan,
+    *,
+    parameterization: ParameterizationName = "supar",
+    width: Sequence[int] = (),
+    density: Sequence[Share] = (),
+    seeds: int = 4,
+    max_seeds: int = 16,
+    steps: int = 10,
+    batch_size: int | None = None,
+    jobs: int | None = None,
+    executor: str = "local",
+    executor_set: dict[str, Any] | None = None,
+    out: str | Path = "check",
+    force: bool = False,
+    reporter: Any = None,
+) -> dict[str, Any]:
+    """The coordinate check of a proxy's or spec's shape, or of a plan as it stands: its result document.
+
+    Each of its `verdicts` has `passed` and `control`: controls are to miss. Raises SuparError.
+    """
+    from supar_cli.analysis import check_run
+
+    subject = _identified(subject)
+    sweeps = check_run.sweeps_of(
+        subject, parameterization, widths=width, densities=density, seeds=seeds, steps=steps, batch_size=batch_size
+    )
+    workers = _workers(executor, jobs, executor_set, subject.run.device, Path(out) / "slurm")
+    found = check_run.run_check(sweeps, Path(out), workers, reporter or _Quiet(), max_seeds=max_seeds, force=force)
+    return found.result
+
+
+def sweep(
+    study: Sweep,
+    out: str | Path | None = None,
+    *,
+    jobs: int | None = None,
+    executor: str = "local",
+    executor_set: dict[str, Any] | None = None,
+    force: bool = False,
+    reporter: Any = None,
+) -> dict[str, Any]:
+    """Sweep a hyperparameter at the study's sizes and judge whether its optimum transfers: the result document.
+
+    `out` is the folder of its records, by default `sweeps/NAME`; no finished run is made again. Raises SuparError.
+    """
+    from supar_cli.analysis import sweep_run
+    from supar_cli.planning.sweep import checked
+
+    study, folder = _identified(study), Path(out or f"sweeps/{study.name}")
+    checked(study)
+    workers = _workers(executor, jobs, executor_set, study.run.device, folder / "slurm")
+    return sweep_run.run_sweep(study, folder, workers, reporter or _Quiet(), force=force)[0]
+
+
+def compare(
+    study: Sweep,
+    out: str | Path | None = None,
+    *,
+    jobs: int | None = None,
+    executor: str = "local",
+    executor_set: dict[str, Any] | None = None,
+    force: bool = False,
+    reporter: Any = None,
+) -> dict[str, Any]:
+    """Compare parameterizations at one value of a hyperparameter, and SP re-tuned at every size: the result document.
+
+    `out` is the folder of its records, by default `compare/NAME`. Raises SuparError.
+    """
+    from supar_cli.analysis import sweep_run
+    from supar_cli.planning.sweep import checked
+
+    sweep_run.require_comparison(study, study.name)
+    study, folder = _identified(study), Path(out or f"compare/{study.name}")
+    checked(study)
+    workers = _workers(executor, jobs, executor_set, study.run.device, folder / "slurm")
+    return sweep_run.run_comparison(study, folder, workers, reporter or _Quiet(), force=force)
+
+
+def report(paths: Sequence[str | Path], out: str | Path | None = None) -> str:
+    """One self-contained HTML page of runs, sweeps, checks, comparisons, plans and proxies; written to `out` if given.
+
+    Raises InputError for a path that is none of these.
+    """
+    from supar_cli.analysis import page
+    from supar_cli.analysis import report as reading
+
+    text = page.render(
+        [part for path in paths for part in reading.read(str(path))], template("report.html.j2").read_text("utf-8")
+    )
+    if out is not None:
+        write_file(Path(out), text)
+    return text
 
 
 def train(plan: Plan, directory: str | Path, *, resume: bool = True, force: bool = False) -> dict[str, Any]:
@@ -103,7 +214,29 @@ def weights(directory: str | Path) -> dict[str, Tensor]:
     found = checkpoint.available(Path(directory) / "checkpoints")
     if not found:
         raise InputError(f"{directory}: no checkpoint there; expected the directory of a run")
-    plan = load(found[-1] / "plan.yaml")
-    if not isinstance(plan, Plan):
-        raise InputError(f"{found[-1] / 'plan.yaml'}: is not a plan")
-    return checkpoint.weights(found[-1], plan)
+    return checkpoint.weights(found[-1], read_plan(found[-1] / "plan.yaml"))
+
+
+def _identified(subject: Any) -> Any:
+    """A document with the hash of its data filled in. Raises InputError where it has another."""
+    if subject.data.hash is not None:
+        return subject
+    return subject.model_copy(update={"data": corpus.identified(subject.data)})
+
+
+def _workers(
+    executor: str,
+    jobs: int | None,
+    settings: dict[str, Any] | None,
+    device: str,
+    folder: Path,
+    on_cpu: int | None = None,
+) -> Workers:
+    from supar_cli.tuning import execute
+
+    return execute.workers(
+        executor, jobs=jobs, settings=settings, device=device, on_cpu=on_cpu or execute.CPU_JOBS, folder=folder
+    )
+
+
+__all__ = ["Layout", "check", "compare", "explain", "load", "report", "sweep", "train", "transfer", "tune", "weights"]

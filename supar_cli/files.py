@@ -78,3 +78,15 @@ def _read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise SetupError(f"{path}: can't be read: {error.strerror or error}") from None
+
+
+def template(name: str) -> Path:
+    """Path of a shipped template file: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).resolve().parent
+    inside = package / "templates" / name
+    return inside if inside.exists() else package.parent / "templates" / name
+
+
+def template_names() -> list[str]:
+    """The documents among the templates, without their ending."""
+    return sorted(path.stem for path in template("quickstart.yaml").parent.glob("*.yaml"))

@@ -21,7 +21,8 @@ from supar_cli.data import corpus
 from supar_cli.errors import SuparError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.planning.spec import Proxy, Target, parse
+from supar_cli.planning.problems import parse
+from supar_cli.planning.spec import Proxy, Target
 from supar_cli.planning.transfer import transfer
 from tests.fuzzing import tried as tried
 

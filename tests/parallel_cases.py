@@ -36,7 +36,9 @@ def planned(plan: Plan, **run: Any) -> Plan:
 def other_mask(plan: Plan, ranks: Ranks) -> list[Any]:
     """Rank 1 draws the mask of one tensor from another seed."""
     draw = masks.draw
-    masks.draw = lambda row, seed, *rest: draw(row, seed + (row.name == "blocks.1.attn.k") * ranks.rank, *rest)
+    masks.draw = lambda name, shape, kept, density, seed, *rest: draw(
+        name, shape, kept, density, seed + (name == "blocks.1.attn.k") * ranks.rank, *rest
+    )
     try:
         return error_of(lambda: Trainer(plan, ranks=ranks))
     finally:

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from supar_cli.data import batches
 from supar_cli.planning.document import Document
 from supar_cli.planning.plan import Data, Plan, PlanTensor
-from supar_cli.planning.rules import Name
-from supar_cli.planning.spec import Proxy, Sparsity, Target, parse
+from supar_cli.planning.problems import parse
+from supar_cli.planning.rules import ParameterizationName
+from supar_cli.planning.spec import Proxy, Sparsity, Target
 from supar_cli.planning.transfer import transfer
 from supar_cli.sparse.linear import Linear
 from supar_cli.training.tasks import NextToken
@@ -57,7 +58,7 @@ class Fault:
 class Experiment:
     """One run: what is transferred to, by which rules, and what is wrong in the plan on purpose."""
 
-    name: Name = "supar"
+    name: ParameterizationName = "supar"
     family: str = "gpt2"
     optimizer: str = "adamw"
     lr: float = 2**-6

@@ -56,7 +56,15 @@ def planning_offences(module: str, source: str) -> list[str]:
     """`planning` knows the standard library, PyYAML, pydantic and itself."""
     if not is_below(module, "supar_cli.planning"):
         return []
-    allowed = ("supar_cli.planning", "supar_cli.errors", "supar_cli.files", "yaml", "pydantic", "pydantic_core", *sys.stdlib_module_names)
+    allowed = (
+        "supar_cli.planning",
+        "supar_cli.errors",
+        "supar_cli.files",
+        "yaml",
+        "pydantic",
+        "pydantic_core",
+        *sys.stdlib_module_names,
+    )
     return [
         f"{module}:{line} imports {name}" for line, name in imports(module, source) if not _planning_may(name, allowed)
     ]
@@ -70,7 +78,10 @@ def training_offences(module: str, source: str) -> list[str]:
     """`training` knows plans and no scaling rule, and nothing above itself."""
     if not is_below(module, "supar_cli.training"):
         return []
-    packages = [f"supar_cli.{name}" for name in ("errors", "files", "version", "sparse", "models", "data", "training")]
+    packages = [
+        f"supar_cli.{name}"
+        for name in ("errors", "files", "version", "streams", "sparse", "models", "data", "training")
+    ]
     plans = [f"supar_cli.planning.{name}" for name in ("plan", "patterns", "schedule", "document", "estimate")]
     return [
         f"{module}:{line} imports {name}"
@@ -78,6 +89,21 @@ def training_offences(module: str, source: str) -> list[str]:
         if is_below(name, "supar_cli")
         and not is_below(name, *packages, *plans)
         and name not in ("supar_cli", "supar_cli.planning")  # `from supar_cli.planning import plan` yields both
+    ]
+
+
+def sparse_offences(module: str, source: str) -> list[str]:
+    """`sparse` knows arrays, masks and patterns: no plan, no device settings, no processes."""
+    if not is_below(module, "supar_cli.sparse"):
+        return []
+    modules = ("sparse", "planning.patterns", "errors", "files", "version", "streams")
+    allowed = tuple(f"supar_cli.{name}" for name in modules)
+    return [
+        f"{module}:{line} imports {name}"
+        for line, name in imports(module, source)
+        if is_below(name, "supar_cli")
+        and not is_below(name, *allowed)
+        and name not in ("supar_cli", "supar_cli.planning")
     ]
 
 
@@ -144,6 +170,13 @@ CHECKS: dict[Callable[[str, str], list[str]], list[tuple[str, str]]] = {
         ("supar_cli.training.trainer", "from supar_cli.tuning import search"),
         ("supar_cli.training.result", "from supar_cli import __version__"),
         ("supar_cli.training.trainer", "if TYPE_CHECKING:\n    from supar_cli.planning.folding import fold"),
+    ],
+    sparse_offences: [
+        ("supar_cli.sparse.masks", "from supar_cli.planning.plan import PlanTensor"),
+        ("supar_cli.sparse.masks", "from supar_cli.planning import patterns, plan"),
+        ("supar_cli.sparse.autotune", "def f():\n    from supar_cli.training.runtime import Runtime"),
+        ("supar_cli.sparse.autotune", "from ..training import distributed"),
+        ("supar_cli.sparse.linear", "from supar_cli import models"),
     ],
     cli_offences: [
         ("supar_cli.api", "from supar_cli.cli import console"),

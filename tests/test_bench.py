@@ -15,7 +15,8 @@ import torch
 
 from supar_cli.analysis import bench_layers, bench_memory, bench_results, bench_run, benchmark
 from supar_cli.planning.plan import Plan
-from supar_cli.sparse.autotune import Setting
+from supar_cli.sparse.autotune import LayerCase
+from supar_cli.sparse.masks import Mask
 from supar_cli.training import checkpoint
 from supar_cli.training.trainer import Trainer
 from tests.conftest import Called
@@ -47,18 +48,18 @@ def largest(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("block", [None, 16])
 def test_all_arms_compute_the_same_numbers(block: int | None) -> None:
     """Of Y, of X's gradient and of the live values', against float64; what is asked of bfloat16 is its rounding."""
-    setting = Setting(CPU, torch.float32, tokens=40, block=block)
+    case = LayerCase(CPU, torch.float32, tokens=40, block=block)
     mask = bench_layers.draw_mask(SHAPE, 0.25, block)
-    assert mask.sum() == 0.25 * mask.size
+    assert mask.count == 0.25 * mask.size
     values = bench_layers.draw_values(mask, CPU)
-    arms, chosen = bench_layers.make_all(mask, setting)
+    arms, chosen = bench_layers.make_all(mask, case)
     assert list(arms) == [*ARMS[:-1], *(["block"] if block else []), "auto"] and chosen == "dense"
-    x, gradient = (tensor.detach().double() for tensor in bench_layers.draw_inputs(SHAPE, setting, torch.float32))
+    x, gradient = (tensor.detach().double() for tensor in bench_layers.draw_inputs(SHAPE, case, torch.float32))
     weight = torch.zeros(SHAPE, dtype=torch.float64)
-    alive = torch.from_numpy(mask)
+    alive = torch.from_numpy(mask.alive())
     weight[alive] = values.double()
     for name, arm in arms.items():
-        inputs, given = bench_layers.draw_inputs(SHAPE, setting, arm.precision)
+        inputs, given = bench_layers.draw_inputs(SHAPE, case, arm.precision)
         y = bench_layers.step(arm, inputs, given).detach()
         by_values = arm.parameter.grad
         assert inputs.grad is not None and by_values is not None
@@ -70,13 +71,13 @@ def test_all_arms_compute_the_same_numbers(block: int | None) -> None:
 
 
 def test_an_arm_of_another_mask_is_told_apart() -> None:
-    setting = Setting(CPU, torch.float32, tokens=40)
+    case = LayerCase(CPU, torch.float32, tokens=40)
     mask = bench_layers.draw_mask(SHAPE, 0.25)
     values = bench_layers.draw_values(mask, CPU)
-    inputs = bench_layers.draw_inputs(SHAPE, setting, torch.float32)
+    inputs = bench_layers.draw_inputs(SHAPE, case, torch.float32)
     right, wrong = (
-        bench_layers.step(bench_layers.make("sparse", one, values, setting), *inputs).detach()
-        for one in (mask, np.roll(mask, 1))
+        bench_layers.step(bench_layers.make("sparse", one, values, case), *inputs).detach()
+        for one in (mask, Mask.of(np.roll(mask.alive(), 1)))
     )
     assert largest(wrong, right.double()) > 0.1
 
@@ -269,7 +270,7 @@ def test_masked_dense_steps_as_ours_do(plan_of: Callable[..., Plan]) -> None:
 @pytest.mark.skipif(not bench_memory.STATUS.exists(), reason="reads Linux's /proc")
 def test_memory_follows_the_live_weights() -> None:
     """A real measurement, each arm in a process: sparse below dense below masked dense, whatever else runs here."""
-    arms = bench_memory.measure_all((2048, 2048), 2**-7, Setting(CPU, torch.float32, 64))
+    arms = bench_memory.measure_all((2048, 2048), 2**-7, LayerCase(CPU, torch.float32, 64))
     peaks = {name: arm["peak_bytes"] for name, arm in arms.items()}
     assert 0 < peaks["sparse"] < peaks["dense"] < peaks["masked"], peaks
     assert arms["masked"]["bytes_per_position"] > 20  # weight, gradient and two moments in float32, and products

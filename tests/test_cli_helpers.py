@@ -16,7 +16,8 @@ from supar_cli.cli import console
 from supar_cli.data import batches, corpus
 from supar_cli.planning import document
 from supar_cli.planning.plan import Data, Plan
-from supar_cli.planning.spec import Proxy, Spec, Target, parse
+from supar_cli.planning.problems import parse
+from supar_cli.planning.spec import Proxy, Spec, Target
 from supar_cli.planning.transfer import transfer
 
 from .conftest import Called

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from supar_cli.errors import InputError
 from supar_cli.planning import document
-from supar_cli.planning.spec import Proxy, parse
+from supar_cli.planning.problems import parse
+from supar_cli.planning.spec import Proxy
 
 
 def read(text: str) -> Any:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from supar_cli.sparse import block as engine
 from supar_cli.sparse.block import Block
+from supar_cli.sparse.masks import Mask
 from tests.conftest import CHECKOUT
 
 Kernels = Literal["auto", "triton", "torch"]
@@ -96,7 +97,7 @@ def errors(case: Case, kernels: Kernels, device: str = "cpu", change: Change | N
     y = F.linear(x_wide, weight)
     dx, dweight = torch.autograd.grad(y, (x_wide, weight), dy.double())
 
-    layer = Block(case.mask, case.block, kernels)
+    layer = Block(Mask.of(case.mask), case.block, kernels)
     if change is not None:
         change(layer)
     values = dense[mask].to(device).requires_grad_()
@@ -166,7 +167,7 @@ def test_any_structure_equals_a_dense_layer(alive: list[str], block: int, lead: 
 
 
 def test_float64_gradients_are_those_of_finite_differences() -> None:
-    layer = Block(Case("01 11", 16, ()).mask, 16)
+    layer = Block(Mask.of(Case("01 11", 16, ()).mask), 16)
     values = torch.randn(layer.live, dtype=torch.float64, requires_grad=True)
     x = torch.randn(2, 32, dtype=torch.float64, requires_grad=True)
     assert layer(x, values).dtype == torch.float64
@@ -175,7 +176,7 @@ def test_float64_gradients_are_those_of_finite_differences() -> None:
 
 def test_values_are_those_of_the_mask_in_row_major_order() -> None:
     mask = CASES["wide"].mask
-    layer, dense = Block(mask, 16), torch.zeros(mask.shape)
+    layer, dense = Block(Mask.of(mask), 16), torch.zeros(mask.shape)
     values = torch.arange(1.0, layer.live + 1)
     dense[torch.from_numpy(mask)] = values
     assert torch.equal(layer(torch.eye(mask.shape[1]), values), dense.T)
@@ -185,7 +186,7 @@ def test_values_are_those_of_the_mask_in_row_major_order() -> None:
 
 
 def test_autocast_gives_its_dtype_and_float32_gradients() -> None:
-    layer = Block(CASES["wide"].mask, 16)
+    layer = Block(Mask.of(CASES["wide"].mask), 16)
     x, values = torch.randn(7, layer.d_in, requires_grad=True), torch.randn(layer.live, requires_grad=True)
     with torch.autocast("cpu", dtype=BF16):
         y = layer(x, values)
@@ -196,7 +197,7 @@ def test_autocast_gives_its_dtype_and_float32_gradients() -> None:
 
 
 def test_the_engine_has_no_parameters_and_saves_nothing() -> None:
-    layer = Block(CASES["wide"].mask, 16)
+    layer = Block(Mask.of(CASES["wide"].mask), 16)
     assert not list(layer.parameters()) and not layer.state_dict()
     assert {buffer.dtype for buffer in layer.buffers()} == {torch.int32}
     layer.refresh(torch.zeros(layer.live))
@@ -208,26 +209,26 @@ def test_other_masks_shapes_and_kernels_are_refused() -> None:
     masks = (np.ones((32, 32)), 8), (np.ones((32, 40)), 16), (np.tri(32), 16), (shifted, 16)
     for mask, block in masks:
         with pytest.raises(ValueError, match=message):
-            Block(mask > 0, block)
-    layer = Block(CASES["wide"].mask, 16)
+            Block(Mask.of(mask > 0), block)
+    layer = Block(Mask.of(CASES["wide"].mask), 16)
     for width, live in ((96, layer.live), (80, layer.live - 1)):
         with pytest.raises(ValueError, match="belong"):
             layer(torch.zeros(3, width), torch.zeros(live))
     with pytest.raises(ValueError, match="kernels"):
-        Block(CASES["wide"].mask, 16, "cuda")  # type: ignore[arg-type]
+        Block(Mask.of(CASES["wide"].mask), 16, "cuda")  # type: ignore[arg-type]
 
 
 def test_without_triton_only_its_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "supar_cli.sparse.block_kernels", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert not Block(CASES["wide"].mask, 16).has_triton
+    assert not Block(Mask.of(CASES["wide"].mask), 16).has_triton
     with pytest.raises(ModuleNotFoundError):
-        Block(CASES["wide"].mask, 16, "triton")
+        Block(Mask.of(CASES["wide"].mask), 16, "triton")
 
 
 def test_torch_kernels_compile_whole() -> None:
-    layer = Block(CASES["wide"].mask, 16)
+    layer = Block(Mask.of(CASES["wide"].mask), 16)
     x, values = torch.randn(9, layer.d_in, requires_grad=True), torch.randn(layer.live, requires_grad=True)
 
     def loss(x: Tensor, values: Tensor) -> Tensor:
@@ -255,7 +256,7 @@ def test_compilation_sees_the_kernels_and_no_opaque_operator() -> None:
         found = [node.meta["val"] for node in returned]
         return lambda *_: [torch.zeros(value.shape, dtype=value.dtype) for value in found]  # nothing runs
 
-    layer = Block(CASES["wide"].mask, 16, "triton")
+    layer = Block(Mask.of(CASES["wide"].mask), 16, "triton")
     x, values = torch.randn(9, layer.d_in, requires_grad=True), torch.randn(layer.live, requires_grad=True)
     backend = aot_autograd(fw_compiler=forward_of, partition_fn=partition)
     torch.compile(layer, backend=backend, fullgraph=True)(x, values)
@@ -273,7 +274,7 @@ def interpreted() -> dict[str, Any]:
     for columns in (1, 2, 3, 4, 2, 3):
         alive = " ".join("".join(rng.choice(["0", "1"], columns)) for _ in range(rng.integers(1, 4)))
         drawn.append(Case(alive, int(rng.choice([16, 32])), (int(rng.integers(1, 70)),)))
-    layer = Block(CASES["wide"].mask, 16, "triton")
+    layer = Block(Mask.of(CASES["wide"].mask), 16, "triton")
     with pytest.raises(ValueError, match="float64"):
         layer(torch.zeros(1, 80, dtype=torch.float64), torch.zeros(layer.live))
     assert block_kernels.INTERPRETED
@@ -334,7 +335,7 @@ def test_both_kernels_equal_a_dense_layer_on_cuda(block: int, dtype: torch.dtype
 
 @on_cuda
 def test_cuda_uses_triton_compiles_whole_and_repeats_to_the_bit() -> None:
-    layer = Block(CASES["wide_64"].mask, 64).to("cuda")
+    layer = Block(Mask.of(CASES["wide_64"].mask), 64).to("cuda")
     assert layer.has_triton
     x = torch.randn(4500, layer.d_in, device="cuda", requires_grad=True)
     values = torch.randn(layer.live, device="cuda", requires_grad=True)

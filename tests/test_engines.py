@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -20,18 +19,16 @@ from hypothesis import strategies as st
 import supar_cli
 from supar_cli.errors import InputError
 from supar_cli.planning.plan import Plan
-from supar_cli.sparse import autotune
 from supar_cli.sparse.csr import Sparse
 from supar_cli.sparse.dense import Dense
-from supar_cli.sparse.linear import Engine
+from supar_cli.sparse.linear import Engine, Linear
+from supar_cli.sparse.masks import Mask, carry
 from supar_cli.training import checkpoint, run_directory
 from supar_cli.training.reporter import NullReporter
 from supar_cli.training.trainer import Trainer
-from tests.conftest import Called, environment
+from tests.conftest import environment
 
 MakePlan = Callable[..., Plan]
-Mask = np.ndarray[Any, np.dtype[np.bool_]]
-
 KINDS: dict[str, Callable[[Mask], Engine]] = {
     "dense": lambda mask: Dense(mask, torch.float32),
     "sparse by numba": lambda mask: Sparse(mask, "numba"),
@@ -48,19 +45,20 @@ SHAPES = {  # (out, in), tokens, density
 
 
 def drawn(shape: tuple[int, int], density: float, seed: int = 0) -> Mask:
-    return np.random.default_rng(seed).random(shape) < density
+    return Mask.of(np.random.default_rng(seed).random(shape) < density)
 
 
 def numbers(engine: Engine, mask: Mask, tokens: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Any]:
     """Y, the gradients of X and of the values, and the same of dense float64 products."""
     random = torch.Generator().manual_seed(1)
     out, width = mask.shape
-    values = torch.randn(int(mask.sum()), generator=random)
+    alive = torch.from_numpy(mask.alive())
+    values = torch.randn(mask.count, generator=random)
     x = torch.randn(*tokens, width, generator=random).to(dtype)
     gradient = torch.randn(*tokens, out, generator=random).to(dtype)
 
     weight = torch.zeros(mask.shape, dtype=torch.float64)
-    weight[torch.from_numpy(mask)] = values.double()
+    weight[alive] = values.double()
     weight.requires_grad_()
     reference_x = x.double().requires_grad_()
     reference = F.linear(reference_x, weight)
@@ -75,7 +73,7 @@ def numbers(engine: Engine, mask: Mask, tokens: tuple[int, ...], dtype: torch.dt
     return [
         (y.detach(), reference.detach()),
         (x.grad, reference_x.grad),
-        (values.grad, weight.grad[torch.from_numpy(mask)]),
+        (values.grad, weight.grad[alive]),
     ]
 
 
@@ -105,9 +103,10 @@ class TestProducts:
         assert largest_error(numbers(KINDS[kind](mask), mask, tokens)) <= 1e-5
 
     def test_rows_of_none_and_one(self, kind: str) -> None:
-        mask = np.zeros((70, 40), np.bool_)
-        mask[::3, 7] = True
-        mask[69, :] = True
+        alive = np.zeros((70, 40), np.bool_)
+        alive[::3, 7] = True
+        alive[69, :] = True
+        mask = Mask.of(alive)
         assert largest_error(numbers(KINDS[kind](mask), mask, (33,))) <= 1e-5
 
     @settings(max_examples=20, deadline=None)
@@ -134,25 +133,25 @@ class TestProducts:
         engine = KINDS[kind](mask)
         for by_x, by_values in ((True, False), (False, True)):
             x = torch.randn(6, 30, requires_grad=by_x)
-            values = torch.randn(int(mask.sum()), requires_grad=by_values)
+            values = torch.randn(mask.count, requires_grad=by_values)
             engine.refresh(values.detach())
             engine(x, values).sum().backward()
             assert (x.grad is not None, values.grad is not None) == (by_x, by_values)
 
     def test_inputs_that_do_not_lie_in_rows(self, kind: str) -> None:
         mask = drawn((20, 30), 0.3)
-        engine, values = KINDS[kind](mask), torch.randn(int(drawn((20, 30), 0.3).sum()))
+        engine, values = KINDS[kind](mask), torch.randn(mask.count)
         engine.refresh(values)
         x = torch.randn(30, 8).t()
         assert torch.equal(engine(x, values), engine(x.contiguous(), values))
 
     def test_a_weight_at_another_place_is_seen(self, kind: str) -> None:
         mask = drawn((64, 64), 0.1)
-        other = mask.copy()
-        row = int(np.flatnonzero(mask.any(1) & ~mask.all(1))[0])
-        one, zero = np.flatnonzero(mask[row])[0], np.flatnonzero(~mask[row])[0]
+        other = mask.alive()
+        row = int(np.flatnonzero(other.any(1) & ~other.all(1))[0])
+        one, zero = np.flatnonzero(other[row])[0], np.flatnonzero(~other[row])[0]
         other[row, [one, zero]] = other[row, [zero, one]]
-        assert largest_error(numbers(KINDS[kind](other), mask, (32,))) > 1e-2
+        assert largest_error(numbers(KINDS[kind](Mask.of(other)), mask, (32,))) > 1e-2
 
 
 def losses(plan: Plan) -> list[float]:
@@ -248,116 +247,50 @@ def test_the_kernels_leave_torchs_threads_alone() -> None:
     code = (
         "import numpy as np, torch\n"
         "from supar_cli.sparse.csr import Sparse\n"
+        "from supar_cli.sparse.masks import Mask\n"
         "torch.set_num_threads(1)\n"
-        "Sparse(np.eye(8, dtype=bool), 'numba')(torch.randn(4, 8), torch.randn(8))\n"
+        "Sparse(Mask.of(np.eye(8, dtype=bool)), 'numba')(torch.randn(4, 8), torch.randn(8))\n"
         "print(torch.get_num_threads())"
     )
     run = [sys.executable, "-c", code]
     assert subprocess.run(run, capture_output=True, text=True, env=environment(), check=True).stdout.strip() == "1"
 
 
-class TestChoice:
-    @pytest.fixture(autouse=True)
-    def cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        return tmp_path / "cache/supar/engines.json"
+@pytest.mark.parametrize("kind", KINDS)
+class TestRemasking:
+    """A linear under one mask and then another computes with the second, whatever ran before."""
 
-    SETTING = autotune.Setting(torch.device("cpu"), torch.float32, 4096)
+    def test_is_that_of_the_new_mask(self, kind: str) -> None:
+        linear, x = Linear(40, 24, bias=True), torch.randn(7, 40)
+        torch.nn.init.normal_(linear.bias)
+        assert linear.mask is None
+        values = torch.empty(0)
+        for seed in (0, 1):
+            mask = drawn((24, 40), 0.3 + 0.1 * seed, seed)
+            values = carry(values, linear.mask, mask, 0.5) if linear.mask is not None else torch.randn(mask.count)
+            linear.remask(mask, values, KINDS[kind](mask))
+            weight = torch.zeros(24, 40)
+            weight[torch.from_numpy(mask.alive())] = values
+            assert linear.mask is mask and linear.weight.shape == (mask.count,) and linear.weight.requires_grad
+            assert torch.allclose(linear(x), F.linear(x, weight, linear.bias), atol=1e-5)
 
-    def test_it_is_measured_once_and_kept(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        mask = drawn((256, 256), 1 / 64)
-        first = autotune.fastest(mask, self.SETTING)
-        assert first.measured_now and set(first.seconds) == {"dense", "sparse"} and all(first.seconds.values())
-        monkeypatch.setattr(autotune, "times", lambda *_: pytest.fail("measured again"))
-        again = autotune.fastest(drawn((256, 256), 1 / 64), self.SETTING)
-        assert (again.name, again.seconds, again.measured_now) == (first.name, first.seconds, False)
-        assert list(json.loads(cache.read_text()).values()) == [first.seconds]
+    def test_an_engine_that_kept_the_old_mask_is_seen(self, kind: str) -> None:
+        """Planted: as many live weights elsewhere. It is refused, and says other numbers where it lies about its mask."""
+        old = drawn((24, 40), 0.3)
+        new = Mask.of(np.roll(old.alive(), 1, axis=1))
+        linear, stale = Linear(40, 24, bias=False), KINDS[kind](old)
+        assert old.count == new.count
+        with pytest.raises(ValueError, match=f"an engine of mask {old.fingerprint} under mask {new.fingerprint}"):
+            linear.remask(new, torch.randn(new.count), stale)
+        assert linear.mask is None
+        stale.mask = new
+        assert largest_error(numbers(stale, new, (32,))) > 1e-2
+        assert largest_error(numbers(KINDS[kind](new), new, (32,))) <= 1e-5
 
-    @pytest.mark.parametrize(("sparse", "name"), [(0.5, "sparse"), (0.95, "dense"), (2.0, "dense")])
-    def test_the_fastest_wins_if_by_enough(self, monkeypatch: pytest.MonkeyPatch, sparse: float, name: str) -> None:
-        monkeypatch.setattr(autotune, "times", lambda *_: {"dense": 1.0, "sparse": sparse})
-        assert autotune.fastest(drawn((256, 256), 0.1), self.SETTING).name == name
-
-    def test_at_one_weight_in_128_the_sparse_one_is_faster_and_at_one_in_two_the_dense_one(self) -> None:
-        """A real measurement: 10 times and more either way on an idle machine."""
-        assert autotune.fastest(drawn((1024, 512), 1 / 128), self.SETTING).name == "sparse"
-        assert autotune.fastest(drawn((1024, 512), 1 / 2), self.SETTING).name == "dense"
-
-    def test_a_small_layer_is_dense_unmeasured(self, cache: Path) -> None:
-        assert autotune.fastest(drawn((64, 64), 0.1), self.SETTING) == autotune.Choice("dense", {})
-        assert not cache.exists()
-
-    @pytest.mark.parametrize("text", ["", "{", "[1]", '{"x": 1}'])
-    def test_a_broken_cache_is_measured_anew(self, cache: Path, text: str) -> None:
-        cache.parent.mkdir(parents=True)
-        cache.write_text(text)
-        assert autotune.fastest(drawn((256, 256), 0.1), self.SETTING).measured_now
-        json.loads(cache.read_text())
-
-    @pytest.mark.parametrize("kept", ["fast", {"dense": "x", "sparse": 1.0}, {"dense": 1.0, "sparse": float("nan")}])
-    def test_a_broken_measurement_too(self, cache: Path, kept: Any) -> None:
-        assert autotune.fastest(drawn((256, 256), 0.1), self.SETTING).measured_now
-        cache.write_text(json.dumps(dict.fromkeys(json.loads(cache.read_text()), kept)))
-        assert autotune.fastest(drawn((256, 256), 0.1), self.SETTING).measured_now
-
-    def test_without_numba_torch_does_it_and_the_extra_is_named(
-        self, plan_of: MakePlan, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        found = importlib.util.find_spec
-        monkeypatch.setattr(
-            importlib.util, "find_spec", lambda name, *rest: (name != "numba" and found(name, *rest)) or None
-        )
-        monkeypatch.setattr(autotune, "SMALL", 1)
-        monkeypatch.setattr(autotune, "times", lambda *_: {"dense": 1.0, "sparse": 0.5})
-        trainer = Trainer(plan_of(target={"width": 64, "sparsity": {"density": 0.1}}))
-        engine = trainer.sparse_model.linear("blocks.0.mlp.up").engine
-        assert isinstance(engine, Sparse) and engine.kernels == "torch"
-        assert "pip install 'supar[sparse]'" in trainer.engines.lines()[-1]
-        trainer.step()
-
-    def test_a_cache_that_cannot_be_written_costs_a_measurement(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
-        assert autotune.fastest(drawn((256, 256), 0.1), self.SETTING).measured_now
-
-    def test_the_most_specific_name_decides(self, plan_of: MakePlan) -> None:
-        named = {"hidden": "sparse", "mlp": "dense", "mlp.up": "sparse", "attn.q": "dense", "blocks.0.attn.q": "sparse"}
-        trainer = Trainer(plan_of(run={"engine": named}))
-        found = {name: choice.name for name, choice in trainer.engines.choices.items()}
-        assert found.pop("blocks.0.attn.q") == "sparse" and len(found) > 6
-        for name, engine in found.items():
-            assert (engine == "dense") == name.endswith((".attn.q", ".mlp.down"))
-        trainer = Trainer(plan_of(run={"engine": {"blocks.0.attn.k": "sparse"}}))
-        assert trainer.engines.choices["blocks.0.attn.k"].name == "sparse"
-        assert trainer.engines.choices["blocks.0.attn.q"].name == "dense"  # of auto, which is, so small
-
-    def test_what_cannot_be_is_refused(self, plan_of: MakePlan) -> None:
-        with pytest.raises(InputError, match=r"run\.engine: block needs a plan whose sparsity\.pattern is block"):
-            Trainer(plan_of(run={"engine": "block"}))
-        with pytest.raises(InputError, match=r"run\.engine: sparse runs on CPU only"):
-            autotune.make("sparse", drawn((4, 4), 0.5), autotune.Setting(torch.device("cuda"), torch.float32, 1))
-
-
-@pytest.mark.parametrize(
-    ("engine", "message"),
-    [
-        ("fast", "run.engine: should be 'auto', 'dense', 'sparse', 'block' or a mapping to these, not 'fast'"),
-        ("{hiden: dense}", "run.engine.hiden: no hidden tensor, site (`attn.q`), part (`attn`) or `hidden`"),
-        ("{embedding: dense}", "run.engine.embedding: no hidden tensor"),
-    ],
-)
-def test_a_wrong_engine_ends_with_2(
-    supar_here: Callable[..., Called], plan_of: MakePlan, tmp_path: Path, engine: str, message: str
-) -> None:
-    from supar_cli.planning import document
-
-    (tmp_path / "plan.yaml").write_text(document.write([plan_of().model_dump()]))
-    ended = supar_here("train", "plan.yaml", "-s", f"run.engine={engine}")
-    assert ended.status == 2 and message in ended.err and not (tmp_path / "runs").exists()
-
-
-def test_large_blocks_are_kept_unless_switched_off() -> None:
-    code = "from supar_cli.sparse.allocator import keep_large_blocks; print(keep_large_blocks())"
-    for value, kept in (("1", str(sys.platform == "linux")), ("0", "False")):
-        run = [sys.executable, "-c", code]
-        done = subprocess.run(run, capture_output=True, text=True, env=environment(SUPAR_KEEP_MEMORY=value), check=True)
-        assert done.stdout.strip() == kept
+    def test_what_does_not_fit_is_refused(self, kind: str) -> None:
+        mask, linear = drawn((24, 40), 0.3), Linear(40, 24, bias=False)
+        with pytest.raises(ValueError, match=r"values of shape \(3,\) under a mask of"):
+            linear.remask(mask, torch.randn(3), KINDS[kind](mask))
+        turned = Mask.of(mask.alive().T)
+        with pytest.raises(ValueError, match=r"a mask of shape \(40, 24\) on a weight of shape \(24, 40\)"):
+            linear.remask(turned, torch.randn(turned.count), KINDS[kind](turned))

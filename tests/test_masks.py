@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from math import sqrt
 from typing import Any
 
@@ -16,8 +17,10 @@ from numpy.typing import NDArray
 
 from supar_cli.planning import density as sparsity
 from supar_cli.planning import layout
-from supar_cli.planning.plan import Plan, PlanTensor
+from supar_cli.planning.plan import Plan
 from supar_cli.sparse import masks
+from supar_cli.sparse.masks import Mask
+from supar_cli.training import prepare
 
 from .conftest import environment
 
@@ -27,25 +30,14 @@ BLOCKS = "caea685f9fc1b5e7"
 EXACT, FIXED_FAN_IN, BERNOULLI = "392c00f9093754e3", "0ab2c369c1593423", "392c00f9093754e3"
 
 
-def row(shape: tuple[int, int], kept: int, name: str = "blocks.0.mlp.up") -> PlanTensor:
-    return PlanTensor(
-        name=name,
-        role="hidden",
-        shape=list(shape),
-        density=kept / (shape[0] * shape[1]),
-        kept=kept,
-        init_std=0.1,
-        lr=0.1,
-        weight_decay=0.0,
-        eps=1e-8,
-        because={"m_d": 1.0, "m_rho": 1.0},
-    )
-
-
 def drawn(shape: tuple[int, int], kept: int, *, name: str = "w", seed: int = 0, pattern: str = "exact") -> NDArray[Any]:
-    mask = masks.draw(row(shape, kept, name), seed, pattern)
-    assert mask is not None
-    return mask
+    mask = masks.draw(name, shape, kept, kept / (shape[0] * shape[1]), seed, pattern)
+    assert mask is not None and mask == Mask.of(mask.alive())
+    return mask.alive()
+
+
+def fingerprint(alive: NDArray[np.bool_]) -> str:
+    return Mask.of(alive).fingerprint
 
 
 shapes = st.tuples(st.integers(1, 40), st.integers(2, 40))
@@ -71,58 +63,79 @@ def test_fixed_fan_in_keeps_as_many_in_every_row(shape: tuple[int, int], data: A
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(shapes, st.decimals("0.001", "1", places=3))
 def test_the_planned_count_is_the_density_rounded(shape: tuple[int, int], density: Any) -> None:
-    tensor = layout.Tensor("blocks.0.mlp.up", "hidden", "mlp.up", shape, 0)
+    tensor = layout.Tensor("blocks.0.mlp.up", "hidden", "mlp.up", shape, (1,), 0)
     size = shape[0] * shape[1]
-    kept = sparsity.distribute([tensor], density, "uniform", "exact", {})[tensor.name]
+    kept = sparsity.distribute([tensor], Fraction(density), "uniform", "exact", {})[tensor.name]
     assert abs(kept.count - float(density) * size) <= 0.5 or kept.count == 1
     assert kept.density == float(density)
 
 
-def test_equal_keys_lose_no_count() -> None:
-    """Keys of 64 bits tie about never, so ties are made: the first of equal keys live, as many as are kept."""
-    keys = np.array([[5, 3, 3, 3, 9], [1, 1, 1, 1, 1], [4, 2, 8, 6, 0]], np.uint64)
-    mask = masks._smallest(keys, 2)
-    assert mask.tolist() == [
-        [False, True, True, False, False],
-        [True, True, False, False, False],
-        [False, True, False, False, True],
-    ]
+class TestPacked:
+    """A mask is one bit a weight; what it says is what numpy says of the whole array."""
+
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.floats(0, 1), st.integers(0, 99), st.data())
+    def test_says_what_the_array_says(self, shape: list[int], density: float, seed: int, data: Any) -> None:
+        alive = np.random.default_rng(seed).random(shape) < density
+        mask = Mask.of(alive)
+        assert (mask.shape, mask.size, mask.count) == (alive.shape, alive.size, int(alive.sum()))
+        assert mask.bits.nbytes == (alive.size + 7) // 8
+        first, last = (data.draw(st.none() | st.integers(-15, 15)) for _ in range(2))
+        rows = slice(first, last, data.draw(st.sampled_from([None, 1, 2, 3])))
+        assert np.array_equal(mask.alive(), alive) and np.array_equal(mask.alive(rows), alive[rows])
+        assert mask.live().dtype == np.int64 and np.array_equal(mask.live(), np.flatnonzero(alive))
+
+    def test_chunks_join(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        alive = np.random.default_rng(0).random((37, 53)) < 0.3
+        monkeypatch.setattr(masks, "CHUNK_BYTES", 3)
+        assert len(list(Mask.of(alive).live_chunks())) == 82
+        assert np.array_equal(Mask.of(alive).live(), np.flatnonzero(alive)) and Mask.of(alive).count == alive.sum()
+
+    def test_equal_are_those_of_the_same_shape_and_weights(self) -> None:
+        mask = Mask.of(np.eye(4, dtype=bool))
+        assert mask == Mask.of(np.eye(4, dtype=bool)) and hash(mask) == hash(Mask.of(np.eye(4, dtype=bool)))
+        assert mask != Mask((2, 8), mask.bits) and mask != Mask.of(~np.eye(4, dtype=bool)) and mask != 1
+
+    def test_other_bits_are_refused(self) -> None:
+        for shape, bits in (((3, 3), [0]), ((3, 3), [0, 0, 0]), ((3, 3), [0, 1])):
+            with pytest.raises(ValueError, match="packed bits"):
+                Mask(shape, np.array(bits, np.uint8))
+        with pytest.raises(ValueError, match="packed bits"):
+            Mask((2, 4), np.zeros(1, np.int8))  # type: ignore[arg-type]
+        assert Mask((3, 3), np.array([0, 0x80], np.uint8)).live().tolist() == [8]
 
 
 class TestIdentity:
     def test_the_mask_of_a_seed_and_a_name_never_changes(self) -> None:
         """A changed literal means that no run of an earlier version can be repeated: **Numbers** in the changelog."""
-        assert masks.fingerprint(drawn((256, 64), 131)) == EXACT
-        assert masks.fingerprint(drawn((256, 64), 256, pattern="fixed_fan_in")) == FIXED_FAN_IN
-        assert masks.fingerprint(drawn((256, 64), 131, pattern="bernoulli")) == BERNOULLI
+        assert fingerprint(drawn((256, 64), 131)) == EXACT
+        assert fingerprint(drawn((256, 64), 256, pattern="fixed_fan_in")) == FIXED_FAN_IN
+        assert fingerprint(drawn((256, 64), 131, pattern="bernoulli")) == BERNOULLI
 
     def test_depends_on_seed_and_name_only(self, plan_of: MakePlan) -> None:
         plan, deeper = plan_of(), plan_of(target={"layers": 3})
         reordered = plan.model_copy(update={"tensors": plan.tensors[::-1]})
-        own, other, backwards = masks.draw_all(plan), masks.draw_all(deeper), masks.draw_all(reordered)
-        assert set(other) - set(own) and all(np.array_equal(own[name], other[name]) for name in own)
-        assert all(np.array_equal(own[name], backwards[name]) for name in own)
-        reseeded = masks.draw_all(plan_of(target={"seed": 7}))
-        assert not any(np.array_equal(own[name], reseeded[name]) for name in own)
+        own, other, backwards = prepare.draw_masks(plan), prepare.draw_masks(deeper), prepare.draw_masks(reordered)
+        assert set(other) - set(own) and all(own[name] == other[name] for name in own)
+        assert all(own[name] == backwards[name] for name in own)
+        reseeded = prepare.draw_masks(plan_of(target={"seed": 7}))
+        assert not any(own[name] == reseeded[name] for name in own)
 
     def test_another_process_draws_the_same(self) -> None:
-        code = (
-            "from tests.test_masks import drawn; from supar_cli.sparse import masks;"
-            "print(masks.fingerprint(drawn((256, 64), 131)))"
-        )
+        code = "from tests.test_masks import drawn, fingerprint; print(fingerprint(drawn((256, 64), 131)))"
         env = environment(PYTHONHASHSEED="123", OMP_NUM_THREADS="1")
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
         assert done.stdout.strip() == EXACT
 
     def test_dense_tensors_have_none(self, plan_of: MakePlan) -> None:
-        assert masks.draw(row((4, 4), 16), 0, "exact") is None
-        assert masks.draw_all(plan_of(target={"sparsity": {"density": 1.0}})) == {}
+        assert masks.draw("w", (4, 4), 16, 1.0, 0, "exact") is None
+        assert prepare.draw_masks(plan_of(target={"sparsity": {"density": 1.0}})) == {}
 
     def test_the_fingerprint_sees_one_weight(self) -> None:
         mask = drawn((16, 16), 20)
         moved = mask.copy()
         moved.flat[[int(np.argmax(mask)), int(np.argmin(mask))]] = False, True
-        assert masks.fingerprint(moved) != masks.fingerprint(mask)
+        assert fingerprint(moved) != fingerprint(mask) and Mask.of(moved) != Mask.of(mask)
 
 
 class TestChance:
@@ -176,9 +189,11 @@ class TestBlocks:
     """Whole aligned blocks, as many as planned, drawn as single weights are."""
 
     def drawn(self, shape: tuple[int, int], blocks: int, block: int, **of: Any) -> NDArray[Any]:
-        mask = masks.draw(row(shape, blocks * block**2, of.get("name", "w")), of.get("seed", 0), "block", block)
+        kept = blocks * block**2
+        density = kept / (shape[0] * shape[1])
+        mask = masks.draw(of.get("name", "w"), shape, kept, density, of.get("seed", 0), "block", block)
         assert mask is not None
-        return mask
+        return mask.alive()
 
     @settings(max_examples=50, deadline=None, derandomize=True)
     @given(st.integers(1, 6), st.integers(1, 6), st.sampled_from([16, 32]), st.data())
@@ -195,7 +210,7 @@ class TestBlocks:
         assert (first == self.drawn((320, 640), 40, 32)).all()
         assert (first != self.drawn((320, 640), 40, 32, name="v")).any()
         assert (first != self.drawn((320, 640), 40, 32, seed=1)).any()
-        assert masks.fingerprint(first) == BLOCKS
+        assert fingerprint(first) == BLOCKS
 
     def test_training_keeps_to_the_blocks(self, plan_of: MakePlan) -> None:
         from supar_cli.training.trainer import Trainer
@@ -207,7 +222,7 @@ class TestBlocks:
             losses[engine] = [trainer.step()[0] for _ in range(6)]
             for name, mask in trainer.sparse_model.masks.items():
                 alive = (trainer.sparse_model.weight(name) != 0).numpy()
-                assert (alive == mask).all()
+                assert (alive == mask.alive()).all()
                 parts = alive.reshape(alive.shape[0] // 16, 16, -1, 16).sum(axis=(1, 3))
                 assert set(parts.flat) == {0, 256} and parts.sum() == alive.size // 4
         assert losses["block"] == pytest.approx(losses["dense"], abs=1e-5)

@@ -13,9 +13,9 @@ import supar_cli
 from supar_cli.errors import InputError
 from supar_cli.planning import density as sparsity
 from supar_cli.planning import document
+from supar_cli.planning.advice import warnings
 from supar_cli.planning.plan import Plan
-from supar_cli.planning.spec import parse
-from supar_cli.planning.transfer import warnings
+from supar_cli.planning.problems import parse
 from tests.test_plan import GPT2, LLAMA, TRAIN, hidden, plan, proxy, row
 
 
@@ -132,7 +132,7 @@ class TestDistribution:
 
     def test_without_blocks_nothing_says_block(self) -> None:
         made = plan(target={"width": 128, "sparsity": {"density": 0.25}})
-        assert "block:" not in document.write([made.model_dump()])
+        assert "block" not in made.model_dump()["sparsity"]
 
     def test_rows_of_blocks_that_are_empty_are_warned_of(self) -> None:
         """16 weights per neuron in blocks of 32 are half a block a row: e^-.5 of the rows have none."""
@@ -231,7 +231,11 @@ class TestRefusals:
             ({"kept": 9}, r"tensors\[3\]\.kept: 9 is not density 0\.5 of 16384 weights"),
             ({"density": 0.25}, r"tensors\[3\]\.kept: 8192 is not density"),
             ({"role": "norm"}, r"only hidden weights are sparse"),
-            ({"shape": [128, 128, 1]}, r"tensors\[3\]\.shape"),
+            ({"shape": [128, 128, 1, 1, 1, 1]}, r"tensors\[3\]\.shape"),
+            (
+                {"fan_in_axes": [0]},
+                r"tensors\.3\.fan_in_axes: \[0\]; the model's shape gives \[1\] to blocks\.0\.attn\.q",
+            ),
             ({"lr": 0.0}, r"tensors\[3\]\.lr: should be greater than 0"),
             ({"init_std": "wide"}, r"tensors\[3\]\.init_std: should be a number, not 'wide'"),
         ],

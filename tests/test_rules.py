@@ -38,16 +38,16 @@ PLACES = [
     ("bias", False, False),
     ("unembedding", False, False),
 ]
-TUNED = rules.Tuned(sigma=0.08665602, eta=1.62e-2, lam=0.1, eps=1e-8)
+TUNED = rules.ProxyValues(sigma=0.08665602, eta=1.62e-2, lam=0.1, eps=1e-8)
 TOLERANCE = 1e-12  # relative: a few roundings of a double, far below any exponent's effect
 
 
-def numbers_of(module: Any, scheme: Any, tuned: Any, place: Any) -> dict[str, float]:
+def numbers_of(module: Any, scheme: Any, proxy: Any, context: Any) -> dict[str, float]:
     return {
-        "init_std": module.init_std(scheme, tuned, place).value,
-        "lr": module.learning_rate(scheme, tuned, place).value,
-        "weight_decay": module.weight_decay(scheme, tuned, place).value,
-        "eps": module.adam_eps(scheme, tuned, place).value,
+        "init_std": module.init_std(scheme, proxy, context).value,
+        "lr": module.learning_rate(scheme, proxy, context).value,
+        "weight_decay": module.weight_decay(scheme, proxy, context).value,
+        "eps": module.adam_eps(scheme, proxy, context).value,
     }
 
 
@@ -60,8 +60,8 @@ def forward_of(module: Any, scheme: Any, m_d: float, m_L: float) -> dict[str, fl
     }
 
 
-def expected(scheme: Any, place: Any, tuned: Any = TUNED) -> dict[str, float]:
-    return oracle.numbers(**vars(scheme), **vars(place), **vars(tuned))
+def expected(scheme: Any, context: Any, proxy: Any = TUNED) -> dict[str, float]:
+    return oracle.numbers(**vars(scheme), **vars(context), **vars(proxy))
 
 
 def differing(found: dict[str, float], wanted: dict[str, float]) -> list[str]:
@@ -77,9 +77,9 @@ def disagreements(module: Any) -> Iterator[str]:
     for options in product(NAMES, OPTIMIZERS, DECAYS, DEPTHS, RESIDUALS, UNEMBEDDINGS):
         scheme = module.Scheme(*options)
         for (role, in_block, writes), (m_d, m_rho, m_L) in product(PLACES, ((8.0, 1 / 128, 3.0), (0.5, 0.3, 0.25))):
-            place = module.Place(role, m_d, m_rho, m_L, 12, in_block, writes)
-            for line in differing(numbers_of(module, scheme, TUNED, place), expected(scheme, place)):
-                yield f"{scheme} {place}: {line}"
+            context = module.TensorContext(role, m_d, m_rho, m_L, 12, in_block, writes)
+            for line in differing(numbers_of(module, scheme, TUNED, context), expected(scheme, context)):
+                yield f"{scheme} {context}: {line}"
         for m_d, m_L in ((8.0, 3.0), (0.5, 0.25)):
             wanted = oracle.forward(
                 name=scheme.name,
@@ -106,18 +106,18 @@ multiplier = st.floats(2.0**-12, 2.0**12)
     st.tuples(*map(st.sampled_from, (NAMES, OPTIMIZERS, DECAYS, DEPTHS, RESIDUALS, UNEMBEDDINGS))),
     st.sampled_from(PLACES),
     st.tuples(multiplier, st.floats(2.0**-12, 4.0), multiplier, st.integers(1, 200)),
-    st.builds(rules.Tuned, *(st.floats(1e-10, 10.0) for _ in range(4))),
+    st.builds(rules.ProxyValues, *(st.floats(1e-10, 10.0) for _ in range(4))),
 )
-def test_at_any_multiplier_too(options: Any, where: Any, multipliers: Any, tuned: rules.Tuned) -> None:
-    scheme, place = rules.Scheme(*options), rules.Place(where[0], *multipliers, *where[1:])
-    assert differing(numbers_of(rules, scheme, tuned, place), expected(scheme, place, tuned)) == []
+def test_at_any_multiplier_too(options: Any, where: Any, multipliers: Any, proxy: rules.ProxyValues) -> None:
+    scheme, context = rules.Scheme(*options), rules.TensorContext(where[0], *multipliers, *where[1:])
+    assert differing(numbers_of(rules, scheme, proxy, context), expected(scheme, context, proxy)) == []
 
 
 @pytest.mark.parametrize("options", list(product(OPTIMIZERS, DECAYS, DEPTHS, RESIDUALS, UNEMBEDDINGS)))
 def test_at_the_proxys_density_supar_and_its_halves_are_mup_bit_for_bit(options: Any) -> None:
     for (role, in_block, writes), m_d, m_L in product(PLACES, (3.0, 8.0, 0.7), (1.0, 2.5)):
-        place = rules.Place(role, m_d, 1.0, m_L, 12, in_block, writes)
-        found = [numbers_of(rules, rules.Scheme(name, *options), TUNED, place) for name in NAMES[1:]]
+        context = rules.TensorContext(role, m_d, 1.0, m_L, 12, in_block, writes)
+        found = [numbers_of(rules, rules.Scheme(name, *options), TUNED, context) for name in NAMES[1:]]
         assert all(other == found[0] for other in found)
         forward = [forward_of(rules, rules.Scheme(name, *options), m_d, m_L) for name in NAMES[1:]]
         assert all(other == forward[0] for other in forward)
@@ -141,8 +141,8 @@ def test_the_decay_timescales_of_a_lambda_left_alone_and_of_one_corrected() -> N
     """arXiv 2405.15743's proxy at λ = 0.1 and m_d = 8: 1/(lr·λ) falls from 4938 steps to 39 at density 2^-7."""
 
     def timescale(rule: Any, m_rho: float) -> float:
-        scheme, place = rules.Scheme("supar", weight_decay_rule=rule), rules.Place("hidden", 8.0, m_rho)
-        found = numbers_of(rules, scheme, TUNED, place)
+        scheme, context = rules.Scheme("supar", weight_decay_rule=rule), rules.TensorContext("hidden", 8.0, m_rho)
+        found = numbers_of(rules, scheme, TUNED, context)
         return 1 / (found["lr"] * found["weight_decay"])
 
     assert round(timescale("coupled", 1.0)) == 4938
@@ -164,20 +164,23 @@ def test_every_formula_says_what_was_computed() -> None:
     for options in product(NAMES, OPTIMIZERS, DECAYS, DEPTHS, RESIDUALS, UNEMBEDDINGS):
         scheme = rules.Scheme(*options)  # type: ignore[arg-type]
         for role, in_block, writes in PLACES:
-            place = rules.Place(role, 8.0, 1 / 128, 3.0, 12, in_block, writes)  # type: ignore[arg-type]
+            context = rules.TensorContext(role, 8.0, 1 / 128, 3.0, 12, in_block, writes)  # type: ignore[arg-type]
             symbols = {"σ": TUNED.sigma, "η": TUNED.eta, "λ": TUNED.lam, "ε": TUNED.eps}
             symbols |= {"m_d": 8.0, "m_ρ": 1 / 128 if role == "hidden" else nan, "m_L": 3.0, "layers": 12}
             for rule in (rules.init_std, rules.learning_rate, rules.weight_decay, rules.adam_eps):
-                found = rule(scheme, TUNED, place)
-                assert worked_out(found.formula, symbols) == pytest.approx(found.value, rel=TOLERANCE), (scheme, place)
+                found = rule(scheme, TUNED, context)
+                assert worked_out(found.formula, symbols) == pytest.approx(found.value, rel=TOLERANCE), (
+                    scheme,
+                    context,
+                )
                 made += 1
     assert made == 5 * 2 * 3 * 2 * 2 * 2 * 8 * 4
 
 
 # Planted faults: (text in rules.py, what stands there instead). Each must leave the table.
 MUTANTS = [
-    ("place.m_rho if corrected else 1.0", "place.m_rho"),
-    ("place.m_rho if corrected else 1.0", "1.0"),
+    ("context.m_rho if corrected else 1.0", "context.m_rho"),
+    ("context.m_rho if corrected else 1.0", "1.0"),
     ('_DENSITY_IN_INIT = ("supar", "supar-init-only")', '_DENSITY_IN_INIT = ("supar",)'),
     ('_DENSITY_IN_INIT = ("supar", "supar-init-only")', '_DENSITY_IN_INIT = ("supar", "supar-lr-only")'),
     ('_DENSITY_IN_INIT = ("supar", "supar-init-only")', '_DENSITY_IN_INIT = ("supar", "supar-init-only", "mup")'),
@@ -188,41 +191,44 @@ MUTANTS = [
     ("by_density = scheme.name in _DENSITY_IN_RATE", "by_density = scheme.name in _DENSITY_IN_INIT"),
     ("by_density = scheme.name in _DENSITY_IN_INIT", "by_density = scheme.name in _DENSITY_IN_RATE"),
     (
-        "tuned.sigma / sqrt(place.m_d * _density(by_density, place))",
-        "tuned.sigma / (place.m_d * _density(by_density, place))",
+        "proxy.sigma / sqrt(context.m_d * _density(by_density, context))",
+        "proxy.sigma / (context.m_d * _density(by_density, context))",
     ),
-    ("tuned.sigma / sqrt(place.m_d * _density(by_density, place))", "tuned.sigma / sqrt(place.m_d)"),
-    ("tuned.sigma / sqrt(place.m_d * _density(by_density, place))", "tuned.sigma / sqrt(_density(by_density, place))"),
+    ("proxy.sigma / sqrt(context.m_d * _density(by_density, context))", "proxy.sigma / sqrt(context.m_d)"),
     (
-        "tuned.sigma / sqrt(place.m_d * _density(by_density, place))",
-        "tuned.sigma / sqrt(place.m_d / _density(by_density, place))",
+        "proxy.sigma / sqrt(context.m_d * _density(by_density, context))",
+        "proxy.sigma / sqrt(_density(by_density, context))",
     ),
-    ("value / sqrt(2.0 * place.layers)", "value / sqrt(place.layers)"),
-    ("value / sqrt(2.0 * place.layers)", "value / (2.0 * place.layers)"),
-    ('scheme.residual_init == "gpt2" and place.writes_residual', 'scheme.residual_init == "gpt2"'),
-    ('scheme.residual_init == "gpt2" and place.writes_residual', "place.writes_residual"),
-    ('place.role == "unembedding" and scheme.unembedding_init == "zero"', 'scheme.unembedding_init == "zero"'),
-    ('place.role == "unembedding" and scheme.unembedding_init == "zero"', 'place.role == "unembedding"'),
     (
-        'if place.role != "hidden":\n        return Rule(tuned.sigma',
-        'if place.role == "embedding":\n        return Rule(tuned.sigma',
+        "proxy.sigma / sqrt(context.m_d * _density(by_density, context))",
+        "proxy.sigma / sqrt(context.m_d / _density(by_density, context))",
     ),
-    ('Rule(0.0, "0: every gain starts', 'Rule(tuned.sigma, "0: every gain starts'),
-    ('Rule(0.0, "0: every bias starts', 'Rule(tuned.sigma, "0: every bias starts'),
-    ("value = tuned.eta / (m_d * m_rho)", "value = tuned.eta / m_d"),
-    ("value = tuned.eta / (m_d * m_rho)", "value = tuned.eta / m_rho"),
-    ("value = tuned.eta / (m_d * m_rho)", "value = tuned.eta / sqrt(m_d * m_rho)"),
-    ("value = tuned.eta / (m_d * m_rho)", "value = tuned.eta * m_rho / m_d"),
+    ("value / sqrt(2.0 * context.layers)", "value / sqrt(context.layers)"),
+    ("value / sqrt(2.0 * context.layers)", "value / (2.0 * context.layers)"),
+    ('scheme.residual_init == "gpt2" and context.writes_residual', 'scheme.residual_init == "gpt2"'),
+    ('scheme.residual_init == "gpt2" and context.writes_residual', "context.writes_residual"),
+    ('context.role == "unembedding" and scheme.unembedding_init == "zero"', 'scheme.unembedding_init == "zero"'),
+    ('context.role == "unembedding" and scheme.unembedding_init == "zero"', 'context.role == "unembedding"'),
     (
-        'if scheme.optimizer == "adamw":\n        if place.role != "hidden"',
-        'if scheme.optimizer == "adamw":\n        if place.role not in ("hidden", "unembedding")',
+        'if context.role != "hidden":\n        return Rule(proxy.sigma',
+        'if context.role == "embedding":\n        return Rule(proxy.sigma',
     ),
-    ('Rule(tuned.eta * m_d, "η·m_d"', 'Rule(tuned.eta, "η·m_d"'),
-    ('Rule(tuned.eta * m_d, "η·m_d"', 'Rule(tuned.eta / m_d, "η·m_d"'),
-    ("Rule(tuned.eta / m_rho, *", "Rule(tuned.eta / (m_d * m_rho), *"),
-    ("Rule(tuned.eta / m_rho, *", "Rule(tuned.eta, *"),
-    ('if place.role in ("bias", "norm")', 'if place.role == "bias"'),
-    ('if place.role in ("bias", "norm")', 'if place.role == "norm"'),
+    ('Rule(0.0, "0: every gain starts', 'Rule(proxy.sigma, "0: every gain starts'),
+    ('Rule(0.0, "0: every bias starts', 'Rule(proxy.sigma, "0: every bias starts'),
+    ("value = proxy.eta / (m_d * m_rho)", "value = proxy.eta / m_d"),
+    ("value = proxy.eta / (m_d * m_rho)", "value = proxy.eta / m_rho"),
+    ("value = proxy.eta / (m_d * m_rho)", "value = proxy.eta / sqrt(m_d * m_rho)"),
+    ("value = proxy.eta / (m_d * m_rho)", "value = proxy.eta * m_rho / m_d"),
+    (
+        'if scheme.optimizer == "adamw":\n        if context.role != "hidden"',
+        'if scheme.optimizer == "adamw":\n        if context.role not in ("hidden", "unembedding")',
+    ),
+    ('Rule(proxy.eta * m_d, "η·m_d"', 'Rule(proxy.eta, "η·m_d"'),
+    ('Rule(proxy.eta * m_d, "η·m_d"', 'Rule(proxy.eta / m_d, "η·m_d"'),
+    ("Rule(proxy.eta / m_rho, *", "Rule(proxy.eta / (m_d * m_rho), *"),
+    ("Rule(proxy.eta / m_rho, *", "Rule(proxy.eta, *"),
+    ('if context.role in ("bias", "norm")', 'if context.role == "bias"'),
+    ('if context.role in ("bias", "norm")', 'if context.role == "norm"'),
     ("divisor = m_d * m_rho if scheme.optimizer", "divisor = m_d if scheme.optimizer"),
     ('divisor = m_d * m_rho if scheme.optimizer == "adamw" else m_rho', "divisor = m_d * m_rho"),
     ("divisor, symbol = 1.0 / m_d", "divisor, symbol = 1.0"),
@@ -230,15 +236,15 @@ MUTANTS = [
     ('scheme.weight_decay_rule == "coupled" or not', "not"),
     ('or not symbol or scheme.name == "sp"', "or not symbol"),
     ('if scheme.name != "sp":\n        by_density', 'if scheme.name == "supar":\n        by_density'),
-    ("tuned.lam * sqrt(divisor)", "tuned.lam * divisor"),
-    ("Rule(tuned.lam * divisor, f", "Rule(tuned.lam / divisor, f"),
-    ("Rule(tuned.lam * divisor, f", "Rule(tuned.lam, f"),
-    ("tuned.eps / (place.m_d * place.m_L)", "tuned.eps / place.m_d"),
-    ("tuned.eps / (place.m_d * place.m_L)", "tuned.eps / (place.m_d / place.m_L)"),
-    ("if place.in_block and scheme.depth_rule", "if scheme.depth_rule"),
-    ("Rule(tuned.eps / place.m_d, ", "Rule(tuned.eps, "),
-    ("Rule(tuned.eps / place.m_d, ", "Rule(tuned.eps / (place.m_d * place.m_rho), "),
-    ('Rule(tuned.eps, "ε", "SP")', 'Rule(tuned.eps / place.m_d, "ε", "SP")'),
+    ("proxy.lam * sqrt(divisor)", "proxy.lam * divisor"),
+    ("Rule(proxy.lam * divisor, f", "Rule(proxy.lam / divisor, f"),
+    ("Rule(proxy.lam * divisor, f", "Rule(proxy.lam, f"),
+    ("proxy.eps / (context.m_d * context.m_L)", "proxy.eps / context.m_d"),
+    ("proxy.eps / (context.m_d * context.m_L)", "proxy.eps / (context.m_d / context.m_L)"),
+    ("if context.in_block and scheme.depth_rule", "if scheme.depth_rule"),
+    ("Rule(proxy.eps / context.m_d, ", "Rule(proxy.eps, "),
+    ("Rule(proxy.eps / context.m_d, ", "Rule(proxy.eps / (context.m_d * context.m_rho), "),
+    ('Rule(proxy.eps, "ε", "SP")', 'Rule(proxy.eps / context.m_d, "ε", "SP")'),
     ('Rule(1.0, "1", "SP") if scheme.name == "sp" else Rule(alpha_input', "Rule(alpha_input"),
     ('Rule(1.0, "1", "SP") if scheme.name == "sp" else Rule(alpha_output', "Rule(alpha_output"),
     ("Rule(alpha_output / m_d", "Rule(alpha_output"),
@@ -316,13 +322,13 @@ def test_mup_agrees_on_rates_and_decays(optimizer: str, width: int, ffn_width: i
     assert set(ROLES) <= set(parameters)
     for name, role in ROLES.items():
         m_d = ffn_width / 128 if name == "down.weight" else width / 32
-        place = rules.Place(role, m_d)  # type: ignore[arg-type]
-        found = numbers_of(rules, rules.Scheme("mup", optimizer), TUNED, place)  # type: ignore[arg-type]
+        context = rules.TensorContext(role, m_d)  # type: ignore[arg-type]
+        found = numbers_of(rules, rules.Scheme("mup", optimizer), TUNED, context)  # type: ignore[arg-type]
         theirs = by_id[id(parameters[name])]
         assert theirs["lr"] == pytest.approx(found["lr"], rel=TOLERANCE), name
         if role not in ("bias", "norm"):  # `mup` leaves it to the user which tensors decay
             assert theirs["weight_decay"] == pytest.approx(found["weight_decay"], rel=TOLERANCE), name
-        off = replace(place, m_d=2 * m_d)
+        off = replace(context, m_d=2 * m_d)
         if found["lr"] != TUNED.eta:  # the comparison sees a wrong multiplier
             wrong = numbers_of(rules, rules.Scheme("mup", optimizer), TUNED, off)  # type: ignore[arg-type]
             assert theirs["lr"] != pytest.approx(wrong["lr"], rel=0.1)
@@ -335,8 +341,8 @@ def test_mup_agrees_on_init_and_the_output_multiplier() -> None:
     for name in ("up.weight", "down.weight", "embedding.weight"):
         parameter = dict(model.named_parameters())[name]
         mup.normal_(parameter, std=TUNED.sigma)
-        place = rules.Place(ROLES[name], 8.0)  # type: ignore[arg-type]
-        wanted = rules.init_std(rules.Scheme("mup"), TUNED, place).value
+        context = rules.TensorContext(ROLES[name], 8.0)  # type: ignore[arg-type]
+        wanted = rules.init_std(rules.Scheme("mup"), TUNED, context).value
         allowed = 6 / sqrt(2 * parameter.numel())
         assert float(parameter.detach().std()) == pytest.approx(wanted, rel=allowed), name
     x = torch.randn(3, 256)

@@ -16,7 +16,7 @@ from supar_cli.cli.sweep import DEFAULTS, PRESETS
 from supar_cli.errors import InputError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.planning.spec import parse
+from supar_cli.planning.problems import parse
 from supar_cli.planning.sweep import Grid, Sweep, axis_values, checked
 
 from .conftest import Called, proxy_fields

@@ -77,14 +77,13 @@ def classifier_plan(plan_of: MakePlan, **run: Any) -> Plan:
     """A plan of the perceptron's three tensors, the middle one sparse; what it says of a text is read by nobody."""
     plan = plan_of(train={"steps": 30, "batch_size": 16, "eval_every": 10}, run={"checkpoint_every": 10, **run})
     numbers: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.0, "eps": 1e-8, "because": {}, "density": 1.0}
-    shapes = {"first": [HIDDEN, FEATURES], "second": [HIDDEN, HIDDEN], "head": [CLASSES, HIDDEN]}
-    roles = {"first": "embedding", "second": "hidden", "head": "unembedding"}
-    rows = [
-        PlanTensor(
-            name=name, role=roles[name], shape=shape, kept=math.prod(shape), init_std=shape[1] ** -0.5, **numbers
-        )
-        for name, shape in shapes.items()
-    ]
+    numbers["fan_in_axes"] = [1]
+    tensors = [("first", "embedding", [HIDDEN, FEATURES]), ("second", "hidden", [HIDDEN] * 2)]
+    rows = []
+    for name, role, shape in [*tensors, ("head", "unembedding", [CLASSES, HIDDEN])]:
+        own: dict[str, Any] = {"name": name, "role": role, "site": name, "shape": shape, "kept": math.prod(shape)}
+        own |= {"fan_in": shape[1], "base_fan_in": shape[1], "init_std": shape[1] ** -0.5}
+        rows.append(PlanTensor(**own, **numbers))
     rows[1] = rows[1].model_copy(update={"density": 0.25, "kept": HIDDEN * HIDDEN // 4})
     return plan.model_copy(update={"tensors": rows})
 

@@ -17,7 +17,8 @@ import torch
 
 from supar_cli.errors import InputError, UnusableResult
 from supar_cli.planning import document
-from supar_cli.planning.spec import Proxy, Spec, parse
+from supar_cli.planning.problems import parse
+from supar_cli.planning.spec import Proxy, Spec
 from supar_cli.planning.transfer import as_trial
 from supar_cli.training.trainer import Trainer
 from supar_cli.tuning import search as tuning

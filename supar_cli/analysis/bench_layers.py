@@ -13,19 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from supar_cli.errors import InputError
 from supar_cli.sparse import autotune
 from supar_cli.sparse.allocator import keep_large_blocks
-from supar_cli.sparse.autotune import Setting
+from supar_cli.sparse.autotune import LayerCase
 from supar_cli.sparse.block import BLOCKS
 from supar_cli.sparse.csr import Sparse
 from supar_cli.sparse.linear import Engine
+from supar_cli.sparse.masks import Mask
 from supar_cli.training.prepare import to_dense
-
-Mask = NDArray[np.bool_]
 
 BASELINE = "masked"
 DENSE = (BASELINE, "dense", "dense_bf16", "dense_fp32")
@@ -60,55 +58,55 @@ def draw_mask(shape: tuple[int, int], density: float, block: int | None = None) 
     cells = np.zeros((shape[0] // edge, shape[1] // edge), np.bool_)
     count = max(1, round(density * cells.size))
     cells.reshape(-1)[np.random.default_rng(SEED).choice(cells.size, count, replace=False, shuffle=False)] = True
-    return cells if edge == 1 else cells.repeat(edge, axis=0).repeat(edge, axis=1)
+    return Mask.of(cells if edge == 1 else cells.repeat(edge, axis=0).repeat(edge, axis=1))
 
 
 def draw_values(mask: Mask, device: torch.device) -> Tensor:
     """Normal live values (live,), float32, in row-major order."""
-    return torch.randn(int(mask.sum()), generator=torch.Generator().manual_seed(SEED)).to(device)
+    return torch.randn(mask.count, generator=torch.Generator().manual_seed(SEED)).to(device)
 
 
-def make(name: str, mask: Mask, values: Tensor, setting: Setting) -> Arm:
+def make(name: str, mask: Mask, values: Tensor, case: LayerCase) -> Arm:
     """An arm by its name; each has a parameter of its own. Raises InputError for an engine that can't run here."""
     if name == BASELINE:
         weight = to_dense(values, mask).requires_grad_()
-        alive = torch.from_numpy(mask).to(setting.device)
+        alive = torch.from_numpy(mask.alive()).to(case.device)
         return Arm(torch.float32, weight, lambda x: F.linear(x, weight * alive), lambda: None)
     if name in ("dense_bf16", "dense_fp32"):
         precision = torch.bfloat16 if name == "dense_bf16" else torch.float32
         weight = to_dense(values, mask).to(precision).requires_grad_()
         return Arm(precision, weight, lambda x: F.linear(x, weight), lambda: None)
     if name in ("sparse", "sparse_torch"):
-        return _of_engine(Sparse(mask, "torch" if name == "sparse_torch" else "auto"), values, setting)
+        return _of_engine(Sparse(mask, "torch" if name == "sparse_torch" else "auto"), values, case)
     if name in ("dense", "block"):
-        return _of_engine(autotune.make(name, mask, setting), values, setting)  # type: ignore[arg-type]
+        return _of_engine(autotune.make(name, mask, case), values, case)  # type: ignore[arg-type]
     raise AssertionError(name)
 
 
-def _of_engine(engine: Engine, values: Tensor, setting: Setting) -> Arm:
-    if setting.device.type == "cpu":
+def _of_engine(engine: Engine, values: Tensor, case: LayerCase) -> Arm:
+    if case.device.type == "cpu":
         keep_large_blocks()  # as training with engines does
     own = values.clone().requires_grad_()
-    return Arm(setting.precision, own, lambda x: engine(x, own), lambda: engine.refresh(own.detach()))
+    return Arm(case.precision, own, lambda x: engine(x, own), lambda: engine.refresh(own.detach()))
 
 
-def make_all(mask: Mask, setting: Setting) -> tuple[dict[str, Arm], str]:
-    """Every arm that can run under a setting, and which engine `auto` is."""
-    names = [*DENSE, *(["sparse", "sparse_torch"] if setting.device.type == "cpu" else [])]
-    names += ["block"] if setting.block else []
-    if setting.device.type == "cpu":
+def make_all(mask: Mask, case: LayerCase) -> tuple[dict[str, Arm], str]:
+    """Every arm that can run under a case, and which engine `auto` is."""
+    names = [*DENSE, *(["sparse", "sparse_torch"] if case.device.type == "cpu" else [])]
+    names += ["block"] if case.block else []
+    if case.device.type == "cpu":
         keep_large_blocks()  # for dense arms too, so that no arm owes its ratio to the allocator
-    chosen = autotune.fastest(mask, setting).name
-    values = draw_values(mask, setting.device)
-    arms = {name: make(name, mask, values, setting) for name in names}
-    return {**arms, "auto": make(chosen, mask, values, setting)}, chosen
+    chosen = autotune.fastest(mask, case).name
+    values = draw_values(mask, case.device)
+    arms = {name: make(name, mask, values, case) for name in names}
+    return {**arms, "auto": make(chosen, mask, values, case)}, chosen
 
 
-def draw_inputs(shape: tuple[int, int], setting: Setting, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+def draw_inputs(shape: tuple[int, int], case: LayerCase, precision: torch.dtype) -> tuple[Tensor, Tensor]:
     """X (tokens, in), a leaf, and the gradient of Y (tokens, out), the same numbers in any precision."""
     random = torch.Generator().manual_seed(SEED + 1)
-    x, gradient = (torch.randn(setting.tokens, width, generator=random) for width in reversed(shape))
-    return x.to(setting.device, precision).requires_grad_(), gradient.to(setting.device, precision)
+    x, gradient = (torch.randn(case.tokens, width, generator=random) for width in reversed(shape))
+    return x.to(case.device, precision).requires_grad_(), gradient.to(case.device, precision)
 
 
 def step(arm: Arm, x: Tensor, gradient: Tensor) -> Tensor:
@@ -120,16 +118,16 @@ def step(arm: Arm, x: Tensor, gradient: Tensor) -> Tensor:
     return y
 
 
-def times(arms: dict[str, Arm], shape: tuple[int, int], setting: Setting, rounds: int) -> dict[str, list[float]]:
+def times(arms: dict[str, Arm], shape: tuple[int, int], case: LayerCase, rounds: int) -> dict[str, list[float]]:
     """Seconds of each arm's step by round, after one that is not counted; the order alternates between rounds."""
-    inputs = {precision: draw_inputs(shape, setting, precision) for precision in {a.precision for a in arms.values()}}
+    inputs = {precision: draw_inputs(shape, case, precision) for precision in {a.precision for a in arms.values()}}
     found: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)
     for turn in range(rounds + 1):
         for name in names if turn % 2 else reversed(names):
-            started = _now(setting.device)
+            started = _now(case.device)
             step(arms[name], *inputs[arms[name].precision])
-            seconds = _now(setting.device) - started
+            seconds = _now(case.device) - started
             arms[name].parameter.grad = None
             if turn:
                 found[name].append(seconds)
@@ -142,11 +140,11 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def measure(shape: tuple[int, int], density: float, setting: Setting, rounds: int) -> dict[str, Any]:
+def measure(shape: tuple[int, int], density: float, case: LayerCase, rounds: int) -> dict[str, Any]:
     """One density's times in milliseconds and ratios; `over_dense` is the best dense arm of the same precision ÷ arm."""
-    mask = draw_mask(shape, density, setting.block)
-    arms, chosen = make_all(mask, setting)
-    seconds = times(arms, shape, setting, rounds)
+    mask = draw_mask(shape, density, case.block)
+    arms, chosen = make_all(mask, case)
+    seconds = times(arms, shape, case, rounds)
     median = {name: statistics.median(spent) for name, spent in seconds.items()}
     rows: dict[str, Any] = {}
     for name, arm in arms.items():
@@ -159,7 +157,7 @@ def measure(shape: tuple[int, int], density: float, setting: Setting, rounds: in
             **_ratio("over_dense", seconds[best], seconds[name]),
             "best_dense": best,
         }
-    return {"density": density, "live": int(mask.sum()), "auto": chosen, "arms": rows}
+    return {"density": density, "live": mask.count, "auto": chosen, "arms": rows}
 
 
 def _ratio(word: str, above: list[float], below: list[float]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 
 from supar_cli.analysis import bench_layers
 from supar_cli.errors import SetupError
-from supar_cli.sparse.autotune import Setting
+from supar_cli.sparse.autotune import LayerCase
 
 STEPS = 3  # chosen: the first makes the optimizer's state, so the second is the first with everything there
 WARM_SHAPE = (256, 256)  # chosen: nothing beside a layer of interest, large enough for every kernel and thread pool
@@ -27,23 +27,23 @@ def arms_of(device: torch.device) -> list[str]:
     return ["masked", "dense", "sparse"] if device.type == "cpu" else ["masked", "dense"]
 
 
-def measure_all(shape: tuple[int, int], density: float, setting: Setting) -> dict[str, Any]:
+def measure_all(shape: tuple[int, int], density: float, case: LayerCase) -> dict[str, Any]:
     """`measure` of every arm, with its share of the baseline's peak."""
-    arms = {name: measure(name, shape, density, setting) for name in arms_of(setting.device)}
+    arms = {name: measure(name, shape, density, case) for name in arms_of(case.device)}
     for one in arms.values():
         one["share_of_masked"] = round(one["peak_bytes"] / arms["masked"]["peak_bytes"], 4)
     return arms
 
 
-def measure(arm: str, shape: tuple[int, int], density: float, setting: Setting) -> dict[str, Any]:
+def measure(arm: str, shape: tuple[int, int], density: float, case: LayerCase) -> dict[str, Any]:
     """Peak bytes above what the process had before the layer; per position and per live weight.
 
     Raises SetupError where neither Linux's /proc nor CUDA can tell.
     """
-    if setting.device.type == "cpu" and not STATUS.exists():
+    if case.device.type == "cpu" and not STATUS.exists():
         raise SetupError("bench memory: reads Linux's /proc or a CUDA device's counters; this machine has neither")
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        peak, live, reset = pool.submit(_peak, arm, shape, density, setting).result()
+        peak, live, reset = pool.submit(_peak, arm, shape, density, case).result()
     return {
         "peak_bytes": peak,
         "bytes_per_position": round(peak / (shape[0] * shape[1]), 4),
@@ -52,30 +52,30 @@ def measure(arm: str, shape: tuple[int, int], density: float, setting: Setting) 
     }
 
 
-def _peak(arm: str, shape: tuple[int, int], density: float, setting: Setting) -> tuple[int, int, bool]:
+def _peak(arm: str, shape: tuple[int, int], density: float, case: LayerCase) -> tuple[int, int, bool]:
     """Peak bytes of STEPS training steps, the live weights, and whether the peak is that of the steps alone."""
-    cuda = setting.device.type == "cuda"
-    _Training(arm, WARM_SHAPE, WARM_DENSITY, setting).steps(1)
+    cuda = case.device.type == "cuda"
+    _Training(arm, WARM_SHAPE, WARM_DENSITY, case).steps(1)
     _tidy()
-    before = torch.cuda.memory_allocated(setting.device) if cuda else _bytes("VmRSS")
-    training = _Training(arm, shape, density, setting)
+    before = torch.cuda.memory_allocated(case.device) if cuda else _bytes("VmRSS")
+    training = _Training(arm, shape, density, case)
     _tidy()
-    reset = _reset(setting.device)
+    reset = _reset(case.device)
     training.steps(STEPS)
-    peak = torch.cuda.max_memory_allocated(setting.device) if cuda else _bytes("VmHWM")
+    peak = torch.cuda.max_memory_allocated(case.device) if cuda else _bytes("VmHWM")
     return peak - before, training.live, reset
 
 
 class _Training:
     """One layer, its optimizer, and a batch; nothing of the making of them is kept."""
 
-    def __init__(self, arm: str, shape: tuple[int, int], density: float, setting: Setting) -> None:
+    def __init__(self, arm: str, shape: tuple[int, int], density: float, case: LayerCase) -> None:
         mask = bench_layers.draw_mask(shape, density)
-        values = bench_layers.draw_values(mask, setting.device)
+        values = bench_layers.draw_values(mask, case.device)
         self.live = len(values)
-        self.arm = bench_layers.make(arm, mask, values, setting)
+        self.arm = bench_layers.make(arm, mask, values, case)
         self.optimizer = torch.optim.AdamW([self.arm.parameter], lr=1e-3, fused=True)
-        self.x, self.gradient = bench_layers.draw_inputs(shape, setting, self.arm.precision)
+        self.x, self.gradient = bench_layers.draw_inputs(shape, case, self.arm.precision)
 
     def steps(self, count: int) -> None:
         for _ in range(count):

@@ -83,11 +83,12 @@ def masked_dense(sparse_model: SparseModel, config: PlanModel) -> PlainGPT:
         weights = [sparse_model.weight(name) for name in names]
         layer.get_parameter("weight").copy_(torch.cat(weights))
         if isinstance(layer, MaskedLinear):
-            masks = [
-                sparse_model.masks.get(name, np.ones(tuple(w.shape), np.bool_))
-                for name, w in zip(names, weights, strict=True)
+            masked = [sparse_model.masks.get(name) for name in names]
+            alive = [
+                np.ones(tuple(w.shape), np.bool_) if m is None else m.alive()
+                for m, w in zip(masked, weights, strict=True)
             ]
-            layer.mask.copy_(torch.from_numpy(np.concatenate(masks)))
+            layer.mask.copy_(torch.from_numpy(np.concatenate(alive)))
 
     copy(plain.embedding, "embedding")
     copy(plain.positions, "positions")
@@ -140,8 +141,8 @@ class Comparison:
 def random_task(plan: Plan) -> NextToken:
     """The task on uniform tokens: what they are changes no step's time."""
     train = Split(
-        [Segment("random", np.random.default_rng(0).integers(0, plan.model.vocab, 1_000_000, np.uint16))],
-        plan.model.vocab,
+        [Segment("random", np.random.default_rng(0).integers(0, plan.decoder.vocab, 1_000_000, np.uint16))],
+        plan.decoder.vocab,
     )
     return NextToken(plan, Tokens(train, train, "sha256:random"))
 
@@ -175,7 +176,7 @@ def plain_step(trainer: Trainer, plain: PlainGPT) -> Callable[[], float]:
 def compare(plan: Plan, steps: int, warmup: int = 3) -> Comparison:
     """Time `steps` rounds of a step each, their order alternating. The plan is of the gpt2 family, without biases."""
     trainer = Trainer(plan, random_task(plan))
-    plain, masked = PlainGPT(plan.model), masked_dense(trainer.sparse_model, plan.model)
+    plain, masked = PlainGPT(plan.decoder), masked_dense(trainer.sparse_model, plan.decoder)
     runs: list[Callable[[], object]] = [trainer.step, plain_step(trainer, plain), plain_step(trainer, masked)]
     times: list[list[float]] = [[] for _ in runs]
     for turn in range(warmup + steps):

@@ -7,23 +7,24 @@ from typing import Any
 
 from supar_cli.analysis.check import Sweep
 from supar_cli.errors import InputError
-from supar_cli.planning.plan import Plan, PlanTrain
-from supar_cli.planning.rules import Name
+from supar_cli.planning.density import Share, literal
+from supar_cli.planning.plan import Plan, PlanTrain, decoder_base
+from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.spec import Model, Options, Proxy, Sparsity, Spec, Target, Train
 from supar_cli.planning.transfer import transfer
 
 DENSITIES = (1.0, 1 / 4, 1 / 16)
 WIDTHS = (1, 2, 4, 8)  # times the proxy's
-CONTROLS: tuple[tuple[Name, str], ...] = (("sp", "density"), ("mup", "density"), ("sp", "width"))
+CONTROLS: tuple[tuple[ParameterizationName, str], ...] = (("sp", "density"), ("mup", "density"), ("sp", "width"))
 CONTROL_SEEDS = 2  # chosen: a control is off by far more than two seeds differ
 
 
 def proxy_sweeps(
     proxy: Spec | Proxy,
-    name: Name,
+    name: ParameterizationName,
     *,
     widths: list[int],
-    densities: list[float],
+    densities: list[Share],
     seeds: int,
     steps: int,
     batch_size: int,
@@ -46,13 +47,13 @@ def proxy_sweeps(
     drawn = proxy.target.sparsity
     first_seed = proxy.train.seed
 
-    def plan(arm: Name, width: int, density: float, seed: int) -> Plan:
+    def plan(arm: ParameterizationName, width: int, density: Share, seed: int) -> Plan:
         wanted = Sparsity(density=density, pattern=drawn.pattern, block=drawn.block, distribution=drawn.distribution)
         return transfer(base, Target(width=width, sparsity=wanted, seed=first_seed + seed), arm, allow_low_wpn=True)
 
-    def sweep(arm: Name, axis: str, control: bool) -> Sweep:
+    def sweep(arm: ParameterizationName, axis: str, control: bool) -> Sweep:
         points = [(wide, d) for d in densities] if axis == "density" else [(w, densities[0]) for w in widths]
-        sizes = [density if axis == "density" else float(width) for width, density in points]
+        sizes = [float(literal(density)) if axis == "density" else float(width) for width, density in points]
         fall = -0.5 if axis == "width" else 0.0
         made = Sweep(arm, axis, sizes, lambda seed: [plan(arm, *point, seed) for point in points], control, fall)
         return made.grow(min(seeds, CONTROL_SEEDS) if control else seeds)
@@ -72,20 +73,28 @@ def plan_sweeps(plan: Plan, *, seeds: int, steps: int, batch_size: int) -> list[
     Over density only the plan's numbers can move a size; over the whole way from the proxy narrow ends bend it too.
     """
     proxy = _proxy_of(plan, steps, batch_size)
-    shape = {key: getattr(plan.model, key) for key in ("width", "ffn_width", "heads", "kv_heads", "layers", "context")}
+    shape = {
+        key: getattr(plan.decoder, key) for key in ("width", "ffn_width", "heads", "kv_heads", "layers", "context")
+    }
 
     def own(seed: int) -> Plan:
         train: dict[str, Any] = plan.train.model_dump() | _train(plan.train, steps, batch_size).model_dump()
-        train |= {"tokens": steps * batch_size * plan.model.context, "warmup_steps": 0, "seed": plan.train.seed + seed}
+        train |= {
+            "tokens": steps * batch_size * plan.decoder.context,
+            "warmup_steps": 0,
+            "seed": plan.train.seed + seed,
+        }
         return plan.model_copy(update={"train": PlanTrain(**train)})
 
-    def reference(seed: int, arm: Name = "supar", sparsity: Sparsity = proxy.sparsity, **target: Any) -> Plan:
+    def reference(
+        seed: int, arm: ParameterizationName = "supar", sparsity: Sparsity = proxy.sparsity, **target: Any
+    ) -> Plan:
         wanted = Target(sparsity=sparsity, seed=plan.train.seed + seed, **target)
         return transfer(proxy, wanted, arm, allow_low_wpn=True)
 
     drawn = Sparsity(density=plan.sparsity.density, pattern=plan.sparsity.pattern, block=plan.sparsity.block)
-    base_density = proxy.sparsity.density or 1.0
-    m_rho, m_d = plan.sparsity.density / base_density, plan.model.width / plan.parameterization.base.width
+    base_density = float(literal(proxy.sparsity.density or 1.0))
+    m_rho, m_d = plan.sparsity.density / base_density, plan.decoder.width / decoder_base(plan).width
     sweeps = []
     if m_rho != 1:
         sizes = [base_density, plan.sparsity.density]
@@ -109,7 +118,7 @@ def plan_sweeps(plan: Plan, *, seeds: int, steps: int, batch_size: int) -> list[
 
 def _proxy_of(plan: Plan, steps: int, batch_size: int) -> Proxy:
     """The proxy that a plan came from, as far as rules need it; its head width is the plan's where that divides its width."""
-    base, model = plan.parameterization.base, plan.model
+    base, model = decoder_base(plan), plan.decoder
     heads = base.width // model.head_width if base.width % model.head_width == 0 else 1
     kv_heads = max(1, round(heads * base.kv_share))
     fields = {key: value for key, value in model.model_dump().items() if key != "multipliers"}

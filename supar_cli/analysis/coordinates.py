@@ -108,7 +108,7 @@ def measure(plan: Plan) -> Record:
 def _at(plan: Plan) -> Record:
     return {
         "parameterization": plan.parameterization.name,
-        "width": plan.model.width,
+        "width": plan.decoder.width,
         "density": plan.sparsity.density,
         "seed": plan.train.seed,
     }

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from supar_cli.analysis.records import Record, Records
 from supar_cli.errors import SuparError, UnusableResult
 from supar_cli.planning.plan import Plan
-from supar_cli.planning.rules import Name
+from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.sweep import Grid, Level, Sweep
 from supar_cli.tuning import execute
 
@@ -32,7 +32,7 @@ class Curve:
     A diverged run's loss is inf, worse than any; a failed run's is nan, of which nothing is known.
     """
 
-    name: Name
+    name: ParameterizationName
     level: Level
     grid: Grid
     losses: dict[float, dict[int, float]] = field(default_factory=dict)

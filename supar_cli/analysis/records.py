@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from supar_cli.analysis import figures
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import write_file
 from supar_cli.tuning.execute import Failure, Workers
@@ -128,6 +129,16 @@ def environment(workers: Workers) -> dict[str, Any]:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {workers.jobs} jobs{where}",
         "cuda": torch.cuda.get_device_name() if cuda else None,
     }
+
+
+def write_result(folder: Path, result: dict[str, Any], log: Callable[[str], None]) -> None:
+    """result.json and a PNG of each figure."""
+    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_file(folder / "result.json", text)
+    for figure in result["figures"]:
+        figures.save(figure, folder / f"{figure['name']}.png")
+    names = ", ".join(["result.json", *(f"{figure['name']}.png" for figure in result["figures"]), "records.jsonl"])
+    log(f"wrote {folder}/: {names}")
 
 
 def result(

@@ -15,6 +15,8 @@ from supar_cli.analysis.report_runs import last_written, plan_part, proxy_part, 
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import read_json, read_jsonl
 from supar_cli.planning import document
+from supar_cli.planning.kinds import kinds_of
+from supar_cli.planning.plan import Plan
 from supar_cli.planning.sweep import TUNED
 
 STUDIES = {"supar.check-result/v1": "check", "supar.sweep-result/v1": "sweep", "supar.compare-result/v1": "comparison"}
@@ -45,13 +47,13 @@ def _documents(source: str) -> list[Part]:
     for index, one in enumerate(found, 1):
         name = f"{one.name}, document {index} of {len(found)}" if len(found) > 1 else one.name
         kind = one.data.get("kind") if isinstance(one.data, dict) else None
-        if kind == "supar.plan/v1":
+        if kind in kinds_of(Plan):
             parts.append(plan_part(one, name))
         elif kind == "supar.proxy/v1":
             parts.append(proxy_part(one, name))
         else:
             what = "holds no document of supar's" if kind is None else f"is {kind!r}"
-            raise InputError(one.problem(("kind",), what, "expected supar.plan/v1 or supar.proxy/v1"))
+            raise InputError(one.problem(("kind",), what, f"expected {next(iter(kinds_of(Plan)))} or supar.proxy/v1"))
     return parts
 
 

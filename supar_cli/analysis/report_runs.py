@@ -12,8 +12,9 @@ from supar_cli.analysis.page import Figure, Part, Table, Verdict, flat
 from supar_cli.errors import SetupError
 from supar_cli.files import Record, read_json, read_jsonl
 from supar_cli.planning import document
-from supar_cli.planning.overview import COLUMNS, number, plan_rows
-from supar_cli.planning.plan import Plan, parse
+from supar_cli.planning.overview import COLUMNS, number, plan_rows, start_text
+from supar_cli.planning.plan import Plan, PlanModel, read_plan
+from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy
 from supar_cli.training import run_directory
 from supar_cli.training.run_directory import read_result
@@ -30,7 +31,7 @@ def last_written(path: Path) -> tuple[str, bool]:
 
 def run_files(folder: Path) -> tuple[Plan, list[Record], Record | None]:
     """(plan, metrics, result or None) of a run directory. Raises SuparError that names the file."""
-    plan = parse(Plan, document.read_file(str(folder / "plan.yaml"))[0])
+    plan = read_plan(folder / "plan.yaml")
     path = folder / "metrics.jsonl"
     records = read_jsonl(path, "step")
     for at, record in enumerate(records, 1):
@@ -180,11 +181,11 @@ def plan_part(found: document.Document, source: str) -> Part:
 
 def plan_tables(plan: Plan) -> list[Table]:
     """Sets of equal tensors, and each tensor's own row, folded."""
-    names = ("name", "role", "shape", "density", "kept", "init_std", "lr", "weight_decay", "eps", "because")
+    names = ("name", "role", "shape", "density", "kept", "start", "lr", "weight_decay", "eps", "because")
     rows: list[list[Any]] = []
     for tensor in plan.tensors:
         because = ", ".join(f"{key} {number(value)}" for key, value in tensor.because.items())
-        own = tensor.model_dump(include=set(names))
+        own = {**tensor.model_dump(include=set(names)), "start": start_text(tensor)}
         rows.append([*(own[name] for name in names[:2]), "×".join(map(str, tensor.shape)), tensor.density])
         rows[-1] += [*(own[name] for name in names[4:-1]), because]
     return [
@@ -195,22 +196,25 @@ def plan_tables(plan: Plan) -> list[Table]:
 
 def plan_facts(plan: Plan) -> list[tuple[str, list[tuple[str, str]]]]:
     """Model, rules, data and hashes of a plan."""
-    model = plan.model
+    model, multipliers, shape = plan.model, list[tuple[str, str]](), plan.model.label
+    if isinstance(model, PlanModel):
+        multipliers = flat(model.multipliers.model_dump())
+        shape = (
+            f"{model.family}, width {model.width}, {model.layers} layers, {model.heads} heads, context {model.context}"
+        )
+    length = "" if plan.train.tokens is None else f", {plan.train.tokens:,} tokens"
     sizes = [
-        (
-            "shape",
-            f"{model.family}, width {model.width}, {model.layers} layers, {model.heads} heads, context {model.context}",
-        ),
+        ("shape", shape),
         ("parameters", f"{plan.parameters:,}; live {plan.live:,}"),
-        ("sparsity", f"{plan.sparsity.sparsity:g} ({plan.sparsity.drawn}, {plan.sparsity.distribution})"),
-        ("training", f"{plan.train.steps:,} steps of {plan.train.batch_size} sequences, {plan.train.tokens:,} tokens"),
+        ("sparsity", f"{plan.sparsity.sparsity:g} ({plan.sparsity.pattern_text}, {plan.sparsity.distribution})"),
+        ("training", f"{plan.train.steps:,} steps of {plan.train.batch_size} sequences{length}"),
         ("data", plan.data.source),
     ]
     return [
         ("Model", sizes),
         ("Parameterization", flat(plan.parameterization.model_dump())),
         ("Hyperparameters", flat(plan.hyperparameters.model_dump())),
-        ("Multipliers of the forward pass", flat(model.multipliers.model_dump())),
+        ("Multipliers of the forward pass", multipliers),
         ("Notes of the plan", flat(plan.meta) if plan.meta else []),
         ("Hashes", [("plan", plan.hash()), *plan.parents.items(), ("data", _text(plan.data.hash))]),
     ]

@@ -175,7 +175,7 @@ def layer(
     sides, densities = _shape(shape), _densities(density)
     setup = _setup(device, precision)
     from supar_cli.analysis import bench_layers, bench_results
-    from supar_cli.sparse.autotune import Setting
+    from supar_cli.sparse.autotune import LayerCase
 
     bench_layers.require_blocks(sides, block)
     start = {
@@ -187,8 +187,8 @@ def layer(
         **bench_results.where(setup.device, setup.precision),
     }
     earlier = _earlier(start, flags)
-    setting = Setting(setup.device, setup.precision, tokens, block)
-    found = [bench_layers.measure(sides, one, setting, rounds) for one in densities]
+    case = LayerCase(setup.device, setup.precision, tokens, block)
+    found = [bench_layers.measure(sides, one, case, rounds) for one in densities]
     result = start | {"rounds": rounds, "densities": found, "break_even": bench_layers.break_evens(found)}
     if picture is not None:
         from supar_cli.analysis import figures
@@ -217,7 +217,7 @@ def memory(
         raise InputError(f"--density {density}: expected one density")
     setup = _setup(device, precision)
     from supar_cli.analysis import bench_memory, bench_results
-    from supar_cli.sparse.autotune import Setting
+    from supar_cli.sparse.autotune import LayerCase
 
     start = {
         "bench": "memory",
@@ -227,7 +227,7 @@ def memory(
         **bench_results.where(setup.device, setup.precision),
     }
     earlier = _earlier(start, flags)
-    arms = bench_memory.measure_all(sides, densities[0], Setting(setup.device, setup.precision, tokens))
+    arms = bench_memory.measure_all(sides, densities[0], LayerCase(setup.device, setup.precision, tokens))
     _finish(start | {"arms": arms}, earlier, setup.device, flags)
 
 

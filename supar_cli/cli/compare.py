@@ -68,42 +68,17 @@ def compare(
     console.apply_settings(read, settings)
     studies.put_flags(read, flags)
     study = studies.study(read, talk)
-    if any(len(study.grid(name).values) != 1 for name in study.parameterizations) or not study.level_axis:
-        raise InputError(f"{read.name}: over: not of a comparison; expected a spec or a proxy, or `supar sweep`")
     folder = Path(out or f"compare/{study.name}")
+    from supar_cli.analysis import sweep_run
+
+    sweep_run.require_comparison(study, read.name)
     studies.describe(study, talk)
-
-    from supar_cli.analysis import comparison, curves, records
-    from supar_cli.tuning import execute
-
     workers = studies.workers(flags, study.run.device, folder)
-    first = study.plan(study.parameterizations[0], study.levels[0], 0, study.run_seeds[0])
-    execute.require_runnable(first, device=workers.here)
-    records.open_result(folder, study.model_dump(exclude={"run", "meta"}), force)
-    with workers, studies.progress_of("compare", folder, quiet, verbose) as progress:
-        measured = curves.Measurements(study, folder, workers, progress)
-        found = measured.curves()
-        measured.add((curve, 0.0) for curve in found)
-        own = [curve for curve in found if curve.name == "sp"]
-        measured.bracket(own)
-        measured.share(own)
-    rows = comparison.rows(found)
-    axis = study.level_axis if study.level_axis in ("width", "layers") else "density"
-    result = records.result(
-        "supar.compare-result/v1",
-        f"{study.title or study.name}: SP, μP and SμPar at transferred hyperparameters",
-        verdicts=[],
-        tables=comparison.tables(rows, axis),
-        figures=[comparison.figure(rows, axis)],
-        parents={"sweep": study.hash()},
-        environment=records.environment(workers),
-        sweep=study.model_dump(),
-        levels=rows,
-    )
-    studies.write(folder, result, talk)
+    with studies.progress_of("compare", folder, quiet, verbose) as progress:
+        result = sweep_run.run_comparison(study, folder, workers, progress, force=force)
     if not quiet:
         studies.show(result["tables"])
-        _explain(rows, talk)
+        _explain(result["levels"], talk)
     console.emit([result], None, None, force=True, as_json=as_json, talk=talk)
 
 

@@ -13,9 +13,12 @@ from typing import Annotated, Any
 
 import typer
 
+from supar_cli import files
 from supar_cli.errors import InputError, Problem, SetupError
+from supar_cli.files import template_names as template_names
 from supar_cli.files import write_file
-from supar_cli.planning import document
+from supar_cli.planning import document, spec
+from supar_cli.planning.estimate import duration
 
 Out = Annotated[str | None, typer.Option("--out", "-o", help="Where to write; - for stdout only.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite a file that differs.")]
@@ -138,14 +141,6 @@ class Progress(Talk):
             super()._write(message)
 
 
-def duration(seconds: float) -> str:
-    """Seconds as `45s`, `12m`, `3h20m`."""
-    if seconds < 90:
-        return f"{seconds:.0f}s"
-    minutes = round(seconds / 60)
-    return f"{minutes}m" if minutes < 90 else f"{minutes // 60}h{minutes % 60:02d}m"
-
-
 def seconds(flag: str, text: str) -> float:
     """Seconds of `90s`, `30m`, `2h` or `1:30:00`. Raises InputError."""
     units = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -210,6 +205,17 @@ def put(read: document.Document, path: tuple[str, ...], value: Any) -> None:
     if not isinstance(here, dict):
         raise InputError(f"--set {'.'.join(path)}: {read.name} has no mapping there; expected a path of keys")
     here[path[-1]] = value
+
+
+def override(read: document.Document, section: tuple[str, ...], changes: dict[str, Any]) -> None:
+    """Change keys of a document's section, as `spec.override` does: what a changed value drops is dropped."""
+    here: Any = read.data
+    for part in section:
+        here = here.get(part) if isinstance(here, dict) else None
+    before = here if isinstance(here, dict) else {}
+    for name, value in spec.override(before, changes).items():
+        if name not in before or before[name] != value:
+            put(read, (*section, name), value)
 
 
 @contextmanager
@@ -278,14 +284,8 @@ def _unread(stream: Any) -> Iterator[None]:
 
 
 def template(name: str) -> Path:
-    """Path of a shipped template: beside the package in a checkout, inside it in a wheel."""
-    package = Path(__file__).resolve().parent.parent
-    inside = package / "templates" / f"{name}.yaml"
-    return inside if inside.exists() else package.parent / "templates" / f"{name}.yaml"
-
-
-def template_names() -> list[str]:
-    return sorted(path.stem for path in template("quickstart").parent.glob("*.yaml"))
+    """Path of a shipped document."""
+    return files.template(f"{name}.yaml")
 
 
 def input_error(error: ValueError) -> InputError:

@@ -18,7 +18,8 @@ from supar_cli.data import corpus
 from supar_cli.errors import SetupError, UnusableResult
 from supar_cli.files import write_file
 from supar_cli.planning import document
-from supar_cli.planning.spec import Proxy, Spec, parse
+from supar_cli.planning.problems import parse
+from supar_cli.planning.spec import Proxy, Spec
 from supar_cli.planning.sweep import Sweep
 
 DENSITIES = (1.0, 1 / 4, 1 / 16)

@@ -17,7 +17,8 @@ from supar_cli.cli.app import single
 from supar_cli.data import corpus
 from supar_cli.errors import SetupError, SuparError
 from supar_cli.planning.plan import Plan
-from supar_cli.planning.spec import Data, Proxy, Spec, Target, parse
+from supar_cli.planning.problems import parse
+from supar_cli.planning.spec import Data, Proxy, Spec, Target
 from supar_cli.planning.transfer import transfer
 from supar_cli.version import __version__
 
@@ -134,9 +135,9 @@ def _step(source: str | None, device: str | None, steps: int) -> dict[str, Any]:
     for _ in range(steps):
         trainer.step()  # reads the loss, so it has ended on any device
     seconds = (time.perf_counter() - started) / steps
-    tokens = plan.train.batch_size * plan.model.context
+    tokens = plan.train.batch_size * plan.decoder.context
     return {
-        "model": f"quickstart proxy: width {plan.model.width}, {plan.model.layers} layers, {tokens} tokens a step",
+        "model": f"quickstart proxy: width {plan.decoder.width}, {plan.decoder.layers} layers, {tokens} tokens a step",
         "device": str(trainer.runtime.device),
         "precision": str(trainer.runtime.precision).removeprefix("torch."),
         "compiled": trainer.runtime.compiles,

@@ -11,6 +11,7 @@ import typer
 from supar_cli.cli import console
 from supar_cli.cli.app import single
 from supar_cli.errors import InputError
+from supar_cli.files import template
 
 DEFAULT = "report.html"
 
@@ -52,8 +53,7 @@ def report(
     from supar_cli.analysis import report as reading
 
     parts = [part for path in paths for part in reading.read(path)]
-    template = console.template("quickstart").parent / "report.html.j2"
-    text = page.render(parts, template.read_text("utf-8"))
+    text = page.render(parts, template("report.html.j2").read_text("utf-8"))
     if out != "-":
         console.persist(Path(out or DEFAULT), text, force, talk)
         for part in parts:

@@ -6,12 +6,13 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from supar_cli.cli import console
 from supar_cli.cli.app import single
+from supar_cli.planning.layout import Layout
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.schema import Section
 from supar_cli.planning.spec import Proxy, Spec
@@ -25,9 +26,16 @@ class Kind(StrEnum):
     proxy = "proxy"
     plan = "plan"
     sweep = "sweep"
+    layout = "layout"
 
 
-_TYPES: dict[Kind, type[Section]] = {Kind.spec: Spec, Kind.proxy: Proxy, Kind.plan: Plan, Kind.sweep: Sweep}
+_TYPES: dict[Kind, type[Section]] = {
+    Kind.spec: Spec,
+    Kind.proxy: Proxy,
+    Kind.plan: Plan,
+    Kind.sweep: Sweep,
+    Kind.layout: Layout,
+}
 
 
 def schema(
@@ -39,7 +47,7 @@ def schema(
     force: console.Force = False,
     quiet: console.Quiet = False,
 ) -> None:
-    """Print the JSON Schema of a spec, a proxy, a plan or a sweep.
+    """Print the JSON Schema of a spec, a proxy, a plan, a sweep or a layout.
 
     Editors with a YAML language server check and complete a document whose first line names the schema:
     `supar schema -o supar.schema.json`, then `# yaml-language-server: $schema=supar.schema.json`.
@@ -67,7 +75,7 @@ def json_schema(kind: Kind) -> dict[str, Any]:
             title = {"title": section.__name__, "description": " ".join((section.__doc__ or "").split())}
             return {**title, **found, "additionalProperties": False}
 
-    name = f"supar.{kind}/v1"
+    (name,) = get_args(_TYPES[kind].keys()["kind"])
     found = Sections().generate(_TYPES[kind].schema())
     return {"$schema": DIALECT, "$id": f"urn:supar:{name}", **found, "title": name}
 
@@ -75,7 +83,7 @@ def json_schema(kind: Kind) -> dict[str, Any]:
 def _filled_in(section: type[Section]) -> set[str]:
     """Keys that a section fills in before it is checked, so that a document may leave them out."""
     given = {"family": "gpt2", "width": 1, "heads": 1}
-    return set(section.fill(given)) - set(given)
+    return set(section.fill_defaults(given)) - set(given)
 
 
 app = single(schema)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +11,10 @@ from typing import Any
 from supar_cli.cli import console
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
-from supar_cli.files import write_file
 from supar_cli.planning import document
-from supar_cli.planning.spec import parse
+from supar_cli.planning.advice import warnings
+from supar_cli.planning.problems import parse
 from supar_cli.planning.sweep import LEVELS, TUNED, Sweep, checked
-from supar_cli.planning.transfer import warnings
 
 TARGET_FLAGS = ("width", "layers", "context", "batch_size", "steps", "seed")
 NOT_IN_A_SWEEP = ("search", "evidence", "parents", "meta")
@@ -65,19 +62,12 @@ def _folder_name(stem: str) -> str:
 
 def put_flags(read: document.Document, flags: dict[str, Any]) -> None:
     """Flags stand for keys of the study."""
-    for name in TARGET_FLAGS:
-        if flags[name] is not None:
-            console.put(read, ("target", name), flags[name])
-    if flags["width"] is not None:
-        for name in ("heads", "kv_heads", "ffn_width"):
-            console.put(read, ("target", name), None)
+    console.override(read, ("target",), {name: flags[name] for name in TARGET_FLAGS})
     places = {"device": ("run", "device"), "seeds": ("seeds",), "iso": ("iso",)}
     for name, path in places.items():
         if flags.get(name) is not None:
             console.put(read, path, flags[name])
-    if flags["data"] is not None:
-        console.put(read, ("data", "source"), flags["data"])
-        console.put(read, ("data", "hash"), None)
+    console.override(read, ("data",), {"source": flags["data"]})
     if flags.get("parameterization") is not None:
         names = [part.strip() for part in flags["parameterization"].split(",")]
         console.put(read, ("parameterizations",), names)
@@ -143,7 +133,7 @@ def workers(flags: dict[str, Any], device: str, folder: Path) -> Any:
         jobs=flags["jobs"],
         settings=console.executor_settings(flags.get("executor_set")),
         device=device,
-        on_cpu=min(8, os.cpu_count() or 1),
+        on_cpu=execute.CPU_JOBS,
         folder=folder / "slurm",
         verbose=flags["verbose"],
     )
@@ -190,14 +180,3 @@ def _draw(title: str, columns: list[str], rows: list[list[Any]], justify: Callab
     for row in rows:
         table.add_row(*map(str, row))
     Console(stderr=True, width=80, highlight=False).print(table)
-
-
-def write(folder: Path, result: dict[str, Any], talk: console.Talk) -> None:
-    """result.json and a PNG of each figure."""
-    from supar_cli.analysis import figures
-
-    write_file(folder / "result.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    for figure in result["figures"]:
-        figures.save(figure, folder / f"{figure['name']}.png")
-    names = ", ".join(["result.json", *(f"{figure['name']}.png" for figure in result["figures"]), "records.jsonl"])
-    talk.log(f"wrote {folder}/: {names}")

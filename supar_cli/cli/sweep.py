@@ -86,21 +86,11 @@ def sweep(
     folder = Path(out or f"sweeps/{study.name}")
     studies.describe(study, talk)
 
-    from supar_cli.analysis import curves, records, transfer_study
-    from supar_cli.tuning import execute
+    from supar_cli.analysis import sweep_run, transfer_study
 
     workers = studies.workers(flags, study.run.device, folder)
-    first = study.plan(study.parameterizations[0], study.levels[0], 0, study.run_seeds[0])
-    execute.require_runnable(first, device=workers.here)
-    records.open_result(folder, study.model_dump(exclude={"run", "meta"}), force)
-    with workers, studies.progress_of("sweep", folder, quiet, verbose) as progress:
-        measured = curves.Measurements(study, folder, workers, progress)
-        found = measured.curves()
-        measured.bracket(found)
-        measured.share(found)
-    arms = transfer_study.analyse(study, found)
-    result = _result(study, arms, records.environment(workers))
-    studies.write(folder, result, talk)
+    with studies.progress_of("sweep", folder, quiet, verbose) as progress:
+        result, arms = sweep_run.run_sweep(study, folder, workers, progress, force=force)
     if not quiet:
         studies.show(result["tables"])
         _explain(study, arms, talk)
@@ -108,35 +98,6 @@ def sweep(
     console.emit([result], None, None, force=True, as_json=as_json, talk=talk)
     if missed := transfer_study.violated(result["verdicts"]):
         raise CheckViolated("\n".join(missed))
-
-
-def _result(study: Any, arms: list[Any], environment: dict[str, Any]) -> dict[str, Any]:
-    from supar_cli.analysis import records, study_views, transfer_study
-
-    return records.result(
-        "supar.sweep-result/v1",
-        study.title or study.name,
-        verdicts=transfer_study.verdicts(arms),
-        tables=[study_views.table(study, arm) for arm in arms],
-        figures=[
-            study_views.loss_figure(study, [curve for arm in arms for curve in arm.curves]),
-            study_views.optimum_figure(study, arms),
-        ],
-        parents={"sweep": study.hash()},
-        environment=environment,
-        sweep=study.model_dump(),
-        arms=[
-            {
-                "parameterization": arm.name,
-                "control": arm.control,
-                "drift": arm.drift,
-                "drift_ci95": None if arm.drift_interval is None else list(arm.drift_interval),
-                "shift_octaves": arm.shift_octaves,
-                "levels": study_views.rows(study, arm),
-            }
-            for arm in arms
-        ],
-    )
 
 
 def _explain(study: Any, arms: list[Any], talk: console.Talk) -> None:

@@ -17,8 +17,9 @@ from supar_cli.cli.app import ARGUMENTS, single
 from supar_cli.errors import InputError, Preempted, SetupError
 from supar_cli.planning import document
 from supar_cli.planning.document import Document
+from supar_cli.planning.estimate import duration
 from supar_cli.planning.plan import Plan, with_steps
-from supar_cli.planning.spec import parse
+from supar_cli.planning.problems import parse
 from supar_cli.training.launch.environment import LAUNCH_DIR, TORCHRUN, is_worker_rank
 
 if TYPE_CHECKING:
@@ -271,7 +272,7 @@ def _run(job: Job, flags: dict[str, Any], talk: console.Talk, stop: Any, ranks: 
     result: dict[str, Any] = run_directory.read_result(directory / "result.json")
     if history.resumed_at == plan.train.steps:
         talk.log(f"{directory}: was complete already; --force starts again")
-    took = f"after {result['steps']} steps in {console.duration(result['seconds'])}"
+    took = f"after {result['steps']} steps in {duration(result['seconds'])}"
     talk.log(f"{directory}: validation loss {result['validation_loss']:.4f} {took}")
     return result
 

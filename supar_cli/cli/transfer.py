@@ -10,9 +10,10 @@ import typer
 from supar_cli.cli import console
 from supar_cli.cli.app import single
 from supar_cli.errors import InputError
-from supar_cli.planning.density import number
-from supar_cli.planning.rules import Name
-from supar_cli.planning.spec import Proxy, parse
+from supar_cli.planning.density import Share, share
+from supar_cli.planning.problems import parse
+from supar_cli.planning.rules import ParameterizationName
+from supar_cli.planning.spec import Proxy
 
 TARGET_FLAGS = (
     "width",
@@ -25,6 +26,7 @@ TARGET_FLAGS = (
     "steps",
     "tokens",
     "tokens_per_parameter",
+    "seed",
 )
 
 
@@ -84,12 +86,12 @@ def transfer(
     """Turn a tuned proxy into the plan of a wide, sparse target, every number derived and stored."""
     flags = locals()
     from supar_cli.data import corpus
+    from supar_cli.planning.advice import warnings
     from supar_cli.planning.transfer import transfer as make_plan
-    from supar_cli.planning.transfer import warnings
 
     talk = console.Talk(quiet, verbose)
-    if parameterization not in get_args(Name):
-        raise InputError(f"--parameterization {parameterization}: expected {', '.join(get_args(Name))}")
+    if parameterization not in get_args(ParameterizationName):
+        raise InputError(f"--parameterization {parameterization}: expected {', '.join(get_args(ParameterizationName))}")
     if sparsity is not None and density is not None:
         raise InputError("--density: given beside --sparsity; expected only one of them")
     if from_paper and proxy is not None:
@@ -103,8 +105,7 @@ def transfer(
     plans = []
     for word, value in _levels(sparsity, density):
         if word:
-            console.put(read, ("target", "sparsity", word), value)
-            console.put(read, ("target", "sparsity", "density" if word == "sparsity" else "sparsity"), None)
+            console.override(read, ("target", "sparsity"), {word: value})
         document = parse(Proxy, read)
         with console.located(read):
             if document.data.hash is None:
@@ -113,7 +114,7 @@ def transfer(
     for plan in plans:
         talk.log(
             f"{plan.parameterization.name}: sparsity {plan.sparsity.sparsity:g}, density {plan.sparsity.density:g}; "
-            f"width {plan.model.width}, {plan.model.layers} layers; {plan.live:,} of {plan.parameters:,} parameters live"
+            f"width {plan.decoder.width}, {plan.decoder.layers} layers; {plan.live:,} of {plan.parameters:,} parameters live"
         )
         if dry_run or explain or (talk.terminal and not quiet):
             from supar_cli.cli import tables
@@ -132,39 +133,20 @@ def transfer(
 
 def _put_flags(read: Any, flags: dict[str, Any]) -> None:
     """Flags stand for keys of the proxy document: its target, data and seed."""
-    lengths = ("steps", "tokens", "tokens_per_parameter")
-    if any(flags[name] is not None for name in lengths):
-        for name in lengths:
-            console.put(read, ("target", name), None)
-    for name in TARGET_FLAGS:
-        if flags[name] is not None:
-            console.put(read, ("target", name), flags[name])
-    if flags["width"] is not None:
-        # a target's own head count and FFN width belong to its own width, not to another one
-        for name in ("heads", "kv_heads", "ffn_width"):
-            if flags[name] is None:
-                console.put(read, ("target", name), None)
-    if flags["pattern"] not in (None, "block"):  # a document's own blocks go with its pattern
-        console.put(read, ("target", "sparsity", "block"), None)
-    for name in ("pattern", "block", "distribution"):
-        if flags[name] is not None:
-            console.put(read, ("target", "sparsity", name), flags[name])
-    if flags["seed"] is not None:
-        console.put(read, ("target", "seed"), flags["seed"])
-    if flags["data"] is not None:
-        console.put(read, ("data", "source"), flags["data"])
-        console.put(read, ("data", "hash"), None)
+    console.override(read, ("target",), {name: flags[name] for name in TARGET_FLAGS})
+    console.override(read, ("target", "sparsity"), {name: flags[name] for name in ("pattern", "block", "distribution")})
+    console.override(read, ("data",), {"source": flags["data"]})
 
 
-def _levels(sparsity: str | None, density: str | None) -> list[tuple[str, float]]:
+def _levels(sparsity: str | None, density: str | None) -> list[tuple[str, Share]]:
     """The levels asked for, as (word, number); one empty level when the document is to say it."""
     word, text = ("sparsity", sparsity) if sparsity is not None else ("density", density)
     if text is None:
         return [("", 0.0)]
-    levels = []
+    levels: list[tuple[str, Share]] = []
     for part in text.split(","):
         try:
-            levels.append((word, number(part)))
+            levels.append((word, share(part)))
         except ValueError:
             raise InputError(f"--{word} {text}: {part!r} is not a number") from None
     return levels

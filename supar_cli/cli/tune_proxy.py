@@ -14,7 +14,8 @@ from supar_cli.cli.app import single
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
 from supar_cli.planning import document
-from supar_cli.planning.spec import Proxy, Search, Spec, Target, parse
+from supar_cli.planning.problems import parse
+from supar_cli.planning.spec import Proxy, Search, Spec, Target
 from supar_cli.planning.transfer import target_model
 
 
@@ -128,9 +129,7 @@ def _put_flags(read: document.Document, flags: dict[str, Any]) -> None:
     if flags["seed"] is not None:
         console.put(read, ("train", "seed"), flags["seed"])
         console.put(read, ("search", "seed"), flags["seed"])
-    if flags["data"] is not None:
-        console.put(read, ("data", "source"), flags["data"])
-        console.put(read, ("data", "hash"), None)
+    console.override(read, ("data",), {"source": flags["data"]})
     if flags["steps"] is not None and flags["tokens"] is not None:
         raise InputError("--tokens: given beside --steps; expected only one of them")
 

@@ -21,7 +21,7 @@ from supar_cli.data.corpus import Corpus
 from supar_cli.data.tokens import Stamp, TokenFile
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning.plan import Data
-from supar_cli.sparse import masks
+from supar_cli.streams import stream
 
 SEPARATOR_BYTE = 0  # chosen: NUL parts documents in byte tokens; it stands in no text
 TAIL_SHARE = 10  # chosen: a corpus of one file holds out its last tenth
@@ -88,7 +88,7 @@ class Split:
 
         `share` are the rows wanted: the whole batch is the same whoever asks for which of it.
         """
-        draws = masks.stream(seed, "batch", step).random_raw(rows)[share]
+        draws = stream(seed, "batch", step).random_raw(rows)[share]
         available = np.uint64(self.windows(context + 1))
         return self._pair([int(draw % available) for draw in draws], context)
 

@@ -2,50 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
-from typing import Any, Literal, get_args
 
 from supar_cli.errors import InputError
 from supar_cli.planning.layout import Tensor
-from supar_cli.planning.schema import Section
+from supar_cli.planning.patterns import LiveCount, live_count
 
-Pattern = Literal["exact", "fixed_fan_in", "bernoulli", "block"]
-Block = Literal[16, 32, 64, 128]  # edges of blocks, as the block engine has them
-
-
-class Blocks(Section):
-    """The keys of a section whose `pattern` may be `block`; `block`, the edge of a block, is written with that one only."""
-
-    def blocks_fit(self) -> None:
-        pattern, block = vars(self)["pattern"], vars(self)["block"]
-        if pattern == "block" and block is None:
-            raise ValueError(
-                f"block: is missing; expected {', '.join(map(str, get_args(Block)))} with the pattern block"
-            )
-        if pattern != "block" and block is not None:
-            raise ValueError(f"block: given with the pattern {pattern}; expected it with the pattern block only")
-
-    def model_dump(self, *, include: Collection[str] | None = None, exclude: Collection[str] = ()) -> dict[str, Any]:
-        found = super().model_dump(include=include, exclude=exclude)
-        return {key: value for key, value in found.items() if key != "block" or value is not None}
+LARGEST_EXPONENT = 400  # chosen: beyond what a double holds; the exact value of more would take memory without end
+Share = float | str  # a density or a sparsity: a number, or a fraction such as "1/3", which no float holds
 
 
-def literal(value: str | float | int) -> Decimal:
-    """The decimal a user wrote: a float's shortest text is the literal it was read from. ValueError otherwise."""
+def literal(value: Share | int) -> Fraction:
+    """The exact number that a user wrote, as 0.992 or 1/128: of a float its shortest text. ValueError otherwise."""
+    text = value if isinstance(value, str) else repr(value)
+    parts = text.split("/", 1)
     try:
-        number = Decimal(value if isinstance(value, str) else repr(value))
+        numbers = [Decimal(part.strip()) for part in parts]
     except InvalidOperation:
         raise ValueError(f"{value!r} is not a number") from None
-    if not number.is_finite():
+    if not all(number.is_finite() and abs(number.adjusted()) < LARGEST_EXPONENT for number in numbers):
         raise ValueError(f"{value!r} is not finite")
-    return number
+    if len(numbers) == 2 and not numbers[1]:
+        raise ValueError(f"{value!r} divides by zero")
+    return Fraction(numbers[0]) / (Fraction(numbers[1]) if len(numbers) == 2 else 1)
 
 
-def density_from(*, sparsity: str | float | None = None, density: str | float | None = None) -> Decimal:
-    """Density as a decimal, from either word. Raises InputError outside (0, 1] (sparsity: [0, 1))."""
+def share(text: str) -> Share:
+    """A share as documents keep it: a plain number as a float, a fraction such as 1/3 as it was written. ValueError."""
+    exact = literal(text)
+    return text.strip() if "/" in text else float(exact)
+
+
+def density_from(*, sparsity: Share | None = None, density: Share | None = None) -> Fraction:
+    """The exact density, from either word. Raises InputError outside (0, 1] (sparsity: [0, 1))."""
     if (sparsity is None) == (density is None):
         raise InputError("give either a sparsity or a density")
     word, value = ("sparsity", sparsity) if sparsity is not None else ("density", density)
@@ -61,45 +52,33 @@ def density_from(*, sparsity: str | float | None = None, density: str | float | 
     return result
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A tensor's own density, as it enters the rules, and its number of live weights."""
-
-    density: float
-    count: int
-
-
 def number(text: str) -> float:
     """A number written as 0.0078125 or as 1/128. Raises ValueError."""
-    try:
-        return float(Fraction(text.strip()))
-    except ZeroDivisionError:
-        raise ValueError(f"{text} divides by zero") from None
+    return float(literal(text))
 
 
 def distribute(
     hidden: Iterable[Tensor],
-    density: Decimal,
+    density: Fraction,
     distribution: str,
     pattern: str,
-    overrides: Mapping[str, float],
+    overrides: Mapping[str, Share],
     where: str = "sparsity.overrides",
     block: int | None = None,
-) -> dict[str, Kept]:
+) -> dict[str, LiveCount]:
     """Density and kept count of every hidden tensor, by name.
 
     `overrides` maps a tensor name, a site (`attn.q`), a part (`attn`, `mlp`) or `hidden` to a density; the most specific wins,
     and the others share the target. Raises InputError for an override that names nothing, `where` being their place in the
-    document, and for a tensor that `block` does not divide.
+    document, and for a tensor that has no mask of the pattern at its density.
     """
     hidden = list(hidden)
-    target = Fraction(density)
     fixed: dict[str, Fraction] = {}
     used: set[str] = set()
     for tensor in hidden:
-        for key in tensor.keys:
+        for key in tensor.setting_names:
             if key in overrides:
-                fixed[tensor.name] = Fraction(literal(overrides[key]))
+                fixed[tensor.name] = literal(overrides[key])
                 used.add(key)
                 break
     unused = sorted(set(overrides) - used)
@@ -107,8 +86,12 @@ def distribute(
         sites = sorted({tensor.site for tensor in hidden})
         raise InputError(f"{where}: {', '.join(unused)} names no hidden tensor; sites are {', '.join(sites)}")
     free = [tensor for tensor in hidden if tensor.name not in fixed]
-    shares = {tensor.name: target for tensor in free} if distribution == "uniform" else _erk(free, target)
-    return {tensor.name: _kept(tensor, {**shares, **fixed}[tensor.name], pattern, block) for tensor in hidden}
+    shares = {tensor.name: density for tensor in free} if distribution == "uniform" else _erk(free, density)
+    shares |= fixed
+    return {
+        tensor.name: live_count(tensor.name, tensor.size, tensor.fan_in, shares[tensor.name], pattern, block)
+        for tensor in hidden
+    }
 
 
 def _erk(tensors: list[Tensor], target: Fraction) -> dict[str, Fraction]:
@@ -126,31 +109,3 @@ def _erk(tensors: list[Tensor], target: Fraction) -> dict[str, Fraction]:
             return {t.name: Fraction(1) if t.name in dense else scale * sum(t.shape) / t.size for t in tensors}
         dense |= full
     return {tensor.name: Fraction(1) for tensor in tensors}
-
-
-def _kept(tensor: Tensor, density: Fraction, pattern: str, block: int | None) -> Kept:
-    if pattern == "block" and density < 1:
-        assert block is not None
-        if any(size % block for size in tensor.shape):
-            shape = "×".join(map(str, tensor.shape))
-            raise InputError(
-                f"{tensor.name}: its shape {shape} is not made of {block}×{block} blocks; expected another block"
-            )
-        count = tensor.size // block**2
-        live = _round(density * count)
-        if not live:
-            raise InputError(
-                f"{tensor.name}: density {float(density):g} keeps none of its {count} blocks; expected a smaller block or more width"
-            )
-        # whole blocks: the density that holds is theirs, as for whole weights per row
-        return Kept(float(Fraction(live, count)), live * block**2)
-    if pattern == "fixed_fan_in":
-        # every row keeps the same whole number, so the density that holds is that number's share, not the nominal one
-        per_row = _round(density * tensor.fan_in)
-        return Kept(float(Fraction(per_row, tensor.fan_in)), per_row * (tensor.size // tensor.fan_in))
-    return Kept(float(density), _round(density * tensor.size))
-
-
-def _round(value: Fraction) -> int:
-    """Nearest whole number, halves up."""
-    return (2 * value.numerator + value.denominator) // (2 * value.denominator)

@@ -1,8 +1,8 @@
-"""Estimates of what training a plan takes in memory, from arithmetic alone."""
+"""Estimates of what training a plan takes, FLOPs, memory and time, from arithmetic alone."""
 
 from __future__ import annotations
 
-from supar_cli.planning.plan import Plan
+from supar_cli.planning.plan import Plan, PlanModel
 
 
 def state_bytes(plan: Plan, engine: str, number_bytes: int) -> int:
@@ -24,9 +24,93 @@ def state_bytes(plan: Plan, engine: str, number_bytes: int) -> int:
 
 def activation_bytes(plan: Plan, rows: int, number_bytes: int) -> int:
     """Bytes of what is kept for the backward pass of `rows` sequences, the logits in float32 with their gradient."""
-    return rows * plan.model.context * (numbers_between(plan) * number_bytes + plan.model.vocab * 8)
+    if not isinstance(plan.model, PlanModel):
+        return 0  # a user's model says nothing of what it keeps
+    return rows * plan.model.context * (numbers_between(plan.model) * number_bytes + plan.model.vocab * 8)
 
 
-def numbers_between(plan: Plan) -> int:
-    """Numbers a token that the blocks keep."""
-    return plan.model.layers * (8 * plan.model.width + 3 * plan.model.ffn_width)
+def numbers_between(model: PlanModel) -> int:
+    """Numbers a token that the blocks of a decoder keep."""
+    return model.layers * (8 * model.width + 3 * model.ffn_width)
+
+
+# Dense bf16 peaks from the vendors' datasheets at an assumed share; the CPU rate is measured on two cores of a server.
+# chosen: 40 % of peak, what well-kept dense training reaches
+RATES = {"H200/H100": 0.4 * 989e12, "A100": 0.4 * 312e12, "RTX 4090": 0.4 * 165e12, "2 CPU cores": 1e11}
+# measured: `supar bench layer` on two cores of EPYC (Zen 4), float32, densities 1/128 to 1/8: seconds a number of X and Y
+# for the three products together, and FLOP/s at live weights beyond that
+SPARSE_SECONDS, SPARSE_RATE = 0.9e-9, 6e10
+# measured there, on whole steps of width 1024 and 2048: seconds a number of what is between the products; with it the
+# estimate is within a third of both
+BETWEEN_SECONDS = 1.3e-9
+
+
+def lines(plan: Plan, processes: int = 1) -> list[str]:
+    """What a plan takes, in a few lines. Times are one device's."""
+    live, size = (sum(getattr(row, key) for row in plan.tensors if row.role == "hidden") for key in ("kept", "size"))
+    states = ", ".join(f"{name} {_gib(value)}" for name, value in _states(plan).items())
+    found = [
+        f"parameters {plan.parameters:,}; live {plan.live:,}; hidden {live:,} of {size:,} live",
+        f"lowest WPN {min((row.wpn for row in plan.tensors if row.role == 'hidden'), default=0):.4g}",
+    ]
+    tokens, steps = plan.train.tokens, f"{plan.train.steps:,} steps"
+    if tokens is None:
+        found += [f"{steps} of {plan.train.batch_size} rows", f"memory of state by engine: {states}"]
+    else:
+        flops = plan.flops_per_token * tokens
+        found += [
+            f"{steps}, {tokens:,} tokens, {flops:.3g} FLOPs as a dense engine computes them",
+            f"memory of state by engine: {states}",
+        ]
+    rows = plan.run.micro_batch_size or max(1, plan.train.batch_size // processes)
+    if activations := activation_bytes(plan, rows, 2):
+        found.append(f"and about {_gib(activations)} of activations a micro-batch of {rows} sequences")
+    if processes > 1:
+        found.append(f"in shards over {processes} processes, each has 1/{processes} of the state")
+    return found if tokens is None else found + _times(plan, tokens)
+
+
+def _times(plan: Plan, tokens: int) -> list[str]:
+    masked = [row for row in plan.tensors if row.kept < row.size]
+    flops = plan.flops_per_token * tokens
+    found = [
+        "time (estimate; GPUs at an assumed 40 % of peak): "
+        + ", ".join(f"{name} {_time(flops / rate)}" for name, rate in RATES.items())
+    ]
+    if masked:
+        dense = flops - 6.0 * sum(row.size for row in masked) * tokens
+        between = numbers_between(plan.model) if isinstance(plan.model, PlanModel) else 0
+        seconds = dense / RATES["2 CPU cores"] + tokens * between * BETWEEN_SECONDS
+        for row in masked:
+            ends = row.fan_in + row.size // row.fan_in  # numbers of X and of Y a token
+            seconds += tokens * (ends * SPARSE_SECONDS + 6.0 * row.kept / SPARSE_RATE)
+        found.append(f"2 CPU cores with the sparse engine: {_time(seconds)} (`supar bench layer` measures it here)")
+    return found
+
+
+def _states(plan: Plan) -> dict[str, int]:
+    """Bytes of state by engine."""
+    engines = {"dense in bfloat16": ("dense", 2), "dense in float32": ("dense", 4), "sparse (CPU)": ("sparse", 4)}
+    if plan.sparsity.block:
+        engines["block"] = ("block", 4)
+    if all(row.kept == row.size for row in plan.tensors):
+        engines = {"dense": ("dense", 4)}
+    return {name: state_bytes(plan, *how) for name, how in engines.items()}
+
+
+def _gib(value: float) -> str:
+    return f"{value / 2**30:.2f} GiB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 1:
+        return "under 1s"
+    return duration(seconds) if seconds < 48 * 3600 else f"{seconds / 86400:.1f}d"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `45s`, `12m`, `3h20m`."""
+    if seconds < 90:
+        return f"{seconds:.0f}s"
+    minutes = round(seconds / 60)
+    return f"{minutes}m" if minutes < 90 else f"{minutes // 60}h{minutes % 60:02d}m"

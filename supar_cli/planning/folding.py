@@ -100,7 +100,9 @@ def fold(numbers: Numbers, factor: float, optimizer: str) -> Numbers:
     for field in fields(Numbers):
         before, after = getattr(numbers, field.name), getattr(folded, field.name)
         if before is not None and (not isfinite(after) or (after == 0) != (before == 0)):
-            raise InputError(f"fold factor: {factor!r} turns {field.name} {before!r} into {after!r}, beyond a float's range")
+            raise InputError(
+                f"fold factor: {factor!r} turns {field.name} {before!r} into {after!r}, beyond a float's range"
+            )
     return folded
 
 

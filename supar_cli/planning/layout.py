@@ -1,15 +1,19 @@
-"""From a model's shape to every tensor's name, role and shape, in the order of the forward pass.
+"""Every tensor of a model: name, role, shape and fan-in axes, from a family's shape or from a layout document.
 
-A tensor is known by its role and site, never by its name's spelling or its number of dimensions. A weight's name is its
-module's path; a bias is that path with `.bias`.
+A tensor is known by its role and site, never by its name's spelling or its number of dimensions. In supar's own families
+a weight's name is its module's path; a bias is that path with `.bias`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from fractions import Fraction
+from math import prod
+from typing import Literal, Protocol
 
+from supar_cli.errors import InputError
 from supar_cli.planning.rules import Role
+from supar_cli.planning.schema import Field, Section
 
 
 class Shape(Protocol):
@@ -45,31 +49,44 @@ class Shape(Protocol):
 
 @dataclass(frozen=True)
 class Tensor:
-    """One parameter tensor. `shape` is (out, in) for linear weights; `site` names its place within a block."""
+    """One parameter tensor. `site` names its place within a block.
+
+    `fan_in_axes` are the axes that a product sums over: (1,) of a linear weight (out, in), (0,) of GPT-2's Conv1D
+    (in, out), (1, 2, 3) of a convolution; none where the parameter enters no product, or is looked up.
+    """
 
     name: str
     role: Role
     site: str
     shape: tuple[int, ...]
+    fan_in_axes: tuple[int, ...] = ()
     block: int | None = None
     writes_residual: bool = False
+    tied_to: str | None = None
 
     @property
     def fan_in(self) -> int:
-        """Inputs that feed one output; for tensors that are not hidden it plays no part in the rules."""
-        return self.shape[-1]
+        """Inputs that feed one output; 1 where no product sums over an axis."""
+        return prod(self.shape[axis] for axis in self.fan_in_axes)
 
     @property
-    def keys(self) -> tuple[str, ...]:
+    def fan_out(self) -> int:
+        """Outputs: what is not fan-in."""
+        return self.size // self.fan_in
+
+    @property
+    def setting_names(self) -> tuple[str, ...]:
         """What settings by tensor may call it, the most specific first: name, site (`attn.q`), part (`attn`), role."""
-        return tuple(dict.fromkeys((self.name, self.site, self.site.partition(".")[0], self.role)))
+        return setting_names(self.name, self.site, self.role)
 
     @property
     def size(self) -> int:
-        size = 1
-        for extent in self.shape:
-            size *= extent
-        return size
+        return prod(self.shape)
+
+
+def setting_names(name: str, site: str, role: str) -> tuple[str, ...]:
+    """What settings by tensor may call one, the most specific first: name, site (`attn.q`), part (`attn`), role."""
+    return tuple(dict.fromkeys((name, site, site.partition(".")[0], role)))
 
 
 def tensors(shape: Shape) -> list[Tensor]:
@@ -81,7 +98,7 @@ def tensors(shape: Shape) -> list[Tensor]:
         found += _block(shape, block)
     found += _norm(shape, "final_norm", "final_norm", None)
     if not shape.tied:
-        found.append(Tensor("unembedding", "unembedding", "unembedding", (shape.vocab, shape.width)))
+        found.append(Tensor("unembedding", "unembedding", "unembedding", (shape.vocab, shape.width), (1,)))
     return found
 
 
@@ -95,14 +112,135 @@ def _block(shape: Shape, block: int) -> list[Tensor]:
         found += _norm(shape, f"blocks.{block}.{part}_norm", f"{part}_norm", block)
         for letter, d_out, d_in in linears:
             name, site = f"blocks.{block}.{part}.{letter}", f"{part}.{letter}"
-            found.append(Tensor(name, "hidden", site, (d_out, d_in), block, letter in ("o", "down")))
+            found.append(Tensor(name, "hidden", site, (d_out, d_in), (1,), block, letter in ("o", "down")))
             if shape.bias:
-                found.append(Tensor(f"{name}.bias", "bias", f"{site}.bias", (d_out,), block))
+                found.append(Tensor(f"{name}.bias", "bias", f"{site}.bias", (d_out,), (), block))
     return found
 
 
 def _norm(shape: Shape, name: str, site: str, block: int | None) -> list[Tensor]:
-    gain = Tensor(name, "norm", site, (shape.width,), block)
+    gain = Tensor(name, "norm", site, (shape.width,), (), block)
     if shape.norm == "layernorm" and shape.bias:
-        return [gain, Tensor(f"{name}.bias", "bias", f"{site}.bias", (shape.width,), block)]
+        return [gain, Tensor(f"{name}.bias", "bias", f"{site}.bias", (shape.width,), (), block)]
     return [gain]
+
+
+MOST_EXTENTS = 5  # a three-dimensional convolution has five
+
+
+def check_axes(axes: list[int], extents: int) -> None:
+    """Raise ValueError unless these are different axes, rising, of a tensor with so many extents."""
+    if axes != sorted(set(axes)) or not all(0 <= axis < extents for axis in axes):
+        raise ValueError(f"fan_in_axes: {axes}; expected rising numbers from 0 to {extents - 1}")
+
+
+class Own(Section):
+    """Mean and standard deviation that a tensor's own constructor gave it at the base size."""
+
+    mean: float
+    std: float = Field(ge=0)
+
+
+class LayoutRow(Section):
+    """A tensor of a user's model at two or three sizes; `scales` are the axes whose extents differ between them."""
+
+    name: str
+    site: str
+    role: Role
+    block: int | None = Field(default=None, ge=0)
+    base: list[int] = Field(min_length=1, max_length=MOST_EXTENTS)
+    wider: list[int] = Field(min_length=1, max_length=MOST_EXTENTS)
+    third: list[int] | None = None
+    fan_in_axes: list[int]
+    scales: list[int]
+    writes_residual: bool = False
+    tied_to: str | None = None
+    own: Own | None = None
+    read_by: list[str] = Field(default_factory=list)
+    module: str | None = None
+
+    def check(self) -> None:
+        for key in ("base", "wider", "third"):
+            extents = vars(self)[key]
+            if extents is not None and (len(extents) != len(self.base) or min(extents) < 1):
+                raise ValueError(f"{key}: {extents}; expected {len(self.base)} extents of 1 or more, as base has")
+        check_axes(self.fan_in_axes, len(self.base))
+        scales = [axis for axis, (narrow, wide) in enumerate(zip(self.base, self.wider, strict=True)) if narrow != wide]
+        if self.scales != scales:
+            raise ValueError(f"scales: {self.scales}; base {self.base} and wider {self.wider} differ at {scales}")
+        if self.role == "hidden" and not self.fan_in_axes:
+            raise ValueError("fan_in_axes: none; expected the axes that the product of a hidden weight sums over")
+
+    def extents(self, times: Fraction) -> list[Fraction]:
+        """The shape at the base size plus `times` the step from base to wider."""
+        return [narrow + times * (wide - narrow) for narrow, wide in zip(self.base, self.wider, strict=True)]
+
+
+class Layout(Section):
+    """`supar.layout/v1`: the tensors of a user's model, from which those of every other size follow.
+
+    Extents are affine in the size: `third`, a size that need not be built for anything else, checks that they are.
+    """
+
+    kind: Literal["supar.layout/v1"]
+    base: dict[str, int]
+    wider: dict[str, int]
+    third: dict[str, int] | None = None
+    tensors: list[LayoutRow] = Field(min_length=1)
+    notes: list[str] = Field(default_factory=list)
+
+    def check(self) -> None:
+        names = [row.name for row in self.tensors]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tensors: {next(name for name in names if names.count(name) > 1)} appears twice")
+        for row in self.tensors:
+            if row.tied_to is not None and row.tied_to not in names:
+                raise ValueError(f"tensors: {row.name} is tied to {row.tied_to}, which the layout does not have")
+        if self.base == self.wider:
+            raise ValueError("wider: equals base, so nothing shows what scales; expected a larger size")
+        times = self._times(self.wider, "wider")
+        if self.third is not None:
+            times = self._times(self.third, "third")
+            for row in self.tensors:
+                if row.third is None or row.extents(times) != row.third:
+                    raise ValueError(f"tensors: {row.name} is {row.third} at the third size, not {_words(row, times)}")
+
+    def _times(self, size: dict[str, int], where: str) -> Fraction:
+        """How many steps from base to wider a size is from base. Raises ValueError for one not on their line."""
+        if set(size) != set(self.base) or set(self.wider) != set(self.base):
+            raise ValueError(f"{where}: {size}; expected the same names as base: {', '.join(self.base)}")
+        found = {
+            Fraction(size[name] - self.base[name], self.wider[name] - self.base[name])
+            for name in self.base
+            if self.wider[name] != self.base[name]
+        }
+        fixed = [name for name in self.base if self.wider[name] == self.base[name] != size[name]]
+        if len(found) != 1 or fixed:
+            raise ValueError(
+                f"{where}: {size} does not lie on the line through base {self.base} and wider {self.wider}"
+            )
+        return found.pop()
+
+    def at(self, size: dict[str, int]) -> list[Tensor]:
+        """The tensors at a size, such as {"width": 4096}. Raises InputError where a shape would not be whole."""
+        try:
+            times = self._times(size, "size")
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        return [_tensor(row, times) for row in self.tensors]
+
+
+def _words(row: LayoutRow, times: Fraction) -> str:
+    return f"[{', '.join(map(str, row.extents(times)))}]"
+
+
+def _tensor(row: LayoutRow, times: Fraction) -> Tensor:
+    extents = row.extents(times)
+    if not all(extent.denominator == 1 and extent >= 1 for extent in extents):
+        raise InputError(
+            f"{row.name}: its shape would be {_words(row, times)}; expected a size that gives whole extents"
+        )
+    shape = tuple(int(extent) for extent in extents)
+    return Tensor(
+        row.name, row.role, row.site, shape, tuple(row.fan_in_axes), row.block, row.writes_residual, row.tied_to
+    )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from supar_cli.planning.advice import timescale_steps
 from supar_cli.planning.plan import Plan, PlanTensor
-from supar_cli.planning.transfer import timescale_steps
 
 COLUMNS = ("tensor", "shape", "m_d", "m_ρ", "WPN", "init std", "peak lr", "λ", "decay")
 
@@ -23,6 +23,11 @@ def _joined(names: list[str]) -> str:
 def number(value: float) -> str:
     """Four significant digits, short."""
     return f"{value:.4g}"
+
+
+def start_text(row: PlanTensor) -> str:
+    """Where a tensor starts: its deviation, or the number."""
+    return number(row.init_std if row.init_std is not None else row.init_constant or 0.0)
 
 
 def plan_rows(plan: Plan) -> list[list[str]]:
@@ -48,7 +53,7 @@ def plan_rows(plan: Plan) -> list[list[str]]:
                 number(first.because["m_d"]) if "m_d" in first.because else "",
                 number(first.because["m_rho"]) if hidden and "m_rho" in first.because else "",
                 number(first.wpn) if hidden else "",
-                "1" if first.role == "norm" else number(first.init_std),
+                start_text(first),
                 number(first.lr),
                 number(first.weight_decay),
                 f"{decay:.0f}" if decay else "–",

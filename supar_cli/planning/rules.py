@@ -18,7 +18,7 @@ from math import sqrt
 from typing import Literal
 
 Role = Literal["embedding", "hidden", "norm", "bias", "unembedding"]
-Name = Literal["supar", "mup", "sp", "supar-init-only", "supar-lr-only"]
+ParameterizationName = Literal["supar", "mup", "sp", "supar-init-only", "supar-lr-only"]
 Optimizer = Literal["adamw", "sgd"]
 DecayRule = Literal["independent", "coupled", "sqrt"]
 DepthRule = Literal["none", "completep"]
@@ -39,7 +39,7 @@ class Rule:
 class Scheme:
     """Which rules apply: the parameterization, the optimizer and the options that change a number."""
 
-    name: Name
+    name: ParameterizationName
     optimizer: Optimizer = "adamw"
     weight_decay_rule: DecayRule = "independent"
     depth_rule: DepthRule = "none"
@@ -48,8 +48,8 @@ class Scheme:
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """The proxy's hyperparameters."""
+class ProxyValues:
+    """The tuned hyperparameters of the proxy."""
 
     sigma: float
     eta: float
@@ -58,8 +58,8 @@ class Tuned:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor stands: its role, its multipliers, and what the depth and residual options ask of it."""
+class TensorContext:
+    """What the rules need to know of one tensor: its role, its multipliers, and what the depth and residual options ask of it."""
 
     role: Role
     m_d: float
@@ -76,54 +76,54 @@ _DENSITY_IN_INIT = ("supar", "supar-init-only")
 _DENSITY_IN_RATE = ("supar", "supar-lr-only")
 
 
-def _density(corrected: bool, place: Place) -> float:
+def _density(corrected: bool, context: TensorContext) -> float:
     """m_rho as it enters the formulas of hidden weights, the only sparse ones."""
-    return place.m_rho if corrected else 1.0
+    return context.m_rho if corrected else 1.0
 
 
-def init_std(scheme: Scheme, tuned: Tuned, place: Place) -> Rule:
+def init_std(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> Rule:
     """Standard deviation of the initial values. [P Table 1; residual_init: R; zero unembedding: V]"""
-    if place.role == "norm":
+    if context.role == "norm":
         return Rule(0.0, "0: every gain starts at exactly 1", "P Table 1")
-    if place.role == "bias":
+    if context.role == "bias":
         return Rule(0.0, "0: every bias starts at exactly 0", "P Table 1")
-    if place.role == "unembedding" and scheme.unembedding_init == "zero":
+    if context.role == "unembedding" and scheme.unembedding_init == "zero":
         return Rule(0.0, "0 (unembedding_init: zero)", "V App. D.2")
-    if place.role != "hidden":
-        return Rule(tuned.sigma, "σ", "P Table 1")
-    value, formula, source = tuned.sigma, "σ", "SP"
+    if context.role != "hidden":
+        return Rule(proxy.sigma, "σ", "P Table 1")
+    value, formula, source = proxy.sigma, "σ", "SP"
     if scheme.name != "sp":
         by_density = scheme.name in _DENSITY_IN_INIT
-        value = tuned.sigma / sqrt(place.m_d * _density(by_density, place))
+        value = proxy.sigma / sqrt(context.m_d * _density(by_density, context))
         formula, source = ("σ/√(m_d·m_ρ)", "P Table 1") if by_density else ("σ/√m_d", "V Table 8")
-    if scheme.residual_init == "gpt2" and place.writes_residual:
-        value, formula, source = value / sqrt(2.0 * place.layers), formula + " /√(2·layers)", source + ", R"
+    if scheme.residual_init == "gpt2" and context.writes_residual:
+        value, formula, source = value / sqrt(2.0 * context.layers), formula + " /√(2·layers)", source + ", R"
     return Rule(value, formula, source)
 
 
-def learning_rate(scheme: Scheme, tuned: Tuned, place: Place) -> Rule:
+def learning_rate(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> Rule:
     """Peak learning rate. [P Table 1; SGD: P D.3.1, V; depth: C, where alpha = 1 makes the factor m_L^0 = 1]"""
     by_density = scheme.name in _DENSITY_IN_RATE
-    m_d, m_rho = place.m_d, _density(by_density, place)
+    m_d, m_rho = context.m_d, _density(by_density, context)
     if scheme.name == "sp":
-        return Rule(tuned.eta, "η", "SP")
+        return Rule(proxy.eta, "η", "SP")
     if scheme.optimizer == "adamw":
-        if place.role != "hidden":
-            return Rule(tuned.eta, "η", "P Table 1")
-        value = tuned.eta / (m_d * m_rho)
+        if context.role != "hidden":
+            return Rule(proxy.eta, "η", "P Table 1")
+        value = proxy.eta / (m_d * m_rho)
         return Rule(value, *(("η/(m_d·m_ρ)", "P Table 1") if by_density else ("η/m_d", "V Table 8")))
-    if place.role != "hidden":
-        return Rule(tuned.eta * m_d, "η·m_d", "V Table 8 with the forward 1/m_d")
-    return Rule(tuned.eta / m_rho, *(("η/m_ρ", "P D.3.1") if by_density else ("η", "V Table 8")))
+    if context.role != "hidden":
+        return Rule(proxy.eta * m_d, "η·m_d", "V Table 8 with the forward 1/m_d")
+    return Rule(proxy.eta / m_rho, *(("η/m_ρ", "P D.3.1") if by_density else ("η", "V Table 8")))
 
 
-def weight_decay(scheme: Scheme, tuned: Tuned, place: Place) -> Rule:
+def weight_decay(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> Rule:
     """Decay λ as PyTorch applies it, shrinking by lr·λ a step. [independent: V; coupled: R; sqrt: arXiv 2510.15262]"""
-    if place.role in ("bias", "norm"):
+    if context.role in ("bias", "norm"):
         return Rule(0.0, "0: biases and gains do not decay", "P Table 1")
     follows = scheme.name in _DENSITY_IN_RATE
-    m_d, m_rho = place.m_d, _density(follows, place)
-    if place.role == "hidden":
+    m_d, m_rho = context.m_d, _density(follows, context)
+    if context.role == "hidden":
         divisor = m_d * m_rho if scheme.optimizer == "adamw" else m_rho
         symbol = "·".join(["m_d"] * (scheme.optimizer == "adamw") + ["m_ρ"] * follows)
     elif scheme.optimizer == "sgd":
@@ -131,21 +131,21 @@ def weight_decay(scheme: Scheme, tuned: Tuned, place: Place) -> Rule:
     else:
         divisor, symbol = 1.0, ""
     if scheme.weight_decay_rule == "coupled" or not symbol or scheme.name == "sp":
-        return Rule(tuned.lam, "λ", "R" if scheme.weight_decay_rule == "coupled" else "V")
+        return Rule(proxy.lam, "λ", "R" if scheme.weight_decay_rule == "coupled" else "V")
     if scheme.weight_decay_rule == "sqrt":
-        return Rule(tuned.lam * sqrt(divisor), f"λ·√({symbol})", "arXiv 2510.15262")
-    return Rule(tuned.lam * divisor, f"λ·{symbol}, so that lr·λ is the proxy's", "V, D")
+        return Rule(proxy.lam * sqrt(divisor), f"λ·√({symbol})", "arXiv 2510.15262")
+    return Rule(proxy.lam * divisor, f"λ·{symbol}, so that lr·λ is the proxy's", "V, D")
 
 
-def adam_eps(scheme: Scheme, tuned: Tuned, place: Place) -> Rule:
+def adam_eps(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> Rule:
     """Adam's epsilon, scaled like the gradients, which the output multiplier makes Θ(1/m_d). [C; without m_rho: D]"""
     if scheme.optimizer == "sgd":
         return Rule(0.0, "0: SGD has no epsilon", "–")
     if scheme.name == "sp":
-        return Rule(tuned.eps, "ε", "SP")
-    if place.in_block and scheme.depth_rule == "completep":
-        return Rule(tuned.eps / (place.m_d * place.m_L), "ε/(m_d·m_L)", "C")
-    return Rule(tuned.eps / place.m_d, "ε/m_d", "C, D")
+        return Rule(proxy.eps, "ε", "SP")
+    if context.in_block and scheme.depth_rule == "completep":
+        return Rule(proxy.eps / (context.m_d * context.m_L), "ε/(m_d·m_L)", "C")
+    return Rule(proxy.eps / context.m_d, "ε/m_d", "C, D")
 
 
 def input_multiplier(scheme: Scheme, alpha_input: float) -> Rule:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, TypeVar
+from fractions import Fraction
+from typing import Any, ClassVar, Literal
 
-from pydantic_core import ValidationError
-
-from supar_cli.errors import InputError, Problem
-from supar_cli.planning.density import Block, Blocks, Pattern
-from supar_cli.planning.document import Document, Path_, content_hash
+from supar_cli.planning.density import Share, literal
+from supar_cli.planning.document import content_hash
+from supar_cli.planning.patterns import Block, Pattern, PatternKeys
+from supar_cli.planning.problems import validate
 from supar_cli.planning.rules import DecayRule, DepthRule, Optimizer, ResidualInit, UnembeddingInit
 from supar_cli.planning.schema import Field, Section
 
@@ -44,7 +44,7 @@ class Model(Section):
     rope_theta: float = Field(default=10000.0, gt=0)
 
     @classmethod
-    def fill(cls, data: Any) -> Any:
+    def fill_defaults(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         filled = {**FAMILY_PARTS.get(str(data.get("family")), FAMILY_PARTS["gpt2"]), **data}
@@ -54,7 +54,7 @@ class Model(Section):
         filled.setdefault("ffn_width", 4 * max(1, width))
         return filled
 
-    def fits(self) -> None:
+    def check(self) -> None:
         if self.width % self.heads:
             raise ValueError(f"heads: {self.heads} heads don't divide the width {self.width}; expected a divisor of it")
         if self.heads % self.kv_heads:
@@ -88,7 +88,7 @@ class Options(Section):
     residual_init: ResidualInit = "none"
     unembedding_init: UnembeddingInit = "normal"
 
-    def fits(self) -> None:
+    def check(self) -> None:
         if self.depth_rule == "completep" and self.residual_init == "gpt2":
             raise ValueError(
                 "residual_init: gpt2 scales the residual branches a second time; expected none with completep"
@@ -121,7 +121,7 @@ class Train(Section):
     eval_batches: int = Field(default=8, gt=0)
     seed: int = Field(default=0, ge=0, lt=2**63)
 
-    def fits(self) -> None:
+    def check(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: {self.betas} must both be in [0, 1)")
 
@@ -141,28 +141,56 @@ class Run(Section):
     keep: int = Field(default=2, gt=0)  # chosen: the newest checkpoint, and one should that be damaged
 
 
-class Sparsity(Blocks):
+class Sparsity(PatternKeys):
     """Which hidden weights live. Give `sparsity` or `density`; `overrides` are densities by tensor, site or part."""
 
-    sparsity: float | None = None
-    density: float | None = None
+    sparsity: Share | None = None
+    density: Share | None = None
     pattern: Pattern = "exact"
-    block: Block | None = None
+    block: Block | None = Field(default=None, neutral=True, omit=True)
     distribution: Distribution = "uniform"
-    overrides: dict[str, float] = Field(default_factory=dict)
+    overrides: dict[str, Share] = Field(default_factory=dict)
 
-    def fits(self) -> None:
-        self.blocks_fit()
+    def check(self) -> None:
+        self.check_pattern()
         if self.sparsity is not None and self.density is not None:
             raise ValueError("density: given beside sparsity; expected only one of them")
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            what = "leaves no weights" if self.sparsity >= 1 else "is no share"
+        if self.sparsity is not None and not 0 <= _number("sparsity", self.sparsity) < 1:
+            what = "leaves no weights" if literal(self.sparsity) >= 1 else "is no share"
             raise ValueError(f"sparsity: {self.sparsity} {what}; expected 0 <= sparsity < 1")
-        if self.density is not None and not 0 < self.density <= 1:
+        if self.density is not None and not 0 < _number("density", self.density) <= 1:
             raise ValueError(f"density: {self.density}; expected 0 < density <= 1")
         for key, value in self.overrides.items():
-            if not 0 < value <= 1:
+            if not 0 < _number(f"overrides.{key}", value) <= 1:
                 raise ValueError(f"overrides.{key}: {value}; expected 0 < density <= 1")
+
+
+def _number(key: str, value: Share) -> Fraction:
+    try:
+        return literal(value)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}; expected a number or a fraction such as 1/128") from None
+
+
+# what a changed value drops of its section, unless it is given too: keys that belonged to the value before
+_LENGTHS = ("steps", "tokens", "tokens_per_parameter")
+DROPPED_BY = {
+    "width": ("heads", "kv_heads", "ffn_width"),  # a target's own head count and FFN width belong to its own width
+    **{name: _LENGTHS for name in _LENGTHS},
+    "sparsity": ("density",),
+    "density": ("sparsity",),
+    "pattern": ("block",),
+    "source": ("hash",),
+}
+
+
+def override(section: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A section's data with changes put in, those that are None left out, and what they drop set to None."""
+    given = {name: value for name, value in changes.items() if value is not None}
+    dropped = {name for changed in given for name in DROPPED_BY.get(changed, ()) if name not in given}
+    if given.get("pattern") == "block":  # a document's own blocks go with its pattern
+        dropped.discard("block")
+    return {**section, **{name: None for name in dropped if name in section}, **given}
 
 
 class Target(Section):
@@ -181,10 +209,20 @@ class Target(Section):
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     sparsity: Sparsity = Field(default_factory=Sparsity)
 
-    def fits(self) -> None:
+    def check(self) -> None:
         given = [word for word in ("steps", "tokens", "tokens_per_parameter") if getattr(self, word) is not None]
         if len(given) > 1:
             raise ValueError(f"{given[1]}: given beside {given[0]}; expected one length of training")
+
+    def override(self, **changes: Any) -> Target:
+        """The target with keys of itself and of its `sparsity` changed, and what they drop dropped.
+
+        Raises InputError for a key that it doesn't have and for values that can't be.
+        """
+        level = {name: value for name, value in changes.items() if name in Sparsity.keys()}  # noqa: SIM118
+        own = {name: value for name, value in changes.items() if name not in level}
+        sparsity = override(self.sparsity.model_dump(), level)
+        return validate(Target, {**override(self.model_dump(), own), "sparsity": sparsity}, "target")
 
 
 class Search(Section):
@@ -205,7 +243,7 @@ class Search(Section):
 
     SEARCHED: ClassVar[tuple[str, ...]] = ("lr", "init_std", "alpha_input", "alpha_output", "weight_decay")
 
-    def fits(self) -> None:
+    def check(self) -> None:
         for name, (low, high) in self.ranges().items():
             if not 0 < low < high:
                 raise ValueError(f"{name}: [{low}, {high}] is no range; expected 0 < low < high")
@@ -256,91 +294,4 @@ class Proxy(Section):
 
     def hash(self) -> str:
         """Identity of what was tuned: everything but `run`, `meta` and `target`, which flags set and the plan resolves."""
-        return content_hash(self.model_dump(exclude={"run", "meta", "target"}))
-
-
-SectionT = TypeVar("SectionT", bound=Section)
-
-
-def parse(kind: type[SectionT], document: Document) -> SectionT:
-    """`document` as a `kind`. Raises InputError with every problem, each with its line and close misses named."""
-    if not isinstance(document.data, dict):
-        raise InputError(document.problem((), "not a mapping", "key: value lines"))
-    expected_kind: Any = kind.keys().get("kind")
-    word = expected_kind.__args__[0] if expected_kind else None
-    if word and document.data.get("kind") != word:
-        raise InputError(document.problem(("kind",), f"is {document.data.get('kind')!r}", f"expected {word}"))
-    if document.data.get("parents"):  # supar wrote it, with every key: one that is not there was cut off
-        lost = [key for key in kind.keys() if key not in document.data]  # noqa: SIM118
-        if lost:
-            what = f"the keys {', '.join(lost)} are missing"
-            raise InputError(document.problem((), what, "expected a whole document; this one was cut or edited"))
-    try:
-        parsed = kind.model_validate(document.data)
-    except ValidationError as error:
-        raise InputError(*(_problem(kind, document, dict(item)) for item in error.errors(include_url=False))) from None
-    # a plan's numbers decide a run: none of them may fall back to a default
-    if word == "supar.plan/v1" and document.data.get("parents"):
-        sections = ("model", "hyperparameters", "parameterization", "sparsity", "train", "data")
-        absent = [problem for section in sections for problem in _absent(kind, document, section)]
-        if absent:
-            raise InputError(*absent)
-    return parsed
-
-
-def _absent(kind: type[Section], document: Document, section: str) -> list[Problem]:
-    """A problem for each key that a section of a plan lacks."""
-    held = document.data[section]
-    if not isinstance(held, dict):
-        return []
-    lost = [key for key in _keys(kind, (section,)) if key not in held and key != "block"]  # the pattern asks for that
-    return [document.problem((section,), f"the key {key!r} is missing") for key in lost]
-
-
-def _problem(kind: type[Section], document: Document, item: dict[str, Any]) -> Problem:
-    path: Path_ = tuple(item["loc"])
-    what, expected = str(item["msg"]), ""
-    if item["type"] == "extra_forbidden":
-        import difflib
-
-        what = f"unknown key {path[-1]!r}"
-        known = _keys(kind, path[:-1])
-        close = difflib.get_close_matches(str(path[-1]), known, 1)
-        expected = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-    elif item["type"] == "missing":
-        what, expected, path = f"the key {path[-1]!r} is missing", "", path[:-1]
-    elif item["type"] == "value_error":
-        what = what.removeprefix("Value error, ")
-        where, colon, rest = what.partition(": ")
-        if colon and " " not in where:  # our own validators begin with the key that is wrong
-            path, what = (*path, *where.split(".")), rest
-        what, _, expected = what.partition("; ")
-    else:
-        what = (
-            what.replace("Input should be", "should be")
-            .replace("valid string", "text")
-            .replace("valid number", "number")
-        )
-        if not isinstance(item["input"], dict | list):
-            what += f", not {item['input']!r}"
-    return document.problem(path, what, expected)
-
-
-def _keys(kind: type[Section], path: Path_) -> list[str]:
-    """Known keys of the section at `path`."""
-    section: Any = kind
-    for part in path:
-        if isinstance(part, int):
-            continue
-        annotation = section.keys()[part]
-        section = next(
-            (
-                a
-                for a in (annotation, *getattr(annotation, "__args__", ()))
-                if isinstance(a, type) and issubclass(a, Section)
-            ),
-            None,
-        )
-        if section is None:
-            return []
-    return list(section.keys())
+        return content_hash(self.identity(exclude={"run", "meta", "target"}))

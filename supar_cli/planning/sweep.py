@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log2
 from typing import Any, Literal, get_args
 
 from supar_cli.errors import InputError
-from supar_cli.planning import density as sparsity
+from supar_cli.planning import density as shares
 from supar_cli.planning import rules
+from supar_cli.planning.density import Share
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.schema import Field, Section
-from supar_cli.planning.spec import Data, Hyperparameters, Model, Options, Proxy, Run, Sparsity, Target, Train
+from supar_cli.planning.spec import Data, Hyperparameters, Model, Options, Proxy, Run, Sparsity, Target, Train, override
 from supar_cli.planning.transfer import transfer
 
 TUNED = ("lr", "init_std", "alpha_input", "alpha_output", "weight_decay")
-LEVELS = ("sparsity", "density", "width", "layers")
+SHARES = ("sparsity", "density")
+LEVELS = (*SHARES, "width", "layers")
 MOST_VALUES = 200  # chosen: a grid with more values is a slip of the pen
 
 GRAMMAR = "log2:-12..-4/0.5, x:-3..3/1 (the proxy's times 2^k) or a list as 0,0.5,0.75"
@@ -33,9 +35,8 @@ def axis_values(name: str, given: Any, centre: float = 1.0) -> tuple[float, ...]
             raise ValueError(f"{where}: {given!r} is in octaves; expected a list as 0,0.5,0.75 for {name}")
         values = _octaves(f"{where}: {given!r}", scale.strip(), span, centre)
     else:
-        parts = given.split(",") if isinstance(given, str) else given if isinstance(given, list) else [given]
         try:
-            values = [sparsity.number(str(part)) for part in parts if not isinstance(part, bool)]
+            values = [shares.number(part) for part in _parts(given)]
         except (TypeError, ValueError):
             raise ValueError(f"{where}: {given!r} can't be read; expected {GRAMMAR}") from None
     if not values or len(set(values)) < len(values) or len(values) > MOST_VALUES:
@@ -45,6 +46,12 @@ def axis_values(name: str, given: Any, centre: float = 1.0) -> tuple[float, ...]
         if not sound or (name in ("width", "layers") and value != int(value)):
             raise ValueError(f"{where}: {value:g} is no {name.replace('_', ' ')}; expected {GRAMMAR}")
     return tuple(sorted(values))
+
+
+def _parts(given: Any) -> list[str]:
+    """The texts of an axis that is a list of values."""
+    parts = given.split(",") if isinstance(given, str) else given if isinstance(given, list) else [given]
+    return [str(part).strip() for part in parts if not isinstance(part, bool)]
 
 
 def _octaves(what: str, scale: str, span: str, centre: float) -> list[float]:
@@ -83,17 +90,27 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A size that runs are transferred to. `scale` is what drift is measured against: its density, width or depth."""
+    """A size that runs are transferred to. `scale` is what drift is measured against: its density, width or depth.
+
+    `share` is the density as documents have it: exact where `density` is the nearest float of it.
+    """
 
     axis: str
     value: float
     density: float
+    share: Share
     width: int
     layers: int
 
     @property
     def scale(self) -> float:
         return {"width": float(self.width), "layers": float(self.layers)}.get(self.axis, self.density)
+
+
+def _share(axis: str, text: str) -> Share:
+    """A density as documents have it, from the text of a sparsity or a density."""
+    exact = shares.density_from(**{axis: text})
+    return str(exact) if "/" in text else float(exact)
 
 
 class Sweep(Section):
@@ -110,7 +127,7 @@ class Sweep(Section):
     train: Train
     target: Target = Field(default_factory=Target)
     over: dict[str, Any]
-    parameterizations: list[rules.Name] = Field(min_length=1)
+    parameterizations: list[rules.ParameterizationName] = Field(min_length=1)
     own: dict[str, dict[str, float]] = Field(default_factory=dict)  # hyperparameters of one parameterization
     iso: Literal["none", "parameters", "wpn"] = "none"
     seeds: int = Field(default=2, gt=0, le=1000)
@@ -119,7 +136,7 @@ class Sweep(Section):
     run: Run = Field(default_factory=Run)
     meta: dict[str, Any] = Field(default_factory=dict)
 
-    def fits(self) -> None:
+    def check(self) -> None:
         for name in self.over:
             if name not in (*TUNED, *LEVELS):
                 raise ValueError(f"over.{name}: no axis; expected some of {', '.join((*TUNED, *LEVELS))}")
@@ -132,12 +149,14 @@ class Sweep(Section):
         if len(set(self.parameterizations)) < len(self.parameterizations):
             raise ValueError("parameterizations: one stands twice; expected each once")
         for name, values in self.own.items():
-            if name not in get_args(rules.Name):
-                raise ValueError(f"own.{name}: no parameterization; expected {', '.join(get_args(rules.Name))}")
+            if name not in get_args(rules.ParameterizationName):
+                raise ValueError(
+                    f"own.{name}: no parameterization; expected {', '.join(get_args(rules.ParameterizationName))}"
+                )
             for key, value in values.items():
                 if key not in TUNED or value <= 0:
                     raise ValueError(f"own.{name}.{key}: {value:g}; expected values above 0 of {', '.join(TUNED)}")
-        if self.iso != "none" and self.level_axis not in ("sparsity", "density"):
+        if self.iso != "none" and self.level_axis not in SHARES:
             raise ValueError(
                 f"iso: {self.iso} wants levels of sparsity or density, not of {self.level_axis or 'nothing'}"
             )
@@ -165,29 +184,32 @@ class Sweep(Section):
     def levels(self) -> list[Level]:
         """Sizes from the densest, narrowest or shallowest on: the first is the one whose optimum is re-used."""
         axis, width = self.level_axis, self.target.width or self.model.width
-        layers, own = self.target.layers or self.model.layers, self._own_density()
+        layers, own = self.target.layers or self.model.layers, self._own_share()
         if not axis:
-            return [Level("density", own, own, width, layers)]
+            return [Level("density", float(shares.literal(own)), float(shares.literal(own)), own, width, layers)]
+        exact = {shares.number(part): part for part in _parts(self.over[axis])} if axis in SHARES else {}
         found = []
         for value in axis_values(axis, self.over[axis]):
-            density = float(sparsity.density_from(**{axis: value})) if axis in ("sparsity", "density") else own
-            wide = int(value) if axis == "width" else width
-            found.append(Level(axis, value, density, wide, int(value) if axis == "layers" else layers))
-        found.sort(key=lambda level: -level.density if axis in ("sparsity", "density") else level.scale)
+            share = _share(axis, exact[value]) if axis in SHARES else own
+            wide, deep = (
+                int(value) if axis == name else other for name, other in (("width", width), ("layers", layers))
+            )
+            found.append(Level(axis, value, float(shares.literal(share)), share, wide, deep))
+        found.sort(key=lambda level: -level.density if axis in SHARES else level.scale)
         if self.iso == "none":
             return found
         first, head = found[0].density, self.model.head_width
         power = 0.5 if self.iso == "parameters" else 1.0
         widths = [max(1, round(width * (first / level.density) ** power / head)) * head for level in found]
-        return [Level(axis, one.value, one.density, w, one.layers) for one, w in zip(found, widths, strict=True)]
+        return [replace(level, width=width) for level, width in zip(found, widths, strict=True)]
 
-    def _own_density(self) -> float:
+    def _own_share(self) -> Share:
         own = self.target.sparsity
         if own.sparsity is None and own.density is None:
             return 1.0
-        return float(sparsity.density_from(sparsity=own.sparsity, density=own.density))
+        return own.density if own.density is not None else _share("sparsity", str(own.sparsity))
 
-    def proxy(self, name: rules.Name, place: float | None = None) -> Proxy:
+    def proxy(self, name: rules.ParameterizationName, place: float | None = None) -> Proxy:
         """The proxy as a parameterization has it, the swept hyperparameter at a place of its grid."""
         values = self.centre(name)
         if place is not None:
@@ -197,13 +219,13 @@ class Sweep(Section):
         parts["hyperparameters"] = values
         return Proxy(kind="supar.proxy/v1", **parts)
 
-    def plan(self, name: rules.Name, level: Level, place: float | None, seed: int) -> Plan:
+    def plan(self, name: rules.ParameterizationName, level: Level, place: float | None, seed: int) -> Plan:
         """The plan of one run. Raises InputError for a size that can't be."""
         target = self.target.model_dump()
         if self.iso != "none" or level.axis == "width":
-            target |= {"heads": None, "kv_heads": None, "ffn_width": None}  # they belong to the target's own width
+            target = override(target, {"width": level.width})
         target |= {"width": level.width, "layers": level.layers, "seed": seed}
-        target["sparsity"] |= {"sparsity": None, "density": level.density}
+        target["sparsity"] |= {"sparsity": None, "density": level.share}
         return transfer(self.proxy(name, place), Target(**target), name, allow_low_wpn=True)
 
     @property
@@ -214,7 +236,7 @@ class Sweep(Section):
 
     def hash(self) -> str:
         """Identity of the study: everything but `run` and `meta`."""
-        return content_hash(self.model_dump(exclude={"run", "meta"}))
+        return content_hash(self.identity(exclude={"run", "meta"}))
 
 
 def checked(sweep: Sweep) -> list[Plan]:

@@ -1,19 +1,16 @@
-"""From a tuned proxy and a target to a plan, and what in that plan deserves a warning."""
+"""From a tuned proxy and a target to a plan."""
 
 from __future__ import annotations
 
-import sys
-from decimal import Decimal
 from fractions import Fraction
 from math import ceil
 from typing import Any
 
-from pydantic_core import ValidationError
-
 from supar_cli.errors import InputError
-from supar_cli.planning import density as sparsity
-from supar_cli.planning import layout, rules
+from supar_cli.planning import density, layout, patterns, rules
+from supar_cli.planning.advice import WPN_IMPOSSIBLE, remedy
 from supar_cli.planning.plan import (
+    CURRENT_RULES,
     Base,
     Multipliers,
     Parameterization,
@@ -23,72 +20,49 @@ from supar_cli.planning.plan import (
     PlanTensor,
     PlanTrain,
 )
+from supar_cli.planning.problems import validate
 from supar_cli.planning.schema import LARGEST
 from supar_cli.planning.spec import Model, Proxy, Sparsity, Target
 
-# [P §3.1]: the smallest weights-per-neuron count the paper trained; below 4, Bernoulli rows are empty with P ≈ e^-WPN
-WPN_TRAINED, WPN_EMPTY_ROWS, WPN_IMPOSSIBLE = 16, 4, 1
-
 
 def transfer(
-    proxy: Proxy, target: Target, parameterization: rules.Name = "supar", *, allow_low_wpn: bool = False
+    proxy: Proxy, target: Target, parameterization: rules.ParameterizationName = "supar", *, allow_low_wpn: bool = False
 ) -> Plan:
     """The plan of training `target` with the hyperparameters of `proxy`. Raises InputError for a target that can't work."""
     model = target_model(proxy.model, target)
     scheme = rules.Scheme(parameterization, proxy.train.optimizer, **proxy.parameterization.model_dump())
     if scheme.depth_rule == "completep" and scheme.optimizer == "sgd":
         raise InputError("parameterization.depth_rule: completep is not known for SGD; expected adamw")
-    wanted = target.sparsity
-    density = _density(wanted)
-    all_tensors = layout.tensors(model)
-    hidden = [tensor for tensor in all_tensors if tensor.role == "hidden"]
-    where = "target.sparsity.overrides"
-    kept = sparsity.distribute(
-        hidden, density, wanted.distribution, wanted.pattern, wanted.overrides, where, wanted.block
-    )
-    base_density, base_fan_in = _base(proxy)
-    tuned = rules.Tuned(
-        proxy.hyperparameters.init_std,
-        proxy.hyperparameters.lr,
-        proxy.hyperparameters.weight_decay,
-        proxy.hyperparameters.eps,
-    )
+    wanted, hyper = target.sparsity, proxy.hyperparameters
+    share = _density(wanted)
+    rows = _rows(proxy, scheme, model, wanted, share)
     m_width, m_L = model.width / proxy.model.width, model.layers / proxy.model.layers
-    rows = []
-    for tensor in all_tensors:
-        own = kept.get(tensor.name, sparsity.Kept(1.0, tensor.size))
-        is_hidden = tensor.role == "hidden"
-        m_d = tensor.fan_in / base_fan_in[tensor.site] if is_hidden else m_width
-        m_rho = own.density / base_density[tensor.site] if is_hidden else 1.0
-        if own.count == 0:
-            raise InputError(f"{tensor.name}: density {own.density} keeps none of its {tensor.size} weights")
-        place = rules.Place(
-            tensor.role, m_d, m_rho, m_L, model.layers, tensor.block is not None, tensor.writes_residual
-        )
-        rows.append(_row(scheme, tuned, tensor, own, place))
     plan = Plan(
-        kind="supar.plan/v1",
+        kind="supar.plan/v2",
         parents={"proxy": proxy.hash()},
         model=PlanModel(
             **model.model_dump(),
             multipliers=Multipliers(
-                input=rules.input_multiplier(scheme, proxy.hyperparameters.alpha_input).value,
-                output=rules.output_multiplier(scheme, proxy.hyperparameters.alpha_output, m_width).value,
+                input=rules.input_multiplier(scheme, hyper.alpha_input).value,
+                output=rules.output_multiplier(scheme, hyper.alpha_output, m_width).value,
                 attention=rules.attention_multiplier(scheme, model.head_width).value,
                 residual=rules.residual_multiplier(scheme, m_L).value,
             ),
         ),
         parameterization=Parameterization(
-            name=parameterization, **proxy.parameterization.model_dump(), base=_base_section(proxy)
+            name=parameterization,
+            **proxy.parameterization.model_dump(),
+            base=_base_section(proxy),
+            edition=CURRENT_RULES,
         ),
-        hyperparameters=proxy.hyperparameters,
+        hyperparameters=hyper,
         sparsity=PlanSparsity(
-            density=float(density),
-            sparsity=float(1 - density),
+            density=float(share),
+            sparsity=float(1 - share),
             pattern=wanted.pattern,
             block=wanted.block,
             distribution=wanted.distribution,
-            overrides=wanted.overrides,
+            overrides={name: float(density.literal(value)) for name, value in wanted.overrides.items()},
         ),
         tensors=rows,
         data=proxy.data,
@@ -100,10 +74,35 @@ def transfer(
     if too_low and not allow_low_wpn:
         row = min(too_low, key=lambda row: row.wpn)
         raise InputError(
-            f"{row.name}: {row.wpn:.3g} weights per neuron (fan-in {row.shape[-1]} × density {row.density:g}): most outputs would have "
+            f"{row.name}: {row.wpn:.3g} weights per neuron (fan-in {row.fan_in} × density {row.density:g}): most outputs would have "
             f"no input at all; {remedy(plan, row)}, or --allow-low-wpn"
         )
     return plan
+
+
+def _rows(proxy: Proxy, scheme: rules.Scheme, model: Model, wanted: Sparsity, share: Fraction) -> list[PlanTensor]:
+    """Every tensor of `model` with its numbers."""
+    tensors = layout.tensors(model)
+    hidden = [tensor for tensor in tensors if tensor.role == "hidden"]
+    where = "target.sparsity.overrides"
+    kept = density.distribute(hidden, share, wanted.distribution, wanted.pattern, wanted.overrides, where, wanted.block)
+    base, base_density = {tensor.site: tensor for tensor in layout.tensors(proxy.model)}, _base_density(proxy)
+    hyper = proxy.hyperparameters
+    tuned = rules.ProxyValues(hyper.init_std, hyper.lr, hyper.weight_decay, hyper.eps)
+    m_width, m_L = model.width / proxy.model.width, model.layers / proxy.model.layers
+    rows = []
+    for tensor in tensors:
+        own = kept.get(tensor.name, patterns.LiveCount(1.0, tensor.size))
+        is_hidden = tensor.role == "hidden"
+        m_d = tensor.fan_in / base[tensor.site].fan_in if is_hidden else m_width
+        m_rho = own.density / base_density[tensor.site] if is_hidden else 1.0
+        if own.count == 0:
+            raise InputError(f"{tensor.name}: density {own.density} keeps none of its {tensor.size} weights")
+        place = rules.TensorContext(
+            tensor.role, m_d, m_rho, m_L, model.layers, tensor.block is not None, tensor.writes_residual
+        )
+        rows.append(_row(scheme, tuned, tensor, base[tensor.site].fan_in, own, place))
+    return rows
 
 
 def as_trial(proxy: Proxy) -> Plan:
@@ -111,10 +110,16 @@ def as_trial(proxy: Proxy) -> Plan:
     return transfer(proxy, Target(sparsity=proxy.sparsity))
 
 
-def _density(wanted: Sparsity) -> Decimal:
+def _density(wanted: Sparsity) -> Fraction:
+    own = patterns.density_of(wanted.pattern)
     if wanted.sparsity is None and wanted.density is None:
-        raise InputError("how sparse the target is to be was not said; expected --sparsity or --density")
-    return sparsity.density_from(sparsity=wanted.sparsity, density=wanted.density)
+        if own is None:
+            raise InputError("how sparse the target is to be was not said; expected --sparsity or --density")
+        return own
+    given = density.density_from(sparsity=wanted.sparsity, density=wanted.density)
+    if own is not None and float(given) not in (float(own), 1.0):  # a document's float is only the nearest to N/M
+        raise InputError(f"density: {float(given):g} with the pattern {wanted.pattern}; expected {own}, or 1: dense")
+    return given
 
 
 def target_model(proxy: Model, target: Target) -> Model:
@@ -140,25 +145,24 @@ def target_model(proxy: Model, target: Target) -> Model:
         ffn_width = width * proxy.ffn_width // proxy.width
     changes = {"width": width, "heads": heads, "kv_heads": kv_heads, "ffn_width": ffn_width}
     changes |= {"layers": target.layers or proxy.layers, "context": target.context or proxy.context}
-    try:
-        return Model(**{**proxy.model_dump(), **changes})
-    except ValidationError as error:
-        found = [item["msg"].removeprefix("Value error, ") for item in error.errors()]
-        raise InputError(*(f"target.{problem}" for problem in found)) from None
+    return validate(Model, {**proxy.model_dump(), **changes}, "target")
 
 
-def _base(proxy: Proxy) -> tuple[dict[str, float], dict[str, int]]:
-    """The proxy's density and fan-in by site; its blocks are alike, so the site says enough."""
+def _base_density(proxy: Proxy) -> dict[str, float]:
+    """The proxy's density by site; its blocks are alike, so the site says enough."""
     hidden = [tensor for tensor in layout.tensors(proxy.model) if tensor.role == "hidden"]
     own = proxy.sparsity
-    kept = sparsity.distribute(hidden, _density(own), own.distribution, own.pattern, own.overrides, block=own.block)
+    kept = density.distribute(hidden, _density(own), own.distribution, own.pattern, own.overrides, block=own.block)
     densities: dict[str, float] = {}
     for tensor in hidden:
         if densities.setdefault(tensor.site, kept[tensor.name].density) != kept[tensor.name].density:
             raise InputError(
                 f"sparsity.overrides: the proxy's blocks differ in the density of {tensor.site}; expected overrides by site, not by tensor"
             )
-    return densities, {tensor.site: tensor.fan_in for tensor in hidden}
+    return densities
+
+
+CONSTANTS = {"norm": 1.0, "bias": 0.0}  # where every gain and every bias starts [P Table 1]
 
 
 def _base_section(proxy: Proxy) -> Base:
@@ -173,20 +177,32 @@ def _base_section(proxy: Proxy) -> Base:
 
 
 def _row(
-    scheme: rules.Scheme, tuned: rules.Tuned, tensor: layout.Tensor, own: sparsity.Kept, place: rules.Place
+    scheme: rules.Scheme,
+    tuned: rules.ProxyValues,
+    tensor: layout.Tensor,
+    base_fan_in: int,
+    own: patterns.LiveCount,
+    place: rules.TensorContext,
 ) -> PlanTensor:
     because = {"m_d": place.m_d}
     if tensor.role == "hidden":
         because["m_rho"] = place.m_rho
     if scheme.depth_rule == "completep" and place.in_block:
         because["m_L"] = place.m_L
+    constant = CONSTANTS.get(tensor.role)
     return PlanTensor(
         name=tensor.name,
         role=tensor.role,
+        site=tensor.site,
+        block=tensor.block,
         shape=list(tensor.shape),
+        fan_in_axes=list(tensor.fan_in_axes),
+        fan_in=tensor.fan_in,
+        base_fan_in=base_fan_in,
         density=own.density,
         kept=own.count,
-        init_std=rules.init_std(scheme, tuned, place).value,
+        init_std=rules.init_std(scheme, tuned, place).value if constant is None else None,
+        init_constant=constant,
         lr=rules.learning_rate(scheme, tuned, place).value,
         weight_decay=rules.weight_decay(scheme, tuned, place).value,
         eps=rules.adam_eps(scheme, tuned, place).value,
@@ -198,7 +214,7 @@ def _train(proxy: Proxy, target: Target, model: Model, live: int) -> PlanTrain:
     batch_size = target.batch_size or proxy.train.batch_size
     step_tokens = batch_size * model.context
     if target.tokens_per_parameter is not None:
-        steps = ceil(Fraction(sparsity.literal(target.tokens_per_parameter)) * live / step_tokens)
+        steps = ceil(Fraction(density.literal(target.tokens_per_parameter)) * live / step_tokens)
     elif target.tokens is not None:
         steps = ceil(Fraction(target.tokens, step_tokens))
     else:
@@ -207,86 +223,7 @@ def _train(proxy: Proxy, target: Target, model: Model, live: int) -> PlanTrain:
         raise InputError(f"train.steps: {steps} steps of {step_tokens} tokens are more than any run can have")
     fields: dict[str, Any] = proxy.train.model_dump()
     fields |= {"steps": steps, "batch_size": batch_size, "tokens": steps * step_tokens}
-    fields["warmup_steps"] = int(Fraction(sparsity.literal(proxy.train.warmup_fraction)) * steps)
+    fields["warmup_steps"] = int(Fraction(density.literal(proxy.train.warmup_fraction)) * steps)
     if target.seed is not None:
         fields["seed"] = target.seed
     return PlanTrain(**fields)
-
-
-def timescale_steps(row: PlanTensor) -> float | None:
-    """Steps in which weight decay alone shrinks a weight by e at the peak rate: 1/(lr·λ). None without decay."""
-    rate = row.lr * row.weight_decay
-    return 1.0 / rate if rate >= sys.float_info.min else None  # what is less has no reciprocal, and decays nothing
-
-
-def warnings(plan: Plan) -> list[str]:
-    """What a person should know before spending time on this plan."""
-    found = []
-    hidden = [row for row in plan.tensors if row.role == "hidden"]
-    low = min(hidden, key=lambda row: row.wpn)
-    sparse = any(row.density < 1 for row in hidden)
-    if sparse and low.wpn < WPN_TRAINED:
-        empty = ""
-        per_row = low.wpn / (plan.sparsity.block or 1)  # what is drawn, weights or blocks, of a row
-        if per_row < WPN_EMPTY_ROWS and plan.sparsity.pattern != "fixed_fan_in":
-            empty = f"; rows with no weight at all appear (about {100 * 2.718281828459045**-per_row:.2g} % of them)"
-        found.append(
-            f"{low.name}: {low.wpn:.3g} weights per neuron, below the {WPN_TRAINED} the paper trained{empty}; {remedy(plan, low)}"
-        )
-    if plan.sparsity.block and low.wpn >= WPN_TRAINED and low.wpn / plan.sparsity.block < WPN_EMPTY_ROWS and sparse:
-        share = 100 * 2.718281828459045 ** -(low.wpn / plan.sparsity.block)
-        found.append(
-            f"{low.name}: {low.wpn / plan.sparsity.block:.3g} blocks per row of blocks: about {share:.2g} % of rows have no weight at all; "
-            "a smaller block or more width has fewer"
-        )
-    if plan.sparsity.pattern in ("fixed_fan_in", "block"):
-        off = max(hidden, key=lambda row: abs(row.density / plan.sparsity.density - 1))
-        if (
-            plan.sparsity.distribution == "uniform"
-            and not plan.sparsity.overrides
-            and abs(off.density / plan.sparsity.density - 1) > 0.01
-        ):
-            found.append(
-                f"{off.name}: whole {'blocks' if plan.sparsity.block else 'weights per row'} make its density {off.density:.4g}, "
-                f"not {plan.sparsity.density:g}"
-            )
-    short = [row for row in hidden if (timescale_steps(row) or plan.train.steps) < plan.train.steps / 10]
-    if short:
-        row = min(short, key=lambda row: timescale_steps(row) or 0.0)
-        found.append(
-            f"{row.name}: weight decay has a timescale of {timescale_steps(row):.0f} steps, under a tenth of the run's {plan.train.steps} "
-            f"(weight_decay_rule: {plan.parameterization.weight_decay_rule})"
-        )
-    kv_share = plan.model.kv_heads / plan.model.heads
-    if abs(kv_share - plan.parameterization.base.kv_share) > 1e-9:
-        found.append(
-            f"kv_heads/heads is {kv_share:g}, the proxy's {plan.parameterization.base.kv_share:g}: "
-            "grouped-query attention was tuned otherwise"
-        )
-    if plan.train.batch_size != plan.parameterization.base.batch_size:
-        found.append(
-            f"batch size {plan.train.batch_size}, the proxy's {plan.parameterization.base.batch_size}: learning rates transfer over width "
-            "and density, not over batch size"
-        )
-    return found
-
-
-def remedy(plan: Plan, row: PlanTensor) -> str:
-    """The width or the sparsity at which `row` would have the weights per neuron that the paper trained."""
-    ratio = Fraction(row.shape[-1], plan.model.width)
-    step = plan.model.head_width
-    width = ceil(WPN_TRAINED / _asked_density(plan, row) / ratio / step) * step
-    most = 1 - WPN_TRAINED / row.shape[-1]
-    other = f" or a sparsity of at most {int(most * 10000) / 10000:g}" if most > 0 else ""
-    return f"{WPN_TRAINED} need a width of {width}{other}"
-
-
-def _asked_density(plan: Plan, row: PlanTensor) -> Fraction:
-    """The density that was asked of `row`, or the least it can be: fixed fan-in rounds it to whole weights per row."""
-    if plan.sparsity.pattern not in ("fixed_fan_in", "block"):
-        return Fraction(sparsity.literal(row.density))
-    if plan.sparsity.distribution == "uniform" and not plan.sparsity.overrides:
-        return Fraction(sparsity.literal(plan.sparsity.density))
-    if plan.sparsity.block:
-        return Fraction(row.kept, row.size)
-    return (Fraction(row.kept, row.shape[0]) - Fraction(1, 2)) / row.shape[1]

@@ -1,7 +1,9 @@
-"""Which engine multiplies with a masked tensor: the one its plan names, or the fastest by a measurement on this machine.
+"""Which engine multiplies with a masked tensor: one that is named, or the fastest by a measurement on this machine.
 
 A measurement is of one layer's forward pass and both gradients on random numbers, kept in a file of the user's cache
-folder, so that it is made once for each device, shape, density, pattern, precision and number of tokens.
+folder, so that it is made once for each device, shape, density, pattern, precision and number of tokens. Of a large layer
+only the first rows are measured, by each engine alike: a whole dense weight and its gradient would not fit where the live
+weights do.
 """
 
 from __future__ import annotations
@@ -15,34 +17,31 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from supar_cli.errors import InputError
 from supar_cli.files import write_file
-from supar_cli.planning.plan import Engine as Name
-from supar_cli.planning.plan import Plan
 from supar_cli.sparse.allocator import keep_large_blocks
 from supar_cli.sparse.block import Block
 from supar_cli.sparse.csr import Sparse
 from supar_cli.sparse.dense import Dense
 from supar_cli.sparse.linear import Engine
-from supar_cli.training.distributed import Ranks
-from supar_cli.training.runtime import Runtime
+from supar_cli.sparse.masks import Mask
 
-Mask = NDArray[np.bool_]
+EngineName = Literal["dense", "sparse", "block"]
 
 TOKENS = 1024  # chosen: more change the ratio of the engines little and make the measurement long
 ROUNDS = 5  # chosen: interleaved; their median decides
-WORTH = 1.1  # chosen: by how much another engine has to beat the dense one, so that noise does not choose
-SMALL = 2**25  # chosen: multiply-adds of a layer below which it is dense unmeasured: a few milliseconds at most
+MIN_SPEEDUP = 1.1  # chosen: by how much another engine has to beat the dense one, so that noise does not choose
+MIN_MULTIPLY_ADDS = 2**25  # chosen: a layer of fewer is dense unmeasured: a few milliseconds at most
+MOST_POSITIONS = 2**24  # chosen: of a mask that are measured: 64 MiB of a dense weight, as much of its gradient
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """What an engine works under. `tokens` are those of a micro-batch; `block` is the plan's, None without blocks.
+class LayerCase:
+    """What a layer is run under. `tokens` are those of a micro-batch; `block` is the edge of the mask's blocks, None without.
 
     `sharded`: the values lie in shards between passes, and nothing as large as the weight may.
     """
@@ -55,127 +54,101 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """The engine chosen and the seconds measured of each; none where there was nothing to choose between."""
+class EngineChoice:
+    """The engine chosen and the seconds measured of each; none where there was nothing to choose between.
 
-    name: Name
+    `rows` is how many of the layer's were measured where that were not all.
+    """
+
+    name: EngineName
     seconds: dict[str, float]
     measured_now: bool = False
+    rows: int | None = None
 
     def text(self) -> str:
         """What was chosen, and by how much."""
         if not self.seconds:
             return self.name
         times = ", ".join(f"{name} {1000 * value:.3g} ms" for name, value in self.seconds.items())
-        return f"{self.name} ({times} a layer, {'measured now' if self.measured_now else 'as measured before'})"
+        what = "a layer" if self.rows is None else f"for {self.rows} of its rows"
+        return f"{self.name} ({times} {what}, {'measured now' if self.measured_now else 'as measured before'})"
 
 
-class Engines:
-    """The engines of a plan's masked tensors: `make` each as the model is built; `choices` then says which they are.
-
-    Of several processes the first one measures, alone, and all choose alike.
-    """
-
-    def __init__(self, plan: Plan, setup: Runtime, ranks: Ranks, sharded: bool) -> None:
-        self.plan, self.choices, self._world = plan, dict[str, Choice](), ranks
-        tokens = setup.micro_batch * plan.model.context
-        self.setting = Setting(setup.device, setup.precision, tokens, plan.sparsity.block, sharded)
-        self._rows = {row.name: row for row in plan.tensors}
-        self._fastest: dict[tuple[object, ...], Choice] = {}  # one measurement for all layers of a shape and size
-
-    def make(self, name: str, mask: Mask) -> Engine:
-        """The engine of a tensor's mask (out, in)."""
-        named = self.plan.engine(name)
-        alike = (mask.shape, int(mask.sum()))
-        if named != "auto":
-            choice = Choice(named, {})
-        elif alike in self._fastest:
-            choice = self._fastest[alike]
-        else:
-            choice = self._fastest[alike] = self._world.on_main(fastest, mask, self.setting)
-        self.choices[name] = choice
-        return make(choice.name, mask, self.setting)
-
-    def lines(self) -> list[str]:
-        """What was measured, a line a shape, and what would make it faster."""
-        said: dict[str, int] = {}
-        for name, choice in self.choices.items():
-            row = self._rows[name]
-            text = f"{'×'.join(map(str, row.shape))} at density {row.density:.3g}: {choice.text()}"
-            said[text] = said.get(text, 0) + (1 if choice.seconds else 0)
-        lines = [f"engine of {count} tensors {text}" for text, count in said.items() if count]
-        if lines and self.setting.device.type == "cpu" and not importlib.util.find_spec("numba"):
-            lines.append("numba is not installed: `pip install 'supar[sparse]'` makes the sparse engine faster")
-        return lines
-
-
-def make(name: Name, mask: Mask, setting: Setting) -> Engine:
-    """An engine for a mask (out, in), on the setting's device. Raises InputError where it can't be."""
-    if setting.device.type == "cpu":
+def make(name: EngineName, mask: Mask, case: LayerCase) -> Engine:
+    """An engine for a mask (out, in), on the case's device. Raises InputError where it can't be."""
+    if case.device.type == "cpu":
         keep_large_blocks()
     if name == "dense":
-        return Dense(mask, setting.precision, kept=not setting.sharded).to(setting.device)
+        return Dense(mask, case.precision, kept=not case.sharded).to(case.device)
     if name == "sparse":
-        if setting.device.type != "cpu":
+        if case.device.type != "cpu":
             raise InputError("run.engine: sparse runs on CPU only; expected dense, or block for a plan with blocks")
         return Sparse(mask)
     if name == "block":
-        if setting.block is None:
+        if case.block is None:
             raise InputError("run.engine: block needs a plan whose sparsity.pattern is block; expected dense or sparse")
-        return Block(mask, setting.block).to(setting.device)
+        return Block(mask, case.block).to(case.device)
     raise AssertionError(name)
 
 
-def candidates(setting: Setting) -> list[Name]:
-    """Engines that can run under a setting, the dense one first."""
-    found: list[Name] = ["dense"]
-    if setting.device.type == "cpu":
+def candidates(case: LayerCase) -> list[EngineName]:
+    """Engines that can run under a case, the dense one first."""
+    found: list[EngineName] = ["dense"]
+    if case.device.type == "cpu":
         found.append("sparse")
-    if setting.block is not None:
+    if case.block is not None:
         found.append("block")
     return found
 
 
-def fastest(mask: Mask, setting: Setting) -> Choice:
-    """The dense engine, or another that is faster by WORTH at least."""
-    names = candidates(setting)
-    tokens = min(setting.tokens, TOKENS)
-    if len(names) == 1 or mask.size * tokens < SMALL:
-        return Choice("dense", {})
-    path, key = _cache(), _key(mask, setting, tokens)
+def fastest(mask: Mask, case: LayerCase) -> EngineChoice:
+    """The dense engine, or another that is faster by MIN_SPEEDUP at least."""
+    names = candidates(case)
+    tokens = min(case.tokens, TOKENS)
+    if len(names) == 1 or mask.size * tokens < MIN_MULTIPLY_ADDS:
+        return EngineChoice("dense", {})
+    rows = rows_measured(mask.shape, case.block)
+    path, key = _cache(), _key(mask, rows, case, tokens)
     known = _read(path)
     seconds = known.get(key)
-    measured_now = not _sound(seconds, names)
+    measured_now = not is_valid(seconds, names)
     if measured_now or seconds is None:
-        seconds = times({name: make(name, mask, setting) for name in names}, mask, setting, tokens, ROUNDS)
+        part = mask if rows == mask.shape[0] else Mask.of(mask.alive(slice(rows)))
+        seconds = times({name: make(name, part, case) for name in names}, part, case, tokens, ROUNDS)
         with suppress(OSError):  # measured again next time
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, json.dumps({**_read(path), key: seconds}, indent=1, sort_keys=True) + "\n")
-    best = min(names, key=lambda name: seconds[name] * (1.0 if name == "dense" else WORTH))
-    return Choice(best, seconds, measured_now)
+    best = min(names, key=lambda name: seconds[name] * (1.0 if name == "dense" else MIN_SPEEDUP))
+    return EngineChoice(best, seconds, measured_now, None if rows == mask.shape[0] else rows)
+
+
+def rows_measured(shape: tuple[int, ...], block: int | None) -> int:
+    """How many rows of a mask (out, in) are measured: of MOST_POSITIONS, in whole blocks, one at least."""
+    unit = block or 1
+    return min(shape[0], max(1, MOST_POSITIONS // shape[1] // unit) * unit)
 
 
 @torch.enable_grad()
-def times(engines: dict[Name, Engine], mask: Mask, setting: Setting, tokens: int, rounds: int) -> dict[str, float]:
+def times(engines: dict[EngineName, Engine], mask: Mask, case: LayerCase, tokens: int, rounds: int) -> dict[str, float]:
     """Median seconds of a layer's step by engine: forward, both gradients, and taking over new values."""
     random = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.randn(*shape, generator=random).to(setting.device, dtype)
+        return torch.randn(*shape, generator=random).to(case.device, dtype)
 
     out, width = mask.shape
-    x = normal(tokens, width, dtype=setting.precision).requires_grad_()
-    gradient = normal(tokens, out, dtype=setting.precision)
-    values = normal(int(mask.sum()), dtype=torch.float32).requires_grad_()
+    x = normal(tokens, width, dtype=case.precision).requires_grad_()
+    gradient = normal(tokens, out, dtype=case.precision)
+    values = normal(mask.count, dtype=torch.float32).requires_grad_()
     found: dict[str, list[float]] = {name: [] for name in engines}
     for turn in range(rounds + 1):
         for name, engine in engines.items():
             x.grad = values.grad = None
-            started = _now(setting.device)
+            started = _now(case.device)
             engine.refresh(values.detach())
             torch.autograd.backward(engine(x, values), gradient)
             if turn:  # the first compiles and touches memory
-                found[name].append(_now(setting.device) - started)
+                found[name].append(_now(case.device) - started)
     return {name: statistics.median(spent) for name, spent in found.items()}
 
 
@@ -185,14 +158,15 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _key(mask: Mask, setting: Setting, tokens: int) -> str:
+def _key(mask: Mask, rows: int, case: LayerCase, tokens: int) -> str:
     """Everything that the times depend on, in words."""
-    cuda = setting.device.type == "cuda"
-    where = torch.cuda.get_device_name(setting.device) if cuda else f"{_processor()}, {torch.get_num_threads()} threads"
+    cuda = case.device.type == "cuda"
+    where = torch.cuda.get_device_name(case.device) if cuda else f"{_processor()}, {torch.get_num_threads()} threads"
     kernels = f"numba {importlib.metadata.version('numba')}" if importlib.util.find_spec("numba") else "no numba"
-    pattern = f"blocks of {setting.block}" if setting.block else "single weights"
-    shape = f"{mask.shape[0]}x{mask.shape[1]}, {int(mask.sum())} live, {pattern}"
-    precision = str(setting.precision).removeprefix("torch.") + (", sharded" if setting.sharded else "")
+    pattern = f"blocks of {case.block}" if case.block else "single weights"
+    part = "" if rows == mask.shape[0] else f"{rows} rows of "
+    shape = f"{part}{mask.shape[0]}x{mask.shape[1]}, {mask.count} live, {pattern}"
+    precision = str(case.precision).removeprefix("torch.") + (", sharded" if case.sharded else "")
     return f"{where}; torch {torch.__version__}, {kernels}; {shape}; {tokens} tokens, {precision}"
 
 
@@ -209,7 +183,7 @@ def _cache() -> Path:
     return (Path(folder) if folder else Path.home() / ".cache") / "supar" / "engines.json"
 
 
-def _sound(seconds: object, names: list[Name]) -> bool:
+def is_valid(seconds: object, names: list[EngineName]) -> bool:
     """Whether a cached measurement is one of these engines."""
     if not isinstance(seconds, dict) or set(seconds) != set(names):
         return False

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from supar_cli.sparse.linear import Engine
+from supar_cli.sparse.masks import Mask
 
 BLOCKS = (16, 32, 64, 128)  # chosen: from the smallest tile of a tensor core up to what one program can accumulate
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -39,16 +40,14 @@ class Structure(NamedTuple):
     transposed_numbers: Tensor  # (K,) block number of each entry
 
 
-def structure_of(mask: NDArray[np.bool_], block: int) -> Structure:
+def structure_of(mask: Mask, block: int) -> Structure:
     """Structure of a mask (out, in) made of whole aligned blocks. Raises ValueError for any other mask or block size."""
     if block not in BLOCKS:
         raise ValueError(f"block is {block}; the block engine has {', '.join(map(str, BLOCKS))}")
     if any(size % block for size in mask.shape):
         raise ValueError(f"a mask of shape {mask.shape} is not made of {block}×{block} blocks")
-    parts = mask.astype(np.bool_).reshape(mask.shape[0] // block, block, mask.shape[1] // block, block)
-    alive = parts.any(axis=(1, 3))
-    if not np.array_equal(alive, parts.all(axis=(1, 3))):
-        raise ValueError(f"the mask has {block}×{block} blocks that are neither alive nor dead as a whole")
+    bands = (mask.alive(slice(row, row + block)) for row in range(0, mask.shape[0], block))
+    alive = np.stack([_live_blocks(band, block) for band in bands])
     rows, columns = np.nonzero(alive)
     row_counts = alive.sum(axis=1)
     pointers, transposed_pointers = _pointers(row_counts), _pointers(alive.sum(axis=0))
@@ -61,6 +60,14 @@ def structure_of(mask: NDArray[np.bool_], block: int) -> Structure:
     found = (order, inverse, pointers, rows, columns, transposed_pointers, rows[numbers], numbers)
     dtype = np.int32 if order.size < 2**31 else np.int64
     return Structure(*(torch.from_numpy(numbers_of.astype(dtype)) for numbers_of in found))
+
+
+def _live_blocks(alive: NDArray[np.bool_], block: int) -> NDArray[np.bool_]:
+    """Which blocks of a block row (block, in) live, (in / block,). Raises ValueError where one does in part."""
+    live: NDArray[np.intp] = np.count_nonzero(alive.reshape(block, -1, block), axis=(0, 2))
+    if np.any((live != 0) & (live != block**2)):
+        raise ValueError(f"the mask has {block}×{block} blocks that are neither alive nor dead as a whole")
+    return live > 0
 
 
 def _pointers(counts: NDArray[np.int_]) -> NDArray[np.int_]:
@@ -80,16 +87,14 @@ def values_of(blocks_KBB: Tensor, inverse: Tensor) -> Tensor:
 class Block(Engine):
     """Y = X·Wᵀ of a block-sparse weight, given as its live values in row-major order.
 
-    `mask` is (out, in), True where alive, and made of whole aligned blocks of edge `block`: 16, 32, 64 or 128.
+    `mask` is (out, in) and made of whole aligned blocks of edge `block`: 16, 32, 64 or 128.
     `kernels` is "triton", "torch", or "auto": Triton for CUDA tensors where it is installed, torch elsewhere.
     Sums are float32 (float64 for float64 inputs), and so are gradients of values. Raises ValueError for another mask
     or block, ModuleNotFoundError for "triton" where it is not installed.
     """
 
-    def __init__(
-        self, mask: NDArray[np.bool_], block: int, kernels: Literal["auto", "triton", "torch"] = "auto"
-    ) -> None:
-        super().__init__()
+    def __init__(self, mask: Mask, block: int, kernels: Literal["auto", "triton", "torch"] = "auto") -> None:
+        super().__init__(mask)
         if kernels not in ("auto", "triton", "torch"):
             raise ValueError(f"kernels are {kernels!r}; the block engine has 'auto', 'triton' and 'torch'")
         self.block, self.kernels = block, kernels

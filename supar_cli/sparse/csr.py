@@ -15,16 +15,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from supar_cli.sparse.linear import Engine
+from supar_cli.sparse.masks import Mask
 
 Kernels = Literal["auto", "numba", "torch"]
 
 
 class Sparse(Engine):
-    """`mask` is (out, in), True where alive. Sums are in float32, whatever the precision of X and Y."""
+    """`mask` is (out, in). Sums are in float32, whatever the precision of X and Y."""
 
     starts: Tensor  # (out + 1,): where each row's weights begin
     columns_L: Tensor
@@ -32,19 +32,20 @@ class Sparse(Engine):
     starts_by_column: Tensor  # (in + 1,)
     rows_L: Tensor  # in that order
 
-    def __init__(self, mask: NDArray[np.bool_], kernels: Kernels = "auto") -> None:
-        super().__init__()
+    def __init__(self, mask: Mask, kernels: Kernels = "auto") -> None:
+        super().__init__(mask)
         self.shape = mask.shape
         if kernels == "auto":
             kernels = "numba" if importlib.util.find_spec("numba") else "torch"
         self.kernels = kernels
-        rows_L, columns_L = np.nonzero(mask)
+        out, width = mask.shape
+        rows_L, columns_L = np.divmod(mask.live(), width)
         order_L = np.argsort(columns_L, kind="stable")
         buffers = {
-            "starts": np.concatenate(([0], np.cumsum(mask.sum(axis=1)))),
+            "starts": np.concatenate(([0], np.cumsum(np.bincount(rows_L, minlength=out)))),
             "columns_L": columns_L,
             "order_L": order_L,
-            "starts_by_column": np.concatenate(([0], np.cumsum(mask.sum(axis=0)))),
+            "starts_by_column": np.concatenate(([0], np.cumsum(np.bincount(columns_L, minlength=width)))),
             "rows_L": rows_L[order_L],
         }
         for name, value in buffers.items():

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from supar_cli.sparse.linear import Engine
+from supar_cli.sparse.masks import Mask
 
 
 class _Product(torch.autograd.Function):
@@ -67,16 +67,15 @@ def _fill(values: Tensor, live: Tensor, shape: tuple[int, int], dtype: torch.dty
 
 
 class Dense(Engine):
-    """`mask` is (out, in), True where alive; `precision` that of the products; `kept`: hold the weight between passes."""
+    """`mask` is (out, in); `precision` that of the products; `kept`: hold the weight between passes."""
 
     weight: Tensor
     live: Tensor
 
-    def __init__(self, mask: NDArray[np.bool_], precision: torch.dtype, kept: bool = True) -> None:
-        super().__init__()
+    def __init__(self, mask: Mask, precision: torch.dtype, kept: bool = True) -> None:
+        super().__init__(mask)
         self.shape, self.precision, self.kept = mask.shape, precision, kept
-        live = np.flatnonzero(mask)
-        index = live.astype(np.int32) if mask.size < 2**31 else live
+        index = mask.live(np.int32 if mask.size < 2**31 else np.int64)
         if kept:
             self.register_buffer("weight", torch.zeros(mask.shape, dtype=precision), persistent=False)
         self.register_buffer("live", torch.from_numpy(index), persistent=False)

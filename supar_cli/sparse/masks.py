@@ -1,44 +1,179 @@
-"""Masks and random streams: drawn from (seed, name) by a counter-based generator, the same on every rank and device."""
+"""Masks: which weights of a tensor live, packed; chosen by keys under a pattern, random or not; values carried over.
+
+A pattern goes along the fan-in. It sees a tensor as its matrix (fan-out, fan-in), whichever way the extents are stored.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
+from math import gcd, isqrt, prod
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from supar_cli.planning.plan import Plan, PlanTensor
+from supar_cli.errors import InputError
+from supar_cli.planning.patterns import group_of
+from supar_cli.streams import stream
+
+CHUNK_BYTES = 2**18  # chosen: packed bytes looked at at once; unpacked they and their positions take 2 to 18 MiB
+CHUNK_KEYS = 2**17  # measured: keys drawn and compared at once; 1 MiB stays in a core's cache
+ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.int64)  # set bits of a byte
 
 
-def stream(seed: int, name: str, position: int = 0) -> np.random.Philox:
-    """Philox generator keyed by (seed, name), at a position of its own. Salmon et al. 2011, "Random numbers: 1, 2, 3"."""
-    key = np.frombuffer(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16], dtype="<u8").astype(np.uint64)
-    return np.random.Philox(key=key, counter=np.array([0, 0, 0, position], dtype=np.uint64))
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Which weights of a tensor live, one bit each in row-major order; `count` are live. Nobody writes to `bits`.
+
+    Raises ValueError where `bits` are not those of `shape`: ceil(size / 8) bytes, as np.packbits makes them.
+    """
+
+    shape: tuple[int, ...]
+    bits: NDArray[np.uint8]
+    count: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.bits.dtype != np.uint8 or self.bits.shape != ((self.size + 7) // 8,):
+            raise ValueError(
+                f"{self.bits.shape} of {self.bits.dtype} are no packed bits of a mask of shape {self.shape}"
+            )
+        if self.size % 8 and self.bits[-1] & (0xFF >> self.size % 8):
+            raise ValueError("the packed bits of a mask are not zero beyond its last weight")
+        chunks = (self.bits[first : first + CHUNK_BYTES] for first in range(0, len(self.bits), CHUNK_BYTES))
+        object.__setattr__(self, "count", sum(int(np.bincount(chunk, minlength=256) @ ONES) for chunk in chunks))
+
+    @classmethod
+    def of(cls, alive: NDArray[np.bool_]) -> Mask:
+        """The mask of an array that is True where the weight lives."""
+        return cls(alive.shape, np.packbits(alive))
+
+    @property
+    def size(self) -> int:
+        """The number of weights, live and dead."""
+        return prod(self.shape)
+
+    def alive(self, rows: slice = slice(None)) -> NDArray[np.bool_]:
+        """True where the weight lives: the whole array, or some rows (along the first axis) of it."""
+        first, last, step = rows.indices(self.shape[0])
+        width = prod(self.shape[1:])
+        start, end = first * width, max(first, last) * width
+        unpacked = np.unpackbits(self.bits[start // 8 : (end + 7) // 8])[start % 8 :][: end - start]
+        return unpacked.view(np.bool_).reshape(-1, *self.shape[1:])[::step]
+
+    def live(self, dtype: type[np.signedinteger] = np.int64) -> NDArray[np.signedinteger]:
+        """Row-major positions of the live weights, ascending, (count,)."""
+        found, filled = np.empty(self.count, dtype), 0
+        for positions in self.live_chunks():
+            found[filled : filled + len(positions)] = positions
+            filled += len(positions)
+        return found
+
+    def live_chunks(self) -> Iterator[NDArray[np.int64]]:
+        """`live`, some at a time, so that what is made of them need not be held beside them."""
+        for first in range(0, len(self.bits), CHUNK_BYTES):
+            unpacked = np.unpackbits(self.bits[first : first + CHUNK_BYTES]).view(np.bool_)
+            yield np.flatnonzero(unpacked) + 8 * first
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the packed bits, first 16 hex digits."""
+        return hashlib.sha256(self.bits.tobytes()).hexdigest()[:16]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return self is other or (self.shape == other.shape and np.array_equal(self.bits, other.bits))
+
+    def __hash__(self) -> int:
+        return hash((self.shape, self.fingerprint))
 
 
-def draw(row: PlanTensor, seed: int, pattern: str, block: int | None = None) -> NDArray[np.bool_] | None:
-    """Mask of one tensor, shape (out, in), True where the weight lives. None where every weight lives."""
-    if row.kept == row.size:
-        return None
-    rows, columns = row.shape
+class RandomKeys:
+    """Keys of 64 random bits for a matrix (rows, columns), drawn anew at each pass over them and never held whole."""
+
+    def __init__(self, seed: int, name: str, shape: tuple[int, int]) -> None:
+        self.shape, self.size, self._seed, self._name = shape, prod(shape), seed, name
+
+    def chunks(self, length: int) -> Iterator[NDArray[np.uint64]]:
+        """The keys in row-major order, `length` at a time."""
+        source = stream(self._seed, self._name)
+        for first in range(0, self.size, length):
+            yield source.random_raw(min(length, self.size - first))
+
+
+Keys = NDArray[Any] | RandomKeys
+
+
+def select(pattern: str, keys: Keys, kept: int, *, block: int | None = None, density: float | None = None) -> Mask:
+    """The mask (fan-out, fan-in) of the `kept` weights whose keys are smallest under a pattern; equal keys go by position.
+
+    Random keys draw a mask, −|w| prunes by magnitude, −|gradient| says what to grow. `keys` are one a weight, (fan-out,
+    fan-in), or for blocks one a block, (fan-out / block, fan-in / block). Under `bernoulli` with a `density` each weight
+    lives for itself, where its key of 64 random bits is below density · 2⁶⁴; without one it is `exact`. Raises ValueError
+    where `kept` does not fit the pattern, and for a key that is not a number.
+    """
+    if not isinstance(keys, RandomKeys) and np.isnan(keys).any():
+        raise ValueError("a key is not a number")
+    rows, columns = keys.shape
     if pattern == "block":
         assert block is not None
-        count = row.size // block**2
-        keys = stream(seed, f"mask:{row.name}").random_raw(count)
-        alive = _smallest(keys.reshape(1, -1), row.kept // block**2).reshape(rows // block, columns // block)
-        return alive.repeat(block, axis=0).repeat(block, axis=1)
-    keys = stream(seed, f"mask:{row.name}").random_raw(row.size)
-    if pattern == "bernoulli":
-        density = Fraction(row.density)
-        return (keys < np.uint64(density.numerator * 2**64 // density.denominator)).reshape(rows, columns)
+        return _expand(select("exact", keys, _share(kept, block**2, "weights in blocks")), block)
+    if not 0 <= kept <= rows * columns:
+        raise ValueError(f"{kept} weights can't live of {rows * columns}")
+    if pattern == "bernoulli" and density is not None:
+        below = Fraction(density)
+        limit = np.uint64(below.numerator * 2**64 // below.denominator)
+        return _by_rows(keys, lambda chunk: chunk < limit)
+    group = group_of(pattern)
+    if group is not None:
+        live, length = group
+        if kept * length != rows * columns * live or columns % length:
+            raise ValueError(f"{kept} of {rows}×{columns} weights are not {pattern} along the rows")
+        return _by_rows(keys, lambda chunk: _smallest(chunk.reshape(-1, length), live).reshape(chunk.shape))
     if pattern == "fixed_fan_in":
-        return _smallest(keys.reshape(rows, columns), row.kept // rows)
-    return _smallest(keys.reshape(1, -1), row.kept).reshape(rows, columns)
+        per_row = _share(kept, rows, "weights in equal rows")
+        return _by_rows(keys, lambda chunk: _smallest(chunk, per_row))
+    if isinstance(keys, RandomKeys):
+        return _smallest_random(keys, kept)
+    return Mask.of(_smallest(keys.reshape(1, -1), kept).reshape(keys.shape))
 
 
-def _smallest(keys: NDArray[np.uint64], count: int) -> NDArray[np.bool_]:
+def _share(kept: int, parts: int, what: str) -> int:
+    whole, rest = divmod(kept, parts)
+    if rest:
+        raise ValueError(f"{kept} {what}: not a multiple of {parts}")
+    return whole
+
+
+def _expand(blocks: Mask, edge: int) -> Mask:
+    """The mask of whole blocks of weights, given that of the blocks."""
+    rows, columns = blocks.shape
+    alive = np.where(blocks.alive(), np.uint8(0xFF), np.uint8(0)).repeat(edge // 8, axis=1).repeat(edge, axis=0)
+    return Mask((rows * edge, columns * edge), alive.reshape(-1))
+
+
+def _by_rows(keys: Keys, alive_of: Callable[[NDArray[Any]], NDArray[np.bool_]]) -> Mask:
+    """The mask that `alive_of` gives for some rows of keys at a time."""
+    rows, columns = keys.shape
+    unit = 8 // gcd(columns, 8)  # rows that fill whole bytes
+    step = max(unit, CHUNK_KEYS // columns // unit * unit)
+    chunks: Iterator[NDArray[Any]]
+    if isinstance(keys, RandomKeys):
+        chunks = (chunk.reshape(-1, columns) for chunk in keys.chunks(step * columns))
+    else:
+        chunks = (keys[first : first + step] for first in range(0, rows, step))
+    return Mask((rows, columns), np.concatenate([np.packbits(alive_of(chunk)) for chunk in chunks]))
+
+
+def _smallest(keys: NDArray[Any], count: int) -> NDArray[np.bool_]:
     """True at the `count` smallest keys of each row; equal keys go by position, so that no sort order shows."""
+    if count in (0, keys.shape[1]):
+        return np.full(keys.shape, count > 0)
     limit = np.partition(keys, count - 1, axis=1)[:, count - 1 : count]
     mask: NDArray[np.bool_] = keys <= limit
     for row in np.flatnonzero(mask.sum(axis=1) > count):
@@ -47,13 +182,131 @@ def _smallest(keys: NDArray[np.uint64], count: int) -> NDArray[np.bool_]:
     return mask
 
 
-def draw_all(plan: Plan) -> dict[str, NDArray[np.bool_]]:
-    """Masks of all sparse tensors by name. Adding a layer changes no other mask."""
-    sparsity = plan.sparsity
-    drawn = {row.name: draw(row, plan.train.seed, sparsity.pattern, sparsity.block) for row in plan.tensors}
-    return {name: mask for name, mask in drawn.items() if mask is not None}
+def _smallest_random(keys: RandomKeys, count: int, deviations: int = 8) -> Mask:
+    """`_smallest` over the whole matrix, in one pass and in memory for the packed bits and a few keys.
+
+    How many of `size` random keys are below a bound is known within a few standard deviations: what is below the lower of
+    two bounds lives, and only the keys between them are kept to choose from. Where the bounds did not hold it is done
+    again with wider ones, at last those of all keys.
+    """
+    size = keys.size
+    spread = deviations * (isqrt(count * (size - count) // size) + 1) + 16  # 8 deviations fail once in 10^15
+    low, high = (min(max(0, (count + by) * 2**64 // size), 2**64) for by in (-spread, spread))
+    first, below = 0, 0
+    bits: list[NDArray[np.uint8]] = []
+    positions: list[NDArray[np.int64]] = []
+    between: list[NDArray[np.uint64]] = []
+    for chunk in keys.chunks(CHUNK_KEYS):
+        alive = chunk < np.uint64(low)
+        found = np.flatnonzero((chunk <= np.uint64(high - 1)) ^ alive)
+        bits.append(np.packbits(alive))
+        positions.append(found + first)
+        between.append(chunk[found])
+        below += int(np.count_nonzero(alive))
+        first += len(chunk)
+    candidates, wanted = np.concatenate(positions), count - below
+    if not 0 <= wanted <= len(candidates):
+        return _smallest_random(keys, count, 64 * deviations)
+    chosen = candidates[np.argsort(np.concatenate(between), kind="stable")[:wanted]]
+    packed = np.concatenate(bits)
+    np.bitwise_or.at(packed, chosen >> 3, np.uint8(0x80) >> (chosen & 7).astype(np.uint8))
+    return Mask(keys.shape, packed)
 
 
-def fingerprint(mask: NDArray[np.bool_]) -> str:
-    """SHA-256 of a mask's packed bits, first 16 hex digits."""
-    return hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()[:16]
+def matrix_axes(shape: Sequence[int], fan_in_axes: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """The order of a tensor's axes in its matrix, fan-out before fan-in, and the matrix's shape (fan-out, fan-in)."""
+    fan_out_axes = [axis for axis in range(len(shape)) if axis not in fan_in_axes]
+    extents = prod(shape[axis] for axis in fan_out_axes), prod(shape[axis] for axis in fan_in_axes)
+    return (*fan_out_axes, *fan_in_axes), extents
+
+
+def to_matrix(array: NDArray[Any], fan_in_axes: Sequence[int]) -> NDArray[Any]:
+    """A tensor's array as its matrix (fan-out, fan-in)."""
+    order, shape = matrix_axes(array.shape, fan_in_axes)
+    return array.transpose(order).reshape(shape)
+
+
+def from_matrix(mask: Mask, shape: Sequence[int], fan_in_axes: Sequence[int]) -> Mask:
+    """The mask of a tensor as it is stored, given that of its matrix (fan-out, fan-in)."""
+    order, _ = matrix_axes(shape, fan_in_axes)
+    if order == tuple(range(len(shape))):
+        return Mask(tuple(shape), mask.bits)
+    alive = mask.alive().reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
+    step = 8 * max(1, CHUNK_KEYS // 8 // prod(shape[1:]))  # rows of whole bytes, so that no second array is as large
+    rows = (alive[first : first + step] for first in range(0, shape[0], step))
+    return Mask(tuple(shape), np.concatenate([np.packbits(part) for part in rows]))
+
+
+def draw(
+    name: str,
+    shape: Sequence[int],
+    kept: int,
+    density: float,
+    seed: int,
+    pattern: str,
+    block: int | None = None,
+    fan_in_axes: Sequence[int] | None = None,
+) -> Mask | None:
+    """A tensor's random mask, a function of (seed, name) and its matrix alone. None where every weight lives.
+
+    `fan_in_axes` are the last axis unless given. Raises InputError, naming the tensor, where `kept` does not fit the
+    pattern.
+    """
+    if kept == prod(shape):
+        return None
+    axes = (len(shape) - 1,) if fan_in_axes is None else tuple(fan_in_axes)
+    _, (rows, columns) = matrix_axes(shape, axes)
+    edge = block if pattern == "block" and block is not None else 1
+    keys = RandomKeys(seed, f"mask:{name}", (rows // edge, columns // edge))
+    try:
+        mask = select(pattern, keys, kept, block=block, density=density)
+    except ValueError as error:
+        raise InputError(f"{name}: kept: {error}") from None
+    return from_matrix(mask, shape, axes)
+
+
+Values = TypeVar("Values", NDArray[Any], torch.Tensor)
+
+
+@dataclass(frozen=True)
+class IndexMap:
+    """Where the weights that live under two masks are among the live ones of each: `old` and `new`, in row-major order.
+
+    For the values of a tensor and for every one of its moments alike; `count` is how many live under the new mask.
+    """
+
+    old: NDArray[np.int64]
+    new: NDArray[np.int64]
+    count: int
+
+    @classmethod
+    def between(cls, old: Mask, new: Mask) -> IndexMap:
+        """The map from one mask to another of the same shape. Raises ValueError for another shape."""
+        if old.shape != new.shape:
+            raise ValueError(f"a mask of shape {old.shape} can't become one of shape {new.shape}")
+        pairs: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+        passed_old = passed_new = 0
+        for first in range(0, len(old.bits), CHUNK_BYTES):
+            part = slice(first, first + CHUNK_BYTES)
+            before, after = (np.unpackbits(mask.bits[part]).view(np.bool_) for mask in (old, new))
+            both = before & after
+            pairs.append((passed_old + np.flatnonzero(both[before]), passed_new + np.flatnonzero(both[after])))
+            passed_old += int(np.count_nonzero(before))
+            passed_new += int(np.count_nonzero(after))
+        return cls(np.concatenate([one for one, _ in pairs]), np.concatenate([two for _, two in pairs]), new.count)
+
+    def carry(self, values: Values, grown: float = 0.0) -> Values:
+        """Live values under the new mask: those of survivors as they were, `grown` where a weight came to life."""
+        if isinstance(values, torch.Tensor):
+            moved = torch.full((self.count,), grown, dtype=values.dtype, device=values.device)
+            old, new = (torch.from_numpy(index).to(values.device) for index in (self.old, self.new))
+            moved[new] = values[old]
+            return moved
+        found = np.full(self.count, grown, values.dtype)
+        found[self.new] = values[self.old]
+        return found
+
+
+def carry(values: Values, old: Mask, new: Mask, grown: float = 0.0) -> Values:
+    """`IndexMap.carry` of one tensor's live values (live,), an array or a torch tensor."""
+    return IndexMap.between(old, new).carry(values, grown)

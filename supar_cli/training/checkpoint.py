@@ -21,7 +21,6 @@ from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -31,11 +30,11 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import document
-from supar_cli.planning.plan import Plan
-from supar_cli.sparse import masks
+from supar_cli.planning.plan import Plan, PlanTensor
+from supar_cli.sparse.masks import Mask
 from supar_cli.training import optimizer
 from supar_cli.training.distributed import Ranks
-from supar_cli.training.prepare import Mask, to_dense
+from supar_cli.training.prepare import to_dense
 from supar_cli.training.runtime import device_thread
 from supar_cli.training.stored import KIND, State, Stored, file_hash, read_manifest, verify
 
@@ -165,7 +164,7 @@ def _begin(folder: Path, aside: Path) -> Path:
 
 def _fill(aside: Path, snapshot: Snapshot, ranks: Ranks) -> None:
     """Write this process's file of tensors and see it on disk; what fails in one process of a ranks fails in all."""
-    packed = {f"mask/{name}": torch.from_numpy(np.packbits(mask)) for name, mask in snapshot.masks.items()}
+    packed = {f"mask/{name}": torch.from_numpy(mask.bits) for name, mask in snapshot.masks.items()}
     state = snapshot.tensors | packed
     with _writing(aside.parent):
         if not ranks.is_distributed:
@@ -197,7 +196,7 @@ def _finish(
             "step": snapshot.step,
             "plan": snapshot.plan.hash(),
             "data": snapshot.data_hash,
-            "masks": {name: masks.fingerprint(mask) for name, mask in snapshot.masks.items()},
+            "masks": {name: mask.fingerprint for name, mask in snapshot.masks.items()},
             "files": {**dict(sorted(hashes.items())), "plan.yaml": file_hash(aside / "plan.yaml")},
         }
         manifest["hash"] = document.content_hash(manifest)
@@ -275,21 +274,28 @@ def weights(path: Path, plan: Plan) -> State:
         if f"mask/{row.name}" in stored.shapes:
             packed = {f"mask/{row.name}": torch.zeros((row.size + 7) // 8, dtype=torch.uint8)}
             stored.read(packed)
-            mask = np.unpackbits(packed[f"mask/{row.name}"].numpy(), count=row.size).astype(bool).reshape(row.shape)
-        values = torch.zeros(tuple(row.shape) if mask is None else (int(mask.sum()),))
+            mask = _mask_of(path, row, packed[f"mask/{row.name}"])
+        values = torch.zeros(tuple(row.shape) if mask is None else (mask.count,))
         stored.read({f"weight/{row.name}": values})
         found[row.name] = to_dense(values, mask)
     return found
 
 
+def _mask_of(path: Path, row: PlanTensor, bits: torch.Tensor) -> Mask:
+    try:
+        return Mask(tuple(row.shape), bits.numpy())
+    except ValueError as error:
+        raise SetupError(f"{path}: a corrupt checkpoint: {row.name}: {error}") from None
+
+
 def _check_masks(path: Path, manifest: dict[str, Any], stored: Stored, drawn: dict[str, Mask]) -> None:
-    packed = {name: torch.from_numpy(np.packbits(mask)) for name, mask in drawn.items()}
+    packed = {name: torch.from_numpy(mask.bits) for name, mask in drawn.items()}
     there = {name: bits for name, bits in packed.items() if stored.shapes.get(f"mask/{name}") == tuple(bits.shape)}
     found = {f"mask/{name}": torch.zeros_like(bits) for name, bits in there.items()}
     stored.read(found)
     for name, mask in drawn.items():
         same = name in there and torch.equal(found[f"mask/{name}"], packed[name])
-        if not same or manifest["masks"].get(name) != masks.fingerprint(mask):
+        if not same or manifest["masks"].get(name) != mask.fingerprint:
             raise InputError(f"{path}: the mask of {name} is not the one this plan draws")
     extra = set(manifest["masks"]) - set(drawn)
     if extra:

@@ -20,14 +20,15 @@ from supar_cli.planning.plan import Plan, PlanTensor
 from supar_cli.sparse import masks
 from supar_cli.sparse.dense import Dense
 from supar_cli.sparse.linear import Engine, Linear
+from supar_cli.sparse.masks import Mask
+from supar_cli.streams import stream
 
-Mask = NDArray[np.bool_]
 Values = NDArray[np.float32]
 
 
 @dataclass(slots=True)
 class SparseModel:
-    """A model, its parameters by plan name and the masks (True where alive). A masked parameter holds live values only."""
+    """A model, its parameters by plan name and the masks. A masked parameter holds live values only."""
 
     model: nn.Module
     tensors: dict[str, nn.Parameter]
@@ -55,13 +56,13 @@ def to_dense(values: Tensor, mask: Mask | None) -> Tensor:
     if mask is None:
         return values.clone()
     dense = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
-    dense[torch.from_numpy(mask).to(values.device)] = values
+    dense.view(-1)[torch.from_numpy(mask.live()).to(values.device)] = values
     return dense
 
 
 def transformer(plan: Plan) -> nn.Module:
     """The plan's model, its tensors not yet filled."""
-    return Transformer(plan.model)
+    return Transformer(plan.decoder)
 
 
 def prepare(
@@ -75,11 +76,21 @@ def prepare(
     `engine_of` makes the engine of a masked tensor; without it, the dense one in float32. `build_model` makes a model whose
     parameters have the plan's names and shapes.
     """
-    drawn = masks.draw_all(plan)
+    drawn = draw_masks(plan)
     made = build(plan, device, drawn, lambda row, mask: _values(row, plan.train.seed, mask), engine_of, build_model)
     for row in plan.tensors:
         check_init(row, made.tensors[row.name], plan.sparsity.pattern, drawn.get(row.name))
     return made
+
+
+def draw_masks(plan: Plan) -> dict[str, Mask]:
+    """Masks of all sparse tensors by name. Adding a layer changes no other mask. Raises InputError as `masks.draw`."""
+    seed, pattern, block = plan.train.seed, plan.sparsity.pattern, plan.sparsity.block
+    drawn = {
+        row.name: masks.draw(row.name, row.shape, row.kept, row.density, seed, pattern, block, row.fan_in_axes)
+        for row in plan.tensors
+    }
+    return {name: mask for name, mask in drawn.items() if mask is not None}
 
 
 def build(
@@ -104,7 +115,8 @@ def build(
             if mask is None:
                 tensors[row.name].copy_(values)
             else:
-                made.linear(row.name).mask(values.to(device), engine_of(row.name, mask).to(device))
+                engine = engine_of(row.name, mask).to(device)
+                made.linear(row.name).remask(mask, values.to(device), engine)
     model.to(device)
     made.tensors = named_tensors(model)
     return made
@@ -131,17 +143,18 @@ def _require_same_tensors(plan: Plan, tensors: dict[str, nn.Parameter]) -> None:
 
 
 def _values(row: PlanTensor, seed: int, mask: Mask | None) -> Values:
-    """Initial values: gains 1, otherwise normal with the plan's deviation; of live weights where there is a mask."""
-    if row.role == "norm":
-        return np.ones(row.shape, np.float32)
-    shape = row.shape if mask is None else [int(mask.sum())]
-    if row.init_std == 0:
-        return np.zeros(shape, np.float32)
-    generator = np.random.Generator(masks.stream(seed, f"init:{row.name}"))
+    """Initial values: the plan's constant, or normal with its deviation; of live weights where there is a mask."""
+    shape = row.shape if mask is None else [mask.count]
+    if not row.init_std:
+        return np.full(shape, row.init_constant or 0.0, np.float32)
+    generator = np.random.Generator(stream(seed, f"init:{row.name}"))
     if mask is None:
         return generator.standard_normal(row.size, np.float32).reshape(shape) * np.float32(row.init_std)
     # every position has its draw, so that a live weight's value does not depend on the mask; row by row, to hold few
-    live = [generator.standard_normal(alive.size, np.float32)[alive] for alive in mask]
+    live = [
+        generator.standard_normal(alive.size, np.float32)[alive]
+        for alive in (mask.alive(slice(row, row + 1))[0] for row in range(mask.shape[0]))
+    ]
     return np.concatenate(live) * np.float32(row.init_std)
 
 
@@ -150,13 +163,13 @@ def check_init(row: PlanTensor, tensor: Tensor, pattern: str, mask: Mask | None)
 
     A normal sample's deviation has the relative standard error 1/√(2n): false alarms are below 1e-8 a tensor.
     """
-    alive = row.size if mask is None else int(mask.sum())
+    alive = row.size if mask is None else mask.count
     allowed = 6 * sqrt(row.kept * (1 - row.density)) if pattern == "bernoulli" else 0
     if abs(alive - row.kept) > allowed:
         raise InputError(f"{row.name}: {alive} weights are alive, the plan keeps {row.kept}")
     if not alive:
         raise InputError(f"{row.name}: its mask has no live weight; expected a higher density or another seed")
-    values = tensor.detach().double() - (1.0 if row.role == "norm" else 0.0)
+    values, wanted = tensor.detach().double() - (row.init_constant or 0.0), row.init_std or 0.0
     measured = sqrt(float(values.square().sum()) / alive)
-    if abs(measured - row.init_std) > row.init_std * (6 / sqrt(2 * alive) + 1e-6):
-        raise InputError(f"{row.name}: measured init std {measured:.6g}, the plan says {row.init_std:.6g}")
+    if abs(measured - wanted) > wanted * (6 / sqrt(2 * alive) + 1e-6):
+        raise InputError(f"{row.name}: measured init std {measured:.6g}, the plan says {wanted:.6g}")

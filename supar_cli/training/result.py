@@ -14,9 +14,8 @@ import torch
 
 from supar_cli.files import Record, naming_write_errors, write_file
 from supar_cli.planning.plan import Plan
-from supar_cli.sparse import masks
+from supar_cli.sparse.masks import Mask
 from supar_cli.training.distributed import Parallel
-from supar_cli.training.prepare import Mask
 from supar_cli.training.runtime import Runtime
 from supar_cli.version import __version__
 
@@ -60,13 +59,13 @@ def document(
         "kind": "supar.result/v1",
         "plan": plan.hash(),
         "data": data_hash,
-        "masks": {name: masks.fingerprint(mask) for name, mask in drawn.items()},
+        "masks": {name: mask.fingerprint for name, mask in drawn.items()},
         "steps": len(history.losses),
         "train_loss": history.losses[-1] if history.losses and math.isfinite(history.losses[-1]) else None,
         "validation_loss": history.evaluations[-1][1] if history.evaluations else None,
         "parameters": plan.parameters,
         "live_parameters": sum(row.size for row in plan.tensors)
-        - sum(int(mask.size - mask.sum()) for mask in drawn.values()),
+        - sum(mask.size - mask.count for mask in drawn.values()),
         "resumed_at": history.resumed_at,
         "seconds": history.seconds,
         "environment": environment,

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from supar_cli.errors import InputError, Preempted, SetupError
 from supar_cli.files import Record, naming_write_errors, read_json, write_file
 from supar_cli.planning import document
-from supar_cli.planning.plan import Plan, parse
+from supar_cli.planning.plan import Plan, read_plan
 from supar_cli.training.launch.environment import is_rank_process, launcher_id, under_torchrun
 
 LOCK_TRIES = 10  # chosen: for a second; whoever only looks whether a run is open holds its lock for an instant
@@ -159,7 +159,7 @@ def begin_run(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list
 def _plan(path: Path) -> Plan:
     """The plan that a run was started with. Raises InputError."""
     try:
-        return parse(Plan, document.read_file(str(path))[0])
+        return read_plan(path)
     except InputError as error:
         said = (f"  {problem}" for problem in error.problems)
         what = "can't be read; expected this run's plan, of which each checkpoint has a copy, or --force to start again"

@@ -60,7 +60,7 @@ class Task(Protocol):
 
 def load(plan: Plan) -> Task:
     """The task of a plan. Raises InputError for the wrong data, SetupError for data that can't be used."""
-    return NextToken(plan, batches.load(plan.data, vocab=plan.model.vocab, context=plan.model.context))
+    return NextToken(plan, batches.load(plan.data, vocab=plan.decoder.vocab, context=plan.decoder.context))
 
 
 class NextToken:
@@ -75,9 +75,9 @@ class NextToken:
     def __init__(self, plan: Plan, tokens: batches.Tokens) -> None:
         train, self._tokens = plan.train, tokens
         self._seed, self._rows = train.seed, train.batch_size
-        self.units_per_row, self.flops_per_unit, self.hash = plan.model.context, plan.flops_per_token, tokens.hash
+        self.units_per_row, self.flops_per_unit, self.hash = plan.decoder.context, plan.flops_per_token, tokens.hash
         self.held_out_rows = train.eval_batches * train.batch_size
-        available = tokens.validation.windows(plan.model.context + 1)
+        available = tokens.validation.windows(plan.decoder.context + 1)
         if self.held_out_rows > available:
             raise InputError(
                 f"train.eval_batches: {self.held_out_rows} sequences in all are more than the {available} held out"

@@ -16,9 +16,9 @@ from supar_cli.files import Record
 from supar_cli.models.transformer import named_tensors
 from supar_cli.planning import schedule
 from supar_cli.planning.plan import Plan
-from supar_cli.sparse import autotune, masks
 from supar_cli.training import checkpoint, monitor, optimizer, prepare, result, run_directory, tasks, trackers
 from supar_cli.training.distributed import Parallel, Ranks, collective_error, local_shard
+from supar_cli.training.engine_selector import EngineSelector
 from supar_cli.training.launch.signals import StopRequest
 from supar_cli.training.reporter import NullReporter, Reporter
 from supar_cli.training.result import RunHistory
@@ -54,7 +54,7 @@ class Trainer:
         self.runtime, self.task = self.ranks.run_on_all(self._load_inputs, task)
         self._require_ranks_agree({"device": self.runtime.device.type, "precision": str(self.runtime.precision)})
         self.ranks.run_on_all(self._build)
-        drawn = {f"the mask of {name}": masks.fingerprint(mask) for name, mask in self.sparse_model.masks.items()}
+        drawn = {f"the mask of {name}": mask.fingerprint for name, mask in self.sparse_model.masks.items()}
         self._require_ranks_agree({"plan": plan.hash(), "data": self.task.hash, **drawn})
         self.optimizer = optimizer.build(plan, self.sparse_model.tensors)
         self.done = 0
@@ -229,7 +229,8 @@ class Trainer:
         kind, why = self.ranks.on_main(choose_parallelism, plan, runtime, self.ranks)
         if why:
             self.reporter.log(why)
-        self.engines = autotune.Engines(plan, runtime, self.ranks, sharded=kind == "fsdp")
+        units = runtime.micro_batch * self.task.units_per_row
+        self.engines = EngineSelector(plan, runtime, self.ranks, units, sharded=kind == "fsdp")
         # what will be sharded goes to the device shard by shard
         home = torch.device("cpu") if kind == "fsdp" else runtime.device
         self.sparse_model = prepare.prepare(plan, home, self.engines.make, self._build_model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import pickle
 import traceback
 from abc import ABC, abstractmethod
@@ -30,7 +31,7 @@ def _tokens(source: str, vocab: int, context: int) -> batches.Tokens:
 
 def task_of(plan: Plan) -> Task:
     """The task of a plan; its data are read once for all plans that share them."""
-    return NextToken(plan, _tokens(json.dumps(plan.data.model_dump()), plan.model.vocab, plan.model.context))
+    return NextToken(plan, _tokens(json.dumps(plan.data.model_dump()), plan.decoder.vocab, plan.decoder.context))
 
 
 def require_runnable(plan: Plan, device: bool = True) -> None:
@@ -146,6 +147,7 @@ class Workers(ABC):
         self.close()
 
 
+CPU_JOBS = min(8, os.cpu_count() or 1)  # chosen: of a study's runs on a CPU, one a core; more than 8 are rarely meant
 EXECUTORS = ("local", "ray", "slurm")
 
 

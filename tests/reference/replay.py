@@ -25,6 +25,7 @@ from supar_cli.errors import SuparError
 from supar_cli.planning.plan import Plan, PlanTensor
 from supar_cli.planning.spec import Proxy, Target
 from supar_cli.planning.transfer import transfer
+from supar_cli.sparse.masks import Mask
 from supar_cli.training import optimizer, prepare
 from supar_cli.training.distributed import Parallel
 from supar_cli.training.tasks import NextToken
@@ -192,9 +193,9 @@ class Replay(Trainer):
 
         def recorded(row: PlanTensor, mask: Any) -> Any:
             weight = weights[row.name].numpy()
-            return weight if mask is None else weight[mask]
+            return weight if mask is None else weight[mask.alive()]
 
-        drawn = {name: mask.bool().numpy() for name, mask in masks.items()}
+        drawn = {name: Mask.of(mask.bool().numpy()) for name, mask in masks.items()}
         self.sparse_model = prepare.build(plan, self.runtime.device, drawn, recorded)
         self.parallel = Parallel("alone", self.sparse_model.model, self.runtime.device, False, self.ranks)
         self.optimizer = optimizer.build(plan, self.sparse_model.tensors)

@@ -1,0 +1,127 @@
+"""A coordinate check from a document to its result: which runs, made or read, judged, drawn and written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from supar_cli.analysis import check as verdicts
+from supar_cli.analysis import check_plans, coordinates, records
+from supar_cli.analysis.check import Sweep, Verdict
+from supar_cli.planning.density import Share
+from supar_cli.planning.plan import Plan
+from supar_cli.planning.rules import ParameterizationName
+from supar_cli.planning.spec import Proxy, Spec
+from supar_cli.tuning import execute
+
+TOKENS = 512  # chosen: of a batch; fewer make single gradients noisy, more make the check slow
+
+
+class Reporter(Protocol):
+    """Where messages and progress go."""
+
+    def log(self, message: str) -> None: ...
+    def warn(self, message: str) -> None: ...
+    def progress(self, step: int, steps: int, loss: float) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A check's result document and what it was judged from."""
+
+    result: dict[str, Any]
+    verdicts: list[Verdict]
+
+    @property
+    def violations(self) -> list[str]:
+        return [f"{one.sweep.label}: {one.text()}" for one in self.verdicts if not one.passed]
+
+
+def sweeps_of(
+    wanted: Spec | Proxy | Plan,
+    parameterization: ParameterizationName = "supar",
+    *,
+    widths: Sequence[int] = (),
+    densities: Sequence[Share] = (),
+    seeds: int = 4,
+    steps: int = 10,
+    batch_size: int | None = None,
+) -> list[Sweep]:
+    """The runs that a check of a document needs. Raises InputError for what can't be planned."""
+    run = wanted.run.model_copy(update={"precision": "float32", "compile": "off", "micro_batch_size": None})
+    wanted = wanted.model_copy(update={"run": run})
+    if isinstance(wanted, Plan):
+        rows = batch_size or max(1, TOKENS // wanted.decoder.context)
+        return check_plans.plan_sweeps(wanted, seeds=seeds, steps=steps, batch_size=rows)
+    return check_plans.proxy_sweeps(
+        wanted,
+        parameterization,
+        widths=list(widths) or [wanted.model.width * factor for factor in check_plans.WIDTHS],
+        densities=list(densities) or list(check_plans.DENSITIES),
+        seeds=seeds,
+        steps=steps,
+        batch_size=batch_size or max(1, TOKENS // wanted.model.context),
+    )
+
+
+def run_check(
+    sweeps: list[Sweep],
+    folder: Path,
+    workers: execute.Workers,
+    reporter: Reporter,
+    *,
+    max_seeds: int = 16,
+    force: bool = False,
+) -> Checked:
+    """Run what the folder has no record of yet, judge, draw and write result.json.
+
+    Raises InputError where the folder holds another check and `force` is not set.
+    """
+    first, steps = sweeps[0].plans[0][0], sweeps[0].plans[0][0].train.steps
+    execute.require_runnable(first, device=workers.here)
+    # what identifies the question is its first seed: more seeds go on with what is there
+    question = {
+        "runs": sorted({row[0].hash() for sweep in sweeps for row in sweep.plans}),
+        "sweeps": [[sweep.arm, sweep.axis, sweep.sizes] for sweep in sweeps],
+    }
+    records.open_result(folder, question, force)
+    store = records.Records(folder)
+    with workers:
+        found = _judged(sweeps, store, workers, max_seeds, reporter)
+    result = records.result(
+        "supar.check-result/v1",
+        "Coordinate check: sizes over density and width",
+        verdicts=[
+            # of a control, whether it keeps the bounds, which it is not to
+            {"what": v.sweep.label, "passed": v.passed != v.sweep.control, "control": v.sweep.control, "text": v.text()}
+            for v in found
+        ],
+        tables=[verdicts.table(verdict) for verdict in found if verdict.findings],
+        figures=verdicts.pictures(sweeps, store.by_run, steps),
+        parents={},
+        environment=records.environment(workers),
+        notes=[f"{v.sweep.label}: {note}" for v in found for note in v.notes],
+    )
+    records.write_result(folder, result, reporter.log)
+    return Checked(result, found)
+
+
+def _judged(
+    sweeps: list[Sweep], store: records.Records, workers: execute.Workers, max_seeds: int, reporter: Reporter
+) -> list[Verdict]:
+    """The verdicts, of more seeds where a bound lies within a slope's interval; of no more where another fails for certain."""
+    while True:
+        plans = {plan.hash(): plan for sweep in sweeps for plan in sweep.runs()}
+        calls = {run: (plan,) for run, plan in sorted(plans.items(), key=lambda item: -item[1].parameters)}
+        for done, total, record in store.complete(coordinates.measure, calls, workers):
+            reporter.progress(done, total, record["losses"][-1] if record["losses"] else float("nan"))
+        found = [verdicts.judge(sweep, store.by_run) for sweep in sweeps]
+        short = [v for v in found if v.open and len(v.sweep.plans[0]) < max_seeds]
+        if not short or any(not v.passed and not v.open for v in found if not v.sweep.control):
+            return found
+        for verdict in short:
+            seeds = min(2 * len(verdict.sweep.plans[0]), max_seeds)
+            reporter.log(f"{verdict.sweep.label}: {verdict.text()}; going on to {seeds}")
+            verdict.sweep.grow(seeds)

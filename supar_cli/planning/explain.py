@@ -1,0 +1,313 @@
+"""Every number of a plan worked out: the formula, its numbers and its source, and where the plan differs from it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, get_args
+
+from supar_cli.errors import InputError
+from supar_cli.planning import layout, rules
+from supar_cli.planning.advice import timescale_steps
+from supar_cli.planning.plan import Plan, PlanModel, PlanTensor, decoder_base
+
+COLUMNS, INDENT = 79, 16
+
+SOURCES = {
+    "P": "Dey, Bergsma, Hestness 2024 (SμPar), arXiv 2405.15743",
+    "R": "the same authors' code: EleutherAI/nanoGPT-mup, branch supar",
+    "C": "CompleteP: EleutherAI/nanoGPT-mup, branch completep",
+    "V": "Yang et al. 2022, Tensor Programs V (μP), arXiv 2203.03466",
+    "D": "derived by supar; no paper has it",
+    "SP": "standard parameterization: nothing is corrected",
+}
+TITLES = {"sp": "SP", "mup": "μP", "supar": "SμPar", "adamw": "AdamW", "sgd": "SGD"}
+TITLES |= {"supar-init-only": "SμPar's init only", "supar-lr-only": "SμPar's rate only"}
+FACTORS = {"input": "embeddings ×", "output": "logits ×", "attention": "q·k ×", "residual": "residual ×"}
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A number of the plan and the rule for it; `worked` is the formula with its numbers put in."""
+
+    what: str
+    stored: float
+    value: float
+    formula: str
+    worked: str
+    source: str
+    note: str = ""
+
+    @classmethod
+    def of(cls, what: str, stored: float, rule: rules.Rule, symbols: dict[str, float], note: str = "") -> Number:
+        # `0: why`, `formula, so that …` and `0 (option)`: what follows the formula is for people
+        ends = [at for separator in (": ", ", ", " (") if (at := rule.formula.find(separator)) > 0]
+        formula = rule.formula[: min(ends, default=len(rule.formula))]
+        why = rule.formula[len(formula) :].lstrip(":, (").removesuffix(")")
+        worked = _substitute(formula, {symbol: short(value) for symbol, value in symbols.items()})
+        return cls(what, stored, rule.value, formula, worked, rule.source, "; ".join(filter(None, (why, note))))
+
+    @property
+    def edited(self) -> str:
+        if self.stored == self.value:
+            return ""
+        return f"edited: the plan has {self.stored!r}, the rule gives {self.value!r}"
+
+    def lines(self) -> list[str]:
+        different = [part for part, _ in groupby((self.formula, self.worked, short(self.value)))]
+        parts = [different[0], *(f"= {part}" for part in different[1:])]
+        parts += [f"[{self.source}]"] if self.source != "–" else []
+        lines = wrapped(self.what, [*parts, *(f"({self.note})".split() if self.note else [])])
+        return [*lines, *(wrapped("", self.edited.split()) if self.edited else [])]
+
+    def as_json(self) -> dict[str, Any]:
+        names = ("formula", "worked", "source", "note")
+        return {
+            "plan": self.stored,
+            "rule": self.value,
+            "edited": bool(self.edited),
+            **{n: getattr(self, n) for n in names},
+        }
+
+
+def _substitute(formula: str, texts: dict[str, str]) -> str:
+    """A formula with each symbol's text in its place, of two that begin alike the longer."""
+    symbols, worked = sorted(texts, key=len, reverse=True), ""
+    while formula:
+        symbol = next((symbol for symbol in symbols if formula.startswith(symbol)), None)
+        worked += formula[0] if symbol is None else texts[symbol]
+        formula = formula[len(symbol or formula[0]) :]
+    return worked
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A tensor of the plan, explained. `remarks` are what is wrong with the row itself."""
+
+    tensor: PlanTensor
+    site: str
+    block: int | None
+    numbers: tuple[Number, ...]
+    remarks: tuple[str, ...]
+
+    @property
+    def sameness(self) -> tuple[Any, ...]:
+        """Equal for rows that are explained in the same words."""
+        own = self.tensor
+        return own.role, tuple(own.shape), own.kept, tuple(own.because.items()), self.numbers, self.remarks
+
+    def as_json(self) -> dict[str, Any]:
+        own = self.tensor.model_dump()
+        kept = {name: own[name] for name in ("name", "role", "shape", "density", "kept", "because")}
+        numbers = {number.what: number.as_json() for number in self.numbers}
+        return {**kept, "site": self.site, "remarks": list(self.remarks), **numbers}
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """A plan, explained: the multipliers of its forward pass (none where tensors were asked for) and its tensors."""
+
+    plan: Plan
+    factors: list[Number]
+    rows: list[Row]
+
+    @classmethod
+    def of(cls, plan: Plan, tensor: str | None, role: str | None) -> Explained:
+        roles = get_args(rules.Role)
+        if role is not None and role not in roles:
+            raise InputError(f"--role {role}: expected {', '.join(roles[:-1])} or {roles[-1]}")
+        own = plan.parameterization
+        options = own.model_dump(include={"weight_decay_rule", "depth_rule", "residual_init", "unembedding_init"})
+        scheme = rules.Scheme(own.name, plan.train.optimizer, **options)
+        rows = _chosen(_rows(plan, scheme), tensor, role)
+        return cls(plan, [] if tensor or role else _factors(plan, scheme), rows)
+
+    def text(self, title: str) -> str:
+        plan, own = self.plan, self.plan.parameterization
+        head = [
+            f"{TITLES[own.name]} with {TITLES[plan.train.optimizer]},",
+            f"sparsity {plan.sparsity.sparsity:g} ({plan.sparsity.pattern_text}, {plan.sparsity.distribution});",
+            *f"weight_decay_rule {own.weight_decay_rule}, depth_rule {own.depth_rule},".split(),
+            *f"residual_init {own.residual_init}, unembedding_init {own.unembedding_init}".split(),
+        ]
+        proxy = own.base.text
+        tuned = [f"{_symbol(name)} = {short(value)}" for name, value in plan.hyperparameters.model_dump().items()]
+        lines = [f"{title}: {plan.name}", *wrapped("rules", head), *wrapped("proxy", [proxy, *_listed(tuned)])]
+        if self.factors:
+            lines += ["", "forward pass", *(line for number in self.factors for line in number.lines())]
+        groups: dict[tuple[Any, ...], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault(row.sameness, []).append(row)
+        for members in groups.values():
+            lines += ["", *_group(members)]
+        return "\n".join(lines) + "\n"
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "plan": self.plan.name,
+            "hash": self.plan.hash(),
+            "parameterization": self.plan.parameterization.model_dump(),
+            "hyperparameters": self.plan.hyperparameters.model_dump(),
+            "multipliers": {number.what: number.as_json() for number in self.factors},
+            "tensors": [row.as_json() for row in self.rows],
+        }
+
+
+def _rows(plan: Plan, scheme: rules.Scheme) -> list[Row]:
+    hyper, model = plan.hyperparameters, plan.model
+    tuned = rules.ProxyValues(hyper.init_std, hyper.lr, hyper.weight_decay, hyper.eps)
+    decoder = model if isinstance(model, PlanModel) else None
+    known = {tensor.name: tensor for tensor in layout.tensors(decoder)} if decoder else {}
+    m_width = decoder.width / decoder_base(plan).width if decoder else None
+    rows = []
+    for row in plan.tensors:
+        tensor = known.get(row.name)
+        m_d = row.fan_in / row.base_fan_in if row.role == "hidden" else m_width or row.because.get("m_d", 1.0)
+        place = rules.TensorContext(
+            row.role,
+            row.because.get("m_d", m_d),
+            row.because.get("m_rho", 1.0),
+            row.because.get("m_L", 1.0),
+            decoder.layers if decoder else 1,
+            row.block is not None,
+            tensor is not None and tensor.writes_residual,
+        )
+        remarks = ["no tensor of this model: explained as one outside of the blocks"] if known and not tensor else []
+        if place.m_d != m_d:
+            remarks.append(f"edited: the plan has m_d {place.m_d!r}, the shapes give {m_d!r}")
+        rows.append(Row(row, row.site, row.block, _numbers(row, scheme, tuned, place), tuple(remarks)))
+    return rows
+
+
+def _start(row: PlanTensor, rule: rules.Rule, symbols: dict[str, float]) -> Number:
+    """The start of a tensor: its deviation, or the number that stands in its place."""
+    if row.init_constant is None:
+        assert row.init_std is not None
+        return Number.of("init_std", row.init_std, rule, symbols)
+    constant = {"norm": 1.0, "bias": 0.0}.get(row.role, row.init_constant)
+    words = {"norm": "every gain starts at exactly 1", "bias": "every bias starts at exactly 0"}
+    formula = f"{constant:g}: {words.get(row.role, 'a number')}"
+    return Number.of("init_constant", row.init_constant, rules.Rule(constant, formula, rule.source), symbols)
+
+
+def _numbers(
+    row: PlanTensor, scheme: rules.Scheme, tuned: rules.ProxyValues, place: rules.TensorContext
+) -> tuple[Number, ...]:
+    symbols = {"σ": tuned.sigma, "η": tuned.eta, "λ": tuned.lam, "ε": tuned.eps, "layers": place.layers}
+    symbols |= {"m_d": place.m_d, "m_ρ": place.m_rho, "m_L": place.m_L}
+    decay = timescale_steps(row)
+    timescale = f"1/(lr·λ) = {decay:.0f} steps" if decay else ""
+    return (
+        _start(row, rules.init_std(scheme, tuned, place), symbols),
+        Number.of("lr", row.lr, rules.learning_rate(scheme, tuned, place), symbols),
+        Number.of("weight_decay", row.weight_decay, rules.weight_decay(scheme, tuned, place), symbols, timescale),
+        Number.of("eps", row.eps, rules.adam_eps(scheme, tuned, place), symbols),
+    )
+
+
+def _factors(plan: Plan, scheme: rules.Scheme) -> list[Number]:
+    if not isinstance(plan.model, PlanModel):  # a user's model has its multipliers in the numbers of its tensors
+        return []
+    hyper, base, stored = plan.hyperparameters, decoder_base(plan), plan.model.multipliers.model_dump()
+    m_d, m_L, head_width = plan.model.width / base.width, plan.model.layers / base.layers, plan.model.head_width
+    found = {
+        "input": rules.input_multiplier(scheme, hyper.alpha_input),
+        "output": rules.output_multiplier(scheme, hyper.alpha_output, m_d),
+        "attention": rules.attention_multiplier(scheme, head_width),
+        "residual": rules.residual_multiplier(scheme, m_L),
+    }
+    symbols = {"α_input": hyper.alpha_input, "α_output": hyper.alpha_output, "m_d": m_d, "m_L": m_L}
+    symbols["d_head"] = head_width
+    return [Number.of(FACTORS[name], stored[name], rule, symbols) for name, rule in found.items()]
+
+
+def _chosen(rows: list[Row], word: str | None, role: str | None) -> list[Row]:
+    """Rows of a tensor's name, site or part, and of a role. Raises InputError when there are none."""
+    found = rows
+    if word is not None:
+        word = word.removeprefix("*.")  # as the table of `supar transfer` writes a site
+        found = [row for row in rows if word in (row.tensor.name, row.site, row.site.partition(".")[0])]
+        if not found:
+            sites = list(dict.fromkeys(row.site for row in rows))
+            close = difflib.get_close_matches(word, [*sites, *(row.tensor.name for row in rows)], 3, 0.5)
+            expected = f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(sites)}"
+            raise InputError(f"{word}: the plan has no such tensor; {expected}")
+    if role is not None:
+        having = list(dict.fromkeys(row.tensor.role for row in found))
+        found = [row for row in found if row.tensor.role == role]
+        if not found:
+            raise InputError(f"--role {role}: no such tensor; {word or 'the plan'} has {', '.join(having)}")
+    return found
+
+
+def _group(members: list[Row]) -> list[str]:
+    """Title and numbers of rows that are explained in the same words."""
+    row, blocks = members[0].tensor, dict[str, list[int]]()
+    for member in members:
+        blocks.setdefault(member.site, []).extend([] if member.block is None else [member.block])
+    places: dict[str, list[str]] = {}
+    for site, numbers in blocks.items():
+        places.setdefault(_ranges(numbers), []).append(site)
+    title = "; ".join(", ".join(sites) + place for place, sites in places.items())
+    count = f"{len(members)} tensors, each " if len(members) > 1 else ""
+    shape = f"({row.role}, {count}{'×'.join(map(str, row.shape))})"
+    lines = wrapped(None, [*title.split(), *shape.split()])
+    if row.role == "hidden":
+        own = f"{short(row.density)}: {row.kept:,} of {row.size:,} live, {short(row.wpn)} per neuron"
+        lines += wrapped("density", own.split())
+    because = {"m_d": "width", "m_rho": "density", "m_L": "depth"}
+    factors = [f"{k.replace('rho', 'ρ')} = {short(v)} ({because.get(k, '?')})" for k, v in row.because.items()]
+    lines += wrapped("because", _listed(factors))
+    lines += [line for number in members[0].numbers for line in number.lines()]
+    return lines + [line for remark in members[0].remarks for line in wrapped("", remark.split())]
+
+
+def _ranges(blocks: list[int]) -> str:
+    """` in blocks 0–3, 5` for the numbers of blocks."""
+    if not blocks:
+        return ""
+    runs: list[list[int]] = []
+    for block in sorted(blocks):
+        if runs and block == runs[-1][1] + 1:
+            runs[-1][1] = block
+        else:
+            runs.append([block, block])
+    words = ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)
+    return f" in block{'s' if len(blocks) > 1 else ''} {words}"
+
+
+def _symbol(name: str) -> str:
+    symbols = {"init_std": "σ", "lr": "η", "weight_decay": "λ", "eps": "ε"}
+    return f"{symbols[name]} {name}" if name in symbols else name.replace("alpha", "α")
+
+
+def _listed(parts: list[str]) -> list[str]:
+    return [*(f"{part}," for part in parts[:-1]), *parts[-1:]]
+
+
+def legend(explained: Iterable[Explained]) -> list[str]:
+    """What the letters in brackets stand for, those that were used."""
+    numbers = [
+        number for one in explained for group in (one.factors, *(r.numbers for r in one.rows)) for number in group
+    ]
+    used = {source.split()[0] for number in numbers for source in number.source.split(", ")}
+    return ["sources", *(f"  {key:2}  {text}" for key, text in SOURCES.items() if key in used)]
+
+
+def short(value: float) -> str:
+    """Six significant digits at most."""
+    return f"{value:.6g}"
+
+
+def wrapped(label: str | None, parts: Iterable[str]) -> list[str]:
+    """Parts on as few lines as hold them, after a label; no part is broken. None: flush left, for a title."""
+    indent = 4 if label is None else INDENT
+    lines, line, bare = [], "" if label is None else f"  {label:<{INDENT - 2}}", True
+    for part in parts:
+        if not bare and len(line) + 1 + len(part) > COLUMNS:
+            lines.append(line)
+            line, bare = " " * indent, True
+        line, bare = line + ("" if bare else " ") + part, False
+    return [*lines, line.rstrip()]

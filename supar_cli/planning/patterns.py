@@ -1,0 +1,116 @@
+"""Patterns of masks: how many weights of a tensor each leaves alive at a density, and the density that then holds.
+
+A pattern goes along the fan-in: it sees a tensor as a matrix (fan-out, fan-in), however its extents are stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Annotated, Literal, get_args
+
+from supar_cli.errors import InputError
+from supar_cli.planning.schema import Section, Text
+
+LARGEST_GROUP = 64  # chosen: hardware has 2:4; what is measured goes up to 1:16 and 4:8
+
+GroupPattern = Annotated[str, Text(r"^[1-9][0-9]?:[1-9][0-9]?$", "N:M such as '2:4'")]  # N live of every M
+Pattern = Literal["exact", "fixed_fan_in", "bernoulli", "block"] | GroupPattern
+Block = Literal[16, 32, 64, 128]  # edges of blocks, as the block engine has them
+
+
+class PatternKeys(Section):
+    """The keys `pattern` and `block` of a section. `block`, the edge of a block, is written with that pattern only."""
+
+    def check_pattern(self) -> None:
+        """Raise ValueError where the two don't go together, or N:M has no such N."""
+        pattern, block = vars(self)["pattern"], vars(self)["block"]
+        if pattern == "block" and block is None:
+            raise ValueError(
+                f"block: is missing; expected {', '.join(map(str, get_args(Block)))} with the pattern block"
+            )
+        if pattern != "block" and block is not None:
+            raise ValueError(f"block: given with the pattern {pattern}; expected it with the pattern block only")
+        group = group_of(pattern)
+        if group is not None and not group[0] < group[1] <= LARGEST_GROUP:
+            raise ValueError(f"pattern: {pattern}; expected N:M with N < M <= {LARGEST_GROUP}")
+
+
+@dataclass(frozen=True)
+class LiveCount:
+    """A tensor's own density, as it enters the rules, and its number of live weights."""
+
+    density: float
+    count: int
+
+
+def group_of(pattern: str) -> tuple[int, int] | None:
+    """(N, M) of a pattern N:M, None of any other."""
+    live, colon, size = pattern.partition(":")
+    return (int(live), int(size)) if colon else None
+
+
+def density_of(pattern: str) -> Fraction | None:
+    """The density that the pattern itself states: N/M. None where any density goes with it."""
+    group = group_of(pattern)
+    return None if group is None else Fraction(*group)
+
+
+def has_equal_rows(pattern: str) -> bool:
+    """Whether every neuron has the same number of live weights, so that none is left without."""
+    return pattern == "fixed_fan_in" or group_of(pattern) is not None
+
+
+def describe(pattern: str, block: int | None) -> str:
+    """The pattern in words."""
+    return pattern if block is None else f"blocks of {block}"
+
+
+def live_count(name: str, size: int, fan_in: int, density: Fraction, pattern: str, block: int | None) -> LiveCount:
+    """How many of a tensor's `size` weights live, and the density that holds: of whole weights per row, or whole blocks.
+
+    Raises InputError, naming the tensor, where its matrix (size / fan_in, fan_in) is not made of the pattern's blocks or
+    groups, where not one block would live, and for a density that is not N:M's own.
+    """
+    if pattern == "block" and density < 1:
+        assert block is not None
+        return _live_blocks(name, (size // fan_in, fan_in), density, block)
+    group = group_of(pattern)
+    if group is not None and density < 1:
+        return _live_groups(name, size, fan_in, density, *group)
+    if pattern == "fixed_fan_in":
+        # every row keeps the same whole number, so the density that holds is that number's share, not the nominal one
+        per_row = _round(density * fan_in)
+        return LiveCount(float(Fraction(per_row, fan_in)), per_row * (size // fan_in))
+    return LiveCount(float(density), _round(density * size))
+
+
+def _live_blocks(name: str, shape: tuple[int, int], density: Fraction, block: int) -> LiveCount:
+    if any(extent % block for extent in shape):
+        raise InputError(
+            f"{name}: its shape {shape[0]}×{shape[1]} is not made of {block}×{block} blocks; expected another block"
+        )
+    count = shape[0] * shape[1] // block**2
+    live = _round(density * count)
+    if not live:
+        raise InputError(
+            f"{name}: density {float(density):g} keeps none of its {count} blocks; expected a smaller block or more width"
+        )
+    return LiveCount(float(Fraction(live, count)), live * block**2)
+
+
+def _live_groups(name: str, size: int, fan_in: int, density: Fraction, live: int, group: int) -> LiveCount:
+    if fan_in % group:
+        raise InputError(
+            f"{name}: its fan-in {fan_in} is not made of groups of {group}; expected a multiple of {group}"
+        )
+    if float(density) != live / group:  # a document's float may only be the nearest to N/M
+        raise InputError(
+            f"{name}: density {float(density):g} with the pattern {live}:{group}; expected {live}/{group}, or 1 for a dense tensor"
+        )
+    return LiveCount(live / group, size // group * live)
+
+
+def _round(value: Fraction) -> int:
+    """Nearest whole number, halves up."""
+    return (2 * value.numerator + value.denominator) // (2 * value.denominator)

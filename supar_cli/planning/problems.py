@@ -1,0 +1,133 @@
+"""From plain data to a validated document: every problem at once, as file:line:path, close misses named."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Any, TypeVar, get_args
+
+from pydantic_core import ValidationError
+
+from supar_cli.errors import InputError
+from supar_cli.planning.document import Document, Path_
+from supar_cli.planning.schema import Section, section_of
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def parse(kind: type[SectionT], document: Document) -> SectionT:
+    """`document` as a `kind`, one of an earlier version brought to today's form.
+
+    Raises InputError with every problem, each with its line and close misses named.
+    """
+    if not isinstance(document.data, dict):
+        raise InputError(document.problem((), "not a mapping", "key: value lines"))
+    data = document.data
+    if "kind" in kind.keys():  # noqa: SIM118
+        (expected,) = get_args(kind.keys()["kind"])
+        if data.get("kind") in kind.EARLIER:
+            data = kind.EARLIER[data["kind"]](data)
+        if data.get("kind") != expected:
+            raise InputError(document.problem(("kind",), f"is {data.get('kind')!r}", f"expected {expected}"))
+    if data.get("parents"):  # supar wrote it, with every key: one that is not there was cut off
+        lost = [key for key in required_keys(kind) if key not in data]
+        if lost:
+            what = f"the keys {', '.join(lost)} are missing"
+            raise InputError(document.problem((), what, "expected a whole document; this one was cut or edited"))
+    try:
+        parsed = kind.model_validate(data)
+    except ValidationError as error:
+        raise InputError(*(document.problem(*problem) for problem in problems(kind, error))) from None
+    if data.get("parents"):  # none of the numbers that decide a run may fall back to a default
+        absent = [
+            document.problem((section,), f"the key {key!r} is missing")
+            for section in kind.WHOLE_SECTIONS
+            if isinstance(data[section], dict)
+            for key in required_keys(type(vars(parsed)[section]))
+            if key not in data[section]
+        ]
+        if absent:
+            raise InputError(*absent)
+    return parsed
+
+
+def required_keys(kind: type[Section]) -> list[str]:
+    """The keys that a document which supar wrote must have: all but those that were added since."""
+    return [key for key in kind.keys() if key not in kind.neutral_fields()]  # noqa: SIM118
+
+
+def validate(kind: type[SectionT], values: dict[str, Any], where: str = "") -> SectionT:
+    """Values given in Python as a section. Raises InputError in the words of a document's problems.
+
+    `where` is the values' place, such as `target`.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        place = Document(values)
+        found = (place.problem(*problem) for problem in problems(kind, error))
+        prefix = f"{where}." if where else ""
+        raise InputError(
+            *(
+                f"{prefix}{one.where}: {one.what}" + (f"; {one.expected}" if one.expected else "")
+                if one.where
+                else f"{where}: {one.what}"
+                for one in found
+            )
+        ) from None
+
+
+def problems(kind: type[Section], error: ValidationError) -> Iterator[tuple[Path_, str, str]]:
+    """(path, what is wrong, what is expected) of each thing that pydantic found."""
+    for item in error.errors(include_url=False):
+        yield _problem(kind, dict(item))
+
+
+def _problem(kind: type[Section], item: dict[str, Any]) -> tuple[Path_, str, str]:
+    path, sections = _walk(kind, tuple(item["loc"]))
+    what, expected = str(item["msg"]), ""
+    if item["type"] == "extra_forbidden":
+        what = f"unknown key {path[-1]!r}"
+        section = sections[len(path) - 1]
+        known = list(section.keys()) if section is not None else []
+        close = difflib.get_close_matches(str(path[-1]), known, 1)
+        expected = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+    elif item["type"] == "missing":
+        what, expected, path = f"the key {path[-1]!r} is missing", "", path[:-1]
+    elif item["type"] == "value_error":
+        what = what.removeprefix("Value error, ")
+        where, colon, rest = what.partition(": ")
+        if colon and " " not in where:  # our own validators begin with the key that is wrong
+            path, what = (*path, *where.split(".")), rest
+        what, _, expected = what.partition("; ")
+    else:
+        what = (
+            what.replace("Input should be", "should be")
+            .replace("valid string", "text")
+            .replace("valid number", "number")
+        )
+        if not isinstance(item["input"], dict | list):
+            what += f", not {item['input']!r}"
+    return path, what, expected
+
+
+def _walk(kind: type[Section], location: Path_) -> tuple[Path_, list[type[Section] | None]]:
+    """The path of a document for pydantic's location, and the section that each of its parts is a key of.
+
+    In a union of sections pydantic's location names the one that was chosen, a part that no document has.
+    """
+    path: Path_ = ()
+    sections: list[type[Section] | None] = []
+    section: type[Section] | None = kind
+    annotation: Any = None
+    for part in location:
+        inner = [one for one in get_args(annotation) if isinstance(one, type) and issubclass(one, Section)]
+        if annotation is not None and len(inner) > 1 and isinstance(part, str) and section_of(annotation, part):
+            section, annotation = section_of(annotation, part), None
+            continue
+        path += (part,)
+        sections.append(section)
+        if isinstance(part, str):
+            annotation = section.keys().get(part) if section is not None else None
+            section = section_of(annotation)
+    return path, sections

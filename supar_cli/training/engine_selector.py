@@ -1,0 +1,51 @@
+"""Which engine each masked tensor of a plan gets: the one its run section names, or the fastest here."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from supar_cli.planning.plan import Plan
+from supar_cli.sparse import autotune
+from supar_cli.sparse.autotune import EngineChoice, LayerCase
+from supar_cli.sparse.linear import Engine
+from supar_cli.sparse.masks import Mask
+from supar_cli.training.distributed import Ranks
+from supar_cli.training.runtime import Runtime
+
+
+class EngineSelector:
+    """The engines of a plan's masked tensors: `make` each as the model is built; `choices` then says which they are.
+
+    Of several processes the main one measures, alone, and all choose alike. `units` are those of a micro-batch.
+    """
+
+    def __init__(self, plan: Plan, runtime: Runtime, ranks: Ranks, units: int, sharded: bool) -> None:
+        self.plan, self.choices, self._ranks = plan, dict[str, EngineChoice](), ranks
+        self.case = LayerCase(runtime.device, runtime.precision, units, plan.sparsity.block, sharded)
+        self._rows = {row.name: row for row in plan.tensors}
+        self._fastest: dict[tuple[object, ...], EngineChoice] = {}  # one measurement for all layers of a shape and size
+
+    def make(self, name: str, mask: Mask) -> Engine:
+        """The engine of a tensor's mask (out, in)."""
+        named = self.plan.engine(self._rows[name])
+        alike = (mask.shape, mask.count)
+        if named != "auto":
+            choice = EngineChoice(named, {})
+        elif alike in self._fastest:
+            choice = self._fastest[alike]
+        else:
+            choice = self._fastest[alike] = self._ranks.on_main(autotune.fastest, mask, self.case)
+        self.choices[name] = choice
+        return autotune.make(choice.name, mask, self.case)
+
+    def lines(self) -> list[str]:
+        """What was measured, a line a shape, and what would make it faster."""
+        said: dict[str, int] = {}
+        for name, choice in self.choices.items():
+            row = self._rows[name]
+            text = f"{'×'.join(map(str, row.shape))} at density {row.density:.3g}: {choice.text()}"
+            said[text] = said.get(text, 0) + (1 if choice.seconds else 0)
+        lines = [f"engine of {count} tensors {text}" for text, count in said.items() if count]
+        if lines and self.case.device.type == "cpu" and not importlib.util.find_spec("numba"):
+            lines.append("numba is not installed: `pip install 'supar[sparse]'` makes the sparse engine faster")
+        return lines

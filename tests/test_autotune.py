@@ -1,0 +1,160 @@
+"""How an engine is chosen: by name, or by a measurement that is made once, and of a large layer's first rows."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from supar_cli.errors import InputError
+from supar_cli.planning.plan import Plan
+from supar_cli.sparse import autotune
+from supar_cli.sparse.autotune import EngineChoice, LayerCase
+from supar_cli.sparse.csr import Sparse
+from supar_cli.sparse.masks import Mask
+from supar_cli.training.trainer import Trainer
+from tests.conftest import Called, environment
+from tests.test_engines import drawn
+
+MakePlan = Callable[..., Plan]
+
+
+class TestChoice:
+    @pytest.fixture(autouse=True)
+    def cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        return tmp_path / "cache/supar/engines.json"
+
+    CASE = LayerCase(torch.device("cpu"), torch.float32, 4096)
+
+    def test_it_is_measured_once_and_kept(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        mask = drawn((256, 256), 1 / 64)
+        first = autotune.fastest(mask, self.CASE)
+        assert first.measured_now and set(first.seconds) == {"dense", "sparse"} and all(first.seconds.values())
+        monkeypatch.setattr(autotune, "times", lambda *_: pytest.fail("measured again"))
+        again = autotune.fastest(drawn((256, 256), 1 / 64), self.CASE)
+        assert (again.name, again.seconds, again.measured_now) == (first.name, first.seconds, False)
+        assert list(json.loads(cache.read_text()).values()) == [first.seconds]
+
+    @pytest.mark.parametrize(("sparse", "name"), [(0.5, "sparse"), (0.95, "dense"), (2.0, "dense")])
+    def test_the_fastest_wins_if_by_enough(self, monkeypatch: pytest.MonkeyPatch, sparse: float, name: str) -> None:
+        monkeypatch.setattr(autotune, "times", lambda *_: {"dense": 1.0, "sparse": sparse})
+        assert autotune.fastest(drawn((256, 256), 0.1), self.CASE).name == name
+
+    def test_at_one_weight_in_128_the_sparse_one_is_faster_and_at_one_in_two_the_dense_one(self) -> None:
+        """A real measurement: 10 times and more either way on an idle machine."""
+        assert autotune.fastest(drawn((1024, 512), 1 / 128), self.CASE).name == "sparse"
+        assert autotune.fastest(drawn((1024, 512), 1 / 2), self.CASE).name == "dense"
+
+    def test_of_a_large_layer_the_first_rows_are_measured_and_it_is_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By every engine alike, and kept apart from a measurement of all rows."""
+        monkeypatch.setattr(autotune, "MOST_POSITIONS", 100 * 256 + 7)
+        measured: list[tuple[set[Mask], Mask]] = []
+
+        def times(engines: Any, mask: Mask, *_: Any) -> dict[str, float]:
+            measured.append(({engine.mask for engine in engines.values()}, mask))
+            return {name: 1.0 if name == "dense" else 0.5 for name in engines}
+
+        monkeypatch.setattr(autotune, "times", times)
+        mask = drawn((256, 256), 0.1)
+        choice = autotune.fastest(mask, self.CASE)
+        first = Mask.of(mask.alive(slice(100)))
+        assert measured == [({first}, first)] and choice.rows == 100
+        assert choice.text() == "sparse (dense 1e+03 ms, sparse 500 ms for 100 of its rows, measured now)"
+        assert autotune.fastest(mask, self.CASE).text().endswith("for 100 of its rows, as measured before)")
+        monkeypatch.setattr(autotune, "MOST_POSITIONS", 2**24)
+        assert autotune.fastest(mask, self.CASE).rows is None and measured[1:] == [({mask}, mask)]
+
+    def test_measured_rows_are_whole_blocks(self) -> None:
+        assert autotune.rows_measured((8192, 8192), None) == 2048
+        assert autotune.rows_measured((4096, 4096), None) == 4096
+        assert autotune.rows_measured((32768, 8192), 128) == 2048
+        assert autotune.rows_measured((128, 3 * 2**18), 16) == 16
+        assert autotune.rows_measured((64, 2**21), 16) == 16
+        assert autotune.rows_measured((4, 2**25), None) == 1
+
+    def test_a_small_layer_is_dense_unmeasured(self, cache: Path) -> None:
+        assert autotune.fastest(drawn((64, 64), 0.1), self.CASE) == EngineChoice("dense", {})
+        assert not cache.exists()
+
+    @pytest.mark.parametrize("text", ["", "{", "[1]", '{"x": 1}'])
+    def test_a_broken_cache_is_measured_anew(self, cache: Path, text: str) -> None:
+        cache.parent.mkdir(parents=True)
+        cache.write_text(text)
+        assert autotune.fastest(drawn((256, 256), 0.1), self.CASE).measured_now
+        json.loads(cache.read_text())
+
+    @pytest.mark.parametrize("kept", ["fast", {"dense": "x", "sparse": 1.0}, {"dense": 1.0, "sparse": float("nan")}])
+    def test_a_broken_measurement_too(self, cache: Path, kept: Any) -> None:
+        assert autotune.fastest(drawn((256, 256), 0.1), self.CASE).measured_now
+        cache.write_text(json.dumps(dict.fromkeys(json.loads(cache.read_text()), kept)))
+        assert autotune.fastest(drawn((256, 256), 0.1), self.CASE).measured_now
+
+    def test_without_numba_torch_does_it_and_the_extra_is_named(
+        self, plan_of: MakePlan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *rest: (name != "numba" and found(name, *rest)) or None
+        )
+        monkeypatch.setattr(autotune, "MIN_MULTIPLY_ADDS", 1)
+        monkeypatch.setattr(autotune, "times", lambda *_: {"dense": 1.0, "sparse": 0.5})
+        trainer = Trainer(plan_of(target={"width": 64, "sparsity": {"density": 0.1}}))
+        engine = trainer.sparse_model.linear("blocks.0.mlp.up").engine
+        assert isinstance(engine, Sparse) and engine.kernels == "torch"
+        assert "pip install 'supar[sparse]'" in trainer.engines.lines()[-1]
+        trainer.step()
+
+    def test_a_cache_that_cannot_be_written_costs_a_measurement(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+        assert autotune.fastest(drawn((256, 256), 0.1), self.CASE).measured_now
+
+    def test_the_most_specific_name_decides(self, plan_of: MakePlan) -> None:
+        named = {"hidden": "sparse", "mlp": "dense", "mlp.up": "sparse", "attn.q": "dense", "blocks.0.attn.q": "sparse"}
+        trainer = Trainer(plan_of(run={"engine": named}))
+        found = {name: choice.name for name, choice in trainer.engines.choices.items()}
+        assert found.pop("blocks.0.attn.q") == "sparse" and len(found) > 6
+        for name, engine in found.items():
+            assert (engine == "dense") == name.endswith((".attn.q", ".mlp.down"))
+        trainer = Trainer(plan_of(run={"engine": {"blocks.0.attn.k": "sparse"}}))
+        assert trainer.engines.choices["blocks.0.attn.k"].name == "sparse"
+        assert trainer.engines.choices["blocks.0.attn.q"].name == "dense"  # of auto, which is, so small
+
+    def test_what_cannot_be_is_refused(self, plan_of: MakePlan) -> None:
+        with pytest.raises(InputError, match=r"run\.engine: block needs a plan whose sparsity\.pattern is block"):
+            Trainer(plan_of(run={"engine": "block"}))
+        with pytest.raises(InputError, match=r"run\.engine: sparse runs on CPU only"):
+            autotune.make("sparse", drawn((4, 4), 0.5), LayerCase(torch.device("cuda"), torch.float32, 1))
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ("fast", "run.engine: should be 'auto', 'dense', 'sparse', 'block' or a mapping to these, not 'fast'"),
+        ("{hiden: dense}", "run.engine.hiden: no hidden tensor, site (`attn.q`), part (`attn`) or `hidden`"),
+        ("{embedding: dense}", "run.engine.embedding: no hidden tensor"),
+    ],
+)
+def test_a_wrong_engine_ends_with_2(
+    supar_here: Callable[..., Called], plan_of: MakePlan, tmp_path: Path, engine: str, message: str
+) -> None:
+    from supar_cli.planning import document
+
+    (tmp_path / "plan.yaml").write_text(document.write([plan_of().model_dump()]))
+    ended = supar_here("train", "plan.yaml", "-s", f"run.engine={engine}")
+    assert ended.status == 2 and message in ended.err and not (tmp_path / "runs").exists()
+
+
+def test_large_blocks_are_kept_unless_switched_off() -> None:
+    code = "from supar_cli.sparse.allocator import keep_large_blocks; print(keep_large_blocks())"
+    for value, kept in (("1", str(sys.platform == "linux")), ("0", "False")):
+        run = [sys.executable, "-c", code]
+        done = subprocess.run(run, capture_output=True, text=True, env=environment(SUPAR_KEEP_MEMORY=value), check=True)
+        assert done.stdout.strip() == kept

@@ -1,0 +1,143 @@
+"""Patterns of masks: counts and densities in exact arithmetic, what is refused, and N:M from a document to training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from supar_cli.errors import InputError
+from supar_cli.planning import document
+from supar_cli.planning.patterns import density_of, describe, group_of, has_equal_rows, live_count
+from supar_cli.planning.plan import Plan
+from supar_cli.planning.problems import parse
+from supar_cli.planning.spec import Sparsity
+from supar_cli.training.trainer import Trainer
+
+MakePlan = Callable[..., Plan]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.integers(1, 30), st.integers(1, 30), st.fractions(Fraction(1, 50), 1), st.sampled_from([16, 32]))
+def test_counts_and_densities_agree(rows: int, columns: int, density: Fraction, block: int) -> None:
+    size = rows * columns
+    exact = live_count("w", size, columns, density, "exact", None)
+    assert abs(exact.count - density * size) <= Fraction(1, 2) and exact.density == float(density)
+    assert live_count("w", size, columns, density, "bernoulli", None) == exact
+    even = live_count("w", size, columns, density, "fixed_fan_in", None)
+    assert even.count % rows == 0 and even.density == float(Fraction(even.count, size))
+    assert abs(Fraction(even.count, rows) - density * columns) <= Fraction(1, 2)
+    if density * size >= 1:
+        blocks = live_count("w", size * block**2, columns * block, density, "block", block)
+        assert blocks.count % block**2 == 0 and abs(blocks.count // block**2 - density * size) <= Fraction(1, 2)
+        assert blocks.density == float(Fraction(blocks.count, size * block**2))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(2, 64), st.integers(1, 9), st.integers(1, 9), st.data())
+def test_groups_keep_their_share_exactly(length: int, rows: int, groups: int, data: Any) -> None:
+    live = data.draw(st.integers(1, length - 1))
+    pattern, size = f"{live}:{length}", rows * groups * length
+    found = live_count("w", size, groups * length, Fraction(live, length), pattern, None)
+    assert (found.count, found.density) == (rows * groups * live, live / length)
+    assert density_of(pattern) == Fraction(live, length) and group_of(pattern) == (live, length)
+    # a document holds the nearest float
+    nearest = live_count("w", size, groups * length, Fraction(repr(live / length)), pattern, None)
+    assert nearest == found and live_count("w", size, groups * length, Fraction(1), pattern, None).count == size
+    with pytest.raises(InputError, match=f"^w: density .* with the pattern {pattern}; expected {live}/{length}"):
+        live_count("w", size, groups * length, Fraction(live, length + 1), pattern, None)
+    with pytest.raises(InputError, match=f"^w: its fan-in {groups * length + 1} is not made of groups of {length}"):
+        live_count("w", size + rows, groups * length + 1, Fraction(live, length), pattern, None)
+
+
+def test_blocks_need_a_matrix_of_them() -> None:
+    """Of a convolution's matrix (fan-out, fan-in), not of its extents."""
+    assert live_count("w", 32 * 16 * 3 * 3, 16 * 9, Fraction(1, 2), "block", 16).count == 9 * 256
+    with pytest.raises(InputError, match=r"w: its shape 32×135 is not made of 16×16 blocks"):
+        live_count("w", 32 * 135, 135, Fraction(1, 2), "block", 16)
+    with pytest.raises(InputError, match=r"w: density 0\.01 keeps none of its 4 blocks"):
+        live_count("w", 32 * 32, 32, Fraction(1, 100), "block", 16)
+
+
+def test_words() -> None:
+    assert (describe("2:4", None), describe("block", 32), describe("exact", None)) == ("2:4", "blocks of 32", "exact")
+    assert [has_equal_rows(one) for one in ("fixed_fan_in", "1:16", "exact", "bernoulli", "block")] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert group_of("exact") is None and density_of("block") is None
+
+
+@pytest.mark.parametrize("text", ["2:4", '"2:4"'])
+def test_a_document_may_quote_it_or_not_and_is_written_so_that_every_yaml_reads_it(text: str) -> None:
+    section = parse(Sparsity, document.read(f"pattern: {text}\n", "s.yaml")[0])
+    assert section.pattern == "2:4" and "pattern: '2:4'" in document.write([section.model_dump()])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("4:2", "pattern: 4:2; expected N:M with N < M <= 64"),
+        ("4:4", "pattern: 4:4; expected N:M with N < M <= 64"),
+        ("1:65", "pattern: 1:65; expected N:M with N < M <= 64"),
+        ("0:4", "pattern: should be 'exact', 'fixed_fan_in', 'bernoulli', 'block' or N:M such as '2:4', not '0:4'"),
+        ("exakt", "not 'exakt'"),
+        ("2:4:8", "not '2:4:8'"),
+    ],
+)
+def test_what_is_no_pattern_is_refused(text: str, message: str) -> None:
+    with pytest.raises(InputError) as found:
+        parse(Sparsity, document.read(f"pattern: {text}\n", "s.yaml")[0])
+    assert message in str(found.value)
+
+
+class TestGroupsInAPlan:
+    def test_the_pattern_says_the_density(self, plan_of: MakePlan) -> None:
+        plan = plan_of(target={"width": 64, "sparsity": {"pattern": "1:4", "density": None}})
+        assert (plan.sparsity.density, plan.sparsity.sparsity, plan.sparsity.pattern_text) == (0.25, 0.75, "1:4")
+        hidden = [row for row in plan.tensors if row.role == "hidden"]
+        assert all(row.kept * 4 == row.size and row.density == 0.25 for row in hidden)
+        same = plan_of(target={"width": 64, "sparsity": {"pattern": "1:4", "density": 0.25}})
+        assert same.hash() == plan.hash()
+        exact = plan_of(target={"width": 64, "sparsity": {"density": 0.25}})
+        assert [row.lr for row in exact.tensors] == [row.lr for row in plan.tensors]  # no rule of its own
+        assert exact.hash() != plan.hash()
+
+    @pytest.mark.parametrize("pattern", ["1:3", "2:3", "1:7"])
+    def test_shares_that_no_float_holds(self, plan_of: MakePlan, pattern: str) -> None:
+        width = 2 * 3 * 7 * 16
+        share = density_of(pattern)
+        assert share is not None
+        model = {"width": 42 * 16, "heads": 2}
+        for density in (None, float(share), f"{share}"):
+            plan = plan_of(model=model, target={"width": width, "sparsity": {"pattern": pattern, "density": density}})
+            assert {row.kept * share.denominator for row in plan.tensors if row.role == "hidden"} == {
+                row.size * share.numerator for row in plan.tensors if row.role == "hidden"
+            }
+
+    def test_another_density_is_refused_and_dense_is_not(self, plan_of: MakePlan) -> None:
+        with pytest.raises(InputError, match=r"density: 0\.3 with the pattern 2:4; expected 1/2, or 1"):
+            plan_of(target={"sparsity": {"pattern": "2:4", "density": 0.3}})
+        with pytest.raises(InputError, match=r"blocks\.0\.attn\.q: density 0\.25 with the pattern 2:4; expected 2/4"):
+            plan_of(target={"sparsity": {"pattern": "2:4", "density": 0.5, "overrides": {"attn.q": 0.25}}})
+        dense = plan_of(target={"sparsity": {"pattern": "2:4", "density": 0.5, "overrides": {"attn": 1.0}}})
+        assert {row.density for row in dense.tensors if row.site.startswith("attn")} == {1.0}
+        assert all(
+            row.kept == row.size for row in plan_of(target={"sparsity": {"pattern": "2:4", "density": 1.0}}).tensors
+        )
+
+    def test_training_keeps_every_group(self, plan_of: MakePlan) -> None:
+        trainer = Trainer(plan_of(target={"width": 64, "sparsity": {"pattern": "2:8", "density": 0.25}}))
+        first = trainer.step()[0]
+        losses = [trainer.step()[0] for _ in range(5)]
+        assert losses[-1] < first and len(trainer.sparse_model.masks) == 12
+        for name in trainer.sparse_model.masks:
+            alive = (trainer.sparse_model.weight(name) != 0).numpy()
+            assert (alive.reshape(-1, 8).sum(axis=1) == 2).all()
