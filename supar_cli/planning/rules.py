@@ -163,8 +163,8 @@ def _hidden_divisor(scheme: Scheme, context: TensorContext) -> tuple[float, list
     """What the rate of a hidden weight is divided by: the number, and its symbols above and below η's fraction bar.
 
     Under SGD a step is as large as the gradient, and V takes that of an output for Θ(1/fan-out). [P Table 1, D.3.1; V]
-    It is where fan-out has d_model's ratio. At another FFN ratio r, ΔY of the down projection stays put, that of the up
-    projection at the first steps moves as √r (without fan-out and fan-in: as r, and as 1/√r) [D, measured at width 256].
+    It is where fan-out has d_model's ratio. At an FFN ratio changed by r, ΔY of the down projection stays put; that of the up
+    projection moves as √r at the first step and less later (edition 1: as r, and as 1/√r) [D, measured at widths to 256].
     """
     follows = scheme.name in _DENSITY_IN_RATE
     m_rho = power(context.m_rho, scheme.density_exponent) if follows else 1.0
