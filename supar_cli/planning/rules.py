@@ -51,7 +51,8 @@ class Scheme:
     the m_rho of step 0, and the rate and the decay with that of the end [D].
 
     `edition` 1 has the rules of plans written before 2: epsilon by the tensor's own m_d, and a rate under SGD that
-    leaves fan-out and fan-in of hidden weights out. The editions differ only where a tensor's m_fan_out or m_out is not its m_d.
+    leaves fan-out and fan-in of hidden weights out; `after_head` means nothing to it. For all other tensors the editions
+    differ only where m_fan_out or m_out is not m_d, and elsewhere agree bit for bit.
     """
 
     name: ParameterizationName
