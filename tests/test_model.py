@@ -15,6 +15,7 @@ from supar_cli.models.transformer import Transformer, alibi_bias, named_tensors,
 from supar_cli.planning import layout
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.masks import Mask
+from supar_cli.streams import stream
 from supar_cli.training import prepare
 
 MakePlan = Callable[..., Plan]
@@ -239,6 +240,17 @@ def test_initial_values_are_normal_of_the_planned_deviation(plan_of: MakePlan) -
         assert abs(live.std() / row.init_std - 1) < 6 / math.sqrt(2 * live.size), row.name
         assert abs(live.mean() / row.init_std) < 6 / math.sqrt(live.size)
         assert abs(np.mean((live / row.init_std) ** 4) - 3) < 6 * math.sqrt(96 / live.size)
+
+
+@pytest.mark.parametrize("shape", [(300, 70), (5, 4, 3, 3), (2, 100_000), (100_000, 3), (1, 7)])
+def test_a_live_weights_first_value_does_not_depend_on_the_mask(plan_of: MakePlan, shape: tuple[int, ...]) -> None:
+    """It is that of its position among all positions' numbers, however many are drawn at once."""
+    alive = np.random.default_rng(0).random(shape) < 0.3
+    update = {"name": "w", "shape": list(shape), "init_std": 0.3, "kept": int(alive.sum())}
+    row = plan_of().tensors[3].model_copy(update=update)
+    whole = np.random.Generator(stream(5, "init:w")).standard_normal(alive.size, np.float32) * np.float32(0.3)
+    assert np.array_equal(prepare._values(row, 5, None), whole.reshape(shape))
+    assert np.array_equal(prepare._values(row, 5, Mask.of(alive)), whole.reshape(shape)[alive])
 
 
 @pytest.mark.parametrize("what", ["std", "count"])
