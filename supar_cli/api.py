@@ -188,23 +188,20 @@ def train(plan: Plan, directory: str | Path, *, resume: bool = True, force: bool
     In a script that torchrun started, its processes train it together. Without `resume` a directory that holds a run is
     refused; with `force` it starts again.
     """
-    import json
-
     from supar_cli.training import run_directory, trainer
-    from supar_cli.training.distributed import World, joined
+    from supar_cli.training.distributed import Ranks, init_distributed
 
-    def trained(world: World) -> dict[str, Any]:
+    def trained(ranks: Ranks) -> dict[str, Any]:
         goes_on = resume and not force
         with ExitStack() as stack:
-            ready = trainer.Trainer(plan, world=world)
-            opening = run_directory.opened(Path(directory), plan, resume=goes_on, force=force)
-            world.on_first(lambda: stack.enter_context(opening))
+            ready = trainer.Trainer(plan, ranks=ranks)
+            opening = run_directory.open_run(Path(directory), plan, resume=goes_on, force=force)
+            ranks.on_main(stack.enter_context, opening)
             ready.run(Path(directory), resume=goes_on)
-            result = Path(directory) / "result.json"
-            return dict(world.on_first(lambda: json.loads(result.read_text("utf-8"))))
+            return dict(ranks.on_main(run_directory.read_result, Path(directory) / "result.json"))
 
-    with joined() as world:
-        return trained(world)
+    with init_distributed() as ranks:
+        return trained(ranks)
 
 
 def weights(directory: str | Path) -> dict[str, Tensor]:

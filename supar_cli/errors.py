@@ -8,11 +8,11 @@ from dataclasses import dataclass
 class SuparError(Exception):
     """An error whose message is meant for the user. `exit_status` is what the process ends with.
 
-    `shared`: every process of a run raises it, and the first of them says it for all.
+    `is_collective`: every process of a run raises it, and the main one reports it for all.
     """
 
     exit_status = 1
-    shared = False
+    is_collective = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class SetupError(SuparError):
     exit_status = 3
 
 
-class PeerGone(SetupError):
+class PeerLost(SetupError):
     """Another process of the run is gone. Its own status says why, so that of this one (1) says nothing."""
 
     exit_status = 1

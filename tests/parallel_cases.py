@@ -15,8 +15,8 @@ from supar_cli import load
 from supar_cli.errors import InputError, SuparError
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse import masks
-from supar_cli.training import parallel
-from supar_cli.training.distributed import World, joined
+from supar_cli.training import runtime
+from supar_cli.training.distributed import Ranks, init_distributed, local_shard
 from supar_cli.training.trainer import Trainer
 
 
@@ -25,7 +25,7 @@ def error_of(function: Callable[[], object]) -> list[Any]:
     try:
         function()
     except SuparError as error:
-        return [type(error).__name__, str(error), error.shared]
+        return [type(error).__name__, str(error), error.is_collective]
     return []
 
 
@@ -33,48 +33,48 @@ def planned(plan: Plan, **run: Any) -> Plan:
     return plan.model_copy(update={"run": plan.run.model_copy(update=run)})
 
 
-def other_mask(plan: Plan, world: World) -> list[Any]:
+def other_mask(plan: Plan, ranks: Ranks) -> list[Any]:
     """Rank 1 draws the mask of one tensor from another seed."""
     draw = masks.draw
     masks.draw = lambda name, shape, kept, density, seed, *rest: draw(
-        name, shape, kept, density, seed + (name == "blocks.1.attn.k") * world.rank, *rest
+        name, shape, kept, density, seed + (name == "blocks.1.attn.k") * ranks.rank, *rest
     )
     try:
-        return error_of(lambda: Trainer(plan, world=world))
+        return error_of(lambda: Trainer(plan, ranks=ranks))
     finally:
         masks.draw = draw
 
 
-def lost_data(plan: Plan, world: World) -> list[Any]:
+def lost_data(plan: Plan, ranks: Ranks) -> list[Any]:
     """Rank 1 does not find the data."""
-    data = plan.data.model_copy(update={"source": plan.data.source + ".gone" * world.rank})
-    return error_of(lambda: Trainer(plan.model_copy(update={"data": data}), world=world))
+    data = plan.data.model_copy(update={"source": plan.data.source + ".gone" * ranks.rank})
+    return error_of(lambda: Trainer(plan.model_copy(update={"data": data}), ranks=ranks))
 
 
-def fails_first(world: World) -> list[Any]:
+def fails_first(ranks: Ranks) -> list[Any]:
     def fail() -> None:
         raise InputError("what rank 0 found")
 
-    return error_of(lambda: world.on_first(fail))
+    return error_of(lambda: ranks.on_main(fail))
 
 
-def kinds(plan: Plan, world: World) -> list[Any]:
+def kinds(plan: Plan, ranks: Ranks) -> list[Any]:
     """(kind, reason) with enough memory and with too little."""
-    trainer, host_bytes = Trainer(plan, world=world), parallel._host_bytes
+    trainer, host_bytes = Trainer(plan, ranks=ranks), runtime._host_bytes
     found = []
     for there in (2**30, 2**20):
-        parallel._host_bytes = lambda there=there: there
-        found.append(parallel.kind_of(planned(plan, parallel="auto"), trainer.setup, world))
-    parallel._host_bytes = host_bytes
+        runtime._host_bytes = lambda there=there: there
+        found.append(runtime.choose_parallelism(planned(plan, parallel="auto"), trainer.runtime, ranks))
+    runtime._host_bytes = host_bytes
     return found
 
 
-def exchanges(plan: Plan, world: World, kind: str, held: bool) -> int:
+def exchanges(plan: Plan, ranks: Ranks, kind: str, held: bool) -> int:
     """How often gradients go round in a step of four micro-batches; with `held` taken out, after each of them."""
-    trainer = Trainer(planned(plan, parallel=kind, micro_batch_size=1), world=world)
+    trainer = Trainer(planned(plan, parallel=kind, micro_batch_size=1), ranks=ranks)
     if not held:
-        exchanging = trainer.parallel.exchanging
-        trainer.parallel.exchanging = lambda last: exchanging(True)  # type: ignore[method-assign]
+        gradient_sync = trainer.parallel.gradient_sync
+        trainer.parallel.gradient_sync = lambda is_last: gradient_sync(True)  # type: ignore[method-assign]
     trainer.step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         trainer.step()
@@ -84,11 +84,11 @@ def exchanges(plan: Plan, world: World, kind: str, held: bool) -> int:
     return sums - {"ddp": 1, "fsdp": 2}[kind]  # those of the loss and, of shards, of the norms
 
 
-def shards(plan: Plan, world: World) -> dict[str, Any]:
+def shards(plan: Plan, ranks: Ranks) -> dict[str, Any]:
     """What a process holds of a model in shards, and whether its numbers are the plan's."""
-    trainer = Trainer(planned(plan, parallel="fsdp", engine="dense"), world=world)
+    trainer = Trainer(planned(plan, parallel="fsdp", engine="dense"), ranks=ranks)
     trainer.step()
-    tensors, rows = trainer.prepared.tensors, {row.name: row for row in plan.tensors}
+    tensors, rows = trainer.sparse_model.tensors, {row.name: row for row in plan.tensors}
     rates = all(
         group["peak_lr"] == rows[name].lr
         and group["weight_decay"] == rows[name].weight_decay
@@ -98,32 +98,34 @@ def shards(plan: Plan, world: World) -> dict[str, Any]:
     )
     state = trainer.optimizer.state
     return {
-        "numbers": {name: parallel.local(tensor).numel() for name, tensor in tensors.items()},
-        "moments": {name: parallel.local(state[tensor]["exp_avg"]).numel() for name, tensor in tensors.items()},
+        "numbers": {name: local_shard(tensor).numel() for name, tensor in tensors.items()},
+        "moments": {name: local_shard(state[tensor]["exp_avg"]).numel() for name, tensor in tensors.items()},
         "sharded": all(isinstance(tensor, DTensor) for tensor in tensors.values()),
         "rates": rates,
-        "dense": [name for name, buffer in trainer.prepared.model.named_buffers() if name.endswith("engine.weight")],
+        "dense": [
+            name for name, buffer in trainer.sparse_model.model.named_buffers() if name.endswith("engine.weight")
+        ],
     }
 
 
 def main() -> None:
     plan = load(Path(sys.argv[1]))
     assert isinstance(plan, Plan)
-    with joined() as world:
+    with init_distributed() as ranks:
         found = {
-            "other_mask": other_mask(plan, world),
-            "lost_data": lost_data(plan, world),
-            "fails_first": fails_first(world),
-            "kinds": kinds(plan, world),
+            "other_mask": other_mask(plan, ranks),
+            "lost_data": lost_data(plan, ranks),
+            "fails_first": fails_first(ranks),
+            "kinds": kinds(plan, ranks),
             "exchanges": {
-                f"{kind} {'held' if held else 'not held'}": exchanges(plan, world, kind, held)
+                f"{kind} {'held' if held else 'not held'}": exchanges(plan, ranks, kind, held)
                 for kind in ("ddp", "fsdp")
                 for held in (True, False)
             },
-            "shards": shards(plan, world),
+            "shards": shards(plan, ranks),
         }
-        everyone = world.gather(found)
-        if world.is_first:
+        everyone = ranks.gather(found)
+        if ranks.is_main:
             sys.stdout.write(json.dumps(everyone))
 
 

@@ -25,6 +25,7 @@ from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.spec import Proxy, Sparsity, Target
 from supar_cli.planning.transfer import transfer
 from supar_cli.sparse.linear import Linear
+from supar_cli.training.tasks import NextToken
 from supar_cli.training.trainer import Trainer
 
 Y, GAIN, CHANGE = range(3)  # mean|Y|, mean|dL/dX| / mean|dL/dY|, mean|ΔY| where ΔY = X·ΔW at the step's own X
@@ -130,8 +131,8 @@ class Watch:
 @cache
 def logs_SLQ(wanted: Experiment) -> NDArray[np.float64]:
     """log2 of the three quantities at every step and hidden linear, of the trainer's own steps."""
-    hidden, trainer = wanted.hidden(), Trainer(wanted.plan(), tokens())
-    watch, weight = Watch(trainer.model, hidden), trainer.prepared.weight
+    hidden, trainer = wanted.hidden(), Trainer(wanted.plan(), NextToken(wanted.plan(), tokens()))
+    watch, weight = Watch(trainer.model, hidden), trainer.sparse_model.weight
     found = []
     for _ in range(wanted.steps):
         before = {name: weight(name) for name in hidden}
@@ -144,7 +145,7 @@ def logs_SLQ(wanted: Experiment) -> NDArray[np.float64]:
 
 def logit_change(plan: Plan) -> float:
     """mean |change of the logits| of the first batch by its own update."""
-    trainer = Trainer(plan, tokens())
+    trainer = Trainer(plan, NextToken(plan, tokens()))
     inputs_BT, _ = trainer.batch(0)
     with torch.no_grad():
         before_BTV = trainer.model(inputs_BT)

@@ -109,21 +109,6 @@ def circle(sources: dict[str, str]) -> list[str]:
     return next((found for name in graph if (found := visit(name))), [])
 
 
-def sparse_offences(module: str, source: str) -> list[str]:
-    """`sparse` knows arrays, masks and patterns: no plan, no device settings, no processes."""
-    if not is_below(module, "supar_cli.sparse"):
-        return []
-    modules = ("sparse", "planning.patterns", "errors", "files", "version", "streams")
-    allowed = tuple(f"supar_cli.{name}" for name in modules)
-    return [
-        f"{module}:{line} imports {name}"
-        for line, name in imports(module, source)
-        if is_below(name, "supar_cli")
-        and not is_below(name, *allowed)
-        and name not in ("supar_cli", "supar_cli.planning")
-    ]
-
-
 def cli_offences(module: str, source: str) -> list[str]:
     """Nothing but the command line imports the command line."""
     if is_below(module, "supar_cli.cli", "supar_cli.__main__"):
@@ -195,13 +180,8 @@ CHECKS: dict[Callable[[str, str], list[str]], list[tuple[str, str]]] = {
         ("supar_cli.training.trainer", "from supar_cli.planning.folding import fold"),
         ("supar_cli.training.trainer", "from supar_cli import api"),
         ("supar_cli.training.trainer", "from supar_cli.tuning import search"),
-    ],
-    sparse_offences: [
-        ("supar_cli.sparse.masks", "from supar_cli.planning.plan import PlanTensor"),
-        ("supar_cli.sparse.masks", "from supar_cli.planning import patterns, plan"),
-        ("supar_cli.sparse.autotune", "def f():\n    from supar_cli.training.runtime import Setup"),
-        ("supar_cli.sparse.autotune", "from ..training import distributed"),
-        ("supar_cli.sparse.linear", "from supar_cli import models"),
+        ("supar_cli.training.result", "from supar_cli import __version__"),
+        ("supar_cli.training.trainer", "if TYPE_CHECKING:\n    from supar_cli.planning.folding import fold"),
     ],
     cli_offences: [
         ("supar_cli.api", "from supar_cli.cli import console"),

@@ -107,7 +107,7 @@ class TestChoice:
         monkeypatch.setattr(autotune, "MIN_MULTIPLY_ADDS", 1)
         monkeypatch.setattr(autotune, "times", lambda *_: {"dense": 1.0, "sparse": 0.5})
         trainer = Trainer(plan_of(target={"width": 64, "sparsity": {"density": 0.1}}))
-        engine = trainer.prepared.linear("blocks.0.mlp.up").engine
+        engine = trainer.sparse_model.linear("blocks.0.mlp.up").engine
         assert isinstance(engine, Sparse) and engine.kernels == "torch"
         assert "pip install 'supar[sparse]'" in trainer.engines.lines()[-1]
         trainer.step()

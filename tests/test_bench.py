@@ -231,7 +231,7 @@ def test_what_slows_a_checkpoint_is_measured(
     plan_of: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A save that waits for the disk, as one without a thread would, costs as many steps as it takes."""
-    trainer = Trainer(plan_of(), benchmark.random_tokens(plan_of()))
+    trainer = Trainer(plan_of(), benchmark.random_task(plan_of()))
     trainer.step()
     quick = bench_run._checkpoint(trainer, tmp_path / "quick")
     save = checkpoint.Writer.save
@@ -254,9 +254,9 @@ def test_masked_dense_steps_as_ours_do(plan_of: Callable[..., Plan]) -> None:
         train={"schedule": "constant", "warmup_fraction": 0.0},
         run={"engine": "dense", "precision": "float32"},
     )
-    ours, other = (Trainer(plan, benchmark.random_tokens(plan)) for _ in range(2))
-    masked = benchmark.masked_dense(ours.prepared)
-    unmasked = benchmark.masked_dense(other.prepared)
+    ours, other = (Trainer(plan, benchmark.random_task(plan)) for _ in range(2))
+    masked = benchmark.masked_dense(ours.sparse_model, plan.model)
+    unmasked = benchmark.masked_dense(other.sparse_model, plan.model)
     for module in unmasked.modules():
         if isinstance(module, benchmark.MaskedLinear):
             torch.nn.init.normal_(module.weight, std=0.1)

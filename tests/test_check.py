@@ -130,20 +130,20 @@ class TestMeasure:
         from supar_cli.tuning import execute
 
         small = plan.model_copy(update={"train": plan.train.model_copy(update={"steps": 1, "tokens": 128})})
-        trainer = Trainer(small, execute.tokens_of(small))
-        model, name = trainer.prepared.model, "blocks.0.attn.q"
+        trainer = Trainer(small, execute.task_of(small))
+        model, name = trainer.sparse_model.model, "blocks.0.attn.q"
         inputs_BT, _ = trainer.batch(0)
         with torch.no_grad():
             x_BTD = (model.embedding(inputs_BT) + model.positions.weight[:32]) * small.model.multipliers.input
             x_BTD = model.blocks[0].attn_norm(x_BTD)
-            before = trainer.prepared.weight(name)
+            before = trainer.sparse_model.weight(name)
             attn = model.blocks[0].attn
             q, k = (linear(x_BTD).unflatten(-1, (16, 32)).transpose(1, 2) for linear in (attn.q, attn.k))
             scores = (q @ k.transpose(-1, -2) / 32).abs()[..., torch.ones(32, 32).tril().bool()].mean()
             logits = model(inputs_BT)
         trainer.step()
         with torch.no_grad():
-            update = (x_BTD @ (trainer.prepared.weight(name) - before).T).abs().mean()
+            update = (x_BTD @ (trainer.sparse_model.weight(name) - before).T).abs().mean()
             moved = (model(inputs_BT) - logits).abs().mean()
         step = coordinates.measure(small)["steps"][0]
         for got, expected in (

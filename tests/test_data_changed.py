@@ -56,11 +56,11 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, change: Callable[[], Non
     """Have something happen once, between two steps of whatever is trained."""
     done, take = list[int](), Trainer.step
 
-    def stepping(self: Trainer, watch: bool = False) -> Any:
+    def stepping(self: Trainer, diagnose: bool = False) -> Any:
         if self.done == step and not done:
             done.append(step)
             change()
-        return take(self, watch)
+        return take(self, diagnose)
 
     monkeypatch.setattr(Trainer, "step", stepping)
 

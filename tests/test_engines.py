@@ -24,7 +24,8 @@ from supar_cli.sparse.dense import Dense
 from supar_cli.sparse.linear import Engine, Linear
 from supar_cli.sparse.masks import Mask, carry
 from supar_cli.training import checkpoint, run_directory
-from supar_cli.training.trainer import Silent, Trainer
+from supar_cli.training.reporter import NullReporter
+from supar_cli.training.trainer import Trainer
 from tests.conftest import environment
 
 MakePlan = Callable[..., Plan]
@@ -174,7 +175,7 @@ class TestTraining:
             trainer = Trainer(plan)
             trainer.optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[assignment, misc]
             trainer.step()
-            gradients[engine] = {name: tensor.grad for name, tensor in trainer.prepared.tensors.items()}
+            gradients[engine] = {name: tensor.grad for name, tensor in trainer.sparse_model.tensors.items()}
             assert {choice.name for choice in trainer.engines.choices.values()} == {engine}
         assert max(abs(a - b) for a, b in zip(found["dense"], found["sparse"], strict=True)) <= 1e-5
         for name, gradient in gradients["dense"].items():
@@ -189,22 +190,22 @@ class TestTraining:
     def test_saved_under_one_and_resumed_under_another(self, plan_of: MakePlan, tmp_path: Path) -> None:
         whole = losses(self.plan(plan_of, "dense"))
         plan = self.plan(plan_of, "dense", checkpoint_every=7)
-        run_directory.start(tmp_path / "run", plan, resume=False, force=False)
+        run_directory.begin_run(tmp_path / "run", plan, resume=False, force=False)
 
         class Stop(Exception):
             pass
 
-        class Stopping(Silent):
+        class Interrupting(NullReporter):
             def progress(self, step: int, steps: int, loss: float) -> None:
                 if step == 9:
                     raise Stop
 
         with pytest.raises(Stop):
-            Trainer(plan, reporter=Stopping()).run(tmp_path / "run")
+            Trainer(plan, reporter=Interrupting()).run(tmp_path / "run")
         again = self.plan(plan_of, "sparse")
         assert again.hash() == plan.hash()
-        outcome = Trainer(again).run(tmp_path / "run", resume=True)
-        assert outcome.resumed_at == 7 and outcome.losses == pytest.approx(whole, abs=1e-5)
+        history = Trainer(again).run(tmp_path / "run", resume=True)
+        assert history.resumed_at == 7 and history.losses == pytest.approx(whole, abs=1e-5)
         assert set(json.loads((tmp_path / "run/result.json").read_text())["environment"]["engines"].values()) == {
             "sparse"
         }
@@ -228,7 +229,7 @@ class TestTraining:
         found = supar_cli.weights(tmp_path)
         assert list(found) == [row.name for row in plan.tensors]
         for row in plan.tensors:
-            assert torch.equal(found[row.name], trainer.prepared.weight(row.name))
+            assert torch.equal(found[row.name], trainer.sparse_model.weight(row.name))
             assert np.count_nonzero(found[row.name]) <= row.kept and tuple(found[row.name].shape) == tuple(row.shape)
         with pytest.raises(InputError, match="no checkpoint"):
             supar_cli.weights(tmp_path / "checkpoints")

@@ -20,7 +20,7 @@ from supar_cli.cli.app import app
 from supar_cli.errors import SuparError
 from supar_cli.planning import document
 from supar_cli.planning.spec import Proxy
-from supar_cli.training import running
+from supar_cli.training.result import RunHistory
 from supar_cli.training.trainer import Trainer
 from tests.conftest import CHECKOUT, TEXT_BYTES, plan_from, proxy_fields, real_text
 from tests.fuzzing import MORE, tries
@@ -114,7 +114,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run ends after a few steps, whatever its plan says, as it would by a signal."""
     run = Trainer.run
 
-    def soon(trainer: Trainer, directory: Path | None = None, **flags: Any) -> running.Outcome:
+    def soon(trainer: Trainer, directory: Path | None = None, **flags: Any) -> RunHistory:
         return run(trainer, directory, **{**flags, "stop": lambda: "enough" if trainer.done >= 2 else None})
 
     monkeypatch.setattr(Trainer, "run", soon)

@@ -31,8 +31,8 @@ Files = dict[str, bytes]
 
 def state_of(trainer: Trainer) -> dict[str, bytes]:
     """Weights and optimizer state, bit for bit."""
-    found = {name: tensor.detach().numpy().tobytes() for name, tensor in trainer.prepared.tensors.items()}
-    for name, tensor in trainer.prepared.tensors.items():
+    found = {name: tensor.detach().numpy().tobytes() for name, tensor in trainer.sparse_model.tensors.items()}
+    for name, tensor in trainer.sparse_model.tensors.items():
         for key, value in trainer.optimizer.state[tensor].items():
             found[f"{name}/{key}"] = value.numpy().tobytes()
     return found

@@ -15,14 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from supar_cli.errors import InputError, PeerGone
+from supar_cli.errors import InputError, PeerLost
 from supar_cli.planning.plan import Plan
 from supar_cli.training import checkpoint, run_directory, runtime
-from supar_cli.training.distributed import World
-from supar_cli.training.launch import elastic
-from supar_cli.training.launch import environment as membership
-from supar_cli.training.launch import signals as stopping
-from supar_cli.training.launch.signals import Stopping
+from supar_cli.training.distributed import Ranks
+from supar_cli.training.launch import elastic, signals
+from supar_cli.training.launch import environment as launch
+from supar_cli.training.launch.signals import StopSignals
 from supar_cli.training.trainer import Trainer
 from tests.conftest import Called, environment
 from tests.test_train import trained
@@ -74,8 +73,8 @@ class TestSignals:
     def test_a_repeat_is_a_second_request_only_later_and_alone_at_once(
         self, of_torchrun: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(stopping, "ONE_REQUEST_S", 0.5)
-        with Stopping() as asked:
+        monkeypatch.setattr(signals, "ONE_REQUEST_S", 0.5)
+        with StopSignals() as asked:
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGINT)
             assert asked.reason() == "SIGINT"
@@ -84,7 +83,7 @@ class TestSignals:
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(5)
         monkeypatch.delenv("RANK")
-        with Stopping() as asked, pytest.raises(KeyboardInterrupt):
+        with StopSignals() as asked, pytest.raises(KeyboardInterrupt):
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(0.01)
@@ -126,7 +125,7 @@ class TestSignals:
         monkeypatch.setattr(checkpoint, "file_hash", lambda path: (time.sleep(0.5), hashed(path))[1])
         monkeypatch.setattr(run_directory.Metrics, "sync", lambda _: None)  # else the closed file would be in its way
         made = plan_of(train={"eval_every": 6}, run={"checkpoint_every": 5})
-        with run_directory.opened(tmp_path / "run", made, resume=True, force=False), pytest.raises(KeyboardInterrupt):
+        with run_directory.open_run(tmp_path / "run", made, resume=True, force=False), pytest.raises(KeyboardInterrupt):
             Trainer(made).run(tmp_path / "run", on_evaluation=interrupted)
         folder, end = tmp_path / "run/checkpoints", time.monotonic() + 10
         assert list(folder.iterdir()) != []  # it is being written
@@ -137,11 +136,14 @@ class TestSignals:
 
 class TestLimitOfTime:
     def test_it_counts_from_the_launchers_start(self, of_torchrun: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        since = membership.launched_s()
+        since = launch.launcher_age_s()
         assert since > 0.1
-        assert Stopping(since + 60).reason() is None and Stopping(since / 2).reason() == f"the limit of {since / 2:g} s"
+        assert (
+            StopSignals(since + 60).reason() is None
+            and StopSignals(since / 2).reason() == f"the limit of {since / 2:g} s"
+        )
         monkeypatch.delenv("RANK")
-        assert Stopping(since / 2).reason() is None
+        assert StopSignals(since / 2).reason() is None
 
 
 class TestRestarts:
@@ -158,7 +160,7 @@ class TestRestarts:
         for flags in ({"resume": False, "force": True}, {"resume": False, "force": False}):
             with (
                 pytest.raises(InputError, match="under torchrun, whose restarts would do so too"),
-                run_directory.opened(tmp_path / "run", plan, **flags),
+                run_directory.open_run(tmp_path / "run", plan, **flags),
             ):
                 pass
         assert not (tmp_path / "run").exists()
@@ -167,9 +169,9 @@ class TestRestarts:
         self, plan: Plan, tmp_path: Path, of_torchrun: None
     ) -> None:
         ends = {"state": "preempted", "text": "stopped at step 8 of 20 by SIGTERM"}
-        for launcher, found in (("elsewhere 17 1.5", ""), (membership.launcher(), ends["text"]), (None, "")):
+        for launcher, found in (("elsewhere 17 1.5", ""), (launch.launcher_id(), ends["text"]), (None, "")):
             (tmp_path / "ended.json").write_text(json.dumps({**ends, "launcher": launcher}))
-            assert run_directory.preempted(tmp_path) == found
+            assert run_directory.preemption_reason(tmp_path) == found
 
     def test_a_run_preempted_before_goes_on_under_torchrun(self, plan: Plan, supar_here: Supar, tmp_path: Path) -> None:
         assert supar_here("train", "-o", "run", "-q", "--max-time", "0.001s").status == 75
@@ -177,18 +179,18 @@ class TestRestarts:
         assert done.status == 0 and "kind: supar.result/v1" in done.out, done.err
 
     def test_a_peer_that_is_gone_is_no_reason_of_its_own(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        lives, said = iter([{0: 1, 1: PeerGone.exit_status}, {}]), list[str]()
+        lives, said = iter([{0: 1, 1: PeerLost.exit_status}, {}]), list[str]()
         monkeypatch.setattr(elastic, "_run", lambda *_: next(lives))
         assert elastic.launch([], 2, 1, tmp_path, said.append) == 0
         assert said == ["a process failed; starting again from the last checkpoint, 1 of at most 1 times"]
-        lives = iter([{0: 2, 1: PeerGone.exit_status}])
+        lives = iter([{0: 2, 1: PeerLost.exit_status}])
         assert elastic.launch([], 2, 1, tmp_path, said.append) == 2
 
     def test_of_the_processes_that_are_left_the_first_says_that_one_is_gone(
         self, of_torchrun: None, supar_here: Supar, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def cut_off(*_: Any) -> None:
-            with World(grouped=True).complete():
+            with Ranks(is_distributed=True).translate_peer_errors():
                 raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
 
         monkeypatch.setattr("supar_cli.cli.transfer.parse", cut_off)
@@ -241,7 +243,7 @@ def test_no_model_outlives_its_group(plan: Plan, tmp_path: Path) -> None:
 
 class TestLock:
     def test_who_only_looks_is_in_nobodys_way(self, plan: Plan, tmp_path: Path) -> None:
-        with run_directory.opened(tmp_path / "run", plan, resume=True, force=False):
+        with run_directory.open_run(tmp_path / "run", plan, resume=True, force=False):
             assert run_directory.is_open(tmp_path / "run")
         code = (
             "import fcntl, sys, time\n"
@@ -253,7 +255,7 @@ class TestLock:
         command = [sys.executable, "-c", code, str(tmp_path / "run/lock")]
         looker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert looker.stdout is not None and looker.stdout.readline() == "looks\n"
-        with run_directory.opened(tmp_path / "run", plan, resume=True, force=False):
+        with run_directory.open_run(tmp_path / "run", plan, resume=True, force=False):
             pass
         looker.communicate()
 
@@ -266,7 +268,7 @@ def test_a_cuda_device_has_a_number(plan_of: MakePlan, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bool(chosen))
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     plan = plan_of(run={"device": "auto"})
-    assert runtime.device_of(plan, World()) == torch.device("cuda", 1)
-    assert runtime.device_of(plan, World(1, 2, 0, 2, grouped=True)) == torch.device("cuda", 0)
-    assert runtime.Setup.of(plan).precision is torch.bfloat16  # asked of the device that was selected
+    assert runtime.device_of(plan, Ranks()) == torch.device("cuda", 1)
+    assert runtime.device_of(plan, Ranks(1, 2, 0, 2, is_distributed=True)) == torch.device("cuda", 0)
+    assert runtime.Runtime.of(plan).precision is torch.bfloat16  # asked of the device that was selected
     assert chosen == [torch.device("cuda", 1)]

@@ -220,8 +220,8 @@ class TestBlocks:
         for engine in ("dense", "sparse", "block"):
             trainer = Trainer(plan_of(target=wanted, run={"engine": engine}))
             losses[engine] = [trainer.step()[0] for _ in range(6)]
-            for name, mask in trainer.prepared.masks.items():
-                alive = (trainer.prepared.weight(name) != 0).numpy()
+            for name, mask in trainer.sparse_model.masks.items():
+                alive = (trainer.sparse_model.weight(name) != 0).numpy()
                 assert (alive == mask.alive()).all()
                 parts = alive.reshape(alive.shape[0] // 16, 16, -1, 16).sum(axis=(1, 3))
                 assert set(parts.flat) == {0, 256} and parts.sum() == alive.size // 4

@@ -139,7 +139,7 @@ class TestGroupsInAPlan:
         trainer = Trainer(plan_of(target={"width": 64, "sparsity": {"pattern": "2:8", "density": 0.25}}))
         first = trainer.step()[0]
         losses = [trainer.step()[0] for _ in range(5)]
-        assert losses[-1] < first and len(trainer.prepared.masks) == 12
-        for name in trainer.prepared.masks:
-            alive = (trainer.prepared.weight(name) != 0).numpy()
+        assert losses[-1] < first and len(trainer.sparse_model.masks) == 12
+        for name in trainer.sparse_model.masks:
+            alive = (trainer.sparse_model.weight(name) != 0).numpy()
             assert (alive.reshape(-1, 8).sum(axis=1) == 2).all()

@@ -68,7 +68,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_bytes(real_text(24_000))
     fields = proxy_fields(str(folder / "text.txt"), run={"log_every": 2})
     plan: Plan = plan_from(fields).model_copy(update={"meta": {"note": EVIL}})
-    run_directory.start(folder / "run", plan, resume=False, force=False)
+    run_directory.begin_run(folder / "run", plan, resume=False, force=False)
     Trainer(plan).run(folder / "run")
     return folder / "run"
 

@@ -71,7 +71,7 @@ class TestMetrics:
         assert bool(metrics.damage) == (place == "over a record")
         if metrics.damage:
             assert "metrics.jsonl: the records of 1 of the 6 steps done are missing or damaged" in metrics.damage
-            assert (directory / run_directory.DAMAGED).read_bytes() == damaged
+            assert (directory / run_directory.DAMAGED_METRICS_METRICS).read_bytes() == damaged
         if kind not in ("binary", "a huge number"):  # the rest of the way is the same for all
             return
         path.write_bytes(damaged)
@@ -176,7 +176,7 @@ class TestDocuments:
             assert (called.status, called.out) == (3, "") and "Is a directory" in called.err
             (directory / name).rmdir()
         with pytest.raises(InputError):
-            run_directory.start(directory / "plan.yaml", cut[0], resume=True, force=False)
+            run_directory.begin_run(directory / "plan.yaml", cut[0], resume=True, force=False)
 
 
 class TestShown:

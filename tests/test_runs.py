@@ -71,7 +71,7 @@ class TestRuns:
         def look(done: int, loss: float) -> None:
             seen.extend(json.loads(supar_here("runs", ".", "-q", "--json").out))
 
-        with run_directory.opened(tmp_path / "run", plan, resume=True, force=False):
+        with run_directory.open_run(tmp_path / "run", plan, resume=True, force=False):
             Trainer(plan).run(tmp_path / "run", on_evaluation=look)
         assert [(one["state"], one["step"], one["steps"]) for one in seen] == [("running", 6, 12), ("running", 12, 12)]
 

@@ -85,11 +85,11 @@ def test_it_holds_a_run_that_was_stopped_and_continued(
     monkeypatch.setenv("HOME", str(tmp_path))
     plan = plan_of(run={"log_every": 2, "trackers": [name]}, train={"eval_every": 3})
     directory = tmp_path / "run"
-    with run_directory.opened(directory, plan, resume=True, force=False):
+    with run_directory.open_run(directory, plan, resume=True, force=False):
         trainer = Trainer(plan)
         with pytest.raises(Exception, match="stopped at step 6 of 12 by a test"):
             trainer.run(directory, stop=lambda: "a test" if trainer.done == 6 else None)
-    with run_directory.opened(directory, plan, resume=True, force=False):
+    with run_directory.open_run(directory, plan, resume=True, force=False):
         Trainer(plan).run(directory, resume=True)
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     for metric in ("loss", "validation_loss", "lr", "grad_norm"):

@@ -19,14 +19,16 @@ from supar_cli.planning.plan import Plan
 from supar_cli.sparse.dense import Dense
 from supar_cli.training import optimizer, run_directory
 from supar_cli.training.monitor import LIMIT, Monitor
-from supar_cli.training.prepare import unmasked
-from supar_cli.training.trainer import Outcome, Silent, Trainer
+from supar_cli.training.prepare import to_dense
+from supar_cli.training.reporter import NullReporter
+from supar_cli.training.result import RunHistory
+from supar_cli.training.trainer import Trainer
 
 MakePlan = Callable[..., Plan]
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {name: trainer.prepared.weight(name) for name in trainer.prepared.tensors}
+    return {name: trainer.sparse_model.weight(name) for name in trainer.sparse_model.tensors}
 
 
 def gradients(trainer: Trainer) -> dict[str, np.ndarray]:
@@ -34,21 +36,21 @@ def gradients(trainer: Trainer) -> dict[str, np.ndarray]:
     trainer.model.zero_grad()
     torch.autograd.backward(loss_of(trainer.model, *trainer.batch(trainer.done)))
     found = {}
-    for name, tensor in trainer.prepared.tensors.items():
+    for name, tensor in trainer.sparse_model.tensors.items():
         assert tensor.grad is not None
-        found[name] = unmasked(tensor.grad.double(), trainer.prepared.masks.get(name)).numpy()
+        found[name] = to_dense(tensor.grad.double(), trainer.sparse_model.masks.get(name)).numpy()
     trainer.model.zero_grad()
     return found
 
 
-def trained(plan: Plan, directory: Path, *, resume: bool = False, reporter: Any = None) -> tuple[Trainer, Outcome]:
+def trained(plan: Plan, directory: Path, *, resume: bool = False, reporter: Any = None) -> tuple[Trainer, RunHistory]:
     """The trainer of a run in a directory, and what came out."""
     trainer = Trainer(plan, reporter=reporter)
-    run_directory.start(directory, plan, resume=resume, force=False)
+    run_directory.begin_run(directory, plan, resume=resume, force=False)
     return trainer, trainer.run(directory, resume=resume)
 
 
-class Listening(Silent):
+class Listening(NullReporter):
     """A reporter that keeps its warnings."""
 
     def __init__(self) -> None:
@@ -97,7 +99,7 @@ class TestGroups:
         assert sorted(names) == sorted(rows)
         for group in trainer.optimizer.param_groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
-                assert parameter is trainer.prepared.tensors[name]
+                assert parameter is trainer.sparse_model.tensors[name]
                 assert (group["peak_lr"], group["weight_decay"], group["eps"]) == (
                     rows[name].lr,
                     rows[name].weight_decay,
@@ -106,7 +108,7 @@ class TestGroups:
 
     def test_a_tensor_too_many_or_claimed_twice_is_a_bug(self, plan_of: MakePlan) -> None:
         plan = plan_of()
-        tensors = dict(Trainer(plan).prepared.tensors)
+        tensors = dict(Trainer(plan).sparse_model.tensors)
         with pytest.raises(AssertionError, match="claimed by no parameter group or by two"):
             optimizer.build(plan, {**tensors, "unknown": torch.nn.Parameter(torch.zeros(2))})
         twice = plan.model_copy(update={"tensors": [*plan.tensors, plan.tensors[0].model_copy(update={"lr": 1.0})]})
@@ -150,7 +152,7 @@ class TestUpdate:
                 lr = row.lr * factor
                 wanted = -lr * row.weight_decay * w
                 wanted -= lr * (m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.9**t)) + row.eps)
-                made = trainer.prepared.weight(row.name).double().numpy() - w
+                made = trainer.sparse_model.weight(row.name).double().numpy() - w
                 # float32 keeps 6e-8 of a weight; the update itself is good to 1e-4 of the rate
                 assert np.abs(made - wanted).max() <= 1.2e-7 * np.abs(w).max() + 1e-4 * lr, (t, row.name)
 
@@ -166,7 +168,7 @@ class TestUpdate:
                 w = before[row.name].double().numpy()
                 g = found[row.name] + row.weight_decay * w
                 momentum[row.name] = 0.7 * momentum[row.name] + g if row.name in momentum else g
-                made = trainer.prepared.weight(row.name).double().numpy() - w
+                made = trainer.sparse_model.weight(row.name).double().numpy() - w
                 wanted = -row.lr * factor * momentum[row.name]
                 assert np.abs(made - wanted).max() <= 1.2e-7 * np.abs(w).max() + 1e-5 * np.abs(wanted).max(), row.name
 
@@ -187,14 +189,14 @@ class TestUpdate:
         trainer = Trainer(plan_of(train={"optimizer": optimizer, "steps": 8}, hyperparameters={"weight_decay": 1.0}))
         for _ in range(8):
             trainer.step()
-        assert len(trainer.prepared.masks) == 12
-        for name, mask in trainer.prepared.masks.items():
-            tensor = trainer.prepared.tensors[name]
+        assert len(trainer.sparse_model.masks) == 12
+        for name, mask in trainer.sparse_model.masks.items():
+            tensor = trainer.sparse_model.tensors[name]
             kept = [value for value in trainer.optimizer.state[tensor].values() if value.ndim]
             # live weights are all there is of weights, moments and gradients
             assert kept and all(value.shape == (mask.count,) for value in (tensor, *kept))
-            engine = trainer.prepared.linear(name).engine
-            assert isinstance(engine, Dense) and torch.equal(engine.weight, trainer.prepared.weight(name))
+            engine = trainer.sparse_model.linear(name).engine
+            assert isinstance(engine, Dense) and torch.equal(engine.weight, trainer.sparse_model.weight(name))
             assert torch.equal(engine.weight != 0, torch.from_numpy(mask.alive()))
 
 
@@ -248,11 +250,11 @@ class TestMonitor:
         listening = Listening()
         still = {"lr": 1e-12, "init_std": 0.08, "alpha_input": 1.5, "alpha_output": 2.0, "weight_decay": 0.0}
         trainer = Trainer(plan_of(hyperparameters=still), reporter=listening)
-        trainer.step(watch=True)
+        trainer.step(diagnose=True)
         with torch.no_grad():
-            trainer.prepared.tensors["blocks.1.mlp.up"].mul_(factor)
-        trainer.prepared.refresh()
-        trainer.step(watch=True)
+            trainer.sparse_model.tensors["blocks.1.mlp.up"].mul_(factor)
+        trainer.sparse_model.sync_engines()
+        trainer.step(diagnose=True)
         assert any(f"step 2: the activation of blocks.1.mlp.up has {word}" in message for message in listening.warned)
         assert not any("blocks.0.attn.q" in message and "activation" in message for message in listening.warned)
 
@@ -271,8 +273,8 @@ class TestNotFinite:
         trainer = Trainer(plan_of())
         before = weights(trainer)
         with torch.no_grad():
-            trainer.prepared.tensors["blocks.1.attn.v"][0] = float("nan")
-        trainer.prepared.refresh()
+            trainer.sparse_model.tensors["blocks.1.attn.v"][0] = float("nan")
+        trainer.sparse_model.sync_engines()
         with pytest.raises(UnusableResult, match=r"step 1: the loss is nan; .* is the weight blocks\.1\.attn\.v$"):
             trainer.step()
         unchanged = {name for name, w in weights(trainer).items() if torch.equal(w, before[name])}
@@ -281,14 +283,14 @@ class TestNotFinite:
     def test_an_overflow_inside_is_named_by_its_linear(self, plan_of: MakePlan) -> None:
         trainer = Trainer(plan_of())
         with torch.no_grad():
-            trainer.prepared.tensors["blocks.0.mlp.down"].mul_(3e38)
-        trainer.prepared.refresh()
+            trainer.sparse_model.tensors["blocks.0.mlp.down"].mul_(3e38)
+        trainer.sparse_model.sync_engines()
         with pytest.raises(UnusableResult, match=r"the output of blocks\.(0\.mlp\.down|1\.attn\.q)$"):
             trainer.step()
 
     def test_a_gradient_is_named_when_the_loss_is_finite(self, plan_of: MakePlan) -> None:
         trainer = Trainer(plan_of())
-        trainer.prepared.tensors["final_norm"].register_hook(lambda gradient: gradient * float("inf"))
+        trainer.sparse_model.tensors["final_norm"].register_hook(lambda gradient: gradient * float("inf"))
         with pytest.raises(UnusableResult, match=r"step 1: the gradient of final_norm is not finite"):
             trainer.step()
 
@@ -297,10 +299,10 @@ class TestRun:
     def test_files_say_what_was_done(self, plan_of: MakePlan, tmp_path: Path) -> None:
         plan = plan_of(run={"log_every": 5, "checkpoint_every": 5})
         directory = tmp_path / "run"
-        _, outcome = trained(plan, directory)
+        _, history = trained(plan, directory)
         lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == list(range(1, 13))
-        assert [line["loss"] for line in lines] == outcome.losses
+        assert [line["loss"] for line in lines] == history.losses
         assert [line["step"] for line in lines if "validation_loss" in line] == [6, 12]
         assert [line["step"] for line in lines if "grad_norm" in line] == [1, 6, 11, 12]
         assert set(lines[0]["grad_norm_by_role"]) == {"embedding", "hidden", "norm"}
@@ -308,11 +310,11 @@ class TestRun:
         assert by_role == pytest.approx(lines[0]["grad_norm"], rel=1e-5)
         result = json.loads((directory / "result.json").read_text())
         assert result["plan"] == plan.hash() and result["data"] == plan.data.hash and result["steps"] == 12
-        assert (result["train_loss"], result["validation_loss"]) == (outcome.losses[-1], outcome.evaluations[-1][1])
+        assert (result["train_loss"], result["validation_loss"]) == (history.losses[-1], history.evaluations[-1][1])
         assert result["live_parameters"] == plan.live < result["parameters"] == plan.parameters
         assert len(result["masks"]) == 12 and result["environment"]["precision"] == "float32"
-        assert outcome.losses[-1] < outcome.losses[0] - 0.5  # it learns: from ln 256 = 5.55 down
-        assert abs(outcome.losses[0] - math.log(256)) < 0.3
+        assert history.losses[-1] < history.losses[0] - 0.5  # it learns: from ln 256 = 5.55 down
+        assert abs(history.losses[0] - math.log(256)) < 0.3
 
     def test_the_result_is_written_last(self, plan_of: MakePlan, tmp_path: Path, monkeypatch: Any) -> None:
         written: list[str] = []

@@ -31,15 +31,15 @@ def on(device: str, plan_of: MakePlan, **run: Any) -> Plan:
 
 
 def test_bf16_and_compiled_training_learns_like_the_cpu(plan_of: MakePlan, tmp_path: Path) -> None:
-    trainer, outcome = trained(on("cuda", plan_of), tmp_path / "cuda")
-    assert trainer.setup.precision == torch.bfloat16 and trainer.setup.compiles
-    assert trainer.model is not trainer.prepared.model
+    trainer, history = trained(on("cuda", plan_of), tmp_path / "cuda")
+    assert trainer.runtime.precision == torch.bfloat16 and trainer.runtime.compiles
+    assert trainer.model is not trainer.sparse_model.model
     reference = Trainer(on("cpu", plan_of)).run()
-    assert abs(outcome.losses[0] - math.log(256)) < 0.3
-    assert outcome.losses[-1] < outcome.losses[0] - 0.5
+    assert abs(history.losses[0] - math.log(256)) < 0.3
+    assert history.losses[-1] < history.losses[0] - 0.5
     # the same weights, masks and batches: bfloat16 keeps 8 bits, 2^-9 = .002 of a loss of 5.5 is .01
-    assert outcome.losses[0] == pytest.approx(reference.losses[0], abs=0.03)
-    assert outcome.evaluations[-1][1] == pytest.approx(reference.evaluations[-1][1], abs=0.15)
+    assert history.losses[0] == pytest.approx(reference.losses[0], abs=0.03)
+    assert history.evaluations[-1][1] == pytest.approx(reference.evaluations[-1][1], abs=0.15)
 
 
 def test_float32_uncompiled_follows_the_cpu_closely(plan_of: MakePlan) -> None:
@@ -51,15 +51,15 @@ def test_float32_uncompiled_follows_the_cpu_closely(plan_of: MakePlan) -> None:
 
 def test_masks_are_the_cpus_and_dead_weights_stay_exactly_zero(plan_of: MakePlan, tmp_path: Path) -> None:
     trainer, _ = trained(on("cuda", plan_of), tmp_path / "cuda")
-    reference = Trainer(on("cpu", plan_of)).prepared.masks
-    assert trainer.prepared.masks.keys() == reference.keys() and len(reference) == 12
+    reference = Trainer(on("cpu", plan_of)).sparse_model.masks
+    assert trainer.sparse_model.masks.keys() == reference.keys() and len(reference) == 12
     for name, mask in reference.items():
-        assert trainer.prepared.masks[name] == mask
-        engine = trainer.prepared.linear(name).engine
+        assert trainer.sparse_model.masks[name] == mask
+        engine = trainer.sparse_model.linear(name).engine
         assert isinstance(engine, Dense)
         tensor = engine.weight
         alive = torch.from_numpy(mask.alive()).to(tensor.device)
-        values = trainer.prepared.tensors[name]
+        values = trainer.sparse_model.tensors[name]
         state = [value for value in trainer.optimizer.state[values].values() if value.ndim]
         assert state and all(value.shape == (mask.count,) for value in (values, *state))
         assert torch.equal(tensor != 0, alive) and torch.equal(tensor[alive], values.detach().to(tensor.dtype))
@@ -72,7 +72,7 @@ class _Cut(Exception):
 def test_a_resumed_run_is_close_to_the_uninterrupted_one(plan_of: MakePlan, tmp_path: Path) -> None:
     plan = on("cuda", plan_of)
     _, whole = trained(plan, tmp_path / "whole")
-    run_directory.start(tmp_path / "cut", plan, resume=False, force=False)
+    run_directory.begin_run(tmp_path / "cut", plan, resume=False, force=False)
 
     def stop(step: int, loss: float) -> None:
         if step == 16:
@@ -89,7 +89,7 @@ def test_a_resumed_run_is_close_to_the_uninterrupted_one(plan_of: MakePlan, tmp_
 
 def test_a_cpu_checkpoint_is_continued_on_cuda(plan_of: MakePlan, tmp_path: Path) -> None:
     # the device is not part of the experiment, so neither is it of the plan's hash
-    run_directory.start(tmp_path / "run", on("cpu", plan_of), resume=False, force=False)
+    run_directory.begin_run(tmp_path / "run", on("cpu", plan_of), resume=False, force=False)
 
     def stop(step: int, loss: float) -> None:
         if step == 8:
@@ -97,6 +97,6 @@ def test_a_cpu_checkpoint_is_continued_on_cuda(plan_of: MakePlan, tmp_path: Path
 
     with pytest.raises(_Cut):
         Trainer(on("cpu", plan_of)).run(tmp_path / "run", on_evaluation=stop)
-    _, outcome = trained(on("cuda", plan_of), tmp_path / "run", resume=True)
-    assert outcome.resumed_at == 8 and len(outcome.losses) == STEPS
-    assert outcome.losses[8] < outcome.losses[0]
+    _, history = trained(on("cuda", plan_of), tmp_path / "run", resume=True)
+    assert history.resumed_at == 8 and len(history.losses) == STEPS
+    assert history.losses[8] < history.losses[0]

@@ -201,7 +201,7 @@ class TestLeftOvers:
     def test_of_the_first_file(self, plan_of: MakePlan, tmp_path: Path) -> None:
         (tmp_path / "run").mkdir()
         (tmp_path / "run/.plan.yaml.99").write_text("kind: supar.p")
-        with run_directory.opened(tmp_path / "run", plan_of(), resume=True, force=False):
+        with run_directory.open_run(tmp_path / "run", plan_of(), resume=True, force=False):
             assert {path.name for path in (tmp_path / "run").iterdir()} == {"plan.yaml", "lock"}
 
     def test_of_files_replaced_and_of_checkpoints_removed(self, plan_of: MakePlan, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ class TestLeftOvers:
         before = {path.name for path in (tmp_path / "run").iterdir()}
         for name in (".metrics.jsonl.1", ".result.json.22", ".ended.json.333", ".checkpoints.old"):
             (tmp_path / "run" / name).mkdir() if name.endswith("old") else (tmp_path / "run" / name).touch()
-        with run_directory.opened(tmp_path / "run", plan, resume=True, force=False):
+        with run_directory.open_run(tmp_path / "run", plan, resume=True, force=False):
             assert {path.name for path in (tmp_path / "run").iterdir()} == before | {"lock"}
 
     def test_an_old_checkpoint_loses_its_name_before_its_files(

@@ -117,7 +117,7 @@ class TestAgree:
 
     @pytest.mark.parametrize(("processes", "parallel"), [(2, "ddp"), (2, "fsdp"), (1, "fsdp")])
     def test_with_one_process(self, plan: Plan, supar: Supar, tmp_path: Path, processes: int, parallel: str) -> None:
-        _, outcome = trained(plan, tmp_path / "one")
+        _, history = trained(plan, tmp_path / "one")
         flags = ("-q", "--nproc", str(processes), "--parallel", parallel)
         done = supar("train", "-o", "many", *flags)
         assert (done.status, done.err) == (0, ""), done.err
@@ -132,7 +132,7 @@ class TestAgree:
             assert (before[row.name] != 0).sum() == (after[row.name] != 0).sum()
             # Adam magnifies what rounding does to the smallest gradients: up to a step's own size
             assert float((before[row.name] - after[row.name]).abs().max()) <= 3 * row.lr
-        assert outcome.losses[-1] < outcome.losses[0] - 0.3
+        assert history.losses[-1] < history.losses[0] - 0.3
 
     def test_one_wrong_row_would_be_seen(self, plan: Plan, plan_of: MakePlan, tmp_path: Path) -> None:
         trained(plan, tmp_path / "one")

@@ -101,8 +101,8 @@ class TestSignals:
             "import time, sys\n"
             "from supar_cli.training.trainer import Trainer\n"
             "step = Trainer.step\n"
-            "def slow(self, watch=False):\n"
-            "    found = step(self, watch)\n"
+            "def slow(self, diagnose=False):\n"
+            "    found = step(self, diagnose)\n"
             "    if self.done > 3:\n"
             "        print('slow', flush=True)\n"
             "        time.sleep(60)\n"
@@ -246,7 +246,7 @@ class TestWriting:
             return write(*arguments)
 
         monkeypatch.setattr(checkpoint, "_write", slow)
-        with run_directory.opened(tmp_path / "run", plan, resume=True, force=False):
+        with run_directory.open_run(tmp_path / "run", plan, resume=True, force=False):
             trainer.run(tmp_path / "run")
         assert [step for step, _ in during] == [4, 8, 12] and all(done >= min(step + 2, 12) for step, done in during)
         for step in (4, 8, 12):

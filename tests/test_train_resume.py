@@ -37,7 +37,7 @@ def cut_at(plan: Plan, directory: Path, step: int) -> None:
         if done == step:
             raise Cut
 
-    run_directory.start(directory, plan, resume=False, force=False)
+    run_directory.begin_run(directory, plan, resume=False, force=False)
     with pytest.raises(Cut):
         Trainer(plan).run(directory, on_evaluation=stop)
 
@@ -78,8 +78,8 @@ class TestUninterrupted:
         trained(plan, tmp_path / "whole")
         cut_at(plan, tmp_path / "cut", 8)  # three steps after the checkpoint, which are done again
         assert len(losses(tmp_path / "cut")) == 8
-        _, outcome = trained(plan, tmp_path / "cut", resume=True)
-        assert outcome.resumed_at == 5
+        _, history = trained(plan, tmp_path / "cut", resume=True)
+        assert history.resumed_at == 5
         assert_same_run(tmp_path / "cut", tmp_path / "whole")
         results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("cut", "whole")]
         assert [result.pop("resumed_at") for result in results] == [5, 0]
@@ -108,8 +108,8 @@ class TestUninterrupted:
         plan, directory = plan_of(), tmp_path / "run"
         trained(plan, directory)
         before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-        _, outcome = trained(plan, directory, resume=True)
-        assert outcome.resumed_at == 12 and len(outcome.losses) == 12
+        _, history = trained(plan, directory, resume=True)
+        assert history.resumed_at == 12 and len(history.losses) == 12
         assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
 
     def test_another_checkpoint_interval_or_micro_batch_is_the_same_experiment(
@@ -117,8 +117,8 @@ class TestUninterrupted:
     ) -> None:
         cut_at(plan_of(run={"checkpoint_every": 6}), tmp_path / "run", 6)
         other = plan_of(run={"checkpoint_every": 2, "micro_batch_size": 1})
-        _, outcome = trained(other, tmp_path / "run", resume=True)
-        assert outcome.resumed_at == 6
+        _, history = trained(other, tmp_path / "run", resume=True)
+        assert history.resumed_at == 6
         assert len(losses(tmp_path / "run")) == 12
 
 
@@ -180,7 +180,7 @@ class TestRefused:
         other = plan_of(train={"eval_every": 3}, hyperparameters={"lr": 0.02}, run={"checkpoint_every": 6})
         self.refuse(other, directory, r"step-00000006: is of another plan \(sha256:")
         with pytest.raises(InputError, match=r"run: holds a run of another plan"):
-            run_directory.start(directory, other, resume=True, force=False)
+            run_directory.begin_run(directory, other, resume=True, force=False)
 
     def test_of_other_data(self, stored: tuple[Plan, Path, Path], text_file: Path) -> None:
         plan, directory, folder = stored
@@ -278,20 +278,20 @@ class TestDirectory:
         plan = plan_of()
         trained(plan, tmp_path / "run")
         with pytest.raises(InputError, match=r"holds a run already; expected --resume .* or --force"):
-            run_directory.start(tmp_path / "run", plan, resume=False, force=False)
+            run_directory.begin_run(tmp_path / "run", plan, resume=False, force=False)
         (tmp_path / "other").mkdir()
         (tmp_path / "other/thesis.txt").write_text("x")
-        with pytest.raises(InputError, match=r"other: exists and is no run directory"):
-            run_directory.start(tmp_path / "other", plan, resume=False, force=False)
+        with pytest.raises(InputError, match=r"other: exists and is not a run directory"):
+            run_directory.begin_run(tmp_path / "other", plan, resume=False, force=False)
         (tmp_path / "file").write_text("x")
         with pytest.raises(InputError, match=r"file: is a file"):
-            run_directory.start(tmp_path / "file", plan, resume=False, force=False)
+            run_directory.begin_run(tmp_path / "file", plan, resume=False, force=False)
         assert sorted(path.name for path in (tmp_path / "other").iterdir()) == ["thesis.txt"]
 
     def test_force_starts_again(self, plan_of: MakePlan, tmp_path: Path) -> None:
         trained(plan_of(), tmp_path / "run")
         other = plan_of(train={"steps": 4})
-        run_directory.start(tmp_path / "run", other, resume=False, force=True)
+        run_directory.begin_run(tmp_path / "run", other, resume=False, force=True)
         assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["plan.yaml"]
         Trainer(other).run(tmp_path / "run")
         assert len(losses(tmp_path / "run")) == 4

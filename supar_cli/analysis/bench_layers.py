@@ -23,7 +23,7 @@ from supar_cli.sparse.block_structure import BLOCKS
 from supar_cli.sparse.csr import Sparse
 from supar_cli.sparse.linear import Engine
 from supar_cli.sparse.masks import Mask
-from supar_cli.training.prepare import unmasked
+from supar_cli.training.prepare import to_dense
 
 BASELINE = "masked"
 DENSE = (BASELINE, "dense", "dense_bf16", "dense_fp32")
@@ -69,12 +69,12 @@ def draw_values(mask: Mask, device: torch.device) -> Tensor:
 def make(name: str, mask: Mask, values: Tensor, case: LayerCase) -> Arm:
     """An arm by its name; each has a parameter of its own. Raises InputError for an engine that can't run here."""
     if name == BASELINE:
-        weight = unmasked(values, mask).requires_grad_()
+        weight = to_dense(values, mask).requires_grad_()
         alive = torch.from_numpy(mask.alive()).to(case.device)
         return Arm(torch.float32, weight, lambda x: F.linear(x, weight * alive), lambda: None)
     if name in ("dense_bf16", "dense_fp32"):
         precision = torch.bfloat16 if name == "dense_bf16" else torch.float32
-        weight = unmasked(values, mask).to(precision).requires_grad_()
+        weight = to_dense(values, mask).to(precision).requires_grad_()
         return Arm(precision, weight, lambda x: F.linear(x, weight), lambda: None)
     if name in ("sparse", "sparse_torch"):
         return _of_engine(Sparse(mask, "torch" if name == "sparse_torch" else "auto"), values, case)

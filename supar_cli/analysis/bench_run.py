@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from supar_cli.analysis.benchmark import random_tokens
+from supar_cli.analysis.benchmark import random_task
 from supar_cli.planning.plan import Plan
 from supar_cli.training import checkpoint, run_directory
-from supar_cli.training.distributed import World
+from supar_cli.training.distributed import Ranks
 from supar_cli.training.trainer import Trainer
 
 PROCESSES = 2
@@ -30,7 +30,7 @@ BEFORE = 3  # chosen: steps before a checkpoint, whose median is what a step tak
 
 def measure(plan: Plan, steps: int) -> dict[str, Any]:
     """Medians with quartiles: seconds of a step, and what is added to it, as shares of a step's time."""
-    trainer = Trainer(plan, random_tokens(plan))
+    trainer = Trainer(plan, random_task(plan))
     with TemporaryDirectory() as folder:
         for _ in range(WARMUP):
             trainer.step()
@@ -64,19 +64,19 @@ def _checkpoint(trainer: Trainer, folder: Path) -> dict[str, float]:
         lost += max(0.0, _timed(trainer.step) - step_s)
     written = time.perf_counter() - started
     writer.wait()
-    files = checkpoint.available(writer.folder)[-1].iterdir()
+    files = checkpoint.available(folder / "checkpoints")[-1].iterdir()
     size = sum(path.stat().st_size for path in files)
     return {"step": step_s, "returns": returns, "stall": lost, "written": written, "bytes": size}
 
 
 def _watch(trainer: Trainer, folder: Path) -> tuple[float, float]:
     """Seconds of a line of metrics, which every step writes, and of the monitor, which looks every `log_every` steps."""
-    inputs, _ = trainer.batch(trainer.done)
-    norms = torch.ones(len(trainer.prepared.tensors))
+    batch = trainer.batch(trainer.done)
+    norms = torch.ones(len(trainer.sparse_model.tensors))
     roles: dict[str, float] = {}
 
     def look() -> None:
-        roles.update(trainer.watch(inputs, norms))
+        roles.update(trainer.diagnostics(batch, norms))
 
     watch = _timed(look)
     record = {"step": trainer.done, "loss": 5.5, "lr": 0.01, "grad_norm": 1.0, "grad_norm_by_role": roles}
@@ -136,18 +136,18 @@ def _threads() -> int:
 def _process(rank: int, folder: str, plan: Plan, together: Plan, steps: int) -> tuple[list[float], ...]:
     torch.set_num_threads(_threads())
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=PROCESSES)
-    times = _turns(World(rank, PROCESSES, rank, PROCESSES, grouped=True), plan, together, steps)
-    gc.collect()  # as `world.joined` has it
+    times = _turns(Ranks(rank, PROCESSES, rank, PROCESSES, is_distributed=True), plan, together, steps)
+    gc.collect()  # as `init_distributed` does
     dist.destroy_process_group()
     return times
 
 
-def _turns(world: World, plan: Plan, together: Plan, steps: int) -> tuple[list[float], ...]:
-    own = Trainer(plan, random_tokens(plan))
-    shared = Trainer(together, random_tokens(together), world=world)
+def _turns(ranks: Ranks, plan: Plan, together: Plan, steps: int) -> tuple[list[float], ...]:
+    own = Trainer(plan, random_task(plan))
+    shared = Trainer(together, random_task(together), ranks=ranks)
     times: tuple[list[float], ...] = ([], [], [])
     for turn in range(WARMUP + steps):
-        for kind, trainer, takes_part in ((0, own, world.is_first), (1, own, True), (2, shared, True)):
+        for kind, trainer, takes_part in ((0, own, ranks.is_main), (1, own, True), (2, shared, True)):
             dist.barrier()
             if takes_part:
                 seconds = _timed(trainer.step)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from supar_cli.data.batches import Segment, Split, Tokens
 from supar_cli.planning.plan import Plan, PlanModel
-from supar_cli.training.prepare import Prepared
-from supar_cli.training.runtime import Setup
+from supar_cli.training.prepare import SparseModel
+from supar_cli.training.runtime import Runtime
+from supar_cli.training.tasks import NextToken
 from supar_cli.training.trainer import Trainer
 
 
@@ -74,15 +75,15 @@ class PlainGPT(nn.Module):
 
 
 @torch.no_grad()
-def masked_dense(prepared: Prepared) -> PlainGPT:
+def masked_dense(sparse_model: SparseModel, config: PlanModel) -> PlainGPT:
     """The plain model with the masks of ours and its present weights; of the gpt2 family, tied and without biases."""
-    plain = PlainGPT(prepared.model.config, MaskedLinear)
+    plain = PlainGPT(config, MaskedLinear)
 
     def copy(layer: nn.Module, *names: str) -> None:
-        weights = [prepared.weight(name) for name in names]
+        weights = [sparse_model.weight(name) for name in names]
         layer.get_parameter("weight").copy_(torch.cat(weights))
         if isinstance(layer, MaskedLinear):
-            masked = [prepared.masks.get(name) for name in names]
+            masked = [sparse_model.masks.get(name) for name in names]
             alive = [
                 np.ones(tuple(w.shape), np.bool_) if m is None else m.alive()
                 for m, w in zip(masked, weights, strict=True)
@@ -137,20 +138,20 @@ class Comparison:
         }
 
 
-def random_tokens(plan: Plan) -> Tokens:
-    """Uniform tokens: what they are changes no step's time."""
+def random_task(plan: Plan) -> NextToken:
+    """The task on uniform tokens: what they are changes no step's time."""
     train = Split(
         [Segment("random", np.random.default_rng(0).integers(0, plan.decoder.vocab, 1_000_000, np.uint16))],
         plan.decoder.vocab,
     )
-    return Tokens(train, train, "sha256:random")
+    return NextToken(plan, Tokens(train, train, "sha256:random"))
 
 
 def plain_step(trainer: Trainer, plain: PlainGPT) -> Callable[[], float]:
     """A step of a plain model: the trainer's batches, precision and compile setting, clipping and fused AdamW."""
-    setup = trainer.setup
-    plain = plain.to(setup.device)
-    model: nn.Module = torch.compile(plain) if setup.compiles else plain  # type: ignore[assignment]
+    runtime = trainer.runtime
+    plain = plain.to(runtime.device)
+    model: nn.Module = torch.compile(plain) if runtime.compiles else plain  # type: ignore[assignment]
     decayed = [parameter for parameter in plain.parameters() if parameter.ndim == 2]
     others = [parameter for parameter in plain.parameters() if parameter.ndim != 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -159,9 +160,9 @@ def plain_step(trainer: Trainer, plain: PlainGPT) -> Callable[[], float]:
 
     def step() -> float:
         nonlocal done
-        inputs, targets = (tensor.to(setup.device, non_blocking=True) for tensor in trainer.batch(done))
+        inputs, targets = (tensor.to(runtime.device, non_blocking=True) for tensor in trainer.batch(done))
         done += 1
-        with setup.autocast():
+        with runtime.autocast():
             loss = F.cross_entropy(model(inputs).float().flatten(0, 1), targets.flatten())
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
@@ -174,13 +175,13 @@ def plain_step(trainer: Trainer, plain: PlainGPT) -> Callable[[], float]:
 
 def compare(plan: Plan, steps: int, warmup: int = 3) -> Comparison:
     """Time `steps` rounds of a step each, their order alternating. The plan is of the gpt2 family, without biases."""
-    trainer = Trainer(plan, random_tokens(plan))
-    plain, masked = PlainGPT(plan.decoder), masked_dense(trainer.prepared)
+    trainer = Trainer(plan, random_task(plan))
+    plain, masked = PlainGPT(plan.decoder), masked_dense(trainer.sparse_model, plan.decoder)
     runs: list[Callable[[], object]] = [trainer.step, plain_step(trainer, plain), plain_step(trainer, masked)]
     times: list[list[float]] = [[] for _ in runs]
     for turn in range(warmup + steps):
         for which in range(len(runs)) if turn % 2 else reversed(range(len(runs))):
-            seconds = _timed(runs[which], trainer.setup)
+            seconds = _timed(runs[which], trainer.runtime)
             if turn >= warmup:
                 times[which].append(seconds)
     ours, dense, peer = times
@@ -199,11 +200,11 @@ def compare(plan: Plan, steps: int, warmup: int = 3) -> Comparison:
     )
 
 
-def _timed(run: Callable[[], object], setup: Setup) -> float:
-    if setup.device.type == "cuda":
-        torch.cuda.synchronize(setup.device)
+def _timed(run: Callable[[], object], runtime: Runtime) -> float:
+    if runtime.device.type == "cuda":
+        torch.cuda.synchronize(runtime.device)
     started = time.perf_counter()
     run()
-    if setup.device.type == "cuda":
-        torch.cuda.synchronize(setup.device)
+    if runtime.device.type == "cuda":
+        torch.cuda.synchronize(runtime.device)
     return time.perf_counter() - started

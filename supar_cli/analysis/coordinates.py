@@ -90,9 +90,9 @@ class _Watch:
 
 def measure(plan: Plan) -> Record:
     """Train a plan's steps and record its sizes: `steps` is a list of {quantity: {name: size}}, one for each step."""
-    trainer = Trainer(plan, execute.tokens_of(plan))
+    trainer = Trainer(plan, execute.task_of(plan))
     hidden = [row.name for row in plan.tensors if row.role == "hidden"]
-    watch = _Watch(trainer.prepared.model, hidden)
+    watch = _Watch(trainer.sparse_model.model, hidden)
     steps: list[Sizes] = []
     losses: list[float] = []
     try:
@@ -115,18 +115,18 @@ def _at(plan: Plan) -> Record:
 
 
 def _step(trainer: Trainer, watch: _Watch, hidden: list[str]) -> tuple[float, Sizes]:
-    prepared = trainer.prepared
-    before = {name: prepared.weight(name) for name in hidden}
-    inputs_BT, _ = trainer.batch(trainer.done)
+    sparse_model = trainer.sparse_model
+    before = {name: sparse_model.weight(name) for name in hidden}
+    (inputs_BT,) = trainer.task.inputs(trainer.batch(trainer.done))
     with _Attentions(watch.attentions) as attention:
-        loss, _, _ = trainer.step()
+        loss = trainer.step().loss
     logits_BTV = watch.logits
     sizes = {quantity: dict(found) for quantity, found in watch.sizes.items()}
     with torch.no_grad():
         sizes["update"] = {
-            name: F.linear(watch.inputs[name], prepared.weight(name) - before[name]).abs().mean() for name in hidden
+            name: F.linear(watch.inputs[name], sparse_model.weight(name) - before[name]).abs().mean() for name in hidden
         }
-        change_BTV = trainer.prepared.model(inputs_BT.to(trainer.setup.device)) - logits_BTV
+        change_BTV = trainer.sparse_model.model(inputs_BT.to(trainer.runtime.device)) - logits_BTV
     sizes["attention"] = attention.sizes
     sizes["logits"], sizes["Δlogits"] = {"logits": logits_BTV.abs().mean()}, {"logits": change_BTV.abs().mean()}
     names = [(quantity, name) for quantity, found in sizes.items() for name in found]

@@ -69,9 +69,9 @@ def state(folder: Path, result: Any) -> tuple[str, str]:
         return "running", ""
     if result is not None:
         return "finished", ""
-    ended = read_json(folder / run_directory.ENDED) if (folder / run_directory.ENDED).exists() else {}
+    ended = read_json(folder / run_directory.STATUS_FILE) if (folder / run_directory.STATUS_FILE).exists() else {}
     if not isinstance(ended, dict):
-        raise SetupError(f"{folder / run_directory.ENDED}: is corrupt; expected a state and a text")
+        raise SetupError(f"{folder / run_directory.STATUS_FILE}: is corrupt; expected a state and a text")
     return str(ended.get("state", "killed")), str(ended.get("text", ""))
 
 

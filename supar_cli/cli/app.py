@@ -13,8 +13,8 @@ import typer
 import typer.core
 import typer.main
 
-from supar_cli.errors import PeerGone, SetupError, SuparError
-from supar_cli.training.launch.environment import is_follower, is_member
+from supar_cli.errors import PeerLost, SetupError, SuparError
+from supar_cli.training.launch.environment import is_rank_process, is_worker_rank
 from supar_cli.version import __version__
 
 ARGUMENTS = "supar.arguments"
@@ -66,8 +66,10 @@ class LazyGroup(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except SuparError as error:
-            if not (is_follower() and (error.shared or isinstance(error, PeerGone))):  # the first speaks for all
-                rank = f"rank {os.environ['RANK']}: " if is_follower() else ""
+            if not (
+                is_worker_rank() and (error.is_collective or isinstance(error, PeerLost))
+            ):  # the first speaks for all
+                rank = f"rank {os.environ['RANK']}: " if is_worker_rank() else ""
                 for line in (rank + str(error)).splitlines():
                     sys.stderr.write(line + "\n" if line.startswith(("  ", "error:")) else f"error: {line}\n")
             raise SystemExit(error.exit_status) from None
@@ -77,7 +79,7 @@ class LazyGroup(typer.core.TyperGroup):
             sys.stderr.write(f"error: {error.filename}: {error.strerror}\n")
             raise SystemExit(SetupError.exit_status) from None
         except KeyboardInterrupt:
-            if not is_follower():
+            if not is_worker_rank():
                 sys.stderr.write("interrupted\n")
             raise SystemExit(130) from None
 
@@ -110,7 +112,7 @@ def _top(
 
 def main() -> None:
     """Entry point of the `supar` script."""
-    if not is_member():
+    if not is_rank_process():
         app()
     status: Any = 1
     try:

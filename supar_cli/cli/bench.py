@@ -76,9 +76,9 @@ def step(
     flags = locals()
     plan = _step_plan(flags)
     from supar_cli.analysis import benchmark
-    from supar_cli.training.runtime import Setup
+    from supar_cli.training.runtime import Runtime
 
-    setup = Setup.of(plan)
+    setup = Runtime.of(plan)
     start = _step_settings("step", plan, flags, setup)
     earlier = _earlier(start, flags)
     _finish(start | benchmark.compare(plan, steps).fields(), earlier, setup.device, flags)
@@ -142,9 +142,9 @@ def run(
     flags = locals()
     plan = _step_plan(flags)
     from supar_cli.analysis import bench_run
-    from supar_cli.training.runtime import Setup
+    from supar_cli.training.runtime import Runtime
 
-    setup = Setup.of(plan)
+    setup = Runtime.of(plan)
     start = _step_settings("run", plan, flags, setup)
     earlier = _earlier(start, flags)
     found = bench_run.measure(plan, steps)
@@ -254,9 +254,9 @@ def _setup(device: str, precision: str) -> Any:
     """The device and precision that these words mean on this machine, as a plan's do."""
     shape = {"family": "gpt2", "width": 64, "layers": 1, "heads": 1, "context": 64, "vocab": 64}
     plan = _plan(shape, 1, 1, {"sparsity": 0.0}, {"device": device, "precision": precision, "compile": "off"})
-    from supar_cli.training.runtime import Setup
+    from supar_cli.training.runtime import Runtime
 
-    return Setup.of(plan)
+    return Runtime.of(plan)
 
 
 def _earlier(settings: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any] | None:

@@ -225,7 +225,7 @@ def located(read: document.Document) -> Iterator[None]:
         yield
     except InputError as error:
         located = InputError(*(_located(read, problem) for problem in error.problems))
-        located.shared = error.shared
+        located.is_collective = error.is_collective
         raise located from None
 
 

@@ -138,9 +138,9 @@ def _step(source: str | None, device: str | None, steps: int) -> dict[str, Any]:
     tokens = plan.train.batch_size * plan.decoder.context
     return {
         "model": f"quickstart proxy: width {plan.decoder.width}, {plan.decoder.layers} layers, {tokens} tokens a step",
-        "device": str(trainer.setup.device),
-        "precision": str(trainer.setup.precision).removeprefix("torch."),
-        "compiled": trainer.setup.compiles,
+        "device": str(trainer.runtime.device),
+        "precision": str(trainer.runtime.precision).removeprefix("torch."),
+        "compiled": trainer.runtime.compiles,
         "milliseconds": round(1000 * seconds, 2),
         "tokens_per_s": round(tokens / seconds),
     }

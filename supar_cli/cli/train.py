@@ -20,10 +20,10 @@ from supar_cli.planning.document import Document
 from supar_cli.planning.estimate import duration
 from supar_cli.planning.plan import Plan, with_steps
 from supar_cli.planning.problems import parse
-from supar_cli.training.launch.environment import LAUNCH, TORCHRUN, is_follower
+from supar_cli.training.launch.environment import LAUNCH_DIR, TORCHRUN, is_worker_rank
 
 if TYPE_CHECKING:
-    from supar_cli.training.distributed import World
+    from supar_cli.training.distributed import Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def train(
 ) -> None:
     """Train every plan of a document; metrics, checkpoints and result.json go to runs/NAME/."""
     flags = locals()
-    talk = console.Talk(quiet or is_follower(), verbose)
+    talk = console.Talk(quiet or is_worker_rank(), verbose)
     if dry_run:
         _show(flags, talk)
         return
@@ -103,17 +103,17 @@ def train(
         raise typer.Exit(_launched(flags, talk))
     if max_restarts and nproc is None:
         raise InputError("--max-restarts: goes with --nproc; torchrun has its own")
-    from supar_cli.training.distributed import joined
-    from supar_cli.training.launch.signals import Stopping
+    from supar_cli.training.distributed import init_distributed
+    from supar_cli.training.launch.signals import StopSignals
 
     limit = None if max_time is None else console.seconds("--max-time", max_time)
-    with Stopping(limit) as stopping:
+    with StopSignals(limit) as signals:
         try:
-            with joined() as world:
-                jobs = world.on_first(lambda: _jobs(flags, talk))
-                results = [_run(job, flags, talk, stopping.reason, world) for job in jobs]
+            with init_distributed() as ranks:
+                jobs = ranks.on_main(_jobs, flags, talk)
+                results = [_run(job, flags, talk, signals.reason, ranks) for job in jobs]
         except KeyboardInterrupt:
-            if not is_follower():
+            if not is_worker_rank():
                 sys.stderr.write("interrupted\n")
             sys.stderr.flush()
             os._exit(130)  # the second Ctrl-C: nothing is waited for, not even a checkpoint that is being written
@@ -121,7 +121,7 @@ def train(
             if error.interrupted:
                 raise KeyboardInterrupt from None
             raise typer.Exit(Preempted.exit_status) from None
-    if world.is_first:
+    if ranks.is_main:
         console.emit(results, None, None, force=True, as_json=as_json, talk=talk)
 
 
@@ -173,16 +173,18 @@ def _show(flags: dict[str, Any], talk: console.Talk) -> None:
 
 def _is_launched() -> bool:
     """Whether this process is one of `--nproc`'s. Raises InputError where it is one of another launcher's."""
-    if LAUNCH not in os.environ and TORCHRUN in os.environ:
+    if LAUNCH_DIR not in os.environ and TORCHRUN in os.environ:
         raise InputError("--nproc: torchrun has started this process; expected torchrun's own --nproc-per-node")
-    return LAUNCH in os.environ
+    return LAUNCH_DIR in os.environ
 
 
 def _launched(flags: dict[str, Any], talk: console.Talk) -> int:
     """Run this very command in several processes and give its exit status."""
     from supar_cli.training.launch import elastic
 
-    with elastic.prepared(flags["nproc"], document.standard_input() if flags["plan"] == "-" else None) as folder:
+    with elastic.launch_environment(
+        flags["nproc"], document.standard_input() if flags["plan"] == "-" else None
+    ) as folder:
         _jobs(flags, console.Talk(quiet=True))  # bad input ends here, once
         return elastic.launch(flags["ctx"].meta[ARGUMENTS], flags["nproc"], flags["max_restarts"], folder, talk.warn)
 
@@ -208,48 +210,67 @@ def _enough_memory() -> Iterator[None]:
         ) from None
 
 
-def _run(job: Job, flags: dict[str, Any], talk: console.Talk, stop: Any, world: World) -> dict[str, Any]:
-    """Train a plan, this process's part of it, and give its result; only the first of several speaks and writes."""
+def _begun_file(directory: Path) -> Path | None:
+    """What says that `--nproc`'s processes have begun a directory's run; None where it was not `--nproc` that started this.
+
+    A process of their next life goes on with the run, whatever the flags said of its first start.
+    """
+    if LAUNCH_DIR not in os.environ:
+        return None
+    return Path(os.environ[LAUNCH_DIR], "begun-" + document.content_hash(str(directory)))
+
+
+def _has_begun(directory: Path) -> bool:
+    file = _begun_file(directory)
+    return file is not None and file.exists()
+
+
+def _note_begun(directory: Path) -> None:
+    if file := _begun_file(directory):
+        file.touch()
+
+
+def _run(job: Job, flags: dict[str, Any], talk: console.Talk, stop: Any, ranks: Ranks) -> dict[str, Any]:
+    """Train a plan, this rank's part of it, and return its result; only the main rank speaks and writes."""
     from supar_cli.training import checkpoint, run_directory, trainer
-    from supar_cli.training.distributed import shared
-    from supar_cli.training.running import Silent
+    from supar_cli.training.distributed import collective_error
+    from supar_cli.training.reporter import NullReporter
 
     plan, directory = job.plan, job.directory
-    # left behind by the life before of `--nproc`'s processes, which goes on whatever the flags said of its first start
-    begun = Path(os.environ[LAUNCH], "begun-" + document.content_hash(str(directory))) if LAUNCH in os.environ else None
-    goes_on = world.on_first(lambda: begun is not None and begun.exists())
+    goes_on = ranks.on_main(_has_begun, directory)
     force = flags["force"] and not goes_on
     resume = (flags["resume"] and not force) or goes_on
     with console.Progress(directory.name, talk.quiet, talk.verbose) as progress, ExitStack() as stack:
         with console.located(job.read), _enough_memory():
-            ready = trainer.Trainer(plan, reporter=progress if world.is_first else Silent(), world=world)
-        setup = ready.setup
+            ready = trainer.Trainer(plan, reporter=progress if ranks.is_main else NullReporter(), ranks=ranks)
+        runtime = ready.runtime
         try:
-            if why := world.on_first(lambda: run_directory.preempted(directory)):
-                raise shared(Preempted, why)  # torchrun has started it again: every status but 0 is a failure to it
-            opening = run_directory.opened(directory, plan, resume=resume, force=force)
-            changes = world.on_first(lambda: stack.enter_context(opening))
-            if world.is_first and begun is not None:
-                begun.touch()
-            with world.complete(), _enough_memory():
+            if why := ranks.on_main(run_directory.preemption_reason, directory):
+                raise collective_error(
+                    Preempted, why
+                )  # torchrun has started it again: every status but 0 is a failure to it
+            opening = run_directory.open_run(directory, plan, resume=resume, force=force)
+            changes = ranks.on_main(stack.enter_context, opening)
+            ranks.on_main(_note_begun, directory)
+            with ranks.translate_peer_errors(), _enough_memory():
                 for change in changes:
                     ready.reporter.warn(f"{directory}: goes on otherwise than it began: {change}")
-                precision, compiled = str(setup.precision).removeprefix("torch."), "on" if setup.compiles else "off"
-                among = f" in {world.size} processes ({ready.parallel.kind})" if world.grouped else ""
+                precision, compiled = str(runtime.precision).removeprefix("torch."), "on" if runtime.compiles else "off"
+                among = f" in {ranks.size} processes ({ready.parallel.kind})" if ranks.is_distributed else ""
                 ready.reporter.log(
-                    f"{directory}: {plan.train.steps} steps on {setup.device}{among}, {precision}, compile {compiled}"
+                    f"{directory}: {plan.train.steps} steps on {runtime.device}{among}, {precision}, compile {compiled}"
                 )
-                outcome = ready.run(directory, resume=resume, stop=stop)
+                history = ready.run(directory, resume=resume, stop=stop)
         except (KeyboardInterrupt, Preempted) as error:
             kept = checkpoint.available(directory / "checkpoints")
             how = f"continues from {kept[-1].name}" if kept else "starts at step 0: no checkpoint was written yet"
             what = str(error) or f"stopped at step {ready.done} of {plan.train.steps}"
             ready.reporter.warn(f"{what}; `supar train {directory}` {how}")
             raise
-    if not world.is_first:
+    if not ranks.is_main:
         return {}
     result: dict[str, Any] = run_directory.read_result(directory / "result.json")
-    if outcome.resumed_at == plan.train.steps:
+    if history.resumed_at == plan.train.steps:
         talk.log(f"{directory}: was complete already; --force starts again")
     took = f"after {result['steps']} steps in {duration(result['seconds'])}"
     talk.log(f"{directory}: validation loss {result['validation_loss']:.4f} {took}")

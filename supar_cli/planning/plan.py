@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from math import nan, prod
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,12 +20,13 @@ from supar_cli.planning.plan_sections import PlanTensor as PlanTensor
 from supar_cli.planning.plan_sections import PlanTrain as PlanTrain
 from supar_cli.planning.plan_sections import Values as Values
 from supar_cli.planning.problems import parse
+from supar_cli.planning.rules import Edition
 from supar_cli.planning.schema import Field, Section
 from supar_cli.planning.spec import Data as Data  # re-exported: `training` reads plans, never specs
 from supar_cli.planning.spec import Engine as Engine
 from supar_cli.planning.spec import Hyperparameters, Model, Run
 
-CURRENT_RULES: Literal[2] = 2  # the edition of the rules that new plans are made by; 1 is that of supar.plan/v1
+CURRENT_RULES: Edition = 2  # the edition of the rules that new plans are made by; 1 is that of supar.plan/v1
 
 # keys of a row that follow from the model's own section in supar's families, where `Plan.check` holds them to it
 _DERIVED = ("site", "block", "fan_in_axes", "fan_in", "base_fan_in")
@@ -143,6 +145,15 @@ class Plan(Section):
         """Forward and backward FLOPs as computed, zeros included: 6 a weight in a product, and those of attention."""
         products = sum(row.size for row in self.tensors if row.fan_in_axes) + self.model.tied_head_size
         return 6.0 * products + self.model.attention_flops_per_token
+
+
+def base_model(plan: Plan) -> Model:
+    """A model with the proxy's shapes: one layer of them, and heads as its keys' share of the queries asks for."""
+    base = decoder_base(plan)
+    kv_share = Fraction(base.kv_share).limit_denominator(base.width)
+    shape = {"width": base.width, "ffn_width": base.ffn_width, "layers": 1}
+    heads = {"heads": kv_share.denominator, "kv_heads": max(1, kv_share.numerator)}
+    return plan.decoder.model_copy(update=shape | heads)
 
 
 def decoder_base(plan: Plan) -> DecoderBase:

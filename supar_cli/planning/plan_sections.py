@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from supar_cli.planning import layout
 from supar_cli.planning.patterns import Block, Pattern, PatternKeys, describe
-from supar_cli.planning.rules import ParameterizationName, Role
+from supar_cli.planning.rules import Edition, ParameterizationName, Role
 from supar_cli.planning.schema import Field, Section
 from supar_cli.planning.spec import MOST_LAYERS, Distribution, Model, Options, Train
 
@@ -95,7 +95,7 @@ class Parameterization(Options):
 
     name: ParameterizationName
     base: Base
-    edition: Literal[1, 2] = Field(default=1, neutral=True)
+    edition: Edition = Field(default=1, neutral=True)
 
 
 class MaskSource(Section):

@@ -14,10 +14,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,9 +34,9 @@ from supar_cli.planning import document
 from supar_cli.planning.plan import Plan, PlanTensor
 from supar_cli.sparse.masks import Mask
 from supar_cli.training import optimizer
-from supar_cli.training.distributed import World
-from supar_cli.training.prepare import unmasked
-from supar_cli.training.runtime import on_device
+from supar_cli.training.distributed import Ranks
+from supar_cli.training.prepare import to_dense
+from supar_cli.training.runtime import device_thread
 from supar_cli.training.stored import KIND, State, Stored, read_manifest, verify
 
 if TYPE_CHECKING:
@@ -57,12 +58,12 @@ class Snapshot:
     @classmethod
     def of(cls, trainer: Trainer) -> Snapshot:
         tensors = {}
-        for name, tensor in trainer.prepared.tensors.items():
+        for name, tensor in trainer.sparse_model.tensors.items():
             tensors[f"weight/{name}"] = _copy(tensor)
             for key, value in trainer.optimizer.state[tensor].items():
                 if value is not None:
                     tensors[f"optimizer/{name}/{key}"] = _copy(torch.as_tensor(value))
-        return cls(trainer.plan, trainer.done, trainer.tokens.hash, trainer.prepared.masks, tensors)
+        return cls(trainer.plan, trainer.done, trainer.task.hash, trainer.sparse_model.masks, tensors)
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -76,18 +77,23 @@ class Writer:
     yet whole. Raises SetupError of a checkpoint that failed at the next call.
     """
 
-    def __init__(self, folder: Path, trainer: Trainer, before: Callable[[], None] = lambda: None) -> None:
-        self.folder, self._trainer, self._before = folder, trainer, before
-        self._world = trainer.world.beside() if trainer.parallel.sharded else World()
-        self._pool = on_device(trainer.setup.device, "checkpoints")
+    def __init__(
+        self, folder: Path | None, trainer: Trainer, before: Callable[[], None] = lambda: None, saved: int | None = None
+    ) -> None:
+        self.folder, self._trainer, self._before, self._saved = folder, trainer, before, saved
+        self._ranks = trainer.ranks.new_group() if trainer.parallel.is_sharded else Ranks()
+        self._pool = device_thread(trainer.runtime.device, "checkpoints")
         self._pending: Future[Path] | None = None
-        self._naming = Lock()
+        self._publish_lock = Lock()
 
     def save(self) -> None:
         """Copy the state and return; the copy is written meanwhile. Waits for the checkpoint before."""
+        if self.folder is None or self._trainer.done == self._saved:
+            return
         self.wait()
+        self._saved = self._trainer.done
         snapshot = Snapshot.of(self._trainer)
-        self._pending = self._pool.submit(_write, self.folder, snapshot, self._world, self._before, self._naming)
+        self._pending = self._pool.submit(_write, self.folder, snapshot, self._ranks, self._before, self._publish_lock)
 
     @property
     def is_writing(self) -> bool:
@@ -97,13 +103,27 @@ class Writer:
     def wait(self) -> None:
         """Return when all is on disk."""
         pending, self._pending = self._pending, None
-        if pending is not None:
+        if pending is not None and self.folder is not None:
             with _writing(self.folder):
                 pending.result()
 
-    def abandon(self) -> None:
+    def cancel(self) -> None:
         """Have no checkpoint appear from now on, though one is being written: the folder may soon be another process's."""
-        self._naming.acquire()
+        self._publish_lock.acquire()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.wait()
+        elif not issubclass(kind, Exception):  # at once
+            self.cancel()
+        else:
+            with suppress(SetupError, RuntimeError):  # of the checkpoint before: there is something else to report
+                self.wait()
 
 
 @contextmanager
@@ -119,18 +139,18 @@ def _writing(folder: Path) -> Iterator[None]:
         raise SetupError(f"{folder}: the checkpoint can't be written: {text}") from None
 
 
-def _write(folder: Path, snapshot: Snapshot, world: World, before: Callable[[], None], naming: Lock) -> Path:
-    """Write `folder/step-N`, by all of a world together; gives its path. Raises SetupError."""
+def _write(folder: Path, snapshot: Snapshot, ranks: Ranks, before: Callable[[], None], naming: Lock) -> Path:
+    """Write `folder/step-N`, by all of a ranks together; gives its path. Raises SetupError."""
     final = folder / f"step-{snapshot.step:08d}"
     aside = folder / f".{final.name}.{os.getpid()}"
     try:
-        aside = world.on_first(lambda: _begin(folder, aside))
-        world.together(lambda: _fill(aside, snapshot, world))
-        files = world.together(lambda: _hashed(aside, world))
-        hashes = {name: value for found in world.gather(files) for name, value in found.items()}
-        return world.on_first(lambda: _finish(aside, final, snapshot, hashes, before, naming))
+        aside = ranks.on_main(_begin, folder, aside)
+        ranks.run_on_all(_fill, aside, snapshot, ranks)
+        files = ranks.run_on_all(_hashed, aside, ranks)
+        hashes = {name: value for found in ranks.gather(files) for name, value in found.items()}
+        return ranks.on_main(_finish, aside, final, snapshot, hashes, before, naming)
     except Exception:
-        if world.is_first:
+        if ranks.is_main:
             shutil.rmtree(aside, ignore_errors=True)  # a full disk has better uses
         raise
 
@@ -143,22 +163,22 @@ def _begin(folder: Path, aside: Path) -> Path:
     return aside
 
 
-def _fill(aside: Path, snapshot: Snapshot, world: World) -> None:
-    """Write this process's file of tensors and see it on disk; what fails in one process of a world fails in all."""
+def _fill(aside: Path, snapshot: Snapshot, ranks: Ranks) -> None:
+    """Write this process's file of tensors and see it on disk; what fails in one process of a ranks fails in all."""
     packed = {f"mask/{name}": torch.from_numpy(mask.bits) for name, mask in snapshot.masks.items()}
     state = snapshot.tensors | packed
     with _writing(aside.parent):
-        if not world.grouped:
+        if not ranks.is_distributed:
             save_file(state, aside / WHOLE)
             _flush(aside / WHOLE)
             return
         storage = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-        state_dict_saver.save(state, storage_writer=storage, process_group=world.group)
+        state_dict_saver.save(state, storage_writer=storage, process_group=ranks.group)
 
 
-def _hashed(aside: Path, world: World) -> dict[str, str]:
+def _hashed(aside: Path, ranks: Ranks) -> dict[str, str]:
     """The hashes, by name, of the files that this process wrote."""
-    pattern = f"shard-{world.rank + 1:05d}-*" if world.grouped else WHOLE
+    pattern = f"shard-{ranks.rank + 1:05d}-*" if ranks.is_distributed else WHOLE
     with _writing(aside.parent):
         return {path.name: file_hash(path) for path in aside.glob(pattern)}
 
@@ -213,18 +233,18 @@ def available(folder: Path) -> list[Path]:
 def load(path: Path, trainer: Trainer) -> int:
     """Restore a trainer's weights and optimizer state in place and return the number of steps done.
 
-    However many processes wrote it, each of a world reads what lies in it. Raises InputError when the checkpoint is of
+    However many processes wrote it, each of a ranks reads what lies in it. Raises InputError when the checkpoint is of
     another plan, other data or other masks, SetupError when it is corrupt.
     """
-    plan, prepared, world = trainer.plan, trainer.prepared, trainer.world
+    plan, prepared, ranks = trainer.plan, trainer.sparse_model, trainer.ranks
     manifest = read_manifest(path)
     for what, of, wanted in (
         ("plan", "is of another plan", plan.hash()),
-        ("data", "was trained on other data", trainer.tokens.hash),
+        ("data", "was trained on other data", trainer.task.hash),
     ):
         if manifest[what] != wanted:
             raise InputError(f"{path}: {of} ({manifest[what][:19]}…, this one is {wanted[:19]}…)")
-    verify(path, manifest, world)
+    verify(path, manifest, ranks)
     stored = Stored(path, manifest)
     _check_masks(path, manifest, stored, prepared.masks)
     targets = {f"weight/{name}": tensor.detach() for name, tensor in prepared.tensors.items()}
@@ -235,7 +255,7 @@ def load(path: Path, trainer: Trainer) -> int:
             value = torch.zeros((), device=tensor.device) if what == "step" else torch.zeros_like(tensor.detach())
             states[name][what] = targets[f"optimizer/{name}/{what}"] = value
     stored.read(targets)
-    prepared.refresh()
+    prepared.sync_engines()
     for name, tensor in prepared.tensors.items():
         trainer.optimizer.state[tensor] = states[name]
     step = int(manifest["step"])
@@ -248,7 +268,7 @@ def load(path: Path, trainer: Trainer) -> int:
 def weights(path: Path, plan: Plan) -> State:
     """A checkpoint's tensors by plan name, in the plan's shapes, zero where dead. Raises InputError or SetupError."""
     manifest = read_manifest(path)
-    verify(path, manifest, World())
+    verify(path, manifest, Ranks())
     stored, found = Stored(path, manifest), {}
     for row in plan.tensors:
         mask = None
@@ -258,7 +278,7 @@ def weights(path: Path, plan: Plan) -> State:
             mask = _mask_of(path, row, packed[f"mask/{row.name}"])
         values = torch.zeros(tuple(row.shape) if mask is None else (mask.count,))
         stored.read({f"weight/{row.name}": values})
-        found[row.name] = unmasked(values, mask)
+        found[row.name] = to_dense(values, mask)
     return found
 
 

@@ -1,34 +1,43 @@
-"""The processes that train one plan together: who they are, what they agree on, and how an error of one ends them all.
+"""The processes that train one plan: their ranks, what they agree on, and how they hold the model between them.
 
 They are started by `supar train --nproc N` or by torchrun, and meet over torch.distributed: NCCL for tensors on CUDA,
-gloo for all else.
+gloo for all else. To DDP and FSDP2 a masked tensor is a vector of live values: what is exchanged and sharded follows the
+live weights.
 """
 
 from __future__ import annotations
 
 import gc
 import os
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from supar_cli.errors import PeerGone, SuparError
+from supar_cli.errors import PeerLost, SuparError
 from supar_cli.files import write_file
-from supar_cli.training.launch.environment import HEARD, LAUNCH, is_member
+from supar_cli.training.launch.environment import LAUNCH_DIR, SIGNAL_FILE, is_rank_process
 
 T = TypeVar("T")
+P = ParamSpec("P")
+Parallelism = Literal["alone", "ddp", "fsdp"]
 
 
 @dataclass(frozen=True, slots=True)
-class World:
-    """`rank` of `size` processes, `local_rank` of `local_size` on this machine; alone unless `joined` says otherwise.
+class Ranks:
+    """`rank` of `size` processes, `local_rank` of `local_size` on this machine; one alone unless `init_distributed` is used.
 
     `group` is the torch.distributed group that its calls go through; None is the default one.
     """
@@ -37,115 +46,182 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    grouped: bool = False
+    is_distributed: bool = False
     group: Any = None
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes and speaks for all."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
         """Everyone's value by rank."""
-        if not self.grouped:
+        if not self.is_distributed:
             return [value]
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self.group)
         return found
 
-    def together(self, function: Callable[[], T]) -> T:
-        """Call a function in every process. Where it raises a SuparError in one, raises it in all, the rank named."""
+    def run_on_all(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function in every process. Where it raises a SuparError in one, raise it in all, the rank named."""
         error, result = None, None
         try:
-            result = function()
+            result = function(*args, **kwargs)
         except SuparError as raised:
-            if not self.grouped:
+            if not self.is_distributed:
                 raise
             error = raised
         found = self.gather(None if error is None else (type(error), str(error)))
-        failed = {rank: said for rank, said in enumerate(found) if said is not None}
+        failed = {rank: described for rank, described in enumerate(found) if described is not None}
         if failed:
             rank, (kind, text) = next(iter(failed.items()))
-            everyone = len(failed) == self.size
-            raise shared(kind, text if rank == 0 or everyone else f"rank {rank}: {text}") from None
+            is_everyone = len(failed) == self.size
+            raise collective_error(kind, text if rank == 0 or is_everyone else f"rank {rank}: {text}") from None
         return result  # type: ignore[return-value]
 
-    def on_first(self, function: Callable[[], T]) -> T:
-        """Call a function in the first process only and give its result, or its SuparError, to all."""
-        result = self.together(lambda: function() if self.is_first else None)
-        if not self.grouped:
-            return result  # type: ignore[return-value]
+    def on_main(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function in the main process only; return its result, or raise its SuparError, in all."""
+        result: Any = self.run_on_all(function, *args, **kwargs) if self.is_main else self.run_on_all(_do_nothing)
+        if not self.is_distributed:
+            return result  # type: ignore[no-any-return]
         box = [result]
         dist.broadcast_object_list(box, src=0, group=self.group, device=torch.device("cpu"))
-        return box[0]  # type: ignore[return-value]
+        return box[0]  # type: ignore[no-any-return]
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    def sum(self, tensor: Tensor) -> Tensor:
         """A tensor's sum over all processes, in place."""
-        if self.grouped:
+        if self.is_distributed:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
     @contextmanager
-    def complete(self) -> Iterator[None]:
-        """Raises PeerGone where what is inside fails because another process is gone."""
+    def translate_peer_errors(self) -> Iterator[None]:
+        """Raise PeerLost where what is inside fails because another process is gone."""
         try:
             yield
         except RuntimeError as error:
             # gloo says so in words only
-            gone = isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Gloo", "by peer"))
-            if not self.grouped or not gone:
+            is_lost = isinstance(error, dist.DistError) or any(
+                word in str(error) for word in ("gloo", "Gloo", "by peer")
+            )
+            if not self.is_distributed or not is_lost:
                 raise
-            raise PeerGone(
+            raise PeerLost(
                 "another process of this run is gone; the same command goes on from the last checkpoint"
             ) from None
 
-    def beside(self) -> World:
+    def new_group(self) -> Ranks:
         """The same processes by a group of their own, which another thread may use meanwhile. All have to ask for it."""
-        group = dist.new_group(backend="gloo") if self.grouped else None
-        return World(self.rank, self.size, self.local_rank, self.local_size, self.grouped, group)
+        return replace(self, group=dist.new_group(backend="gloo") if self.is_distributed else None)
 
 
-def shared(kind: type[SuparError], text: str) -> SuparError:
-    """An error that every process of a run raises, of which the first speaks."""
+def _do_nothing() -> None:
+    pass
+
+
+def collective_error(kind: type[SuparError], text: str) -> SuparError:
+    """An error that every process of a run raises, and that the main one reports."""
     error = kind(text)
-    error.shared = True
+    error.is_collective = True
     return error
 
 
 @contextmanager
-def joined() -> Iterator[World]:
-    """The world of this process, left by all at once unless one of them fails. Raises PeerGone when one is gone.
+def init_distributed() -> Iterator[Ranks]:
+    """The ranks of this run, left by all at once unless one of them fails. Raises PeerLost when one is gone.
 
-    What was trained in it has to be given up inside.
+    A model that is trained inside has to be released inside.
     """
-    if not is_member():
-        yield World()
+    if not is_rank_process():
+        yield Ranks()
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    if folder := os.environ.get(LAUNCH):
+    if folder := os.environ.get(LAUNCH_DIR):
         write_file(Path(folder, str(rank)), str(os.getpid()))
-        if (heard := Path(folder, HEARD)).is_file():  # before the launcher knew of this process
-            os.kill(os.getpid(), int(heard.read_text("utf-8")))
-    world = World(rank, size, *local, grouped=True)
-    with world.complete():
-        begun = not dist.is_initialized()
-        if begun:
-            both = torch.cuda.is_available() and dist.is_nccl_available()
+        if (signal_file := Path(folder, SIGNAL_FILE)).is_file():  # sent before the launcher knew of this process
+            os.kill(os.getpid(), int(signal_file.read_text("utf-8")))
+    ranks = Ranks(rank, size, *local, is_distributed=True)
+    with ranks.translate_peer_errors():
+        is_ours = not dist.is_initialized()
+        if is_ours:
+            has_both = torch.cuda.is_available() and dist.is_nccl_available()
             store, *_ = next(rendezvous("env://", rank, size))
             # torchrun keeps one store for all its restarts, in which gloo would find the addresses of the life before
             life = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size}"
-            backend = "cpu:gloo,cuda:nccl" if both else "gloo"
+            backend = "cpu:gloo,cuda:nccl" if has_both else "gloo"
             dist.init_process_group(backend, store=PrefixStore(life, store), rank=rank, world_size=size)
         else:  # a script's own, which may know tensors on CUDA only
-            world = replace(world, group=dist.new_group(backend="gloo"))
+            ranks = replace(ranks, group=dist.new_group(backend="gloo"))
         try:
-            yield world
+            yield ranks
         except SuparError as error:
-            if error.shared:
-                dist.barrier(world.group)
+            if error.is_collective:
+                dist.barrier(ranks.group)
             raise
-        dist.barrier(world.group)  # no one ends before the others are done: launchers end what is left
-        if begun:
+        dist.barrier(ranks.group)  # no one ends before the others are done: launchers end what is left
+        if is_ours:
             gc.collect()  # DDP's models first: the last one to hold a group waits for threads that wait for the interpreter
             dist.destroy_process_group()
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor; the tensor itself where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Parallel:
+    """A model as its processes hold it: whole in each, gradients averaged (DDP), or every tensor in shards (FSDP2).
+
+    `model` is what a training step calls; `inner` is without DDP, for passes that exchange nothing. FSDP2 gathers the
+    tensors of one of the model's `blocks`, if it has any, at a time.
+    """
+
+    def __init__(self, kind: Parallelism, model: nn.Module, device: torch.device, compiles: bool, ranks: Ranks) -> None:
+        self.kind, self.ranks = kind, ranks
+        self.model = model
+        if kind == "fsdp":
+            mesh = init_device_mesh(device.type, (ranks.size,))
+            for block in getattr(model, "blocks", ()):
+                if compiles:
+                    block.compile()
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        elif compiles:
+            self.model = torch.compile(model)  # type: ignore[assignment]
+        self.inner = self.model
+        if kind == "ddp":
+            devices = [device] if device.type == "cuda" else None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has another name for it, 2.11 does not
+                # buffers are an engine's own, the same everywhere and never written by a forward pass
+                self.model = DistributedDataParallel(
+                    self.model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.kind == "fsdp"
+
+    def gradient_sync(self, is_last: bool) -> AbstractContextManager[None]:
+        """For a micro-batch's passes: gradients are exchanged after the last of a step only."""
+        if isinstance(self.model, DistributedDataParallel) and not is_last:
+            return self.model.no_sync()
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(is_last)
+        return nullcontext()
+
+    @contextmanager
+    def forward_only(self, with_hooks: bool = False) -> Iterator[None]:
+        """For forward passes without a backward one, which all processes make; `with_hooks`: hooks have to see each layer."""
+        if not isinstance(self.model, FSDPModule):
+            yield
+            return
+        with torch.compiler.set_stance("force_eager" if with_hooks else "default"):
+            yield
+        self.model.reshard()
+
+    def norms(self, gradients: list[Tensor]) -> Tensor:
+        """The norm of each whole gradient, given this rank's shards."""
+        norms = torch.stack(torch._foreach_norm(gradients))
+        return self.ranks.sum(norms.square()).sqrt() if self.is_sharded else norms

@@ -9,20 +9,19 @@ from supar_cli.sparse import autotune
 from supar_cli.sparse.autotune import EngineChoice, LayerCase
 from supar_cli.sparse.linear import Engine
 from supar_cli.sparse.masks import Mask
-from supar_cli.training.distributed import World
-from supar_cli.training.runtime import Setup
+from supar_cli.training.distributed import Ranks
+from supar_cli.training.runtime import Runtime
 
 
 class EngineSelector:
     """The engines of a plan's masked tensors: `make` each as the model is built; `choices` then says which they are.
 
-    Of several processes the first one measures, alone, and all choose alike.
+    Of several processes the main one measures, alone, and all choose alike. `units` are those of a micro-batch.
     """
 
-    def __init__(self, plan: Plan, setup: Setup, world: World, sharded: bool) -> None:
-        self.plan, self.choices, self._world = plan, dict[str, EngineChoice](), world
-        tokens = setup.micro_batch * plan.decoder.context
-        self.case = LayerCase(setup.device, setup.precision, tokens, plan.sparsity.block, sharded)
+    def __init__(self, plan: Plan, runtime: Runtime, ranks: Ranks, units: int, sharded: bool) -> None:
+        self.plan, self.choices, self._ranks = plan, dict[str, EngineChoice](), ranks
+        self.case = LayerCase(runtime.device, runtime.precision, units, plan.sparsity.block, sharded)
         self._rows = {row.name: row for row in plan.tensors}
         self._fastest: dict[tuple[object, ...], EngineChoice] = {}  # one measurement for all layers of a shape and size
 
@@ -35,7 +34,7 @@ class EngineSelector:
         elif alike in self._fastest:
             choice = self._fastest[alike]
         else:
-            choice = self._fastest[alike] = self._world.on_first(lambda: autotune.fastest(mask, self.case))
+            choice = self._fastest[alike] = self._ranks.on_main(autotune.fastest, mask, self.case)
         self.choices[name] = choice
         return autotune.make(choice.name, mask, self.case)
 

@@ -1,4 +1,4 @@
-"""A live watch for the signatures of a wrong scale: activations or gradients that vanish or explode after step 1."""
+"""Signs of a wrong scale while a run goes on: activations or gradients that vanish, explode or stop being finite."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from supar_cli.sparse.linear import Linear
-from supar_cli.training.parallel import local
+from supar_cli.training.distributed import local_shard
 
 # measured: in 20 healthy SμPar steps the authors' model grows an MLP output 46-fold (reference run supar-s0.9375), so
 # the alarm is far above that. chosen: a thousandfold.
@@ -36,21 +36,21 @@ def _recording(model: nn.Module, sizes: dict[str, Tensor]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def activation_sizes(model: nn.Module, inputs_BT: Tensor) -> dict[str, float]:
-    """mean |Y| of every linear's output on a batch, by the linear's name."""
+def activation_sizes(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, float]:
+    """mean |Y| of every linear's output on a model's inputs, by the linear's name."""
     sizes: dict[str, Tensor] = {}
     with _recording(model, sizes):
-        model(inputs_BT)
-    return dict(zip(sizes, torch.stack(list(sizes.values())).tolist(), strict=True))
+        model(*inputs)
+    return {name: float(size) for name, size in sizes.items()}
 
 
-def first_not_finite(model: nn.Module, inputs_BT: Tensor) -> str:
-    """Name of the tensor at which values stop being finite: a weight, else the output of a linear, else the loss.
+def first_not_finite(model: nn.Module, inputs: tuple[Tensor, ...]) -> str:
+    """Name the tensor at which values stop being finite: a weight, else the output of a linear, else the loss.
 
     Makes its forward pass in any case: other processes may wait for it.
     """
-    weights = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(local(weight)).all())]
-    sizes = activation_sizes(model, inputs_BT)
+    weights = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(local_shard(weight)).all())]
+    sizes = activation_sizes(model, inputs)
     if weights:
         return f"the weight {weights[0].removesuffix('.weight')}"
     for name, size in sizes.items():
@@ -60,11 +60,11 @@ def first_not_finite(model: nn.Module, inputs_BT: Tensor) -> str:
 
 
 class Monitor:
-    """Compares sizes with the first it saw (step 1's, or a resumed run's first) and words a warning, once a name and way."""
+    """Compares sizes with the first it saw (step 1's, or a resumed run's first); warns once for a name and direction."""
 
     def __init__(self) -> None:
         self._first: dict[str, tuple[int, float]] = {}
-        self._said: set[tuple[str, str]] = set()
+        self._warned: set[tuple[str, str]] = set()
 
     def warnings(self, step: int, what: str, sizes: dict[str, float]) -> list[str]:
         """Warnings for `sizes`, by layer name, of `what` (activation, gradient) after `step` steps."""
@@ -75,7 +75,7 @@ class Monitor:
             if first == 0.0:
                 continue
             word = "exploded" if size > first * LIMIT else "vanished" if size < first / LIMIT else ""
-            if word and (name, word) not in self._said:
-                self._said.add((name, word))
+            if word and (name, word) not in self._warned:
+                self._warned.add((name, word))
                 found.append(f"step {step}: the {name} has {word}: {first:.3g} at step {at}, {size:.3g} now")
         return found

@@ -32,14 +32,14 @@ CHECKED_AT_ONCE = 2**20  # chosen: 8 MiB in double precision
 
 
 @dataclass(slots=True)
-class Prepared:
+class SparseModel:
     """A model, its parameters by plan name and the masks. A masked parameter holds live values only."""
 
-    model: Transformer
+    model: nn.Module
     tensors: dict[str, nn.Parameter]
     masks: dict[str, Mask]
 
-    def refresh(self) -> None:
+    def sync_engines(self) -> None:
         """Let the engines take over parameters that were changed in place."""
         for name in self.masks:
             self.linear(name).refresh()
@@ -53,10 +53,10 @@ class Prepared:
     @torch.no_grad()
     def weight(self, name: str) -> Tensor:
         """A copy of a tensor in its plan's shape, zero where dead."""
-        return unmasked(self.tensors[name].detach(), self.masks.get(name))
+        return to_dense(self.tensors[name].detach(), self.masks.get(name))
 
 
-def unmasked(values: Tensor, mask: Mask | None) -> Tensor:
+def to_dense(values: Tensor, mask: Mask | None) -> Tensor:
     """Live values (live,) in row-major order as a dense tensor of the mask's shape; a copy where there is no mask."""
     if mask is None:
         return values.clone()
@@ -65,16 +65,27 @@ def unmasked(values: Tensor, mask: Mask | None) -> Tensor:
     return dense
 
 
-def prepare(plan: Plan, device: torch.device, engine_of: Callable[[str, Mask], Engine] | None = None) -> Prepared:
+def transformer(plan: Plan) -> nn.Module:
+    """The plan's model, its tensors not yet filled."""
+    return Transformer(plan.decoder)
+
+
+def prepare(
+    plan: Plan,
+    device: torch.device,
+    engine_of: Callable[[str, Mask], Engine] | None = None,
+    build_model: Callable[[Plan], nn.Module] = transformer,
+) -> SparseModel:
     """Build, initialise, mask and check. Raises InputError where plan and model disagree, naming the tensors.
 
-    `engine_of` makes the engine of a masked tensor; without it, the dense one in float32.
+    `engine_of` makes the engine of a masked tensor; without it, the dense one in float32. `build_model` makes a model whose
+    parameters have the plan's names and shapes.
     """
     drawn = make_masks(plan)
-    prepared = build(plan, device, drawn, lambda row, mask: _values(row, plan.train.seed, mask), engine_of)
+    made = build(plan, device, drawn, lambda row, mask: _values(row, plan.train.seed, mask), engine_of, build_model)
     for row in plan.tensors:
-        check(row, prepared.tensors[row.name], plan.sparsity.pattern, drawn.get(row.name))
-    return prepared
+        check_init(row, made.tensors[row.name], plan.sparsity.pattern, drawn.get(row.name))
+    return made
 
 
 def make_masks(plan: Plan) -> dict[str, Mask]:
@@ -109,13 +120,14 @@ def build(
     drawn: dict[str, Mask],
     values_of: Callable[[PlanTensor, Mask | None], Values],
     engine_of: Callable[[str, Mask], Engine] | None = None,
-) -> Prepared:
+    build_model: Callable[[Plan], nn.Module] = transformer,
+) -> SparseModel:
     """A model of given masks and values: those of live weights in row-major order where there is a mask."""
     with torch.device("meta"):  # before a shape that is not the plan's takes memory
-        _require_same_tensors(plan, named_tensors(Transformer(plan.decoder)))
-    model = Transformer(plan.decoder)
+        _require_same_tensors(plan, named_tensors(build_model(plan)))
+    model = build_model(plan)
     tensors = named_tensors(model)
-    prepared = Prepared(model, {}, drawn)
+    made = SparseModel(model, {}, drawn)
     engine_of = engine_of or (lambda _, mask: Dense(mask, torch.float32))
     with torch.no_grad():
         for row in plan.tensors:
@@ -125,10 +137,10 @@ def build(
                 tensors[row.name].copy_(values)
             else:
                 engine = engine_of(row.name, mask).to(device)
-                prepared.linear(row.name).remask(mask, values.to(device), engine)
+                made.linear(row.name).remask(mask, values.to(device), engine)
     model.to(device)
-    prepared.tensors = named_tensors(model)
-    return prepared
+    made.tensors = named_tensors(model)
+    return made
 
 
 def _require_same_tensors(plan: Plan, tensors: dict[str, nn.Parameter]) -> None:
@@ -136,7 +148,7 @@ def _require_same_tensors(plan: Plan, tensors: dict[str, nn.Parameter]) -> None:
     built = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(planned) != len(plan.tensors):
         names = [row.name for row in plan.tensors]
-        raise InputError(f"tensors: {next(n for n in names if names.count(n) > 1)} stands twice in the plan")
+        raise InputError(f"tensors: {next(n for n in names if names.count(n) > 1)} appears twice in the plan")
     different = [
         f"  {name}: the plan has {planned[name]}, the model {built[name]}"
         for name in planned
@@ -168,7 +180,7 @@ def _values(row: PlanTensor, seed: int, mask: Mask | None) -> Values:
     return values
 
 
-def check(row: PlanTensor, tensor: Tensor, pattern: str, mask: Mask | None) -> None:
+def check_init(row: PlanTensor, tensor: Tensor, pattern: str, mask: Mask | None) -> None:
     """Compare a tensor's measured deviation and live count with the plan's, within 6 standard errors.
 
     A normal sample's deviation has the relative standard error 1/√(2n): false alarms are below 1e-8 a tensor.

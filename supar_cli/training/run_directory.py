@@ -16,22 +16,22 @@ from supar_cli.errors import InputError, Preempted, SetupError
 from supar_cli.files import Record, naming_write_errors, read_json, write_file
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan, read_plan
-from supar_cli.training.launch.environment import is_member, is_torchruns, launcher
+from supar_cli.training.launch.environment import is_rank_process, launcher_id, under_torchrun
 
-LOCK_TRIES = 10  # chosen: for a second; who only looks whether a run goes on holds its lock for an instant
+LOCK_TRIES = 10  # chosen: for a second; whoever only looks whether a run is open holds its lock for an instant
 DIFFERENCES = 8  # chosen: named of two plans; the others are counted
-ENDED = "ended.json"  # how training ended where it did not finish
-DAMAGED = "metrics.damaged.jsonl"  # metrics.jsonl as it was where some of its records could not be read
+STATUS_FILE = "ended.json"  # how training ended where it did not finish
+DAMAGED_METRICS = "metrics.damaged.jsonl"  # metrics.jsonl as it was where some of its records could not be read
 
 
 @contextmanager
-def opened(directory: Path, plan: Plan, *, resume: bool, force: bool) -> Iterator[list[str]]:
+def open_run(directory: Path, plan: Plan, *, resume: bool, force: bool) -> Iterator[list[str]]:
     """Start or continue a run in a directory that no other process may open until this ends; note how it ended.
 
-    Gives what is to run otherwise than before, as `run.precision: float32 → bfloat16`.
-    Raises InputError as `start` does, where another process trains there, and under torchrun for anything but `resume`.
+    Yields what will run otherwise than before, as `run.precision: float32 → bfloat16`.
+    Raises InputError as `begin_run` does, where another process trains there, and under torchrun for anything but `resume`.
     """
-    if is_torchruns() and not resume:
+    if under_torchrun() and not resume:
         raise InputError(
             f"{directory}: can't be told to start anew under torchrun, whose restarts would do so too; "
             "expected another --out, or that the directory is removed"
@@ -40,27 +40,27 @@ def opened(directory: Path, plan: Plan, *, resume: bool, force: bool) -> Iterato
     with naming_write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
     with _lock(directory):
-        changes = start(directory, plan, resume=resume, force=force)
+        changes = begin_run(directory, plan, resume=resume, force=force)
         with naming_write_errors(directory):
-            (directory / ENDED).unlink(missing_ok=True)
-            for path in [*_left(directory), *directory.glob("checkpoints/.step-*")]:
+            (directory / STATUS_FILE).unlink(missing_ok=True)
+            for path in [*_leftovers(directory), *directory.glob("checkpoints/.step-*")]:
                 _drop(path)
         try:
             yield changes
         except BaseException as error:
             state = "preempted" if isinstance(error, Preempted | KeyboardInterrupt) else "failed"
             text = str(error) or type(error).__name__
-            ended = {"state": state, "text": text} | ({"launcher": launcher()} if is_member() else {})
+            ended = {"state": state, "text": text} | ({"launcher": launcher_id()} if is_rank_process() else {})
             with suppress(OSError):  # the disk may be why it ended
-                write_file(directory / ENDED, json.dumps(ended) + "\n")
+                write_file(directory / STATUS_FILE, json.dumps(ended) + "\n")
             raise
 
 
-def preempted(directory: Path) -> str:
+def preemption_reason(directory: Path) -> str:
     """How a directory's run was asked to stop under this process's own launcher, empty where it was not."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        ended = json.loads((directory / ENDED).read_text("utf-8"))
-        if is_member() and ended["state"] == "preempted" and ended["launcher"] == launcher():
+        ended = json.loads((directory / STATUS_FILE).read_text("utf-8"))
+        if is_rank_process() and ended["state"] == "preempted" and ended["launcher"] == launcher_id():
             return str(ended["text"])
     return ""
 
@@ -81,9 +81,9 @@ def _lock(directory: Path) -> TextIO:
     raise InputError(f"{directory}: another process is training there; expected another --out")
 
 
-def _left(directory: Path) -> set[Path]:
+def _leftovers(directory: Path) -> set[Path]:
     """What a process that was killed while it wrote or removed something has left of it."""
-    names = ("plan.yaml", "metrics.jsonl", "result.json", "trackers.json", ENDED, "checkpoints")
+    names = ("plan.yaml", "metrics.jsonl", "result.json", "trackers.json", STATUS_FILE, "checkpoints")
     return {path for name in names for path in directory.glob(f".{name}.*")}
 
 
@@ -112,12 +112,12 @@ def _refuse_foreign(directory: Path, force: bool) -> None:
         raise InputError(f"{directory}: is a file; expected a folder for --out")
     if force or not directory.exists() or (directory / "plan.yaml").is_file():
         return
-    if set(directory.iterdir()) - _left(directory) - {directory / "lock"}:
-        raise InputError(f"{directory}: exists and is no run directory; expected another --out")
+    if set(directory.iterdir()) - _leftovers(directory) - {directory / "lock"}:
+        raise InputError(f"{directory}: exists and is not a run directory; expected another --out")
 
 
-def start(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list[str]:
-    """Make a run directory ready; gives what of `run` has changed there.
+def begin_run(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list[str]:
+    """Make a run directory ready and return what of `run` has changed there.
 
     Raises InputError when it holds another run, or this one and neither flag was given.
     """
@@ -140,7 +140,15 @@ def start(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list[str
         if force and not resume and existing.is_file():
             if (directory / "checkpoints").is_dir():  # out of the way whole: a kill now leaves all of them or none
                 (directory / "checkpoints").rename(directory / ".checkpoints.old")
-            for name in ("result.json", "metrics.jsonl", DAMAGED, "trackers.json", ENDED, "tensorboard", "wandb"):
+            for name in (
+                "result.json",
+                "metrics.jsonl",
+                DAMAGED_METRICS,
+                "trackers.json",
+                STATUS_FILE,
+                "tensorboard",
+                "wandb",
+            ):
                 _drop(directory / name)
             _drop(directory / ".checkpoints.old")
         directory.mkdir(parents=True, exist_ok=True)
@@ -209,9 +217,11 @@ class Metrics:
                 lost = done - len(self.before)
                 if lost:
                     self.damage = f"{path}: the records of {lost} of the {done} steps done are missing or damaged"
-                    if path.exists() and not (directory / DAMAGED).exists():  # the first is the one that tells most
-                        path.replace(directory / DAMAGED)
-                        self.damage += f"; {DAMAGED} is the file as it was"
+                    if (
+                        path.exists() and not (directory / DAMAGED_METRICS).exists()
+                    ):  # the first is the one that tells most
+                        path.replace(directory / DAMAGED_METRICS)
+                        self.damage += f"; {DAMAGED_METRICS} is the file as it was"
                 write_file(path, "".join(json.dumps(record) + "\n" for record in self.before))
                 self._file = path.open("a", encoding="utf-8")
 
@@ -254,5 +264,5 @@ def read_result(path: Path) -> Record:
     """A run's result.json. Raises SetupError that names the file where it is none."""
     found = read_json(path)
     if not isinstance(found, dict) or found.get("kind") != "supar.result/v1":
-        raise SetupError(f"{path}: is no result of a run; without it `supar train` writes it again")
+        raise SetupError(f"{path}: is not the result of a run; without it `supar train` writes it again")
     return found

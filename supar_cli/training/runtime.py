@@ -1,17 +1,22 @@
-"""What a plan resolves to on this machine: device, precision, compiling, rows at a time."""
+"""What a plan resolves to on this machine: device, precision, compiling, rows at a time, and whether it fits its memory."""
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from supar_cli.errors import InputError, SetupError
+from supar_cli.planning import estimate
 from supar_cli.planning.plan import Plan
-from supar_cli.training.distributed import World
+from supar_cli.training.distributed import Parallelism, Ranks
+
+USED_SHARE = 0.9  # chosen: of a device's memory; the rest is the allocator's and the libraries'
 
 # Dense bf16 matrix peaks in FLOP/s, from NVIDIA's datasheets, by a word of the device's name
 PEAK_FLOPS = {
@@ -25,29 +30,35 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bfloat16 peak of a CUDA device in FLOP/s; None of one that is not known."""
+def peak_share(device: torch.device, flops_per_unit: float | None, units_per_s: float) -> float | None:
+    """FLOP/s of one process over its device's dense bf16 peak; None where one of them is not known.
+
+    Masked weights count as dense: that is what is computed.
+    """
+    if device.type != "cuda" or flops_per_unit is None:
+        return None
     name = torch.cuda.get_device_name(device)
-    return next((value for word, value in PEAK_FLOPS.items() if word in name), None)
+    peak = next((value for word, value in PEAK_FLOPS.items() if word in name), None)
+    return None if peak is None else units_per_s * flops_per_unit / peak
 
 
-def device_of(plan: Plan, world: World) -> torch.device:
-    """The device a plan asks for, one for each process. Raises SetupError when it is not there, InputError when it is none."""
+def device_of(plan: Plan, ranks: Ranks) -> torch.device:
+    """The device a plan asks for, one for each process. Raises SetupError when it is missing, InputError for another word."""
     word = plan.run.device
     if word == "auto":
         word = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(word)
     except RuntimeError:
-        raise InputError(f"run.device: {word!r} is no device; expected auto, cpu or cuda") from None
+        raise InputError(f"run.device: {word!r} is not a device; expected auto, cpu or cuda") from None
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"run.device: {word!r}; expected auto, cpu or cuda")
-    if device.type == "cuda" and world.grouped:
+    if device.type == "cuda" and ranks.is_distributed:
         if device.index is not None:
             raise InputError(
-                f"run.device: {word} with {world.size} processes; expected cuda, of which each takes its own"
+                f"run.device: {word} with {ranks.size} processes; expected cuda, of which each takes its own"
             )
-        device = torch.device("cuda", world.local_rank)
+        device = torch.device("cuda", ranks.local_rank)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise SetupError(
             f"run.device: {device}: this machine has no such CUDA device that torch {torch.__version__} can use"
@@ -57,7 +68,7 @@ def device_of(plan: Plan, world: World) -> torch.device:
     return device
 
 
-def on_device(device: torch.device, name: str) -> ThreadPoolExecutor:
+def device_thread(device: torch.device, name: str) -> ThreadPoolExecutor:
     """A thread that works for a device, CUDA's current one being each thread's own."""
     if device.type == "cuda":
         return ThreadPoolExecutor(1, name, torch.cuda.set_device, (device,))
@@ -65,7 +76,7 @@ def on_device(device: torch.device, name: str) -> ThreadPoolExecutor:
 
 
 @dataclass(slots=True)
-class Setup:
+class Runtime:
     """What a plan resolves to on this machine. `micro_batch` and `rows` are sequences of one process."""
 
     device: torch.device
@@ -75,9 +86,9 @@ class Setup:
     rows: int
 
     @classmethod
-    def of(cls, plan: Plan, world: World | None = None) -> Setup:
-        world = world or World()
-        device = device_of(plan, world)
+    def of(cls, plan: Plan, ranks: Ranks | None = None) -> Runtime:
+        ranks = ranks or Ranks()
+        device = device_of(plan, ranks)
         cuda = device.type == "cuda"
         if cuda:
             torch.cuda.set_device(device)
@@ -85,14 +96,14 @@ class Setup:
         native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         bf16 = native if word == "auto" else word == "bfloat16"
         compiles = cuda if plan.run.compile == "auto" else plan.run.compile == "on"
-        rows, left = divmod(plan.train.batch_size, world.size)
+        rows, left = divmod(plan.train.batch_size, ranks.size)
         if left:
             raise InputError(
-                f"train.batch_size: {plan.train.batch_size} sequences can't be shared evenly by {world.size} processes"
+                f"train.batch_size: {plan.train.batch_size} sequences can't be shared evenly by {ranks.size} processes"
             )
         micro = plan.run.micro_batch_size or rows
         if rows % micro:
-            what = "the batch size" if world.size == 1 else f"a process's share of {world.size} of the batch,"
+            what = "the batch size" if ranks.size == 1 else f"a process's share of {ranks.size} of the batch,"
             raise InputError(f"run.micro_batch_size: {micro} does not divide {what} {rows}")
         return cls(device, torch.bfloat16 if bf16 else torch.float32, compiles, micro, rows)
 
@@ -100,3 +111,48 @@ class Setup:
         if self.precision == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.precision)
+
+
+def choose_parallelism(plan: Plan, runtime: Runtime, ranks: Ranks) -> tuple[Parallelism, str]:
+    """How the processes hold the plan's model, and why where that was decided here."""
+    if not ranks.is_distributed:
+        return "alone", ""
+    if plan.run.parallel != "auto":
+        return plan.run.parallel, ""
+    is_cuda = runtime.device.type == "cuda"
+    engine = "sparse" if not is_cuda and plan.run.engine == "auto" else plan.run.engine
+    needed_bytes = estimate.state_bytes(
+        plan, engine if isinstance(engine, str) else "dense", runtime.precision.itemsize
+    )
+    needed_bytes += estimate.activation_bytes(plan, runtime.micro_batch, runtime.precision.itemsize)
+    device_bytes = torch.cuda.mem_get_info(runtime.device)[1] if is_cuda else _host_bytes() // ranks.local_size
+    usable_bytes = int(USED_SHARE * device_bytes)
+    kind: Parallelism = "fsdp" if needed_bytes > usable_bytes else "ddp"
+    words = {"ddp": "fits a device", "fsdp": "does not fit a device"}[kind]
+    return kind, f"{kind}: the plan {words}: about {needed_bytes / 2**30:.2f} GiB of {usable_bytes / 2**30:.2f} GiB"
+
+
+def require_host_memory(plan: Plan, runtime: Runtime, ranks: Ranks) -> None:
+    """Raise SetupError where a plan can't be built here: Linux would not say so but end the process.
+
+    Each process builds the model on its host: masks, live values, and all else of training where the device is the CPU.
+    """
+    masked = sum(row.size for row in plan.tensors if row.kept < row.size)
+    needed_bytes = masked + 4 * plan.live
+    if runtime.device.type == "cpu":
+        needed_bytes = masked + estimate.state_bytes(plan, "sparse", 4)
+        needed_bytes += estimate.activation_bytes(plan, runtime.micro_batch, runtime.precision.itemsize)
+    needed_bytes *= ranks.local_size
+    if needed_bytes > _host_bytes():
+        raise SetupError(
+            f"out of memory: the plan needs about {needed_bytes / 2**30:.1f} GiB, "
+            f"this machine has {_host_bytes() / 2**30:.1f}; expected a smaller model or run.micro_batch_size"
+        )
+
+
+def _host_bytes() -> int:
+    """This machine's memory, or what a container may have of it."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # no control group, or one without a limit, `max`
+        return min(found, int(Path("/sys/fs/cgroup/memory.max").read_text("utf-8")))
+    return found

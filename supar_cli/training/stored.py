@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import file_hash
 from supar_cli.planning import document
-from supar_cli.training.distributed import World
+from supar_cli.training.distributed import Ranks
 
 KIND = "supar.checkpoint/v3"
 OLDER = {"supar.checkpoint/v1", "supar.checkpoint/v2"}  # with zeros where dead; with one hash, and of no other file
@@ -49,10 +49,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def verify(path: Path, manifest: dict[str, Any], world: World) -> None:
-    """Raise SetupError, naming the file, where one is not what was written; the processes of a world share them out."""
+def verify(path: Path, manifest: dict[str, Any], ranks: Ranks) -> None:
+    """Raise SetupError, naming the file, where one is not what was written; the processes of a ranks share them out."""
     _refuse_others(path, manifest["files"])
-    for name in sorted(manifest["files"])[world.rank :: world.size]:
+    for name in sorted(manifest["files"])[ranks.rank :: ranks.size]:
         with _reading(path / name):
             if not (path / name).is_file():
                 raise SafetensorError("it is not there")

@@ -19,7 +19,7 @@ from supar_cli.errors import SetupError
 from supar_cli.files import naming_write_errors, read_json, write_file
 from supar_cli.planning.plan import Plan
 
-NAMES = ("loss", "validation_loss", "lr", "grad_norm", "tokens_per_s")  # of a step's record
+UNTRACKED = ("step", "lr_factor", "peak_share")  # numbers of a step's record that no tracker gets
 IDS = "trackers.json"  # by which a continued run is the same run to its trackers
 
 
@@ -174,7 +174,8 @@ class Trackers:
     def log(self, record: dict[str, Any]) -> None:
         """A step's record, where it holds more than a loss: every `run.log_every` steps and at evaluations."""
         if "lr" in record or "validation_loss" in record:
-            values = {name: float(record[name]) for name in NAMES if record.get(name) is not None}
+            numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+            values = {name: float(value) for name, value in numbers.items() if name not in UNTRACKED}
             for name, tracker in list(self._open.items()):
                 with self._guarded(name):
                     tracker.log(record["step"], values)

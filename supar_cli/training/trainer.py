@@ -1,149 +1,205 @@
-"""A plan on its devices, a step at a time: batches, gradients, updates, evaluations. `run` makes a whole run of them."""
+"""A run of a plan, from top to bottom: batch, step, evaluate, record, checkpoint, stop. `Trainer.run` is the loop."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from supar_cli.data import batches
-from supar_cli.errors import InputError, SetupError, UnusableResult
-from supar_cli.models.transformer import loss_of, named_tensors
+from supar_cli.errors import InputError, Preempted, SetupError, UnusableResult
+from supar_cli.files import Record
+from supar_cli.models.transformer import named_tensors
 from supar_cli.planning import schedule
 from supar_cli.planning.plan import Plan
-from supar_cli.training import monitor, optimizer, prepare, running, trackers
-from supar_cli.training.distributed import World, shared
+from supar_cli.training import checkpoint, monitor, optimizer, prepare, result, run_directory, tasks, trackers
+from supar_cli.training.distributed import Parallel, Ranks, collective_error, local_shard
 from supar_cli.training.engine_selector import EngineSelector
-from supar_cli.training.parallel import Parallel, kind_of, local, require_host_memory
-from supar_cli.training.running import Outcome, Reporter, Silent
-from supar_cli.training.runtime import Setup, on_device
+from supar_cli.training.launch.signals import StopRequest
+from supar_cli.training.reporter import NullReporter, Reporter
+from supar_cli.training.result import RunHistory
+from supar_cli.training.runtime import Runtime, choose_parallelism, peak_share, require_host_memory
+from supar_cli.training.tasks import Batch, Task
+
+
+class StepResult(NamedTuple):
+    """Of the whole batch: the loss before the update, the gradient's norm before clipping, and that by role if asked for."""
+
+    loss: float
+    grad_norm: float
+    grad_norm_by_role: dict[str, float]
 
 
 class Trainer:
-    """One plan in one process, or in each of a world's. `step()` performs one optimizer step; `run()` the whole plan."""
+    """One plan in one process, or in each of several ranks. `step()` performs one optimizer step; `run()` the whole plan.
+
+    Without a `task` it is the plan's. `build_model` makes a model whose parameters have the plan's names and shapes, masked
+    ones as `sparse.linear.Linear`; without it, the plan's transformer.
+    """
 
     def __init__(
         self,
         plan: Plan,
-        tokens: batches.Tokens | None = None,
+        task: Task | None = None,
         reporter: Reporter | None = None,
-        world: World | None = None,
+        ranks: Ranks | None = None,
+        build_model: Callable[[Plan], nn.Module] = prepare.transformer,
     ) -> None:
-        self.plan, self.reporter, self.world = plan, reporter or Silent(), world or World()
-        self._rows = {row.name: row for row in plan.tensors}
-        self.setup, self.tokens = self.world.together(lambda: self._found(tokens))
-        self._require_equal({"device": self.setup.device.type, "precision": str(self.setup.precision)})
-        self.world.together(self._build)
-        drawn = {f"the mask of {name}": mask.fingerprint for name, mask in self.prepared.masks.items()}
-        self._require_equal({"plan": plan.hash(), "data": self.tokens.hash, **drawn})
-        self.optimizer = optimizer.build(plan, self.prepared.tensors)
+        self.plan, self.reporter, self.ranks = plan, reporter or NullReporter(), ranks or Ranks()
+        self._build_model, self._rows = build_model, {row.name: row for row in plan.tensors}
+        self.runtime, self.task = self.ranks.run_on_all(self._load_inputs, task)
+        self._require_ranks_agree({"device": self.runtime.device.type, "precision": str(self.runtime.precision)})
+        self.ranks.run_on_all(self._build)
+        drawn = {f"the mask of {name}": mask.fingerprint for name, mask in self.sparse_model.masks.items()}
+        self._require_ranks_agree({"plan": plan.hash(), "data": self.task.hash, **drawn})
+        self.optimizer = optimizer.build(plan, self.sparse_model.tensors)
         self.done = 0
-        self.asked_to_stop = False
-        self.stop: Callable[[], str | None] = lambda: None
+        self._stop = StopRequest(self.ranks)
         self._monitor = monitor.Monitor()
-        self._prefetched: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None
-        self._drawing = on_device(self.setup.device, "batches") if self.setup.device.type == "cuda" else None
+        self._batches = tasks.BatchLoader(self.task, self.runtime, self.ranks)
 
     @property
     def model(self) -> nn.Module:
-        """Tokens (B, T) → logits (B, T, V), as a training step calls it."""
+        """The model as a training step calls it."""
         return self.parallel.model
 
-    def _found(self, tokens: batches.Tokens | None) -> tuple[Setup, batches.Tokens]:
-        """What has to be there, before processes wait for each other."""
-        setup, plan = Setup.of(self.plan, self.world), self.plan
-        if self.world.is_first:
-            trackers.require(plan)
-        tokens = tokens or batches.load(plan.data, vocab=plan.decoder.vocab, context=plan.decoder.context)
-        wanted, there = (
-            plan.train.eval_batches * plan.train.batch_size,
-            tokens.validation.windows(plan.decoder.context + 1),
-        )
-        if wanted > there:
-            raise InputError(f"train.eval_batches: {wanted} sequences in all are more than the {there} held out")
-        require_host_memory(plan, setup, self.world)
-        return setup, tokens
+    def run(
+        self,
+        directory: Path | None = None,
+        *,
+        resume: bool = False,
+        on_evaluation: Callable[[int, float], None] | None = None,
+        stop: Callable[[], str | None] = lambda: None,
+    ) -> RunHistory:
+        """Train to the plan's last step. With a directory: metrics, checkpoints and, last, result.json are written.
 
-    def _build(self) -> None:
-        setup, plan = self.setup, self.plan
-        kind, why = self.world.on_first(lambda: kind_of(plan, setup, self.world))
-        if why:
-            self.reporter.log(why)
-        self.engines = EngineSelector(plan, setup, self.world, sharded=kind == "fsdp")
-        # what will be sharded goes to the device shard by shard
-        home = torch.device("cpu") if kind == "fsdp" else setup.device
-        self.prepared = prepare.prepare(plan, home, self.engines.make)
-        for line in self.engines.lines():
-            self.reporter.log(line)
-        if setup.compiles:
-            torch.compiler.reset()  # graphs of earlier plans count against the limit on recompiling
-        self.parallel = Parallel(kind, self.prepared.model, setup, self.world)
-        self.prepared.tensors = named_tensors(self.prepared.model)
-
-    def _require_equal(self, own: dict[str, str]) -> None:
-        """Raise SetupError where another process has other values of these: the run would be none of theirs."""
-        found = self.world.gather(own)
-        for rank, other in enumerate(found):
-            for name, value in found[0].items():
-                if other.get(name) != value:
-                    raise shared(SetupError, f"rank {rank}: {name} is not that of rank 0; expected the same everywhere")
-
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (rows, context) of a step, this process's share of the batch.
-
-        On CUDA the next ones are drawn meanwhile, in pinned memory.
+        Every rank calls it; the main one writes what is no shard of a checkpoint. `on_evaluation(step, loss)` may raise to
+        end the run early. `stop()` is asked between steps; when it gives a reason, in any rank, a checkpoint is written and
+        Preempted raised. Raises UnusableResult on a loss that is not finite.
         """
-        if self._drawing is None:
-            return self._draw(step)
-        if self._prefetched is not None and self._prefetched[0] == step:
-            pair = self._prefetched[1].result()
-        else:
-            pair = self._draw(step)
-        self._prefetched = (step + 1, self._drawing.submit(self._draw, step + 1))
-        return pair
+        plan, steps = self.plan, self.plan.train.steps
+        if directory is not None and resume:
+            self._restore_newest(directory)
+        self._stop, started_s = StopRequest(self.ranks, stop), time.perf_counter()
+        own = directory if self.ranks.is_main else None
+        with run_directory.Metrics(own, self.done) as metrics:
+            history = RunHistory.of(metrics.before, self.done)
+            if metrics.damage:
+                self.reporter.warn(metrics.damage)
+            if (
+                directory is not None
+                and self.done == steps
+                and self.ranks.on_main(run_directory.result, directory, plan)
+            ):
+                return history
+            with (
+                trackers.Trackers(plan, own, self.done, self.reporter.warn) as tracked,
+                self._checkpoints(directory, metrics.sync) as checkpoints,
+            ):
+                mark_s, marked = time.perf_counter(), self.done
+                for step in range(self.done, steps):
+                    if reason := self._stop.reason():
+                        checkpoints.save()
+                        checkpoints.wait()
+                        raise self._preempted(reason)
+                    is_logged = directory is not None and (step % plan.run.log_every == 0 or step == steps - 1)
+                    found = self.step(diagnose=is_logged)
+                    self.reporter.progress(self.done, steps, found.loss)
+                    record: Record = {"step": self.done, "loss": found.loss}
+                    if is_logged:
+                        record |= self._measurements(step, found, self.done - marked, time.perf_counter() - mark_s)
+                    if self.done % plan.train.eval_every == 0 or self.done == steps:
+                        record |= self.evaluate()
+                    history.add(record)
+                    metrics.write(record)
+                    tracked.log(record)
+                    if self.done % plan.run.checkpoint_every == 0 and self.done < steps:
+                        checkpoints.save()
+                    if "validation_loss" in record and on_evaluation is not None:
+                        on_evaluation(self.done, record["validation_loss"])
+                    if is_logged:
+                        mark_s, marked = time.perf_counter(), self.done
+                if not self.ranks.on_main(history.is_evaluated, steps):  # the record of it is lost
+                    history.add({"step": steps, **self.evaluate()})
+                checkpoints.save()
+                checkpoints.wait()
+        history.seconds = time.perf_counter() - started_s
+        if own is not None:
+            result.write(own, self.result_document(history))
+        return history
 
-    def _draw(self, step: int) -> tuple[Tensor, Tensor]:
-        train, rows = self.plan.train, self.setup.rows
-        share = slice(self.world.rank * rows, (self.world.rank + 1) * rows)
-        pair = self.tokens.train.batch(train.seed, step, train.batch_size, self.plan.decoder.context, share)
-        return (pair[0].pin_memory(), pair[1].pin_memory()) if self._drawing is not None else pair
+    def step(self, diagnose: bool = False) -> StepResult:
+        """One optimizer step; `diagnose`: look at activations and gradients for signs of a wrong scale too.
 
-    def step(self, watch: bool = False) -> tuple[float, float, dict[str, float]]:
-        """One optimizer step: (loss before it, gradient norm before clipping, gradient norm per role if `watch`).
-
-        All of the whole batch. Raises UnusableResult, before any weight changes, when the loss or a gradient is not finite.
+        Raises UnusableResult, before any weight changes, when the loss or a gradient is not finite.
         """
-        train, micro_batch = self.plan.train, self.setup.micro_batch
-        inputs, targets = self.batch(self.done)
-        own = torch.zeros((), device=self.setup.device)
-        for start in range(0, len(inputs), micro_batch):
-            part = slice(start, start + micro_batch)
-            on_device = (tensor[part].to(self.setup.device, non_blocking=True) for tensor in (inputs, targets))
-            with self.parallel.exchanging(last=start + micro_batch >= len(inputs)):
-                with self.setup.autocast():
-                    loss = loss_of(self.model, *on_device) * (micro_batch / len(inputs))
+        train, micro_batch = self.plan.train, self.runtime.micro_batch
+        batch = self.batch(self.done)
+        rows = len(batch[0])
+        own_loss = torch.zeros((), device=self.runtime.device)
+        for start in range(0, rows, micro_batch):
+            part = self._on_device(batch, slice(start, start + micro_batch))
+            with self.parallel.gradient_sync(is_last=start + micro_batch >= rows):
+                with self.runtime.autocast():
+                    loss = self.task.loss(self.model, part) * (micro_batch / rows)
                 torch.autograd.backward(loss)
-            own += loss.detach()
-        gradients = [local(t.grad) for t in self.prepared.tensors.values() if t.grad is not None]
+            own_loss += loss.detach()
+        gradients = [local_shard(t.grad) for t in self.sparse_model.tensors.values() if t.grad is not None]
         norms = self.parallel.norms(gradients)
-        asked = torch.full_like(own, float(self.world.grouped and self.stop() is not None))
-        total, anyone = self.world.sum(torch.stack((own / self.world.size, asked))).unbind()
-        loss_value, norm_value, stops = torch.stack((total, norms.norm(), anyone)).tolist()
+        own = torch.stack((own_loss / self.ranks.size, torch.full_like(own_loss, self._stop.vote())))
+        mean_loss, votes = self.ranks.sum(own).unbind()
+        loss_value, norm_value, vote_count = torch.stack((mean_loss, norms.norm(), votes)).tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            raise shared(UnusableResult, self._not_finite(loss_value, float(own), norms, inputs))
+            raise collective_error(UnusableResult, self._not_finite(loss_value, float(own_loss), norms, batch))
         if train.grad_clip and norm_value > train.grad_clip:
             torch._foreach_mul_(gradients, train.grad_clip / (norm_value + 1e-6))
         optimizer.set_rates(self.optimizer, self.factor(self.done))
         self.optimizer.step()
-        self.prepared.refresh()
+        self.sparse_model.sync_engines()
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
-        self.asked_to_stop = stops > 0
-        return loss_value, norm_value, self.watch(inputs, norms) if watch else {}
+        self._stop.count(vote_count)
+        return StepResult(loss_value, norm_value, self.diagnostics(batch, norms) if diagnose else {})
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Means over the task's held-out batches by name; each rank takes its share of them.
+
+        Where the task asks for it, NAME_se is the standard error of NAME's mean over batches. Raises UnusableResult when
+        the validation loss is not finite.
+        """
+        rows = self.runtime.micro_batch
+        count = self.task.held_out_rows // rows
+        own: dict[str, list[Tensor]] = {}
+        with self.parallel.forward_only():
+            for index in range(self.ranks.rank, count, self.ranks.size):
+                batch = self._on_device(self.task.held_out(index, count, rows))
+                with self.runtime.autocast():
+                    means = self.task.evaluate(self.parallel.inner, batch)
+                for name, mean in means.items():
+                    own.setdefault(name, []).append(mean)
+        record: dict[str, float] = {}
+        for name, means_N in ((name, torch.stack(means)) for name, means in own.items()):
+            mean = self.ranks.sum(means_N.mean() / self.ranks.size)
+            record[name] = float(mean)
+            if self.task.standard_errors and count > 1:
+                squares = self.ranks.sum((means_N - mean).square().sum())
+                record[f"{name}_se"] = math.sqrt(float(squares) / (count - 1) / count)
+        if not math.isfinite(record["validation_loss"]):
+            text = f"step {self.done}: the validation loss is {record['validation_loss']}"
+            raise collective_error(UnusableResult, text)
+        return record
+
+    def batch(self, step: int) -> Batch:
+        """This rank's rows of a step's batch, on the host."""
+        return self._batches.get(step)
+
+    def _on_device(self, batch: Batch, rows: slice = slice(None)) -> Batch:
+        return tuple(tensor[rows].to(self.runtime.device, non_blocking=True) for tensor in batch)
 
     def factor(self, step: int) -> float:
         """The schedule's factor on every peak learning rate at a step."""
@@ -156,63 +212,113 @@ class Trainer:
             final_lr_fraction=train.final_lr_fraction,
         )
 
-    def watch(self, inputs: Tensor, norms: Tensor) -> dict[str, float]:
-        """Look at activations on the first of the inputs, and at the tensors' gradient norms; those norms by role."""
-        by_tensor = dict(zip(self.prepared.tensors, norms.tolist(), strict=True))
-        with self.setup.autocast(), self.parallel.looking(hooks=True):
-            sizes = monitor.activation_sizes(self.prepared.model, inputs[:1].to(self.setup.device))
+    def _load_inputs(self, task: Task | None) -> tuple[Runtime, Task]:
+        """What has to be there before ranks wait for each other."""
+        runtime, plan = Runtime.of(self.plan, self.ranks), self.plan
+        if self.ranks.is_main:
+            trackers.require(plan)
+        task = task or tasks.load(plan)
+        if task.held_out_rows % plan.train.batch_size:  # so that all ranks make as many passes
+            what = f"{task.held_out_rows} held-out rows are not a multiple of the batch size {plan.train.batch_size}"
+            raise InputError(f"{type(task).__name__}: {what}")
+        require_host_memory(plan, runtime, self.ranks)
+        return runtime, task
+
+    def _build(self) -> None:
+        plan, runtime = self.plan, self.runtime
+        kind, why = self.ranks.on_main(choose_parallelism, plan, runtime, self.ranks)
+        if why:
+            self.reporter.log(why)
+        units = runtime.micro_batch * self.task.units_per_row
+        self.engines = EngineSelector(plan, runtime, self.ranks, units, sharded=kind == "fsdp")
+        # what will be sharded goes to the device shard by shard
+        home = torch.device("cpu") if kind == "fsdp" else runtime.device
+        self.sparse_model = prepare.prepare(plan, home, self.engines.make, self._build_model)
+        for line in self.engines.lines():
+            self.reporter.log(line)
+        if runtime.compiles:
+            torch.compiler.reset()  # graphs of earlier plans count against the limit on recompiling
+        self.parallel = Parallel(kind, self.sparse_model.model, runtime.device, runtime.compiles, self.ranks)
+        self.sparse_model.tensors = named_tensors(self.sparse_model.model)
+
+    def result_document(self, history: RunHistory) -> Record:
+        """The result document of a run."""
+        engines = {name: choice.name for name, choice in self.engines.choices.items()}
+        environment = result.environment(self.runtime, self.parallel, engines)
+        return result.document(self.plan, self.task.hash, self.sparse_model.masks, history, environment)
+
+    def _require_ranks_agree(self, own: dict[str, str]) -> None:
+        """Raise SetupError where another rank has other values of these: the run would be none of theirs."""
+        found = self.ranks.gather(own)
+        for rank, other in enumerate(found):
+            for name, value in found[0].items():
+                if other.get(name) != value:
+                    text = f"rank {rank}: {name} is not that of rank 0; expected the same everywhere"
+                    raise collective_error(SetupError, text)
+
+    def _restore_newest(self, directory: Path) -> None:
+        """Go on from the newest checkpoint of a run's directory, if there is one."""
+        found = self.ranks.on_main(checkpoint.available, directory / "checkpoints")
+        if found:
+            self.done = self.ranks.run_on_all(checkpoint.load, found[-1], self)
+            self.reporter.log(f"{directory}: continues after step {self.done}")
+        elif (directory / "metrics.jsonl").is_file():
+            self.reporter.log(f"{directory} holds no checkpoint yet: starting at step 0")
+
+    def _checkpoints(self, directory: Path | None, before: Callable[[], None]) -> checkpoint.Writer:
+        """Where this rank writes checkpoints: nowhere without a directory, nor where the main rank alone has all to write."""
+        writes = directory is not None and (self.ranks.is_main or self.parallel.is_sharded)
+        return checkpoint.Writer(
+            directory / "checkpoints" if directory is not None and writes else None, self, before, self.done
+        )
+
+    def _preempted(self, reason: str) -> Preempted:
+        error = Preempted(f"stopped at step {self.done} of {self.plan.train.steps} by {reason}")
+        error.is_collective, error.interrupted = True, reason == "SIGINT"
+        return error
+
+    def _measurements(self, step: int, found: StepResult, steps: int, seconds: float) -> Record:
+        """What is recorded of a step that is logged, `steps` and `seconds` being those since the last."""
+        units = steps * self.plan.train.batch_size * self.task.units_per_row
+        rate, factor = units / max(seconds, 1e-9), self.factor(step)
+        return {
+            "lr": self.plan.hyperparameters.lr * factor,
+            "lr_factor": factor,
+            "grad_norm": found.grad_norm,
+            "grad_norm_by_role": found.grad_norm_by_role,
+            f"{self.task.unit}_per_s": rate,
+            "peak_share": peak_share(self.runtime.device, self.task.flops_per_unit, rate / self.ranks.size),
+        }
+
+    def diagnostics(self, batch: Batch, norms: Tensor) -> dict[str, float]:
+        """Look at activations on a batch's first row and at the tensors' gradient norms; return those norms by role."""
+        by_tensor = dict(zip(self.sparse_model.tensors, norms.tolist(), strict=True))
+        inputs = self._on_device(self.task.inputs(batch), slice(1))
+        with self.runtime.autocast(), self.parallel.forward_only(with_hooks=True):
+            sizes = monitor.activation_sizes(self.sparse_model.model, inputs)
         for what, found in (("activation", sizes), ("gradient", by_tensor)):
             for message in self._monitor.warnings(self.done, what, found):
                 self.reporter.warn(message)
-        roles: dict[str, float] = {}
+        squares: dict[str, float] = {}
         for name, value in by_tensor.items():
             role = self._rows[name].role
-            roles[role] = roles.get(role, 0.0) + value * value
-        return {role: math.sqrt(value) for role, value in roles.items()}
+            squares[role] = squares.get(role, 0.0) + value * value
+        return {role: math.sqrt(value) for role, value in squares.items()}
 
-    def _not_finite(self, loss: float, own: float, norms: Tensor, inputs: Tensor) -> str:
-        """Where values stop being finite. All processes look, and pass the same batches: they may hold shards."""
+    def _not_finite(self, loss: float, own_loss: float, norms: Tensor, batch: Batch) -> str:
+        """Where values stop being finite. All ranks look, and pass the same batches: they may hold shards."""
         if not math.isfinite(loss):
-            where = ""
-            for part in torch.split(inputs, self.setup.micro_batch):
-                with self.setup.autocast(), self.parallel.looking(hooks=True):
-                    found = monitor.first_not_finite(self.prepared.model, part.to(self.setup.device))
+            where, inputs, micro_batch = "", self.task.inputs(batch), self.runtime.micro_batch
+            for start in range(0, len(inputs[0]), micro_batch):
+                part = self._on_device(inputs, slice(start, start + micro_batch))
+                with self.runtime.autocast(), self.parallel.forward_only(with_hooks=True):
+                    found = monitor.first_not_finite(self.sparse_model.model, part)
                 where = where or (found if found != "the loss" else "")
-            places = self.world.gather(where or ("" if math.isfinite(own) else "the loss"))
+            places = self.ranks.gather(where or ("" if math.isfinite(own_loss) else "the loss"))
             rank = next((rank for rank, place in enumerate(places) if place), 0)
-            of = f" of rank {rank}" if self.world.size > 1 else ""
+            of = f" of rank {rank}" if self.ranks.size > 1 else ""
             first = f"the first tensor{of} that is not finite is {places[rank] or 'the loss'}"
             return f"step {self.done + 1}: the loss is {loss}; {first}"
-        names = [
-            name for name, value in zip(self.prepared.tensors, norms.tolist(), strict=True) if not math.isfinite(value)
-        ]
+        by_tensor = zip(self.sparse_model.tensors, norms.tolist(), strict=True)
+        names = [name for name, value in by_tensor if not math.isfinite(value)]
         return f"step {self.done + 1}: the gradient of {names[0] if names else 'the model'} is not finite"
-
-    @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean validation loss over the plan's evaluation batches, nats per token; each process takes its share of them."""
-        train, losses, rows = self.plan.train, [], self.setup.micro_batch
-        count = train.eval_batches * train.batch_size // rows
-        with self.parallel.looking():
-            for index in range(self.world.rank, count, self.world.size):
-                pair = self.tokens.validation.evaluation(index, count, rows, self.plan.decoder.context)
-                with self.setup.autocast():
-                    losses.append(loss_of(self.parallel.inner, *(tensor.to(self.setup.device) for tensor in pair)))
-        return float(self.world.sum(torch.stack(losses).mean() / self.world.size))
-
-    def run(
-        self,
-        directory: Path | None = None,
-        *,
-        resume: bool = False,
-        on_evaluation: Callable[[int, float], None] | None = None,
-        stop: Callable[[], str | None] = lambda: None,
-    ) -> Outcome:
-        """Train to the plan's last step. With a directory: metrics, checkpoints and, last, result.json are written.
-
-        `on_evaluation(step, loss)` may raise to end the run early. `stop()` is asked between steps; when it gives a reason,
-        in one process or in any of them, a checkpoint is written and Preempted raised. Raises UnusableResult on a loss that
-        is not finite.
-        """
-        self.stop = stop
-        return running.run(self, directory, resume, on_evaluation)

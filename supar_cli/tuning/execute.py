@@ -19,7 +19,8 @@ from supar_cli.data import batches
 from supar_cli.errors import InputError, SuparError
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Data
-from supar_cli.training.runtime import Setup
+from supar_cli.training.runtime import Runtime
+from supar_cli.training.tasks import NextToken, Task
 from supar_cli.training.trainer import Trainer
 
 
@@ -28,15 +29,16 @@ def _tokens(source: str, vocab: int, context: int) -> batches.Tokens:
     return batches.load(Data(**json.loads(source)), vocab=vocab, context=context)
 
 
-def tokens_of(plan: Plan) -> batches.Tokens:
-    return _tokens(json.dumps(plan.data.model_dump()), plan.decoder.vocab, plan.decoder.context)
+def task_of(plan: Plan) -> Task:
+    """The task of a plan; its data are read once for all plans that share them."""
+    return NextToken(plan, _tokens(json.dumps(plan.data.model_dump()), plan.decoder.vocab, plan.decoder.context))
 
 
 def require_runnable(plan: Plan, device: bool = True) -> None:
     """Raise what is wrong with a plan's device, if it is this machine's, or data, before any work is done."""
     if device:
-        Setup.of(plan)
-    tokens_of(plan)
+        Runtime.of(plan)
+    task_of(plan)
 
 
 def validation_loss(plan: Plan, on_evaluation: Callable[[int, float], None] | None = None) -> float:
@@ -46,7 +48,7 @@ def validation_loss(plan: Plan, on_evaluation: Callable[[int, float], None] | No
     """
     if plan.run.compile == "auto":
         plan = plan.model_copy(update={"run": plan.run.model_copy(update={"compile": "off"})})
-    return Trainer(plan, tokens_of(plan)).run(on_evaluation=on_evaluation).evaluations[-1][1]
+    return Trainer(plan, task_of(plan)).run(on_evaluation=on_evaluation).evaluations[-1][1]
 
 
 RETRIES = 2  # chosen: one machine's mishap may hit twice; a run that takes its worker down thrice does so always

@@ -27,7 +27,8 @@ from supar_cli.planning.spec import Proxy, Target
 from supar_cli.planning.transfer import transfer
 from supar_cli.sparse.masks import Mask
 from supar_cli.training import optimizer, prepare
-from supar_cli.training.parallel import Parallel
+from supar_cli.training.distributed import Parallel
+from supar_cli.training.tasks import NextToken
 from supar_cli.training.trainer import Trainer
 
 LIMIT = 1e-5  # nats, the largest difference in a loss that float32 rounding may make over 20 steps
@@ -166,29 +167,38 @@ def require_same_rates(case: Case, plan: Plan) -> None:
         raise CaseError(f"{case.name}: (lr, weight decay) recorded {recorded}, planned {planned}")
 
 
-class Replay(Trainer):
-    """The trainer on recorded weights, masks and batches."""
+class Recorded(NextToken):
+    """The recorded batches of tokens."""
 
     def __init__(self, case: Case, plan: Plan) -> None:
         n, tokens = case.numbers, case.tensors["tokens"].long()
         stream = Split([Segment(case.name, tokens.flatten().numpy())], n["vocab_size"])
         super().__init__(plan, Tokens(stream, stream, "sha256:recorded"))
         self.recorded = tokens.view(n["steps"], n["grad_accum"] * n["batch_size"], n["block_size"] + 1)
+
+    def batch(self, step: int, rows: slice) -> tuple[Tensor, Tensor]:
+        return self.recorded[step, rows, :-1], self.recorded[step, rows, 1:]
+
+
+class Replay(Trainer):
+    """The trainer on recorded weights, masks and batches."""
+
+    def __init__(self, case: Case, plan: Plan) -> None:
+        super().__init__(plan, Recorded(case, plan))
         weights, masks = case.named("init."), case.named("mask.")
-        if set(weights) != set(self.prepared.tensors):
-            raise CaseError(f"{case.name}: weights of {sorted(set(weights) ^ set(self.prepared.tensors))} don't match")
+        if set(weights) != set(self.sparse_model.tensors):
+            raise CaseError(
+                f"{case.name}: weights of {sorted(set(weights) ^ set(self.sparse_model.tensors))} don't match"
+            )
 
         def recorded(row: PlanTensor, mask: Any) -> Any:
             weight = weights[row.name].numpy()
             return weight if mask is None else weight[mask.alive()]
 
         drawn = {name: Mask.of(mask.bool().numpy()) for name, mask in masks.items()}
-        self.prepared = prepare.build(plan, self.setup.device, drawn, recorded)
-        self.parallel = Parallel("alone", self.prepared.model, self.setup, self.world)
-        self.optimizer = optimizer.build(plan, self.prepared.tensors)
-
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        return self.recorded[step, :, :-1], self.recorded[step, :, 1:]
+        self.sparse_model = prepare.build(plan, self.runtime.device, drawn, recorded)
+        self.parallel = Parallel("alone", self.sparse_model.model, self.runtime.device, False, self.ranks)
+        self.optimizer = optimizer.build(plan, self.sparse_model.tensors)
 
 
 def differences(case: Case, plan: Plan) -> list[float]:

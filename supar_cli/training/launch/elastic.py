@@ -1,6 +1,6 @@
 """`supar train --nproc N`: the same command in N processes of this machine, by torch's elastic launcher.
 
-Between runs of the group lies no state but the run directory: a group that lost a process starts again from the last
+The run directory is the only state between runs of the group: a group that lost a process starts again from the last
 checkpoint, as often as `--max-restarts` allows.
 """
 
@@ -25,7 +25,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from supar_cli.errors import Preempted, SetupError
 from supar_cli.files import write_file
-from supar_cli.training.launch.environment import HEARD, LAUNCH, LAUNCHER, STDIN
+from supar_cli.training.launch.environment import LAUNCH_DIR, LAUNCHER, SIGNAL_FILE, STDIN
 from supar_cli.training.launch.signals import SIGNALS
 
 # A worker's statuses that another try would not change: bad input, no usable result, a check, asked to stop
@@ -33,12 +33,12 @@ FINAL = (2, 3, 4, 5, Preempted.exit_status, 130)
 
 
 @contextmanager
-def prepared(processes: int, stdin: bytes | None) -> Iterator[Path]:
+def launch_environment(processes: int, stdin: bytes | None) -> Iterator[Path]:
     """The folder and the environment of processes to launch; `stdin` is what they are to read as standard input."""
     before = dict(os.environ)
     try:
         with TemporaryDirectory(prefix="supar-") as folder:
-            os.environ |= {LAUNCH: folder, LAUNCHER: str(os.getpid())}
+            os.environ |= {LAUNCH_DIR: folder, LAUNCHER: str(os.getpid())}
             if stdin is not None:
                 os.environ[STDIN] = str(Path(folder, "stdin"))
                 Path(folder, "stdin").write_bytes(stdin)
@@ -51,14 +51,14 @@ def prepared(processes: int, stdin: bytes | None) -> Iterator[Path]:
 
 
 def launch(arguments: list[str], processes: int, restarts: int, folder: Path, warn: Callable[[str], None]) -> int:
-    """Run `supar ARGUMENTS` in `processes` processes and give its exit status; signals to this process go on to them.
+    """Run `supar ARGUMENTS` in `processes` processes and return its exit status; signals to this process are passed on to them.
 
-    `folder` is `prepared`'s. Raises SetupError where one of them is killed more often than `restarts` times.
+    `folder` is `launch_environment`'s. Raises SetupError where one of them is killed more often than `restarts` times.
     """
     for name in logging.root.manager.loggerDict:
-        if name.startswith("torch.distributed.elastic"):  # what went wrong is said once, by the process that knows
+        if name.startswith("torch.distributed.elastic"):  # the process that knows what went wrong reports it, once
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    with _forwarding(folder) as heard:
+    with _forwarding(folder) as received:
         for attempt in range(restarts + 1):
             for left in _processes(folder):
                 left.unlink()
@@ -66,14 +66,14 @@ def launch(arguments: list[str], processes: int, restarts: int, folder: Path, wa
             if not failures:
                 return 0
             final = [code for code in failures.values() if code in FINAL]
-            # SIGTERM is the launcher's own word to those that are left; another's would have been heeded
+            # SIGTERM is the launcher's own word to those that are left; another's would have been a request to stop
             killed = [
                 f"rank {rank} by {signal.Signals(-code).name}"
                 for rank, code in failures.items()
                 if code < 0 and -code != signal.SIGTERM
             ]
-            if heard:
-                return final[0] if final else 128 + heard[0]
+            if received:
+                return final[0] if final else 128 + received[0]
             if final and not killed:
                 return final[0]
             if attempt < restarts:
@@ -101,7 +101,7 @@ def _run(arguments: list[str], processes: int, folder: Path) -> dict[int, int]:
     with ThreadPoolExecutor(1, "launcher") as pool:
         future: Future[object] = pool.submit(elastic_launch(config, sys.executable), "-m", "supar_cli", *arguments)
         while not future.done():
-            wait_for([future], timeout=0.1)  # short, so that signals are heard
+            wait_for([future], timeout=0.1)  # short, so that signals are passed on soon
         try:
             future.result()
         except ChildFailedError as error:
@@ -111,26 +111,26 @@ def _run(arguments: list[str], processes: int, folder: Path) -> dict[int, int]:
 
 @contextmanager
 def _forwarding(folder: Path) -> Iterator[list[signal.Signals]]:
-    """Hand signals on to the processes, which have left their numbers in a folder; gives the list of those heard.
+    """Pass signals on to the processes, which have left their numbers in a folder; yields the list of those received.
 
     A process that is not there yet finds the signal in the folder: it leaves its number before it looks.
     """
-    heard: list[signal.Signals] = []
+    received: list[signal.Signals] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        heard.append(signal.Signals(number))
-        write_file(folder / HEARD, str(number))
+        received.append(signal.Signals(number))
+        write_file(folder / SIGNAL_FILE, str(number))
         for path in _processes(folder):
             with suppress(OSError):
                 os.kill(int(path.read_text("utf-8")), number)
 
-    before = {
+    handlers = {
         number: signal.signal(number, forward) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
     }
     try:
-        yield heard
+        yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 

@@ -7,26 +7,26 @@ import platform
 import time
 from pathlib import Path
 
-LAUNCH = "SUPAR_LAUNCH"  # the folder in which `--nproc` and its processes find each other
+LAUNCH_DIR = "SUPAR_LAUNCH"  # the folder in which `--nproc` and its processes find each other
 LAUNCHER = "SUPAR_LAUNCHER"  # the process number of `--nproc`'s launcher
-HEARD = "heard"  # there: the last signal that the launcher got
+SIGNAL_FILE = "heard"  # there: the last signal that the launcher got
 STDIN = "SUPAR_STDIN"  # the file that stands for standard input, which `--nproc` has read
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 
-def is_member() -> bool:
+def is_rank_process() -> bool:
     """Whether this process was started as one of several, by torchrun or by `--nproc`."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
 
 
-def is_follower() -> bool:
-    """Whether it is not the first of them, which speaks for all."""
-    return is_member() and os.environ["RANK"] != "0"
+def is_worker_rank() -> bool:
+    """Whether it is another of them than the main one, which speaks for all."""
+    return is_rank_process() and os.environ["RANK"] != "0"
 
 
-def is_torchruns() -> bool:
+def under_torchrun() -> bool:
     """Whether another launcher than `--nproc` started it: one that may start it again, which looks like the first time."""
-    return is_member() and LAUNCH not in os.environ
+    return is_rank_process() and LAUNCH_DIR not in os.environ
 
 
 def launcher_process() -> int:
@@ -34,18 +34,18 @@ def launcher_process() -> int:
     return int(os.environ.get(LAUNCHER, os.getppid()))
 
 
-def launcher() -> str:
+def launcher_id() -> str:
     """What tells this process's launcher from any other, of this machine or another."""
-    return f"{platform.node()} {os.getppid()} {_launched()}"
+    return f"{platform.node()} {os.getppid()} {_launcher_start_s()}"
 
 
-def launched_s() -> float:
+def launcher_age_s() -> float:
     """Seconds since this process's launcher started, 0 where the system doesn't tell."""
-    begun = _launched()
-    return 0.0 if begun is None else max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - begun)
+    start_s = _launcher_start_s()
+    return 0.0 if start_s is None else max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - start_s)
 
 
-def _launched() -> float | None:
+def _launcher_start_s() -> float | None:
     """When this process's parent started, in seconds since the machine did."""
     try:
         fields = Path(f"/proc/{os.getppid()}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()

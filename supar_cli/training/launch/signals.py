@@ -1,4 +1,4 @@
-"""Asked to stop: a signal or a limit of time is noted, and the training loop stops between two steps, with a checkpoint."""
+"""A request to stop: why this process was asked, and what all processes of a run agree on between two steps."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Protocol
 
-from supar_cli.training.launch.environment import is_member, launched_s, launcher_process
+from supar_cli.training.launch.environment import is_rank_process, launcher_age_s, launcher_process
 
 # Slurm's `--signal=USR1@120` and clusters' SIGTERM before SIGKILL; SIGINT is Ctrl-C
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-
 ONE_REQUEST_S = 1.0  # chosen: longer than a launcher takes to hand on what its processes have got from elsewhere too
 
 
-class Stopping:
+class StopSignals:
     """While entered, notes signals instead of ending; `reason` says why to stop, None while there is no reason.
 
     The second of SIGTERM or SIGINT has its usual effect at once. `max_seconds` count from here, in one of several
@@ -27,44 +27,80 @@ class Stopping:
     """
 
     def __init__(self, max_seconds: float | None = None) -> None:
-        gone = launched_s() if is_member() else 0.0
-        self._end = None if max_seconds is None else time.monotonic() + max_seconds - gone
+        elapsed_s = launcher_age_s() if is_rank_process() else 0.0
+        self._end = None if max_seconds is None else time.monotonic() + max_seconds - elapsed_s
         self._max_seconds = max_seconds
-        self._before: dict[signal.Signals, Any] = {}
-        self._launcher = launcher_process() if is_member() else None
-        self.signal: signal.Signals | None = None
-        self._noted = 0.0
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._launcher = launcher_process() if is_rank_process() else None
+        self._signal: signal.Signals | None = None
+        self._noted_at = 0.0
 
     def reason(self) -> str | None:
-        if self.signal is not None:
-            return self.signal.name
+        if self._signal is not None:
+            return self._signal.name
         if self._end is not None and time.monotonic() >= self._end:
             return f"the limit of {self._max_seconds:g} s"
         if self._launcher is not None and os.getppid() != self._launcher:
             return "the end of its launcher"
         return None
 
-    def __enter__(self) -> Stopping:
+    def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # only there can Python handle signals
-            heard = [
+            noted = [
                 number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
-            ]  # not in background jobs
-            self._before = {number: signal.signal(number, self._note) for number in heard}
+            ]  # as in background jobs
+            self._handlers = {number: signal.signal(number, self._note) for number in noted}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        asked, now = signal.Signals(number), time.monotonic()
-        if self._launcher is not None and asked == self.signal and now - self._noted < ONE_REQUEST_S:
+        received, now = signal.Signals(number), time.monotonic()
+        if self._launcher is not None and received == self._signal and now - self._noted_at < ONE_REQUEST_S:
             return  # a cluster's signal to all processes, the launcher among them
-        self._noted = now
-        if self.signal in (None, signal.SIGUSR1):  # SIGUSR1 announces the SIGTERM that follows it
-            self.signal = asked
-        elif asked != signal.SIGUSR1:
-            signal.signal(number, self._before[asked] if callable(self._before[asked]) else signal.SIG_DFL)
+        self._noted_at = now
+        if self._signal in (None, signal.SIGUSR1):  # SIGUSR1 announces the SIGTERM that follows it
+            self._signal = received
+        elif received != signal.SIGUSR1:
+            handler = self._handlers[received]
+            signal.signal(number, handler if callable(handler) else signal.SIG_DFL)
             os.kill(os.getpid(), number)
+
+
+class _Ranks(Protocol):
+    @property
+    def is_distributed(self) -> bool: ...
+    def gather(self, value: str | None, /) -> list[str | None]: ...
+
+
+class StopRequest:
+    """Whether a run is to stop, for all its processes though only one was asked: the trainer asks between two steps.
+
+    `own_reason()` says why this process was asked. Processes exchange reasons only after a step that said there is one:
+    each adds its `vote` to the step's loss, which is summed over them in any case, and gives the sum to `count`.
+    """
+
+    def __init__(self, ranks: _Ranks, own_reason: Callable[[], str | None] = lambda: None) -> None:
+        self._ranks, self._own_reason = ranks, own_reason
+        self._votes = 1.0  # before the first step nobody has been asked yet
+
+    def vote(self) -> float:
+        """1 where this process was asked to stop, else 0."""
+        return float(self._ranks.is_distributed and self._own_reason() is not None)
+
+    def count(self, votes: float) -> None:
+        """Take the sum of all processes' votes."""
+        self._votes = votes
+
+    def reason(self) -> str | None:
+        """Why to stop now, the same in all processes; None to go on."""
+        if not self._ranks.is_distributed:
+            return self._own_reason()
+        if not self._votes:
+            return None
+        self._votes = 0.0
+        return next((reason for reason in self._ranks.gather(self._own_reason()) if reason), None)

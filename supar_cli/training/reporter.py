@@ -1,0 +1,19 @@
+"""Where a run's progress, messages and warnings go: `cli` shows them, trials drop them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Reporter(Protocol):
+    def progress(self, step: int, steps: int, loss: float) -> None: ...
+    def warn(self, message: str) -> None: ...
+    def log(self, message: str) -> None: ...
+
+
+class NullReporter:
+    """A reporter that says nothing."""
+
+    def progress(self, step: int, steps: int, loss: float) -> None: ...
+    def warn(self, message: str) -> None: ...
+    def log(self, message: str) -> None: ...

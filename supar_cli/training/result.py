@@ -1,0 +1,94 @@
+"""What comes out of a run: its losses, and the document result.json that says what ran where."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from supar_cli.files import Record, naming_write_errors, write_file
+from supar_cli.planning.plan import Plan
+from supar_cli.sparse.masks import Mask
+from supar_cli.training.distributed import Parallel
+from supar_cli.training.runtime import Runtime
+from supar_cli.version import __version__
+
+
+@dataclass(slots=True)
+class RunHistory:
+    """Losses of a run: `losses[i]` is the training loss of step i before its update, `evaluations` are (step, loss).
+
+    Those of steps before `resumed_at` are known to the main process only, and nan where no record of them is left.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    resumed_at: int = 0
+
+    @classmethod
+    def of(cls, records: list[Record], done: int) -> RunHistory:
+        """The history of a run that goes on after `done` steps, from the records of them that are left."""
+        known = {record["step"]: record["loss"] for record in records}
+        losses = [known.get(step, math.nan) for step in range(1, done + 1)]
+        evaluations = [(record["step"], record["validation_loss"]) for record in records if "validation_loss" in record]
+        return cls(losses, evaluations, resumed_at=done)
+
+    def add(self, record: Record) -> None:
+        """Take over what a step's record holds."""
+        if "loss" in record:
+            self.losses.append(record["loss"])
+        if "validation_loss" in record:
+            self.evaluations.append((record["step"], record["validation_loss"]))
+
+    def is_evaluated(self, step: int) -> bool:
+        return step in dict(self.evaluations)
+
+
+def document(
+    plan: Plan, data_hash: str, drawn: Mapping[str, Mask], history: RunHistory, environment: Record
+) -> dict[str, Any]:
+    """The result document: losses, what ran where, and the hashes that identify it."""
+    return {
+        "kind": "supar.result/v1",
+        "plan": plan.hash(),
+        "data": data_hash,
+        "masks": {name: mask.fingerprint for name, mask in drawn.items()},
+        "steps": len(history.losses),
+        "train_loss": history.losses[-1] if history.losses and math.isfinite(history.losses[-1]) else None,
+        "validation_loss": history.evaluations[-1][1] if history.evaluations else None,
+        "parameters": plan.parameters,
+        "live_parameters": sum(row.size for row in plan.tensors)
+        - sum(mask.size - mask.count for mask in drawn.values()),
+        "resumed_at": history.resumed_at,
+        "seconds": history.seconds,
+        "environment": environment,
+    }
+
+
+def environment(runtime: Runtime, parallel: Parallel, engines: Mapping[str, str]) -> Record:
+    """Versions and machine, and how the run used it: `engines` by the name of each masked tensor."""
+    is_cuda = runtime.device.type == "cuda"
+    return {
+        "supar": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(runtime.device) if is_cuda else f"cpu ({torch.get_num_threads()} threads)",
+        "processes": parallel.ranks.size,
+        "parallel": parallel.kind,
+        "precision": str(runtime.precision).removeprefix("torch."),
+        "compiled": runtime.compiles,
+        "engines": engines,
+    }
+
+
+def write(directory: Path, found: Record) -> None:
+    """Write a run's result.json. Raises SetupError where that can't be."""
+    with naming_write_errors(directory):
+        write_file(directory / "result.json", json.dumps(found, indent=1) + "\n")

@@ -1,0 +1,121 @@
+"""What a run trains on. A task makes batches, the loss of one and the record of a held-out one; next-token text is one task.
+
+A batch is a tuple of tensors whose first axis is rows. The trainer splits it, copies it to its device and hands it back
+to the task: what its tensors hold, only the task knows.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from supar_cli.data import batches
+from supar_cli.errors import InputError
+from supar_cli.models.transformer import loss_of
+from supar_cli.planning.plan import Plan
+from supar_cli.training.distributed import Ranks
+from supar_cli.training.runtime import Runtime, device_thread
+
+Batch = tuple[Tensor, ...]
+
+
+class Task(Protocol):
+    """What the training loop asks of a task.
+
+    `unit` names what is counted, `units_per_row` says how many a row holds, `flops_per_unit` what one costs where that is
+    known. `hash` identifies the data and how they are read. `held_out_rows` are those of one evaluation;
+    `standard_errors`: whether the standard error of each mean over held-out batches is recorded too.
+    """
+
+    @property
+    def unit(self) -> str: ...
+    @property
+    def units_per_row(self) -> int: ...
+    @property
+    def flops_per_unit(self) -> float | None: ...
+    @property
+    def hash(self) -> str: ...
+    @property
+    def held_out_rows(self) -> int: ...
+    @property
+    def standard_errors(self) -> bool: ...
+
+    def batch(self, step: int, rows: slice) -> Batch:
+        """These rows of a step's batch: a function of the plan's seed and the step, the same whoever asks for which rows."""
+
+    def held_out(self, index: int, count: int, rows: int) -> Batch:
+        """Batch `index` of the `count` held-out ones, `rows` each, of every evaluation."""
+
+    def inputs(self, batch: Batch) -> Batch:
+        """What the model is called with to look at its activations."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean loss (), to be minimised."""
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Means () over a held-out batch by name. `validation_loss`, the one that decides, is among them."""
+
+
+def load(plan: Plan) -> Task:
+    """The task of a plan. Raises InputError for the wrong data, SetupError for data that can't be used."""
+    return NextToken(plan, batches.load(plan.data, vocab=plan.decoder.vocab, context=plan.decoder.context))
+
+
+class NextToken:
+    """Prediction of the next token of a text. A batch is inputs (B, T) and targets (B, T), int64.
+
+    Raises InputError where fewer windows are held out than the plan's evaluations take.
+    """
+
+    unit = "tokens"
+    standard_errors = False
+
+    def __init__(self, plan: Plan, tokens: batches.Tokens) -> None:
+        train, self._tokens = plan.train, tokens
+        self._seed, self._rows = train.seed, train.batch_size
+        self.units_per_row, self.flops_per_unit, self.hash = plan.decoder.context, plan.flops_per_token, tokens.hash
+        self.held_out_rows = train.eval_batches * train.batch_size
+        available = tokens.validation.windows(plan.decoder.context + 1)
+        if self.held_out_rows > available:
+            raise InputError(
+                f"train.eval_batches: {self.held_out_rows} sequences in all are more than the {available} held out"
+            )
+
+    def batch(self, step: int, rows: slice) -> Batch:
+        return self._tokens.train.batch(self._seed, step, self._rows, self.units_per_row, rows)
+
+    def held_out(self, index: int, count: int, rows: int) -> Batch:
+        return self._tokens.validation.evaluation(index, count, rows, self.units_per_row)
+
+    def inputs(self, batch: Batch) -> Batch:
+        return batch[:1]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy in nats per token, in float32 whatever the logits' precision."""
+        inputs_BT, targets_BT = batch
+        return loss_of(model, inputs_BT, targets_BT)
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"validation_loss": self.loss(model, batch)}
+
+
+class BatchLoader:
+    """One rank's rows of a task's batches. For CUDA the next batch is made meanwhile, in pinned memory."""
+
+    def __init__(self, task: Task, runtime: Runtime, ranks: Ranks) -> None:
+        self._task, self._rows = task, slice(ranks.rank * runtime.rows, (ranks.rank + 1) * runtime.rows)
+        self._thread = device_thread(runtime.device, "batches") if runtime.device.type == "cuda" else None
+        self._next: tuple[int, Future[Batch]] | None = None
+
+    def get(self, step: int) -> Batch:
+        """The rows of a step's batch, on the host."""
+        if self._thread is None:
+            return self._task.batch(step, self._rows)
+        batch = self._next[1].result() if self._next is not None and self._next[0] == step else self._make(step)
+        self._next = step + 1, self._thread.submit(self._make, step + 1)
+        return batch
+
+    def _make(self, step: int) -> Batch:
+        return tuple(tensor.pin_memory() for tensor in self._task.batch(step, self._rows))
