@@ -179,9 +179,9 @@ class TestAPlansSource:
         path = tmp_path / "masks.safetensors"
         trainer = Trainer(self.plan(plan_of, path, write_masks(path, drawn)))
         trainer.step()
-        assert trainer.prepared.masks == drawn
+        assert trainer.sparse_model.masks == drawn
         for name, mask in drawn.items():
-            assert np.array_equal((trainer.prepared.weight(name) != 0).numpy(), mask.alive())
+            assert np.array_equal((trainer.sparse_model.weight(name) != 0).numpy(), mask.alive())
 
     def test_a_file_of_the_plans_own_masks_changes_nothing(self, plan_of: MakePlan, tmp_path: Path) -> None:
         random = plan_of(target={"width": 64, "sparsity": {"density": 0.25}}, train={"steps": 4})

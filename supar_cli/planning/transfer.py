@@ -133,7 +133,8 @@ def _density(wanted: Sparsity) -> Fraction:
         return own
     given = density.density_from(sparsity=wanted.sparsity, density=wanted.density)
     if own is not None and float(given) not in (float(own), 1.0):  # a document's float is only the nearest to N/M
-        raise InputError(f"density: {float(given):g} with the pattern {wanted.pattern}; expected {own}, or 1: dense")
+        word, expected = ("density", f"{own}, or 1") if wanted.sparsity is None else ("sparsity", f"{1 - own}, or 0")
+        raise InputError(f"{word}: {getattr(wanted, word)} with the pattern {wanted.pattern}; expected {expected}")
     return given
 
 

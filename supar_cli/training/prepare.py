@@ -27,6 +27,9 @@ from supar_cli.streams import stream
 
 Values = NDArray[np.float32]
 
+DRAWN_AT_ONCE = 2**16  # chosen: positions whose numbers are drawn for the live ones among them; whole rows
+CHECKED_AT_ONCE = 2**20  # chosen: 8 MiB in double precision
+
 
 @dataclass(slots=True)
 class SparseModel:
@@ -167,13 +170,14 @@ def _values(row: PlanTensor, seed: int, mask: Mask | None) -> Values:
         return np.full(shape, row.init_constant or 0.0, np.float32)
     generator = np.random.Generator(stream(seed, f"init:{row.name}"))
     if mask is None:
-        return generator.standard_normal(row.size, np.float32).reshape(shape) * np.float32(row.init_std)
-    # every position has its draw, so that a live weight's value does not depend on the mask; row by row, to hold few
-    live = [
-        generator.standard_normal(alive.size, np.float32)[alive]
-        for alive in (mask.alive(slice(row, row + 1))[0] for row in range(mask.shape[0]))
-    ]
-    return np.concatenate(live) * np.float32(row.init_std)
+        values = generator.standard_normal(row.size, np.float32).reshape(shape)
+    else:  # every position has its draw, so that a live weight's value does not depend on the mask; few at a time
+        step = max(1, DRAWN_AT_ONCE * mask.shape[0] // mask.size)
+        parts = (mask.alive(slice(first, first + step)) for first in range(0, mask.shape[0], step))
+        drawn = [generator.standard_normal(alive.shape, np.float32)[alive] for alive in parts]
+        values = np.concatenate(drawn)
+    values *= np.float32(row.init_std)
+    return values
 
 
 def check_init(row: PlanTensor, tensor: Tensor, pattern: str, mask: Mask | None) -> None:
@@ -187,7 +191,9 @@ def check_init(row: PlanTensor, tensor: Tensor, pattern: str, mask: Mask | None)
         raise InputError(f"{row.name}: {alive} weights are alive, the plan keeps {row.kept}")
     if not alive:
         raise InputError(f"{row.name}: its mask has no live weight; expected a higher density or another seed")
-    values, wanted = tensor.detach().double() - (row.init_constant or 0.0), row.init_std or 0.0
-    measured = sqrt(float(values.square().sum()) / alive)
+    values, wanted = tensor.detach().reshape(-1), row.init_std or 0.0
+    parts = (values[first : first + CHECKED_AT_ONCE] for first in range(0, len(values), CHECKED_AT_ONCE))
+    squares = sum(float((part.double() - (row.init_constant or 0.0)).square().sum()) for part in parts)
+    measured = sqrt(squares / alive)
     if abs(measured - wanted) > wanted * (6 / sqrt(2 * alive) + 1e-6):
         raise InputError(f"{row.name}: measured init std {measured:.6g}, the plan says {wanted:.6g}")
