@@ -214,7 +214,7 @@ def weights(directory: str | Path) -> dict[str, Tensor]:
     found = checkpoint.available(Path(directory) / "checkpoints")
     if not found:
         raise InputError(f"{directory}: no checkpoint there; expected the directory of a run")
-    return checkpoint.weights(found[-1], read_plan(found[-1] / "plan.yaml"))
+    return checkpoint.weights(found[-1])
 
 
 def _identified(subject: Any) -> Any:
