@@ -167,6 +167,12 @@ def sgd(plan: Plan, ranks: Ranks) -> list[float]:
     return [trainer.step().loss for _ in range(4)]
 
 
+def chunked(plan: Plan, ranks: Ranks, kind: str) -> list[float]:
+    """Losses of steps, and of an evaluation, whose losses are made of 24 tokens at a time."""
+    trainer = Trainer(planned(plan, parallel=kind, micro_batch_size=2, loss_chunk_tokens=24), ranks=ranks)
+    return [*(trainer.step().loss for _ in range(4)), trainer.evaluate()["validation_loss"]]
+
+
 def main() -> None:
     plan = load(Path(sys.argv[1]))
     assert isinstance(plan, Plan)
@@ -187,6 +193,7 @@ def main() -> None:
             },
             "remasked_apart": remasked_apart(plan, ranks),
             "sgd": sgd(plan, ranks),
+            "chunked": {kind: chunked(plan, ranks, kind) for kind in ("ddp", "fsdp")},
         }
         everyone = ranks.gather(found)
         if ranks.is_main:

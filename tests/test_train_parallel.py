@@ -267,6 +267,13 @@ def test_sgd_in_shards_is_sgd(found: list[dict[str, Any]]) -> None:
     assert [one["sgd"] for one in found] == [pytest.approx(losses, abs=AGREE)] * 2
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_loss_of_a_few_tokens_at_a_time_is_that_of_all(found: list[dict[str, Any]], kind: str) -> None:
+    trainer = Trainer(found[0]["plan"])
+    losses = [*(trainer.step().loss for _ in range(4)), trainer.evaluate()["validation_loss"]]
+    assert [one["chunked"][kind] for one in found] == [pytest.approx(losses, abs=AGREE)] * 2
+
+
 class TestStopped:
     def test_signals_stop_all_and_any_number_goes_on(self, long: Plan, tmp_path: Path) -> None:
         """Saved by two processes whole, by two in shards, by one: each goes on with what the other wrote."""

@@ -13,10 +13,10 @@ from supar_cli.training.tasks import Task
 
 
 @torch.no_grad()
-def evaluate(task: Task, parallel: Parallel, runtime: Runtime) -> dict[str, float]:
+def evaluate(task: Task, parallel: Parallel, runtime: Runtime, chunk: int | None = None) -> dict[str, float]:
     """Means over the held-out batches by name, the same in all ranks; each of them passes its share of the batches.
 
-    Where the task asks for it, NAME_se is the standard error of NAME's mean, over batches.
+    `chunk` is that of `Task.evaluate`. Where the task asks for it, NAME_se is the standard error of NAME's mean, over batches.
     """
     rows, ranks = runtime.micro_batch, parallel.ranks
     count = task.held_out_rows // rows
@@ -25,7 +25,7 @@ def evaluate(task: Task, parallel: Parallel, runtime: Runtime) -> dict[str, floa
         for index in range(ranks.rank, count, ranks.size):
             batch = runtime.to_device(task.held_out(index, count, rows))
             with runtime.autocast():
-                means = task.evaluate(parallel.inner, batch)
+                means = task.evaluate(parallel.inner, batch, chunk)
             for name, mean in means.items():
                 own.setdefault(name, []).append(mean)
     record: dict[str, float] = {}

@@ -161,7 +161,7 @@ class Trainer:
             part = self.runtime.to_device(batch, slice(start, start + micro_batch))
             with self.parallel.gradient_sync(is_last=start + micro_batch >= rows):
                 with self.runtime.autocast():
-                    loss = self.task.loss(self.model, part) * (micro_batch / rows)
+                    loss = self.task.loss(self.model, part, self.plan.run.loss_chunk_tokens) * (micro_batch / rows)
                 torch.autograd.backward(loss)
             own_loss += loss.detach()
         gradients = [local_shard(t.grad) for t in self.sparse_model.tensors.values() if t.grad is not None]
@@ -183,7 +183,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Means over the task's held-out batches by name. Raises UnusableResult when the validation loss is not finite."""
-        record = evaluation.evaluate(self.task, self.parallel, self.runtime)
+        record = evaluation.evaluate(self.task, self.parallel, self.runtime, self.plan.run.loss_chunk_tokens)
         if not math.isfinite(record["validation_loss"]):
             text = f"step {self.done}: the validation loss is {record['validation_loss']}"
             raise collective_error(UnusableResult, text)
