@@ -54,7 +54,7 @@ def available(folder: Path) -> list[Path]:
 def load(path: Path, plan: Plan, data_hash: str, ranks: Ranks | None = None) -> CheckpointReader:
     """A checkpoint of this plan and these data, its files verified, ready to fill a state.
 
-    However many ranks wrote it, each of those that call this reads what lies in it. Raises InputError when it is of another
+    However many ranks wrote it, each of those that call this reads its own part. Raises InputError when it is of another
     plan or other data, SetupError when it is corrupt.
     """
     manifest = read_manifest(path)
@@ -85,7 +85,7 @@ def weights(path: Path, plan: Plan | None = None) -> Tensors:
 
 
 class Writer:
-    """Writes a run's checkpoints beside its training, one at a time, all but the newest `run.keep` dropped.
+    """Writes a run's checkpoints while training goes on, one at a time; all but the newest `run.keep` are dropped.
 
     Without a folder it writes nothing. `ranks` are those that each write a shard of it; a rank that writes whole states
     leaves them out. `before_publish` is called when a checkpoint has all its tensors and is not yet complete. Raises

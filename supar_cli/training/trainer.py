@@ -99,7 +99,7 @@ class Trainer:
     ) -> RunHistory:
         """Train to the plan's last step. With a directory: metrics, checkpoints and, last, result.json are written.
 
-        Every rank calls it; the main one writes what is no shard of a checkpoint. `on_evaluation(step, loss)` may raise to
+        Every rank calls it; the main one writes all files but shards of checkpoints. `on_evaluation(step, loss)` may raise to
         end the run early. `stop()` is asked between steps; when it gives a reason, in any rank, a checkpoint is written and
         Preempted raised. Raises UnusableResult on a loss that is not finite.
         """
