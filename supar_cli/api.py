@@ -17,7 +17,7 @@ from supar_cli.planning import document
 from supar_cli.planning.density import Share
 from supar_cli.planning.explain import Explained
 from supar_cli.planning.kinds import AnyDocument, parse_any
-from supar_cli.planning.layout import Layout
+from supar_cli.planning.layout_document import Layout
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.spec import Proxy, Spec

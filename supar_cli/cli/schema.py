@@ -12,7 +12,7 @@ import typer
 
 from supar_cli.cli import console
 from supar_cli.cli.app import single
-from supar_cli.planning.layout import Layout
+from supar_cli.planning.layout_document import Layout
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.schema import Section
 from supar_cli.planning.spec import Proxy, Spec

@@ -1,4 +1,4 @@
-"""Every tensor of a model: name, role, shape and fan-in axes, from a family's shape or from a layout document.
+"""Every tensor of a model: name, role, shape and fan-in axes, from the shape of one of supar's families.
 
 A tensor is known by its role and site, never by its name's spelling or its number of dimensions. In supar's own families
 a weight's name is its module's path; a bias is that path with `.bias`.
@@ -7,32 +7,16 @@ a weight's name is its module's path; a bias is that path with `.bias`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from math import prod
-from typing import Any, Literal, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
-from supar_cli.errors import InputError
 from supar_cli.planning.rules import Role
-from supar_cli.planning.schema import Field, Section
 
-
-class Form(NamedTuple):
-    """What the layout needs to know of a model; `spec.Model` has it all."""
-
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_width: int
-    ffn_width: int
-    context: int
-    vocab: int
-    norm: str
-    activation: str
-    positions: str
-    bias: bool
-    tied: bool
+# what the layout needs to know of a model; `spec.Model` has it all
+_SHAPE = ("width", "layers", "heads", "kv_heads", "head_width", "ffn_width", "context", "vocab")
+_PARTS = ("norm", "activation", "positions", "bias", "tied")
 
 
 @dataclass(frozen=True)
@@ -79,11 +63,12 @@ def setting_names(name: str, site: str, role: str) -> tuple[str, ...]:
 
 def tensors(model: Any) -> list[Tensor]:
     """Every tensor of a `gpt2` or `llama` family model."""
-    return list(_tensors(Form(*(getattr(model, name) for name in Form._fields))))
+    return list(_tensors(*(getattr(model, name) for name in (*_SHAPE, *_PARTS))))
 
 
 @lru_cache(maxsize=8)  # chosen: a plan is made, checked and explained from a few shapes
-def _tensors(shape: Form) -> tuple[Tensor, ...]:
+def _tensors(*values: Any) -> tuple[Tensor, ...]:
+    shape = SimpleNamespace(**dict(zip((*_SHAPE, *_PARTS), values, strict=True)))
     found = [Tensor("embedding", "embedding", "embedding", (shape.vocab, shape.width))]
     if shape.positions == "learned":
         found.append(Tensor("positions", "embedding", "positions", (shape.context, shape.width)))
@@ -95,7 +80,7 @@ def _tensors(shape: Form) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def _block(shape: Form, block: int) -> list[Tensor]:
+def _block(shape: SimpleNamespace, block: int) -> list[Tensor]:
     query, key = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
     attention = [("q", query, shape.width), ("k", key, shape.width), ("v", key, shape.width), ("o", shape.width, query)]
     ffn = [("gate", shape.ffn_width, shape.width)] if shape.activation == "swiglu" else []
@@ -111,7 +96,7 @@ def _block(shape: Form, block: int) -> list[Tensor]:
     return found
 
 
-def _norm(shape: Form, name: str, site: str, block: int | None) -> list[Tensor]:
+def _norm(shape: SimpleNamespace, name: str, site: str, block: int | None) -> list[Tensor]:
     gain = Tensor(name, "norm", site, (shape.width,), (), block)
     if shape.norm == "layernorm" and shape.bias:
         return [gain, Tensor(f"{name}.bias", "bias", f"{site}.bias", (shape.width,), (), block)]
@@ -136,115 +121,3 @@ def check_axes(axes: list[int], extents: int) -> None:
     """Raise ValueError unless these are different axes, rising, of a tensor with so many extents."""
     if axes != sorted(set(axes)) or not all(0 <= axis < extents for axis in axes):
         raise ValueError(f"fan_in_axes: {axes}; expected rising numbers from 0 to {extents - 1}")
-
-
-class Own(Section):
-    """Mean and standard deviation that a tensor's own constructor gave it at the base size."""
-
-    mean: float
-    std: float = Field(ge=0)
-
-
-class LayoutRow(Section):
-    """A tensor of a user's model at two or three sizes; `scales` are the axes whose extents differ between them."""
-
-    name: str
-    site: str
-    role: Role
-    block: int | None = Field(default=None, ge=0)
-    base: list[int] = Field(min_length=1, max_length=MOST_EXTENTS)
-    wider: list[int] = Field(min_length=1, max_length=MOST_EXTENTS)
-    third: list[int] | None = None
-    fan_in_axes: list[int]
-    scales: list[int]
-    writes_residual: bool = False
-    tied_to: str | None = None
-    own: Own | None = None
-    read_by: list[str] = Field(default_factory=list)
-    module: str | None = None
-
-    def check(self) -> None:
-        for key in ("base", "wider", "third"):
-            extents = vars(self)[key]
-            if extents is not None and (len(extents) != len(self.base) or min(extents) < 1):
-                raise ValueError(f"{key}: {extents}; expected {len(self.base)} extents of 1 or more, as base has")
-        check_axes(self.fan_in_axes, len(self.base))
-        scales = [axis for axis, (narrow, wide) in enumerate(zip(self.base, self.wider, strict=True)) if narrow != wide]
-        if self.scales != scales:
-            raise ValueError(f"scales: {self.scales}; base {self.base} and wider {self.wider} differ at {scales}")
-        if self.role == "hidden" and not self.fan_in_axes:
-            raise ValueError("fan_in_axes: none; expected the axes that the product of a hidden weight sums over")
-
-    def extents(self, times: Fraction) -> list[Fraction]:
-        """The shape at the base size plus `times` the step from base to wider."""
-        return [narrow + times * (wide - narrow) for narrow, wide in zip(self.base, self.wider, strict=True)]
-
-
-class Layout(Section):
-    """`supar.layout/v1`: the tensors of a user's model, from which those of every other size follow.
-
-    Extents are affine in the size: `third`, a size that need not be built for anything else, checks that they are.
-    """
-
-    kind: Literal["supar.layout/v1"]
-    base: dict[str, int]
-    wider: dict[str, int]
-    third: dict[str, int] | None = None
-    tensors: list[LayoutRow] = Field(min_length=1)
-    notes: list[str] = Field(default_factory=list)
-
-    def check(self) -> None:
-        names = [row.name for row in self.tensors]
-        if len(set(names)) < len(names):
-            raise ValueError(f"tensors: {next(name for name in names if names.count(name) > 1)} appears twice")
-        for row in self.tensors:
-            if row.tied_to is not None and row.tied_to not in names:
-                raise ValueError(f"tensors: {row.name} is tied to {row.tied_to}, which the layout does not have")
-        if self.base == self.wider:
-            raise ValueError("wider: equals base, so nothing shows what scales; expected a larger size")
-        times = self._times(self.wider, "wider")
-        if self.third is not None:
-            times = self._times(self.third, "third")
-            for row in self.tensors:
-                if row.third is None or row.extents(times) != row.third:
-                    raise ValueError(f"tensors: {row.name} is {row.third} at the third size, not {_words(row, times)}")
-
-    def _times(self, size: dict[str, int], where: str) -> Fraction:
-        """How many steps from base to wider a size is from base. Raises ValueError for one not on their line."""
-        if set(size) != set(self.base) or set(self.wider) != set(self.base):
-            raise ValueError(f"{where}: {size}; expected the same names as base: {', '.join(self.base)}")
-        found = {
-            Fraction(size[name] - self.base[name], self.wider[name] - self.base[name])
-            for name in self.base
-            if self.wider[name] != self.base[name]
-        }
-        fixed = [name for name in self.base if self.wider[name] == self.base[name] != size[name]]
-        if len(found) != 1 or fixed:
-            raise ValueError(
-                f"{where}: {size} does not lie on the line through base {self.base} and wider {self.wider}"
-            )
-        return found.pop()
-
-    def at(self, size: dict[str, int]) -> list[Tensor]:
-        """The tensors at a size, such as {"width": 4096}. Raises InputError where a shape would not be whole."""
-        try:
-            times = self._times(size, "size")
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        return [_tensor(row, times) for row in self.tensors]
-
-
-def _words(row: LayoutRow, times: Fraction) -> str:
-    return f"[{', '.join(map(str, row.extents(times)))}]"
-
-
-def _tensor(row: LayoutRow, times: Fraction) -> Tensor:
-    extents = row.extents(times)
-    if not all(extent.denominator == 1 and extent >= 1 for extent in extents):
-        raise InputError(
-            f"{row.name}: its shape would be {_words(row, times)}; expected a size that gives whole extents"
-        )
-    shape = tuple(int(extent) for extent in extents)
-    return Tensor(
-        row.name, row.role, row.site, shape, tuple(row.fan_in_axes), row.block, row.writes_residual, row.tied_to
-    )

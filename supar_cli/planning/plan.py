@@ -158,9 +158,8 @@ def base_model(plan: Plan) -> Model:
 
 def decoder_base(plan: Plan) -> DecoderBase:
     """The shape of a plan's proxy. Raises InputError for a user's model, which has no such shape."""
-    _, base = plan.decoder, plan.parameterization.base
-    assert base.width and base.ffn_width and base.layers and base.kv_share  # `Plan.check` has seen to that
-    return DecoderBase(base.width, base.ffn_width, base.layers, base.kv_share)
+    _ = plan.decoder
+    return DecoderBase.model_validate(plan.parameterization.base.model_dump())
 
 
 def _constant_of_v1(role: str) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from math import prod
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 from supar_cli.planning import layout
 from supar_cli.planning.patterns import Block, Pattern, PatternKeys, describe
@@ -81,8 +81,8 @@ class Base(Section):
         return f"width {self.width}, FFN width {self.ffn_width}, layers {self.layers};"
 
 
-class DecoderBase(NamedTuple):
-    """The proxy's shape where it is a decoder of supar's own families."""
+class DecoderBase(Base):
+    """The proxy's shape where it is a decoder of supar's own families: all of it is known."""
 
     width: int
     ffn_width: int

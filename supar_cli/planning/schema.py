@@ -14,7 +14,6 @@ from typing import (
     Any,
     ClassVar,
     Literal,
-    NamedTuple,
     Self,
     Union,
     dataclass_transform,
@@ -34,11 +33,11 @@ _PLAIN: dict[type, Callable[..., Any]] = {
 }
 
 
-class Text(NamedTuple):
+class Text:
     """What a text of type `Annotated[str, Text(…)]` has to be: a regular expression, and words for it in errors."""
 
-    pattern: str
-    words: str
+    def __init__(self, pattern: str, words: str) -> None:
+        self.pattern, self.words = pattern, words
 
 
 class _Field:
