@@ -18,7 +18,7 @@ from supar_cli.planning.density import Share
 from supar_cli.planning.explain import Explained
 from supar_cli.planning.kinds import AnyDocument, parse_any
 from supar_cli.planning.layout import Layout
-from supar_cli.planning.plan import Plan, read_plan
+from supar_cli.planning.plan import Plan
 from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.spec import Proxy, Spec
 from supar_cli.planning.sweep import Sweep
@@ -214,7 +214,7 @@ def weights(directory: str | Path) -> dict[str, Tensor]:
     found = checkpoint.available(Path(directory) / "checkpoints")
     if not found:
         raise InputError(f"{directory}: no checkpoint there; expected the directory of a run")
-    return checkpoint.weights(found[-1], read_plan(found[-1] / "plan.yaml"))
+    return checkpoint.weights(found[-1])
 
 
 def _identified(subject: Any) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -15,7 +16,8 @@ from supar_cli import load
 from supar_cli.errors import InputError, SuparError
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse import masks
-from supar_cli.training import runtime
+from supar_cli.sparse.masks import Mask
+from supar_cli.training import checkpoint, runtime
 from supar_cli.training.distributed import Ranks, init_distributed, local_shard
 from supar_cli.training.trainer import Trainer
 
@@ -108,6 +110,69 @@ def shards(plan: Plan, ranks: Ranks) -> dict[str, Any]:
     }
 
 
+class Moving(Trainer):
+    """A trainer whose masks may be others than those its plan draws."""
+
+    moves_masks = True
+
+
+def other_masks(plan: Plan) -> dict[str, Mask]:
+    """Masks of a plan's sparse tensors: at other weights, more of them in one tensor and fewer in the next."""
+    rows = [row for row in plan.tensors if row.kept < row.size]
+    shares = [row.density * (1.5 if at % 2 else 0.5) for at, row in enumerate(rows)]
+    random = [np.random.default_rng(at).random(row.shape) for at, row in enumerate(rows)]
+    return {row.name: Mask.of(found < share) for row, found, share in zip(rows, random, shares, strict=True)}
+
+
+def saved(trainer: Trainer, folder: Path) -> Path:
+    """The checkpoint of a trainer's present state, by all ranks."""
+    ranks, is_sharded = trainer.ranks, trainer.parallel.is_sharded
+    writer = checkpoint.Writer(
+        folder if ranks.is_main or is_sharded else None,
+        trainer.plan,
+        trainer.task.hash,
+        device=trainer.runtime.device,
+        ranks=ranks if is_sharded else None,
+    )
+    writer.save(trainer.done, trainer.capture)
+    writer.wait()
+    return ranks.on_main(checkpoint.available, folder)[-1]
+
+
+def remasked(plan: Plan, ranks: Ranks, kind: str, other: str) -> dict[str, list[float]]:
+    """Losses of a run under other masks from step 4 on, and of one of another kind that goes on from its checkpoint."""
+    trainer = Moving(planned(plan, parallel=kind), ranks=ranks)
+    found = {"live": [trainer.step().loss for _ in range(4)]}
+    trainer.remask(other_masks(plan))
+    path = saved(trainer, Path(f"remasked-{kind}").resolve())
+    found["live"] += [trainer.step().loss for _ in range(6)]
+    restored = Moving(planned(plan, parallel=other), ranks=ranks)
+    restored.restore(path)
+    found["restored"] = [restored.step().loss for _ in range(6)]
+    found["held"] = [local_shard(tensor).numel() for tensor in trainer.sparse_model.tensors.values()]
+    return found
+
+
+def remasked_apart(plan: Plan, ranks: Ranks) -> list[Any]:
+    """Rank 1 moves one tensor to another mask than rank 0."""
+    trainer, masks = Trainer(planned(plan, parallel="ddp"), ranks=ranks), other_masks(plan)
+    masks["blocks.1.mlp.up"] = Mask.of(np.roll(masks["blocks.1.mlp.up"].alive(), ranks.rank, axis=1))
+    return error_of(lambda: trainer.remask(masks))
+
+
+def sgd(plan: Plan, ranks: Ranks) -> list[float]:
+    """Losses of SGD in shards."""
+    train = plan.train.model_copy(update={"optimizer": "sgd", "momentum": 0.9})
+    trainer = Trainer(planned(plan.model_copy(update={"train": train}), parallel="fsdp"), ranks=ranks)
+    return [trainer.step().loss for _ in range(4)]
+
+
+def chunked(plan: Plan, ranks: Ranks, kind: str) -> list[float]:
+    """Losses of steps, and of an evaluation, whose losses are made of 24 tokens at a time."""
+    trainer = Trainer(planned(plan, parallel=kind, micro_batch_size=2, loss_chunk_tokens=24), ranks=ranks)
+    return [*(trainer.step().loss for _ in range(4)), trainer.evaluate()["validation_loss"]]
+
+
 def main() -> None:
     plan = load(Path(sys.argv[1]))
     assert isinstance(plan, Plan)
@@ -123,6 +188,12 @@ def main() -> None:
                 for held in (True, False)
             },
             "shards": shards(plan, ranks),
+            "remasked": {
+                kind: remasked(plan, ranks, kind, other) for kind, other in (("ddp", "fsdp"), ("fsdp", "ddp"))
+            },
+            "remasked_apart": remasked_apart(plan, ranks),
+            "sgd": sgd(plan, ranks),
+            "chunked": {kind: chunked(plan, ranks, kind) for kind in ("ddp", "fsdp")},
         }
         everyone = ranks.gather(found)
         if ranks.is_main:

@@ -236,8 +236,8 @@ def test_what_slows_a_checkpoint_is_measured(
     quick = bench_run._checkpoint(trainer, tmp_path / "quick")
     save = checkpoint.Writer.save
 
-    def waits(writer: checkpoint.Writer) -> None:
-        save(writer)
+    def waits(writer: checkpoint.Writer, *arguments: Any) -> None:
+        save(writer, *arguments)
         time.sleep(0.5)
         writer.wait()
 

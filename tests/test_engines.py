@@ -88,8 +88,8 @@ def largest_error(pairs: list[Any]) -> float:
 
 def saved(trainer: Trainer, folder: Path) -> Path:
     """The checkpoint of a trainer's present state."""
-    writer = checkpoint.Writer(folder, trainer)
-    writer.save()
+    writer = checkpoint.Writer(folder, trainer.plan, trainer.task.hash, device=trainer.runtime.device)
+    writer.save(trainer.done, trainer.capture)
     writer.wait()
     return checkpoint.available(folder)[-1]
 

@@ -61,12 +61,12 @@ class Kept:
         self.put(files)
         with tried.ends() as end:
             try:
-                step = checkpoint.load(self.folder, self.trainer)
+                self.trainer.restore(self.folder)
             except (SetupError, InputError) as error:
                 assert str(self.folder) in str(error) and also(str(error)), (error, files.keys())
                 how = "refused"
             else:
-                same = step == self.step and state_of(self.trainer) == self.state
+                same = self.trainer.done == self.step and state_of(self.trainer) == self.state
                 how = "the same state" if same else "another state"
             end(how)
         return how
@@ -104,8 +104,8 @@ def kept(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Kept:
         )
         assert done.returncode == 0, done.stderr
     before, newest = checkpoint.available(folder / "run/checkpoints")
-    step = checkpoint.load(newest, trainer)
-    made = Kept(newest, read(newest), read(before), trainer, state_of(trainer), step)
+    trainer.restore(newest)
+    made = Kept(newest, read(newest), read(before), trainer, state_of(trainer), trainer.done)
     assert len([name for name in made.files if name.endswith(".safetensors")]) == (1 if request.param == "whole" else 2)
     return made
 

@@ -21,7 +21,7 @@ from supar_cli.training import checkpoint, run_directory, runtime
 from supar_cli.training.distributed import Ranks
 from supar_cli.training.launch import elastic, signals
 from supar_cli.training.launch import environment as launch
-from supar_cli.training.launch.signals import StopSignals
+from supar_cli.training.launch.signals import StopRequest, StopSignals
 from supar_cli.training.trainer import Trainer
 from tests.conftest import Called, environment
 from tests.test_train import trained
@@ -132,6 +132,47 @@ class TestSignals:
         while list(folder.iterdir()) and time.monotonic() < end:
             time.sleep(0.05)
         assert list(folder.iterdir()) == []
+
+
+class TestRequest:
+    """What ranks agree on between two steps: reasons are exchanged only where a step's votes say that there is one."""
+
+    class Two:
+        """Ranks of which the other one has a reason of its own."""
+
+        is_distributed = True
+
+        def __init__(self) -> None:
+            self.other: str | None = None
+            self.exchanges = 0
+
+        def gather(self, value: str | None) -> list[str | None]:
+            self.exchanges += 1
+            return [value, self.other]
+
+    def test_alone_it_is_the_process_own_reason(self) -> None:
+        reasons = iter([None, "SIGTERM"])
+        request = StopRequest(Ranks(), lambda: next(reasons))
+        assert [request.vote(), request.reason(), request.reason()] == [0.0, None, "SIGTERM"]
+
+    def test_before_the_first_step_all_are_asked(self) -> None:
+        ranks = self.Two()
+        ranks.other = "SIGUSR1"
+        assert StopRequest(ranks).reason() == "SIGUSR1"
+
+    def test_after_it_only_where_one_has_voted(self) -> None:
+        ranks, own = self.Two(), list[str]()
+        request = StopRequest(ranks, lambda: own[0] if own else None)
+        assert request.reason() is None and ranks.exchanges == 1
+        request.count(request.vote())
+        assert request.reason() is None and ranks.exchanges == 1
+        ranks.other = "SIGTERM"
+        request.count(request.vote() + 1.0)
+        assert request.reason() == "SIGTERM" and ranks.exchanges == 2
+        own.append("the limit of 3 s")
+        assert request.vote() == 1.0
+        request.count(1.0)
+        assert request.reason() == "the limit of 3 s"
 
 
 class TestLimitOfTime:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from fractions import Fraction
 from hashlib import sha256
 from math import exp, frexp, inf, log, nan, nextafter, sqrt
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 from supar_cli.planning.rules import power
 from supar_cli.planning.sweep import Grid, axis_values
+
+from .test_rules_mutants import SOURCE, compiled
 
 BITS = 300  # of the fixed-point numbers below
 ONE = 1 << BITS
@@ -104,6 +107,28 @@ def test_what_no_double_holds_is_refused_or_zero() -> None:
     for exponent in (inf, nan):
         with pytest.raises(ValueError):
             power(2.0, exponent)
+
+
+FAULTS = [
+    ("prec=50", "prec=16"),
+    ("return sqrt(base)", "return base"),
+    ("Fraction(base) ** int(exponent)", "Fraction(base) ** abs(int(exponent))"),
+    ("float(exact) if exact", "float(exact * Fraction(1.0000000000000002)) if exact"),
+    ("float(_DECIMAL.power(Decimal(base), Decimal(exponent)))", "float(_DECIMAL.exp(Decimal(log(base) * exponent)))"),
+]
+
+
+def is_right(function: Callable[[float, float], float]) -> bool:
+    tried = [(x / 7, k) for x in range(1, 200) for k in range(-20, 21)]
+    return all(is_nearest(function(x, k / 8), x, Fraction(k, 8)) for x, k in tried)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault[1])
+def test_a_planted_fault_is_found(fault: tuple[str, str]) -> None:
+    assert SOURCE.count(fault[0]) == 1 and is_right(power)
+    planted = compiled(SOURCE.replace(*fault))
+    vars(planted)["log"] = log
+    assert not is_right(planted.power)
 
 
 def digest(values: list[float]) -> str:

@@ -13,8 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from supar_cli.errors import InputError, UnusableResult
+from supar_cli.models import transformer
 from supar_cli.planning.plan import Plan, PlanTensor
 from supar_cli.sparse.linear import Linear
 from supar_cli.training import checkpoint, run_directory, tasks
@@ -53,11 +55,11 @@ class Classes:
     def inputs(self, batch: tasks.Batch) -> tasks.Batch:
         return batch[:1]
 
-    def loss(self, model: nn.Module, batch: tasks.Batch) -> Tensor:
+    def loss(self, model: nn.Module, batch: tasks.Batch, chunk: int | None = None) -> Tensor:
         points, weights, classes = batch
         return (F.cross_entropy(model(points), classes, reduction="none") * weights).mean()
 
-    def evaluate(self, model: nn.Module, batch: tasks.Batch) -> dict[str, Tensor]:
+    def evaluate(self, model: nn.Module, batch: tasks.Batch, chunk: int | None = None) -> dict[str, Tensor]:
         right = model(batch[0]).argmax(1) == batch[2]
         return {"validation_loss": self.loss(model, batch), "accuracy": right.float().mean()}
 
@@ -181,3 +183,77 @@ class TestNextToken:
     def test_it_is_a_plans_task(self, plan_of: MakePlan) -> None:
         task = Trainer(plan_of()).task
         assert isinstance(task, NextToken) and (task.unit, task.units_per_row, task.held_out_rows) == ("tokens", 16, 8)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers of any tensor that an operation made, in a forward and a backward pass."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return made
+
+
+class TestChunks:
+    """The loss of a few tokens at a time is that of all at once, and holds a few tokens' logits."""
+
+    def losses_and_gradients(self, trainer: Trainer, chunk: int | None) -> tuple[float, dict[str, Tensor]]:
+        trainer.model.zero_grad()
+        loss = trainer.task.loss(trainer.model, trainer.batch(0), chunk)
+        torch.autograd.backward(loss)
+        gradients = {name: tensor.grad for name, tensor in trainer.sparse_model.tensors.items()}
+        assert all(gradient is not None for gradient in gradients.values())
+        return loss.item(), {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
+
+    def differences(self, trainer: Trainer, chunk: int) -> tuple[float, float]:
+        """Of the loss, and of the gradients by the size of each."""
+        loss, gradients = self.losses_and_gradients(trainer, None)
+        other, others = self.losses_and_gradients(trainer, chunk)
+        errors = [float((one - others[name]).abs().max() / one.abs().max()) for name, one in gradients.items()]
+        return abs(loss - other), max(errors)
+
+    @pytest.mark.parametrize("chunk", [1, 7, 16, 64, 1000])
+    @pytest.mark.parametrize("shape", [{}, {"family": "llama", "tied": False, "bias": False}], ids=["gpt2", "llama"])
+    def test_value_and_gradients_are_those_of_all_at_once(self, plan_of: MakePlan, shape: Any, chunk: int) -> None:
+        by_loss, by_gradients = self.differences(Trainer(plan_of(model=shape)), chunk)
+        assert by_loss <= 2e-6 and by_gradients <= 2e-5
+
+    def test_a_mean_of_means_would_be_seen(self, plan_of: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of 64 tokens, 7 at a time: the last one's chunk would weigh as much as 7 others."""
+        loss_sum = transformer._loss_sum
+        monkeypatch.setattr(
+            transformer, "_loss_sum", lambda x, w, y, factor: loss_sum(x, w, y, factor) / len(y) * (64 / 10)
+        )
+        by_loss, by_gradients = self.differences(Trainer(plan_of()), 7)
+        assert by_loss > 1e-3 and by_gradients > 1e-2
+
+    def test_no_more_logits_are_held_than_those_of_a_chunk(self, plan_of: MakePlan) -> None:
+        vocab, tokens, chunk = 20_000, 64, 4
+        trainer = Trainer(plan_of(model={"vocab": vocab, "width": 16, "heads": 1}, target={"width": 16}))
+        found = {}
+        for size in (None, chunk):
+            with Largest() as largest:
+                self.losses_and_gradients(trainer, size)
+            found[size] = largest.numbers
+        assert found[None] == tokens * vocab
+        assert found[chunk] == vocab * 16 > chunk * vocab  # the head's own weight is the largest then
+
+    def test_runs_are_the_same_within_rounding(self, plan_of: MakePlan) -> None:
+        train = {"steps": 12, "batch_size": 4, "eval_every": 6}
+        whole, chunked = (
+            Trainer(plan_of(train=train, run={"micro_batch_size": 2, "loss_chunk_tokens": chunk})).run()
+            for chunk in (None, 5)
+        )
+        assert chunked.losses == pytest.approx(whole.losses, abs=1e-5) and chunked.losses != whole.losses
+        assert [loss for _, loss in chunked.evaluations] == pytest.approx(
+            [loss for _, loss in whole.evaluations], abs=1e-5
+        )
+
+    def test_it_is_how_a_plan_is_run_and_no_other_experiment(self, plan_of: MakePlan) -> None:
+        plan, chunked = plan_of(), plan_of(run={"loss_chunk_tokens": 5})
+        assert plan.hash() == chunked.hash() and chunked.run.loss_chunk_tokens == 5
+        assert "loss_chunk_tokens" not in plan.model_dump()["run"]  # documents look as they did before there was one

@@ -17,7 +17,9 @@ import pytest
 import supar_cli
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
+from supar_cli.training.trainer import Trainer
 from tests.conftest import CHECKOUT, TEXT_BYTES, Called, environment, plan_from, proxy_fields, real_text
+from tests.parallel_cases import other_masks
 from tests.test_train import trained
 from tests.test_train_preempted import ended, hear
 from tests.test_train_resume import losses
@@ -223,6 +225,53 @@ class TestTogether:
                 assert sum(parts) == row.kept and max(parts) - min(parts) <= max(1, row.shape[-1] * (row.density == 1))
         for half in halves:
             assert half["sharded"] and half["rates"] and half["dense"] == []
+
+
+@pytest.fixture(scope="module")
+def one(found: list[dict[str, Any]]) -> list[float]:
+    """The losses of one process that moves to other masks after step 4."""
+    trainer = Trainer(found[0]["plan"])
+    losses = [trainer.step().loss for _ in range(4)]
+    trainer.remask(other_masks(trainer.plan))
+    return losses + [trainer.step().loss for _ in range(6)]
+
+
+class TestRemasked:
+    """Two processes move to other masks, with more live weights in some tensors and fewer in others."""
+
+    @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+    def test_as_one_process_does(self, found: list[dict[str, Any]], one: list[float], kind: str) -> None:
+        for rank in found:
+            assert rank["remasked"][kind]["live"] == pytest.approx(one, abs=AGREE)
+            assert rank["remasked"][kind]["restored"] == pytest.approx(one[4:], abs=AGREE)
+        staying = Trainer(found[0]["plan"])
+        assert [staying.step().loss for _ in range(10)][4:] != pytest.approx(one[4:], abs=1e-3)
+
+    def test_each_holds_its_part_of_the_new_weights(self, found: list[dict[str, Any]]) -> None:
+        plan, counts = found[0]["plan"], {name: mask.count for name, mask in other_masks(found[0]["plan"]).items()}
+        for kind, parts in (("ddp", 2), ("fsdp", 1)):
+            held = [rank["remasked"][kind]["held"] for rank in found]
+            for at, row in enumerate(plan.tensors):
+                assert held[0][at] + held[1][at] == parts * counts.get(row.name, row.size)
+
+    def test_another_mask_in_one_process_is_refused_by_all(self, found: list[dict[str, Any]]) -> None:
+        text = "rank 1: the mask of blocks.1.mlp.up is not that of rank 0; expected the same everywhere"
+        assert [one["remasked_apart"] for one in found] == [["SetupError", text, True]] * 2
+
+
+def test_sgd_in_shards_is_sgd(found: list[dict[str, Any]]) -> None:
+    plan = found[0]["plan"]
+    train = plan.train.model_copy(update={"optimizer": "sgd", "momentum": 0.9})
+    trainer = Trainer(plan.model_copy(update={"train": train}))
+    losses = [trainer.step().loss for _ in range(4)]
+    assert [one["sgd"] for one in found] == [pytest.approx(losses, abs=AGREE)] * 2
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_loss_of_a_few_tokens_at_a_time_is_that_of_all(found: list[dict[str, Any]], kind: str) -> None:
+    trainer = Trainer(found[0]["plan"])
+    losses = [*(trainer.step().loss for _ in range(4)), trainer.evaluate()["validation_loss"]]
+    assert [one["chunked"][kind] for one in found] == [pytest.approx(losses, abs=AGREE)] * 2
 
 
 class TestStopped:

@@ -236,7 +236,7 @@ class TestWriting:
     ) -> None:
         plan = plan_of(run={"checkpoint_every": 4, "keep": 5})
         trained(plan_of(run={"checkpoint_every": 4, "keep": 5}), tmp_path / "whole")
-        write, trainer, during = checkpoint._write, Trainer(plan), list[tuple[int, int]]()
+        write, trainer, during = checkpoint.save, Trainer(plan), list[tuple[int, int]]()
 
         def slow(*arguments: Any) -> Path:
             step, end = arguments[1].step, time.monotonic() + 20
@@ -245,7 +245,7 @@ class TestWriting:
             during.append((step, trainer.done))
             return write(*arguments)
 
-        monkeypatch.setattr(checkpoint, "_write", slow)
+        monkeypatch.setattr(checkpoint, "save", slow)
         with run_directory.open_run(tmp_path / "run", plan, resume=True, force=False):
             trainer.run(tmp_path / "run")
         assert [step for step, _ in during] == [4, 8, 12] and all(done >= min(step + 2, 12) for step, done in during)
@@ -259,7 +259,7 @@ class TestWriting:
         def full(*_: Any) -> Path:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(checkpoint, "_write", full)
+        monkeypatch.setattr(checkpoint, "save", full)
         trainer = Trainer(plan_of(run={"checkpoint_every": 4}))
         with pytest.raises(SetupError, match="checkpoints: the checkpoint can't be written: No space left on device"):
             trainer.run(tmp_path)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.training import checkpoint, run_directory
+from supar_cli.training import run_directory
 from supar_cli.training.trainer import Trainer
 from tests.conftest import Called
 from tests.test_train import trained
@@ -92,14 +92,13 @@ class TestUninterrupted:
         trained(plan, tmp_path / "whole")
         cut_at(plan, tmp_path / "cut", 8)
         trainer = Trainer(plan)
-        load = checkpoint.load
+        restore = Trainer.restore
 
-        def forgetful(path: Path, trainer: Trainer) -> int:
-            step = load(path, trainer)
+        def forgetful(trainer: Trainer, path: Path) -> None:
+            restore(trainer, path)
             trainer.optimizer.state.clear()
-            return step
 
-        monkeypatch.setattr(checkpoint, "load", forgetful)
+        monkeypatch.setattr(Trainer, "restore", forgetful)
         trainer.run(tmp_path / "cut", resume=True)
         with pytest.raises(AssertionError):
             assert_same_run(tmp_path / "cut", tmp_path / "whole")

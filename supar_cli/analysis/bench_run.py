@@ -55,9 +55,9 @@ def _checkpoint(trainer: Trainer, folder: Path) -> dict[str, float]:
     Steps go on while it is written; what each takes beyond a plain step's time is lost to it.
     """
     step_s = statistics.median(_timed(trainer.step) for _ in range(BEFORE))
-    writer = checkpoint.Writer(folder / "checkpoints", trainer)
+    writer = checkpoint.Writer(folder / "checkpoints", trainer.plan, trainer.task.hash, device=trainer.runtime.device)
     started = time.perf_counter()
-    writer.save()
+    writer.save(trainer.done, trainer.capture)
     returns = time.perf_counter() - started
     lost = returns
     while writer.is_writing:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from supar_cli.planning.plan import PlanModel
 from supar_cli.sparse.linear import Linear
@@ -129,7 +130,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Tokens (B, T) → logits (B, T, V), the output multiplier included so that every use of the model has it."""
+    """Tokens (B, T) → logits (B, T, V), the output multiplier included so that every use of the model has it.
+
+    With targets (B, T) it returns their mean cross-entropy () in nats instead, made of `chunk` tokens at a time, so that no
+    more logits than (chunk, V) are ever held; None: of all at once.
+    """
 
     def __init__(self, config: PlanModel) -> None:
         super().__init__()
@@ -145,7 +150,7 @@ class Transformer(nn.Module):
         bias_HTT = alibi_bias(config.context, config.heads) if config.positions == "alibi" else None
         self.register_buffer("bias_HTT", bias_HTT, persistent=False)
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, chunk: int | None = None) -> Tensor:
         T = tokens_BT.shape[1]
         x_BTD = self.embedding(tokens_BT)
         if self.positions is not None:
@@ -155,8 +160,41 @@ class Transformer(nn.Module):
         bias_HTT = self.bias_HTT[:, :T, :T] if self.config.positions == "alibi" else None  # type: ignore[index]
         for block in self.blocks:
             x_BTD = block(x_BTD, rope, bias_HTT)
+        x_BTD = self.final_norm(x_BTD)
         weight_VD = self.embedding.weight if self.unembedding is None else self.unembedding.weight
-        return F.linear(self.final_norm(x_BTD), weight_VD) * self.config.multipliers.output
+        if targets_BT is None:
+            return F.linear(x_BTD, weight_VD) * self.config.multipliers.output
+        return chunked_loss(x_BTD, weight_VD, targets_BT, self.config.multipliers.output, chunk)
+
+
+def chunked_loss(
+    x_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, multiplier: float, chunk: int | None = None
+) -> Tensor:
+    """Mean cross-entropy () in nats of the logits multiplier · X·Wᵀ, `chunk` tokens at a time in both passes.
+
+    A chunk's logits are not kept for the backward pass but made again: one more product of the head for memory that
+    doesn't grow with tokens · V.
+    """
+    x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
+    tokens = len(targets_N)
+    sums = [
+        checkpoint(
+            _loss_sum,
+            x_ND[first : first + (chunk or tokens)],
+            weight_VD,
+            targets_N[first : first + (chunk or tokens)],
+            multiplier,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        for first in range(0, tokens, chunk or tokens)
+    ]
+    return torch.stack(sums).sum() / tokens
+
+
+def _loss_sum(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, multiplier: float) -> Tensor:
+    logits_NV = F.linear(x_ND, weight_VD) * multiplier
+    return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
 
 
 def named_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -164,7 +202,9 @@ def named_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name.removesuffix(".weight"): parameter for name, parameter in model.named_parameters()}
 
 
-def loss_of(model: nn.Module, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-    """Mean cross-entropy in nats per token, in float32 whatever the logits' precision."""
+def loss_of(model: nn.Module, inputs_BT: Tensor, targets_BT: Tensor, chunk: int | None = None) -> Tensor:
+    """Mean cross-entropy in nats per token, in float32 whatever the logits' precision; `chunk` tokens at a time if given."""
+    if chunk is not None:
+        return model(inputs_BT, targets_BT, chunk)  # type: ignore[no-any-return]
     logits_BTV = model(inputs_BT)
     return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten())

@@ -51,7 +51,8 @@ class Scheme:
     the m_rho of step 0, and the rate and the decay with that of the end [D].
 
     `edition` 1 has the rules of plans written before 2: epsilon by the tensor's own m_d, and a rate under SGD that
-    leaves fan-out and fan-in of hidden weights out. The editions differ only where a tensor's m_fan_out or m_out is not its m_d.
+    leaves fan-out and fan-in of hidden weights out; `after_head` means nothing to it. For all other tensors the editions
+    differ only where m_fan_out or m_out is not m_d, and elsewhere agree bit for bit.
     """
 
     name: ParameterizationName
@@ -163,8 +164,8 @@ def _hidden_divisor(scheme: Scheme, context: TensorContext) -> tuple[float, list
     """What the rate of a hidden weight is divided by: the number, and its symbols above and below η's fraction bar.
 
     Under SGD a step is as large as the gradient, and V takes that of an output for Θ(1/fan-out). [P Table 1, D.3.1; V]
-    It is where fan-out has d_model's ratio. At another FFN ratio r, ΔY of the down projection stays put, that of the up
-    projection at the first steps moves as √r (without fan-out and fan-in: as r, and as 1/√r) [D, measured at width 256].
+    It is where fan-out has d_model's ratio. At an FFN ratio changed by r, ΔY of the down projection stays put; that of the up
+    projection moves as √r at the first step and less later (edition 1: as r, and as 1/√r) [D, measured at widths to 256].
     """
     follows = scheme.name in _DENSITY_IN_RATE
     m_rho = power(context.m_rho, scheme.density_exponent) if follows else 1.0

@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from supar_cli.errors import PeerLost, SuparError
+from supar_cli.errors import PeerLost, SetupError, SuparError
 from supar_cli.files import write_file
 from supar_cli.training.launch.environment import LAUNCH_DIR, SIGNAL_FILE, is_rank_process
 
@@ -87,6 +87,15 @@ class Ranks:
         box = [result]
         dist.broadcast_object_list(box, src=0, group=self.group, device=torch.device("cpu"))
         return box[0]  # type: ignore[no-any-return]
+
+    def require_equal(self, values: dict[str, str]) -> None:
+        """Raise SetupError where another rank has other values of these: the run would be none of theirs."""
+        found = self.gather(values)
+        for rank, other in enumerate(found):
+            for name, value in found[0].items():
+                if other.get(name) != value:
+                    text = f"rank {rank}: {name} is not that of rank 0; expected the same everywhere"
+                    raise collective_error(SetupError, text)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """A tensor's sum over all processes, in place."""

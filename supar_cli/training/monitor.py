@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from supar_cli.sparse.linear import Linear
-from supar_cli.training.distributed import local_shard
+from supar_cli.training.distributed import Parallel, local_shard
+from supar_cli.training.runtime import Runtime
 
 # measured: in 20 healthy SμPar steps the authors' model grows an MLP output 46-fold (reference run supar-s0.9375), so
 # the alarm is far above that. chosen: a thousandfold.
@@ -57,6 +58,24 @@ def first_not_finite(model: nn.Module, inputs: tuple[Tensor, ...]) -> str:
         if not torch.isfinite(torch.tensor(size)):
             return f"the output of {name}"
     return "the loss"
+
+
+def first_of_ranks(
+    model: nn.Module, inputs: tuple[Tensor, ...], parallel: Parallel, runtime: Runtime, is_own: bool
+) -> str:
+    """`first_not_finite` of the first rank that has one, in words; `is_own`: this rank's own loss is not finite.
+
+    All ranks call it, and pass the same micro-batches: they may hold shards.
+    """
+    own, ranks, rows = "", parallel.ranks, runtime.micro_batch
+    for start in range(0, len(inputs[0]), rows):
+        with runtime.autocast(), parallel.forward_only(with_hooks=True):
+            found = first_not_finite(model, runtime.to_device(inputs, slice(start, start + rows)))
+        own = own or (found if found != "the loss" else "")
+    places = ranks.gather(own or ("the loss" if is_own else ""))
+    rank = next((rank for rank, place in enumerate(places) if place), 0)
+    of = f" of rank {rank}" if ranks.size > 1 else ""
+    return f"the first tensor{of} that is not finite is {places[rank] or 'the loss'}"
 
 
 class Monitor:

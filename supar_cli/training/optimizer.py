@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from supar_cli.planning import schedule
 from supar_cli.planning.plan import Plan
 
 
@@ -36,7 +38,8 @@ def build(plan: Plan, tensors: Mapping[str, nn.Parameter]) -> torch.optim.Optimi
     fused = next(iter(tensors.values())).device.type in ("cpu", "cuda")
     if adam:
         return torch.optim.AdamW(groups, betas=(plan.train.betas[0], plan.train.betas[1]), fused=fused)
-    return torch.optim.SGD(groups, lr=0.0, momentum=plan.train.momentum, fused=fused)
+    is_sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())  # which fused SGD can't update
+    return torch.optim.SGD(groups, lr=0.0, momentum=plan.train.momentum, fused=fused and not is_sharded)
 
 
 def state_names(plan: Plan) -> tuple[str, ...]:
@@ -44,6 +47,18 @@ def state_names(plan: Plan) -> tuple[str, ...]:
     if plan.train.optimizer == "adamw":
         return ("step", "exp_avg", "exp_avg_sq")
     return ("momentum_buffer",) if plan.train.momentum else ()
+
+
+def rate_factor(plan: Plan, step: int) -> float:
+    """The schedule's factor on every peak learning rate at a step, counted from 0."""
+    train = plan.train
+    return schedule.factor(
+        step,
+        steps=train.steps,
+        warmup_steps=train.warmup_steps,
+        schedule=train.schedule,
+        final_lr_fraction=train.final_lr_fraction,
+    )
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -191,9 +191,13 @@ def check_init(row: PlanTensor, tensor: Tensor, pattern: str, mask: Mask | None)
         raise InputError(f"{row.name}: {alive} weights are alive, the plan keeps {row.kept}")
     if not alive:
         raise InputError(f"{row.name}: its mask has no live weight; expected a higher density or another seed")
-    values, wanted = tensor.detach().reshape(-1), row.init_std or 0.0
+    values, wanted, start = (
+        tensor.detach().reshape(-1),
+        row.init_std or 0.0,
+        float(np.float32(row.init_constant or 0.0)),
+    )
     parts = (values[first : first + CHECKED_AT_ONCE] for first in range(0, len(values), CHECKED_AT_ONCE))
-    squares = sum(float((part.double() - (row.init_constant or 0.0)).square().sum()) for part in parts)
+    squares = sum(float((part.double() - start).square().sum()) for part in parts)
     measured = sqrt(squares / alive)
     if abs(measured - wanted) > wanted * (6 / sqrt(2 * alive) + 1e-6):
         raise InputError(f"{row.name}: measured init std {measured:.6g}, the plan says {wanted:.6g}")

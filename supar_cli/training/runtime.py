@@ -107,6 +107,10 @@ class Runtime:
             raise InputError(f"run.micro_batch_size: {micro} does not divide {what} {rows}")
         return cls(device, torch.bfloat16 if bf16 else torch.float32, compiles, micro, rows)
 
+    def to_device(self, batch: tuple[torch.Tensor, ...], rows: slice = slice(None)) -> tuple[torch.Tensor, ...]:
+        """These rows of a batch's tensors on the device."""
+        return tuple(tensor[rows].to(self.device, non_blocking=True) for tensor in batch)
+
     def autocast(self) -> AbstractContextManager[Any]:
         if self.precision == torch.float32:
             return nullcontext()

@@ -51,10 +51,10 @@ class Task(Protocol):
     def inputs(self, batch: Batch) -> Batch:
         """What the model is called with to look at its activations."""
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean loss (), to be minimised."""
+    def loss(self, model: nn.Module, batch: Batch, chunk: int | None) -> Tensor:
+        """Mean loss (), to be minimised; where `chunk` is given, made of so many units at a time to save memory."""
 
-    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    def evaluate(self, model: nn.Module, batch: Batch, chunk: int | None) -> dict[str, Tensor]:
         """Means () over a held-out batch by name. `validation_loss`, the one that decides, is among them."""
 
 
@@ -92,13 +92,13 @@ class NextToken:
     def inputs(self, batch: Batch) -> Batch:
         return batch[:1]
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch, chunk: int | None) -> Tensor:
         """Mean cross-entropy in nats per token, in float32 whatever the logits' precision."""
         inputs_BT, targets_BT = batch
-        return loss_of(model, inputs_BT, targets_BT)
+        return loss_of(model, inputs_BT, targets_BT, chunk)
 
-    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        return {"validation_loss": self.loss(model, batch)}
+    def evaluate(self, model: nn.Module, batch: Batch, chunk: int | None) -> dict[str, Tensor]:
+        return {"validation_loss": self.loss(model, batch, chunk)}
 
 
 class BatchLoader:

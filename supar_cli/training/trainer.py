@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from supar_cli.errors import InputError, Preempted, SetupError, UnusableResult
+from supar_cli.errors import InputError, Preempted, UnusableResult
 from supar_cli.files import Record
 from supar_cli.models.transformer import named_tensors
-from supar_cli.planning import schedule
 from supar_cli.planning.plan import Plan
-from supar_cli.training import checkpoint, monitor, optimizer, prepare, result, run_directory, tasks, trackers
-from supar_cli.training.distributed import Parallel, Ranks, collective_error, local_shard
+from supar_cli.sparse.masks import Mask
+from supar_cli.training import (
+    checkpoint,
+    evaluation,
+    monitor,
+    optimizer,
+    prepare,
+    result,
+    run_directory,
+    tasks,
+    trackers,
+)
+from supar_cli.training.distributed import Parallel, Parallelism, Ranks, collective_error, local_shard
 from supar_cli.training.engine_selector import EngineSelector
 from supar_cli.training.launch.signals import StopRequest
+from supar_cli.training.prepare import SparseModel
 from supar_cli.training.reporter import NullReporter, Reporter
 from supar_cli.training.result import RunHistory
 from supar_cli.training.runtime import Runtime, choose_parallelism, peak_share, require_host_memory
+from supar_cli.training.state import State
 from supar_cli.training.tasks import Batch, Task
 
 
@@ -50,17 +63,26 @@ class Trainer:
         build_model: Callable[[Plan], nn.Module] = prepare.transformer,
     ) -> None:
         self.plan, self.reporter, self.ranks = plan, reporter or NullReporter(), ranks or Ranks()
-        self._build_model, self._rows = build_model, {row.name: row for row in plan.tensors}
+        self._model_maker, self._rows = build_model, {row.name: row for row in plan.tensors}
         self.runtime, self.task = self.ranks.run_on_all(self._load_inputs, task)
-        self._require_ranks_agree({"device": self.runtime.device.type, "precision": str(self.runtime.precision)})
-        self.ranks.run_on_all(self._build)
-        drawn = {f"the mask of {name}": mask.fingerprint for name, mask in self.sparse_model.masks.items()}
-        self._require_ranks_agree({"plan": plan.hash(), "data": self.task.hash, **drawn})
-        self.optimizer = optimizer.build(plan, self.sparse_model.tensors)
+        self.ranks.require_equal({"device": self.runtime.device.type, "precision": str(self.runtime.precision)})
+        kind, why = self.ranks.on_main(choose_parallelism, plan, self.runtime, self.ranks)
+        if why:
+            self.reporter.log(why)
+        units = self.runtime.micro_batch * self.task.units_per_row
+        self.engines = EngineSelector(plan, self.runtime, self.ranks, units, sharded=kind == "fsdp")
+        self._build(kind)
+        for line in self.engines.lines():
+            self.reporter.log(line)
         self.done = 0
         self._stop = StopRequest(self.ranks)
         self._monitor = monitor.Monitor()
         self._batches = tasks.BatchLoader(self.task, self.runtime, self.ranks)
+
+    @property
+    def moves_masks(self) -> bool:
+        """Whether masks change while training: a checkpoint's are then taken as they are. Else they are those the plan draws."""
+        return self.plan.sparsity.updates is not None
 
     @property
     def model(self) -> nn.Module:
@@ -77,7 +99,7 @@ class Trainer:
     ) -> RunHistory:
         """Train to the plan's last step. With a directory: metrics, checkpoints and, last, result.json are written.
 
-        Every rank calls it; the main one writes what is no shard of a checkpoint. `on_evaluation(step, loss)` may raise to
+        Every rank calls it; the main one writes all files but shards of checkpoints. `on_evaluation(step, loss)` may raise to
         end the run early. `stop()` is asked between steps; when it gives a reason, in any rank, a checkpoint is written and
         Preempted raised. Raises UnusableResult on a loss that is not finite.
         """
@@ -90,11 +112,7 @@ class Trainer:
             history = RunHistory.of(metrics.before, self.done)
             if metrics.damage:
                 self.reporter.warn(metrics.damage)
-            if (
-                directory is not None
-                and self.done == steps
-                and self.ranks.on_main(run_directory.result, directory, plan)
-            ):
+            if self._is_complete(directory):
                 return history
             with (
                 trackers.Trackers(plan, own, self.done, self.reporter.warn) as tracked,
@@ -103,11 +121,9 @@ class Trainer:
                 mark_s, marked = time.perf_counter(), self.done
                 for step in range(self.done, steps):
                     if reason := self._stop.reason():
-                        checkpoints.save()
-                        checkpoints.wait()
-                        raise self._preempted(reason)
+                        raise self._preempted(reason, checkpoints)
                     is_logged = directory is not None and (step % plan.run.log_every == 0 or step == steps - 1)
-                    found = self.step(diagnose=is_logged)
+                    found = self.step(diagnose=is_logged)  # masks that move will do so behind this line, by `remask`
                     self.reporter.progress(self.done, steps, found.loss)
                     record: Record = {"step": self.done, "loss": found.loss}
                     if is_logged:
@@ -118,14 +134,14 @@ class Trainer:
                     metrics.write(record)
                     tracked.log(record)
                     if self.done % plan.run.checkpoint_every == 0 and self.done < steps:
-                        checkpoints.save()
+                        checkpoints.save(self.done, self.capture)
                     if "validation_loss" in record and on_evaluation is not None:
                         on_evaluation(self.done, record["validation_loss"])
                     if is_logged:
                         mark_s, marked = time.perf_counter(), self.done
                 if not self.ranks.on_main(history.is_evaluated, steps):  # the record of it is lost
                     history.add({"step": steps, **self.evaluate()})
-                checkpoints.save()
+                checkpoints.save(self.done, self.capture)
                 checkpoints.wait()
         history.seconds = time.perf_counter() - started_s
         if own is not None:
@@ -142,14 +158,15 @@ class Trainer:
         rows = len(batch[0])
         own_loss = torch.zeros((), device=self.runtime.device)
         for start in range(0, rows, micro_batch):
-            part = self._on_device(batch, slice(start, start + micro_batch))
+            part = self.runtime.to_device(batch, slice(start, start + micro_batch))
             with self.parallel.gradient_sync(is_last=start + micro_batch >= rows):
                 with self.runtime.autocast():
-                    loss = self.task.loss(self.model, part) * (micro_batch / rows)
+                    loss = self.task.loss(self.model, part, self.plan.run.loss_chunk_tokens) * (micro_batch / rows)
                 torch.autograd.backward(loss)
             own_loss += loss.detach()
         gradients = [local_shard(t.grad) for t in self.sparse_model.tensors.values() if t.grad is not None]
-        norms = self.parallel.norms(gradients)
+        # of a parameter that is a·w, a multiplier being folded into it, the gradient is that of w divided by a
+        norms = self.parallel.norms(gradients) * self._folds
         own = torch.stack((own_loss / self.ranks.size, torch.full_like(own_loss, self._stop.vote())))
         mean_loss, votes = self.ranks.sum(own).unbind()
         loss_value, norm_value, vote_count = torch.stack((mean_loss, norms.norm(), votes)).tolist()
@@ -165,30 +182,9 @@ class Trainer:
         self._stop.count(vote_count)
         return StepResult(loss_value, norm_value, self.diagnostics(batch, norms) if diagnose else {})
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Means over the task's held-out batches by name; each rank takes its share of them.
-
-        Where the task asks for it, NAME_se is the standard error of NAME's mean over batches. Raises UnusableResult when
-        the validation loss is not finite.
-        """
-        rows = self.runtime.micro_batch
-        count = self.task.held_out_rows // rows
-        own: dict[str, list[Tensor]] = {}
-        with self.parallel.forward_only():
-            for index in range(self.ranks.rank, count, self.ranks.size):
-                batch = self._on_device(self.task.held_out(index, count, rows))
-                with self.runtime.autocast():
-                    means = self.task.evaluate(self.parallel.inner, batch)
-                for name, mean in means.items():
-                    own.setdefault(name, []).append(mean)
-        record: dict[str, float] = {}
-        for name, means_N in ((name, torch.stack(means)) for name, means in own.items()):
-            mean = self.ranks.sum(means_N.mean() / self.ranks.size)
-            record[name] = float(mean)
-            if self.task.standard_errors and count > 1:
-                squares = self.ranks.sum((means_N - mean).square().sum())
-                record[f"{name}_se"] = math.sqrt(float(squares) / (count - 1) / count)
+        """Means over the task's held-out batches by name. Raises UnusableResult when the validation loss is not finite."""
+        record = evaluation.evaluate(self.task, self.parallel, self.runtime, self.plan.run.loss_chunk_tokens)
         if not math.isfinite(record["validation_loss"]):
             text = f"step {self.done}: the validation loss is {record['validation_loss']}"
             raise collective_error(UnusableResult, text)
@@ -198,19 +194,9 @@ class Trainer:
         """This rank's rows of a step's batch, on the host."""
         return self._batches.get(step)
 
-    def _on_device(self, batch: Batch, rows: slice = slice(None)) -> Batch:
-        return tuple(tensor[rows].to(self.runtime.device, non_blocking=True) for tensor in batch)
-
     def factor(self, step: int) -> float:
         """The schedule's factor on every peak learning rate at a step."""
-        train = self.plan.train
-        return schedule.factor(
-            step,
-            steps=train.steps,
-            warmup_steps=train.warmup_steps,
-            schedule=train.schedule,
-            final_lr_fraction=train.final_lr_fraction,
-        )
+        return optimizer.rate_factor(self.plan, step)
 
     def _load_inputs(self, task: Task | None) -> tuple[Runtime, Task]:
         """What has to be there before ranks wait for each other."""
@@ -224,22 +210,64 @@ class Trainer:
         require_host_memory(plan, runtime, self.ranks)
         return runtime, task
 
-    def _build(self) -> None:
+    def _build(self, kind: Parallelism, state: State | None = None) -> None:
+        """Make the model, what wraps it and its optimizer: with initial values, or from a state of whole tensors."""
         plan, runtime = self.plan, self.runtime
-        kind, why = self.ranks.on_main(choose_parallelism, plan, runtime, self.ranks)
-        if why:
-            self.reporter.log(why)
-        units = runtime.micro_batch * self.task.units_per_row
-        self.engines = EngineSelector(plan, runtime, self.ranks, units, sharded=kind == "fsdp")
-        # what will be sharded goes to the device shard by shard
-        home = torch.device("cpu") if kind == "fsdp" else runtime.device
-        self.sparse_model = prepare.prepare(plan, home, self.engines.make, self._build_model)
-        for line in self.engines.lines():
-            self.reporter.log(line)
+        home = torch.device("cpu") if kind == "fsdp" else runtime.device  # shards go to the device one by one
+        self.sparse_model = self.ranks.run_on_all(self._make_model, home, state)
+        masks = {f"the mask of {name}": mask.fingerprint for name, mask in self.sparse_model.masks.items()}
+        self.ranks.require_equal({"plan": plan.hash(), "data": self.task.hash, **masks})
         if runtime.compiles:
-            torch.compiler.reset()  # graphs of earlier plans count against the limit on recompiling
+            torch.compiler.reset()  # graphs of earlier models count against the limit on recompiling
         self.parallel = Parallel(kind, self.sparse_model.model, runtime.device, runtime.compiles, self.ranks)
         self.sparse_model.tensors = named_tensors(self.sparse_model.model)
+        self.optimizer = optimizer.build(plan, self.sparse_model.tensors)
+        folds = (self._rows[name].fold or 1.0 for name in self.sparse_model.tensors)
+        self._folds = torch.tensor(list(folds), device=runtime.device)
+        if state is not None:
+            state.load_moments(self.sparse_model, self.optimizer)
+
+    def _make_model(self, home: torch.device, state: State | None) -> SparseModel:
+        if state is None:
+            return prepare.prepare(self.plan, home, self.engines.make, self._model_maker)
+        values = {name: value.numpy() for name, value in state.values.items()}
+        return prepare.build(
+            self.plan, home, state.masks, lambda row, _: values[row.name], self.engines.make, self._model_maker
+        )
+
+    def capture(self, gather: bool = False) -> State:
+        """A copy of the run's state; with `gather`, which all ranks have to ask for, of whole tensors and not of shards."""
+        return State.capture(self.done, self.sparse_model, self.optimizer, gather)
+
+    def remask(self, masks: Mapping[str, Mask]) -> None:
+        """Train on under other masks of some tensors, the same in all ranks, which all call it.
+
+        Parameters of another length are others to engines, optimizer, DDP, FSDP2 and compiled graphs: all are made anew, as
+        a resumed run makes them.
+        """
+        self._rebuild(self.capture(gather=True).remasked(masks))
+
+    def _rebuild(self, state: State) -> None:
+        kind = self.parallel.kind
+        del self.parallel, self.sparse_model, self.optimizer
+        gc.collect()  # hooks of DDP and FSDP2 hold a model in cycles; the next one needs its memory
+        self._build(kind, state)
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint, which any number of ranks may have written.
+
+        Raises InputError when it is of another plan, other data or other masks, SetupError when it is corrupt.
+        """
+        reader = self.ranks.run_on_all(checkpoint.load, path, self.plan, self.task.hash, self.ranks)
+        if not self.moves_masks:
+            self.ranks.run_on_all(reader.require_masks, self.sparse_model.masks)
+        elif (masks := self.ranks.run_on_all(reader.masks, self.plan)) != self.sparse_model.masks:
+            self._rebuild(State.zeros(self.plan, masks))
+        state = State.of_model(reader.step, self.sparse_model, optimizer.state_names(self.plan))
+        self.ranks.run_on_all(reader.fill, state)
+        self.sparse_model.sync_engines()
+        state.load_moments(self.sparse_model, self.optimizer)
+        self.done = reader.step
 
     def result_document(self, history: RunHistory) -> Record:
         """The result document of a run."""
@@ -247,32 +275,38 @@ class Trainer:
         environment = result.environment(self.runtime, self.parallel, engines)
         return result.document(self.plan, self.task.hash, self.sparse_model.masks, history, environment)
 
-    def _require_ranks_agree(self, own: dict[str, str]) -> None:
-        """Raise SetupError where another rank has other values of these: the run would be none of theirs."""
-        found = self.ranks.gather(own)
-        for rank, other in enumerate(found):
-            for name, value in found[0].items():
-                if other.get(name) != value:
-                    text = f"rank {rank}: {name} is not that of rank 0; expected the same everywhere"
-                    raise collective_error(SetupError, text)
-
     def _restore_newest(self, directory: Path) -> None:
         """Go on from the newest checkpoint of a run's directory, if there is one."""
         found = self.ranks.on_main(checkpoint.available, directory / "checkpoints")
         if found:
-            self.done = self.ranks.run_on_all(checkpoint.load, found[-1], self)
+            self.restore(found[-1])
             self.reporter.log(f"{directory}: continues after step {self.done}")
         elif (directory / "metrics.jsonl").is_file():
             self.reporter.log(f"{directory} holds no checkpoint yet: starting at step 0")
 
     def _checkpoints(self, directory: Path | None, before: Callable[[], None]) -> checkpoint.Writer:
         """Where this rank writes checkpoints: nowhere without a directory, nor where the main rank alone has all to write."""
-        writes = directory is not None and (self.ranks.is_main or self.parallel.is_sharded)
+        is_sharded = self.parallel.is_sharded
         return checkpoint.Writer(
-            directory / "checkpoints" if directory is not None and writes else None, self, before, self.done
+            directory / "checkpoints" if directory is not None and (self.ranks.is_main or is_sharded) else None,
+            self.plan,
+            self.task.hash,
+            device=self.runtime.device,
+            ranks=self.ranks if is_sharded else None,
+            before_publish=before,
+            saved_step=self.done,
         )
 
-    def _preempted(self, reason: str) -> Preempted:
+    def _is_complete(self, directory: Path | None) -> bool:
+        """Whether all steps are done and the result is written."""
+        if directory is None or self.done < self.plan.train.steps:
+            return False
+        return self.ranks.on_main(run_directory.result, directory, self.plan) is not None
+
+    def _preempted(self, reason: str, checkpoints: checkpoint.Writer) -> Preempted:
+        """What is raised once the state is on disk."""
+        checkpoints.save(self.done, self.capture)
+        checkpoints.wait()
         error = Preempted(f"stopped at step {self.done} of {self.plan.train.steps} by {reason}")
         error.is_collective, error.interrupted = True, reason == "SIGINT"
         return error
@@ -293,7 +327,7 @@ class Trainer:
     def diagnostics(self, batch: Batch, norms: Tensor) -> dict[str, float]:
         """Look at activations on a batch's first row and at the tensors' gradient norms; return those norms by role."""
         by_tensor = dict(zip(self.sparse_model.tensors, norms.tolist(), strict=True))
-        inputs = self._on_device(self.task.inputs(batch), slice(1))
+        inputs = self.runtime.to_device(self.task.inputs(batch), slice(1))
         with self.runtime.autocast(), self.parallel.forward_only(with_hooks=True):
             sizes = monitor.activation_sizes(self.sparse_model.model, inputs)
         for what, found in (("activation", sizes), ("gradient", by_tensor)):
@@ -306,18 +340,10 @@ class Trainer:
         return {role: math.sqrt(value) for role, value in squares.items()}
 
     def _not_finite(self, loss: float, own_loss: float, norms: Tensor, batch: Batch) -> str:
-        """Where values stop being finite. All ranks look, and pass the same batches: they may hold shards."""
+        """Where values stop being finite. All ranks look."""
         if not math.isfinite(loss):
-            where, inputs, micro_batch = "", self.task.inputs(batch), self.runtime.micro_batch
-            for start in range(0, len(inputs[0]), micro_batch):
-                part = self._on_device(inputs, slice(start, start + micro_batch))
-                with self.runtime.autocast(), self.parallel.forward_only(with_hooks=True):
-                    found = monitor.first_not_finite(self.sparse_model.model, part)
-                where = where or (found if found != "the loss" else "")
-            places = self.ranks.gather(where or ("" if math.isfinite(own_loss) else "the loss"))
-            rank = next((rank for rank, place in enumerate(places) if place), 0)
-            of = f" of rank {rank}" if self.ranks.size > 1 else ""
-            first = f"the first tensor{of} that is not finite is {places[rank] or 'the loss'}"
+            model, is_own = self.sparse_model.model, not math.isfinite(own_loss)
+            first = monitor.first_of_ranks(model, self.task.inputs(batch), self.parallel, self.runtime, is_own)
             return f"step {self.done + 1}: the loss is {loss}; {first}"
         by_tensor = zip(self.sparse_model.tensors, norms.tolist(), strict=True)
         names = [name for name, value in by_tensor if not math.isfinite(value)]
