@@ -176,9 +176,14 @@ def _smallest(keys: NDArray[Any], count: int) -> NDArray[np.bool_]:
         return np.full(keys.shape, count > 0)
     limit = np.partition(keys, count - 1, axis=1)[:, count - 1 : count]
     mask: NDArray[np.bool_] = keys <= limit
-    for row in np.flatnonzero(mask.sum(axis=1) > count):
-        ties = np.flatnonzero(keys[row] == limit[row])
-        mask[row, ties[count - mask[row].sum() :]] = False
+    tied = np.flatnonzero(np.count_nonzero(mask, axis=1) > count)
+    if len(keys) == 1 and len(tied):  # one row may be a whole matrix, of which a count at each key is too much
+        ties = np.flatnonzero(keys == limit)
+        mask[0, ties[count - np.count_nonzero(mask) :]] = False
+    elif len(tied):  # all rows at once: pruned weights, all 0, tie in every one
+        at_limit, below = keys[tied] == limit[tied], keys[tied] < limit[tied]
+        spare = count - np.count_nonzero(below, axis=1, keepdims=True)
+        mask[tied] = below | (at_limit & (np.cumsum(at_limit, axis=1) <= spare))
     return mask
 
 
