@@ -39,7 +39,7 @@ def paths(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 WORDS = [
-    *("auto", "gpt2", "llama", "cpu", "exact", "fixed_fan_in", "bernoulli", "block", "uniform", "erk"),
+    *("auto", "gpt2", "llama", "cpu", "exact", "fixed_fan_in", "bernoulli", "block", "2:4", "1:64", "uniform", "erk"),
     *("linear", "cosine", "constant", "none", "completep", "adamw", "sgd", "independent", "coupled"),
     *("sqrt", "rope", "alibi", "learned", "rmsnorm", "layernorm", "swiglu", "gelu", "float32", "bfloat16"),
     *("dense", "sparse", "supar", "sp", "mup", "tensorboard", "text.txt", "bytes", "hidden", "norm"),

@@ -1,56 +1,61 @@
-"""An independent statement of the scaling rules as a table of exponents, from the paper's tables; it imports nothing of supar_cli.
+"""An independent statement of the scaling rules as a table of exponents, from the papers' tables; it imports nothing of supar_cli.
 
-A number is its tuned value times m_d^a · m_ρ^b · m_L^c. Sources as in Dey, Bergsma, Hestness 2024 (arXiv 2405.15743), Table 1,
-D.3.1 and D.4, Yang et al. 2022 (arXiv 2203.03466), Table 8 with the forward 1/m_d, and CompleteP with α = 1. What a
-parameterization does not correct for has the multiplier 1, so each line is written once, for SμPar.
+A number is its tuned value times a product of ratios, each to a power that the table names:
+
+    own      of the tensor's own extent that scales: the fan-in of weights that are multiplied, the extent of all others
+    fan_out  of the tensor's own fan-out (hidden weights)
+    out      in the multiplier of the product that leaves the model
+    density  of the tensor's density, in rates and decays to the power of the density exponent
+    depth    of the number of layers
+
+Sources: Dey, Bergsma, Hestness 2024 (arXiv 2405.15743), Table 1, D.3.1 and D.4; Yang et al. 2022 (arXiv 2203.03466), Table 8
+with the forward 1/m_d, where SGD's rate of a matrix has fan-out over fan-in and that of a vector its own extent; CompleteP
+with α = 1; ε follows the gradients, and so the multiplier of what leaves the model. Edition 1 of the rules had ε by the
+tensor's own fan-in and SGD's rate of a matrix without its extents, which is the same where all ratios of width are equal.
+What a parameterization does not correct for has the ratio 1, so each line is written once, for SμPar.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from math import prod
 
-import numpy as np
+Exponents = dict[str, float]
 
-# which of (m_d, m_ρ, m_L) a parameterization corrects for, in the init and in the rate, which the decay follows
+# the ratios that a parameterization corrects for, in the init and in the rate, which the decay and ε follow
+WIDTHS = {"own", "fan_out", "out", "depth"}
 SEEN_BY_INIT = {
-    "sp": (0, 0, 0),
-    "mup": (1, 0, 1),
-    "supar": (1, 1, 1),
-    "supar-init-only": (1, 1, 1),
-    "supar-lr-only": (1, 0, 1),
+    "sp": set[str](),
+    "mup": WIDTHS,
+    "supar": WIDTHS | {"density"},
+    "supar-init-only": WIDTHS | {"density"},
+    "supar-lr-only": WIDTHS,
 }
-SEEN_BY_RATE = {**SEEN_BY_INIT, "supar-init-only": (1, 0, 1), "supar-lr-only": (1, 1, 1)}
+SEEN_BY_RATE = {**SEEN_BY_INIT, "supar-init-only": WIDTHS, "supar-lr-only": WIDTHS | {"density"}}
 
-INIT = {
-    "embedding": (0, 0, 0),
-    "hidden": (-0.5, -0.5, 0),
-    "unembedding": (0, 0, 0),
-}  # of σ; gains and biases don't vary
-RATE = {
+# of σ; gains and biases don't vary
+INIT: dict[str, Exponents] = {"embedding": {}, "hidden": {"own": -0.5, "density": -0.5}, "unembedding": {}}
+VECTORS = ("embedding", "bias", "norm", "unembedding")
+RATE: dict[tuple[str, int], dict[str, Exponents]] = {
     # the depth rule's m_L^(α - 1) is m_L^0
-    "adamw": {
-        "embedding": (0, 0, 0),
-        "hidden": (-1, -1, 0),
-        "bias": (0, 0, 0),
-        "norm": (0, 0, 0),
-        "unembedding": (0, 0, 0),
-    },
-    "sgd": {
-        "embedding": (1, 0, 0),
-        "hidden": (0, -1, 0),
-        "bias": (1, 0, 0),
-        "norm": (1, 0, 0),
-        "unembedding": (1, 0, 0),
-    },
+    ("adamw", 2): {**{role: {} for role in VECTORS}, "hidden": {"own": -1, "density": -1}},
+    ("sgd", 2): {**{role: {"own": 1} for role in VECTORS}, "hidden": {"fan_out": 1, "own": -1, "density": -1}},
 }
+RATE["adamw", 1] = RATE["adamw", 2]
+RATE["sgd", 1] = {**RATE["sgd", 2], "hidden": {"density": -1}}
 DECAY_SHARE = {"independent": 1.0, "sqrt": 0.5, "coupled": 0.0}  # how much of the rate's exponents λ undoes
 DECAYS = {"embedding", "hidden", "unembedding"}
-EPSILON, EPSILON_IN_BLOCK = (-1, 0, 0), (-1, 0, -1)
+EPSILON: dict[int, Exponents] = {1: {"own": -1}, 2: {"out": -1}}
+EPSILON_IN_BLOCK: Exponents = {"depth": -1}
 
 # exponents of α_input and α_output, and of d_head
 INPUT = {"sp": 0, "mup": 1, "supar": 1, "supar-init-only": 1, "supar-lr-only": 1}
 ATTENTION = {"sp": -0.5, "mup": -1, "supar": -1, "supar-init-only": -1, "supar-lr-only": -1}
-OUTPUT, RESIDUAL = (-1, 0, 0), (0, 0, -1)
+OUTPUT: Exponents = {"own": -1}
+RESIDUAL: Exponents = {"depth": -1}
+
+
+def scale(ratios: dict[str, float], exponents: Exponents, seen: set[str], share: float = 1.0) -> float:
+    return prod(ratios[name] ** (share * exponent) for name, exponent in exponents.items() if name in seen)
 
 
 def numbers(
@@ -61,38 +66,47 @@ def numbers(
     depth_rule: str,
     residual_init: str,
     unembedding_init: str,
+    density_exponent: float,
+    edition: int,
     role: str,
     m_d: float,
+    m_out: float,
+    m_fan_out: float | None,
     m_rho: float,
     m_L: float,
     layers: int,
     in_block: bool,
     writes_residual: bool,
+    after_head: bool,
     sigma: float,
     eta: float,
     lam: float,
     eps: float,
 ) -> dict[str, float]:
     """init_std, lr, weight_decay and eps of one tensor."""
-    density = m_rho if role == "hidden" else 1.0
-    base = np.array([m_d, density, m_L if depth_rule == "completep" else 1.0])
-    by_init, by_rate = np.array(SEEN_BY_INIT[name]), np.array(SEEN_BY_RATE[name])
-
-    def scaled(value: float, exponents: tuple[float, float, float], seen: Any = by_rate, share: float = 1.0) -> float:
-        return float(value * np.prod(base ** (share * seen * np.array(exponents))))
-
-    std = scaled(sigma, INIT[role], by_init) if role in INIT else 0.0
+    ratios = {
+        "own": m_d,
+        "fan_out": m_d if m_fan_out is None else m_fan_out,
+        "out": m_out,
+        "density": m_rho if role == "hidden" else 1.0,
+        "depth": m_L if depth_rule == "completep" else 1.0,
+    }
+    std = sigma * scale(ratios, INIT[role], SEEN_BY_INIT[name]) if role in INIT else 0.0
     if role == "unembedding" and unembedding_init == "zero":
         std = 0.0
     if role == "hidden" and writes_residual and residual_init == "gpt2":
         std *= (2 * layers) ** -0.5
-    rate = RATE[optimizer][role]
-    epsilon = EPSILON_IN_BLOCK if in_block else EPSILON
+    ratios["density"] **= density_exponent  # of rates and decays alone
+    rate, epsilon = RATE[optimizer, edition][role], EPSILON[edition] | (EPSILON_IN_BLOCK if in_block else {})
+    if after_head and edition == 2:  # behind the product that leaves the model the gradient is the loss's own
+        rate, epsilon = {}, {}
+    seen = SEEN_BY_RATE[name]
+    decay = scale(ratios, rate, seen, -DECAY_SHARE[weight_decay_rule])
     return {
         "init_std": std,
-        "lr": scaled(eta, rate),
-        "weight_decay": scaled(lam, rate, share=-DECAY_SHARE[weight_decay_rule]) if role in DECAYS else 0.0,
-        "eps": scaled(eps, epsilon) if optimizer == "adamw" else 0.0,
+        "lr": eta * scale(ratios, rate, seen),
+        "weight_decay": lam * decay if role in DECAYS else 0.0,
+        "eps": eps * scale(ratios, epsilon, seen) if optimizer == "adamw" else 0.0,
     }
 
 
@@ -100,11 +114,10 @@ def forward(
     *, name: str, depth_rule: str, alpha_input: float, alpha_output: float, m_d: float, m_L: float, d_head: int
 ) -> dict[str, float]:
     """The constant factors: on embeddings, on logits, on q·k, on residual branches."""
-    base = np.array([m_d, 1.0, m_L if depth_rule == "completep" else 1.0])
-    seen = np.array(SEEN_BY_RATE[name])  # no exponent of m_ρ here
+    ratios, seen = {"own": m_d, "depth": m_L if depth_rule == "completep" else 1.0}, SEEN_BY_RATE[name]
     return {
         "input": float(alpha_input ** INPUT[name]),
-        "output": float(alpha_output ** INPUT[name] * np.prod(base ** (seen * np.array(OUTPUT)))),
+        "output": float(alpha_output ** INPUT[name] * scale(ratios, OUTPUT, seen)),
         "attention": float(d_head ** ATTENTION[name]),
-        "residual": float(np.prod(base ** (seen * np.array(RESIDUAL)))),
+        "residual": scale(ratios, RESIDUAL, seen),
     }

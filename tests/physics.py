@@ -21,7 +21,7 @@ from supar_cli.data import batches
 from supar_cli.planning.document import Document
 from supar_cli.planning.plan import Data, Plan, PlanTensor
 from supar_cli.planning.problems import parse
-from supar_cli.planning.rules import ParameterizationName
+from supar_cli.planning.rules import Edition, ParameterizationName
 from supar_cli.planning.spec import Proxy, Sparsity, Target
 from supar_cli.planning.transfer import transfer
 from supar_cli.sparse.linear import Linear
@@ -68,6 +68,7 @@ class Experiment:
     distribution: str = "uniform"
     overrides: tuple[tuple[str, float], ...] = ()
     fault: Fault | None = None
+    edition: Edition = 2
     steps: int = 1
     seed: int = 0
 
@@ -87,7 +88,7 @@ class Experiment:
         }
         wanted = {"density": self.density, "distribution": self.distribution, "overrides": dict(self.overrides)}
         target = Target(width=self.width, ffn_width=self.ffn_width, sparsity=Sparsity(**wanted))
-        plan = transfer(parse(Proxy, Document(fields, "proxy.yaml")), target, self.name)
+        plan = transfer(parse(Proxy, Document(fields, "proxy.yaml")), target, self.name, edition=self.edition)
         if self.fault is None:
             return plan
         return plan.model_copy(update={"tensors": [self.fault.planted(row) for row in plan.tensors]})

@@ -162,7 +162,7 @@ class TestTransfer:
         unchanged()
         ended = supar("transfer", "-", "-o", "-", "-q", stdin=PROXY)
         assert (ended.status, ended.err) == (0, "")
-        assert ended.out.startswith("kind: supar.plan/v1\n")
+        assert ended.out.startswith("kind: supar.plan/v2\n")
 
     def test_another_file_and_json(self, supar_here: Supar, proxy_file: Path, tmp_path: Path) -> None:
         ended = supar_here("transfer", "-o", "new/a.yaml", "--json", "-q")
@@ -208,6 +208,8 @@ class TestTransfer:
             "pattern": "fixed_fan_in",
             "distribution": "erk",
             "overrides": {"mlp": 0.5},
+            "source": {"kind": "random"},
+            "updates": None,
         }
 
     def test_a_file_that_differs_is_kept_unless_forced(
@@ -260,7 +262,7 @@ class TestPipes:
         # --layers 120: far more than a pipe holds, so that the writer meets the closed end
         command = f"{sys.executable} -m supar_cli transfer --layers 120 | head -1"
         done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment(), capture_output=True, timeout=60)
-        assert done.stdout == b"kind: supar.plan/v1\n"
+        assert done.stdout == b"kind: supar.plan/v2\n"
         assert b"Traceback" not in done.stderr and b"BrokenPipe" not in done.stderr
         assert len(yaml.safe_load((tmp_path / "plan.yaml").read_text())["tensors"]) == 3 + 120 * 8
 

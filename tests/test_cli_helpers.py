@@ -78,7 +78,7 @@ class TestTemplates:
         assert supar_here("init", "paper-proxy", "-q").status == 0
         flags = ("--sparsity", "0.992", "--data", str(text_file), "-o", "-", "-q")
         from_file, from_paper = supar_here("transfer", *flags), supar_here("transfer", "--from-paper", *flags)
-        assert from_file.out == from_paper.out and "supar.plan/v1" in from_paper.out
+        assert from_file.out == from_paper.out and "supar.plan/v2" in from_paper.out
 
 
 class TestInit:

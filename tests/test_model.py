@@ -15,6 +15,7 @@ from supar_cli.models.transformer import Transformer, alibi_bias, named_tensors,
 from supar_cli.planning import layout
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.masks import Mask
+from supar_cli.streams import stream
 from supar_cli.training import prepare
 
 MakePlan = Callable[..., Plan]
@@ -241,13 +242,24 @@ def test_initial_values_are_normal_of_the_planned_deviation(plan_of: MakePlan) -
         assert abs(np.mean((live / row.init_std) ** 4) - 3) < 6 * math.sqrt(96 / live.size)
 
 
+@pytest.mark.parametrize("shape", [(300, 70), (5, 4, 3, 3), (2, 100_000), (100_000, 3), (1, 7)])
+def test_a_live_weights_first_value_does_not_depend_on_the_mask(plan_of: MakePlan, shape: tuple[int, ...]) -> None:
+    """It is that of its position among all positions' numbers, however many are drawn at once."""
+    alive = np.random.default_rng(0).random(shape) < 0.3
+    update = {"name": "w", "shape": list(shape), "init_std": 0.3, "kept": int(alive.sum())}
+    row = plan_of().tensors[3].model_copy(update=update)
+    whole = np.random.Generator(stream(5, "init:w")).standard_normal(alive.size, np.float32) * np.float32(0.3)
+    assert np.array_equal(prepare._values(row, 5, None), whole.reshape(shape))
+    assert np.array_equal(prepare._values(row, 5, Mask.of(alive)), whole.reshape(shape)[alive])
+
+
 @pytest.mark.parametrize("what", ["std", "count"])
 def test_the_check_at_start_sees_a_wrong_tensor(plan_of: MakePlan, what: str) -> None:
     plan = plan_of(target={"width": 128, "sparsity": {"density": 0.25}})
     prepared = prepare.prepare(plan, torch.device("cpu"))
     row = next(row for row in plan.tensors if row.name == "blocks.1.mlp.down")
     tensor, mask = prepared.tensors[row.name], prepared.masks[row.name]
-    prepare.check(row, tensor, "exact", mask)
+    prepare.check_init(row, tensor, "exact", mask)
     if what == "std":
         tensor = tensor.detach() * 1.1
     else:
@@ -255,4 +267,4 @@ def test_the_check_at_start_sees_a_wrong_tensor(plan_of: MakePlan, what: str) ->
         alive.flat[int(np.argmax(alive))] = False
         mask = Mask.of(alive)
     with pytest.raises(Exception, match=r"blocks\.1\.mlp\.down: (measured init std|16383 weights are alive)"):
-        prepare.check(row, tensor, "exact", mask)
+        prepare.check_init(row, tensor, "exact", mask)

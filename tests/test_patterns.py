@@ -125,6 +125,8 @@ class TestGroupsInAPlan:
     def test_another_density_is_refused_and_dense_is_not(self, plan_of: MakePlan) -> None:
         with pytest.raises(InputError, match=r"density: 0\.3 with the pattern 2:4; expected 1/2, or 1"):
             plan_of(target={"sparsity": {"pattern": "2:4", "density": 0.3}})
+        with pytest.raises(InputError, match=r"sparsity: 0\.3 with the pattern 1:4; expected 3/4, or 0"):
+            plan_of(target={"sparsity": {"pattern": "1:4", "density": None, "sparsity": 0.3}})
         with pytest.raises(InputError, match=r"blocks\.0\.attn\.q: density 0\.25 with the pattern 2:4; expected 2/4"):
             plan_of(target={"sparsity": {"pattern": "2:4", "density": 0.5, "overrides": {"attn.q": 0.25}}})
         dense = plan_of(target={"sparsity": {"pattern": "2:4", "density": 0.5, "overrides": {"attn": 1.0}}})

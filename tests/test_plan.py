@@ -198,6 +198,32 @@ class TestByHand:
         }
         assert row(made, "blocks.0.mlp.down").lr == 0.0078125  # .015625 / (4 · .5)
 
+    CHANGED_FFN = {"width": 256, "ffn_width": 2048, "sparsity": {"density": 0.5}}  # noqa: RUF012
+
+    def test_epsilon_follows_the_models_width_at_a_changed_ffn_ratio_too(self) -> None:
+        made = plan(model={**GPT2, "bias": True}, target=self.CHANGED_FFN)
+        assert {tensor.eps for tensor in made.tensors} == {5e-9}  # 1e-8 / 2
+        assert row(made, "blocks.0.mlp.down").because == {"m_d": 4.0, "m_out": 2.0, "m_rho": 0.5}
+        assert row(made, "blocks.0.mlp.up").because == {"m_d": 2.0, "m_rho": 0.5}
+
+    def test_sgd_at_a_changed_ffn_ratio(self) -> None:
+        sections = {"model": {**GPT2, "bias": True}, "train": {**TRAIN, "optimizer": "sgd"}}
+        made = plan(**sections, target=self.CHANGED_FFN)
+        # η · m_fan_out/(m_d · m_rho): up 4/(2·½), down 2/(4·½), q 2/(2·½); vectors η · their own extent's ratio
+        factors = {"mlp.up": 4.0, "mlp.down": 1.0, "attn.q": 2.0, "mlp.up.bias": 4.0, "mlp.down.bias": 2.0}
+        for site, factor in factors.items():
+            found = row(made, f"blocks.1.{site}")
+            assert found.lr == 0.015625 * factor and found.weight_decay in (0.1 / factor, 0.0)
+        assert row(made, "blocks.1.mlp.up").because == {"m_d": 2.0, "m_fan_out": 4.0, "m_rho": 0.5}
+
+    def test_sgd_at_another_share_of_keys(self) -> None:
+        target = {"width": 128, "kv_heads": 4, "sparsity": {"density": 1.0}}  # of 4 heads, the proxy's 2
+        made = plan(model=LLAMA, train={**TRAIN, "optimizer": "sgd"}, target=target)
+        assert {site: row(made, f"blocks.0.attn.{site}").lr / 0.015625 for site in "qkvo"} == {
+            **dict.fromkeys("qo", 1.0),
+            **dict.fromkeys("kv", 2.0),
+        }
+
     def test_a_sparse_proxy_divides_its_own_density_out(self) -> None:
         made = plan(sparsity={"density": 0.5}, target={"width": 128, "sparsity": {"density": 0.125}})
         weight = row(made, "blocks.0.attn.k")
@@ -266,7 +292,7 @@ class TestHash:
         "meta": {"note": "x"},
     }
 
-    @pytest.mark.parametrize("key", [key for key in Plan.keys() if key != "kind"])
+    @pytest.mark.parametrize("key", sorted(set(Plan.keys()) - {"kind"}))
     def test_ignores_run_and_meta_only(self, key: str) -> None:
         made = plan(target={"sparsity": {"density": 0.5}})
         section = getattr(made, key)

@@ -113,7 +113,7 @@ class TestOutages:
 
 def test_a_missing_driver_is_named_at_the_start(monkeypatch) -> None:
     monkeypatch.setattr(storage.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(SetupError, match=r"needs the extra: pip install 'supar\[postgresql\]'"):
+    with pytest.raises(SetupError, match=r"needs a driver: pip install 'psycopg\[binary\]'"):
         Shared("postgresql://me:secret@h/d", "s")
 
 

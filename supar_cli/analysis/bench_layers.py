@@ -19,7 +19,7 @@ from supar_cli.errors import InputError
 from supar_cli.sparse import autotune
 from supar_cli.sparse.allocator import keep_large_blocks
 from supar_cli.sparse.autotune import LayerCase
-from supar_cli.sparse.block import BLOCKS
+from supar_cli.sparse.block_structure import BLOCKS
 from supar_cli.sparse.csr import Sparse
 from supar_cli.sparse.linear import Engine
 from supar_cli.sparse.masks import Mask

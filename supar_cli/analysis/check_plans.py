@@ -90,7 +90,7 @@ def plan_sweeps(plan: Plan, *, seeds: int, steps: int, batch_size: int) -> list[
         seed: int, arm: ParameterizationName = "supar", sparsity: Sparsity = proxy.sparsity, **target: Any
     ) -> Plan:
         wanted = Target(sparsity=sparsity, seed=plan.train.seed + seed, **target)
-        return transfer(proxy, wanted, arm, allow_low_wpn=True)
+        return transfer(proxy, wanted, arm, allow_low_wpn=True, edition=plan.parameterization.edition)
 
     drawn = Sparsity(density=plan.sparsity.density, pattern=plan.sparsity.pattern, block=plan.sparsity.block)
     base_density = float(literal(proxy.sparsity.density or 1.0))

@@ -38,7 +38,9 @@ def check(
         str | None, typer.Option(help="Widths. [default: 1, 2, 4, 8 times the proxy's]", show_default=False)
     ] = None,
     density: Annotated[str | None, typer.Option(help="Densities. [default: 1,0.25,0.0625]", show_default=False)] = None,
-    pattern: Annotated[str | None, typer.Option(help="exact, fixed_fan_in, bernoulli or block.")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="exact, fixed_fan_in, bernoulli, block, or N:M such as 2:4.")
+    ] = None,
     block: Annotated[int | None, typer.Option(help="Edge of a block: 16, 32, 64 or 128.")] = None,
     distribution: Annotated[str | None, typer.Option(help="uniform or erk.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds; fewer than 4 are noisy.")] = 4,

@@ -21,7 +21,7 @@ FILES_NAMED = 5
 Format = Annotated[
     str, typer.Option("--format", help="auto (by suffix and first bytes), text, jsonl, nanogpt or llmc.")
 ]
-Tokenizer = Annotated[str, typer.Option(help="bytes, or a tokenizer.json (needs the extra `hf`).")]
+Tokenizer = Annotated[str, typer.Option(help="bytes, or a tokenizer.json (needs the package tokenizers).")]
 Field = Annotated[str, typer.Option(help="The key that holds the text in a line of JSONL.")]
 
 

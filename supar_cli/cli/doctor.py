@@ -77,7 +77,7 @@ def _packages(problems: list[str]) -> dict[str, str | None]:
     """Versions of what supar itself requires."""
     found: dict[str, str | None] = {}
     try:
-        wanted = requires("supar") or []
+        wanted = requires("supar-cli") or []
     except PackageNotFoundError:
         problems.append("packages: supar is not installed; run `pip install .`")
         wanted = ["torch", "numpy", "typer", "pydantic"]

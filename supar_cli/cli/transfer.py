@@ -59,7 +59,9 @@ def transfer(
     parameterization: Annotated[
         str, typer.Option(metavar="NAME", help="supar, mup, sp, or half of supar: supar-init-only, supar-lr-only.")
     ] = "supar",
-    pattern: Annotated[str | None, typer.Option(help="exact, fixed_fan_in, bernoulli or block.")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="exact, fixed_fan_in, bernoulli, block, or N:M such as 2:4.")
+    ] = None,
     block: Annotated[int | None, typer.Option(help="Edge of a block: 16, 32, 64 or 128.")] = None,
     distribution: Annotated[str | None, typer.Option(help="uniform or erk.")] = None,
     data: console.DataOption = None,

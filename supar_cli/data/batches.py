@@ -145,7 +145,7 @@ def tokenizer(data: Data) -> tuple[Encoder | None, int]:
     try:
         from tokenizers import Tokenizer
     except ImportError:
-        raise SetupError("data.tokenizer: a tokenizer.json needs the extra: pip install 'supar[hf]'") from None
+        raise SetupError("data.tokenizer: a tokenizer.json needs tokenizers: pip install tokenizers") from None
     try:
         loaded = Tokenizer.from_file(data.tokenizer)
     except Exception as error:  # tokenizers raises bare Exception

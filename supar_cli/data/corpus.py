@@ -12,7 +12,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from supar_cli.errors import InputError, SetupError
-from supar_cli.planning.spec import Data
+from supar_cli.planning.plan import Data
 
 LLMC_MAGIC = 20240520  # llm.c, dev/data/data_common.py: first int32 of a shard's 256-int32 header
 _NOT_CORPUS = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "idle_test"}

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from supar_cli.errors import InputError
 from supar_cli.planning import layout, rules
 from supar_cli.planning.advice import timescale_steps
-from supar_cli.planning.plan import Plan, PlanModel, PlanTensor, decoder_base
+from supar_cli.planning.plan import Plan, PlanModel, PlanTensor, base_model, decoder_base
 
 COLUMNS, INDENT = 79, 16
 
@@ -120,7 +120,7 @@ class Explained:
             raise InputError(f"--role {role}: expected {', '.join(roles[:-1])} or {roles[-1]}")
         own = plan.parameterization
         options = own.model_dump(include={"weight_decay_rule", "depth_rule", "residual_init", "unembedding_init"})
-        scheme = rules.Scheme(own.name, plan.train.optimizer, **options)
+        scheme = rules.Scheme(own.name, plan.train.optimizer, **options, edition=own.edition)
         rows = _chosen(_rows(plan, scheme), tensor, role)
         return cls(plan, [] if tensor or role else _factors(plan, scheme), rows)
 
@@ -156,28 +156,36 @@ class Explained:
 
 
 def _rows(plan: Plan, scheme: rules.Scheme) -> list[Row]:
-    hyper, model = plan.hyperparameters, plan.model
+    hyper, decoder = plan.hyperparameters, plan.model if isinstance(plan.model, PlanModel) else None
     tuned = rules.ProxyValues(hyper.init_std, hyper.lr, hyper.weight_decay, hyper.eps)
-    decoder = model if isinstance(model, PlanModel) else None
     known = {tensor.name: tensor for tensor in layout.tensors(decoder)} if decoder else {}
+    base = {tensor.site: tensor for tensor in layout.tensors(base_model(plan))} if decoder else {}
     m_width = decoder.width / decoder_base(plan).width if decoder else None
     rows = []
     for row in plan.tensors:
         tensor = known.get(row.name)
-        m_d = row.fan_in / row.base_fan_in if row.role == "hidden" else m_width or row.because.get("m_d", 1.0)
-        place = rules.TensorContext(
+        shapes: dict[str, float | None] = {"m_d": m_width, "m_fan_out": None, "m_out": m_width}
+        if tensor is not None and (row.role == "hidden" or scheme.edition == 2):
+            shapes["m_d"], shapes["m_fan_out"] = layout.ratios(tensor, base[tensor.site])
+        elif row.role == "hidden":
+            shapes["m_d"] = row.fan_in / row.base_fan_in
+        given = {**shapes, **row.because}
+        context = rules.TensorContext(
             row.role,
-            row.because.get("m_d", m_d),
-            row.because.get("m_rho", 1.0),
-            row.because.get("m_L", 1.0),
-            decoder.layers if decoder else 1,
-            row.block is not None,
-            tensor is not None and tensor.writes_residual,
+            given["m_d"] or 1.0,
+            m_fan_out=given["m_fan_out"],
+            m_out=given["m_out"] or given["m_d"] or 1.0,
+            m_rho=row.because.get("m_rho", 1.0),
+            m_L=row.because.get("m_L", 1.0),
+            layers=decoder.layers if decoder else 1,
+            in_block=row.block is not None,
+            writes_residual=tensor is not None and tensor.writes_residual,
         )
         remarks = ["no tensor of this model: explained as one outside of the blocks"] if known and not tensor else []
-        if place.m_d != m_d:
-            remarks.append(f"edited: the plan has m_d {place.m_d!r}, the shapes give {m_d!r}")
-        rows.append(Row(row, row.site, row.block, _numbers(row, scheme, tuned, place), tuple(remarks)))
+        for key, value in shapes.items():
+            if value is not None and given[key] != value:
+                remarks.append(f"edited: the plan has {key} {given[key]!r}, the shapes give {value!r}")
+        rows.append(Row(row, row.site, row.block, _numbers(row, scheme, tuned, context), tuple(remarks)))
     return rows
 
 
@@ -193,17 +201,18 @@ def _start(row: PlanTensor, rule: rules.Rule, symbols: dict[str, float]) -> Numb
 
 
 def _numbers(
-    row: PlanTensor, scheme: rules.Scheme, tuned: rules.ProxyValues, place: rules.TensorContext
+    row: PlanTensor, scheme: rules.Scheme, tuned: rules.ProxyValues, context: rules.TensorContext
 ) -> tuple[Number, ...]:
-    symbols = {"σ": tuned.sigma, "η": tuned.eta, "λ": tuned.lam, "ε": tuned.eps, "layers": place.layers}
-    symbols |= {"m_d": place.m_d, "m_ρ": place.m_rho, "m_L": place.m_L}
+    symbols = {"σ": tuned.sigma, "η": tuned.eta, "λ": tuned.lam, "ε": tuned.eps, "layers": context.layers}
+    symbols |= {"m_d": context.m_d, "m_fan_out": context.fan_out, "m_out": context.m_out}
+    symbols |= {"m_ρ": context.m_rho, "β": scheme.density_exponent, "m_L": context.m_L}
     decay = timescale_steps(row)
     timescale = f"1/(lr·λ) = {decay:.0f} steps" if decay else ""
     return (
-        _start(row, rules.init_std(scheme, tuned, place), symbols),
-        Number.of("lr", row.lr, rules.learning_rate(scheme, tuned, place), symbols),
-        Number.of("weight_decay", row.weight_decay, rules.weight_decay(scheme, tuned, place), symbols, timescale),
-        Number.of("eps", row.eps, rules.adam_eps(scheme, tuned, place), symbols),
+        _start(row, rules.init_std(scheme, tuned, context), symbols),
+        Number.of("lr", row.lr, rules.learning_rate(scheme, tuned, context), symbols),
+        Number.of("weight_decay", row.weight_decay, rules.weight_decay(scheme, tuned, context), symbols, timescale),
+        Number.of("eps", row.eps, rules.adam_eps(scheme, tuned, context), symbols),
     )
 
 
@@ -257,7 +266,7 @@ def _group(members: list[Row]) -> list[str]:
     if row.role == "hidden":
         own = f"{short(row.density)}: {row.kept:,} of {row.size:,} live, {short(row.wpn)} per neuron"
         lines += wrapped("density", own.split())
-    because = {"m_d": "width", "m_rho": "density", "m_L": "depth"}
+    because = {"m_d": "width", "m_fan_out": "fan-out", "m_out": "output", "m_rho": "density", "m_L": "depth"}
     factors = [f"{k.replace('rho', 'ρ')} = {short(v)} ({because.get(k, '?')})" for k, v in row.because.items()]
     lines += wrapped("because", _listed(factors))
     lines += [line for number in members[0].numbers for line in number.lines()]

@@ -1,18 +1,19 @@
-"""Forward multipliers moved into a tensor's init, rate, decay and epsilon, so that a model without them trains the same.
+"""Forward multipliers moved into tensors' init, rate, decay and epsilon, so that models without them train the same.
 
-Derived by supar [D]: SPEC §11, "Folding". A parameter w that the forward pass uses as W = a·w is replaced by u = a·w. The
-gradients obey g_w = a·g_u, so with the numbers of `fold` u equals a·w at every step, exactly in real numbers. The multipliers
-themselves are those of Dey et al. 2024 (arXiv 2405.15743, Table 1). Only + - × ÷, so results are the same everywhere.
+Derived by supar [D], SPEC §11 "Folding". A parameter w that the forward pass uses as W = a·w is replaced by u = a·w.
+Gradients obey g_w = a·g_u, so with the numbers of `fold` u equals a·w at every step, exactly in real numbers. The
+multipliers are those of Dey et al. 2024 (arXiv 2405.15743, Table 1). Only + - × ÷, so results are the same everywhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import isfinite
 from typing import Protocol
 
 from supar_cli.errors import InputError
+from supar_cli.planning import layout
 from supar_cli.planning.rules import Role
 
 _EXACT = ("adamw", "adam", "sgd")
@@ -20,10 +21,10 @@ _EXACT = ("adamw", "adam", "sgd")
 
 @dataclass(frozen=True)
 class Numbers:
-    """How one tensor starts and trains: start, peak rate, decay as PyTorch applies it, Adam's epsilon (SGD: unused).
+    """How one tensor starts and trains: peak rate, decay as PyTorch applies it, Adam's epsilon (SGD: unused), start.
 
-    The start has mean `init_constant` and standard deviation `init_std`; None: the model's constructor decides, and whoever
-    prepares the model multiplies the constructor's values by the factor.
+    The start has mean `init_constant` and standard deviation `init_std`. None: not given; where both are, the values of
+    the model's constructor are kept, and who prepares the model multiplies them by the factor.
     """
 
     lr: float
@@ -35,11 +36,12 @@ class Numbers:
 
 @dataclass(frozen=True)
 class TensorUse:
-    """What the forward pass does with one tensor, as far as multipliers are concerned.
+    """What the forward pass does with one tensor. A flag promises that it does nothing else that no flag names.
 
     `in_first_sum`: a summand of the first activations, or gain or shift of a norm directly on their sum (then not the
-    summands). `writes_residual`: weight or bias of the last product of a residual branch. `tied`: also the weight of the
-    head. `feeds_head`: gain or shift of a norm whose result only the head reads. `derived`: not used as it is (1 + g).
+    summands). `writes_residual`: weight or bias of the last product of a residual branch. `tied`: also the weight of
+    the head. `feeds_head`: gain or shift of a norm whose result only the head reads. `derived`: not used as it is
+    (1 + g).
     """
 
     name: str
@@ -49,19 +51,6 @@ class TensorUse:
     tied: bool = False
     feeds_head: bool = False
     derived: bool = False
-
-
-class FamilyTensor(Protocol):
-    """What `describe_uses` needs to know of a row; `layout.Tensor` has it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def role(self) -> Role: ...
-    @property
-    def site(self) -> str: ...
-    @property
-    def writes_residual(self) -> bool: ...
 
 
 class Multipliers(Protocol):
@@ -78,16 +67,16 @@ class Multipliers(Protocol):
 def fold(numbers: Numbers, factor: float, optimizer: str) -> Numbers:
     """Return the numbers of u = a·w from those of w, for a forward factor a > 0. [D]
 
-    AdamW, and Adam without decay: init a·s, rate a·η, decay λ/a, epsilon ε/a. SGD, with momentum or without: a·s, a²·η, λ/a².
-    Gradient clipping needs `clip_factor` too. InputError: a factor that is not finite or not above 0; an optimizer with
-    another rule; a result that overflows or underflows.
+    AdamW, and Adam without decay: init a·s, rate a·η, decay λ/a, epsilon ε/a. SGD, with momentum or without: a·s, a²·η,
+    λ/a². `optimizer`: in any case of letters. Clipping needs `clip_factor` too. InputError: a factor that is not finite
+    or not above 0; another optimizer.
     """
     _require_factor("fold factor", factor)
     kind = optimizer.lower()
     if kind not in _EXACT or (kind == "adam" and numbers.weight_decay != 0):
         said = "Adam with coupled weight decay" if kind == "adam" else optimizer
         raise InputError(
-            f"{said}: multipliers can be folded exactly for AdamW, Adam without weight decay and SGD only; "
+            f"{said}: supar can fold multipliers exactly for AdamW, Adam without weight decay and SGD only; "
             f"for {said} the plan can give masks but no numbers"
         )
     lr, weight_decay = factor * numbers.lr, numbers.weight_decay / factor
@@ -96,22 +85,15 @@ def fold(numbers: Numbers, factor: float, optimizer: str) -> Numbers:
     else:
         eps = numbers.eps / factor
     std, constant = (None if start is None else factor * start for start in (numbers.init_std, numbers.init_constant))
-    folded = Numbers(lr, weight_decay, eps, std, constant)
-    for field in fields(Numbers):
-        before, after = getattr(numbers, field.name), getattr(folded, field.name)
-        if before is not None and (not isfinite(after) or (after == 0) != (before == 0)):
-            raise InputError(
-                f"fold factor: {factor!r} turns {field.name} {before!r} into {after!r}, beyond a float's range"
-            )
-    return folded
+    return Numbers(lr, weight_decay, eps, std, constant)
 
 
 def clip_factor(factor: float) -> float:
-    """Return what a tensor's gradient is multiplied by in the global norm that clipping compares: the fold a itself. [D]
+    """Return the factor on a tensor's gradient in the global norm that clipping compares: the fold a itself. [D]
 
     Clipping by the global norm is not invariant under folding: the norm of all g_w is the norm of all a·g_u, since
-    g_w = a·g_u. So take √(Σ ‖a·g_u‖²) over the tensors, each with its own a, and then multiply the plain g_u by the common
-    clipping coefficient. InputError: a factor that is not finite or not above 0.
+    g_w = a·g_u. So take √(Σ ‖a·g_u‖²) over the tensors, each with its own a, and then multiply the plain g_u by the
+    common clipping coefficient. InputError: a factor that is not finite or not above 0.
     """
     _require_factor("fold factor", factor)
     return factor
@@ -121,8 +103,8 @@ def fold_factors(uses: Iterable[TensorUse], multipliers: Multipliers) -> dict[st
     """Return {name: a} for every tensor of a decoder, a = 1 where nothing is folded. [multipliers: Dey et al. 2024; D]
 
     Input: into all summands of the first activations. Output: into the weight of an untied head; for a tied head, whose
-    weight holds the input factor already, output/input into gain and shift of the norm that feeds it. Residual: into the
-    weights and biases that write the residual stream. A bias of the head stands outside of the product and keeps 1.
+    weight holds the input factor already, output/input into gain and shift of the norm that feeds it. Residual: into
+    weights and biases that write the residual stream. A bias of the head is outside of the product and keeps 1.
     InputError names every tensor into which a factor other than 1 can't go, and every such factor without a tensor.
     """
     rows = list(uses)
@@ -134,6 +116,7 @@ def fold_factors(uses: Iterable[TensorUse], multipliers: Multipliers) -> dict[st
     tied = next((row for row in heads if row.tied), None)
     if tied is not None:
         output = multipliers.output / (multipliers.input if tied.in_first_sum else 1.0)
+        _require_factor("multipliers.output / multipliers.input", output)
         carriers = [row for row in rows if row.feeds_head]
         if len(heads) > 1:
             problems.append(f"{tied.name}: a tied head beside {len(heads) - 1} more; expected a single head")
@@ -164,15 +147,15 @@ def fold_factors(uses: Iterable[TensorUse], multipliers: Multipliers) -> dict[st
     return {row.name: asked.get(row.name, 1.0) for row in rows}
 
 
-def describe_uses(tensors: Iterable[FamilyTensor], tied: bool) -> list[TensorUse]:
+def describe_uses(tensors: Iterable[layout.Tensor], tied: bool) -> list[TensorUse]:
     """Describe the tensors of supar's own families (`gpt2`, `llama`), which are known by role and site."""
     rows = list(tensors)
     writers = {row.site for row in rows if row.writes_residual}
     writers |= {f"{site}.bias" for site in writers}
     return [
         TensorUse(
-            row.name,
-            row.role,
+            name=row.name,
+            role=row.role,
             in_first_sum=row.role == "embedding",
             writes_residual=row.site in writers,
             tied=tied and row.site == "embedding",

@@ -8,43 +8,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from math import prod
-from typing import Literal, Protocol
+from typing import Any, Literal, NamedTuple
 
 from supar_cli.errors import InputError
 from supar_cli.planning.rules import Role
 from supar_cli.planning.schema import Field, Section
 
 
-class Shape(Protocol):
-    """What the layout needs to know of a model; `spec.Model` has it."""
+class Form(NamedTuple):
+    """What the layout needs to know of a model; `spec.Model` has it all."""
 
-    @property
-    def width(self) -> int: ...
-    @property
-    def layers(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def head_width(self) -> int: ...
-    @property
-    def ffn_width(self) -> int: ...
-    @property
-    def context(self) -> int: ...
-    @property
-    def vocab(self) -> int: ...
-    @property
-    def norm(self) -> str: ...
-    @property
-    def activation(self) -> str: ...
-    @property
-    def positions(self) -> str: ...
-    @property
-    def bias(self) -> bool: ...
-    @property
-    def tied(self) -> bool: ...
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    ffn_width: int
+    context: int
+    vocab: int
+    norm: str
+    activation: str
+    positions: str
+    bias: bool
+    tied: bool
 
 
 @dataclass(frozen=True)
@@ -89,8 +77,13 @@ def setting_names(name: str, site: str, role: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((name, site, site.partition(".")[0], role)))
 
 
-def tensors(shape: Shape) -> list[Tensor]:
+def tensors(model: Any) -> list[Tensor]:
     """Every tensor of a `gpt2` or `llama` family model."""
+    return list(_tensors(Form(*(getattr(model, name) for name in Form._fields))))
+
+
+@lru_cache(maxsize=8)  # chosen: a plan is made, checked and explained from a few shapes
+def _tensors(shape: Form) -> tuple[Tensor, ...]:
     found = [Tensor("embedding", "embedding", "embedding", (shape.vocab, shape.width))]
     if shape.positions == "learned":
         found.append(Tensor("positions", "embedding", "positions", (shape.context, shape.width)))
@@ -99,10 +92,10 @@ def tensors(shape: Shape) -> list[Tensor]:
     found += _norm(shape, "final_norm", "final_norm", None)
     if not shape.tied:
         found.append(Tensor("unembedding", "unembedding", "unembedding", (shape.vocab, shape.width), (1,)))
-    return found
+    return tuple(found)
 
 
-def _block(shape: Shape, block: int) -> list[Tensor]:
+def _block(shape: Form, block: int) -> list[Tensor]:
     query, key = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
     attention = [("q", query, shape.width), ("k", key, shape.width), ("v", key, shape.width), ("o", shape.width, query)]
     ffn = [("gate", shape.ffn_width, shape.width)] if shape.activation == "swiglu" else []
@@ -118,11 +111,22 @@ def _block(shape: Shape, block: int) -> list[Tensor]:
     return found
 
 
-def _norm(shape: Shape, name: str, site: str, block: int | None) -> list[Tensor]:
+def _norm(shape: Form, name: str, site: str, block: int | None) -> list[Tensor]:
     gain = Tensor(name, "norm", site, (shape.width,), (), block)
     if shape.norm == "layernorm" and shape.bias:
         return [gain, Tensor(f"{name}.bias", "bias", f"{site}.bias", (shape.width,), (), block)]
     return [gain]
+
+
+def ratios(tensor: Tensor, base: Tensor) -> tuple[float, float | None]:
+    """m_d and m_fan_out of a tensor to the same one of the proxy.
+
+    Of a hidden weight its own fan-in's and fan-out's; of every other tensor of supar's families its last extent's, the one
+    that scales, and None.
+    """
+    if tensor.role == "hidden":
+        return tensor.fan_in / base.fan_in, tensor.fan_out / base.fan_out
+    return tensor.shape[-1] / base.shape[-1], None
 
 
 MOST_EXTENTS = 5  # a three-dimensional convolution has five

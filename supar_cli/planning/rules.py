@@ -1,20 +1,26 @@
 """The scaling rules of SP, μP, SμPar and its two halves: what one tensor's init scale, learning rate, decay and epsilon are, and why.
 
-Symbols, as in Dey, Bergsma, Hestness, "Sparse maximal update parameterization" (NeurIPS 2024, arXiv 2405.15743), [P]:
+Symbols, as in Dey, Bergsma, Hestness, "Sparse maximal update parameterization" (NeurIPS 2024, arXiv 2405.15743), [P]; each m
+is a ratio of the tensor's, or the model's, to the proxy's:
 
-    sigma   init standard deviation of the proxy        m_d     width multiplier: fan-in / proxy fan-in; for tensors
-    eta     learning rate of the proxy                          that are not hidden, the d_model ratio
-    lam     weight decay of the proxy                   m_rho   density multiplier: density / proxy density
-    eps     Adam epsilon of the proxy                   m_L     depth multiplier: layers / proxy layers
+    sigma   init standard deviation of the proxy        m_d        of the tensor's own extent that scales, see TensorContext
+    eta     learning rate of the proxy                  m_fan_out  of the tensor's own fan-out
+    lam     weight decay of the proxy                   m_out      in the multiplier of the product that leaves the model
+    eps     Adam epsilon of the proxy                   m_rho      of the tensor's own density
+    beta    density exponent of the rate, 1 in [P]      m_L        of the number of layers
 
 Other sources: [R] EleutherAI/nanoGPT-mup, branch supar; [C] the same, branch completep (CompleteP, alpha = 1);
-[V] Tensor Programs V, arXiv 2203.03466; [D] derived by supar. Only + - × ÷ and sqrt, so results are the same everywhere.
+[V] Tensor Programs V, arXiv 2203.03466; [D] derived by supar. Only + - × ÷ and sqrt, and `power` for other exponents, so
+results are the same everywhere.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import sqrt
+from dataclasses import KW_ONLY, dataclass
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
+from fractions import Fraction
+from math import inf, isfinite, sqrt
+from sys import float_info
 from typing import Literal
 
 Role = Literal["embedding", "hidden", "norm", "bias", "unembedding"]
@@ -24,6 +30,7 @@ DecayRule = Literal["independent", "coupled", "sqrt"]
 DepthRule = Literal["none", "completep"]
 ResidualInit = Literal["gpt2", "none"]
 UnembeddingInit = Literal["normal", "zero"]
+Edition = Literal[1, 2]
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,16 @@ class Rule:
 
 @dataclass(frozen=True)
 class Scheme:
-    """Which rules apply: the parameterization, the optimizer and the options that change a number."""
+    """Which rules apply: the parameterization, the optimizer and the options that change a number.
+
+    `density_exponent` is β: rates and decays have m_rho^β where [P] has m_rho. The init keeps √m_rho at any β, because the
+    variance of a sum follows from the number of its terms alone. Where density moves while training, the init is asked with
+    the m_rho of step 0, and the rate and the decay with that of the end [D].
+
+    `edition` 1 has the rules of plans written before 2: epsilon by the tensor's own m_d, and a rate under SGD that
+    leaves fan-out and fan-in of hidden weights out; `after_head` means nothing to it. For all other tensors the editions
+    differ only where m_fan_out or m_out is not m_d, and elsewhere agree bit for bit.
+    """
 
     name: ParameterizationName
     optimizer: Optimizer = "adamw"
@@ -45,6 +61,8 @@ class Scheme:
     depth_rule: DepthRule = "none"
     residual_init: ResidualInit = "none"
     unembedding_init: UnembeddingInit = "normal"
+    density_exponent: float = 1.0
+    edition: Edition = 2
 
 
 @dataclass(frozen=True)
@@ -59,26 +77,67 @@ class ProxyValues:
 
 @dataclass(frozen=True)
 class TensorContext:
-    """What the rules need to know of one tensor: its role, its multipliers, and what the depth and residual options ask of it."""
+    """What the rules need to know of one tensor: its role, its ratios to the proxy's, and what options ask of it.
+
+    `m_d` is the ratio of the tensor's own extent that scales: the fan-in of hidden weights and unembeddings, and the one
+    extent of embeddings, biases and gains (d_ff's of the up projection's bias); 1 where none scales. Edition 1 took d_model's
+    ratio for all tensors that are not hidden.
+    `m_fan_out` is the ratio of a hidden weight's own fan-out; None means m_d.
+    `m_out` is the ratio in the multiplier of the product that leaves the model, d_model's in a decoder; 1 without such a
+    product, and the smallest of several. It is a number of the model, the same for all its tensors.
+    `after_head` marks what is added to the result of that product or scales it, such as the head's own bias.
+    """
 
     role: Role
     m_d: float
+    _: KW_ONLY
+    m_out: float
+    m_fan_out: float | None = None
     m_rho: float = 1.0
     m_L: float = 1.0
     layers: int = 1
     in_block: bool = False
     writes_residual: bool = False
+    after_head: bool = False
+
+    @property
+    def fan_out(self) -> float:
+        """m_fan_out, where none was given m_d."""
+        return self.m_d if self.m_fan_out is None else self.m_fan_out
+
+
+# 50 digits: a double has 17, so the rounding to a double decides, and its result is the nearest one. No traps: a result
+# beyond every double is an infinity, which `power` names.
+_DECIMAL = Context(prec=50, Emax=MAX_EMAX, Emin=MIN_EMIN, traps=[])
+_EXACT_EXPONENT = 1024  # chosen: no double but 1 stays finite in larger ones, and the fractions stay short
+
+
+def power(base: float, exponent: float) -> float:
+    """base^exponent, the nearest double to it, so that it is the same on every machine.
+
+    C's `pow` is not: libraries differ in the last bit. Whole exponents are worked out by exact fractions, ½ is the square
+    root of IEEE 754, which is correctly rounded everywhere, and all others have 50 digits before they are rounded.
+
+    Raises ValueError for a base that is not above 0 or numbers that are not finite, OverflowError beyond the largest double.
+    """
+    if not (0 < base < inf and isfinite(exponent)):
+        raise ValueError(f"{base!r} to the power of {exponent!r}; expected a finite base above 0 and a finite exponent")
+    if exponent == 0.5:
+        return sqrt(base)
+    if exponent == int(exponent) and abs(exponent) <= _EXACT_EXPONENT:
+        exact = Fraction(base) ** int(exponent)
+        result = float(exact) if exact <= float_info.max else inf
+    else:
+        result = float(_DECIMAL.power(Decimal(base), Decimal(exponent)))
+    if result == inf:
+        raise OverflowError(f"{base!r} to the power of {exponent!r} is beyond the largest double")
+    return result
 
 
 # Which parameterizations correct for density, and where: the two halves of SμPar are ablations, each right alone where the
 # other is wrong. The decay follows the rate. μP corrects for none.
 _DENSITY_IN_INIT = ("supar", "supar-init-only")
 _DENSITY_IN_RATE = ("supar", "supar-lr-only")
-
-
-def _density(corrected: bool, context: TensorContext) -> float:
-    """m_rho as it enters the formulas of hidden weights, the only sparse ones."""
-    return context.m_rho if corrected else 1.0
 
 
 def init_std(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> Rule:
@@ -94,40 +153,67 @@ def init_std(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> Rule
     value, formula, source = proxy.sigma, "σ", "SP"
     if scheme.name != "sp":
         by_density = scheme.name in _DENSITY_IN_INIT
-        value = proxy.sigma / sqrt(context.m_d * _density(by_density, context))
+        value = proxy.sigma / sqrt(context.m_d * (context.m_rho if by_density else 1.0))
         formula, source = ("σ/√(m_d·m_ρ)", "P Table 1") if by_density else ("σ/√m_d", "V Table 8")
     if scheme.residual_init == "gpt2" and context.writes_residual:
         value, formula, source = value / sqrt(2.0 * context.layers), formula + " /√(2·layers)", source + ", R"
     return Rule(value, formula, source)
 
 
+def _hidden_divisor(scheme: Scheme, context: TensorContext) -> tuple[float, list[str], list[str]]:
+    """What the rate of a hidden weight is divided by: the number, and its symbols above and below η's fraction bar.
+
+    Under SGD a step is as large as the gradient, and V takes that of an output for Θ(1/fan-out). [P Table 1, D.3.1; V]
+    It is where fan-out has d_model's ratio. At an FFN ratio changed by r, ΔY of the down projection stays put; that of the up
+    projection moves as √r at the first step and less later (edition 1: as r, and as 1/√r) [D, measured at widths to 256].
+    """
+    follows = scheme.name in _DENSITY_IN_RATE
+    m_rho = power(context.m_rho, scheme.density_exponent) if follows else 1.0
+    symbols = [] if not follows else ["m_ρ"] if scheme.density_exponent == 1 else ["m_ρ^β"]
+    if scheme.optimizer == "adamw":
+        return context.m_d * m_rho, [], ["m_d", *symbols]
+    if scheme.edition == 1:
+        return m_rho, [], symbols
+    # the ratio first: it is exactly 1 where both are equal, and then the numbers are those of edition 1
+    return context.m_d / context.fan_out * m_rho, ["m_fan_out"], ["m_d", *symbols]
+
+
+def _fraction(above: list[str], below: list[str]) -> str:
+    """`η/(m_d·m_ρ)` from its symbols."""
+    bar = "/({})" if len(below) > 1 else "/{}" if below else ""
+    return "·".join(above) + bar.format("·".join(below))
+
+
+def _is_after_head(scheme: Scheme, context: TensorContext) -> bool:
+    """Whether the multiplier of what leaves the model is absent from the tensor's gradient, which then is Θ(1). [D]"""
+    return context.after_head and scheme.edition == 2
+
+
 def learning_rate(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> Rule:
     """Peak learning rate. [P Table 1; SGD: P D.3.1, V; depth: C, where alpha = 1 makes the factor m_L^0 = 1]"""
-    by_density = scheme.name in _DENSITY_IN_RATE
-    m_d, m_rho = context.m_d, _density(by_density, context)
     if scheme.name == "sp":
         return Rule(proxy.eta, "η", "SP")
+    if context.role == "hidden":
+        divisor, above, below = _hidden_divisor(scheme, context)
+        source = "P Table 1" if scheme.optimizer == "adamw" else "P D.3.1, V" if above else "P D.3.1"
+        source = source if scheme.name in _DENSITY_IN_RATE else "V Table 8"
+        return Rule(proxy.eta / divisor, _fraction(["η", *above], below), source)
     if scheme.optimizer == "adamw":
-        if context.role != "hidden":
-            return Rule(proxy.eta, "η", "P Table 1")
-        value = proxy.eta / (m_d * m_rho)
-        return Rule(value, *(("η/(m_d·m_ρ)", "P Table 1") if by_density else ("η/m_d", "V Table 8")))
-    if context.role != "hidden":
-        return Rule(proxy.eta * m_d, "η·m_d", "V Table 8 with the forward 1/m_d")
-    return Rule(proxy.eta / m_rho, *(("η/m_ρ", "P D.3.1") if by_density else ("η", "V Table 8")))
+        return Rule(proxy.eta, "η", "P Table 1")
+    if _is_after_head(scheme, context):
+        return Rule(proxy.eta, "η, as the output multiplier is not in its gradient", "D")
+    return Rule(proxy.eta * context.m_d, "η·m_d", "V Table 8 with the forward 1/m_d")
 
 
 def weight_decay(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> Rule:
     """Decay λ as PyTorch applies it, shrinking by lr·λ a step. [independent: V; coupled: R; sqrt: arXiv 2510.15262]"""
     if context.role in ("bias", "norm"):
         return Rule(0.0, "0: biases and gains do not decay", "P Table 1")
-    follows = scheme.name in _DENSITY_IN_RATE
-    m_d, m_rho = context.m_d, _density(follows, context)
     if context.role == "hidden":
-        divisor = m_d * m_rho if scheme.optimizer == "adamw" else m_rho
-        symbol = "·".join(["m_d"] * (scheme.optimizer == "adamw") + ["m_ρ"] * follows)
-    elif scheme.optimizer == "sgd":
-        divisor, symbol = 1.0 / m_d, "(1/m_d)"
+        divisor, above, below = _hidden_divisor(scheme, context)
+        symbol = _fraction(below, above)
+    elif scheme.optimizer == "sgd" and not _is_after_head(scheme, context):
+        divisor, symbol = 1.0 / context.m_d, "(1/m_d)"
     else:
         divisor, symbol = 1.0, ""
     if scheme.weight_decay_rule == "coupled" or not symbol or scheme.name == "sp":
@@ -138,14 +224,17 @@ def weight_decay(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> 
 
 
 def adam_eps(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> Rule:
-    """Adam's epsilon, scaled like the gradients, which the output multiplier makes Θ(1/m_d). [C; without m_rho: D]"""
+    """Adam's epsilon, scaled like the gradients, which the output multiplier makes Θ(1/m_out). [C; without m_rho: D]"""
     if scheme.optimizer == "sgd":
         return Rule(0.0, "0: SGD has no epsilon", "–")
     if scheme.name == "sp":
         return Rule(proxy.eps, "ε", "SP")
+    if _is_after_head(scheme, context):
+        return Rule(proxy.eps, "ε, as the output multiplier is not in its gradient", "D")
+    divisor, symbol = (context.m_d, "m_d") if scheme.edition == 1 else (context.m_out, "m_out")
     if context.in_block and scheme.depth_rule == "completep":
-        return Rule(proxy.eps / (context.m_d * context.m_L), "ε/(m_d·m_L)", "C")
-    return Rule(proxy.eps / context.m_d, "ε/m_d", "C, D")
+        return Rule(proxy.eps / (divisor * context.m_L), f"ε/({symbol}·m_L)", "C")
+    return Rule(proxy.eps / divisor, f"ε/{symbol}", "C, D")
 
 
 def input_multiplier(scheme: Scheme, alpha_input: float) -> Rule:
@@ -154,7 +243,7 @@ def input_multiplier(scheme: Scheme, alpha_input: float) -> Rule:
 
 
 def output_multiplier(scheme: Scheme, alpha_output: float, m_d: float) -> Rule:
-    """Factor on the logits, inside the head. `m_d` is the d_model ratio. [P Table 1]"""
+    """Factor on the logits, inside the head. `m_d` is the ratio of the head's fan-in. [P Table 1]"""
     return Rule(1.0, "1", "SP") if scheme.name == "sp" else Rule(alpha_output / m_d, "α_output/m_d", "P Table 1")
 
 

@@ -20,7 +20,6 @@ from typing import (
     dataclass_transform,
     get_args,
     get_origin,
-    get_type_hints,
 )
 
 from pydantic_core import SchemaValidator, core_schema
@@ -96,10 +95,13 @@ class Section:
 
     _schema: ClassVar[core_schema.CoreSchema | None] = None
     _validator: ClassVar[SchemaValidator | None] = None
+    _keys: ClassVar[dict[str, Any] | None] = None
     _neutral: ClassVar[dict[str, _Field] | None] = None
 
     def __init_subclass__(cls) -> None:
-        cls._schema = cls._validator = cls._neutral = None  # made when first used, from the class's own keys
+        cls._schema = cls._validator = cls._keys = cls._neutral = (
+            None  # made when first used, from the class's own keys
+        )
 
     def __init__(self, **values: Any) -> None:
         self.validator().validate_python(values, self_instance=self)
@@ -114,10 +116,17 @@ class Section:
     @classmethod
     def keys(cls) -> dict[str, Any]:
         """The types of the section's keys, by name, a base class's first."""
-        spaces = [vars(sys.modules[base.__module__]) for base in cls.__mro__ if issubclass(base, Section)]
-        known = {name: value for space in reversed(spaces) for name, value in space.items()}
-        hints = get_type_hints(cls, known, include_extras=True)
-        return {name: hint for name, hint in hints.items() if get_origin(hint) is not ClassVar}
+        if cls._keys is None:
+            hints: dict[str, Any] = {}
+            for base in reversed(cls.__mro__):
+                if issubclass(base, Section):
+                    # as typing.get_type_hints, but compiled once a class: that is a tenth of a `supar transfer`
+                    texts = ",".join(
+                        f"{name!r}: {text}" for name, text in vars(base).get("__annotations__", {}).items()
+                    )
+                    hints |= eval(f"{{{texts}}}", dict(vars(sys.modules[base.__module__])))
+            cls._keys = {name: hint for name, hint in hints.items() if get_origin(hint) is not ClassVar}
+        return cls._keys
 
     @classmethod
     def schema(cls) -> core_schema.CoreSchema:
@@ -126,11 +135,17 @@ class Section:
             fields = {name: core_schema.model_field(_keyed(cls, name, hint)) for name, hint in cls.keys().items()}
             known = core_schema.model_fields_schema(fields, model_name=cls.__name__, extra_behavior="forbid")
             config = core_schema.CoreConfig(strict=True, allow_inf_nan=False)
-            found = core_schema.no_info_before_validator_function(
-                cls.fill_defaults, core_schema.model_schema(cls, known, config=config)
-            )
-            cls._schema = core_schema.no_info_after_validator_function(_checked, found)
+            found = core_schema.model_schema(cls, known, config=config)
+            cls._schema = core_schema.no_info_wrap_validator_function(cls._validated, found)
         return cls._schema
+
+    @classmethod
+    def _validated(cls, data: Any, validate: Callable[[Any], Self]) -> Self:
+        if type(data) is cls:  # frozen, and validated when it was made
+            return data
+        section = validate(cls.fill_defaults(data))
+        section.check()
+        return section
 
     @classmethod
     def validator(cls) -> SchemaValidator:
@@ -198,11 +213,6 @@ def _restored(cls: type[Section], values: dict[str, Any]) -> Section:
     return made
 
 
-def _checked(section: Section) -> Section:
-    section.check()
-    return section
-
-
 def _plain(value: Any, identity: bool = False) -> Any:
     if isinstance(value, Section):
         return value.identity() if identity else value.model_dump()
@@ -254,7 +264,7 @@ def _typed(hint: Any, bounds: dict[str, Any]) -> core_schema.CoreSchema:
         return core_schema.list_schema(_typed(inner[0], {}), **bounds)
     if origin is dict:
         return core_schema.dict_schema(core_schema.str_schema(), _typed(inner[1], {}), **bounds)
-    if hint is NoneType:
+    if hint in (None, NoneType):
         return core_schema.none_schema()
     if isinstance(hint, type) and issubclass(hint, Section):
         return hint.schema()

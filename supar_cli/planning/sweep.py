@@ -66,7 +66,7 @@ def _octaves(what: str, scale: str, span: str, centre: float) -> list[float]:
     if not (0 < step <= 100 and -100 <= low <= high <= 100) or (high - low) / step > MOST_VALUES:
         raise ValueError(f"{what} is no range; expected LOW..HIGH/STEP, at most {MOST_VALUES} values")
     count = int((high - low) / step + 1e-9) + 1
-    return [(centre if scale == "x" else 1.0) * 2.0 ** (low + i * step) for i in range(count)]
+    return [(centre if scale == "x" else 1.0) * rules.power(2.0, low + i * step) for i in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Grid:
             return self.values[int(place)]
         start = min(max(int(place // 1), 0), max(last - 1, 0))
         step = self.values[start + 1] / self.values[start] if last else 2.0
-        return float(self.values[start] * step ** (place - start))
+        return self.values[start] * rules.power(step, place - start)
 
     def octaves(self, place: float) -> float:
         return log2(self.at(place))
@@ -187,9 +187,9 @@ class Sweep(Section):
         layers, own = self.target.layers or self.model.layers, self._own_share()
         if not axis:
             return [Level("density", float(shares.literal(own)), float(shares.literal(own)), own, width, layers)]
+        values, found = axis_values(axis, self.over[axis]), []
         exact = {shares.number(part): part for part in _parts(self.over[axis])} if axis in SHARES else {}
-        found = []
-        for value in axis_values(axis, self.over[axis]):
+        for value in values:
             share = _share(axis, exact[value]) if axis in SHARES else own
             wide, deep = (
                 int(value) if axis == name else other for name, other in (("width", width), ("layers", layers))
@@ -199,8 +199,8 @@ class Sweep(Section):
         if self.iso == "none":
             return found
         first, head = found[0].density, self.model.head_width
-        power = 0.5 if self.iso == "parameters" else 1.0
-        widths = [max(1, round(width * (first / level.density) ** power / head)) * head for level in found]
+        exponent = 0.5 if self.iso == "parameters" else 1.0
+        widths = [max(1, round(width * rules.power(first / level.density, exponent) / head)) * head for level in found]
         return [replace(level, width=width) for level, width in zip(found, widths, strict=True)]
 
     def _own_share(self) -> Share:

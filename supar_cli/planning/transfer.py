@@ -26,11 +26,17 @@ from supar_cli.planning.spec import Model, Proxy, Sparsity, Target
 
 
 def transfer(
-    proxy: Proxy, target: Target, parameterization: rules.ParameterizationName = "supar", *, allow_low_wpn: bool = False
+    proxy: Proxy,
+    target: Target,
+    parameterization: rules.ParameterizationName = "supar",
+    *,
+    allow_low_wpn: bool = False,
+    edition: rules.Edition = CURRENT_RULES,
 ) -> Plan:
     """The plan of training `target` with the hyperparameters of `proxy`. Raises InputError for a target that can't work."""
     model = target_model(proxy.model, target)
-    scheme = rules.Scheme(parameterization, proxy.train.optimizer, **proxy.parameterization.model_dump())
+    options = proxy.parameterization.model_dump()
+    scheme = rules.Scheme(parameterization, proxy.train.optimizer, **options, edition=edition)
     if scheme.depth_rule == "completep" and scheme.optimizer == "sgd":
         raise InputError("parameterization.depth_rule: completep is not known for SGD; expected adamw")
     wanted, hyper = target.sparsity, proxy.hyperparameters
@@ -53,7 +59,7 @@ def transfer(
             name=parameterization,
             **proxy.parameterization.model_dump(),
             base=_base_section(proxy),
-            edition=CURRENT_RULES,
+            edition=edition,
         ),
         hyperparameters=hyper,
         sparsity=PlanSparsity(
@@ -93,15 +99,24 @@ def _rows(proxy: Proxy, scheme: rules.Scheme, model: Model, wanted: Sparsity, sh
     rows = []
     for tensor in tensors:
         own = kept.get(tensor.name, patterns.LiveCount(1.0, tensor.size))
-        is_hidden = tensor.role == "hidden"
-        m_d = tensor.fan_in / base[tensor.site].fan_in if is_hidden else m_width
-        m_rho = own.density / base_density[tensor.site] if is_hidden else 1.0
+        m_d, m_fan_out = layout.ratios(tensor, base[tensor.site])
+        if scheme.edition == 1 and tensor.role != "hidden":
+            m_d = m_width
+        m_rho = own.density / base_density[tensor.site] if tensor.role == "hidden" else 1.0
         if own.count == 0:
             raise InputError(f"{tensor.name}: density {own.density} keeps none of its {tensor.size} weights")
-        place = rules.TensorContext(
-            tensor.role, m_d, m_rho, m_L, model.layers, tensor.block is not None, tensor.writes_residual
+        context = rules.TensorContext(
+            tensor.role,
+            m_d,
+            m_fan_out=m_fan_out,
+            m_out=m_width,
+            m_rho=m_rho,
+            m_L=m_L,
+            layers=model.layers,
+            in_block=tensor.block is not None,
+            writes_residual=tensor.writes_residual,
         )
-        rows.append(_row(scheme, tuned, tensor, base[tensor.site].fan_in, own, place))
+        rows.append(_row(scheme, tuned, tensor, base[tensor.site].fan_in, own, context))
     return rows
 
 
@@ -118,7 +133,8 @@ def _density(wanted: Sparsity) -> Fraction:
         return own
     given = density.density_from(sparsity=wanted.sparsity, density=wanted.density)
     if own is not None and float(given) not in (float(own), 1.0):  # a document's float is only the nearest to N/M
-        raise InputError(f"density: {float(given):g} with the pattern {wanted.pattern}; expected {own}, or 1: dense")
+        word, expected = ("density", f"{own}, or 1") if wanted.sparsity is None else ("sparsity", f"{1 - own}, or 0")
+        raise InputError(f"{word}: {getattr(wanted, word)} with the pattern {wanted.pattern}; expected {expected}")
     return given
 
 
@@ -182,13 +198,16 @@ def _row(
     tensor: layout.Tensor,
     base_fan_in: int,
     own: patterns.LiveCount,
-    place: rules.TensorContext,
+    context: rules.TensorContext,
 ) -> PlanTensor:
-    because = {"m_d": place.m_d}
+    because = {"m_d": context.m_d}
+    if scheme.edition == 2 and scheme.name != "sp":  # what else the numbers come from, where it is another ratio
+        by_output = {"m_out": context.m_out} if scheme.optimizer == "adamw" else {"m_fan_out": context.fan_out}
+        because |= {key: value for key, value in by_output.items() if value != context.m_d}
     if tensor.role == "hidden":
-        because["m_rho"] = place.m_rho
-    if scheme.depth_rule == "completep" and place.in_block:
-        because["m_L"] = place.m_L
+        because["m_rho"] = context.m_rho
+    if scheme.depth_rule == "completep" and context.in_block:
+        because["m_L"] = context.m_L
     constant = CONSTANTS.get(tensor.role)
     return PlanTensor(
         name=tensor.name,
@@ -201,11 +220,11 @@ def _row(
         base_fan_in=base_fan_in,
         density=own.density,
         kept=own.count,
-        init_std=rules.init_std(scheme, tuned, place).value if constant is None else None,
+        init_std=rules.init_std(scheme, tuned, context).value if constant is None else None,
         init_constant=constant,
-        lr=rules.learning_rate(scheme, tuned, place).value,
-        weight_decay=rules.weight_decay(scheme, tuned, place).value,
-        eps=rules.adam_eps(scheme, tuned, place).value,
+        lr=rules.learning_rate(scheme, tuned, context).value,
+        weight_decay=rules.weight_decay(scheme, tuned, context).value,
+        eps=rules.adam_eps(scheme, tuned, context).value,
         because=because,
     )
 

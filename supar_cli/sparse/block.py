@@ -7,81 +7,18 @@ S block rows or columns of a source, V live values. Blocks are numbered by block
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from supar_cli.sparse.block_structure import Structure, blocks_of, structure_of, values_of
 from supar_cli.sparse.linear import Engine
 from supar_cli.sparse.masks import Mask
 
-BLOCKS = (16, 32, 64, 128)  # chosen: from the smallest tile of a tensor core up to what one program can accumulate
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CPU_CHUNK_NUMBERS = 2**19  # measured: as fast as 2**17 on an x86 core; 2**23 took up to a third more
 DEVICE_CHUNK_NUMBERS = 2**26  # chosen: 256 MiB; few launches, and no more than one layer's activations
-
-
-class Structure(NamedTuple):
-    """Where the live blocks lie: a block-CSR of the weight, one of its transpose, and the order of their values.
-
-    A live value's place in row-major order is known by whole runs of b values: `order` gives for row i of block k,
-    at k·b + i, the number of its run in row-major order, and `inverse` the way back.
-    """
-
-    order: Tensor  # (K·b,)
-    inverse: Tensor  # (K·b,)
-    pointers: Tensor  # (out/b + 1,) first block of each block row
-    rows: Tensor  # (K,) block row of each block
-    columns: Tensor  # (K,) block column of each block
-    transposed_pointers: Tensor  # (in/b + 1,) first entry of each block column
-    transposed_rows: Tensor  # (K,) block row of each entry, by column, then by row
-    transposed_numbers: Tensor  # (K,) block number of each entry
-
-
-def structure_of(mask: Mask, block: int) -> Structure:
-    """Structure of a mask (out, in) made of whole aligned blocks. Raises ValueError for any other mask or block size."""
-    if block not in BLOCKS:
-        raise ValueError(f"block is {block}; the block engine has {', '.join(map(str, BLOCKS))}")
-    if any(size % block for size in mask.shape):
-        raise ValueError(f"a mask of shape {mask.shape} is not made of {block}×{block} blocks")
-    bands = (mask.alive(slice(row, row + block)) for row in range(0, mask.shape[0], block))
-    alive = np.stack([_live_blocks(band, block) for band in bands])
-    rows, columns = np.nonzero(alive)
-    row_counts = alive.sum(axis=1)
-    pointers, transposed_pointers = _pointers(row_counts), _pointers(alive.sum(axis=0))
-    numbers = np.lexsort((rows, columns))
-    along = np.arange(rows.size) - pointers[rows]  # how many live blocks stand left of a block in its row
-    order = (pointers[rows] * block + along)[:, None] + np.arange(block) * row_counts[rows][:, None]
-    order = order.reshape(-1)
-    inverse = np.empty_like(order)
-    inverse[order] = np.arange(order.size)
-    found = (order, inverse, pointers, rows, columns, transposed_pointers, rows[numbers], numbers)
-    dtype = np.int32 if order.size < 2**31 else np.int64
-    return Structure(*(torch.from_numpy(numbers_of.astype(dtype)) for numbers_of in found))
-
-
-def _live_blocks(alive: NDArray[np.bool_], block: int) -> NDArray[np.bool_]:
-    """Which blocks of a block row (block, in) live, (in / block,). Raises ValueError where one does in part."""
-    live: NDArray[np.intp] = np.count_nonzero(alive.reshape(block, -1, block), axis=(0, 2))
-    if np.any((live != 0) & (live != block**2)):
-        raise ValueError(f"the mask has {block}×{block} blocks that are neither alive nor dead as a whole")
-    return live > 0
-
-
-def _pointers(counts: NDArray[np.int_]) -> NDArray[np.int_]:
-    return np.concatenate([np.zeros(1, counts.dtype), np.cumsum(counts)])
-
-
-def blocks_of(values_V: Tensor, order: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-    """Live values from row-major order to blocks (K, b, b) of a dtype."""
-    return values_V.to(dtype).view(-1, block).index_select(0, order).view(-1, block, block)
-
-
-def values_of(blocks_KBB: Tensor, inverse: Tensor) -> Tensor:
-    """Blocks (K, b, b) back to live values in row-major order (V,)."""
-    return blocks_KBB.reshape(-1, blocks_KBB.shape[-1]).index_select(0, inverse).view(-1)
 
 
 class Block(Engine):

@@ -14,7 +14,7 @@ import triton.language as tl  # type: ignore[import-untyped,import-not-found]
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from supar_cli.sparse.block import Structure, blocks_of, values_of
+from supar_cli.sparse.block_structure import Structure, blocks_of, values_of
 
 GRADIENT_PROGRAMS = 512  # chosen: about four for each multiprocessor of a large GPU
 SPLIT_TOKENS = 1024  # chosen: fewer tokens for a program cost less than a second pass over the partial sums

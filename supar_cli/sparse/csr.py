@@ -1,6 +1,6 @@
 """The sparse engine on CPU, for unstructured masks: compressed rows and their transpose, products at live weights only.
 
-Time and memory follow the live weights. Kernels are numba's where it is installed (`pip install 'supar[sparse]'`), else
+Time and memory follow the live weights. Kernels are numba's where it is installed (`pip install numba`), else
 torch's: `embedding_bag` with per-sample weights for the products, `sampled_addmm` for the gradient of the values.
 
 Shape suffixes: N tokens, I in, O out, L live weights in row-major order.

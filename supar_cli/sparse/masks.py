@@ -259,6 +259,8 @@ def draw(
     edge = block if pattern == "block" and block is not None else 1
     keys = RandomKeys(seed, f"mask:{name}", (rows // edge, columns // edge))
     try:
+        if rows % edge or columns % edge:
+            raise ValueError(f"{rows}×{columns} weights are not made of {edge}×{edge} blocks")
         mask = select(pattern, keys, kept, block=block, density=density)
     except ValueError as error:
         raise InputError(f"{name}: kept: {error}") from None

@@ -27,13 +27,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from supar_cli.errors import InputError, SetupError
+from supar_cli.files import file_hash
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan, read_plan
 from supar_cli.training.checkpoint_reader import (
     KIND,
     CheckpointReader,
     Tensors,
-    file_hash,
     keyed,
     read_manifest,
     verify,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -17,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from supar_cli.errors import InputError, SetupError
+from supar_cli.files import file_hash
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.masks import Mask
@@ -169,9 +169,3 @@ def _are_whole(stored: Any) -> bool:
             return False
         row += chunk.sizes[0]
     return row == int(stored.size[0])
-
-
-def file_hash(path: Path) -> str:
-    """What a manifest says of a file's content."""
-    with path.open("rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,10 +21,14 @@ from supar_cli.planning.plan import Plan, PlanTensor
 from supar_cli.sparse import masks
 from supar_cli.sparse.dense import Dense
 from supar_cli.sparse.linear import Engine, Linear
+from supar_cli.sparse.mask_files import WantedMask, read_masks
 from supar_cli.sparse.masks import Mask
 from supar_cli.streams import stream
 
 Values = NDArray[np.float32]
+
+DRAWN_AT_ONCE = 2**16  # chosen: positions whose numbers are drawn for the live ones among them; whole rows
+CHECKED_AT_ONCE = 2**20  # chosen: 8 MiB in double precision
 
 
 @dataclass(slots=True)
@@ -76,15 +81,31 @@ def prepare(
     `engine_of` makes the engine of a masked tensor; without it, the dense one in float32. `build_model` makes a model whose
     parameters have the plan's names and shapes.
     """
-    drawn = draw_masks(plan)
+    drawn = make_masks(plan)
     made = build(plan, device, drawn, lambda row, mask: _values(row, plan.train.seed, mask), engine_of, build_model)
     for row in plan.tensors:
         check_init(row, made.tensors[row.name], plan.sparsity.pattern, drawn.get(row.name))
     return made
 
 
+def make_masks(plan: Plan) -> dict[str, Mask]:
+    """Masks of all sparse tensors by name, from where the plan says: drawn, or read from a file.
+
+    Raises InputError as `masks.draw` and `read_masks` do, SetupError where the file can't be read.
+    """
+    sparsity = plan.sparsity
+    if sparsity.source.path is None:
+        return draw_masks(plan)
+    wanted = {
+        row.name: WantedMask(tuple(row.shape), row.kept, tuple(row.fan_in_axes), sparsity.pattern, sparsity.block)
+        for row in plan.tensors
+        if row.kept < row.size
+    }
+    return read_masks(Path(sparsity.source.path), sparsity.source.hash, wanted)
+
+
 def draw_masks(plan: Plan) -> dict[str, Mask]:
-    """Masks of all sparse tensors by name. Adding a layer changes no other mask. Raises InputError as `masks.draw`."""
+    """Random masks of all sparse tensors by name. Adding a layer changes no other mask."""
     seed, pattern, block = plan.train.seed, plan.sparsity.pattern, plan.sparsity.block
     drawn = {
         row.name: masks.draw(row.name, row.shape, row.kept, row.density, seed, pattern, block, row.fan_in_axes)
@@ -149,13 +170,14 @@ def _values(row: PlanTensor, seed: int, mask: Mask | None) -> Values:
         return np.full(shape, row.init_constant or 0.0, np.float32)
     generator = np.random.Generator(stream(seed, f"init:{row.name}"))
     if mask is None:
-        return generator.standard_normal(row.size, np.float32).reshape(shape) * np.float32(row.init_std)
-    # every position has its draw, so that a live weight's value does not depend on the mask; row by row, to hold few
-    live = [
-        generator.standard_normal(alive.size, np.float32)[alive]
-        for alive in (mask.alive(slice(row, row + 1))[0] for row in range(mask.shape[0]))
-    ]
-    return np.concatenate(live) * np.float32(row.init_std)
+        values = generator.standard_normal(row.size, np.float32).reshape(shape)
+    else:  # every position has its draw, so that a live weight's value does not depend on the mask; few at a time
+        step = max(1, DRAWN_AT_ONCE * mask.shape[0] // mask.size)
+        parts = (mask.alive(slice(first, first + step)) for first in range(0, mask.shape[0], step))
+        drawn = [generator.standard_normal(alive.shape, np.float32)[alive] for alive in parts]
+        values = np.concatenate(drawn)
+    values *= np.float32(row.init_std)
+    return values
 
 
 def check_init(row: PlanTensor, tensor: Tensor, pattern: str, mask: Mask | None) -> None:
@@ -169,7 +191,13 @@ def check_init(row: PlanTensor, tensor: Tensor, pattern: str, mask: Mask | None)
         raise InputError(f"{row.name}: {alive} weights are alive, the plan keeps {row.kept}")
     if not alive:
         raise InputError(f"{row.name}: its mask has no live weight; expected a higher density or another seed")
-    values, wanted = tensor.detach().double() - (row.init_constant or 0.0), row.init_std or 0.0
-    measured = sqrt(float(values.square().sum()) / alive)
+    values, wanted, start = (
+        tensor.detach().reshape(-1),
+        row.init_std or 0.0,
+        float(np.float32(row.init_constant or 0.0)),
+    )
+    parts = (values[first : first + CHECKED_AT_ONCE] for first in range(0, len(values), CHECKED_AT_ONCE))
+    squares = sum(float((part.double() - start).square().sum()) for part in parts)
+    measured = sqrt(squares / alive)
     if abs(measured - wanted) > wanted * (6 / sqrt(2 * alive) + 1e-6):
         raise InputError(f"{row.name}: measured init std {measured:.6g}, the plan says {wanted:.6g}")

@@ -165,7 +165,8 @@ class Trainer:
                 torch.autograd.backward(loss)
             own_loss += loss.detach()
         gradients = [local_shard(t.grad) for t in self.sparse_model.tensors.values() if t.grad is not None]
-        norms = self.parallel.norms(gradients)
+        # of a parameter that is a·w, a multiplier being folded into it, the gradient is that of w divided by a
+        norms = self.parallel.norms(gradients) * self._folds
         own = torch.stack((own_loss / self.ranks.size, torch.full_like(own_loss, self._stop.vote())))
         mean_loss, votes = self.ranks.sum(own).unbind()
         loss_value, norm_value, vote_count = torch.stack((mean_loss, norms.norm(), votes)).tolist()
@@ -212,8 +213,7 @@ class Trainer:
     def _build(self, kind: Parallelism, state: State | None = None) -> None:
         """Make the model, what wraps it and its optimizer: with initial values, or from a state of whole tensors."""
         plan, runtime = self.plan, self.runtime
-        # what will be sharded goes to the device shard by shard
-        home = torch.device("cpu") if kind == "fsdp" else runtime.device
+        home = torch.device("cpu") if kind == "fsdp" else runtime.device  # shards go to the device one by one
         self.sparse_model = self.ranks.run_on_all(self._make_model, home, state)
         masks = {f"the mask of {name}": mask.fingerprint for name, mask in self.sparse_model.masks.items()}
         self.ranks.require_equal({"plan": plan.hash(), "data": self.task.hash, **masks})
@@ -222,6 +222,8 @@ class Trainer:
         self.parallel = Parallel(kind, self.sparse_model.model, runtime.device, runtime.compiles, self.ranks)
         self.sparse_model.tensors = named_tensors(self.sparse_model.model)
         self.optimizer = optimizer.build(plan, self.sparse_model.tensors)
+        folds = (self._rows[name].fold or 1.0 for name in self.sparse_model.tensors)
+        self._folds = torch.tensor(list(folds), device=runtime.device)
         if state is not None:
             state.load_moments(self.sparse_model, self.optimizer)
 

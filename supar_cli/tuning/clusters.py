@@ -27,9 +27,9 @@ ANSWER_S = 5.0  # chosen: for a cluster's head to accept a connection
 CANCEL_S = 5.0  # chosen: for tasks that were interrupted to give their trials back
 
 
-def _required(module: str, extra: str) -> None:
+def _required(module: str, executor: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise SetupError(f"--executor {extra}: needs the extra: pip install 'supar[{extra}]'")
+        raise SetupError(f"--executor {executor}: {module} is not installed; expected `pip install {module}`")
 
 
 def _known(executor: str, settings: dict[str, Any], known: set[str]) -> None:

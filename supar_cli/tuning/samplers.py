@@ -23,7 +23,7 @@ class ByNumber(optuna.samplers.BaseSampler):  # type: ignore[misc]
 
     def __init__(self, search: Search) -> None:
         if search.sampler in ("qmc", "gp") and importlib.util.find_spec("scipy") is None:
-            raise SetupError(f"search.sampler: {search.sampler} needs the extra: pip install 'supar[gp]'")
+            raise SetupError(f"search.sampler: {search.sampler} needs scipy: pip install scipy")
         self._search = search
         self._inner: Any = None
 

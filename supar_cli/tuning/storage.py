@@ -203,7 +203,7 @@ def _backend(storage: str, join: bool) -> Any:
 
 
 def _url(storage: str) -> sqlalchemy.URL:
-    """The URL with PostgreSQL's driver named. Raises SetupError, which names the extra, when there is none."""
+    """The URL with PostgreSQL's driver named. Raises SetupError when there is none."""
     try:
         url = sqlalchemy.make_url(storage)
     except (exc.ArgumentError, ValueError):
@@ -213,7 +213,7 @@ def _url(storage: str) -> sqlalchemy.URL:
     for driver in ("psycopg", "psycopg2"):
         if importlib.util.find_spec(driver) is not None:
             return url.set(drivername=f"postgresql+{driver}")
-    raise SetupError(f"--study {shown(storage)}: needs the extra: pip install 'supar[postgresql]'")
+    raise SetupError(f"--study {shown(storage)}: needs a driver: pip install 'psycopg[binary]'")
 
 
 def _no_url(storage: str) -> InputError:

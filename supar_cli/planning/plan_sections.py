@@ -1,0 +1,240 @@
+"""The sections of a plan: model, rules, sparsity, values, task, training, and the row of a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from math import prod
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from supar_cli.planning import layout
+from supar_cli.planning.patterns import Block, Pattern, PatternKeys, describe
+from supar_cli.planning.rules import Edition, ParameterizationName, Role
+from supar_cli.planning.schema import Field, Section
+from supar_cli.planning.spec import MOST_LAYERS, Distribution, Model, Options, Train
+
+
+class Multipliers(Section):
+    """Constant factors of the forward pass: embeddings, logits, q·k, residual branches."""
+
+    input: float
+    output: float
+    attention: float
+    residual: float
+
+
+class PlanModel(Model):
+    """A decoder of supar's own families."""
+
+    multipliers: Multipliers
+
+    @property
+    def label(self) -> str:
+        """The shape in a few letters, as run directories are called."""
+        return f"w{self.width}-l{self.layers}"
+
+    @property
+    def attention_flops_per_token(self) -> float:
+        """Forward and backward FLOPs of q·k and of the mixing of values, as if no pair were masked."""
+        return 12.0 * self.layers * self.context * self.width
+
+    @property
+    def tied_head_size(self) -> int:
+        """Weights of a head that is the embedding, which no row of its own stands for."""
+        return self.vocab * self.width if self.tied else 0
+
+
+class OwnModel(Section):
+    """A user's model: made by `factory` (`module:function`) at the size `target`, its tensors those of a layout.
+
+    Its multipliers are folded into the numbers of its tensors.
+    """
+
+    family: Literal["own"]
+    layout: str
+    factory: str
+    base: dict[str, int]
+    target: dict[str, int]
+
+    attention_flops_per_token: ClassVar[float] = 0.0  # not known; its products with weights are
+    tied_head_size: ClassVar[int] = 0
+
+    @property
+    def label(self) -> str:
+        return "-".join(["own", *(f"{name}{value}" for name, value in self.target.items())])
+
+
+class Base(Section):
+    """The proxy's shape and training, from which the multipliers come. Of a user's model only the training is known."""
+
+    width: int | None = Field(default=None, gt=0, le=2**31)
+    ffn_width: int | None = Field(default=None, gt=0, le=2**31)
+    layers: int | None = Field(default=None, gt=0, le=MOST_LAYERS)
+    kv_share: float | None = Field(default=None, gt=0, le=1)
+    steps: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+
+    @property
+    def text(self) -> str:
+        """The proxy's shape, as far as it is known."""
+        if self.width is None:
+            return "a model of your own;"
+        return f"width {self.width}, FFN width {self.ffn_width}, layers {self.layers};"
+
+
+class DecoderBase(NamedTuple):
+    """The proxy's shape where it is a decoder of supar's own families."""
+
+    width: int
+    ffn_width: int
+    layers: int
+    kv_share: float
+
+
+class Parameterization(Options):
+    """The rules. `edition` is that of their formulas; it changes no number, which all are stored."""
+
+    name: ParameterizationName
+    base: Base
+    edition: Edition = Field(default=1, neutral=True)
+
+
+class MaskSource(Section):
+    """Where masks come from: drawn from the seed, or read from a file whose hash is given."""
+
+    kind: Literal["random", "file"] = "random"
+    path: str | None = Field(default=None, neutral=True, omit=True)
+    hash: str | None = Field(default=None, neutral=True, omit=True)
+
+    def check(self) -> None:
+        for key in ("path", "hash"):
+            if (self.kind == "file") != (vars(self)[key] is not None):
+                expected = "expected with kind: file" if self.kind == "random" else "is missing"
+                raise ValueError(f"{key}: {expected}")
+
+    def identity(self, *, include: Collection[str] | None = None, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """Without the path: the hash says which masks they are."""
+        return super().identity(include=include, exclude={"path", *exclude})
+
+
+class PlanSparsity(PatternKeys):
+    """The target density and how it is spread and drawn. `updates`: how masks change while training; null: they don't."""
+
+    density: float = Field(gt=0, le=1)
+    sparsity: float = Field(ge=0, lt=1)
+    pattern: Pattern
+    block: Block | None = Field(default=None, neutral=True, omit=True)
+    distribution: Distribution
+    overrides: dict[str, float] = Field(default_factory=dict)
+    source: MaskSource = Field(default_factory=MaskSource, neutral=True)
+    updates: None = Field(default=None, neutral=True)
+
+    def check(self) -> None:
+        self.check_pattern()
+
+    @property
+    def pattern_text(self) -> str:
+        """The pattern in words."""
+        return describe(self.pattern, self.block)
+
+
+class Values(Section):
+    """Where initial values come from. `draw: positions`: every position has its draw, whatever the mask."""
+
+    source: Literal["random"] = "random"
+    draw: Literal["positions"] = "positions"
+
+
+class PlanTask(Section):
+    """What is learned: the next token of text."""
+
+    kind: Literal["next_token"] = "next_token"
+
+
+class PlanTrain(Train):
+    """As the spec's, with the length resolved. `tokens` = steps · batch_size · context, where a task has tokens."""
+
+    tokens: int | None = Field(default=None, gt=0)
+    warmup_steps: int = Field(ge=0)
+
+    def check(self) -> None:
+        super().check()
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps: {self.warmup_steps} is more than the {self.steps} steps")
+
+
+class PlanTensor(Section):
+    """One tensor. `kept` is its number of live weights (its expectation for `bernoulli`); `because` the multipliers.
+
+    `fan_in` and `base_fan_in` are the products of the extents along `fan_in_axes`, here and in the proxy. The start is
+    `init_constant` or normal with deviation `init_std`. `fold` is a factor of the forward pass that was moved into these
+    numbers. A tensor that is `tied_to` another is that one's memory and has no numbers of its own to follow.
+    """
+
+    name: str
+    role: Role
+    site: str
+    block: int | None = Field(default=None, neutral=True, omit=True, ge=0)
+    shape: list[int] = Field(min_length=1, max_length=layout.MOST_EXTENTS)
+    fan_in_axes: list[int]
+    fan_in: int = Field(gt=0)
+    base_fan_in: int = Field(gt=0)
+    density: float = Field(gt=0, le=1)
+    kept: int = Field(gt=0)
+    init_std: float | None = Field(default=None, neutral=True, omit=True, ge=0)
+    init_constant: float | None = Field(default=None, neutral=True, omit=True)
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    eps: float = Field(ge=0)
+    fold: float | None = Field(default=None, neutral=True, omit=True, gt=0)
+    tied_to: str | None = Field(default=None, neutral=True, omit=True)
+    because: dict[str, float]
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def setting_names(self) -> tuple[str, ...]:
+        """What settings by tensor may call it, the most specific first."""
+        return layout.setting_names(self.name, self.site, self.role)
+
+    @property
+    def wpn(self) -> float:
+        """Weights per neuron: expected live weights feeding one output."""
+        return self.fan_in * self.density
+
+    def check(self) -> None:
+        if min(self.shape) < 1:
+            raise ValueError(f"shape: {self.shape} must be positive")
+        layout.check_axes(self.fan_in_axes, len(self.shape))
+        if self.fan_in != prod(self.shape[axis] for axis in self.fan_in_axes):
+            raise ValueError(
+                f"fan_in: {self.fan_in} is not the product of {self.shape} along the axes {self.fan_in_axes}"
+            )
+        if self.role == "hidden" and not self.fan_in_axes:
+            raise ValueError("fan_in_axes: none; expected the axes that the product of a hidden weight sums over")
+        if abs(self.kept - self.density * self.size) > 0.51:
+            raise ValueError(f"kept: {self.kept} is not density {self.density} of {self.size} weights")
+        if (self.init_std is None) == (self.init_constant is None):
+            raise ValueError("init_std: expected either init_std or init_constant")
+        for key, value in self.because.items():
+            if value <= 0:
+                raise ValueError(f"because.{key}: {value}; expected a multiplier above 0")
+        if self.role != "hidden" and self.density != 1:
+            raise ValueError(f"density: {self.density} on a tensor of role {self.role}; only hidden weights are sparse")
+
+
+def derived_keys(model: Model, base: Base) -> dict[str, dict[str, Any]]:
+    """By a tensor's name, what the shapes of a decoder and of its proxy say of it: `_DERIVED`."""
+    # the proxy's fan-ins by site depend on its two widths only
+    shape = {"width": base.width, "ffn_width": base.ffn_width, "layers": 1, "heads": 1, "kv_heads": 1}
+    base_fan_in = {tensor.site: tensor.fan_in for tensor in layout.tensors(model.model_copy(update=shape))}
+    return {
+        tensor.name: {
+            "site": tensor.site,
+            "block": tensor.block,
+            "fan_in_axes": list(tensor.fan_in_axes),
+            "base_fan_in": base_fan_in[tensor.site],
+        }
+        for tensor in layout.tensors(model)
+    }

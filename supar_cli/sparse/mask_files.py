@@ -1,0 +1,138 @@
+"""Files of masks: safetensors by tensor name, packed as supar writes them or as plain 0 and 1; read for a plan's numbers.
+
+A packed file has the shapes in its metadata, `shapes`: {"blocks.0.mlp.up": [4096, 1024]}, and a vector of ceil(size / 8)
+bytes a tensor. Any other file has a tensor of booleans or bytes 0 and 1 in each weight's own shape.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from supar_cli.errors import InputError, SetupError
+from supar_cli.files import file_hash, naming_write_errors
+from supar_cli.planning.patterns import describe, group_of
+from supar_cli.sparse.masks import CHUNK_KEYS, Mask, to_matrix
+
+
+@dataclass(frozen=True)
+class WantedMask:
+    """What a plan says of a tensor's mask: shape as stored, live weights, and along which axes it has which pattern."""
+
+    shape: tuple[int, ...]
+    kept: int
+    fan_in_axes: tuple[int, ...]
+    pattern: str = "exact"
+    block: int | None = None
+
+
+def write_masks(path: Path, masks: Mapping[str, Mask]) -> str:
+    """Write masks packed, whole or not at all; returns the file's hash, the same for the same masks.
+
+    Raises SetupError where it can't be written.
+    """
+    names = sorted(masks)
+    shapes = json.dumps({name: masks[name].shape for name in names})
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with naming_write_errors(path):
+            save_file({name: masks[name].bits for name in names}, aside, metadata={"shapes": shapes})
+            aside.replace(path)
+            return file_hash(path)
+    except SafetensorError as error:
+        raise SetupError(f"{path}: can't be written: {error}") from None
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_masks(path: Path, wanted_hash: str | None, wanted: Mapping[str, WantedMask]) -> dict[str, Mask]:
+    """The masks of a file, by name, those that `wanted` asks for and no others.
+
+    Raises SetupError where the file can't be read or is none of masks, and InputError for another content than
+    `wanted_hash` says and, naming every tensor, for a mask that is missing or not asked for, of another shape or number of
+    live weights, not of its pattern, or with values that are not 0 and 1.
+    """
+    try:
+        found = file_hash(path)
+    except OSError as error:
+        raise SetupError(f"{path}: can't be read: {error.strerror or error}") from None
+    if wanted_hash is not None and found != wanted_hash:
+        raise InputError(f"{path}: is another file of masks ({found[:19]}…, the plan's is {wanted_hash[:19]}…)")
+    problems: list[str] = []
+    masks: dict[str, Mask] = {}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            shapes, is_packed = _shapes(path, file)
+            problems += [f"{path}: has no mask of {name}" for name in wanted if name not in shapes]
+            for name, shape in shapes.items():
+                try:
+                    mask = Mask(shape, file.get_tensor(name)) if is_packed else _read_plain(file.get_slice(name))
+                    _require(mask, wanted.get(name))
+                    masks[name] = mask
+                except ValueError as error:
+                    problems.append(f"{path}: {name}: {error}")
+    except (SafetensorError, OSError) as error:
+        raise SetupError(f"{path}: is not an intact safetensors file: {error}") from None
+    if problems:
+        raise InputError(*problems)
+    return {name: masks[name] for name in wanted}
+
+
+def _shapes(path: Path, file: Any) -> tuple[dict[str, tuple[int, ...]], bool]:
+    """The shapes of a file's masks by name, and whether they are packed."""
+    stated = (file.metadata() or {}).get("shapes")
+    if stated is None:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}, False  # noqa: SIM118
+    try:
+        return {str(name): tuple(map(int, shape)) for name, shape in json.loads(stated).items()}, True
+    except (ValueError, TypeError, AttributeError):
+        raise SetupError(f"{path}: is not a file of masks: its `shapes` are {stated[:60]!r}") from None
+
+
+def _read_plain(stored: Any) -> Mask:
+    """The mask of a tensor of 0 and 1, some rows at a time. Raises ValueError for any other."""
+    shape = tuple(stored.get_shape())
+    if stored.get_dtype() not in ("BOOL", "U8") or not shape:
+        raise ValueError(f"holds {stored.get_dtype()} of shape {shape}; expected booleans, or bytes 0 and 1")
+    step = 8 * max(1, CHUNK_KEYS // 8 // max(1, prod(shape[1:])))  # rows of whole bytes
+    bits = []
+    for first in range(0, shape[0], step):
+        alive = stored[first : min(first + step, shape[0])].view(np.uint8)
+        if alive.size and alive.max() > 1:
+            raise ValueError(f"holds the value {alive.max()}; expected 0 and 1")
+        bits.append(np.packbits(alive))
+    return Mask(shape, np.concatenate(bits) if bits else np.zeros(0, np.uint8))
+
+
+def _require(mask: Mask, wanted: WantedMask | None) -> None:
+    """Raise ValueError where a mask is not the one wanted: what is not asked for may only be dense."""
+    if wanted is None:
+        if mask.count < mask.size:
+            raise ValueError("has a mask here; the plan has no such sparse tensor")
+        return
+    if mask.shape != wanted.shape:
+        raise ValueError(f"has the shape {list(mask.shape)}; the plan's is {list(wanted.shape)}")
+    if mask.count != wanted.kept:
+        raise ValueError(f"{mask.count} weights live; the plan keeps {wanted.kept}")
+    group = group_of(wanted.pattern)
+    if group is None and wanted.pattern not in ("fixed_fan_in", "block"):
+        return
+    matrix = to_matrix(mask.alive(), wanted.fan_in_axes)
+    if wanted.pattern == "block":
+        edge = wanted.block or 1
+        live = np.count_nonzero(matrix.reshape(len(matrix) // edge, edge, -1, edge), axis=(1, 3))
+        holds = bool(np.isin(live, (0, edge * edge)).all())
+    else:
+        size, count = (group[1], group[0]) if group else (matrix.shape[1], wanted.kept // len(matrix))
+        holds = bool((np.count_nonzero(matrix.reshape(-1, size), axis=1) == count).all())
+    if not holds:
+        raise ValueError(f"is not {describe(wanted.pattern, wanted.block)} along the fan-in, as the plan says")

@@ -1,0 +1,153 @@
+"""Planted faults in the text of rules.py, each of which must leave the independent table."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from supar_cli.planning import rules
+
+from .test_rules import disagreements
+
+# (text in rules.py, what stands there instead)
+MUTANTS = [
+    ('_DENSITY_IN_INIT = ("supar", "supar-init-only")', '_DENSITY_IN_INIT = ("supar",)'),
+    ('_DENSITY_IN_INIT = ("supar", "supar-init-only")', '_DENSITY_IN_INIT = ("supar", "supar-lr-only")'),
+    ('_DENSITY_IN_INIT = ("supar", "supar-init-only")', '_DENSITY_IN_INIT = ("supar", "supar-init-only", "mup")'),
+    ('_DENSITY_IN_RATE = ("supar", "supar-lr-only")', '_DENSITY_IN_RATE = ("supar",)'),
+    ('_DENSITY_IN_RATE = ("supar", "supar-lr-only")', '_DENSITY_IN_RATE = ("supar", "supar-init-only")'),
+    ('_DENSITY_IN_RATE = ("supar", "supar-lr-only")', '_DENSITY_IN_RATE = ("supar", "supar-lr-only", "mup")'),
+    ("follows = scheme.name in _DENSITY_IN_RATE", "follows = scheme.name in _DENSITY_IN_INIT"),
+    ("follows = scheme.name in _DENSITY_IN_RATE", "follows = True"),
+    ("follows = scheme.name in _DENSITY_IN_RATE", "follows = False"),
+    ("by_density = scheme.name in _DENSITY_IN_INIT", "by_density = scheme.name in _DENSITY_IN_RATE"),
+    ("by_density = scheme.name in _DENSITY_IN_INIT", "by_density = True"),
+    ("context.m_rho if by_density else 1.0", "power(context.m_rho, scheme.density_exponent) if by_density else 1.0"),
+    ("sqrt(context.m_d * (context.m_rho", "(context.m_d * (context.m_rho"),
+    ("sqrt(context.m_d * (context.m_rho", "sqrt((context.m_rho"),
+    ("sqrt(context.m_d * (context.m_rho", "sqrt(context.m_d / (context.m_rho"),
+    ("sqrt(context.m_d * (context.m_rho", "sqrt(context.m_out * (context.m_rho"),
+    ("sqrt(context.m_d * (context.m_rho", "sqrt(context.fan_out * (context.m_rho"),
+    ("value / sqrt(2.0 * context.layers)", "value / sqrt(context.layers)"),
+    ("value / sqrt(2.0 * context.layers)", "value / (2.0 * context.layers)"),
+    ('scheme.residual_init == "gpt2" and context.writes_residual', 'scheme.residual_init == "gpt2"'),
+    ('scheme.residual_init == "gpt2" and context.writes_residual', "context.writes_residual"),
+    ('context.role == "unembedding" and scheme.unembedding_init == "zero"', 'scheme.unembedding_init == "zero"'),
+    ('context.role == "unembedding" and scheme.unembedding_init == "zero"', 'context.role == "unembedding"'),
+    (
+        'if context.role != "hidden":\n        return Rule(proxy.sigma',
+        'if context.role == "embedding":\n        return Rule(proxy.sigma',
+    ),
+    ('Rule(0.0, "0: every gain starts', 'Rule(proxy.sigma, "0: every gain starts'),
+    ('Rule(0.0, "0: every bias starts', 'Rule(proxy.sigma, "0: every bias starts'),
+    ("power(context.m_rho, scheme.density_exponent) if follows", "context.m_rho if follows"),
+    (
+        "power(context.m_rho, scheme.density_exponent) if follows",
+        "power(scheme.density_exponent, context.m_rho) if follows",
+    ),
+    ("return context.m_d * m_rho, []", "return context.m_d, []"),
+    ("return context.m_d * m_rho, []", "return m_rho, []"),
+    ("return context.m_d * m_rho, []", "return sqrt(context.m_d * m_rho), []"),
+    ("return context.m_d * m_rho, []", "return context.m_d / m_rho, []"),
+    ("return context.m_d * m_rho, []", "return context.m_out * m_rho, []"),
+    ("return context.m_d * m_rho, []", "return context.m_d / context.fan_out * m_rho, []"),
+    ("return m_rho, [], symbols", "return 1.0, [], symbols"),
+    ("return m_rho, [], symbols", "return context.m_d * m_rho, [], symbols"),
+    ("return m_rho, [], symbols", "return context.m_d / context.fan_out * m_rho, [], symbols"),
+    ("context.m_d / context.fan_out * m_rho", "context.m_d / context.fan_out"),
+    ("context.m_d / context.fan_out * m_rho", "context.fan_out / context.m_d * m_rho"),
+    ("context.m_d / context.fan_out * m_rho", "sqrt(context.m_d / context.fan_out) * m_rho"),
+    ("context.m_d / context.fan_out * m_rho", "context.m_d * m_rho"),
+    ("context.m_d / context.fan_out * m_rho", "context.m_d / context.m_out * m_rho"),
+    ("context.m_d / context.fan_out * m_rho", "context.m_out / context.fan_out * m_rho"),
+    ("context.m_d / context.fan_out * m_rho", "m_rho"),
+    ("self.m_d if self.m_fan_out is None", "1.0 if self.m_fan_out is None"),
+    ("self.m_d if self.m_fan_out is None else self.m_fan_out", "self.m_d"),
+    (
+        'if scheme.optimizer == "adamw":\n        return context.m_d',
+        'if scheme.optimizer == "sgd":\n        return context.m_d',
+    ),
+    ("    if scheme.edition == 1:\n        return m_rho", "    if scheme.edition == 2:\n        return m_rho"),
+    ("    if scheme.edition == 1:\n        return m_rho", "    if False:\n        return m_rho"),
+    ("return context.after_head and scheme.edition == 2", "return context.after_head"),
+    ("return context.after_head and scheme.edition == 2", "return False"),
+    ("return context.after_head and scheme.edition == 2", "return scheme.edition == 2"),
+    ('Rule(proxy.eta, "η, as the', 'Rule(proxy.eta * context.m_d, "η, as the'),
+    (
+        'if context.role == "hidden":\n        divisor, above, below = _hidden_divisor(scheme, context)\n        source',
+        'if context.role in ("hidden", "unembedding"):\n        divisor, above, below = _hidden_divisor(scheme, context)\n        source',
+    ),
+    ("Rule(proxy.eta / divisor", "Rule(proxy.eta * divisor"),
+    ('Rule(proxy.eta * context.m_d, "η·m_d"', 'Rule(proxy.eta, "η·m_d"'),
+    ('Rule(proxy.eta * context.m_d, "η·m_d"', 'Rule(proxy.eta / context.m_d, "η·m_d"'),
+    ('Rule(proxy.eta * context.m_d, "η·m_d"', 'Rule(proxy.eta * context.m_out, "η·m_d"'),
+    ('if context.role in ("bias", "norm")', 'if context.role == "bias"'),
+    ('if context.role in ("bias", "norm")', 'if context.role == "norm"'),
+    ("divisor, symbol = 1.0 / context.m_d", "divisor, symbol = 1.0"),
+    ("divisor, symbol = 1.0 / context.m_d", "divisor, symbol = context.m_d"),
+    ("divisor, symbol = 1.0 / context.m_d", "divisor, symbol = 1.0 / context.m_out"),
+    ('scheme.optimizer == "sgd" and not _is_after_head(scheme, context)', 'scheme.optimizer == "sgd"'),
+    ('scheme.optimizer == "sgd" and not _is_after_head(scheme, context)', "not _is_after_head(scheme, context)"),
+    ('scheme.weight_decay_rule == "coupled" or not', "not"),
+    ('or not symbol or scheme.name == "sp"', "or not symbol"),
+    ('if scheme.name != "sp":\n        by_density', 'if scheme.name == "supar":\n        by_density'),
+    ("proxy.lam * sqrt(divisor)", "proxy.lam * divisor"),
+    ("Rule(proxy.lam * divisor, f", "Rule(proxy.lam / divisor, f"),
+    ("Rule(proxy.lam * divisor, f", "Rule(proxy.lam, f"),
+    ("proxy.eps / (divisor * context.m_L)", "proxy.eps / divisor"),
+    ("proxy.eps / (divisor * context.m_L)", "proxy.eps / (divisor / context.m_L)"),
+    ("if context.in_block and scheme.depth_rule", "if scheme.depth_rule"),
+    ('if context.in_block and scheme.depth_rule == "completep"', "if context.in_block"),
+    ("Rule(proxy.eps / divisor, ", "Rule(proxy.eps, "),
+    ("Rule(proxy.eps / divisor, ", "Rule(proxy.eps / (divisor * context.m_rho), "),
+    ('(context.m_d, "m_d") if scheme.edition == 1', '(context.m_out, "m_d") if scheme.edition == 1'),
+    ('else (context.m_out, "m_out")', 'else (context.m_d, "m_out")'),
+    ('else (context.m_out, "m_out")', 'else (context.fan_out, "m_out")'),
+    ('"m_d") if scheme.edition == 1', '"m_d") if scheme.edition == 2'),
+    (
+        'else (context.m_out, "m_out")',
+        'else ((context.m_d if context.role == "hidden" else context.m_out), "m_out")',
+    ),
+    ('Rule(proxy.eps, "ε", "SP")', 'Rule(proxy.eps / context.m_out, "ε", "SP")'),
+    ('Rule(proxy.eps, "ε, as the', 'Rule(proxy.eps / context.m_out, "ε, as the'),
+    ("Fraction(base) ** int(exponent)", "Fraction(base) ** (int(exponent) + 1)"),
+    ("_DECIMAL.power(Decimal(base), Decimal(exponent))", "_DECIMAL.power(Decimal(base), Decimal(-exponent))"),
+    ('Rule(1.0, "1", "SP") if scheme.name == "sp" else Rule(alpha_input', "Rule(alpha_input"),
+    ('Rule(1.0, "1", "SP") if scheme.name == "sp" else Rule(alpha_output', "Rule(alpha_output"),
+    ("Rule(alpha_output / m_d", "Rule(alpha_output"),
+    ("Rule(alpha_output / m_d", "Rule(alpha_output / sqrt(m_d)"),
+    ("Rule(1.0 / sqrt(head_width)", "Rule(1.0 / head_width"),
+    ("return Rule(1.0 / head_width", "return Rule(1.0 / sqrt(head_width)"),
+    ("Rule(1.0 / m_L", "Rule(1.0 / sqrt(m_L)"),
+    ("Rule(1.0 / m_L", "Rule(1.0"),
+    (
+        'if scheme.name != "sp" and scheme.depth_rule == "completep":\n        return Rule(1.0',
+        'if scheme.depth_rule == "completep":\n        return Rule(1.0',
+    ),
+]
+SOURCE = Path(rules.__file__).read_text("utf-8")
+
+
+def compiled(source: str) -> ModuleType:
+    """A module of rules from its source text."""
+    module = ModuleType("planted_rules")
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    try:
+        exec(compile(source, "planted_rules.py", "exec"), vars(module))
+    finally:
+        del sys.modules[module.__name__]
+    return module
+
+
+def test_the_source_itself_survives() -> None:
+    assert next(disagreements(compiled(SOURCE)), None) is None
+
+
+@pytest.mark.parametrize("fault", MUTANTS, ids=lambda fault: f"{fault[0][:40]} → {fault[1][:40]}")
+def test_a_planted_fault_is_found(fault: tuple[str, str]) -> None:
+    text, instead = fault
+    assert SOURCE.count(text) == 1, "the fault names no single place of rules.py any more"
+    assert next(disagreements(compiled(SOURCE.replace(text, instead))), None) is not None
