@@ -71,7 +71,7 @@ class TestMetrics:
         assert bool(metrics.damage) == (place == "over a record")
         if metrics.damage:
             assert "metrics.jsonl: the records of 1 of the 6 steps done are missing or damaged" in metrics.damage
-            assert (directory / run_directory.DAMAGED_METRICS_METRICS).read_bytes() == damaged
+            assert (directory / run_directory.DAMAGED_METRICS).read_bytes() == damaged
         if kind not in ("binary", "a huge number"):  # the rest of the way is the same for all
             return
         path.write_bytes(damaged)

@@ -40,12 +40,12 @@ class EngineSelector:
 
     def lines(self) -> list[str]:
         """What was measured, a line a shape, and what would make it faster."""
-        said: dict[str, int] = {}
+        counts: dict[str, int] = {}
         for name, choice in self.choices.items():
             row = self._rows[name]
             text = f"{'×'.join(map(str, row.shape))} at density {row.density:.3g}: {choice.text()}"
-            said[text] = said.get(text, 0) + (1 if choice.seconds else 0)
-        lines = [f"engine of {count} tensors {text}" for text, count in said.items() if count]
+            counts[text] = counts.get(text, 0) + (1 if choice.seconds else 0)
+        lines = [f"engine of {count} tensors {text}" for text, count in counts.items() if count]
         if lines and self.case.device.type == "cpu" and not importlib.util.find_spec("numba"):
             lines.append("numba is not installed: `pip install 'supar[sparse]'` makes the sparse engine faster")
         return lines
