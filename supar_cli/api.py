@@ -43,7 +43,8 @@ def load(path: str | Path) -> AnyDocument:
     found = document.read_file(str(path))
     if len(found) != 1:
         raise InputError(f"{path}: holds {len(found)} documents; expected one")
-    return parse_any(found[0])
+    parsed = parse_any(found[0])
+    return parsed.beside(str(path)) if isinstance(parsed, Plan) else parsed
 
 
 def transfer(

@@ -14,8 +14,10 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
 
+import supar_cli
 from supar_cli.errors import InputError, SetupError
-from supar_cli.planning.plan import MaskSource, Plan
+from supar_cli.planning import document
+from supar_cli.planning.plan import MaskSource, Plan, read_plan
 from supar_cli.sparse import mask_files
 from supar_cli.sparse.mask_files import WantedMask, read_masks, write_masks
 from supar_cli.sparse.masks import Mask, draw
@@ -197,3 +199,19 @@ class TestAPlansSource:
             Trainer(self.plan(plan_of, path, write_masks(path, drawn)))
         with pytest.raises(InputError, match="is another file of masks"):
             Trainer(self.plan(plan_of, path, "sha256:" + 64 * "0"))
+
+    def test_is_sought_beside_the_plans_document(
+        self, plan_of: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plan = plan_of(train={"steps": 1})
+        (tmp_path / "plans").mkdir()
+        written = write_masks(tmp_path / "plans" / "masks.safetensors", prepare.draw_masks(plan))
+        source = MaskSource(kind="file", path="masks.safetensors", hash=written)
+        plan = plan.model_copy(update={"sparsity": plan.sparsity.model_copy(update={"source": source})})
+        (tmp_path / "plans" / "plan.yaml").write_text(document.write([plan.model_dump()]), "utf-8")
+        monkeypatch.chdir(tmp_path)
+        read = read_plan(Path("plans/plan.yaml"))
+        assert read.sparsity.source.path == str((tmp_path / "plans" / "masks.safetensors").resolve())
+        assert read.hash() == plan.hash()  # which says what is in the file, not where it lies
+        supar_cli.train(read, "run")
+        assert supar_cli.train(read_plan(Path("run/plan.yaml")), "run")["steps"] == 1

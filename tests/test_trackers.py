@@ -109,7 +109,7 @@ class TestWrong:
         )
         ended = supar_here("train", "-o", "run", "--tracker", name)
         assert ended.status == 3 and not (tmp_path / "run").exists()
-        assert f"run.trackers: {name} is not installed; expected `pip install 'supar[{name}]'`" in ended.err
+        assert f"run.trackers: {name} is not installed; expected `pip install {name}" in ended.err
 
     def test_one_that_is_none(self, plan_of: MakePlan, supar_here: Supar, tmp_path: Path) -> None:
         (tmp_path / "plan.yaml").write_text(document.write([plan_of().model_dump()]), "utf-8")

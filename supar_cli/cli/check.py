@@ -129,7 +129,8 @@ def _document(source: str | None, flags: dict[str, Any]) -> tuple[Document, Any]
     console.override(read, ("target", "sparsity"), {name: flags[name] for name in drawn})
     console.override(read, ("run",), {"device": flags["device"]})
     console.override(read, ("data",), {"source": flags["data"]})
-    return read, parse(KINDS[kind], read)
+    wanted = parse(KINDS[kind], read)
+    return read, wanted.beside(read.name) if isinstance(wanted, Plan) else wanted
 
 
 def _widths(text: str | None) -> list[int]:

@@ -137,7 +137,7 @@ def _jobs(flags: dict[str, Any], talk: console.Talk) -> list[Job]:
         for path, flag in PLACES.items():
             if flags[flag] is not None:
                 console.put(read, path, flags[flag])
-        plans.append(parse(Plan, read))
+        plans.append(parse(Plan, read).beside(source))
     index = flags["index"]
     if index is not None:
         if not 0 <= index < len(plans):

@@ -88,6 +88,15 @@ class Plan(Section):
                         f"tensors.{at}.{key}: {vars(row)[key]}; the model's shape gives {value} to {row.name}"
                     )
 
+    def beside(self, document: str) -> Plan:
+        """The plan with the files that it names sought beside its document, `-` being in the working directory."""
+        source = self.sparsity.source
+        if source.path is None or document == "-" or Path(source.path).is_absolute():
+            return self
+        path = str((Path(document).parent / source.path).resolve())
+        sparsity = self.sparsity.model_copy(update={"source": source.model_copy(update={"path": path})})
+        return self.model_copy(update={"sparsity": sparsity})
+
     @property
     def decoder(self) -> PlanModel:
         """The model section of supar's own families. Raises InputError for a user's model, which has no such shape."""
@@ -209,7 +218,7 @@ def _row_from_v1(row: dict[str, Any], derived: dict[str, dict[str, Any]]) -> dic
 
 def read_plan(path: Path) -> Plan:
     """The plan in a file, of today's kind or of an earlier one. Raises InputError with every problem in it."""
-    return parse(Plan, read_file(str(path))[0])
+    return parse(Plan, read_file(str(path))[0]).beside(str(path))
 
 
 def with_steps(plan: Plan, steps: int) -> Plan:

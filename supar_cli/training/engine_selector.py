@@ -47,5 +47,5 @@ class EngineSelector:
             counts[text] = counts.get(text, 0) + (1 if choice.seconds else 0)
         lines = [f"engine of {count} tensors {text}" for text, count in counts.items() if count]
         if lines and self.case.device.type == "cpu" and not importlib.util.find_spec("numba"):
-            lines.append("numba is not installed: `pip install 'supar[sparse]'` makes the sparse engine faster")
+            lines.append("numba is not installed: `pip install numba` makes the sparse engine faster")
         return lines

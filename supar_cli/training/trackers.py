@@ -119,11 +119,16 @@ KINDS: dict[str, Callable[[Plan, Path, int, str | None], Tracker]] = {
 }
 
 
+PACKAGES = {"mlflow": "mlflow-skinny sqlalchemy alembic"}  # what a tracker needs, where it is not its own name
+
+
 def require(plan: Plan) -> None:
     """Raises SetupError where a tracker of the plan is not installed."""
     for name in plan.run.trackers:
         if importlib.util.find_spec(name) is None:
-            raise SetupError(f"run.trackers: {name} is not installed; expected `pip install 'supar[{name}]'`")
+            raise SetupError(
+                f"run.trackers: {name} is not installed; expected `pip install {PACKAGES.get(name, name)}`"
+            )
 
 
 def settings(plan: Plan) -> dict[str, Any]:

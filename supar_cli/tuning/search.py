@@ -45,7 +45,7 @@ class Finalist:
 
 def study_name(spec: Spec) -> str:
     """Name of a spec's study. What changes a trial's loss or its ranges makes another study; trials and sampler don't."""
-    deciding = spec.model_dump(include={"model", "hyperparameters", "parameterization", "sparsity", "data", "train"})
+    deciding = spec.identity(include={"model", "hyperparameters", "parameterization", "sparsity", "data", "train"})
     return "supar-" + content_hash({**deciding, "ranges": spec.search.ranges()})[7:19]
 
 
@@ -55,7 +55,7 @@ def proxy_of(spec: Spec, values: Values, seed: int | None = None) -> Proxy:
     train = spec.train if seed is None else spec.train.model_copy(update={"seed": seed})
     return Proxy(
         kind="supar.proxy/v1",
-        parents={"spec": content_hash(spec.model_dump(exclude={"run", "meta"}))},
+        parents={"spec": content_hash(spec.identity(exclude={"run", "meta"}))},
         hyperparameters=spec.hyperparameters.model_copy(update=values),
         train=train,
         **shared,
