@@ -18,7 +18,6 @@ from supar_cli.errors import InputError, Problem, SetupError
 from supar_cli.files import template_names as template_names
 from supar_cli.files import write_file
 from supar_cli.planning import document, spec
-from supar_cli.planning.estimate import duration
 
 Out = Annotated[str | None, typer.Option("--out", "-o", help="Where to write; - for stdout only.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite a file that differs.")]
@@ -122,6 +121,8 @@ class Progress(Talk):
             self._bar.stop()
 
     def progress(self, step: int, steps: int, loss: float) -> None:
+        from supar_cli.planning.estimate import duration
+
         now = time.monotonic()
         if self._first is None:
             self._first, self._started = step, now

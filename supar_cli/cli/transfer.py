@@ -1,6 +1,7 @@
-"""`supar transfer`: a proxy and a target become a plan."""
+"""`supar transfer`: a proxy and a target become a plan.
 
-from __future__ import annotations
+Annotations are no strings here: Typer would have each compiled, a fortieth of the command's time.
+"""
 
 import sys
 from typing import Annotated, Any, get_args

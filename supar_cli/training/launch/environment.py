@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def launcher_process() -> int:
 
 def launcher_id() -> str:
     """What tells this process's launcher from any other, of this machine or another."""
-    return f"{platform.node()} {os.getppid()} {_launcher_start_s()}"
+    return f"{os.uname().nodename} {os.getppid()} {_launcher_start_s()}"
 
 
 def launcher_age_s() -> float:
