@@ -49,7 +49,7 @@ def largest(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_all_arms_compute_the_same_numbers(block: int | None) -> None:
     """Of Y, of X's gradient and of the live values', against float64; what is asked of bfloat16 is its rounding."""
     case = LayerCase(CPU, torch.float32, tokens=40, block=block)
-    mask = bench_layers.draw_mask(SHAPE, 0.25, block)
+    mask = bench_layers.random_mask(SHAPE, 0.25, block)
     assert mask.count == 0.25 * mask.size
     values = bench_layers.draw_values(mask, CPU)
     arms, chosen = bench_layers.make_all(mask, case)
@@ -72,7 +72,7 @@ def test_all_arms_compute_the_same_numbers(block: int | None) -> None:
 
 def test_an_arm_of_another_mask_is_told_apart() -> None:
     case = LayerCase(CPU, torch.float32, tokens=40)
-    mask = bench_layers.draw_mask(SHAPE, 0.25)
+    mask = bench_layers.random_mask(SHAPE, 0.25)
     values = bench_layers.draw_values(mask, CPU)
     inputs = bench_layers.draw_inputs(SHAPE, case, torch.float32)
     right, wrong = (

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from supar_cli.planning.patterns import density_of, describe, group_of, has_equa
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Sparsity
+from supar_cli.sparse.masks import select
 from supar_cli.training.trainer import Trainer
 
 MakePlan = Callable[..., Plan]
@@ -143,3 +145,10 @@ class TestGroupsInAPlan:
         for name in trainer.sparse_model.masks:
             alive = (trainer.sparse_model.weight(name) != 0).numpy()
             assert (alive.reshape(-1, 8).sum(axis=1) == 2).all()
+
+
+def test_a_pattern_without_a_case_is_refused_and_not_taken_for_exact() -> None:
+    with pytest.raises(AssertionError, match="no case for the pattern diagonal"):
+        live_count("w", 64, 8, Fraction(1, 2), "diagonal", None)
+    with pytest.raises(AssertionError, match="no case for the pattern diagonal"):
+        select("diagonal", np.arange(64.0).reshape(8, 8), 32)

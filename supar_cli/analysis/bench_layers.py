@@ -52,7 +52,7 @@ def require_blocks(shape: tuple[int, int], block: int | None) -> None:
         raise InputError(f"--block {block}: {shape[0]}×{shape[1]} is not made of such blocks; expected multiples of it")
 
 
-def draw_mask(shape: tuple[int, int], density: float, block: int | None = None) -> Mask:
+def random_mask(shape: tuple[int, int], density: float, block: int | None = None) -> Mask:
     """A mask (out, in) of round(density · size) live weights, 1 at least, or of as many whole aligned blocks."""
     edge = block or 1
     cells = np.zeros((shape[0] // edge, shape[1] // edge), np.bool_)
@@ -142,7 +142,7 @@ def _now(device: torch.device) -> float:
 
 def measure(shape: tuple[int, int], density: float, case: LayerCase, rounds: int) -> dict[str, Any]:
     """One density's times in milliseconds and ratios; `over_dense` is the best dense arm of the same precision ÷ arm."""
-    mask = draw_mask(shape, density, case.block)
+    mask = random_mask(shape, density, case.block)
     arms, chosen = make_all(mask, case)
     seconds = times(arms, shape, case, rounds)
     median = {name: statistics.median(spent) for name, spent in seconds.items()}

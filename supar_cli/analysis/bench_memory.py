@@ -70,7 +70,7 @@ class _Training:
     """One layer, its optimizer, and a batch; nothing of the making of them is kept."""
 
     def __init__(self, arm: str, shape: tuple[int, int], density: float, case: LayerCase) -> None:
-        mask = bench_layers.draw_mask(shape, density)
+        mask = bench_layers.random_mask(shape, density)
         values = bench_layers.draw_values(mask, case.device)
         self.live = len(values)
         self.arm = bench_layers.make(arm, mask, values, case)

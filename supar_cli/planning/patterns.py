@@ -1,6 +1,9 @@
 """Patterns of masks: how many weights of a tensor each leaves alive at a density, and the density that then holds.
 
 A pattern goes along the fan-in: it sees a tensor as a matrix (fan-out, fan-in), however its extents are stored.
+
+To add one: its word in `Pattern` and its count in `live_count` here; which weights live in `sparse.masks.select`, and how
+`draw` makes its keys; what a mask from a file must fulfil in `sparse.mask_files`; its warnings in `advice`; the flags' help.
 """
 
 from __future__ import annotations
@@ -82,7 +85,14 @@ def live_count(name: str, size: int, fan_in: int, density: Fraction, pattern: st
         # every row keeps the same whole number, so the density that holds is that number's share, not the nominal one
         per_row = _round(density * fan_in)
         return LiveCount(float(Fraction(per_row, fan_in)), per_row * (size // fan_in))
+    require_known(pattern)
     return LiveCount(float(density), _round(density * size))
+
+
+def require_known(pattern: str) -> None:
+    """Raise AssertionError for a pattern that the caller has no case for: it would be taken for `exact`."""
+    if group_of(pattern) is None and pattern not in ("exact", "bernoulli", "fixed_fan_in", "block"):
+        raise AssertionError(f"no case for the pattern {pattern}")
 
 
 def _live_blocks(name: str, shape: tuple[int, int], density: Fraction, block: int) -> LiveCount:

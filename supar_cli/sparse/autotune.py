@@ -1,7 +1,7 @@
 """Which engine multiplies with a masked tensor: one that is named, or the fastest by a measurement on this machine.
 
 A measurement is of one layer's forward pass and both gradients on random numbers, kept in a file of the user's cache
-folder, so that it is made once for each device, shape, density, pattern, precision and number of tokens. Of a large layer
+folder, so that it is made once for each device, shape, density, edge of blocks, precision and number of tokens. Of a large layer
 only the first rows are measured, by each engine alike: a whole dense weight and its gradient would not fit where the live
 weights do.
 """

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import file_hash, naming_write_errors
-from supar_cli.planning.patterns import describe, group_of
+from supar_cli.planning.patterns import describe, group_of, require_known
 from supar_cli.sparse.masks import CHUNK_KEYS, Mask, to_matrix
 
 
@@ -125,6 +125,7 @@ def _require(mask: Mask, wanted: WantedMask | None) -> None:
         raise ValueError(f"{mask.count} weights live; the plan keeps {wanted.kept}")
     group = group_of(wanted.pattern)
     if group is None and wanted.pattern not in ("fixed_fan_in", "block"):
+        require_known(wanted.pattern)
         return
     matrix = to_matrix(mask.alive(), wanted.fan_in_axes)
     if wanted.pattern == "block":

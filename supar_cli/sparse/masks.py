@@ -1,4 +1,4 @@
-"""Masks: which weights of a tensor live, packed; chosen by keys under a pattern, random or not; values carried over.
+"""Masks: which weights of a tensor live, packed; drawn (`draw`) or chosen by keys (`select`); values carried over.
 
 A pattern goes along the fan-in. It sees a tensor as its matrix (fan-out, fan-in), whichever way the extents are stored.
 """
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from supar_cli.errors import InputError
-from supar_cli.planning.patterns import group_of
+from supar_cli.planning.patterns import group_of, require_known
 from supar_cli.streams import stream
 
 CHUNK_BYTES = 2**18  # chosen: packed bytes looked at at once; unpacked they and their positions take 2 to 18 MiB
@@ -138,6 +138,7 @@ def select(pattern: str, keys: Keys, kept: int, *, block: int | None = None, den
     if pattern == "fixed_fan_in":
         per_row = _share(kept, rows, "weights in equal rows")
         return _by_rows(keys, lambda chunk: _smallest(chunk, per_row))
+    require_known(pattern)
     if isinstance(keys, RandomKeys):
         return _smallest_random(keys, kept)
     return Mask.of(_smallest(keys.reshape(1, -1), kept).reshape(keys.shape))

@@ -43,7 +43,7 @@ from supar_cli.training.prepare import to_dense
 from supar_cli.training.runtime import device_thread
 from supar_cli.training.state import State
 
-WHOLE = "state.safetensors"
+UNSHARDED = "state.safetensors"
 
 
 def available(folder: Path) -> list[Path]:
@@ -88,7 +88,7 @@ class Writer:
     """Writes a run's checkpoints while training goes on, one at a time; all but the newest `run.keep` are dropped.
 
     Without a folder it writes nothing. `ranks` are those that each write a shard of it; a rank that writes whole states
-    leaves them out. `before_publish` is called when a checkpoint has all its tensors and is not yet complete. Raises
+    leaves them out. `before_publish` is called when a checkpoint has all its files and not yet its name. Raises
     SetupError of a checkpoint that failed at the next call.
     """
 
@@ -217,8 +217,8 @@ def write_tensors(staging: Path, state: State, ranks: Ranks) -> None:
     tensors = keyed(state) | packed
     with _naming_write_errors(staging.parent):
         if not ranks.is_distributed:
-            save_file(tensors, staging / WHOLE)
-            _flush(staging / WHOLE)
+            save_file(tensors, staging / UNSHARDED)
+            _flush(staging / UNSHARDED)
             return
         storage = HuggingFaceStorageWriter(str(staging), save_distributed=True)
         state_dict_saver.save(tensors, storage_writer=storage, process_group=ranks.group)
@@ -226,7 +226,7 @@ def write_tensors(staging: Path, state: State, ranks: Ranks) -> None:
 
 def hash_files(staging: Path, ranks: Ranks) -> dict[str, str]:
     """The hashes, by name, of the files that this rank wrote."""
-    pattern = f"shard-{ranks.rank + 1:05d}-*" if ranks.is_distributed else WHOLE
+    pattern = f"shard-{ranks.rank + 1:05d}-*" if ranks.is_distributed else UNSHARDED
     with _naming_write_errors(staging.parent):
         return {path.name: file_hash(path) for path in staging.glob(pattern)}
 
@@ -254,7 +254,7 @@ def write_manifest(staging: Path, state: State, plan: Plan, data_hash: str, hash
 
 
 def publish(staging: Path, final: Path, keep: int, before: Callable[[], None], lock: Lock) -> None:
-    """Give a complete checkpoint its name, and drop the oldest where there are more than `keep`."""
+    """Make a checkpoint valid, by the rename of its folder, and drop the oldest where there are more than `keep`."""
     with _naming_write_errors(final.parent):
         before()
         if not lock.acquire(blocking=False):

@@ -316,7 +316,7 @@ class Trainer:
         units = steps * self.plan.train.batch_size * self.task.units_per_row
         rate, factor = units / max(seconds, 1e-9), self.factor(step)
         return {
-            "lr": self.plan.hyperparameters.lr * factor,
+            "lr": self.plan.hyperparameters.lr * factor,  # the tuned rate; each tensor has its own
             "lr_factor": factor,
             "grad_norm": found.grad_norm,
             "grad_norm_by_role": found.grad_norm_by_role,
