@@ -309,3 +309,25 @@ class TestProblems:
     @pytest.mark.parametrize("bytes_kept", range(20, len(GOOD) - 2, 23))
     def test_a_truncated_document_is_refused(self, bytes_kept: int) -> None:
         assert all(line.startswith("f.yaml:") for line in problems_of(GOOD[:bytes_kept]))
+
+
+words = st.one_of(st.from_regex(r"\A[a-z_][a-z0-9_.]{0,9}\Z"), st.sampled_from(["off", "null", "a b", "1", "é", ""]))
+cells = st.one_of(words, st.integers(-9, 9), st.booleans(), st.none(), st.floats(allow_nan=False))
+rows = st.dictionaries(words, st.one_of(cells, st.lists(cells, max_size=3), st.dictionaries(words, cells, max_size=2)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(rows, min_size=document.MANY_ROWS, max_size=document.MANY_ROWS + 2), st.booleans())
+def test_long_lists_are_written_as_pyyaml_writes_them(many: list[Any], several: bool) -> None:
+    """The longer way is PyYAML's: of what needs quotes nothing may be written without."""
+    one = {"kind": "x", "tensors": many, "after": {"a": [1]}}
+    documents = [one, one] if several else [one]
+    text = document.write(documents)
+    assert text == yaml.serialize_all(
+        [document._node(one) for one in documents],
+        Dumper=document._Dumper,
+        allow_unicode=True,
+        width=1_000_000,
+        explicit_start=several,
+    )
+    assert repr([found.data for found in document.read(text, "f")]) == repr(documents)

@@ -13,6 +13,8 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -226,14 +228,66 @@ def read_file(source: str) -> list[Document]:
     return documents
 
 
+MANY_ROWS = 8  # chosen: a list of so many mappings is written without PyYAML, which takes several times as long
+
+
 def write(documents: Iterable[Any]) -> str:
     """YAML text of the documents, keys in the order given; a list of mappings gets one line per item."""
-    nodes = [_node(document) for document in documents]
-    return str(
-        yaml.serialize_all(nodes, Dumper=_Dumper, allow_unicode=True, width=1_000_000, explicit_start=len(nodes) > 1)
+    documents = list(documents)
+    start = "---\n" if len(documents) > 1 else ""
+    return "".join(start + (_pieces(one) or _serialize(one)) for one in documents)
+
+
+def _serialize(value: Any) -> str:
+    return str(yaml.serialize(_node(value), Dumper=_Dumper, allow_unicode=True, width=1_000_000))
+
+
+def _pieces(document: Any) -> str | None:
+    """A mapping whose long lists of mappings are plain, key by key; None for any other document."""
+    if not isinstance(document, dict):
+        return None
+    lines = {
+        key: _lines(value) for key, value in document.items() if isinstance(value, list) and len(value) >= MANY_ROWS
+    }
+    if not any(lines.values()):
+        return None
+    return "".join(
+        f"{key}:\n{rows}" if (rows := lines.get(key)) else _serialize({key: value}) for key, value in document.items()
     )
 
 
+def _lines(rows: list[Any]) -> str | None:
+    """A line for each mapping; None where something in them needs quotes."""
+    try:
+        return "".join(f"- {_flow_text(row)}\n" for row in rows) if all(isinstance(row, dict) for row in rows) else None
+    except _NotPlainError:
+        return None
+
+
+class _NotPlainError(Exception):
+    """A value that only PyYAML knows how to write."""
+
+
+def _flow_text(value: Any) -> str:
+    if isinstance(value, str):
+        return _plain_text(value)
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_plain_text(key)}: {_flow_text(item)}' for key, item in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_flow_text, value))}]"
+    return _represent(type(value), repr(value), value)[1]
+
+
+@cache
+def _plain_text(text: str) -> str:
+    """A text that needs no quotes. Raises _NotPlainError."""
+    if not _PLAIN_WORD.fullmatch(text) or _DUMPER.resolve(yaml.ScalarNode, text, (True, False)) != _TAG + "str":
+        raise _NotPlainError
+    return text
+
+
+_PLAIN_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,99}")
+_DUMPER = _Dumper(StringIO())
 _TAG = "tag:yaml.org,2002:"
 _REPRESENTER = yaml.representer.SafeRepresenter()
 

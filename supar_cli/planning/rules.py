@@ -21,7 +21,7 @@ from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 from fractions import Fraction
 from math import inf, isfinite, sqrt
 from sys import float_info
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Role = Literal["embedding", "hidden", "norm", "bias", "unembedding"]
 ParameterizationName = Literal["supar", "mup", "sp", "supar-init-only", "supar-lr-only"]
@@ -33,8 +33,7 @@ UnembeddingInit = Literal["normal", "zero"]
 Edition = Literal[1, 2]
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """A resolved number with the formula that gave it and the formula's source."""
 
     value: float
