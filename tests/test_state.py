@@ -182,6 +182,15 @@ class TestTrainer:
         found = checkpoint.weights(path)
         assert all(int((found[name] != 0).sum()) <= mask.count for name, mask in restored.sparse_model.masks.items())
 
+    def test_a_compiled_graph_is_of_the_new_masks(self, plan_of: MakePlan) -> None:
+        found = []
+        for compiled in ("off", "on"):
+            trainer = Trainer(plan_of(model={"layers": 1}, run={"compile": compiled}))
+            first = losses(trainer, 2)
+            trainer.remask(other_masks(trainer.plan))
+            found.append(first + losses(trainer, 3))
+        assert found[0] == pytest.approx(found[1], abs=1e-5)
+
     def test_a_plan_whose_masks_stay_refuses_others(self, plan: Plan, tmp_path: Path) -> None:
         trainer = Trainer(plan)
         losses(trainer, 2)
