@@ -51,6 +51,8 @@ class _Field:
 
     def schema(self, schema: core_schema.CoreSchema) -> core_schema.CoreSchema:
         """The key's schema with its default."""
+        if isinstance(self.default, type) and issubclass(self.default, Section):  # made of nothing by its own schema
+            return core_schema.with_default_schema(schema, default_factory=dict, validate_default=True)
         if callable(self.default):
             return core_schema.with_default_schema(schema, default_factory=self.default)
         return schema if self.default is _UNSET else core_schema.with_default_schema(schema, default=self.default)
@@ -58,7 +60,9 @@ class _Field:
     @property
     def neutral(self) -> Any:
         """The neutral value as plain data."""
-        return _plain(self.default() if callable(self.default) else self.default)
+        if isinstance(self.default, type) and issubclass(self.default, Section):
+            return self.default.default_data()
+        return self.default() if callable(self.default) else self.default
 
 
 def Field(
@@ -156,6 +160,18 @@ class Section:
     def model_validate(cls, data: Any) -> Self:
         """The section of plain data. Raises pydantic's ValidationError with everything that is wrong."""
         return cls.validator().validate_python(data)  # type: ignore[no-any-return]
+
+    @classmethod
+    def default_data(cls) -> dict[str, Any]:
+        """What `model_dump` gives of a section of defaults."""
+        found: dict[str, Any] = {}
+        for name in cls.keys():  # noqa: SIM118
+            given = getattr(cls, name)
+            if not isinstance(given, _Field):
+                found[name] = given
+            elif not given.is_omitted:
+                found[name] = given.neutral
+        return found
 
     @classmethod
     def neutral_fields(cls) -> dict[str, _Field]:
