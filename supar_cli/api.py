@@ -20,22 +20,16 @@ from supar_cli.planning.kinds import AnyDocument, parse_any
 from supar_cli.planning.layout_document import Layout
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.rules import ParameterizationName
+from supar_cli.planning.schema import Section
 from supar_cli.planning.spec import Proxy, Spec
 from supar_cli.planning.sweep import Sweep
 from supar_cli.planning.transfer import transfer as _transfer
+from supar_cli.training.reporter import NullReporter
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from supar_cli.tuning.execute import Workers
-
-
-class _Quiet:
-    """A reporter that keeps to itself: results are what is returned."""
-
-    def log(self, message: str) -> None: ...
-    def warn(self, message: str) -> None: ...
-    def progress(self, step: int, steps: int, loss: float) -> None: ...
 
 
 def load(path: str | Path) -> AnyDocument:
@@ -53,6 +47,7 @@ def transfer(
     """The plan of a target; keywords as the flags of `supar transfer`: sparsity or density (0.008 or "1/128"), width,
     layers, steps, pattern, … Raises InputError.
     """
+    _require(proxy, Proxy)
     wanted = proxy.target.override(**target)
     if proxy.data.hash is None:
         proxy = proxy.model_copy(update={"data": corpus.identified(proxy.data)})
@@ -64,7 +59,7 @@ def explain(plan: Plan, tensor: str | None = None, role: str | None = None) -> E
 
     `.text(title)` is what `supar explain` prints, `.as_json()` its data. Raises InputError where no tensor is named so.
     """
-    return Explained.of(plan, tensor, role)
+    return Explained.of(_require(plan, Plan), tensor, role)
 
 
 def tune(
@@ -82,10 +77,11 @@ def tune(
     """
     from supar_cli.tuning import search
 
-    spec = spec.model_copy(update={"data": corpus.identified(spec.data)})
-    workers = _workers(executor, jobs, executor_set, spec.run.device, Path("proxy.slurm"), on_cpu=1)
+    spec = _require(spec, Spec).model_copy(update={"data": corpus.identified(spec.data)})
+    folder = Path("proxy" if "://" in str(study) else study).with_suffix(".slurm")
+    workers = _workers(executor, jobs, executor_set, spec.run.device, folder, on_cpu=1)
     with workers:
-        return search.search(spec, str(study), workers=workers, reporter=reporter or _Quiet())
+        return search.search(spec, str(study), workers=workers, reporter=reporter or NullReporter())
 
 
 def check(
@@ -111,12 +107,14 @@ def check(
     """
     from supar_cli.analysis import check_run
 
-    subject = _identified(subject)
+    subject = _identified(_require(subject, Spec, Proxy, Plan))
     sweeps = check_run.sweeps_of(
         subject, parameterization, widths=width, densities=density, seeds=seeds, steps=steps, batch_size=batch_size
     )
     workers = _workers(executor, jobs, executor_set, subject.run.device, Path(out) / "slurm")
-    found = check_run.run_check(sweeps, Path(out), workers, reporter or _Quiet(), max_seeds=max_seeds, force=force)
+    found = check_run.run_check(
+        sweeps, Path(out), workers, reporter or NullReporter(), max_seeds=max_seeds, force=force
+    )
     return found.result
 
 
@@ -137,10 +135,10 @@ def sweep(
     from supar_cli.analysis import sweep_run
     from supar_cli.planning.sweep import checked
 
-    study, folder = _identified(study), Path(out or f"sweeps/{study.name}")
+    study, folder = _identified(_require(study, Sweep)), Path(out or f"sweeps/{study.name}")
     checked(study)
     workers = _workers(executor, jobs, executor_set, study.run.device, folder / "slurm")
-    return sweep_run.run_sweep(study, folder, workers, reporter or _Quiet(), force=force)[0]
+    return sweep_run.run_sweep(study, folder, workers, reporter or NullReporter(), force=force)[0]
 
 
 def compare(
@@ -160,11 +158,11 @@ def compare(
     from supar_cli.analysis import sweep_run
     from supar_cli.planning.sweep import checked
 
-    sweep_run.require_comparison(study, study.name)
+    sweep_run.require_comparison(_require(study, Sweep), study.name)
     study, folder = _identified(study), Path(out or f"compare/{study.name}")
     checked(study)
     workers = _workers(executor, jobs, executor_set, study.run.device, folder / "slurm")
-    return sweep_run.run_comparison(study, folder, workers, reporter or _Quiet(), force=force)
+    return sweep_run.run_comparison(study, folder, workers, reporter or NullReporter(), force=force)
 
 
 def report(paths: Sequence[str | Path], out: str | Path | None = None) -> str:
@@ -189,6 +187,7 @@ def train(plan: Plan, directory: str | Path, *, resume: bool = True, force: bool
     In a script that torchrun started, its processes train it together. Without `resume` a directory that holds a run is
     refused; with `force` it starts again.
     """
+    _require(plan, Plan)
     from supar_cli.training import run_directory, trainer
     from supar_cli.training.distributed import Ranks, init_distributed
 
@@ -216,6 +215,13 @@ def weights(directory: str | Path) -> dict[str, Tensor]:
     if not found:
         raise InputError(f"{directory}: no checkpoint there; expected the directory of a run")
     return checkpoint.weights(found[-1])
+
+
+def _require(document: Any, *types: type[Section]) -> Any:
+    """The document itself. Raises InputError where it is of none of these types."""
+    if not isinstance(document, types):
+        raise InputError(f"{type(document).__name__}: expected a {' or '.join(one.__name__ for one in types)}")
+    return document
 
 
 def _identified(subject: Any) -> Any:

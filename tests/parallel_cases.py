@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from supar_cli import load
 from supar_cli.errors import InputError, SuparError
-from supar_cli.planning.plan import Plan
+from supar_cli.planning.plan import MaskSource, Plan
 from supar_cli.sparse import masks
+from supar_cli.sparse.mask_files import write_masks
 from supar_cli.sparse.masks import Mask
 from supar_cli.training import checkpoint, runtime
 from supar_cli.training.distributed import Ranks, init_distributed, local_shard
@@ -51,6 +53,15 @@ def lost_data(plan: Plan, ranks: Ranks) -> list[Any]:
     """Rank 1 does not find the data."""
     data = plan.data.model_copy(update={"source": plan.data.source + ".gone" * ranks.rank})
     return error_of(lambda: Trainer(plan.model_copy(update={"data": data}), ranks=ranks))
+
+
+def lost_masks(plan: Plan, ranks: Ranks) -> list[Any]:
+    """Rank 1 does not find the file of masks, while engines have to be chosen by all."""
+    path, trainer = Path(f"masks-{os.getppid()}.safetensors"), Trainer(plan, ranks=ranks)
+    written = ranks.on_main(write_masks, path, trainer.sparse_model.masks)
+    source = MaskSource(kind="file", path=str(path) + ".gone" * ranks.rank, hash=written)
+    sparsity = plan.sparsity.model_copy(update={"source": source})
+    return error_of(lambda: Trainer(plan.model_copy(update={"sparsity": sparsity}), ranks=ranks))
 
 
 def fails_first(ranks: Ranks) -> list[Any]:
@@ -180,6 +191,7 @@ def main() -> None:
         found = {
             "other_mask": other_mask(plan, ranks),
             "lost_data": lost_data(plan, ranks),
+            "lost_masks": lost_masks(plan, ranks),
             "fails_first": fails_first(ranks),
             "kinds": kinds(plan, ranks),
             "exchanges": {

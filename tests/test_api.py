@@ -121,6 +121,45 @@ class TestWords:
             supar_cli.transfer(proxy_of(text_file), **changes)
         assert "pydantic" not in str(caught.value)
 
+    @pytest.mark.parametrize(
+        ("call", "words"),
+        [
+            (
+                lambda p: supar_cli.transfer(p, density=0.5, parameterization="foo"),
+                "^parameterization: 'foo'; expected one of",
+            ),
+            (lambda p: supar_cli.check(p, parameterization="foo"), "^parameterization: 'foo'; expected one of"),
+            (lambda p: supar_cli.check(p, density=["1/0"]), "^density: '1/0' divides by zero"),
+            (lambda p: supar_cli.check(p, density=["x", 1]), "^density: 'x' is not a number"),
+            (lambda p: supar_cli.check(p, density=[2]), "^density: 2; expected 0 < density <= 1"),
+            (lambda p: supar_cli.check(p, width=[0]), "^width: 0; expected widths above 0"),
+            (lambda p: supar_cli.check(p, steps=0), "^steps: 0; expected a number above 0"),
+            (lambda p: supar_cli.check(supar_cli.transfer(p), width=[3]), "^a plan is checked as it stands"),
+            (lambda p: supar_cli.explain(p), "^Proxy: expected a Plan$"),
+            (lambda p: supar_cli.train(p, "x"), "^Proxy: expected a Plan$"),
+            (lambda p: supar_cli.tune(p), "^Proxy: expected a Spec$"),
+            (lambda p: supar_cli.sweep(p), "^Proxy: expected a Sweep$"),
+        ],
+    )
+    def test_no_function_lets_pydantics_through(self, text_file: Path, call: Any, words: str) -> None:
+        with pytest.raises(InputError, match=words):
+            call(proxy_of(text_file))
+
+    @pytest.mark.parametrize("density", [[1], True, None, {"a": 1}])
+    def test_a_share_of_another_type_is_told_what_it_may_be(self, text_file: Path, density: Any) -> None:
+        fields = proxy_fields(str(text_file), target={"sparsity": {"density": 0.5, "overrides": {"mlp": density}}})
+        with pytest.raises(InputError, match=r"overrides\.mlp.*: should be a number or a fraction such as 1/128"):
+            parse_any(document.Document(fields, "proxy.yaml"))
+
+    @pytest.mark.parametrize("kind", [["x"], {}, None, 3])
+    def test_a_kind_that_is_no_text_is_refused_by_every_command(
+        self, supar_here: Supar, tmp_path: Path, kind: Any
+    ) -> None:
+        (tmp_path / "k.yaml").write_text(document.write([{"kind": kind}]), "utf-8")
+        for command in ("explain", "train", "transfer", "report", "check", "sweep", "tune-proxy"):
+            called = supar_here(command, "k.yaml")
+            assert called.status == 2 and "kind" in called.err, (command, called.err)
+
     def test_a_kind_that_is_none_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "x.yaml").write_text("kind: supar.plan/v0\n")
         with pytest.raises(InputError, match=r"x\.yaml:1: kind: is 'supar\.plan/v0'; expected one of .*supar\.plan/v2"):

@@ -17,10 +17,10 @@ import supar_cli
 import supar_cli.errors
 from supar_cli.planning import document
 from supar_cli.planning.kinds import AnyDocument, parse_any
-from supar_cli.planning.plan import Plan, read_plan
+from supar_cli.planning.plan import Plan, PlanModel, read_plan
 from supar_cli.planning.problems import required_keys
 from supar_cli.planning.schema import Field, Section
-from supar_cli.planning.spec import Data, Hyperparameters, Model, Proxy, Sparsity, Spec, Train
+from supar_cli.planning.spec import Data, Hyperparameters, Model, Options, Proxy, Sparsity, Spec, Train
 from supar_cli.planning.sweep import Sweep
 from supar_cli.tuning.search import study_name
 
@@ -86,7 +86,7 @@ def grown(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @pytest.fixture
 def documents_have_grown(grown: Any) -> None:
     """A neutral key in sections of every kind of document, in lists of them, and a section of its own."""
-    for section in (Train, Model, Hyperparameters, Sparsity, Data, Proxy, Spec, Sweep, Plan):
+    for section in (Train, Model, PlanModel, Options, Hyperparameters, Sparsity, Data, Proxy, Spec, Sweep, Plan):
         grown(section, "added_key", "int", default=7, neutral=True)
     row: Any = Plan.keys()["tensors"]
     grown(get_args(row)[0], "added_key", "str | None", default=None, neutral=True, omit=True)

@@ -218,8 +218,50 @@ class TestOwnModels:
 
     def test_another_family_is_named_with_those_there_are(self) -> None:
         model = {**own_plan()["model"], "family": "mine"}
-        with pytest.raises(InputError, match="needs a family: gpt2, llama, own"):
+        with pytest.raises(InputError, match=r"model\.family: should be one of gpt2, llama, own, not 'mine'"):
             parse(Plan, document.Document(own_plan(model=model), "plan.yaml"))
+
+    @pytest.mark.parametrize("model", [None, [], "x", 3, {}, {"family": None}, {"family": ["own"]}])
+    def test_a_model_that_is_none_is_refused_in_its_place(self, model: Any) -> None:
+        with pytest.raises(InputError, match=r"^plan\.yaml: model(: not a mapping|\.family: should be one of)"):
+            parse(Plan, document.Document(own_plan(model=model), "plan.yaml"))
+
+    @pytest.mark.parametrize(
+        ("changes", "what"),
+        [
+            ({"name": "head.weight"}, "head.weight appears twice in the plan"),
+            ({"tied_to": "nothing"}, "stem.weight is tied to nothing; expected another tensor"),
+            ({"tied_to": "stem.weight"}, "stem.weight is tied to stem.weight; expected another tensor"),
+        ],
+    )
+    def test_names_that_contradict_each_other(self, changes: dict[str, Any], what: str) -> None:
+        rows = own_plan()["tensors"]
+        rows[0] |= changes
+        with pytest.raises(InputError, match=what):
+            parse(Plan, document.Document(own_plan(tensors=rows), "plan.yaml"))
+
+    @pytest.mark.parametrize("target", [{}, {"width": -1}, {"depth": 3}, {"width": 1, "a/b": 2}])
+    def test_a_size_that_names_no_folder_is_refused(self, target: dict[str, int]) -> None:
+        with pytest.raises(InputError, match=r"model\.target"):
+            parse(Plan, document.Document(own_plan(model={**own_plan()["model"], "target": target}), "plan.yaml"))
+
+    def test_rows_that_start_elsewhere_are_shown_apart(self) -> None:
+        rows = own_plan()["tensors"]
+        base = {**rows[1], "role": "norm", "fan_in_axes": [], "fan_in": 1, "base_fan_in": 1, "fold": None}
+        del base["init_std"]
+        norms = [{**base, "name": f"norm{start}", "init_constant": start} for start in (0.5, 1.0, -1.0)]
+        made = parse(Plan, document.Document(own_plan(tensors=[rows[0], *norms]), "plan.yaml"))
+        assert len(plan_rows(made)) == 4
+
+    def test_a_gain_that_starts_at_zero_is_another_experiment(self) -> None:
+        rows = own_plan()["tensors"]
+        rows[1] |= {"role": "norm", "fan_in_axes": [], "fan_in": 1, "base_fan_in": 1}
+        with pytest.raises(InputError, match="expected init_constant, where every gain starts"):
+            parse(Plan, document.Document(own_plan(tensors=rows), "plan.yaml"))
+
+    def test_warnings_need_no_hidden_row(self) -> None:
+        made = parse(Plan, document.Document(own_plan(tensors=own_plan()["tensors"][1:]), "plan.yaml"))
+        assert warnings(made) == []
 
     def test_problems_of_its_section_have_their_place(self) -> None:
         model = {**own_plan()["model"], "facttory": "x"}

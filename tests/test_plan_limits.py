@@ -234,7 +234,7 @@ class TestRefusals:
             ({"shape": [128, 128, 1, 1, 1, 1]}, r"tensors\[3\]\.shape"),
             (
                 {"fan_in_axes": [0]},
-                r"tensors\.3\.fan_in_axes: \[0\]; the model's shape gives \[1\] to blocks\.0\.attn\.q",
+                r"tensors\[3\]\.fan_in_axes: \[0\]; the model's shape gives \[1\] to blocks\.0\.attn\.q",
             ),
             ({"lr": 0.0}, r"tensors\[3\]\.lr: should be greater than 0"),
             ({"init_std": "wide"}, r"tensors\[3\]\.init_std: should be a number, not 'wide'"),

@@ -200,6 +200,11 @@ class TestTogether:
             assert (kind, shared) == ("InputError", True)
             assert text.startswith("rank 1: data.source: ") and text.endswith("text.txt.gone: no such file or folder")
 
+    def test_masks_that_one_process_lacks_end_all(self, found: list[dict[str, Any]]) -> None:
+        for one in found:
+            kind, text, shared = one["lost_masks"]
+            assert (kind, shared) == ("SetupError", True) and text.startswith("rank 1: ") and ".gone" in text
+
     def test_what_the_first_finds_wrong_ends_all(self, found: list[dict[str, Any]]) -> None:
         assert [one["fails_first"] for one in found] == [["InputError", "what rank 0 found", True]] * 2
 

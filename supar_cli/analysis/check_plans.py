@@ -121,7 +121,7 @@ def _proxy_of(plan: Plan, steps: int, batch_size: int) -> Proxy:
     base, model = decoder_base(plan), plan.decoder
     heads = base.width // model.head_width if base.width % model.head_width == 0 else 1
     kv_heads = max(1, round(heads * base.kv_share))
-    fields = {key: value for key, value in model.model_dump().items() if key != "multipliers"}
+    fields = model.model_dump(include=Model.keys())
     fields |= {"width": base.width, "ffn_width": base.ffn_width, "heads": heads}
     fields |= {"kv_heads": kv_heads if heads % kv_heads == 0 else heads}
     hidden = [row for row in plan.tensors if row.role == "hidden"]

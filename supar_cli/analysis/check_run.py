@@ -10,7 +10,9 @@ from typing import Any, Protocol
 from supar_cli.analysis import check as verdicts
 from supar_cli.analysis import check_plans, coordinates, records
 from supar_cli.analysis.check import Sweep, Verdict
-from supar_cli.planning.density import Share
+from supar_cli.errors import InputError
+from supar_cli.planning.density import Share, literal
+from supar_cli.planning.patterns import density_of
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.spec import Proxy, Spec
@@ -49,21 +51,48 @@ def sweeps_of(
     steps: int = 10,
     batch_size: int | None = None,
 ) -> list[Sweep]:
-    """The runs that a check of a document needs. Raises InputError for what can't be planned."""
+    """The runs that a check of a document needs, those of a plan as it stands. Raises InputError for what can't be planned."""
+    for name, value in (("seeds", seeds), ("steps", steps), ("batch_size", 1 if batch_size is None else batch_size)):
+        if value < 1:
+            raise InputError(f"{name}: {value}; expected a number above 0")
+    _require_sizes(widths, densities)
     run = wanted.run.model_copy(update={"precision": "float32", "compile": "off", "micro_batch_size": None})
     wanted = wanted.model_copy(update={"run": run})
     if isinstance(wanted, Plan):
+        if widths or densities or parameterization != "supar":
+            raise InputError(
+                "a plan is checked as it stands; expected a proxy or a spec for widths, densities and others"
+            )
         rows = batch_size or max(1, TOKENS // wanted.decoder.context)
         return check_plans.plan_sweeps(wanted, seeds=seeds, steps=steps, batch_size=rows)
     return check_plans.proxy_sweeps(
         wanted,
         parameterization,
         widths=list(widths) or [wanted.model.width * factor for factor in check_plans.WIDTHS],
-        densities=list(densities) or list(check_plans.DENSITIES),
+        densities=list(densities) or _default_densities(wanted.target.sparsity.pattern),
         seeds=seeds,
         steps=steps,
         batch_size=batch_size or max(1, TOKENS // wanted.model.context),
     )
+
+
+def _require_sizes(widths: Sequence[int], densities: Sequence[Share]) -> None:
+    for width in widths:
+        if width < 1:
+            raise InputError(f"width: {width}; expected widths above 0")
+    for density in densities:
+        try:
+            fits = 0 < literal(density) <= 1
+        except ValueError as error:
+            raise InputError(f"density: {error}") from None
+        if not fits:
+            raise InputError(f"density: {density}; expected 0 < density <= 1")
+
+
+def _default_densities(pattern: str) -> list[Share]:
+    """Those of a check that was told none: N:M has a density of its own."""
+    own = density_of(pattern)
+    return list(check_plans.DENSITIES) if own is None else [1.0, str(own)]
 
 
 def run_check(

@@ -47,7 +47,7 @@ def _documents(source: str) -> list[Part]:
     for index, one in enumerate(found, 1):
         name = f"{one.name}, document {index} of {len(found)}" if len(found) > 1 else one.name
         kind = one.data.get("kind") if isinstance(one.data, dict) else None
-        if kind in kinds_of(Plan):
+        if isinstance(kind, str) and kind in kinds_of(Plan):
             parts.append(plan_part(one, name))
         elif kind == "supar.proxy/v1":
             parts.append(proxy_part(one, name))

@@ -119,7 +119,7 @@ def _document(source: str | None, flags: dict[str, Any]) -> tuple[Document, Any]
     console.apply_settings(read, flags["settings"])
     drawn = ("pattern", "block", "distribution")
     kind = read.data.get("kind") if isinstance(read.data, dict) else None
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise InputError(read.problem(("kind",), f"is {kind!r}", f"expected one of {', '.join(KINDS)}"))
     if KINDS[kind] is Plan:
         given = [name for name in (*drawn, "width", "density") if flags[name] is not None]

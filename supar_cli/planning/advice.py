@@ -24,6 +24,8 @@ def warnings(plan: Plan) -> list[str]:
     """What a person should know before spending time on this plan."""
     found = []
     hidden = [row for row in plan.tensors if row.role == "hidden"]
+    if not hidden:
+        return []
     low = min(hidden, key=lambda row: row.wpn)
     sparse = any(row.density < 1 for row in hidden)
     if sparse and low.wpn < WPN_TRAINED:

@@ -119,7 +119,7 @@ class Explained:
         if role is not None and role not in roles:
             raise InputError(f"--role {role}: expected {', '.join(roles[:-1])} or {roles[-1]}")
         own = plan.parameterization
-        options = own.model_dump(include={"weight_decay_rule", "depth_rule", "residual_init", "unembedding_init"})
+        options = own.model_dump(include=rules.OPTIONS)
         scheme = rules.Scheme(own.name, plan.train.optimizer, **options, edition=own.edition)
         rows = _chosen(_rows(plan, scheme), tensor, role)
         return cls(plan, [] if tensor or role else _factors(plan, scheme), rows)
@@ -194,7 +194,7 @@ def _start(row: PlanTensor, rule: rules.Rule, symbols: dict[str, float]) -> Numb
     if row.init_constant is None:
         assert row.init_std is not None
         return Number.of("init_std", row.init_std, rule, symbols)
-    constant = {"norm": 1.0, "bias": 0.0}.get(row.role, row.init_constant)
+    constant = rules.STARTS.get(row.role, row.init_constant)
     words = {"norm": "every gain starts at exactly 1", "bias": "every bias starts at exactly 0"}
     formula = f"{constant:g}: {words.get(row.role, 'a number')}"
     return Number.of("init_constant", row.init_constant, rules.Rule(constant, formula, rule.source), symbols)

@@ -84,6 +84,8 @@ class Layout(Section):
 
     def _times(self, size: dict[str, int], where: str) -> Fraction:
         """How many steps from base to wider a size is from base. Raises ValueError for one not on their line."""
+        if not all(type(value) is int for value in size.values()):
+            raise ValueError(f"{where}: {size}; expected whole numbers")
         if set(size) != set(self.base) or set(self.wider) != set(self.base):
             raise ValueError(f"{where}: {size}; expected the same names as base: {', '.join(self.base)}")
         found = {

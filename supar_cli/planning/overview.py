@@ -34,7 +34,7 @@ def plan_rows(plan: Plan) -> list[list[str]]:
     """One row for each set of equal tensors: name, shape, m_d, m_ρ, WPN, init std, lr, λ, decay timescale in steps."""
     groups: dict[tuple[object, ...], list[PlanTensor]] = {}
     for row in plan.tensors:
-        key = (row.role, tuple(row.shape), row.kept, row.init_std, row.lr, row.weight_decay, row.eps)
+        key = (row.role, tuple(row.shape), row.kept, row.init_std, row.init_constant, row.lr, row.weight_decay, row.eps)
         groups.setdefault(key, []).append(row)
     rows = []
     for members in groups.values():

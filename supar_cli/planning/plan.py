@@ -20,7 +20,7 @@ from supar_cli.planning.plan_sections import PlanTensor as PlanTensor
 from supar_cli.planning.plan_sections import PlanTrain as PlanTrain
 from supar_cli.planning.plan_sections import Values as Values
 from supar_cli.planning.problems import parse
-from supar_cli.planning.rules import Edition
+from supar_cli.planning.rules import STARTS, Edition
 from supar_cli.planning.schema import Field, Section
 from supar_cli.planning.spec import Data as Data  # re-exported: `training` reads plans, never specs
 from supar_cli.planning.spec import Engine as Engine
@@ -58,6 +58,14 @@ class Plan(Section):
             raise ValueError(
                 f"sparsity.density: {self.sparsity.density} and sparsity {self.sparsity.sparsity} don't add up to 1"
             )
+        names = [row.name for row in self.tensors]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"tensors: {next(name for name in names if names.count(name) > 1)} appears twice in the plan"
+            )
+        for row in self.tensors:
+            if row.tied_to is not None and (row.tied_to == row.name or row.tied_to not in names):
+                raise ValueError(f"tensors: {row.name} is tied to {row.tied_to}; expected another tensor of the plan")
         if isinstance(self.model, PlanModel):
             self._check_decoder(self.model)
         if isinstance(self.run.engine, dict):
@@ -69,6 +77,8 @@ class Plan(Section):
     def _check_decoder(self, model: PlanModel) -> None:
         """Hold what follows from the model section to it. Raises ValueError."""
         train, tokens = self.train, self.train.steps * self.train.batch_size * model.context
+        if train.tokens is None:
+            raise ValueError("train.tokens: is missing")
         if train.tokens != tokens:
             raise ValueError(
                 f"train.tokens: {train.tokens} is not {train.steps} steps of {train.batch_size} sequences of {model.context} "
@@ -130,7 +140,7 @@ class Plan(Section):
             for row in found["tensors"]:
                 for key in _DERIVED:
                     row.pop(key, None)
-                if row.get("init_constant", nan) == _constant_of_v1(row["role"]):
+                if row.get("init_constant", nan) == STARTS.get(row["role"]):
                     del row["init_constant"]
                     row["init_std"] = 0.0
         return found
@@ -171,11 +181,6 @@ def decoder_base(plan: Plan) -> DecoderBase:
     return DecoderBase.model_validate(plan.parameterization.base.model_dump())
 
 
-def _constant_of_v1(role: str) -> float | None:
-    """Where supar.plan/v1 writes init_std 0: every gain starts at 1, every bias at 0."""
-    return {"norm": 1.0, "bias": 0.0}.get(role)
-
-
 def _from_v1(data: dict[str, Any]) -> dict[str, Any]:
     """A plan of supar.plan/v1 in today's form: the same run, by the first edition of the rules.
 
@@ -209,7 +214,7 @@ def _row_from_v1(row: dict[str, Any], derived: dict[str, dict[str, Any]]) -> dic
     fan_in = prod(extents[axis] for axis in own["fan_in_axes"] if axis < len(extents))
     found = {**own, "fan_in": max(fan_in, 1), **row}
     role = row.get("role")
-    constant = _constant_of_v1(role) if isinstance(role, str) else None
+    constant = STARTS.get(role) if isinstance(role, str) else None  # v1 has init_std 0 there
     if row.get("init_std") == 0 and constant is not None:
         del found["init_std"]
         found["init_constant"] = constant

@@ -55,6 +55,13 @@ class OwnModel(Section):
     base: dict[str, int]
     target: dict[str, int]
 
+    def check(self) -> None:
+        if not self.target or set(self.target) != set(self.base):
+            raise ValueError(f"target: {self.target}; expected the same names as base: {', '.join(self.base)}")
+        for name, value in self.target.items():
+            if not name.isidentifier() or value < 1:
+                raise ValueError(f"target.{name}: {value}; expected a word and a whole number above 0")
+
     attention_flops_per_token: ClassVar[float] = 0.0  # not known; its products with weights are
     tied_head_size: ClassVar[int] = 0
 
@@ -222,6 +229,8 @@ class PlanTensor(Section):
                 raise ValueError(f"because.{key}: {value}; expected a multiplier above 0")
         if self.role != "hidden" and self.density != 1:
             raise ValueError(f"density: {self.density} on a tensor of role {self.role}; only hidden weights are sparse")
+        if self.role == "norm" and self.init_std is not None:
+            raise ValueError(f"init_std: {self.init_std}; expected init_constant, where every gain starts")
 
 
 def derived_keys(model: Model, base: Base) -> dict[str, dict[str, Any]]:

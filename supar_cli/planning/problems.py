@@ -10,7 +10,7 @@ from pydantic_core import ValidationError
 
 from supar_cli.errors import InputError
 from supar_cli.planning.document import Document, Path_
-from supar_cli.planning.schema import Section, section_of
+from supar_cli.planning.schema import TAG, Section, section_of
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -25,8 +25,9 @@ def parse(kind: type[SectionT], document: Document) -> SectionT:
     data = document.data
     if "kind" in kind.keys():  # noqa: SIM118
         (expected,) = get_args(kind.keys()["kind"])
-        if data.get("kind") in kind.EARLIER:
-            data = kind.EARLIER[data["kind"]](data)
+        earlier = kind.EARLIER.get(data["kind"]) if isinstance(data.get("kind"), str) else None
+        if earlier is not None:
+            data = earlier(data)
         if data.get("kind") != expected:
             raise InputError(document.problem(("kind",), f"is {data.get('kind')!r}", f"expected {expected}"))
     if data.get("parents"):  # supar wrote it, with every key: one that is not there was cut off
@@ -98,8 +99,13 @@ def _problem(kind: type[Section], item: dict[str, Any]) -> tuple[Path_, str, str
         what = what.removeprefix("Value error, ")
         where, colon, rest = what.partition(": ")
         if colon and " " not in where:  # our own validators begin with the key that is wrong
-            path, what = (*path, *where.split(".")), rest
+            path, what = (*path, *(int(part) if part.isdigit() else part for part in where.split("."))), rest
         what, _, expected = what.partition("; ")
+    elif item["type"] in ("union_tag", "model_attributes_type", "model_type", "dict_type"):
+        if isinstance(item["input"], dict) and item["type"] == "union_tag":
+            path, what = (*path, TAG), f"{what}, not {item['input'].get(TAG)!r}"
+        else:
+            what, expected = "not a mapping", "key: value lines"
     else:
         what = (
             what.replace("Input should be", "should be")

@@ -33,6 +33,10 @@ UnembeddingInit = Literal["normal", "zero"]
 Edition = Literal[1, 2]
 
 
+OPTIONS = ("weight_decay_rule", "depth_rule", "residual_init", "unembedding_init")  # of Scheme, as documents name them
+STARTS = {"norm": 1.0, "bias": 0.0}  # where every gain and every bias starts [P Table 1]
+
+
 class Rule(NamedTuple):
     """A resolved number with the formula that gave it and the formula's source."""
 

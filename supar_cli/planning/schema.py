@@ -251,7 +251,8 @@ def _words(hint: Any) -> str:
         return "a mapping to these"
     if get_origin(hint) is Annotated:
         return str(hint.__metadata__[0].words)
-    return ", ".join(map(repr, get_args(hint)))
+    plain = {float: "a number", int: "a number", str: "a fraction such as 1/128", NoneType: "null"}
+    return plain.get(hint) or ", ".join(map(repr, get_args(hint)))
 
 
 def _typed(hint: Any, bounds: dict[str, Any]) -> core_schema.CoreSchema:
@@ -297,7 +298,7 @@ def _tagged(sections: tuple[type[Section], ...]) -> core_schema.CoreSchema:
         choices,
         discriminator=TAG,
         custom_error_type="union_tag",
-        custom_error_message=f"needs a {TAG}: {words}",
+        custom_error_message=f"should be one of {words}",
     )
 
 

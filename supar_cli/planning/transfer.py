@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from math import ceil
-from typing import Any
+from typing import Any, get_args
 
 from supar_cli.errors import InputError
 from supar_cli.planning import density, layout, patterns, rules
@@ -35,7 +35,10 @@ def transfer(
 ) -> Plan:
     """The plan of training `target` with the hyperparameters of `proxy`. Raises InputError for a target that can't work."""
     model = target_model(proxy.model, target)
-    options = proxy.parameterization.model_dump()
+    if parameterization not in get_args(rules.ParameterizationName):
+        names = ", ".join(get_args(rules.ParameterizationName))
+        raise InputError(f"parameterization: {parameterization!r}; expected one of {names}")
+    options = proxy.parameterization.model_dump(include=rules.OPTIONS)
     scheme = rules.Scheme(parameterization, proxy.train.optimizer, **options, edition=edition)
     if scheme.depth_rule == "completep" and scheme.optimizer == "sgd":
         raise InputError("parameterization.depth_rule: completep is not known for SGD; expected adamw")
@@ -57,7 +60,7 @@ def transfer(
         ),
         parameterization=Parameterization(
             name=parameterization,
-            **proxy.parameterization.model_dump(),
+            **options,
             base=_base_section(proxy),
             edition=edition,
         ),
@@ -178,9 +181,6 @@ def _base_density(proxy: Proxy) -> dict[str, float]:
     return densities
 
 
-CONSTANTS = {"norm": 1.0, "bias": 0.0}  # where every gain and every bias starts [P Table 1]
-
-
 def _base_section(proxy: Proxy) -> Base:
     return Base(
         width=proxy.model.width,
@@ -208,7 +208,7 @@ def _row(
         because["m_rho"] = context.m_rho
     if scheme.depth_rule == "completep" and context.in_block:
         because["m_L"] = context.m_L
-    constant = CONSTANTS.get(tensor.role)
+    constant = rules.STARTS.get(tensor.role)
     return PlanTensor(
         name=tensor.name,
         role=tensor.role,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse import autotune
@@ -14,9 +15,9 @@ from supar_cli.training.runtime import Runtime
 
 
 class EngineSelector:
-    """The engines of a plan's masked tensors: `make` each as the model is built; `choices` then says which they are.
+    """The engines of a plan's masked tensors: `choose` for all of them, then `make` each as the model is built.
 
-    Of several processes the main one measures, alone, and all choose alike. `units` are those of a micro-batch.
+    Of several ranks the main one measures, alone, and all choose alike. `units` are those of a micro-batch.
     """
 
     def __init__(self, plan: Plan, runtime: Runtime, ranks: Ranks, units: int, sharded: bool) -> None:
@@ -25,18 +26,20 @@ class EngineSelector:
         self._rows = {row.name: row for row in plan.tensors}
         self._fastest: dict[tuple[object, ...], EngineChoice] = {}  # one measurement for all layers of a shape and size
 
+    def choose(self, masks: Mapping[str, Mask]) -> None:
+        """Choose for every mask (out, in), by name. All ranks call it, with the same masks."""
+        for name, mask in masks.items():
+            named, alike = self.plan.engine(self._rows[name]), (mask.shape, mask.count)
+            if named != "auto":
+                self.choices[name] = EngineChoice(named, {})
+                continue
+            if alike not in self._fastest:
+                self._fastest[alike] = self._ranks.on_main(autotune.fastest, mask, self.case)
+            self.choices[name] = self._fastest[alike]
+
     def make(self, name: str, mask: Mask) -> Engine:
-        """The engine of a tensor's mask (out, in)."""
-        named = self.plan.engine(self._rows[name])
-        alike = (mask.shape, mask.count)
-        if named != "auto":
-            choice = EngineChoice(named, {})
-        elif alike in self._fastest:
-            choice = self._fastest[alike]
-        else:
-            choice = self._fastest[alike] = self._ranks.on_main(autotune.fastest, mask, self.case)
-        self.choices[name] = choice
-        return autotune.make(choice.name, mask, self.case)
+        """The engine that was chosen for a tensor."""
+        return autotune.make(self.choices[name].name, mask, self.case)
 
     def lines(self) -> list[str]:
         """What was measured, a line a shape, and what would make it faster."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -65,3 +65,9 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set every group's learning rate to its peak times `factor`."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
+
+
+def folds(plan: Plan, tensors: Iterable[str]) -> torch.Tensor:
+    """The multiplier that was folded into each tensor, 1 where none was, in the order of their names."""
+    rows = {row.name: row for row in plan.tensors}
+    return torch.tensor([rows[name].fold or 1.0 for name in tensors])

@@ -75,17 +75,24 @@ def prepare(
     device: torch.device,
     engine_of: Callable[[str, Mask], Engine] | None = None,
     build_model: Callable[[Plan], nn.Module] = transformer,
+    masks: dict[str, Mask] | None = None,
 ) -> SparseModel:
     """Build, initialise, mask and check. Raises InputError where plan and model disagree, naming the tensors.
 
     `engine_of` makes the engine of a masked tensor; without it, the dense one in float32. `build_model` makes a model whose
     parameters have the plan's names and shapes.
     """
-    drawn = make_masks(plan)
+    drawn = make_masks(plan) if masks is None else masks
     made = build(plan, device, drawn, lambda row, mask: _values(row, plan.train.seed, mask), engine_of, build_model)
     for row in plan.tensors:
         check_init(row, made.tensors[row.name], plan.sparsity.pattern, drawn.get(row.name))
     return made
+
+
+def plan_masks(plan: Plan, build_model: Callable[[Plan], nn.Module] = transformer) -> dict[str, Mask]:
+    """`make_masks`, after a look at whether the plan's tensors are the model's."""
+    require_same_tensors(plan, build_model)
+    return make_masks(plan)
 
 
 def make_masks(plan: Plan) -> dict[str, Mask]:
@@ -123,8 +130,7 @@ def build(
     build_model: Callable[[Plan], nn.Module] = transformer,
 ) -> SparseModel:
     """A model of given masks and values: those of live weights in row-major order where there is a mask."""
-    with torch.device("meta"):  # before a shape that is not the plan's takes memory
-        _require_same_tensors(plan, named_tensors(build_model(plan)))
+    require_same_tensors(plan, build_model)
     model = build_model(plan)
     tensors = named_tensors(model)
     made = SparseModel(model, {}, drawn)
@@ -143,7 +149,10 @@ def build(
     return made
 
 
-def _require_same_tensors(plan: Plan, tensors: dict[str, nn.Parameter]) -> None:
+def require_same_tensors(plan: Plan, build_model: Callable[[Plan], nn.Module] = transformer) -> None:
+    """Raise InputError where a plan's tensors are not the model's, before a wrong shape takes memory."""
+    with torch.device("meta"):
+        tensors = named_tensors(build_model(plan))
     planned = {row.name: tuple(row.shape) for row in plan.tensors}
     built = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(planned) != len(plan.tensors):

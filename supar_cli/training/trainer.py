@@ -214,26 +214,26 @@ class Trainer:
         """Make the model, what wraps it and its optimizer: with initial values, or from a state of whole tensors."""
         plan, runtime = self.plan, self.runtime
         home = torch.device("cpu") if kind == "fsdp" else runtime.device  # shards go to the device one by one
-        self.sparse_model = self.ranks.run_on_all(self._make_model, home, state)
-        masks = {f"the mask of {name}": mask.fingerprint for name, mask in self.sparse_model.masks.items()}
-        self.ranks.require_equal({"plan": plan.hash(), "data": self.task.hash, **masks})
+        masks = state.masks if state else self.ranks.run_on_all(prepare.plan_masks, plan, self._model_maker)
+        fingerprints = {f"the mask of {name}": mask.fingerprint for name, mask in masks.items()}
+        self.ranks.require_equal({"plan": plan.hash(), "data": self.task.hash, **fingerprints})
+        self.engines.choose(masks)  # is collective, and so not inside of what one rank alone may fail in
+        self.sparse_model = self.ranks.run_on_all(self._make_model, home, masks, state)
         if runtime.compiles:
             torch.compiler.reset()  # graphs of earlier models count against the limit on recompiling
         self.parallel = Parallel(kind, self.sparse_model.model, runtime.device, runtime.compiles, self.ranks)
         self.sparse_model.tensors = named_tensors(self.sparse_model.model)
         self.optimizer = optimizer.build(plan, self.sparse_model.tensors)
-        folds = (self._rows[name].fold or 1.0 for name in self.sparse_model.tensors)
-        self._folds = torch.tensor(list(folds), device=runtime.device)
+        self._folds = optimizer.folds(plan, self.sparse_model.tensors).to(runtime.device)
         if state is not None:
             state.load_moments(self.sparse_model, self.optimizer)
 
-    def _make_model(self, home: torch.device, state: State | None) -> SparseModel:
+    def _make_model(self, home: torch.device, masks: dict[str, Mask], state: State | None) -> SparseModel:
         if state is None:
-            return prepare.prepare(self.plan, home, self.engines.make, self._model_maker)
+            return prepare.prepare(self.plan, home, self.engines.make, self._model_maker, masks)
         values = {name: value.numpy() for name, value in state.values.items()}
-        return prepare.build(
-            self.plan, home, state.masks, lambda row, _: values[row.name], self.engines.make, self._model_maker
-        )
+        make = self.engines.make
+        return prepare.build(self.plan, home, masks, lambda row, _: values[row.name], make, self._model_maker)
 
     def capture(self, gather: bool = False) -> State:
         """A copy of the run's state; with `gather`, which all ranks have to ask for, of whole tensors and not of shards."""
