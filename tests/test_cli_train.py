@@ -170,7 +170,7 @@ class TestRefusesTheModel:
     def test_data_and_device(self, supar_here: Supar, plan: Path, text_file: Path, unchanged: Any) -> None:
         content = text_file.read_bytes()
         unchanged()
-        source, run = line_of(plan, "  source:"), line_of(plan, "  device:")
+        source, run = line_of(plan, "  source: /"), line_of(plan, "  device:")  # the data, by their path
         text_file.unlink()
         assert supar_here("train").err.startswith(f"error: plan.yaml:{source}: data.source: ")
         text_file.write_bytes(content + b"!")
