@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import supar_cli
 from supar_cli.errors import InputError
 from supar_cli.planning import density as sparsity
-from supar_cli.planning import document
+from supar_cli.planning import document, estimate
 from supar_cli.planning.advice import warnings
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import parse
@@ -252,3 +252,10 @@ class TestRefusals:
     def test_the_python_api_raises_the_same_kind_of_error(self, level: dict[str, Any]) -> None:
         with pytest.raises(InputError):
             supar_cli.transfer(proxy(), **level)
+
+
+def test_a_chunked_loss_counts_fewer_logits() -> None:
+    made = plan(target={"sparsity": {"density": 0.5}})
+    chunked = made.model_copy(update={"run": made.run.model_copy(update={"loss_chunk_tokens": 16})})
+    spared = estimate.activation_bytes(made, 4, 2) - estimate.activation_bytes(chunked, 4, 2)
+    assert spared == (4 * 64 - 16) * 256 * 8

@@ -26,7 +26,9 @@ def activation_bytes(plan: Plan, rows: int, number_bytes: int) -> int:
     """Bytes of what is kept for the backward pass of `rows` sequences, the logits in float32 with their gradient."""
     if not isinstance(plan.model, PlanModel):
         return 0  # a user's model says nothing of what it keeps
-    return rows * plan.model.context * (numbers_between(plan.model) * number_bytes + plan.model.vocab * 8)
+    tokens = rows * plan.model.context
+    at_once = min(tokens, plan.run.loss_chunk_tokens or tokens)  # tokens whose logits are held
+    return tokens * numbers_between(plan.model) * number_bytes + at_once * plan.model.vocab * 8
 
 
 def numbers_between(model: PlanModel) -> int:
