@@ -17,7 +17,6 @@ from supar_cli.planning import document
 from supar_cli.planning.density import Share
 from supar_cli.planning.explain import Explained
 from supar_cli.planning.kinds import AnyDocument, parse_any
-from supar_cli.planning.layout_document import Layout
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.schema import Section
@@ -244,6 +243,3 @@ def _workers(
     return execute.workers(
         executor, jobs=jobs, settings=settings, device=device, on_cpu=on_cpu or execute.CPU_JOBS, folder=folder
     )
-
-
-__all__ = ["Layout", "check", "compare", "explain", "load", "report", "sweep", "train", "transfer", "tune", "weights"]

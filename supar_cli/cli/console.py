@@ -71,10 +71,6 @@ class Talk:
         if not self.quiet:
             self._write(message)
 
-    def detail(self, message: str) -> None:
-        if self.verbose and not self.quiet:
-            self._write(message)
-
     def warn(self, message: str) -> None:
         self._write(f"warning: {message}")
 
