@@ -28,7 +28,7 @@ from supar_cli.training.reporter import NullReporter
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from supar_cli.tuning.execute import Workers
+    from supar_cli.jobs.workers import Workers
 
 
 def load(path: str | Path) -> AnyDocument:
@@ -74,7 +74,7 @@ def tune(
 
     `study` is a journal file or a database's URL. Raises SuparError.
     """
-    from supar_cli.tuning import search
+    from supar_cli.experiments import search
 
     spec = _require(spec, Spec).model_copy(update={"data": corpus.identified(spec.data)})
     folder = Path("proxy" if "://" in str(study) else study).with_suffix(".slurm")
@@ -104,7 +104,7 @@ def check(
 
     Each of its `verdicts` has `passed` and `control`: controls are to miss. Raises SuparError.
     """
-    from supar_cli.analysis import check_run
+    from supar_cli.experiments import check_run
 
     subject = _identified(_require(subject, Spec, Proxy, Plan))
     sweeps = check_run.sweeps_of(
@@ -131,7 +131,7 @@ def sweep(
 
     `out` is the folder of its records, by default `sweeps/NAME`; no finished run is made again. Raises SuparError.
     """
-    from supar_cli.analysis import sweep_run
+    from supar_cli.experiments import sweep as sweep_run
     from supar_cli.planning.sweep import checked
 
     study, folder = _identified(_require(study, Sweep)), Path(out or f"sweeps/{study.name}")
@@ -154,7 +154,7 @@ def compare(
 
     `out` is the folder of its records, by default `compare/NAME`. Raises SuparError.
     """
-    from supar_cli.analysis import sweep_run
+    from supar_cli.experiments import sweep as sweep_run
     from supar_cli.planning.sweep import checked
 
     sweep_run.require_comparison(_require(study, Sweep), study.name)
@@ -169,8 +169,8 @@ def report(paths: Sequence[str | Path], out: str | Path | None = None) -> str:
 
     Raises InputError for a path that is none of these.
     """
-    from supar_cli.analysis import page
-    from supar_cli.analysis import report as reading
+    from supar_cli.reporting import html as page
+    from supar_cli.reporting import read as reading
 
     text = page.render(
         [part for path in paths for part in reading.read(str(path))], template("report.html.j2").read_text("utf-8")
@@ -238,7 +238,7 @@ def _workers(
     folder: Path,
     on_cpu: int | None = None,
 ) -> Workers:
-    from supar_cli.tuning import execute
+    from supar_cli.jobs import workers as execute
 
     return execute.workers(
         executor, jobs=jobs, settings=settings, device=device, on_cpu=on_cpu or execute.CPU_JOBS, folder=folder

@@ -20,12 +20,12 @@ import pytest
 from optuna.trial import FrozenTrial
 
 from supar_cli.data import corpus
+from supar_cli.experiments import search as tuning
+from supar_cli.jobs import queue as shared
+from supar_cli.jobs.queue import Shared, counts
 from supar_cli.planning import document
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy, Spec
-from supar_cli.tuning import search as tuning
-from supar_cli.tuning import shared
-from supar_cli.tuning.shared import Shared, counts
 
 from .conftest import environment, real_text
 

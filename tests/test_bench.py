@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from supar_cli.analysis import bench_layers, bench_memory, bench_results, bench_run, benchmark
+from supar_cli.bench import layer as bench_layers
+from supar_cli.bench import memory as bench_memory
+from supar_cli.bench import results as bench_results
+from supar_cli.bench import run_costs as bench_run
+from supar_cli.bench import step as benchmark
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.autotune import LayerCase
 from supar_cli.sparse.masks import Mask

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from supar_cli.analysis import check, check_plans, coordinates
-from supar_cli.analysis.records import Record
+from supar_cli.experiments import check_plans, coordinates
+from supar_cli.experiments import coordinate_check as check
+from supar_cli.jobs.runs import Record
 from supar_cli.planning.plan import Multipliers, Plan
 from tests.conftest import Called, plan_from, proxy_fields
 
@@ -126,8 +127,8 @@ class TestMeasure:
             assert all(value > 0 for sizes in step.values() for value in sizes.values())
 
     def test_sizes_are_those_of_the_numbers_themselves(self, plan: Plan) -> None:
+        from supar_cli.jobs import workers as execute
         from supar_cli.training.trainer import Trainer
-        from supar_cli.tuning import execute
 
         small = plan.model_copy(update={"train": plan.train.model_copy(update={"steps": 1, "tokens": 128})})
         trainer = Trainer(small, execute.task_of(small))

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from supar_cli.errors import InputError, SetupError, SuparError
-from supar_cli.tuning import clusters, execute
-from supar_cli.tuning import search as tuning
-from supar_cli.tuning.execute import Failure
-from supar_cli.tuning.shared import counts
+from supar_cli.experiments import search as tuning
+from supar_cli.jobs import clusters
+from supar_cli.jobs import workers as execute
+from supar_cli.jobs.queue import counts
+from supar_cli.jobs.workers import Failure
 
 from . import studies
 from .conftest import environment

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from supar_cli.analysis import comparison
-from supar_cli.analysis import curves as measuring
 from supar_cli.errors import UnusableResult
+from supar_cli.experiments import comparison
+from supar_cli.experiments import curves as measuring
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from supar_cli.analysis.check_plans import plan_sweeps
+from supar_cli.experiments.check_plans import plan_sweeps
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan, read_plan
 from supar_cli.planning.transfer import transfer

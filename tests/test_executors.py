@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from supar_cli.analysis.records import Records
 from supar_cli.errors import InputError, SetupError
-from supar_cli.tuning import execute
-from supar_cli.tuning.execute import Failure
-from supar_cli.tuning.local import Local, visible_devices
-from supar_cli.tuning.shared import _is_alive, counts
+from supar_cli.jobs import workers as execute
+from supar_cli.jobs.local import Local, visible_devices
+from supar_cli.jobs.queue import _is_alive, counts
+from supar_cli.jobs.runs import Records
+from supar_cli.jobs.workers import Failure
 
 from . import studies
 from .conftest import environment
@@ -134,7 +134,7 @@ class TestLocal:
 
     def test_workers_end_with_their_parent(self, tmp_path: Path) -> None:
         script = (
-            "from supar_cli.tuning.local import Local; import os, signal, time; from tests.test_executors import process\n"
+            "from supar_cli.jobs.local import Local; import os, signal, time; from tests.test_executors import process\n"
             "if __name__ == '__main__':\n"
             "    found = [it for _, it in Local(2).results(process, [(1,), (2,)])]; print(*found, flush=True)\n"
             "    os.kill(os.getpid(), signal.SIGKILL)\n"

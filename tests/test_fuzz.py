@@ -151,7 +151,7 @@ def test_a_spec(ends: Ends, draw: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
         short(patch)
         patch.setattr(
-            "supar_cli.tuning.search.search", lambda *_, **__: (_ for _ in ()).throw(SuparErrorOfTests("enough"))
+            "supar_cli.experiments.search.search", lambda *_, **__: (_ for _ in ()).throw(SuparErrorOfTests("enough"))
         )
         ends.call("tune-proxy", name, "-o", "-", "-q")
 
@@ -163,7 +163,7 @@ class SuparErrorOfTests(SuparError):
 @tries(60)
 @given(draw=st.data())
 def test_a_sweep(ends: Ends, draw: st.DataObject) -> None:
-    from supar_cli.analysis import records
+    from supar_cli.jobs import runs as records
 
     name = written(ends, "sweep", draw)
     with pytest.MonkeyPatch.context() as patch:
@@ -172,7 +172,7 @@ def test_a_sweep(ends: Ends, draw: st.DataObject) -> None:
             raise SuparErrorOfTests("enough")
 
         patch.setattr(records, "open_result", enough)
-        patch.setattr("supar_cli.tuning.execute.require_runnable", lambda *_, **__: None)
+        patch.setattr("supar_cli.jobs.workers.require_runnable", lambda *_, **__: None)
         ends.call("sweep", name, "--data", "text.txt", "-q")
 
 

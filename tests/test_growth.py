@@ -15,6 +15,7 @@ import pytest
 
 import supar_cli
 import supar_cli.errors
+from supar_cli.experiments.search import study_name
 from supar_cli.planning import document
 from supar_cli.planning.kinds import AnyDocument, parse_any
 from supar_cli.planning.plan import Plan, PlanModel, read_plan
@@ -22,7 +23,6 @@ from supar_cli.planning.problems import required_keys
 from supar_cli.planning.schema import Field, Section
 from supar_cli.planning.spec import Data, Hyperparameters, Model, Options, Proxy, Sparsity, Spec, Train
 from supar_cli.planning.sweep import Sweep
-from supar_cli.tuning.search import study_name
 
 RELEASED = Path(__file__).parent / "released"
 OLD = RELEASED / "v0.1.0"

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from supar_cli.analysis import figures, records
+from supar_cli.jobs import runs as records
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
+from supar_cli.reporting import result as figures
 from supar_cli.training import run_directory
 from supar_cli.training.trainer import Trainer
 from tests.conftest import Called
@@ -165,7 +166,7 @@ def test_losses_that_are_not_finite_are_gaps_and_said(supar_here: Supar, cut: Pa
 
 
 def test_long_curves_are_thinned_and_keep_their_gaps() -> None:
-    from supar_cli.analysis.report_runs import thinned
+    from supar_cli.reporting.run_parts import thinned
 
     by_step: dict[float, float | None] = {float(step): float(step) for step in range(1, 401)}
     by_step[7.0] = None

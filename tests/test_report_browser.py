@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 from matplotlib import image
 
-from supar_cli.analysis import page, report
 from supar_cli.cli import console
+from supar_cli.reporting import html as page
+from supar_cli.reporting import read as report
 from tests.test_report import EVIL, study
 from tests.test_report import trained as trained
 

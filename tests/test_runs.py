@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from supar_cli.analysis import runs
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
+from supar_cli.reporting import text as runs
 from supar_cli.training import run_directory
 from supar_cli.training.trainer import Trainer
 from tests.conftest import Called

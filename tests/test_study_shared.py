@@ -16,9 +16,10 @@ import optuna
 import pytest
 
 from supar_cli.errors import SetupError, UnusableResult
+from supar_cli.experiments import samplers
+from supar_cli.jobs import queue as shared
+from supar_cli.jobs.queue import Shared, counts
 from supar_cli.planning.spec import Search
-from supar_cli.tuning import samplers, shared
-from supar_cli.tuning.shared import Shared, counts
 
 from . import studies
 from .studies import Postgres

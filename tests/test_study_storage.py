@@ -15,8 +15,8 @@ import pytest
 from sqlalchemy import exc
 
 from supar_cli.errors import InputError, SetupError
-from supar_cli.tuning import storage
-from supar_cli.tuning.shared import Shared, counts
+from supar_cli.jobs import storage
+from supar_cli.jobs.queue import Shared, counts
 
 from .studies import Postgres
 from .studies import postgres as postgres

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from supar_cli.analysis import curves as measuring
-from supar_cli.analysis import transfer_study
-from supar_cli.analysis.curves import Curve
 from supar_cli.cli import demo
 from supar_cli.errors import SetupError, UnusableResult
+from supar_cli.experiments import curves as measuring
+from supar_cli.experiments import transfer_study
+from supar_cli.experiments.curves import Curve
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Proxy, Spec

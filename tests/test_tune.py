@@ -16,16 +16,16 @@ import pytest
 import torch
 
 from supar_cli.errors import InputError, UnusableResult
+from supar_cli.experiments import search as tuning
+from supar_cli.experiments.statistics import quadratic, student_t975
+from supar_cli.jobs.local import Local
+from supar_cli.jobs.queue import machine
+from supar_cli.jobs.storage import open_study
 from supar_cli.planning import document
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy, Spec
 from supar_cli.planning.transfer import as_trial
 from supar_cli.training.trainer import Trainer
-from supar_cli.tuning import search as tuning
-from supar_cli.tuning.fit import quadratic, student_t975
-from supar_cli.tuning.local import Local
-from supar_cli.tuning.shared import machine
-from supar_cli.tuning.storage import open_study
 
 SPEC = """\
 kind: supar.spec/v1

@@ -75,7 +75,7 @@ def step(
     """Time a masked training step against a plain GPT's, dense and masked as peers do it, interleaved."""
     flags = locals()
     plan = _step_plan(flags)
-    from supar_cli.analysis import benchmark
+    from supar_cli.bench import step as benchmark
     from supar_cli.training.runtime import Runtime
 
     setup = Runtime.of(plan)
@@ -89,7 +89,7 @@ SHAPE = ("family", "width", "layers", "heads", "context", "vocab")
 
 def _step_settings(bench: str, plan: Plan, flags: dict[str, Any], setup: Any) -> dict[str, Any]:
     """What a benchmark of a whole model's steps is of."""
-    from supar_cli.analysis import bench_results
+    from supar_cli.bench import results as bench_results
 
     return {
         "bench": bench,
@@ -141,7 +141,7 @@ def run(
     """Time what is added to a step: checkpoints, metrics and monitors; on a CPU also a second process and its gradients."""
     flags = locals()
     plan = _step_plan(flags)
-    from supar_cli.analysis import bench_run
+    from supar_cli.bench import run_costs as bench_run
     from supar_cli.training.runtime import Runtime
 
     setup = Runtime.of(plan)
@@ -174,7 +174,8 @@ def layer(
     flags = locals()
     sides, densities = _shape(shape), _densities(density)
     setup = _setup(device, precision)
-    from supar_cli.analysis import bench_layers, bench_results
+    from supar_cli.bench import layer as bench_layers
+    from supar_cli.bench import results as bench_results
     from supar_cli.sparse.autotune import LayerCase
 
     bench_layers.require_blocks(sides, block)
@@ -191,7 +192,7 @@ def layer(
     found = [bench_layers.measure(sides, one, case, rounds) for one in densities]
     result = start | {"rounds": rounds, "densities": found, "break_even": bench_layers.break_evens(found)}
     if picture is not None:
-        from supar_cli.analysis import figures
+        from supar_cli.reporting import figures
 
         figures.save(bench_layers.picture(result), Path(picture))
     _finish(result, earlier, setup.device, flags)
@@ -216,7 +217,8 @@ def memory(
     if len(densities) > 1:
         raise InputError(f"--density {density}: expected one density")
     setup = _setup(device, precision)
-    from supar_cli.analysis import bench_memory, bench_results
+    from supar_cli.bench import memory as bench_memory
+    from supar_cli.bench import results as bench_results
     from supar_cli.sparse.autotune import LayerCase
 
     start = {
@@ -265,7 +267,7 @@ def _earlier(settings: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any] 
         console.check_writable(flags["out"], flags["out"], flags["force"])
     if flags["compare"] is None:
         return None
-    from supar_cli.analysis import bench_results
+    from supar_cli.bench import results as bench_results
 
     read = console.read_one(flags["compare"], f"`supar bench {settings['bench']} --json` writes one to stdout")
     bench_results.require_same(flags["compare"], read.data, settings)
@@ -274,7 +276,8 @@ def _earlier(settings: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any] 
 
 def _finish(result: dict[str, Any], earlier: dict[str, Any] | None, device: Any, flags: dict[str, Any]) -> None:
     """Show the tables, write the document, and raise CheckViolated where it is worse than the earlier one."""
-    from supar_cli.analysis import bench_results, bench_tables
+    from supar_cli.bench import results as bench_results
+    from supar_cli.bench import tables as bench_tables
 
     document = {"kind": "supar.bench/v1", **result, "environment": bench_results.environment(device)}
     tables = bench_tables.tables(document)

@@ -78,7 +78,7 @@ def check(
     talk = console.Talk(quiet, verbose)
     read, wanted = _document(source, flags)
 
-    from supar_cli.analysis import check_run
+    from supar_cli.experiments import check_run
 
     with console.located(read):
         if wanted.data.hash is None:

@@ -69,7 +69,7 @@ def compare(
     studies.put_flags(read, flags)
     study = studies.study(read, talk)
     folder = Path(out or f"compare/{study.name}")
-    from supar_cli.analysis import sweep_run
+    from supar_cli.experiments import sweep as sweep_run
 
     sweep_run.require_comparison(study, read.name)
     studies.describe(study, talk)

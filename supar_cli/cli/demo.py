@@ -65,7 +65,8 @@ def demo(
     study = _study(proxy, seeds)
     with workers, console.Progress("demo", quiet, verbose) as progress:
         curves = _sweep(study, folder, workers, progress)
-    from supar_cli.analysis import figures, study_views
+    from supar_cli.experiments import study_views
+    from supar_cli.reporting import figures
 
     rows = _regrets(curves)
     figures.save(study_views.loss_figure(study, curves), folder / "lr_transfer.png")
@@ -121,7 +122,7 @@ def _spec(data: str | None, steps: int, trials: int, device: str | None) -> Spec
 
 
 def _tuned(spec: Spec, folder: Path, workers: Any, progress: console.Progress) -> Proxy:
-    from supar_cli.tuning import search
+    from supar_cli.experiments import search
 
     return search.search(spec, str(folder / "proxy.journal"), workers=workers, reporter=progress)
 
@@ -145,8 +146,8 @@ def _octave(place: float) -> int:
 
 
 def _sweep(study: Sweep, folder: Path, workers: Any, progress: console.Progress) -> list[Any]:
-    from supar_cli.analysis import curves as measuring
-    from supar_cli.analysis.figures import fraction
+    from supar_cli.experiments import curves as measuring
+    from supar_cli.reporting.result import fraction
 
     measured = measuring.Measurements(study, folder, workers, progress)
     curves = measured.curves()
@@ -164,8 +165,8 @@ def _regrets(curves: list[Any]) -> list[dict[str, Any]]:
 
     None stands for a loss that is not finite. Raises UnusableResult when a curve's training diverged at every rate.
     """
-    from supar_cli.analysis.curves import first_of
-    from supar_cli.analysis.study_views import finite
+    from supar_cli.experiments.curves import first_of
+    from supar_cli.experiments.study_views import finite
 
     rows = []
     for curve in curves:
@@ -195,7 +196,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from supar_cli.analysis.figures import fraction
+    from supar_cli.reporting.result import fraction
 
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
     table.add_column("rules")

@@ -49,8 +49,8 @@ def report(
             *(f"{path}: no such file or folder; expected what `supar train` or `sweep` wrote" for path in missing)
         )
 
-    from supar_cli.analysis import page
-    from supar_cli.analysis import report as reading
+    from supar_cli.reporting import html as page
+    from supar_cli.reporting import read as reading
 
     parts = [part for path in paths for part in reading.read(path)]
     text = page.render(parts, template("report.html.j2").read_text("utf-8"))

@@ -28,7 +28,7 @@ def runs(
     from rich.console import Console
     from rich.table import Table
 
-    from supar_cli.analysis import runs as reading
+    from supar_cli.reporting import text as reading
 
     found = [reading.summary(path) for path in reading.folders(root)]
     if not found:

@@ -28,8 +28,8 @@ def show(
     if not (folder / "plan.yaml").is_file():
         raise InputError(f"{run}: no run directory; expected one that `supar runs` lists")
 
-    from supar_cli.analysis import runs as reading
-    from supar_cli.analysis.page import flat
+    from supar_cli.reporting import text as reading
+    from supar_cli.reporting.html import flat
 
     plan, found, records, environment = reading.details(folder)
     if not quiet:

@@ -126,7 +126,7 @@ def describe(sweep: Sweep, talk: console.Talk) -> None:
 
 def workers(flags: dict[str, Any], device: str, folder: Path) -> Any:
     """The workers that flags ask for; by default a process a GPU, or one a core, at most 8."""
-    from supar_cli.tuning import execute
+    from supar_cli.jobs import workers as execute
 
     return execute.workers(
         flags.get("executor", "local"),

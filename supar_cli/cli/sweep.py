@@ -86,7 +86,8 @@ def sweep(
     folder = Path(out or f"sweeps/{study.name}")
     studies.describe(study, talk)
 
-    from supar_cli.analysis import sweep_run, transfer_study
+    from supar_cli.experiments import sweep as sweep_run
+    from supar_cli.experiments import transfer_study
 
     workers = studies.workers(flags, study.run.device, folder)
     with studies.progress_of("sweep", folder, quiet, verbose) as progress:
@@ -101,7 +102,7 @@ def sweep(
 
 
 def _explain(study: Any, arms: list[Any], talk: console.Talk) -> None:
-    from supar_cli.analysis import transfer_study
+    from supar_cli.experiments import transfer_study
 
     open_ = [curve for arm in arms for curve in arm.unknown]
     talk.log(

@@ -76,8 +76,8 @@ def tune_proxy(
         Path(str(out)).parent.mkdir(parents=True, exist_ok=True)
     storage = study or ("proxy.journal" if out in (None, "-") else str(Path(str(out)).with_suffix(".journal")))
 
-    from supar_cli.tuning import execute
-    from supar_cli.tuning import search as tuning
+    from supar_cli.experiments import search as tuning
+    from supar_cli.jobs import workers as execute
 
     may_replace = force or _is_own(out, tuning.study_name(wanted))
     console.check_writable(out, "proxy.yaml", may_replace)

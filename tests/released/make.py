@@ -276,7 +276,7 @@ class Maker:
             time.sleep(0.002)
 
     def anonymous(self, text: str) -> str:
-        from supar_cli.tuning.shared import machine
+        from supar_cli.jobs.queue import machine
 
         return text.replace(machine(), "machine").replace(socket.gethostname(), "host")
 

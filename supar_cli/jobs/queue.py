@@ -20,7 +20,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from supar_cli.errors import SuparError, UnusableResult
-from supar_cli.tuning.storage import Patience, open_study
+from supar_cli.jobs.storage import Patience, open_study
 
 BEAT_S = 15.0  # chosen: a line in a journal or a row updated four times a minute costs nothing beside training
 GRACE_S = 90.0  # chosen: six beats missed; a machine that swaps or a disk that stalls misses one or two

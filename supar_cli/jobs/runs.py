@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from supar_cli.analysis import figures
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import write_file
-from supar_cli.tuning.execute import Failure, Workers
+from supar_cli.jobs.workers import Failure, Workers
+from supar_cli.reporting import figures
 from supar_cli.version import __version__
 
 Record = dict[str, Any]

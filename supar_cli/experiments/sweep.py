@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from supar_cli.analysis import comparison, curves, records, study_views, transfer_study
-from supar_cli.analysis.check_run import Reporter
-from supar_cli.analysis.transfer_study import Arm
 from supar_cli.errors import InputError
+from supar_cli.experiments import comparison, curves, study_views, transfer_study
+from supar_cli.experiments.transfer_study import Arm
+from supar_cli.jobs import runs as records
+from supar_cli.jobs import workers as execute
 from supar_cli.planning.sweep import Sweep
-from supar_cli.tuning import execute
+from supar_cli.training.reporter import Reporter
 
 
 def _measurements(

@@ -9,15 +9,16 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from supar_cli.analysis import figures
-from supar_cli.analysis.page import Figure, Part, Table, Verdict, flat
-from supar_cli.analysis.report_runs import last_written, plan_part, proxy_part, run_part
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import read_json, read_jsonl
 from supar_cli.planning import document
 from supar_cli.planning.kinds import kinds_of
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.sweep import TUNED
+from supar_cli.reporting import result as figures
+from supar_cli.reporting.html import Part, flat
+from supar_cli.reporting.result import Figure, Table, Verdict
+from supar_cli.reporting.run_parts import last_written, plan_part, proxy_part, run_part
 
 STUDIES = {"supar.check-result/v1": "check", "supar.sweep-result/v1": "sweep", "supar.compare-result/v1": "comparison"}
 FILES = ("plan.yaml", "result.json", "question.json", "records.jsonl", "results.json")

@@ -7,22 +7,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import inf, isfinite, isnan, nan
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from supar_cli.analysis.records import Record, Records
 from supar_cli.errors import SuparError, UnusableResult
+from supar_cli.jobs import workers as execute
+from supar_cli.jobs.runs import Record, Records
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.sweep import Grid, Level, Sweep
-from supar_cli.tuning import execute
-
-
-class Reporter(Protocol):
-    """Where progress goes: `supar_cli.cli.console.Progress` is one."""
-
-    def log(self, message: str) -> None: ...
-
-    def progress(self, step: int, steps: int, loss: float) -> None: ...
+from supar_cli.training.reporter import Reporter
 
 
 @dataclass(slots=True)

@@ -5,28 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from supar_cli.analysis import check as verdicts
-from supar_cli.analysis import check_plans, coordinates, records
-from supar_cli.analysis.check import Sweep, Verdict
 from supar_cli.errors import InputError
+from supar_cli.experiments import check_plans, coordinates
+from supar_cli.experiments import coordinate_check as verdicts
+from supar_cli.experiments.coordinate_check import Sweep, Verdict
+from supar_cli.jobs import runs as records
+from supar_cli.jobs import workers as execute
 from supar_cli.planning.density import Share, literal
 from supar_cli.planning.patterns import density_of
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.spec import Proxy, Spec
-from supar_cli.tuning import execute
+from supar_cli.training.reporter import Reporter
 
 TOKENS = 512  # chosen: of a batch; fewer make single gradients noisy, more make the check slow
-
-
-class Reporter(Protocol):
-    """Where messages and progress go."""
-
-    def log(self, message: str) -> None: ...
-    def warn(self, message: str) -> None: ...
-    def progress(self, step: int, steps: int, loss: float) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

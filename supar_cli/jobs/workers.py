@@ -167,13 +167,13 @@ def workers(
     Raises InputError for an executor or a setting it doesn't know, SetupError for a missing extra or cluster.
     """
     if executor == "local":
-        from supar_cli.tuning.local import Local, visible_devices
+        from supar_cli.jobs.local import Local, visible_devices
 
         for key in settings or {}:
             raise InputError(f"--executor-set {key}: the local executor has no settings")
         devices = visible_devices(device)
         return Local(jobs or len(devices) or (1 if device.startswith("cuda") else on_cpu), devices)
-    from supar_cli.tuning import clusters
+    from supar_cli.jobs import clusters
 
     if executor == "ray":
         return clusters.Ray(jobs, settings or {}, device, verbose)

@@ -5,21 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing, suppress
-from typing import Any, Protocol
+from typing import Any
 
 from optuna.trial import FrozenTrial
 
 from supar_cli.errors import SetupError, SuparError
-from supar_cli.tuning.execute import POLL_S, Call, Failure, Function, Workers
-from supar_cli.tuning.shared import Shared, where
+from supar_cli.jobs.queue import Shared, where
+from supar_cli.jobs.workers import POLL_S, Call, Failure, Function, Workers
+from supar_cli.training.reporter import Reporter
 
 SAY_S = 60.0  # chosen: rare enough for a log, often enough to see what a command waits for
-
-
-class Reporter(Protocol):
-    def progress(self, step: int, steps: int, loss: float) -> None: ...
-    def log(self, message: str) -> None: ...
-    def warn(self, message: str) -> None: ...
 
 
 def rounds(

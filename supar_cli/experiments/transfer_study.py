@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from supar_cli.analysis.curves import Curve, first_of
-from supar_cli.analysis.figures import TITLES
+from supar_cli.experiments.curves import Curve, first_of
+from supar_cli.experiments.statistics import quadratic
 from supar_cli.planning.sweep import Sweep
-from supar_cli.tuning.fit import quadratic
+from supar_cli.reporting.result import TITLES
 
 # chosen: a loss curve is a parabola near its optimum only; on the far side of it training soon breaks down
 WINDOW_STEPS, WINDOW_OCTAVES = 2, 1.5

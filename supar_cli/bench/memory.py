@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from supar_cli.analysis import bench_layers
+from supar_cli.bench import layer as bench_layers
 from supar_cli.errors import SetupError
 from supar_cli.sparse.autotune import LayerCase
 

@@ -14,16 +14,18 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from supar_cli.errors import InputError, SetupError, UnusableResult
+from supar_cli.experiments import samplers
+from supar_cli.experiments.statistics import Fit, quadratic
+from supar_cli.jobs import workers as execute
+from supar_cli.jobs.local import Local
+from supar_cli.jobs.queue import LIVE, Shared, counts, state_of
+from supar_cli.jobs.rounds import rounds
+from supar_cli.jobs.storage import Patience, absolute, shown
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Proxy, Search, Spec
 from supar_cli.planning.transfer import as_trial
-from supar_cli.tuning import execute, samplers
-from supar_cli.tuning.fit import Fit, quadratic
-from supar_cli.tuning.local import Local
-from supar_cli.tuning.rounds import Reporter, rounds
-from supar_cli.tuning.shared import LIVE, Shared, counts, state_of
-from supar_cli.tuning.storage import Patience, absolute, shown
+from supar_cli.training.reporter import Reporter
 from supar_cli.version import __version__
 
 Values = dict[str, float]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from supar_cli.analysis.report_runs import finite, last_written, points, run_files, state, thinned
 from supar_cli.errors import SetupError, SuparError
 from supar_cli.files import Record
 from supar_cli.planning.plan import Plan
+from supar_cli.reporting.run_parts import finite, last_written, points, run_files, state, thinned
 
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a Unicode braille cell: 4 rows of 2
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from math import inf, isfinite, sqrt
 from typing import Any
 
-from supar_cli.analysis import figures
-from supar_cli.analysis.curves import Curve, first_of
-from supar_cli.analysis.study_views import finite
+from supar_cli.experiments.curves import Curve, first_of
+from supar_cli.experiments.study_views import finite
+from supar_cli.reporting import result as figures
 
 DENSE, RETUNED = "SP, tuned dense", "SP, re-tuned"
 
@@ -107,7 +107,7 @@ def _rate(row: dict[str, Any]) -> str:
     return f"2^{again['octaves']:g}" + ("" if again["bracketed"] else ", at the end")
 
 
-def figure(found: list[dict[str, Any]], axis: str) -> figures.Figure:
+def figure(found: list[dict[str, Any]], axis: str) -> dict[str, Any]:
     """Loss over density or width, a line for each way of choosing hyperparameters, with standard errors."""
     lines = []
     for name in found[0]["cells"]:
@@ -125,6 +125,6 @@ def figure(found: list[dict[str, Any]], axis: str) -> figures.Figure:
         "y": "validation loss (nats per token)",
         "x_log2": True,
         "y_log2": False,
-        "y_limits": figures.loss_limits(losses) if losses else None,
+        "y_limits": figures.loss_limits(losses),
         "panels": [{"title": "the same hyperparameters at every size", "vertical": None, "lines": lines}],
     }

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from supar_cli.analysis.page import Figure, Part, Table, Verdict, flat
 from supar_cli.errors import SetupError
 from supar_cli.files import Record, read_json, read_jsonl
 from supar_cli.planning import document
@@ -16,6 +15,8 @@ from supar_cli.planning.overview import COLUMNS, number, plan_rows, start_text
 from supar_cli.planning.plan import Plan, PlanModel, read_plan
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy
+from supar_cli.reporting.html import Part, flat
+from supar_cli.reporting.result import Figure, Table, Verdict
 from supar_cli.training import run_directory
 from supar_cli.training.run_directory import read_result
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from supar_cli.analysis import figures
-from supar_cli.analysis.coordinates import LINEAR
-from supar_cli.analysis.records import Record
+from supar_cli.experiments.coordinates import LINEAR
+from supar_cli.experiments.statistics import student_t975
+from supar_cli.jobs.runs import Record
 from supar_cli.planning.plan import Plan
-from supar_cli.tuning.fit import student_t975
+from supar_cli.reporting import result as figures
 
 Array = NDArray[np.float64]
 
@@ -250,7 +250,7 @@ def table(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-def pictures(sweeps: list[Sweep], by_run: dict[str, Record], steps: int) -> list[figures.Figure]:
+def pictures(sweeps: list[Sweep], by_run: dict[str, Record], steps: int) -> list[dict[str, Any]]:
     """Sizes over density or width, as the paper's Figure 5: a panel for each parameterization, a line for each step."""
     shown = sorted({1, 2, 1 + steps // 2, steps})
     made = []
@@ -280,7 +280,7 @@ def pictures(sweeps: list[Sweep], by_run: dict[str, Record], steps: int) -> list
     return [figure for figure in made if figure["panels"]]
 
 
-def _lines(sweep: Sweep, by_run: dict[str, Record], quantity: str, shown: list[int]) -> list[figures.Line]:
+def _lines(sweep: Sweep, by_run: dict[str, Record], quantity: str, shown: list[int]) -> list[dict[str, Any]]:
     lines = []
     for step in shown:
         points: dict[float, float | None] = {}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from math import isfinite
 from typing import Any
 
-from supar_cli.analysis import figures
-from supar_cli.analysis.curves import Curve, first_of
-from supar_cli.analysis.transfer_study import Arm
+from supar_cli.experiments.curves import Curve, first_of
+from supar_cli.experiments.transfer_study import Arm
 from supar_cli.planning.sweep import Level, Sweep
+from supar_cli.reporting import result as figures
 
 
 def label(level: Level) -> str:
@@ -106,7 +106,7 @@ def _number(value: float | None, form: str) -> str:
     return "diverged" if value is None else form.format(value)
 
 
-def loss_figure(sweep: Sweep, curves: list[Curve]) -> figures.Figure:
+def loss_figure(sweep: Sweep, curves: list[Curve]) -> dict[str, Any]:
     """Loss over the tuned hyperparameter: a panel for each parameterization, a line for each size, its best ringed."""
     panels: list[dict[str, Any]] = []
     for name in dict.fromkeys(curve.name for curve in curves):
@@ -129,12 +129,12 @@ def loss_figure(sweep: Sweep, curves: list[Curve]) -> figures.Figure:
         "y": "validation loss (nats per token)",
         "x_log2": True,
         "y_log2": False,
-        "y_limits": figures.loss_limits(losses) if losses else None,
+        "y_limits": figures.loss_limits(losses),
         "panels": panels,
     }
 
 
-def optimum_figure(sweep: Sweep, arms: list[Arm]) -> figures.Figure:
+def optimum_figure(sweep: Sweep, arms: list[Arm]) -> dict[str, Any]:
     """The optimum over density (or width, or depth), with its interval over seeds: level where it transfers."""
     lines = []
     for arm in arms:

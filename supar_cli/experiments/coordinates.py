@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from supar_cli.analysis.records import Record
 from supar_cli.errors import UnusableResult
+from supar_cli.jobs import workers as execute
+from supar_cli.jobs.runs import Record
 from supar_cli.models.transformer import Attention
 from supar_cli.planning.plan import Plan
 from supar_cli.training.trainer import Trainer
-from supar_cli.tuning import execute
 
 LINEAR = ("activation", "gain", "update")  # of every hidden linear
 Sizes = dict[str, dict[str, float | None]]  # by quantity, by name of the linear, attention or `logits`; None: no number

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 
 from supar_cli.errors import InputError, SetupError
-from supar_cli.tuning.execute import POLL_S, RETRIES, Call, Died, Function, Workers, answer
+from supar_cli.jobs.workers import POLL_S, RETRIES, Call, Died, Function, Workers, answer
 
 SLURM_JOBS = 8  # chosen: a search's trials in a few rounds, and no more than most sites let one user run
 LARGEST_ARRAY = 1000  # chosen: what Slurm takes unless its MaxArraySize says otherwise

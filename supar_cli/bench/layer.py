@@ -199,7 +199,7 @@ def break_evens(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 def picture(result: dict[str, Any]) -> dict[str, Any]:
     """The figure of a `bench layer` document: ratio over density, a line an arm."""
-    from supar_cli.analysis import figures
+    from supar_cli.reporting import result as figures
 
     found = sorted(result["densities"], key=lambda row: row["density"])
     lines = []

@@ -6,88 +6,22 @@ import io
 import json
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
 import jinja2
 import markupsafe
 import matplotlib
 from matplotlib import pyplot as plt
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from supar_cli.analysis import figures
+from supar_cli.reporting import figures
+from supar_cli.reporting.result import Figure, Table, Verdict
 from supar_cli.version import __version__
 
 # Colours that follow the page's: ink, card, the grey band and the lines of the grid
 THEMED = {"#000000": "currentColor", "#ffffff": "var(--card)", "#bfbfbf": "var(--band)", "#b0b0b0": "var(--line)"}
 SVG = "{http://www.w3.org/2000/svg}"
 LINK = "{http://www.w3.org/1999/xlink}href"
-
-
-class _Data(BaseModel):
-    """Data of a result file: keys that are not known here are kept, values of another type are refused."""
-
-    model_config = ConfigDict(extra="allow")
-
-
-def _drawable(y: float | None) -> float | None:
-    """JSON has no NaN; Python's reader lets it and infinities through."""
-    return y if y is not None and abs(y) < float("inf") else None
-
-
-Gap = Annotated[float | None, AfterValidator(_drawable)]
-
-
-class Line(_Data):
-    label: str = ""
-    x: list[Annotated[float, Field(allow_inf_nan=False)]]
-    y: list[Gap]
-    low: list[Gap] | None = None
-    high: list[Gap] | None = None
-    ring: int | None = None
-
-    @model_validator(mode="after")
-    def _fits(self) -> Line:
-        lengths = {len(values) for values in (self.x, self.y, self.low, self.high) if values is not None}
-        if len(lengths) > 1 or (self.low is None) != (self.high is None):
-            raise ValueError("x, y, low and high are of different lengths")
-        if self.ring is not None and not 0 <= self.ring < len(self.x):
-            raise ValueError("ring is no index of a point")
-        return self
-
-
-class Panel(_Data):
-    title: str = ""
-    vertical: float | None = None
-    lines: list[Line]
-
-
-class Figure(_Data):
-    name: str
-    title: str
-    x: str
-    y: str
-    x_log2: bool = False
-    y_log2: bool = False
-    y_limits: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
-    panels: list[Panel] = Field(min_length=1)
-
-
-class Verdict(_Data):
-    what: str
-    passed: bool | None
-    control: bool = False
-    text: str = ""
-
-
-class Table(_Data):
-    """`folded`: shown when asked for."""
-
-    title: str
-    columns: list[str]
-    rows: Sequence[Sequence[str | float | int | bool | None]]
-    folded: bool = False
 
 
 @dataclass
@@ -140,32 +74,11 @@ def gaps(figure: Figure) -> int:
     return sum(y is None for panel in figure.panels for line in panel.lines for y in line.y)
 
 
-def _plain(text: str) -> str:
-    """Text in which matplotlib sees no formula."""
-    return text.replace("$", r"\$")
-
-
-def _to_draw(figure: Figure) -> figures.Figure:
-    """A figure's data as `figures.draw` takes it."""
-    data = figure.model_dump()
-    data["x"], data["y"] = _plain(data["x"]), _plain(data["y"])
-    for panel in data["panels"]:
-        panel["title"] = _plain(panel["title"])
-        for line in panel["lines"]:
-            line["label"] = _plain(line["label"])
-            for name in ("low", "high"):
-                if line[name] is not None:
-                    line[name] = [float("nan") if y is None else y for y in line[name]]
-            if line["ring"] is not None and line["y"][line["ring"]] is None:
-                line["ring"] = None
-    return data
-
-
 def svg(figure: Figure, prefix: str) -> str:
     """A figure as an <svg> element whose ids begin with `prefix`, its colours following the page's."""
     written = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
-        drawn = figures.draw(_to_draw(figure))
+        drawn = figures.draw(figure)
         drawn.savefig(written, format="svg", transparent=True, metadata={"Date": None})
         plt.close(drawn)
     root = ET.fromstring(written.getvalue())

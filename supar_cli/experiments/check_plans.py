@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import log2
 from typing import Any
 
-from supar_cli.analysis.check import Sweep
 from supar_cli.errors import InputError
+from supar_cli.experiments.coordinate_check import Sweep
 from supar_cli.planning.density import Share, literal
 from supar_cli.planning.plan import Plan, PlanTrain, decoder_base
 from supar_cli.planning.rules import ParameterizationName

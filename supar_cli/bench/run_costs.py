@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from supar_cli.analysis.benchmark import random_task
+from supar_cli.bench.step import random_task
 from supar_cli.planning.plan import Plan
 from supar_cli.training import checkpoint, run_directory
 from supar_cli.training.distributed import Ranks

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from supar_cli.tuning.execute import Call, Died, Function, Workers, answer
+from supar_cli.jobs.workers import Call, Died, Function, Workers, answer
 
 STOP_S = 5.0  # chosen: for a worker to give its trial back, between two operations of training
 
