@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from supar_cli.errors import InputError
-from supar_cli.version import __version__
+from supar_cli.training.runtime import device_name, versions
 
 WORSE = 0.1  # chosen: a smaller loss than a tenth is not worth an alarm, even where it is certain
 # What has to be the same for two documents of a benchmark to be compared. Rounds are not: more only narrow the spread
@@ -24,13 +24,6 @@ SETTINGS = {
     "run": ("shape", "batch_size", "sparsity", "block", "device", "precision", "compiled", "engine"),
     "memory": ("shape", "tokens", "density", "device", "precision"),
 }
-
-
-def device_name(device: torch.device) -> str:
-    """A CUDA device by its name, a CPU with its number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu ({torch.get_num_threads()} threads)"
 
 
 def where(device: torch.device, precision: torch.dtype) -> dict[str, Any]:
@@ -44,9 +37,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
-        "supar": __version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
+        **versions(),
         "numba": importlib.metadata.version("numba") if importlib.util.find_spec("numba") else None,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["supar", *sys.argv[1:]]),

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
-import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from supar_cli.errors import InputError, SetupError, UnusableResult
@@ -26,7 +24,7 @@ from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Proxy, Search, Spec
 from supar_cli.planning.transfer import as_trial
 from supar_cli.training.reporter import Reporter
-from supar_cli.version import __version__
+from supar_cli.training.runtime import versions
 
 Values = dict[str, float]
 RUNS = "-runs"  # of the name of the study that keeps a study's further runs
@@ -146,8 +144,7 @@ def search(spec: Spec, storage: str, *, workers: execute.Workers | None = None, 
             reporter.warn(f"lr fit: {fit.why}; the best rate measured is taken, {values['lr']:.4g}")
     proxy = proxy_of(spec, values)
     evidence = _evidence(spec, storage, finished, finalists, winner, fit)
-    environment = {"supar": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
-    return proxy.model_copy(update={"evidence": evidence, "meta": {**spec.meta, "tuned_with": environment}})
+    return proxy.model_copy(update={"evidence": evidence, "meta": {**spec.meta, "tuned_with": versions()}})
 
 
 def best_so_far(spec: Spec, storage: str) -> str | None:

@@ -18,7 +18,7 @@ from supar_cli.errors import InputError, SetupError
 from supar_cli.files import write_file
 from supar_cli.jobs.workers import Failure, Workers
 from supar_cli.reporting import figures
-from supar_cli.version import __version__
+from supar_cli.training.runtime import versions
 
 Record = dict[str, Any]
 
@@ -122,10 +122,8 @@ def environment(workers: Workers) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     where = "" if workers.here else f" on {type(workers).__name__}"
     return {
-        "supar": __version__,
-        "torch": str(torch.__version__),
+        **versions(),
         "numpy": np.__version__,
-        "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {workers.jobs} jobs{where}",
         "cuda": torch.cuda.get_device_name() if cuda else None,
     }

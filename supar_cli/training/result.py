@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from supar_cli.files import Record, naming_write_errors, write_file
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.masks import Mask
 from supar_cli.training.distributed import Parallel
-from supar_cli.training.runtime import Runtime
-from supar_cli.version import __version__
+from supar_cli.training.runtime import Runtime, device_name, versions
 
 
 @dataclass(slots=True)
@@ -74,12 +70,9 @@ def document(
 
 def environment(runtime: Runtime, parallel: Parallel, engines: Mapping[str, str]) -> Record:
     """Versions and machine, and how the run used it: `engines` by the name of each masked tensor."""
-    is_cuda = runtime.device.type == "cuda"
     return {
-        "supar": __version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(runtime.device) if is_cuda else f"cpu ({torch.get_num_threads()} threads)",
+        **versions(),
+        "device": device_name(runtime.device),
         "processes": parallel.ranks.size,
         "parallel": parallel.kind,
         "precision": str(runtime.precision).removeprefix("torch."),

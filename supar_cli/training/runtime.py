@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import estimate
 from supar_cli.planning.plan import Plan
 from supar_cli.training.distributed import Parallelism, Ranks
+from supar_cli.version import __version__
 
 USED_SHARE = 0.9  # chosen: of a device's memory; the rest is the allocator's and the libraries'
 
@@ -28,6 +30,18 @@ PEAK_FLOPS = {
     "A10": 125e12,
     "V100": 125e12,
 }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, as every document that holds measurements states them."""
+    return {"supar": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def device_name(device: torch.device) -> str:
+    """A CUDA device by its name, a CPU with its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.get_num_threads()} threads)"
 
 
 def peak_share(device: torch.device, flops_per_unit: float | None, units_per_s: float) -> float | None:
