@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
-from supar_cli.files import template, write_file
 from supar_cli.planning import document
 from supar_cli.planning.density import Share
 from supar_cli.planning.explain import Explained
@@ -169,15 +168,9 @@ def report(paths: Sequence[str | Path], out: str | Path | None = None) -> str:
 
     Raises InputError for a path that is none of these.
     """
-    from supar_cli.reporting import html as page
     from supar_cli.reporting import read as reading
 
-    text = page.render(
-        [part for path in paths for part in reading.read(str(path))], template("report.html.j2").read_text("utf-8")
-    )
-    if out is not None:
-        write_file(Path(out), text)
-    return text
+    return reading.report(paths, out)
 
 
 def train(plan: Plan, directory: str | Path, *, resume: bool = True, force: bool = False) -> dict[str, Any]:
