@@ -43,7 +43,7 @@ def study(folder: Path, title: str = "A sweep", **changes: Any) -> Path:
         ],
         parents={"sweep": "sha256:" + "ab" * 32},
         environment={"supar": "0", "cuda": None},
-        command=["supar", "sweep", "a b"],
+        command="supar sweep 'a b'",
     ).document()
     folder.mkdir(parents=True)
     states = ["done"] * 4 + ["diverged", "failed"]
@@ -122,7 +122,7 @@ def test_a_finished_run(supar_here: Supar, trained: Path, tmp_path: Path) -> Non
     text = (tmp_path / "report.html").read_text()
     shown = Page(text)
     assert shown.tags.count("svg") == 4
-    assert "finished: step 12 of 12" in shown.text and "✓ passed" in shown.text
+    assert re.search("finished: step 12 of 12, last written 20", shown.text) and "✓ passed" in shown.text
     result = json.loads((trained / "result.json").read_text())
     assert f"{result['validation_loss']:.6g}" in shown.text and f"{result['train_loss']:.6g}" in shown.text
     plan = document.read_file(str(trained / "plan.yaml"))[0].data
@@ -179,6 +179,28 @@ def test_verdicts_say_in_words_what_they_are(supar_here: Supar, tmp_path: Path) 
     places = [shown.text.index(word) for word in words]
     assert places == sorted(places) and places[-1] < shown.text.index("Figures")
     assert "supar sweep 'a b'" in shown.text and "why A sweep" in shown.text
+
+
+def test_a_result_is_written_as_given_and_read_as_written(tmp_path: Path) -> None:
+    line = Line.through("one", {2.0: float("nan"), 1: 3.0}, ring=1)
+    figure = Figure(name="drawn", title="$", x="x", y="y", panels=[Panel(lines=[line])])
+    verdict, table = Verdict(what="mark", passed=True), Table(title="t", columns=["a"], rows=[[1], [None]])
+    result = Result(
+        kind="k", title="t", verdicts=[verdict], tables=[table], figures=[figure], parents={}, environment={}, own=[1]
+    )
+    said: list[str] = []
+    result.write(tmp_path, said.append)
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert list(found) == [*list(Result.model_fields), "own"] and found["command"].startswith("supar ")
+    assert found["verdicts"] == [{"what": "mark", "passed": True}] and found["tables"][0]["rows"] == [[1], [None]]
+    assert found["figures"][0]["panels"] == [{"lines": [{"label": "one", "x": [1, 2.0], "y": [3.0, None], "ring": 0}]}]
+    assert Result.parse(found, tmp_path).document() == found
+    assert said == [f"wrote {tmp_path}/: result.json, drawn.png, records.jsonl"] and (tmp_path / "drawn.png").exists()
+
+
+def test_a_table_has_a_cell_for_each_column() -> None:
+    with pytest.raises(ValueError, match="t: a row has 1 cells; expected 2"):
+        Table(title="t", columns=["a", "b"], rows=[[1, 2], [1]])
 
 
 def test_a_running_sweep_counts_its_records(supar_here: Supar, tmp_path: Path) -> None:
@@ -254,6 +276,7 @@ def test_a_page_that_differs_is_kept_without_force(supar_here: Supar, tmp_path: 
     assert supar_here("report", "sweep", "--force").status == 0
 
 
+HUGE = '{"title": "t", "columns": ["a"], "rows": [[1e999]]}'
 BAD: dict[str, tuple[Callable[[Path], Any], int, str]] = {
     "missing": (lambda at: shutil.rmtree(at), 2, "bad: no such file or folder"),
     "empty folder": (lambda at: [path.unlink() for path in at.iterdir()], 2, "bad: not a folder that supar wrote"),
@@ -261,6 +284,18 @@ BAD: dict[str, tuple[Callable[[Path], Any], int, str]] = {
     "list": (lambda at: (at / "result.json").write_text("[1]"), 2, "bad/result.json: kind: is None"),
     "binary": (lambda at: (at / "result.json").write_bytes(b"\xff\xfe\x00"), 3, "bad/result.json: is corrupt"),
     "deep": (lambda at: (at / "result.json").write_text("[" * 99_999), 3, "bad/result.json: is corrupt"),
+    "huge": (
+        lambda at: (at / "result.json").write_text(
+            '{"kind": "supar.sweep-result/v1", "tables": [HUGE]}'.replace("HUGE", HUGE)
+        ),
+        3,
+        "bad/result.json: tables[0].rows[0][0]",
+    ),
+    "demo": (
+        lambda at: [(at / "result.json").unlink(), (at / "results.json").write_text('{"kind": "supar.demo/v1"}')],
+        3,
+        "bad/results.json: curves: Field required",
+    ),
     "record": (lambda at: (at / "records.jsonl").write_text('{"run": 1}\nx\n'), 3, "bad/records.jsonl:2: not a record"),
     "plan": (
         lambda at: [(at / "question.json").unlink(), (at / "plan.yaml").write_text("kind: x\n")],
@@ -276,6 +311,15 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
         "tables[0]: t: a row has 2 cells; expected 1",
     ),
     "not a list": ({"tables": 3}, "tables: "),
+    "environment": ({"environment": [1]}, "environment: Input should be a valid dictionary"),
+    "ring": (
+        {
+            "figures": [
+                {"name": "a", "title": "", "x": "", "y": "", "panels": [{"lines": [{"x": [1], "y": [1], "ring": 1}]}]}
+            ]
+        },
+        "figures[0].panels[0].lines[0]: ring is not",
+    ),
 }
 
 

@@ -7,15 +7,14 @@ from typing import Any
 
 from supar_cli.files import Record
 from supar_cli.planning.document import Document
+from supar_cli.planning.kinds import parse_any
 from supar_cli.planning.overview import COLUMNS, number, plan_rows, start_text
 from supar_cli.planning.plan import Plan, PlanModel
-from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy
 from supar_cli.reporting.result import Figure, Line, Panel, ReportPart, Table, Verdict, flatten
 from supar_cli.reporting.text import LOSSES, downsample, read_run, series
 
 MEASURED = ("steps", "seconds", "resumed_at", "parameters", "live_parameters")
-MASKS = "Fingerprints of the masks"
 TENSOR_COLUMNS = ("name", "role", "shape", "density", "kept", "start", "lr", "weight_decay", "eps", "because")
 
 
@@ -24,40 +23,52 @@ def run_part(folder: Path) -> ReportPart:
     run = read_run(folder)
     found, result, plan = run.summary, run.result, run.plan
     done = found["step"] if result is None else result.get("steps")
-    step, ended = f"step {done} of {found['steps']}", f": {found['text']}" if found["text"] else ""
-    state = f"{found['state']}: {step}, last written {found['written']}{ended}"
-    part = ReportPart(str(folder), "run", f"Run {plan.name}", state, figures=_run_figures(run.records))
+    step, why = f"step {done} of {found['steps']}", f": {found['text']}" if found["text"] else ""
+    state = f"{found['state']}: {step}, last written {found['written']}{why}"
+    part = ReportPart(str(folder), "run", f"Run {plan.name}", state, facts=_plan_facts(plan))
     part.verdicts = [Verdict(what="finished", passed=None if result is None else done == found["steps"], text=step)]
-    part.tables, part.facts = [*_losses(run.records, result is not None), *_plan_tables(plan)], _plan_facts(plan)
+    losses = {label: series(run.records, name) for name, label in LOSSES.items()}
+    _add_losses(part, losses, is_final=result is not None)
+    part.tables += _plan_tables(plan)
+    part.figures = _run_figures(run.records, losses)
     if result is not None:
-        measured = {name: result.get(name) for name in MEASURED}
-        part.facts = {
-            "Environment": flatten(result.get("environment") or {}),
-            "Run": flatten(measured),
-            **part.facts,
-        }
+        measured = flatten({name: result.get(name) for name in MEASURED})
+        part.facts = {"Environment": flatten(result.get("environment") or {}), "Run": measured} | part.facts
         part.facts["Hashes"] |= flatten({"data as read": result.get("data")})
-        masks = list(flatten(result.get("masks") or {}).items())
-        part.tables.append(Table(title=MASKS, columns=["tensor", "mask"], rows=masks, folded=True))
+        masks, title = list(flatten(result.get("masks") or {}).items()), "Fingerprints of the masks"
+        part.tables.append(Table(title=title, columns=["tensor", "mask"], rows=masks, folded=True))
         if result.get("plan") != plan.hash():
-            part.notes.append(
-                f"result.json belongs to another plan ({result.get('plan')}), not to plan.yaml beside it."
-            )
-    losses = [(step, loss) for name in LOSSES for step, loss in series(run.records, name).items()]
-    if losses:
-        bad = [str(step) for step, loss in losses if loss is None]
-        text = f"not at step {', '.join(bad[:5])}; gaps in figures" if bad else f"all {len(losses)} are"
-        part.verdicts.append(Verdict(what="losses finite", passed=not bad, text=text))
-    else:
-        part.notes.append("No step is recorded yet.")
+            part.notes.append(f"result.json belongs to another plan, {result.get('plan')}, not to plan.yaml beside it.")
     return part
 
 
-def _run_figures(records: list[Record]) -> list[Figure]:
+Series = dict[float, float | None]
+
+
+def _add_losses(part: ReportPart, losses: dict[str, Series], is_final: bool) -> None:
+    """Add the losses a run ended with, or has so far, and whether they are numbers."""
+    rows, steps, bad = [], 0, list[str]()
+    for label, by_step in losses.items():
+        found = list(by_step.items())
+        known = [(loss, step) for step, loss in found if loss is not None]
+        bad += [str(step) for step, loss in found if loss is None]
+        steps += len(found)
+        if found:
+            rows.append([label, found[0][1], *reversed(found[-1]), *min(known, default=(None, None))])
+    if not rows:
+        part.notes.append("No step is recorded yet.")
+        return
+    text = f"not at step {', '.join(bad[:5])}; gaps in figures" if bad else f"all {steps} are"
+    part.verdicts.append(Verdict(what="losses finite", passed=not bad, text=text))
+    title = f"{'Final losses' if is_final else 'Losses so far'}, nats per token"
+    columns = ["", "first", "last", "at step", "lowest", "at step"]
+    part.tables.append(Table(title=title, columns=columns, rows=rows))
+
+
+def _run_figures(records: list[Record], losses: dict[str, Series]) -> list[Figure]:
     """Losses, gradient norms by role, learning rate and speed over steps, as far as they are recorded."""
     by_role = [{**one.get("grad_norm_by_role", {}), "step": one["step"]} for one in records]
     roles = dict.fromkeys(role for one in by_role for role in one if role != "step")
-    losses = {label: series(records, name) for name, label in LOSSES.items()}
     norms = {"all": series(records, "grad_norm"), **{role: series(by_role, role) for role in roles}}
     figures = []
     for name, title, y, by_label in (
@@ -78,25 +89,14 @@ def _line(label: str, by_step: dict[float, float | None]) -> Line:
     return Line.through(f"{label} (means of {each})".strip() if each > 1 else label, means)
 
 
-def _losses(records: list[Record], is_final: bool) -> list[Table]:
-    """The losses a run ended with, or has so far."""
-    rows = []
-    for name, label in LOSSES.items():
-        found = list(series(records, name).items())
-        known = [(loss, step) for step, loss in found if loss is not None]
-        if found:
-            rows.append([label, found[0][1], *reversed(found[-1]), *min(known, default=(None, None))])
-    title = f"{'Final losses' if is_final else 'Losses so far'}, nats per token"
-    return (
-        [Table(title=title, columns=["", "first", "last", "at step", "lowest", "at step"], rows=rows)] if rows else []
-    )
-
-
-def plan_part(found: Document, source: str) -> ReportPart:
-    """A plan that was not run."""
-    plan = parse(Plan, found)
-    part = ReportPart(source, "plan", f"Plan {plan.name}", "a plan; nothing was measured")
-    part.tables, part.facts = _plan_tables(plan), _plan_facts(plan)
+def document_part(found: Document, source: str) -> ReportPart:
+    """A plan or a proxy. Raises InputError with every problem in it."""
+    parsed = parse_any(found, Plan, Proxy)
+    if isinstance(parsed, Proxy):
+        return _proxy_part(parsed, source)
+    assert isinstance(parsed, Plan)
+    part = ReportPart(source, "plan", f"Plan {parsed.name}", "a plan; nothing was measured")
+    part.tables, part.facts = _plan_tables(parsed), _plan_facts(parsed)
     return part
 
 
@@ -137,9 +137,8 @@ def _plan_facts(plan: Plan) -> dict[str, dict[str, str]]:
     }
 
 
-def proxy_part(found: Document, source: str) -> ReportPart:
+def _proxy_part(proxy: Proxy, source: str) -> ReportPart:
     """A proxy: what it is, and the evidence of its tuning."""
-    proxy = parse(Proxy, found)
     model, evidence = proxy.model, dict(proxy.evidence)
     state = "tuned" if evidence else "a proxy without evidence of tuning"
     part = ReportPart(source, "proxy", f"Proxy of width {model.width}, {model.layers} layers", state)

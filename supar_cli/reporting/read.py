@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -11,27 +10,12 @@ from pathlib import Path
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import Record, read_json, read_jsonl, write_file
 from supar_cli.planning import document
-from supar_cli.planning.kinds import kinds_of
-from supar_cli.planning.plan import Plan
-from supar_cli.planning.spec import Proxy
 from supar_cli.planning.sweep import TUNED
-from supar_cli.reporting.documents import plan_part, proxy_part, run_part
-from supar_cli.reporting.result import (
-    TITLES,
-    Demo,
-    Figure,
-    Line,
-    Panel,
-    ReportPart,
-    Result,
-    Table,
-    flatten,
-    loss_figure,
-)
+from supar_cli.reporting.documents import document_part, run_part
+from supar_cli.reporting.result import NAMES, TITLES, Demo, Line, Panel, ReportPart, Result, Table, flatten, loss_figure
 from supar_cli.reporting.text import time_written
 
 QUIET_S = 600.0  # chosen: a job that has written nothing for so long may not be running any more
-DOCUMENTS = {**dict.fromkeys(kinds_of(Plan), plan_part), **dict.fromkeys(kinds_of(Proxy), proxy_part)}
 STUDIES = {"supar.check-result/v1": "check", "supar.sweep-result/v1": "sweep", "supar.compare-result/v1": "comparison"}
 FILES = ("plan.yaml", "result.json", "question.json", "records.jsonl", "results.json")
 EXPECTED = "expected a run directory, a folder of a sweep, check, comparison or demo, a plan or a proxy"
@@ -62,15 +46,10 @@ def read(source: str) -> list[ReportPart]:
         raise InputError(f"{source}: no such file or folder; {EXPECTED}")
     if path.suffix == ".json":
         return [_result(path, str(path))]
-    parts = []
     found = document.read_file(source)
-    for index, one in enumerate(found, 1):
-        kind = one.data.get("kind") if isinstance(one.data, dict) else None
-        if not isinstance(kind, str) or kind not in DOCUMENTS:
-            raise InputError(one.problem(("kind",), f"is {kind!r}", f"expected one of {', '.join(DOCUMENTS)}"))
-        name = f"{one.name}, document {index} of {len(found)}" if len(found) > 1 else one.name
-        parts.append(DOCUMENTS[kind](one, name))
-    return parts
+    if len(found) == 1:
+        return [document_part(found[0], found[0].name)]
+    return [document_part(one, f"{one.name}, document {at} of {len(found)}") for at, one in enumerate(found, 1)]
 
 
 def _folder(folder: Path) -> ReportPart:
@@ -97,13 +76,12 @@ def _result(path: Path, source: str) -> ReportPart:
     if not isinstance(kind, str) or kind not in STUDIES:
         raise InputError(f"{path}: kind: is {kind!r}; expected {', '.join(STUDIES)} or supar.demo/v1")
     result = Result.parse(found, path)
-    command = result.command if isinstance(result.command, str) else shlex.join(result.command)
     part = ReportPart(source, STUDIES[kind], result.title or path.parent.name, "finished")
     part.verdicts, part.figures, part.tables = result.verdicts, result.figures, result.tables
     if not part.verdicts:
         part.notes.append(f"This {part.kind} has no verdicts; see its tables.")
     part.facts = {
-        "Command": {"command line": command} if command else {},
+        "Command": {"command line": result.command} if result.command else {},
         "Environment": flatten(result.environment),
         "Hashes": flatten(result.parents),
     }
@@ -111,70 +89,82 @@ def _result(path: Path, source: str) -> ReportPart:
 
 
 def _study(folder: Path) -> ReportPart:
-    """A folder of a sweep, check or comparison, finished or not: its result, if there is one, and its records."""
+    """A folder of a sweep, check or comparison: its records, and its result or, before there is one, its question."""
     path, asked, ended = (folder / name for name in ("records.jsonl", "question.json", "result.json"))
     records = read_jsonl(path, "run")
-    states = Counter(str(record.get("state", "unknown")) for record in records).most_common()
-    last = path if path.is_file() else asked if asked.is_file() else ended
-    counts = ", ".join(f"{count} {state}" for state, count in states) or "none yet"
-    progress = f"{len(records)} runs recorded ({counts}), last written {time_written(last)}"
-    if not ended.is_file():
-        question = read_json(asked) if asked.is_file() else {}
-        own = question if isinstance(question, dict) else {}
+    if ended.is_file():
+        part = _result(ended, str(folder))
+        if path.is_file() and path.stat().st_mtime > ended.stat().st_mtime:
+            part.state = f"running again: {_progress(records, path)}"
+            part.notes.append("Runs were recorded after result.json was written; its verdicts and figures lack them.")
+    else:
+        last = path if path.is_file() else asked
         is_quiet = time.time() - last.stat().st_mtime >= QUIET_S
         word = f"nothing written for {QUIET_S / 60:.0f} minutes, running or stopped" if is_quiet else "running"
-        title = str(own.get("title") or own.get("name") or folder.name)
-        part = ReportPart(str(folder), "unfinished measurement", title, f"{word}: {progress}")
+        question = read_json(asked) if asked.is_file() else {}
+        own = question if isinstance(question, dict) else {}
+        title, state = own.get("title") or own.get("name") or folder.name, f"{word}: {_progress(records, last)}"
+        part = ReportPart(str(folder), "unfinished measurement", str(title), state)
         part.notes.append("No result.json yet: the verdicts follow when all runs have ended.")
-        part.figures, part.facts = _losses_so_far(records), {"Question": flatten(question)}
-    else:
-        part = _result(ended, str(folder))
-        if last == path and path.stat().st_mtime > ended.stat().st_mtime:
-            part.state = f"running again: {progress}"
-            part.notes.append("Runs were recorded after result.json was written; its verdicts and figures lack them.")
-    missed = [one for one in records if one.get("state") != "done"]
-    why = [[str(one["run"])[:19], str(one.get("state")), str(one.get("why") or "–")] for one in missed]
-    title, columns = "Runs that are not done, and why", ["run", "state", "why"]
-    tables = [
-        Table(title="Runs recorded", columns=["state", "runs"], rows=states),
-        Table(title=title, columns=columns, rows=why, folded=len(why) > 10),
-    ]
-    part.tables += [table for table in tables if table.rows]
+        part.facts = {"Question": flatten(question)}
+        _draw_losses(part, records)
+    _add_records(part, records)
     return part
 
 
-def _losses_so_far(records: list[Record]) -> list[Figure]:
-    """The means of what a sweep that still runs has measured; nothing for other records or before the first loss."""
+def _states(records: list[Record]) -> list[tuple[str, int]]:
+    return Counter(str(record.get("state", "unknown")) for record in records).most_common()
+
+
+def _progress(records: list[Record], path: Path) -> str:
+    counts = ", ".join(f"{count} {state}" for state, count in _states(records)) or "none yet"
+    return f"{len(records)} runs recorded ({counts}), last written {time_written(path)}"
+
+
+def _add_records(part: ReportPart, records: list[Record]) -> None:
+    """Add how many runs are done, diverged and failed, and why those that are not done are not."""
+    missed = [one for one in records if one.get("state") != "done"]
+    why = [[str(one["run"])[:19], str(one.get("state")), str(one.get("why") or "–")] for one in missed]
+    title, columns = "Runs that are not done, and why", ["run", "state", "why"]
+    if records:
+        part.tables.append(Table(title="Runs recorded", columns=["state", "runs"], rows=_states(records)))
+    if missed:
+        part.tables.append(Table(title=title, columns=columns, rows=why, folded=len(why) > 10))
+
+
+def _draw_losses(part: ReportPart, records: list[Record]) -> None:
+    """Add a figure of the means of what a sweep that still runs has measured; records of others are left out."""
     losses: dict[str, dict[str, dict[float, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    tuned = ""
+    word = ""
     for one in records:
-        varied = next((name for name in TUNED if name in one), "")
-        level = next((name for name in ("sparsity", "density", "layers", "width") if name in one), "")
-        if "arm" in one and varied and level and isinstance(one.get("loss"), int | float):
-            tuned = varied
+        tuned = next((name for name in TUNED if name in one), None)
+        level = next((name for name in ("sparsity", "density", "layers", "width") if name in one), None)
+        if "arm" in one and tuned and level and isinstance(one.get("loss"), int | float):
+            word = NAMES.get(tuned, tuned)
             losses[str(one["arm"])][f"{level} {one[level]}"][float(one[tuned])].append(float(one["loss"]))
     panels = []
     for arm, levels in losses.items():
         lines = [Line.through(name, {x: sum(y) / len(y) for x, y in at.items()}) for name, at in levels.items()]
         panels.append(Panel(title=TITLES.get(arm, arm), lines=lines))
-    return [loss_figure(tuned, " so far, means over the seeds that have ended", panels)] if panels else []
+    if panels:
+        title = f"Loss over {word} so far, means over the seeds that have ended"
+        part.figures.append(loss_figure(title, f"{word} of the proxy", panels))
 
 
 def _demo(demo: Demo, source: str) -> ReportPart:
     """The demo's curves and regrets."""
+    part = ReportPart(source, "demo", "Demo: does the dense model's learning rate transfer?", "finished")
     panels: dict[str, Panel] = {}
     for curve in demo.curves:
-        line = Line.through(f"density {curve.density:g}", {2.0**octave: loss for octave, loss in curve.losses.items()})
-        name = curve.parameterization
-        panels.setdefault(name, Panel(title=name, lines=[])).lines.append(line)
-    part = ReportPart(source, "demo", "Demo: does the dense model's learning rate transfer?", "finished")
-    y = "validation loss (nats per token)"
-    figure = {"name": "lr_transfer", "title": "Loss over learning rate", "x": "learning rate ÷ the proxy's", "y": y}
+        panel = panels.setdefault(curve.parameterization, Panel(title=curve.parameterization, lines=[]))
+        points = {2.0**octave: loss for octave, loss in curve.losses.items()}
+        panel.lines.append(Line.through(f"density {curve.density:g}", points))
     if panels:
-        part.figures = [Figure.model_validate({**figure, "x_log2": True, "panels": list(panels.values())})]
+        x, lines = "learning rate ÷ the proxy's", list(panels.values())
+        part.figures.append(loss_figure("Loss over learning rate", x, lines, "lr_transfer"))
     columns = [name.replace("_", " ") for name in (demo.regrets or [{}])[0]]
     rows = [list(row.values()) for row in demo.regrets]
-    part.tables = [Table(title="Regret of reusing the dense model's learning rate", columns=columns, rows=rows)]
+    part.tables.append(Table(title="Regret of reusing the dense model's learning rate", columns=columns, rows=rows))
     part.facts = {
         "Demo": flatten({name: getattr(demo, name, None) for name in ("lr", "seeds", "steps")}),
         "Environment": flatten(demo.meta),

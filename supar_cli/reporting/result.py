@@ -60,13 +60,13 @@ def command_line() -> str:
 
 
 class Data(BaseModel):
-    """Data of a file of supar's: unknown keys are kept, values of another type are refused."""
+    """Part of a file that supar wrote: unknown keys are kept, values of another type are refused."""
 
     model_config = ConfigDict(extra="allow")
 
     @classmethod
     def parse(cls, found: dict[str, Any], path: Path) -> Self:
-        """What a file holds; a null stands for a key that is not there. Raises SetupError that names file and place."""
+        """A file's data as this type; a null is read as a missing key. Raises SetupError that names file and place."""
         try:
             return cls.model_validate({key: value for key, value in found.items() if value is not None})
         except ValidationError as error:
@@ -76,7 +76,7 @@ class Data(BaseModel):
 
 Number = int | Annotated[float, Field(allow_inf_nan=False)]
 Gap = Annotated[int | float | None, AfterValidator(finite)]
-Cell = str | float | int | bool | None
+Cell = str | bool | Number | None
 
 
 class Line(Data):
@@ -105,7 +105,7 @@ class Line(Data):
 
 class Panel(Data):
     title: str = ""
-    vertical: float | None = None
+    vertical: Number | None = None
     lines: list[Line]
 
 
@@ -118,7 +118,7 @@ class Figure(Data):
     y: str
     x_log2: bool = False
     y_log2: bool = False
-    y_limits: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    y_limits: Annotated[list[Number], Field(min_length=2, max_length=2)] | None = None
     panels: list[Panel] = Field(min_length=1)
 
     @property
@@ -131,20 +131,11 @@ class Figure(Data):
         return sum(y is None for line in self.lines for y in line.y)
 
 
-def loss_figure(tuned: str, remark: str, panels: list[Panel]) -> Figure:
-    """Validation loss over a hyperparameter of the proxy, as sweeps show it; the title ends with `remark`."""
-    word = NAMES.get(tuned, tuned)
+def loss_figure(title: str, x: str, panels: list[Panel], name: str = "loss") -> Figure:
+    """Validation loss over `x`, as sweeps and the demo show it."""
     losses = [y for panel in panels for line in panel.lines for y in line.y if y is not None]
-    return Figure(
-        name="loss",
-        title=f"Loss over {word}{remark}",
-        x=f"{word} of the proxy",
-        y="validation loss (nats per token)",
-        x_log2=True,
-        y_log2=False,
-        y_limits=loss_limits(losses),
-        panels=panels,
-    )
+    y, limits = "validation loss (nats per token)", loss_limits(losses)
+    return Figure(name=name, title=title, x=x, y=y, x_log2=True, y_log2=False, y_limits=limits, panels=panels)
 
 
 class Verdict(Data):
@@ -187,7 +178,7 @@ class Result(Data):
     verdicts: list[Verdict] = []
     tables: list[Table] = []
     figures: list[Figure] = []
-    command: str | list[str] = ""
+    command: str = ""
     parents: dict[str, Any] = {}
     environment: dict[str, Any] = {}
 

@@ -52,8 +52,10 @@ def read_run(folder: Path) -> Run:
 
 def _state(folder: Path, is_finished: bool) -> tuple[str, str]:
     """(running, finished, preempted, failed or killed; why it ended)."""
-    if run_directory.is_open(folder) or is_finished:
-        return "running" if run_directory.is_open(folder) else "finished", ""
+    if run_directory.is_open(folder):
+        return "running", ""
+    if is_finished:
+        return "finished", ""
     path = folder / run_directory.STATUS_FILE
     ended = read_json(path) if path.exists() else {}
     if not isinstance(ended, dict):
