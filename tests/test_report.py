@@ -252,10 +252,10 @@ def test_several_inputs_share_one_page(supar_here: Supar, trained: Path, cut: Pa
 
 
 def test_two_equal_figures_have_ids_of_their_own() -> None:
-    from supar_cli.reporting.html import svg
+    from supar_cli.reporting.html import draw_svg
 
     figure = Figure(name="a", title="a", x="x", y="y", panels=[Panel(lines=[Line.through("b", {1.0: 2.0, 2.0: 1.0})])])
-    one, same, other = (set(Page(svg(figure, salt)).ids) for salt in ("p1f1", "p1f1", "p2f1"))
+    one, same, other = (set(Page(draw_svg(figure, salt)[1]).ids) for salt in ("p1f1", "p1f1", "p2f1"))
     assert one == same and len(one) > 3 and not one & other
 
 

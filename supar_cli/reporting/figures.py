@@ -22,15 +22,14 @@ MARKERS = "os^DvPX*"
 
 def draw(figure: Figure) -> Any:
     """The figure as matplotlib's, one row of panels with common axes; close it after use."""
-    width = 4.4 * len(figure.panels) + 0.4
-    drawn, ((first, *_),) = plt.subplots(
-        1, len(figure.panels), figsize=(width, 4.0), sharex=True, sharey=True, squeeze=False
-    )
+    count = len(figure.panels)
+    drawn, axes = plt.subplots(1, count, figsize=(4.4 * count + 0.4, 4.0), sharex=True, sharey=True, squeeze=False)
+    first = axes[0][0]
     if figure.x_log2:
         first.set_xscale("log", base=2)
     if figure.y_log2:
         first.set_yscale("log", base=2)
-    for panel, axis in zip(figure.panels, drawn.axes, strict=True):
+    for panel, axis in zip(figure.panels, axes[0], strict=True):
         if panel.vertical is not None:
             axis.axvline(panel.vertical, color="0.75", lw=6, zorder=0)
         for line, colour, marker in zip(panel.lines, cycle(COLOURS), cycle(MARKERS), strict=False):

@@ -7,9 +7,8 @@ import re
 from collections import Counter
 from typing import Any
 
-import jinja2
-import markupsafe
 import matplotlib
+from jinja2 import Environment, StrictUndefined
 from matplotlib import pyplot as plt
 
 from supar_cli.files import template
@@ -39,20 +38,16 @@ def summary(verdicts: list[Verdict]) -> str:
     return ", ".join(f"{count} {words}" for words, count in counts.items()) or "no verdicts"
 
 
-def svg(figure: Figure, salt: str) -> str:
-    """A figure as an <svg> element, its colours following the page's; its ids are those of no figure with another salt."""
+def draw_svg(figure: Figure, salt: str) -> tuple[str, str]:
+    """(viewBox, elements) of a figure as SVG, in the page's colours; no figure with another salt has one of its ids."""
     written = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
         drawn = figures.draw(figure)
         drawn.savefig(written, format="svg", transparent=True, metadata=dict.fromkeys(METADATA))
         plt.close(drawn)
-    found = re.search(r'<svg[^>]* viewBox="([^"]*)"[^>]*>(.*)', written.getvalue(), re.DOTALL)
+    found = re.search('<svg[^>]* viewBox="([^"]*)"[^>]*>(.*)</svg>', written.getvalue(), re.DOTALL)
     assert found is not None
-    width = len(figure.panels)
-    style = f"min-width:{15 * width}rem;max-width:{30 * width}rem"
-    label = markupsafe.escape(description(figure))
-    start = f'<svg viewBox="{found[1]}" role="img" aria-label="{label}" style="{style}">'
-    return start + re.sub("<[^>]*>", _theme, found[2])
+    return found[1], re.sub("<[^>]*>", _theme, found[2])
 
 
 def _theme(tag: re.Match[str]) -> str:
@@ -83,15 +78,10 @@ def is_number(value: Any) -> bool:
 
 def render(parts: list[ReportPart]) -> str:
     """The page; everything that comes from documents is escaped."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"cell": cell, "verdict_style": verdict_style, "summary": summary}
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    functions = (cell, verdict_style, summary, draw_svg, description)
+    environment.filters |= {function.__name__: function for function in functions}
     environment.tests["number"] = is_number
-    drawn = [
-        [markupsafe.Markup(svg(figure, f"p{i}f{j}-")) for j, figure in enumerate(part.figures, 1)]
-        for i, part in enumerate(parts, 1)
-    ]
     page = environment.from_string(template("report.html.j2").read_text("utf-8"))
     title = parts[0].title if len(parts) == 1 else f"{len(parts)} results"
-    return page.render(parts=parts, drawn=drawn, title=title, version=__version__) + "\n"
+    return page.render(parts=parts, title=title, version=__version__) + "\n"
