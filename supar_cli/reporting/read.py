@@ -133,7 +133,7 @@ def _add_records(part: ReportPart, records: list[Record]) -> None:
 
 
 def _draw_losses(part: ReportPart, records: list[Record]) -> None:
-    """Add a figure of the means of what a sweep that still runs has measured; records of others are left out."""
+    """Add a figure of what a sweep has measured so far, means over seeds; other measurements have none."""
     losses: dict[str, dict[str, dict[float, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     word = ""
     for one in records:
