@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from supar_cli import api
-from supar_cli.cli import console, studies
+from supar_cli.cli import studies
 from supar_cli.cli.sweep import DEFAULTS, PRESETS
 from supar_cli.errors import InputError
-from supar_cli.planning import document
+from supar_cli.planning import document, templates
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import parse
 from supar_cli.planning.sweep import Grid, Sweep, axis_values, checked
@@ -186,10 +186,23 @@ PAPER_WIDTHS = {
 }
 
 
+# of each figure's small and full document, from the time when it had a file of its own
+PRESET_HASHES = {
+    "fig1": ["363512b6fa7e", "ab94bad9ccfd"],
+    "fig6": ["afba0a73e81e", "e074fecc2891"],
+    "fig7": ["f0851f2bd33f", "72f5d8dfb7c6"],
+    "fig9": ["db99eae842ff", "c4d9db2de16e"],
+    "fig10": ["cd98f1ed3d94", "bfcaea2d3f6f"],
+    "fig11": ["7abef3d04767", "cb077a0e6238"],
+    "fig13": ["fb15e26d9279", "48466fb96544"],
+    "fig14": ["a4551d2d9463", "df1e726461b1"],
+}
+
+
 class TestPresets:
     @pytest.mark.parametrize("name", PRESETS)
     def test_both_sizes_are_sound_and_every_run_can_be_planned(self, name: str, text_file: Path) -> None:
-        small, full = document.read_file(str(console.template(name)))
+        small, full = document.read(templates.text(name), name)
         for read in (small, full):
             sweep = parse(Sweep, read)
             sweep = sweep.model_copy(update={"data": sweep.data.model_copy(update={"hash": "sha256:" + "0" * 64})})
@@ -208,7 +221,7 @@ class TestPresets:
                 assert [level.width for level in sweep.levels] == PAPER_WIDTHS.get(name, [4096] * 8)
 
     def test_fig1_at_full_size_is_the_papers(self) -> None:
-        sweep = parse(Sweep, document.read_file(str(console.template("fig1")))[1])
+        sweep = parse(Sweep, document.read(templates.text("fig1"), "fig1")[1])
         plan = sweep.plan("supar", sweep.levels[-1], 4.0, 0)
         assert (plan.train.tokens, plan.train.warmup_steps, plan.train.steps) == (306_446_336, 116, 1169)
         assert plan.hyperparameters.lr == 0.0162 and len(plan.tensors) < 30
@@ -217,10 +230,23 @@ class TestPresets:
         sp = sweep.plan("sp", sweep.levels[0], 4.0, 0)
         assert next(row for row in sp.tensors if row.role == "hidden").init_std == pytest.approx(0.08665602 / 4)
 
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_ask_what_they_asked_when_each_had_a_file(self, name: str) -> None:
+        sweeps = [parse(Sweep, read) for read in document.read(templates.text(name), name)]
+        assert [document.content_hash(sweep.identity())[7:19] for sweep in sweeps] == PRESET_HASHES[name]
+
+    def test_are_all_the_figures_there_are(self) -> None:
+        assert {name for name in templates.names() if name.startswith("fig")} == set(PRESETS) == set(PRESET_HASHES)
+
     def test_init_writes_one_and_says_what_it_is_for(self, supar_here: Supar, tmp_path: Path) -> None:
         called = supar_here("init", "fig7")
         assert called.status == 0 and "next: supar sweep fig7.yaml" in called.err
-        assert (tmp_path / "fig7.yaml").read_text("utf-8") == console.template("fig7").read_text("utf-8")
+        text = (tmp_path / "fig7.yaml").read_text("utf-8")
+        assert text == templates.text("fig7") and text.startswith("# The paper's Figure 7, small: ")
+        # its own comments, and those of the figure that it shares its other lines with
+        assert "# measured: at the small size" in text and "#   supar sweep --preset fig7 --full" in text
+        assert text.count("# ours") == 11 and "Figure 6" not in text and "fig6" not in text and "NAME" not in text
+        assert "like:" not in text and text.count("eval_every: 100\n") == 2
 
 
 def test_the_api_loads_a_sweep(tmp_path: Path) -> None:

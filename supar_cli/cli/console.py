@@ -15,7 +15,6 @@ import typer
 
 from supar_cli import files
 from supar_cli.errors import InputError, Problem, SetupError
-from supar_cli.files import template_names as template_names
 from supar_cli.files import write_file
 from supar_cli.planning import document, spec
 

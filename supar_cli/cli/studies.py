@@ -11,7 +11,7 @@ from typing import Any
 from supar_cli.cli import console
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
-from supar_cli.planning import document
+from supar_cli.planning import document, templates
 from supar_cli.planning.advice import warnings
 from supar_cli.planning.problems import parse
 from supar_cli.planning.sweep import LEVELS, TUNED, Sweep, checked
@@ -20,15 +20,18 @@ TARGET_FLAGS = ("width", "layers", "context", "batch_size", "steps", "seed")
 NOT_IN_A_SWEEP = ("search", "evidence", "parents", "meta")
 
 
-def read(source: str | None, full: bool, words: dict[str, Any]) -> document.Document:
+def read(source: str | None, full: bool, words: dict[str, Any], preset: str | None = None) -> document.Document:
     """The document asked for as that of a study. A spec or a proxy becomes one with the keys of `words`.
 
     Of a stream of two, the second is the one at full size. Raises InputError when there is no such document.
     """
     if source is None:
         source = next((name for name in ("proxy.yaml", "supar.yaml") if Path(name).exists()), None)
-    name = source or "quickstart template"
-    found = console.read_all(source or str(console.template("quickstart")), "`supar tune-proxy` writes a proxy")
+    name = f"--preset {preset}" if preset else source or "quickstart template"
+    if preset:
+        found = document.read(templates.text(preset), name)
+    else:
+        found = console.read_all(source or str(console.template("quickstart")), "`supar tune-proxy` writes a proxy")
     if full and len(found) != 2:
         raise InputError(f"{name}: holds {len(found)} document; expected a second one for --full")
     if len(found) > 2:

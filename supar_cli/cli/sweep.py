@@ -76,9 +76,7 @@ def sweep(
         what = "given beside a document" if source is not None else f"expected {', '.join(PRESETS)}"
         raise InputError(f"--preset {preset}: {what}")
     talk = console.Talk(quiet, verbose)
-    read = studies.read(str(console.template(preset)) if preset else source, full, DEFAULTS)
-    if preset:
-        read.name = f"--preset {preset}"
+    read = studies.read(source, full, DEFAULTS, preset)
     studies.put_axes(read, over or [])
     console.apply_settings(read, settings)
     studies.put_flags(read, flags)
