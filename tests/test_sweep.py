@@ -17,7 +17,7 @@ from supar_cli.errors import InputError
 from supar_cli.planning import document, templates
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import parse
-from supar_cli.planning.sweep import Grid, Sweep, axis_values, checked
+from supar_cli.planning.sweep import Grid, Sweep, axis_values, plan_all
 
 from .conftest import Called, proxy_fields
 
@@ -56,26 +56,28 @@ class TestGrammar:
     @pytest.mark.parametrize(
         ("name", "given", "what"),
         [
-            ("lr", "log2:-4..-12/0.5", "is no range"),
-            ("lr", "log2:-4..-2/0", "is no range"),
+            ("lr", "log2:-4..-12/0.5", "not a range"),
+            ("lr", "log2:-4..-2/0", "not a range"),
             ("lr", "log2:-4..-2/0.001", "at most 200 values"),
-            ("lr", "log2:-4", "can't be read"),
-            ("lr", "log2:a..b", "can't be read"),
-            ("lr", "x:nan..1", "is no range"),
-            ("lr", "log10:-4..-2", "'log10' is no scale"),
-            ("lr", "0.1;0.2", "can't be read"),
-            ("lr", "", "can't be read"),
-            ("lr", "0.1,,0.2", "can't be read"),
+            ("lr", "log2:-4", "'' is not a number"),
+            ("lr", "log2:a..b", "'a' is not a number"),
+            ("lr", "x:nan..1", "'nan' is not finite"),
+            ("lr", "log10:-4..-2", "'log10' is not a scale"),
+            ("lr", "0.1;0.2", "'0.1;0.2' is not a number"),
+            ("lr", "", "'' is not a number"),
+            ("lr", "0.1,,0.2", "'' is not a number"),
             ("lr", "0.1,0.1", "each once"),
-            ("lr", "0", "0 is no lr"),
-            ("lr", "nan", "can't be read"),
-            ("lr", True, "is no axis"),
-            ("lr", {"a": 1}, "is no axis"),
-            ("lr", [[1]], "can't be read"),
-            ("sparsity", "log2:-3..-1", "is in octaves"),
-            ("sparsity", "0,1", "1 is no sparsity"),
-            ("density", "0,1", "0 is no density"),
-            ("width", "64.5", "64.5 is no width"),
+            ("lr", "0", "0 is not a valid lr"),
+            ("lr", "nan", "'nan' is not finite"),
+            ("lr", True, "not an axis"),
+            ("lr", {"a": 1}, "not an axis"),
+            ("lr", [[1]], "'[1]' is not a number"),
+            ("lr", [True, 0.5], "'True' is not a number"),
+            ("lr", "1/0", "divides by zero"),
+            ("sparsity", "log2:-3..-1", "sparsity takes a list"),
+            ("sparsity", "0,1", "1 is not a valid sparsity"),
+            ("density", "0,1", "0 is not a valid density"),
+            ("width", "64.5", "64.5 is not a valid width"),
         ],
     )
     def test_refusals_name_the_axis(self, name: str, given: Any, what: str) -> None:
@@ -85,10 +87,10 @@ class TestGrammar:
 
     def test_a_grid_goes_on_by_its_own_step_and_halves_it(self) -> None:
         grid = Grid((1.0, 2.0, 4.0))
-        assert [grid.at(p) for p in (-2, -0.5, 0, 0.5, 1, 1.5, 2, 2.5, 4)] == pytest.approx(
+        assert [grid.value(p) for p in (-2, -0.5, 0, 0.5, 1, 1.5, 2, 2.5, 4)] == pytest.approx(
             [0.25, 2**-0.5, 1, 2**0.5, 2, 2**1.5, 4, 2**2.5, 16]
         )
-        assert Grid((1.0, 3.0, 30.0)).at(3) == pytest.approx(300) and Grid((5.0,)).at(-1) == pytest.approx(2.5)
+        assert Grid((1.0, 3.0, 30.0)).value(3) == pytest.approx(300) and Grid((5.0,)).value(-1) == pytest.approx(2.5)
         assert grid.octaves(3) == 3
 
 
@@ -99,13 +101,13 @@ class TestDocument:
             ({"over": {"lr": "0.1", "init_std": "0.1"}}, "over: 2 axes of a hyperparameter"),
             ({"over": {"density": "1"}}, "over: 0 axes of a hyperparameter"),
             ({"over": {"lr": "0.1", "width": "32", "density": "1"}}, "over: 2 axes of a size"),
-            ({"over": {"lr": "0.1", "depth": "1"}}, "over.depth: no axis"),
-            ({"over": {"lr": "log2:3..1"}}, "over.lr: 'log2:3..1' is no range"),
+            ({"over": {"lr": "0.1", "depth": "1"}}, "over.depth: not an axis"),
+            ({"over": {"lr": "log2:3..1"}}, "over.lr: 'log2:3..1': not a range"),
             ({"parameterizations": ["sp", "ntk"]}, "parameterizations[1]: "),
-            ({"parameterizations": ["sp", "sp"]}, "parameterizations: one stands twice"),
-            ({"own": {"ntk": {"lr": 0.1}}}, "own.ntk: no parameterization"),
+            ({"parameterizations": ["sp", "sp"]}, "parameterizations: one appears twice"),
+            ({"own": {"ntk": {"lr": 0.1}}}, "own.ntk: not a parameterization"),
             ({"own": {"sp": {"lrs": 0.1}}}, "own.sp.lrs: "),
-            ({"iso": "wpn", "over": {"lr": "0.1", "width": "32"}}, "iso: wpn wants levels of sparsity or density"),
+            ({"iso": "wpn", "over": {"lr": "0.1", "width": "32"}}, "iso: wpn needs levels of sparsity or density"),
             ({"name": "../x"}, "name: '../x' names a folder"),
             ({"seeds": 0}, "seeds: should be greater than 0"),
             ({"widne": 3}, "did you mean 'widen'?"),
@@ -137,8 +139,8 @@ class TestDocument:
         assert [level.density for level in sweep_of(over={"lr": "0.1"}).levels] == [1]
 
     def test_a_width_without_whole_heads_is_refused_before_anything_runs(self) -> None:
-        with pytest.raises(InputError, match="width 40 is no multiple of the proxy's head width 16"):
-            checked(sweep_of(over={"lr": "0.1", "width": "32,40"}))
+        with pytest.raises(InputError, match="width 40 is not a multiple of the proxy's head width 16"):
+            plan_all(sweep_of(over={"lr": "0.1", "width": "32,40"}))
 
     def test_identity_is_what_is_measured(self) -> None:
         one = sweep_of()
@@ -172,11 +174,11 @@ class TestIso:
 
     def test_plans_keep_the_live_parameters_within_the_rounding(self) -> None:
         sweep = sweep_of(**self.WIDE, iso="parameters", over={"lr": "0.1", "sparsity": "0,0.5,0.75,0.875"})
-        live = [hidden_live(plan) for plan in checked(sweep)[:4]]
+        live = [hidden_live(plan) for plan in plan_all(sweep)[:4]]
         # whole heads of 64: 362 becomes 384, 724 becomes 704
         assert [round(count / live[0], 3) for count in live] == [1, 1.125, 1, 0.945]
         without = sweep_of(**self.WIDE, over={"lr": "0.1", "sparsity": "0,0.5,0.75,0.875"})
-        assert hidden_live(checked(without)[3]) == live[0] / 8  # the comparison sees a width that was left alone
+        assert hidden_live(plan_all(without)[3]) == live[0] / 8  # the comparison sees a width that was left alone
 
 
 PAPER_WIDTHS = {
@@ -206,7 +208,7 @@ class TestPresets:
         for read in (small, full):
             sweep = parse(Sweep, read)
             sweep = sweep.model_copy(update={"data": sweep.data.model_copy(update={"hash": "sha256:" + "0" * 64})})
-            checked(sweep)
+            plan_all(sweep)
             assert len(sweep.levels) >= 3 and sweep.seeds >= 2
             if read is small:
                 seen = set()
@@ -286,15 +288,15 @@ class TestRefusedFlags:
         [
             (["--over", "lr"], "--over lr: expected NAME=VALUES"),
             (["--over", "eta=0.1"], "--over eta=0.1: expected NAME=VALUES"),
-            (["--over", "lr=log2:1"], "over.lr: 'log2:1' can't be read"),
-            (["--over", "sparsity=0,1"], "over.sparsity: 1 is no sparsity"),
+            (["--over", "lr=log2:1"], "over.lr: 'log2:1': '' is not a number"),
+            (["--over", "sparsity=0,1"], "over.sparsity: '0,1': 1 is not a valid sparsity"),
             (["--over", "lr=0.1", "--over", "init_std=0.1"], "over: 2 axes of a hyperparameter"),
             (["--parameterization", "sp,ntk"], "parameterizations[1]"),
             (["--iso", "flops"], "iso: "),
             (["--preset", "fig2"], "--preset fig2: expected fig1"),
             (["--preset", "fig1", "proxy.yaml"], "--preset fig1: given beside a document"),
             (["--full"], "expected a second one for --full"),
-            (["--width", "40"], "width 40 is no multiple"),
+            (["--width", "40"], "width 40 is not a multiple"),
             (["--data", "none.txt"], "data.source: none.txt: no such file"),
             (["--out", "text.txt"], "text.txt: is a file"),
             (["none.yaml"], "none.yaml: no such file"),

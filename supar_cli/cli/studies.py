@@ -14,7 +14,7 @@ from supar_cli.errors import InputError
 from supar_cli.planning import document, templates
 from supar_cli.planning.advice import warnings
 from supar_cli.planning.problems import parse
-from supar_cli.planning.sweep import LEVELS, TUNED, Sweep, checked
+from supar_cli.planning.sweep import LEVELS, TUNED, Sweep, plan_all
 
 TARGET_FLAGS = ("width", "layers", "context", "batch_size", "steps", "seed")
 NOT_IN_A_SWEEP = ("search", "evidence", "parents", "meta")
@@ -99,7 +99,7 @@ def study(read: document.Document, talk: console.Talk) -> Sweep:
     with console.located(read):
         if sweep.data.hash is None:
             sweep = sweep.model_copy(update={"data": corpus.identified(sweep.data)})
-        plans = checked(sweep)
+        plans = plan_all(sweep)
     for message in dict.fromkeys(message for plan in plans for message in warnings(plan)[:1]):
         talk.warn(message)
     return sweep
@@ -140,6 +140,12 @@ def workers(flags: dict[str, Any], device: str, folder: Path) -> Any:
         folder=folder / "slurm",
         verbose=flags["verbose"],
     )
+
+
+def how(flags: dict[str, Any]) -> dict[str, Any]:
+    """How a study's runs are made, as flags say."""
+    settings = console.executor_settings(flags["executor_set"])
+    return {**{name: flags[name] for name in ("jobs", "executor", "verbose", "force")}, "executor_set": settings}
 
 
 @contextmanager

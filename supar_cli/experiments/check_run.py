@@ -109,7 +109,7 @@ def run_check(
         "runs": sorted({row[0].hash() for sweep in sweeps for row in sweep.plans}),
         "sweeps": [[sweep.arm, sweep.axis, sweep.sizes] for sweep in sweeps],
     }
-    records.open_result(folder, question, force)
+    records.open_study_folder(folder, question, force)
     store = records.Records(folder)
     with workers:
         found = _judged(sweeps, store, workers, max_seeds, reporter)

@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,35 @@ from typing import Any
 import numpy as np
 import torch
 
-from supar_cli.errors import InputError, SetupError
+from supar_cli.errors import InputError, SetupError, SuparError, UnusableResult
 from supar_cli.files import write_file
-from supar_cli.jobs.workers import Failure, Workers
+from supar_cli.jobs.workers import Failure, Workers, validation_loss
+from supar_cli.jobs.workers import require_runnable as require_runnable
+from supar_cli.planning.plan import Plan
 from supar_cli.reporting import figures
 from supar_cli.training.runtime import versions
 
 Record = dict[str, Any]
+
+
+def measure_loss(plan: Plan, about: Record) -> Record:
+    """The record of a run: `about` it, its `loss`, `seconds`, and `state`: done, diverged or failed, with `why`."""
+    started = time.monotonic()
+    record: Record = {**about, "plan": plan.hash(), "state": "done", "loss": None}
+    try:
+        record["loss"] = validation_loss(plan)
+    except UnusableResult as error:
+        record |= {"state": "diverged", "why": str(error)}
+    except (RuntimeError, MemoryError) as error:  # torch's own errors, out of memory among them
+        if isinstance(error, SuparError):
+            raise
+        record |= {"state": "failed", "why": f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"}
+    return {**record, "seconds": round(time.monotonic() - started, 2)}
+
+
+def failed_record(plan: Plan, about: Record, why: str) -> Record:
+    """The record of a run whose worker died each time."""
+    return {**about, "plan": plan.hash(), "state": "failed", "loss": None, "why": why}
 
 
 class Records:
@@ -86,7 +109,7 @@ class Records:
             yield done, len(calls), self.by_run[runs[index]]
 
 
-def open_result(folder: Path, question: dict[str, Any], force: bool) -> None:
+def open_study_folder(folder: Path, question: dict[str, Any], force: bool) -> None:
     """Make a folder ready for a question (what is measured): its question.json identifies it, but for its `seeds`.
 
     Raises InputError when the folder holds the answer to another question and `force` is not set; with it, starts anew.

@@ -86,6 +86,12 @@ class Figure(_Data):
     y_limits: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     panels: list[Panel] = Field(min_length=1)
 
+    def save(self, path: Path) -> None:
+        """Draw it into a file of the kind that its name says."""
+        from supar_cli.reporting import figures
+
+        figures.save(self, path)
+
 
 class Verdict(_Data):
     """`passed` is None where nothing could be decided. A control is to fail, and its text says so."""
@@ -133,12 +139,10 @@ class Result(_Data):
 
     def write(self, folder: Path, log: Callable[[str], None]) -> None:
         """Write result.json and a PNG of each figure."""
-        from supar_cli.reporting import figures
-
         text = json.dumps(self.document(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         write_file(folder / "result.json", text)
         for figure in self.figures:
-            figures.save(figure, folder / f"{figure.name}.png")
+            figure.save(folder / f"{figure.name}.png")
         names = ", ".join(["result.json", *(f"{figure.name}.png" for figure in self.figures), "records.jsonl"])
         log(f"wrote {folder}/: {names}")
 
