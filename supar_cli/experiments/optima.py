@@ -28,6 +28,12 @@ class Optimum:
     why: str
     resampled: np.ndarray  # optima of resampled seeds; empty with one seed
 
+    @property
+    def bounds(self) -> Interval | None:
+        """The 95 % interval of its value over seeds."""
+        octaves = interval(self.resampled)
+        return None if octaves is None else (2.0 ** octaves[0], 2.0 ** octaves[1])
+
 
 def find_optimum(curve: Curve, draws: np.ndarray) -> Optimum:
     """The lowest point of a parabola through the finite losses near the best value; `draws` are resampled seeds."""
@@ -38,8 +44,7 @@ def find_optimum(curve: Curve, draws: np.ndarray) -> Optimum:
     seeds = sorted(curve.losses[curve.best])
     x = np.array([curve.grid.octaves(index) - x0 for index in window])
     losses_XS = np.array([[curve.losses[index][seed] for seed in seeds] for index in window])
-    points = zip(x.tolist(), losses_XS.tolist(), strict=True)
-    fit = quadratic([(octaves, seed, loss) for octaves, row in points for seed, loss in zip(seeds, row, strict=True)])
+    fit = quadratic([(float(x[i]), seeds[s], float(loss)) for (i, s), loss in np.ndenumerate(losses_XS)])
     shift, why = (fit.octaves, "") if fit.usable else (0.0, fit.why)
     if not fit.usable and len(window) >= 3:  # one seed and three values: a parabola, though nothing to judge it by
         vertex = float(vertices(x, losses_XS.mean(1, keepdims=True))[0])
@@ -67,44 +72,20 @@ def _near_best(curve: Curve) -> list[float]:
 
 @dataclass(slots=True)
 class ParameterizationResult:
-    """One parameterization's curves, from its first size on, and their optima."""
+    """One parameterization's curves, from its first size on, and their optima.
+
+    `drift` is the slope of log2(optimum) on log2(size); a regret is the share of the loss that is lost at a size by
+    re-using the first size's best value, nan where it isn't known.
+    """
 
     name: ParameterizationName
     curves: list[Curve]
     optima: list[Optimum]
+    drift: float | None
+    drift_interval: Interval | None
+    shift_octaves: float
+    regrets: list[float]
     is_control: bool
-
-    @property
-    def drift(self) -> float | None:
-        """The slope of log2(optimum) on log2(size)."""
-        if len(self.curves) == 1:
-            return None
-        return float(slope(self._log_sizes, np.array([[optimum.octaves] for optimum in self.optima]))[0])
-
-    @property
-    def drift_interval(self) -> Interval | None:
-        resampled = [optimum.resampled for optimum in self.optima]
-        if len(self.curves) == 1 or not all(map(len, resampled)):
-            return None
-        return interval(slope(self._log_sizes, np.array(resampled)))
-
-    @property
-    def _log_sizes(self) -> np.ndarray:
-        return np.array([log2(curve.level.scale) for curve in self.curves])
-
-    @property
-    def shift_octaves(self) -> float:
-        octaves = [optimum.octaves for optimum in self.optima]
-        return max(octaves) - min(octaves)
-
-    @property
-    def regrets(self) -> list[float]:
-        """Share of the loss lost at each size by re-using the first size's best value; nan where it isn't known."""
-        reused, found = self.curves[0].best, []
-        for curve in self.curves:
-            best = curve.mean(curve.best)
-            found.append((curve.mean(reused) - best) / best if isfinite(best) else nan)
-        return found
 
 
 def summarize(sweep: Sweep, curves: list[Curve]) -> list[ParameterizationResult]:
@@ -113,7 +94,16 @@ def summarize(sweep: Sweep, curves: list[Curve]) -> list[ParameterizationResult]
     for name in sweep.parameterizations:
         own = [curve for curve in curves if curve.name == name]
         optima = [find_optimum(curve, draws) for curve in own]
-        found.append(ParameterizationResult(name, own, optima, not is_subject(sweep, name)))
+        octaves, resampled = [optimum.octaves for optimum in optima], [optimum.resampled for optimum in optima]
+        drift = drift_interval = None
+        if len(own) > 1:
+            sizes = np.array([log2(curve.level.scale) for curve in own])
+            drift = float(slope(sizes, np.array(octaves)[:, None])[0])
+            drift_interval = interval(slope(sizes, np.array(resampled))) if all(map(len, resampled)) else None
+        losses = [(curve.mean(own[0].best), curve.mean(curve.best)) for curve in own]
+        regrets = [(reused - best) / best if isfinite(best) else nan for reused, best in losses]
+        shift, is_control = max(octaves) - min(octaves), not is_subject(sweep, name)
+        found.append(ParameterizationResult(name, own, optima, drift, drift_interval, shift, regrets, is_control))
     return found
 
 
@@ -130,27 +120,22 @@ def verdicts(one: ParameterizationResult) -> list[Verdict]:
     """Three of a parameterization at several sizes; `passed` is None where an optimum isn't bracketed."""
     if one.drift is None:
         return []
-    drift, shift, worst = (
-        one.drift,
-        one.shift_octaves,
-        max(one.regrets, key=lambda value: inf if isnan(value) else value),
-    )
+    shift, worst = one.shift_octaves, max(one.regrets, key=lambda value: inf if isnan(value) else value)
     between = "" if one.drift_interval is None else " [{:+.3f}, {:+.3f}]".format(*one.drift_interval)
     lost = "diverged" if worst == inf else "unknown" if isnan(worst) else f"{100 * worst:.2f} %"
+    marks = {
+        "drift": (abs(one.drift) < MAX_DRIFT, f"γ = {one.drift:+.3f}{between}; |γ| < {MAX_DRIFT:g}"),
+        "shift": (shift < MAX_SHIFT_OCTAVES, f"at most {shift:.2f} octaves; < {MAX_SHIFT_OCTAVES:g}"),
+        "regret": (worst < MAX_REGRET, f"at most {lost}; < {100 * MAX_REGRET:g} %"),
+    }
     outer = [f"{curve.level.axis} {curve.level.value:g}" for curve in one.curves if not curve.bracketed]
     found = []
-    for what, passed, text in (
-        ("drift", abs(drift) < MAX_DRIFT, f"γ = {drift:+.3f}{between}; |γ| < {MAX_DRIFT:g}"),
-        ("shift", shift < MAX_SHIFT_OCTAVES, f"at most {shift:.2f} octaves; < {MAX_SHIFT_OCTAVES:g}"),
-        ("regret", None if isnan(worst) else worst < MAX_REGRET, f"at most {lost}; < {100 * MAX_REGRET:g} %"),
-    ):
-        if outer:
-            passed, remark = None, f" (unknown: no inner optimum at {', '.join(outer)})"
-        elif passed is None:
-            remark = " (unknown: a run failed)"
-        else:
-            remark = " (a control, yet it holds here)" if passed else " (a control, misses it as it should)"
-            remark = remark if one.is_control else ""
-        what = f"{SHORT[one.name]}: {what}"
-        found.append(Verdict(what=what, passed=passed, control=one.is_control, text=text + remark))
+    for what, (is_met, text) in marks.items():
+        passed: bool | None = is_met
+        if outer or (what == "regret" and isnan(worst)):
+            passed = None
+            text += f" (unknown: no inner optimum at {', '.join(outer)})" if outer else " (unknown: a run failed)"
+        elif one.is_control:
+            text += " (a control, yet it holds here)" if is_met else " (a control, misses it as it should)"
+        found.append(Verdict(what=f"{SHORT[one.name]}: {what}", passed=passed, control=one.is_control, text=text))
     return found

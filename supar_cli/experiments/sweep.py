@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from supar_cli import files
 from supar_cli.data import corpus
 from supar_cli.errors import InputError, UnusableResult
-from supar_cli.experiments import optima, search, sweep_views
 from supar_cli.experiments.curves import Curve, first_of, measure_curves
+from supar_cli.experiments.optima import SHORT
+from supar_cli.experiments.sweep_views import comparison, loss_figure, transfer
+from supar_cli.files import Record, naming_write_errors, template, write_file
 from supar_cli.jobs import runs
 from supar_cli.jobs.workers import CPU_JOBS, Workers, workers
 from supar_cli.planning import document
@@ -26,23 +27,18 @@ from supar_cli.training.reporter import NullReporter, Reporter
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """What a command asks of a study: which curves are searched for their optimum, and what its result shows of all."""
+    """What a command asks of a study: whose optima are searched (by default all), and what its result shows."""
 
     kind: str
     folder: str
-    title: str  # {} is the study's
-    searched: tuple[str, ...]  # parameterizations; none: all
-    views: Callable[[Sweep, list[Curve]], dict[str, Any]]
+    views: Callable[[Sweep, list[Curve]], Record]
+    searched: tuple[str, ...] = ()
+    title: str = ""  # after the study's own
 
 
-SWEEP = Preset("supar.sweep-result/v1", "sweeps", "{}", (), sweep_views.transfer)
-COMPARE = Preset(
-    "supar.compare-result/v1",
-    "compare",
-    "{}: SP, μP and SμPar at transferred hyperparameters",
-    ("sp",),
-    sweep_views.comparison,
-)
+SWEEP = Preset("supar.sweep-result/v1", "sweeps", transfer)
+COMPARED = ": SP, μP and SμPar at transferred hyperparameters"
+COMPARE = Preset("supar.compare-result/v1", "compare", comparison, searched=("sp",), title=COMPARED)
 
 
 def sweep(
@@ -55,12 +51,13 @@ def sweep(
     verbose: bool = False,
     force: bool = False,
     reporter: Reporter | None = None,
-) -> dict[str, Any]:
+) -> Record:
     """Sweep a hyperparameter at the study's sizes and judge whether its optimum transfers: the result document.
 
     `out` is the folder of its records, by default `sweeps/NAME`; no finished run is made again. Raises SuparError.
     """
-    return _run(SWEEP, study, out, force, reporter, executor, jobs=jobs, settings=executor_set, verbose=verbose)
+    how = {"executor": executor, "jobs": jobs, "settings": executor_set, "verbose": verbose}
+    return _run(SWEEP, study, out, force, reporter or NullReporter(), how)
 
 
 def compare(
@@ -73,25 +70,20 @@ def compare(
     verbose: bool = False,
     force: bool = False,
     reporter: Reporter | None = None,
-) -> dict[str, Any]:
+) -> Record:
     """Compare parameterizations at one value of a hyperparameter, and SP re-tuned at every size: the result document.
 
     SP has three lines: the proxy's value as the others have it; the value that is best for SP at the first size, re-used
     (what people do); and its value re-tuned at every size (what nobody can afford, and the fair comparison of what is
     possible). `out` is the folder of its records, by default `compare/NAME`. Raises SuparError.
     """
-    return _run(COMPARE, study, out, force, reporter, executor, jobs=jobs, settings=executor_set, verbose=verbose)
+    how = {"executor": executor, "jobs": jobs, "settings": executor_set, "verbose": verbose}
+    return _run(COMPARE, study, out, force, reporter or NullReporter(), how)
 
 
 def _run(
-    preset: Preset,
-    study: Sweep,
-    out: str | Path | None,
-    force: bool,
-    reporter: Reporter | None,
-    executor: str,
-    **how: Any,
-) -> dict[str, Any]:
+    preset: Preset, study: Sweep, out: str | Path | None, force: bool, reporter: Reporter, how: dict[str, Any]
+) -> Record:
     """Make the runs that the folder has no record of yet, judge, draw and write."""
     if not isinstance(study, Sweep):
         raise InputError(f"{type(study).__name__}: expected a Sweep")
@@ -99,14 +91,14 @@ def _run(
         require_comparison(study)
     study = corpus.with_hash(study)
     first, *_ = plan_all(study)
-    folder, reporter = Path(out or f"{preset.folder}/{study.name}"), reporter or NullReporter()
-    with _workers(executor, study.run.device, folder, **how) as ready:
+    folder = Path(out or f"{preset.folder}/{study.name}")
+    with _workers(study.run.device, folder, **how) as ready:
         runs.require_runnable(first, device=ready.here)
         runs.open_study_folder(folder, study.identity(exclude={"run", "meta"}), force)
         curves = measure_curves(study, folder, ready, reporter, preset.searched)
     result = Result(
         kind=preset.kind,
-        title=preset.title.format(study.title or study.name),
+        title=(study.title or study.name) + preset.title,
         parents={"sweep": study.hash()},
         environment=runs.environment(ready),
         **{"sweep": study.model_dump(), **preset.views(study, curves)},
@@ -115,12 +107,11 @@ def _run(
     return result.document()
 
 
-def _workers(executor: str, device: str, folder: Path, **how: Any) -> Workers:
+def _workers(device: str, folder: Path, executor: str = "local", **how: Any) -> Workers:
     return workers(executor, device=device, on_cpu=CPU_JOBS, folder=folder / "slurm", **how)
 
 
-DENSITIES = (1.0, 1 / 4, 1 / 16)
-# octaves from the proxy's rate; the last: how far beyond them, a factor of a thousand from the transferred rate
+# octaves from the proxy's rate; WIDEN: beyond them, a factor of a thousand from the transferred rate
 FIRST_OCTAVE, LAST_OCTAVE, WIDEN = -2, 2, 8
 
 
@@ -135,20 +126,22 @@ def demo(
     out: str | Path = "demo",
     verbose: bool = False,
     reporter: Reporter | None = None,
-) -> dict[str, Any]:
-    """Tune a tiny dense proxy, transfer it to lower densities under SP and SμPar, and sweep the rate there.
+) -> Record:
+    """Tune a tiny dense proxy, transfer it to lower densities under SP and SμPar, and sweep the learning rate there.
 
     Returns the document that it writes to results.json in the folder `out`. Raises SuparError.
     """
+    from supar_cli.experiments import search  # and with it Optuna, which no sweep needs
+
     started, folder, reporter = time.monotonic(), Path(out), reporter or NullReporter()
     spec = _demo_spec(data, steps, trials, device)
-    with files.naming_write_errors(folder):
+    with naming_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with _workers("local", spec.run.device, folder, jobs=jobs, verbose=verbose) as ready:
-        shape = f"width {spec.model.width}, {spec.model.layers} layers"
-        reporter.log(f"1. Tuning a dense proxy: {shape}, {steps} steps on {spec.data.source}.")
+    with _workers(spec.run.device, folder, jobs=jobs, verbose=verbose) as ready:
+        shape = f"width {spec.model.width}, {spec.model.layers} layers, {steps} steps on {spec.data.source}"
+        reporter.log(f"1. Tuning a dense proxy: {shape}.")
         proxy = search.search(spec, str(folder / "proxy.journal"), workers=ready, reporter=reporter)
-        files.write_file(folder / "proxy.yaml", document.write([proxy.model_dump()]))
+        write_file(folder / "proxy.yaml", document.write([proxy.model_dump()]))
         reporter.log(
             "2. Transferring it to densities 1, 1/4, 1/16 under SP and SμPar; at each, the learning rate is swept\n"
             "   by factors of 2 around the transferred one."
@@ -156,50 +149,39 @@ def demo(
         study = _demo_study(proxy, seeds)
         curves = measure_curves(study, folder, ready, reporter)
     for curve in curves:
-        size = f"{optima.SHORT[curve.name]} at density {fraction(curve.level.density)}"
-        best = f"η·2^{_octave(curve.best)}, loss {curve.mean(curve.best):.4f}"
-        reporter.log(f"   {size}: best at {best} ({len(curve.losses)} rates)")
+        best = f"best at η·2^{_octave(curve.best)}, loss {curve.mean(curve.best):.4f} ({len(curve.losses)} rates)"
+        reporter.log(f"   {SHORT[curve.name]} at density {fraction(curve.level.density)}: {best}")
+    regrets = [_regret(curve, first_of(curve, curves)) for curve in curves]
+    loss_figure(study, curves).save(folder / "lr_transfer.png")
     result = {
         "kind": "supar.demo/v1",
         "proxy": proxy.hash(),
         "lr": proxy.hyperparameters.lr,
         "seeds": seeds,
         "steps": steps,
-        "regrets": [_regret(curve, first_of(curve, curves)) for curve in curves],
-        "curves": [_demo_curve(curve) for curve in curves],
-        "meta": {
-            "seconds": round(time.monotonic() - started, 1),
-            "machine": runs.environment(ready)["machine"],
-        },
+        "regrets": regrets,
+        "curves": [_losses(curve) for curve in curves],
+        "meta": {"seconds": round(time.monotonic() - started, 1), "machine": runs.environment(ready)["machine"]},
     }
-    sweep_views.loss_figure(study, curves).save(folder / "lr_transfer.png")
-    files.write_file(folder / "results.json", json.dumps(result, indent=1) + "\n")
+    write_file(folder / "results.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
 def _demo_spec(data: str | None, steps: int, trials: int, device: str | None) -> Spec:
     """The quickstart's spec on a demo's budget: shorter runs, of fewer tokens."""
-    (read,) = document.read_file(str(files.template("quickstart.yaml")))
+    (read,) = document.read_file(str(template("quickstart.yaml")))
     read.data["model"] |= {"context": 64}
     read.data["train"] |= {"steps": steps, "batch_size": 16, "eval_every": max(1, steps // 4), "eval_batches": 8}
     read.data["search"] |= {"trials": trials, "finalists": 1, "seeds": 1, "lr_fit_octaves": []}
-    for section, key, value in (("data", "source", data), ("run", "device", device)):
-        if value is not None:
-            read.data.setdefault(section, {})[key] = value
+    read.data |= {"data": {"source": data or "stdlib"}, "run": {"device": device or "auto"}}
     return corpus.with_hash(parse(Spec, read))
 
 
 def _demo_study(proxy: Proxy, seeds: int) -> Sweep:
+    over = {"lr": f"x:{FIRST_OCTAVE}..{LAST_OCTAVE}/1", "density": [1.0, 1 / 4, 1 / 16]}
     keys = {"model", "hyperparameters", "parameterization", "sparsity", "data", "train", "run"}
-    return Sweep(
-        kind="supar.sweep/v1",
-        name="demo",
-        over={"lr": f"x:{FIRST_OCTAVE}..{LAST_OCTAVE}/1", "density": list(DENSITIES)},
-        parameterizations=["sp", "supar"],
-        seeds=seeds,
-        widen=WIDEN,
-        **proxy.model_dump(include=keys),
-    )
+    own: Record = {"name": "demo", "over": over, "parameterizations": ["sp", "supar"], "seeds": seeds, "widen": WIDEN}
+    return Sweep(kind="supar.sweep/v1", **own, **proxy.model_dump(include=keys))
 
 
 def _octave(index: float) -> int:
@@ -207,18 +189,18 @@ def _octave(index: float) -> int:
     return FIRST_OCTAVE + round(index)
 
 
-def _demo_curve(curve: Curve) -> dict[str, Any]:
+def _losses(curve: Curve) -> Record:
     losses = {_octave(index): finite(curve.mean(index)) for index in curve.indices}
     return {"parameterization": curve.name, "density": curve.level.density, "losses": losses}
 
 
-def _regret(curve: Curve, dense: Curve) -> dict[str, Any]:
+def _regret(curve: Curve, dense: Curve) -> Record:
     """Where a curve's optimum lies against the dense one's, and the regret of the dense one's rate; None: not finite.
 
     Raises UnusableResult when training diverged at every rate.
     """
     loss, reused = curve.mean(curve.best), curve.mean(dense.best)
-    if loss != finite(loss):
+    if finite(loss) is None:
         raise UnusableResult(f"{curve.name} at density {curve.level.density:g}: training diverged at every rate tried")
     return {
         "parameterization": curve.name,

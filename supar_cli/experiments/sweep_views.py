@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from math import inf, isfinite
 from typing import Any
 
 from supar_cli.experiments.curves import Curve, first_of
 from supar_cli.experiments.optima import ParameterizationResult, summarize, verdicts
-from supar_cli.experiments.statistics import RESAMPLES, Interval, interval, standard_error
+from supar_cli.experiments.statistics import RESAMPLES, Interval, standard_error
 from supar_cli.planning.sweep import Level, Sweep
 from supar_cli.reporting.result import NAMES, TITLES, Figure, Line, Panel, Table, finite, fraction, loss_limits
 
+SUPAR = TITLES["supar"]
 DENSE, RETUNED = "SP, tuned dense", "SP, re-tuned"  # SP's loss at its best value of the first size, and of each size
+LOSS = "validation loss (nats per token)"
+
+Data = dict[str, Any]
 
 
-def transfer(sweep: Sweep, curves: list[Curve]) -> dict[str, Any]:
+def transfer(sweep: Sweep, curves: list[Curve]) -> Data:
     """The parts of a sweep's result: does the optimum of each parameterization stay where it is?"""
     found = summarize(sweep, curves)
     arms = [_arm(one, sweep.tuned) for one in found]
@@ -28,40 +31,36 @@ def transfer(sweep: Sweep, curves: list[Curve]) -> dict[str, Any]:
     }
 
 
-def comparison(sweep: Sweep, curves: list[Curve]) -> dict[str, Any]:
+def comparison(sweep: Sweep, curves: list[Curve]) -> Data:
     """The parts of a comparison's result: losses at the proxy's value of the hyperparameter, and SP's at its own."""
     rows = [_compare([curve for curve in curves if curve.level == level], curves) for level in sweep.levels]
-    return {
-        "verdicts": [],
-        "tables": _comparison_tables(rows, sweep.levels[0].measure),
-        "figures": [_comparison_figure(rows, sweep.levels)],
-        "levels": rows,
-    }
+    tables, figures = _comparison_tables(rows, sweep.levels[0].measure), [_comparison_figure(rows, sweep.levels)]
+    return {"verdicts": [], "tables": tables, "figures": figures, "levels": rows}
 
 
-def _arm(one: ParameterizationResult, tuned: str) -> dict[str, Any]:
+def _arm(one: ParameterizationResult, tuned: str) -> Data:
     """A parameterization as result.json has it."""
     return {
         "parameterization": one.name,
         "control": one.is_control,
         "drift": one.drift,
-        "drift_ci95": None if one.drift_interval is None else list(one.drift_interval),
+        "drift_ci95": one.drift_interval and list(one.drift_interval),
         "shift_octaves": one.shift_octaves,
         "levels": [_level(one, i, tuned) for i in range(len(one.curves))],
     }
 
 
-def _level(one: ParameterizationResult, i: int, tuned: str) -> dict[str, Any]:
+def _level(one: ParameterizationResult, i: int, tuned: str) -> Data:
     """A size: its optimum and interval, its losses in nats a token, the regret of the first size's value."""
     curve, optimum = one.curves[i], one.optima[i]
-    loss, reused, between = curve.mean(curve.best), curve.mean(one.curves[0].best), interval(optimum.resampled)
+    loss, reused = curve.mean(curve.best), curve.mean(one.curves[0].best)
     return {
         "parameterization": one.name,
         "density": curve.level.density,
         "width": curve.level.width,
         "layers": curve.level.layers,
         "optimum": 2.0**optimum.octaves,
-        "optimum_ci95": None if between is None else [2.0**octaves for octaves in between],
+        "optimum_ci95": optimum.bounds and list(optimum.bounds),
         "fitted": not optimum.why,
         "why": optimum.why,
         "shift_octaves": optimum.octaves - one.optima[0].octaves,
@@ -84,33 +83,39 @@ def _by_seed(curve: Curve, index: float) -> dict[str, float | None]:
     return {str(seed): finite(loss) for seed, loss in curve.losses[index].items()}
 
 
-def _optimum_table(sweep: Sweep, one: ParameterizationResult, levels: list[dict[str, Any]]) -> Table:
-    """At most 80 columns wide."""
-    measure = sweep.levels[0].measure
-    columns = [measure, f"best {sweep.tuned}", "95 % interval", "octaves", "loss", "re-used", "regret", ""]
+def _table(title: str, rows: list[dict[str, str]]) -> Table:
+    return Table(title=title, columns=list(rows[0]), rows=[list(row.values()) for row in rows])
+
+
+def _optimum_table(sweep: Sweep, one: ParameterizationResult, levels: list[Data]) -> Table:
+    """Optima and losses by size; at most 80 columns wide."""
     rows = []
-    for curve, row in zip(one.curves, levels, strict=True):
-        notes = [f"{row['width']} wide" if sweep.iso != "none" else ""]
-        notes += ["" if row["bracketed"] else "at the edge", "" if row["fitted"] else "no fit"]
-        notes += [f"{row[key]} {key}" for key in ("diverged", "failed") if row[key]]
-        between = row["optimum_ci95"]
-        rows.append(
-            [
-                _size(curve.level),
-                f"{row['optimum']:.3g}",
-                "one seed" if between is None else "{:.3g} … {:.3g}".format(*between),
-                f"{row['shift_octaves']:+.2f}",
-                *("diverged" if row[key] is None else f"{row[key]:.4f}" for key in ("loss_at_best", "loss_at_first")),
-                "diverged" if row["regret"] is None else f"{100 * row['regret']:.2f} %",
-                ", ".join(filter(None, notes)),
-            ]
-        )
-    return Table(title=TITLES[one.name] + (", control" if one.is_control else ""), columns=columns, rows=rows)
+    for curve, level in zip(one.curves, levels, strict=True):
+        between = level["optimum_ci95"]
+        notes = [f"{level['width']} wide" if sweep.iso != "none" else ""]
+        notes += ["" if level["bracketed"] else "at the edge", "" if level["fitted"] else "no fit"]
+        notes += [f"{level[key]} {key}" for key in ("diverged", "failed") if level[key]]
+        row = {
+            curve.level.measure: _size(curve.level),
+            f"best {sweep.tuned}": f"{level['optimum']:.3g}",
+            "95 % interval": "one seed" if between is None else "{:.3g} … {:.3g}".format(*between),
+            "octaves": f"{level['shift_octaves']:+.2f}",
+            "loss": _number(level["loss_at_best"], "{:.4f}"),
+            "re-used": _number(level["loss_at_first"], "{:.4f}"),
+            "regret": _number(level["regret"], "{:.2%}").replace("%", " %"),
+            "": ", ".join(filter(None, notes)),
+        }
+        rows.append(row)
+    return _table(TITLES[one.name] + (", control" if one.is_control else ""), rows)
 
 
 def _size(level: Level) -> str:
     """1/16 for a density, 512 for a width."""
     return fraction(level.density) if level.measure == "density" else f"{level.value:g}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "diverged" if value is None else form.format(value)
 
 
 def loss_figure(sweep: Sweep, curves: list[Curve]) -> Figure:
@@ -125,71 +130,53 @@ def loss_figure(sweep: Sweep, curves: list[Curve]) -> Figure:
         panels.append(Panel(title=TITLES[name], vertical=own[0].grid.value(own[0].best), lines=lines))
     word = NAMES.get(sweep.tuned, sweep.tuned)
     title = f"Loss over {word}; rings are optima, the grey band is the first size's"
-    return _figure_of_losses("loss", title, f"{word} of the proxy", panels)
-
-
-def _figure_of_losses(name: str, title: str, x: str, panels: list[Panel]) -> Figure:
-    losses = [y for panel in panels for line in panel.lines for y in line.y if y is not None]
-    return Figure(
-        name=name,
-        title=title,
-        x=x,
-        y="validation loss (nats per token)",
-        x_log2=True,
-        y_log2=False,
-        y_limits=loss_limits(losses),
-        panels=panels,
-    )
+    return _figure("loss", title, f"{word} of the proxy", LOSS, panels)
 
 
 def _optimum_figure(sweep: Sweep, found: list[ParameterizationResult]) -> Figure:
     """The optimum over density (or width, or depth), with its interval over seeds: level where it transfers."""
     lines = []
     for one in found:
-        points = []
-        for curve, optimum in zip(one.curves, one.optima, strict=True):
-            between = interval(optimum.resampled)
-            bounds = None if between is None else (2.0 ** between[0], 2.0 ** between[1])
-            points.append((curve.level.scale, 2.0**optimum.octaves, bounds))
+        scales = [curve.level.scale for curve in one.curves]
+        points = {scale: (2.0**best.octaves, best.bounds) for scale, best in zip(scales, one.optima, strict=True)}
         lines.append(_banded(TITLES[one.name], points))
-    measure, word = sweep.levels[0].measure, NAMES.get(sweep.tuned, sweep.tuned)
-    return Figure(
-        name="optimum",
-        title=f"Best {word} over {measure}; bands are 95 % intervals over seeds",
-        x=measure,
-        y=f"best {word}",
-        x_log2=True,
-        y_log2=True,
-        y_limits=None,
-        panels=[Panel(title=f"best {word}", vertical=None, lines=lines)],
-    )
+    measure, best = sweep.levels[0].measure, f"best {NAMES.get(sweep.tuned, sweep.tuned)}"
+    title = f"{best.capitalize()} over {measure}; bands are 95 % intervals over seeds"
+    return _figure("optimum", title, measure, best, [Panel(title=best, vertical=None, lines=lines)])
 
 
-def _banded(label: str, points: Iterable[tuple[float, float | None, Interval | None]]) -> Line:
-    """A line through points (x, y, bounds of y), with a band where all points have bounds."""
-    ordered = sorted(points, key=lambda point: point[0])
-    line = Line.through(label, {x: y for x, y, _ in ordered})
-    bounds = [one for _, _, one in ordered if one is not None]
-    if len(bounds) == len(ordered):
+def _banded(label: str, points: dict[float, tuple[float | None, Interval | None]]) -> Line:
+    """A line through points (y, bounds of y) by their x, with a band where all points have bounds."""
+    line = Line.through(label, {x: y for x, (y, _) in points.items()})
+    bounds = [found for _, (_, found) in sorted(points.items()) if found is not None]
+    if len(bounds) == len(points):
         line.low, line.high = [low for low, _ in bounds], [high for _, high in bounds]
     return line
 
 
-def _compare(at_size: list[Curve], curves: list[Curve]) -> dict[str, Any]:
-    """A size: a cell of each parameterization at the proxy's value and of SP at its own, and SμPar's gains in shares."""
+def _figure(name: str, title: str, x: str, y: str, panels: list[Panel]) -> Figure:
+    losses = [loss for panel in panels for line in panel.lines for loss in line.y if loss is not None]
+    limits = loss_limits(losses) if y == LOSS else None
+    return Figure(name=name, title=title, x=x, y=y, x_log2=True, y_log2=y != LOSS, y_limits=limits, panels=panels)
+
+
+def _compare(at_size: list[Curve], curves: list[Curve]) -> Data:
+    """A size: a cell of each parameterization at the proxy's value and of SP at its own, and SμPar's gains.
+
+    A gain is SμPar's loss below another's, as a share of the other's: positive where SμPar is better.
+    """
     level, cells = at_size[0].level, {TITLES[curve.name]: _cell(curve, 0.0) for curve in at_size}
     for sp in (curve for curve in at_size if curve.name == "sp"):
         octaves = sp.grid.octaves(sp.best) - sp.grid.octaves(0.0)
         cells[DENSE] = _cell(sp, first_of(sp, curves).best)
         cells[RETUNED] = {**_cell(sp, sp.best), "octaves": octaves, "bracketed": sp.bracketed}
-    row: dict[str, Any] = {"level": _size(level), "density": level.density, "width": level.width, "cells": cells}
-    row["gains"] = {
-        name: _gain(cell["loss"], cells.get(TITLES["supar"], {}).get("loss")) for name, cell in cells.items()
-    }
-    return row
+    supar = cells[SUPAR]["loss"] if SUPAR in cells else None
+    losses = {name: cell["loss"] for name, cell in cells.items()}
+    gains = {name: None if None in (loss, supar) else (loss - supar) / loss for name, loss in losses.items()}
+    return {"level": _size(level), "density": level.density, "width": level.width, "cells": cells, "gains": gains}
 
 
-def _cell(curve: Curve, index: float) -> dict[str, Any]:
+def _cell(curve: Curve, index: float) -> Data:
     """The loss at an index: mean, standard error, each seed's; a diverged or failed run leaves no mean."""
     losses = list(curve.losses[index].values())
     return {
@@ -201,59 +188,40 @@ def _cell(curve: Curve, index: float) -> dict[str, Any]:
     }
 
 
-def _gain(other: float | None, supar: float | None) -> float | None:
-    """SμPar's loss below another's, as a share of the other's: positive where SμPar is better."""
-    return None if supar is None or other is None else (other - supar) / other
-
-
-def _comparison_tables(rows: list[dict[str, Any]], measure: str) -> list[Table]:
+def _comparison_tables(rows: list[Data], measure: str) -> list[Table]:
     """Losses with standard errors, and SμPar's gain over each of the others; 80 columns wide at most."""
-    names = list(rows[0]["cells"])
-    others = [name for name in names if name != TITLES["supar"]]
-    short = {name: name.replace(" (standard parameterization)", "") for name in names}
-    losses = [[row["level"], *(_loss(row["cells"][name]) for name in names)] for row in rows]
-    gains = [[row["level"], *(_percent(row["gains"][name]) for name in others), _rate(row["cells"])] for row in rows]
-    return [
-        Table(
-            title="validation loss (nats per token): mean ± standard error over seeds",
-            columns=[measure, *short.values()],
-            rows=losses,
-        ),
-        Table(
-            title="how much lower SμPar's loss is than that of",
-            columns=[measure, *(short[name] for name in others), "re-tuned ÷ proxy's"],
-            rows=gains,
-        ),
-    ]
+    short = {name: name.replace(" (standard parameterization)", "") for name in rows[0]["cells"]}
+    losses, gains = [], []
+    for row in rows:
+        shares = {name: "–" if gain is None else f"{100 * gain:+.2f} %" for name, gain in row["gains"].items()}
+        own = {short[name]: share for name, share in shares.items() if name != SUPAR}
+        losses.append({measure: row["level"], **{short[name]: _loss(cell) for name, cell in row["cells"].items()}})
+        gains.append({measure: row["level"], **own, "re-tuned ÷ proxy's": _ratio(row["cells"].get(RETUNED))})
+    title = f"{LOSS}: mean ± standard error over seeds"
+    return [_table(title, losses), _table("how much lower SμPar's loss is than that of", gains)]
 
 
-def _loss(cell: dict[str, Any]) -> str:
+def _loss(cell: Data) -> str:
     if cell["loss"] is None:
         return f"{cell['diverged']} diverged" if cell["diverged"] else "failed"
-    spread = cell["standard_error"]
-    return f"{cell['loss']:.4f}" + ("" if spread is None else "±" + f"{spread:.4f}".removeprefix("0"))
+    error = "" if cell["standard_error"] is None else "±" + f"{cell['standard_error']:.4f}".removeprefix("0")
+    return f"{cell['loss']:.4f}{error}"
 
 
-def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:+.2f} %"
-
-
-def _rate(cells: dict[str, dict[str, Any]]) -> str:
+def _ratio(retuned: Data | None) -> str:
     """SP's best value at a size over the proxy's."""
-    if RETUNED not in cells:
-        return "–"
-    return f"2^{cells[RETUNED]['octaves']:g}" + ("" if cells[RETUNED]["bracketed"] else ", at the end")
+    return "–" if retuned is None else f"2^{retuned['octaves']:g}" + ("" if retuned["bracketed"] else ", at the end")
 
 
-def _comparison_figure(rows: list[dict[str, Any]], levels: list[Level]) -> Figure:
+def _comparison_figure(rows: list[Data], levels: list[Level]) -> Figure:
     """Loss over density or width, a line for each way of choosing hyperparameters, with standard errors."""
     lines = []
     for name in rows[0]["cells"]:
-        points = []
+        points: dict[float, tuple[float | None, Interval | None]] = {}
         for level, row in zip(levels, rows, strict=True):
             loss, error = row["cells"][name]["loss"], row["cells"][name]["standard_error"]
-            points.append((level.scale, loss, None if error is None else (loss - error, loss + error)))
+            points[level.scale] = loss, None if error is None else (loss - error, loss + error)
         lines.append(_banded(name, points))
     title = "Loss at transferred hyperparameters, and SP's with its rate re-tuned at every size"
     panel = Panel(title="the same hyperparameters at every size", vertical=None, lines=lines)
-    return _figure_of_losses("compare", title, levels[0].measure, [panel])
+    return _figure("compare", title, levels[0].measure, LOSS, [panel])

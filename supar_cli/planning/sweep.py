@@ -157,8 +157,7 @@ class Sweep(Section):
                 if key not in TUNED or value <= 0:
                     raise ValueError(f"own.{name}.{key}: {value:g}; expected values above 0 of {', '.join(TUNED)}")
         if self.iso != "none" and self.level_axis not in SHARES:
-            found = self.level_axis or "nothing"
-            raise ValueError(f"iso: {self.iso} needs levels of sparsity or density, not of {found}")
+            raise ValueError(f"iso: {self.iso} needs levels of sparsity or density")
         for parameterization in self.parameterizations:
             self.grid(parameterization)
         _ = self.levels
@@ -183,21 +182,17 @@ class Sweep(Section):
     def levels(self) -> list[Level]:
         """Sizes from the densest, narrowest or shallowest on: the first is the one whose optimum is re-used."""
         axis, own = self.level_axis, self.target.sparsity
-        share: Share = 1.0 if own.density is None else own.density
-        if own.sparsity is not None:
-            share = _share("sparsity", str(own.sparsity))
+        share = _share("sparsity", str(own.sparsity)) if own.sparsity is not None else own.density or 1.0
         shape = {"width": self.target.width or self.model.width, "layers": self.target.layers or self.model.layers}
         if not axis:
             return [Level("density", float(shares.literal(share)), share, **shape)]
-        found = []
         axis_values(axis, self.over[axis])  # refuses what is wrong with it
-        for part in _parts(self.over[axis]):
-            value = shares.number(part)
-            if axis in SHARES:
-                found.append(Level(axis, value, _share(axis, part), **shape))
-            else:
-                found.append(Level(axis, value, share, **{**shape, axis: int(value)}))
-        found.sort(key=lambda level: -level.density if axis in SHARES else level.scale)
+        values = {part: shares.number(part) for part in _parts(self.over[axis])}
+        if axis not in SHARES:
+            found = [Level(axis, value, share, **{**shape, axis: int(value)}) for value in values.values()]
+            return sorted(found, key=lambda level: level.scale)
+        found = [Level(axis, value, _share(axis, part), **shape) for part, value in values.items()]
+        found.sort(key=lambda level: -level.density)
         return found if self.iso == "none" else [self._widened(level, found[0]) for level in found]
 
     def _widened(self, level: Level, first: Level) -> Level:
@@ -237,18 +232,15 @@ def _share(axis: str, text: str) -> Share:
 def require_comparison(sweep: Sweep) -> None:
     """Raise InputError unless a study has one value of the hyperparameter, and several sizes."""
     if not sweep.level_axis or any(len(sweep.grid(name).values) > 1 for name in sweep.parameterizations):
-        raise InputError(
-            "over: is not of a comparison; expected one value of a hyperparameter at several sizes, or `supar sweep`"
-        )
+        expected = "expected one value of a hyperparameter at several sizes, or `supar sweep`"
+        raise InputError(f"over: is not of a comparison; {expected}")
 
 
 def plan_all(sweep: Sweep) -> list[Plan]:
     """A plan of each parameterization at each size, as a trial of what will be run. Raises InputError."""
     for level in sweep.levels:
         if level.width % sweep.model.head_width and not sweep.target.heads:
-            raise InputError(
-                f"over.{level.axis}: width {level.width} is not a multiple of the proxy's head width "
-                f"{sweep.model.head_width}; expected one that is"
-            )
+            what = f"width {level.width} is not a multiple of the proxy's head width {sweep.model.head_width}"
+            raise InputError(f"over.{level.axis}: {what}; expected one that is")
     first = sweep.run_seeds[0]
     return [sweep.plan(name, level, 0, first) for name in sweep.parameterizations for level in sweep.levels]
