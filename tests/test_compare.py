@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from supar_cli.errors import UnusableResult
+import supar_cli
+from supar_cli.errors import InputError, UnusableResult
 from supar_cli.experiments import statistics
 from supar_cli.experiments.sweep_views import DENSE, RETUNED
 from supar_cli.jobs import runs
@@ -18,6 +19,7 @@ from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
 
 from .conftest import Called
+from .test_sweep import sweep_of
 
 Supar = Callable[..., Called]
 RUN = ("--jobs", "1", "--device", "cpu", "--json")
@@ -102,6 +104,23 @@ class TestKnownAnswers:
         sparse = json.loads(called.out)["levels"][1]
         assert sparse["cells"][MUP]["loss"] is None and sparse["cells"][MUP]["diverged"] == 1
         assert sparse["gains"][MUP] is None and "1 diverged" in called.err
+
+    def test_over_layers_a_figure_has_their_numbers(
+        self, proxy_file: Path, trained: list[Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        study = sweep_of(over={"lr": "0.01", "layers": "4,2"}, parameterizations=["sp", "supar"], seeds=1)
+        result = supar_cli.compare(study, jobs=1)
+        assert [level["level"] for level in result["levels"]] == ["2", "4"] and result["verdicts"] == []
+        assert result["tables"][0]["columns"] == ["layers", "SP", "SμPar", DENSE, RETUNED]
+        (panel,) = result["figures"][0]["panels"]
+        assert {tuple(line["x"]) for line in panel["lines"]} == {(2.0, 4.0)}
+
+    def test_what_is_no_comparison_is_refused_in_python_too(self, text_file: Path, unchanged: Any) -> None:
+        unchanged()
+        for over in ({"lr": "x:-1..1/1", "density": "1,0.5"}, {"lr": "0.01"}):
+            with pytest.raises(InputError, match=r"^over: is not of a comparison"):
+                supar_cli.compare(sweep_of(over=over), text_file.parent / "out")
 
     def test_standard_error_is_the_textbooks(self) -> None:
         values = [2.0, 2.1, 2.4]

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 
 from supar_cli.errors import SetupError, UnusableResult
-from supar_cli.experiments import optima, search, statistics
+from supar_cli.experiments import optima, statistics
 from supar_cli.experiments.curves import Curve
 from supar_cli.jobs import runs
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.planning.spec import Proxy, Spec
 
 from .conftest import Called
 from .test_sweep import sweep_fields, sweep_of
@@ -330,27 +329,3 @@ def test_a_real_sweep_as_a_process(supar: Supar, proxy_file: Path, tmp_path: Pat
     assert {record["lr"] for record in records} == {0.005, 0.02}
     assert "left" in called.err or "4/4" in called.err
     assert max(len(line) for line in called.err.splitlines() if line.startswith(" ")) <= 80
-
-
-def test_the_demo_sweeps_with_the_same_engine(
-    supar_here: Supar, text_file: Path, trained: list[Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def tuned(spec: Spec, *_: Any, **__: Any) -> Proxy:
-        return Proxy(kind="supar.proxy/v1", model=spec.model, hyperparameters=spec.hyperparameters, **common(spec))
-
-    def common(spec: Spec) -> dict[str, Any]:
-        return {name: getattr(spec, name) for name in ("data", "train", "run")}
-
-    monkeypatch.setattr(search, "search", tuned)
-    called = supar_here("demo", "--data", "text.txt", *RUN)
-    result = result_of(called)
-    rows = {(row["parameterization"], row["density"]): row for row in result["regrets"]}
-    assert [rows["sp", density]["optimum_octaves"] for density in DENSITIES] == [0, 1, 3]  # at -0.3, 1.3, 2.9
-    assert [rows["supar", density]["regret"] for density in DENSITIES] == [0, 0, 0]
-    # the dense optimum lies at -0.3 octaves of the proxy's 2^-6, the sparsest's at 2.9
-    assert rows["sp", 0.0625]["regret"] == pytest.approx(0.04 * (2.9**2 - 0.1**2))
-    losses = {c["parameterization"]: c["losses"] for c in result["curves"] if c["density"] == 0.0625}
-    assert list(losses["sp"]) == ["-2", "-1", "0", "1", "2", "3", "4"] and list(losses["supar"])[-1] == "2"
-    files = sorted(path.name for path in (tmp_path / "demo").iterdir())
-    assert files == ["lr_transfer.png", "proxy.yaml", "records.jsonl", "results.json"]
-    assert "SP at density 1/16: best at η·2^3" in called.err

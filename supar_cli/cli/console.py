@@ -91,6 +91,7 @@ class Progress(Talk):
         self._task: Any = None
         self._started = self._said = time.monotonic()
         self._first: int | None = None
+        self._step = 0
 
     def __enter__(self) -> Progress:
         if self.terminal and not self.quiet:
@@ -119,8 +120,9 @@ class Progress(Talk):
         from supar_cli.planning.estimate import duration
 
         now = time.monotonic()
-        if self._first is None:
+        if self._first is None or step < self._step:  # it begins, or begins anew: the demo counts trials, then runs
             self._first, self._started = step, now
+        self._step = step
         done, seconds = step - self._first, max(now - self._started, 1e-9)
         rate = "" if not done else f", {done / seconds:.3g}/s" if done > seconds else f", {seconds / done:.3g} s each"
         if self._bar is not None:
