@@ -12,7 +12,7 @@ import pytest
 
 from supar_cli.errors import UnusableResult
 from supar_cli.experiments import comparison
-from supar_cli.experiments import curves as measuring
+from supar_cli.jobs import runs
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
 
@@ -40,7 +40,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
         found.append(plan)
         return loss_of(plan)
 
-    monkeypatch.setattr(measuring.execute, "validation_loss", loss)
+    monkeypatch.setattr(runs, "validation_loss", loss)
     return found
 
 
@@ -96,7 +96,7 @@ class TestKnownAnswers:
                 raise UnusableResult("step 2: the loss is nan")
             return loss_of(plan)
 
-        monkeypatch.setattr(measuring.execute, "validation_loss", loss)
+        monkeypatch.setattr(runs, "validation_loss", loss)
         called = supar_here("compare", "--density", "1,0.25", "--seeds", "2", *RUN)
         sparse = json.loads(called.out)["levels"][1]
         assert sparse["cells"][MUP]["loss"] is None and sparse["cells"][MUP]["diverged"] == 1

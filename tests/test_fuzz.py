@@ -171,8 +171,8 @@ def test_a_sweep(ends: Ends, draw: st.DataObject) -> None:
         def enough(*_: Any, **__: Any) -> None:
             raise SuparErrorOfTests("enough")
 
-        patch.setattr(records, "open_result", enough)
-        patch.setattr("supar_cli.jobs.workers.require_runnable", lambda *_, **__: None)
+        patch.setattr(records, "open_study_folder", enough)
+        patch.setattr("supar_cli.jobs.runs.require_runnable", lambda *_, **__: None)
         ends.call("sweep", name, "--data", "text.txt", "-q")
 
 

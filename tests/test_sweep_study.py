@@ -13,9 +13,9 @@ import pytest
 
 from supar_cli.cli import demo
 from supar_cli.errors import SetupError, UnusableResult
-from supar_cli.experiments import curves as measuring
 from supar_cli.experiments import transfer_study
 from supar_cli.experiments.curves import Curve
+from supar_cli.jobs import runs
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Proxy, Spec
@@ -44,7 +44,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
         found.append(plan)
         return synthetic(plan)
 
-    monkeypatch.setattr(measuring.execute, "validation_loss", loss)
+    monkeypatch.setattr(runs, "validation_loss", loss)
     return found
 
 
@@ -130,7 +130,7 @@ class TestKnownAnswers:
         self, supar_here: Supar, document_file: Path, trained: list[Plan], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         far = {**SLOPES, "supar": -1.0}
-        monkeypatch.setattr(measuring.execute, "validation_loss", lambda plan: synthetic(plan, far))
+        monkeypatch.setattr(runs, "validation_loss", lambda plan: synthetic(plan, far))
         called = supar_here("sweep", "study.yaml", *RUN, "-s", "widen=1")
         result = result_of(called)  # not known, so not violated
         own = [one for one in result["verdicts"] if one["what"].startswith("SμPar")]
@@ -146,7 +146,7 @@ class TestKnownAnswers:
         tmp_path: Path,
     ) -> None:
         drifting = {**SLOPES, "supar": -0.2}
-        monkeypatch.setattr(measuring.execute, "validation_loss", lambda plan: synthetic(plan, drifting))
+        monkeypatch.setattr(runs, "validation_loss", lambda plan: synthetic(plan, drifting))
         called = supar_here("sweep", "study.yaml", *RUN)
         result = result_of(called, 5)
         assert [one["passed"] for one in result["verdicts"] if one["what"] == "SμPar: drift"] == [False]
@@ -177,17 +177,17 @@ class TestRecords:
     def test_interrupted_work_goes_on_where_it_was(
         self, supar_here: Supar, document_file: Path, trained: list[Plan], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        done = measuring.execute.validation_loss
+        done = runs.validation_loss
 
         def stopping(plan: Plan) -> float:
             if len(trained) == 7:
                 raise KeyboardInterrupt
             return done(plan)
 
-        monkeypatch.setattr(measuring.execute, "validation_loss", stopping)
+        monkeypatch.setattr(runs, "validation_loss", stopping)
         called = supar_here("sweep", "study.yaml", *RUN)
         assert called.status == 130 and "the same command goes on" in called.err and called.out == ""
-        monkeypatch.setattr(measuring.execute, "validation_loss", done)
+        monkeypatch.setattr(runs, "validation_loss", done)
         result_of(supar_here("sweep", "study.yaml", *RUN))
         hashes = [plan.hash() for plan in trained]
         assert len(hashes) == len(set(hashes)) > 7
@@ -223,7 +223,7 @@ class TestRecords:
                 raise RuntimeError("CUDA out of memory\nand more")
             return synthetic(plan)
 
-        monkeypatch.setattr(measuring.execute, "validation_loss", loss)
+        monkeypatch.setattr(runs, "validation_loss", loss)
         called = supar_here("sweep", "study.yaml", *RUN)
         result = result_of(called)
         lines = (tmp_path / "sweeps" / "study" / "records.jsonl").read_text().splitlines()
@@ -250,7 +250,7 @@ class TestRecords:
         def loss(plan: Plan) -> float:
             raise SetupError("no device")
 
-        monkeypatch.setattr(measuring.execute, "validation_loss", loss)
+        monkeypatch.setattr(runs, "validation_loss", loss)
         assert supar_here("sweep", "study.yaml", *RUN).status == 3
 
 

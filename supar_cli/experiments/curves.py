@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import inf, isfinite, isnan, nan
 from pathlib import Path
 from typing import Any
 
-from supar_cli.errors import SuparError, UnusableResult
-from supar_cli.jobs import workers as execute
-from supar_cli.jobs.runs import Record, Records
+from supar_cli.jobs.runs import Records, failed_record, measure_loss
+from supar_cli.jobs.workers import Workers
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.sweep import Grid, Level, Sweep
@@ -65,32 +63,6 @@ class Curve:
         return self.count(isnan)
 
 
-def measure(plan: Plan, about: dict[str, Any]) -> Record:
-    """Run a plan and record its loss, or why it has none."""
-    started = time.monotonic()
-    record: Record = {**about, "plan": plan.hash(), "state": "done", "loss": None}
-    try:
-        record["loss"] = execute.validation_loss(plan)
-    except UnusableResult as error:
-        record |= {"state": "diverged", "why": str(error)}
-    except (
-        RuntimeError,
-        MemoryError,
-    ) as error:  # torch's own errors, out of memory among them; SuparErrors end the study
-        if isinstance(error, SuparError):
-            raise
-        record |= {
-            "state": "failed",
-            "why": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-        }
-    return {**record, "seconds": round(time.monotonic() - started, 2)}
-
-
-def died(plan: Plan, about: dict[str, Any], why: str) -> Record:
-    """The record of a run that takes its workers down."""
-    return {**about, "plan": plan.hash(), "state": "failed", "loss": None, "why": why}
-
-
 _LOSS = {"diverged": inf, "failed": nan}
 Point = tuple[Curve, float]
 
@@ -98,7 +70,7 @@ Point = tuple[Curve, float]
 class Measurements:
     """The runs of a study, those of its folder's records made only once."""
 
-    def __init__(self, sweep: Sweep, folder: Path, workers: execute.Workers, reporter: Reporter) -> None:
+    def __init__(self, sweep: Sweep, folder: Path, workers: Workers, reporter: Reporter) -> None:
         self.sweep, self.workers, self.reporter = sweep, workers, reporter
         self.records = Records(folder)
         # a run that failed is tried again by the next command; what it then gives is added and counts
@@ -123,7 +95,7 @@ class Measurements:
                 wanted.append((one, place, seed, plan.hash()))
         known = set(self.records.by_run)
         self.asked += sum(run not in known for run in calls)
-        for _, _, record in self.records.complete(measure, calls, self.workers, died):
+        for _, _, record in self.records.complete(measure_loss, calls, self.workers, failed_record):
             if record["run"] in known:
                 continue
             self.ended += 1

@@ -19,8 +19,8 @@ def _measurements(
 ) -> curves.Measurements:
     """The runs of a study's folder. Raises InputError where it holds another study and `force` is not set."""
     first = study.plan(study.parameterizations[0], study.levels[0], 0, study.run_seeds[0])
-    execute.require_runnable(first, device=workers.here)
-    records.open_result(folder, study.identity(exclude={"run", "meta"}), force)
+    records.require_runnable(first, device=workers.is_local)
+    records.open_study_folder(folder, study.identity(exclude={"run", "meta"}), force)
     return curves.Measurements(study, folder, workers, reporter)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from supar_cli.experiments.curves import Curve, first_of
-from supar_cli.experiments.statistics import quadratic
+from supar_cli.experiments.statistics import fit_quadratic
 from supar_cli.planning.sweep import Sweep
 from supar_cli.reporting.result import TITLES
 
@@ -54,7 +54,7 @@ def optimum(curve: Curve, draws: np.ndarray) -> Optimum:
         return Optimum(x0, False, "no run gave a finite loss", np.empty(0))
     seeds = sorted(curve.losses[best])
     points = [(curve.grid.octaves(p) - x0, s, loss) for p in window for s, loss in curve.losses[p].items()]
-    fit = quadratic(points)
+    fit = fit_quadratic(points)
     shift, why = (fit.octaves, "") if fit.usable else (0.0, fit.why)
     x = np.array([curve.grid.octaves(place) - x0 for place in window])
     losses_XS = np.array([[curve.losses[place][seed] for seed in seeds] for place in window])
