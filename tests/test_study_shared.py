@@ -59,7 +59,7 @@ def worked(study: SharedStudy, most: int) -> int:
         return trial.suggest_float("x", 0, 1)
 
     while sum(map(is_counted, study.trials())) < most:
-        trial = study.claim(most=most)
+        trial = study.claim(most)
         if trial is not None:
             mine += study.run(trial, objective) is not None
         else:
@@ -85,7 +85,7 @@ def all_ask_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def claimed(study: SharedStudy) -> int:
-    trial = study.claim(most=2)
+    trial = study.claim(2)
     return 0 if trial is None else study.run(trial, lambda _: 1.0) is not None
 
 
@@ -110,7 +110,7 @@ def test_of_equal_queued_trials_one_is_run(url: str, rule: bool, monkeypatch) ->
     for _ in range(3):
         study.queue({"x": 0.5})
     for _ in range(3):
-        trial = study.claim(most=9)
+        trial = study.claim(9)
         if trial is not None:
             study.run(trial, lambda t: t.suggest_float("x", 0, 1))
     states = [trial.state.name for trial in study.trials()]
@@ -120,9 +120,9 @@ def test_of_equal_queued_trials_one_is_run(url: str, rule: bool, monkeypatch) ->
 def test_a_queued_run_is_taken_only_by_who_waits_for_it(journal: Made) -> None:
     study = journal()
     study.queue({}, run="a")
-    assert study.claim(among={"b"}) is None
+    assert study.claim({"b"}) is None
     assert [trial.state.name for trial in study.trials()] == ["WAITING"]
-    trial = study.claim(among={"a", "b"})
+    trial = study.claim({"a", "b"})
     assert trial is not None and trial.user_attrs["run"] == "a"
 
 
@@ -133,7 +133,7 @@ def test_no_two_trials_that_run_at_the_same_time_draw_the_same(sampler: str, url
 
     def draw(study: SharedStudy) -> tuple[int, float]:
         study.study.sampler = samplers.SeededByTrialNumber(Search(sampler=sampler, seed=3))
-        trial = study.claim(most=WORKERS)
+        trial = study.claim(WORKERS)
         assert trial is not None
         return trial.number, trial.suggest_float("x", 1e-3, 1.0, log=True)
 
@@ -165,7 +165,7 @@ def test_the_trial_of_a_dead_process_is_given_back_once_and_its_proposal_run_aga
     alive = left_by(study, os.getpid(), queue.machine())
     given_back = [number for one in together(url, SharedStudy.requeue_abandoned) for number in (t.number for t in one)]
     assert given_back == [dead.number]
-    again = study.claim(most=9)
+    again = study.claim(9)
     assert again is not None and again.suggest_float("x", 0, 1) == dead.params["x"]
     assert [t.state.name for t in study.trials()] == ["FAIL", "RUNNING", "RUNNING"] and alive.number == 1
 
@@ -227,9 +227,9 @@ def test_work_on_a_trial_that_was_given_back_is_not_used(journal: Made) -> None:
         assert other._requeue(other.trials()[trial.number])
         return 1.0
 
-    trial = study.claim(most=1)
+    trial = study.claim(1)
     assert trial is not None and study.run(trial, slow) is None
-    again = other.claim(most=1)
+    again = other.claim(1)
     assert again is not None and other.run(again, lambda t: t.suggest_float("x", 0, 1)) is not None
     assert sum(map(is_counted, study.trials())) == 1
 
@@ -241,7 +241,7 @@ def test_what_interrupts_a_trial_gives_it_back(error: BaseException, journal: Ma
         raise error
 
     study = journal()
-    trial = study.claim(most=1)
+    trial = study.claim(1)
     assert trial is not None
     with pytest.raises(type(error)):
         study.run(trial, interrupted)
@@ -255,9 +255,9 @@ def test_a_diverged_trial_counts_and_is_not_done_again(journal: Made) -> None:
         raise UnusableResult("loss nan")
 
     study = journal()
-    trial = study.claim(most=1)
+    trial = study.claim(1)
     assert trial is not None and study.run(trial, diverging) is not None
-    assert study.claim(most=1) is None and [t.state.name for t in study.trials()] == ["FAIL"]
+    assert study.claim(1) is None and [t.state.name for t in study.trials()] == ["FAIL"]
 
 
 class TestProcesses:

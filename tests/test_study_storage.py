@@ -63,7 +63,7 @@ class TestOutages:
         url, said = postgres.database(tmp_path.name), list[str]()
         study = SharedStudy(url, "s", storage.RetryPolicy(url, said.append))
         impatient = SharedStudy(url, "s", storage.RetryPolicy(url, limit_s=0.0))
-        trial = study.claim(most=1)
+        trial = study.claim(1)
         assert trial is not None
         postgres.crash()
         with pytest.raises(SetupError, match="onnection"):
@@ -104,7 +104,7 @@ class TestOutages:
         setattr(backend, lost, lambda *a, **k: study.retries.retry(commits_and_fails, *a, **k))
         began = time.monotonic()
         while sum(map(is_counted, study.trials())) < 3 and time.monotonic() - began < 30:
-            trial = study.claim(most=3)
+            trial = study.claim(3)
             if trial is not None:
                 assert study.run(trial, lambda t: t.suggest_float("x", 0, 1)) is not None
             time.sleep(0.05)
@@ -162,7 +162,7 @@ def test_ctrl_c_at_any_moment_of_a_files_lock_is_ctrl_c(
 
     monkeypatch.setattr(os, call, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        study.claim(most=1)
+        study.claim(1)
     assert next(pressed, None) is None
 
 
@@ -170,7 +170,7 @@ class TestJournal:
     """A line that a full disk or a kill has torn costs that line; a corrupt one is named."""
 
     def done(self, study: SharedStudy) -> None:
-        trial = study.claim(most=9)
+        trial = study.claim(9)
         assert trial is not None and study.run(trial, lambda t: t.suggest_float("x", 0, 1)) is not None
 
     @pytest.mark.parametrize("torn", [b'{"op_code":4,"torn', b"x" * (files.LINES_BYTES + 7), b"\x00\xff"])
@@ -193,7 +193,7 @@ class TestJournal:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 9, hard))
         try:
             with pytest.raises(SetupError, match=r"--study .*s\.journal: "):
-                study.claim(most=9)
+                study.claim(9)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             signal.signal(signal.SIGXFSZ, handler)

@@ -25,7 +25,7 @@ class SeededByTrialNumber(optuna.samplers.BaseSampler):  # type: ignore[misc]
         if search.sampler in ("qmc", "gp") and importlib.util.find_spec("scipy") is None:
             raise SetupError(f"search.sampler: {search.sampler} needs scipy: pip install scipy")
         self._search = search
-        self._inner: Any = None
+        self._inner: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler()
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         with warnings.catch_warnings():
@@ -43,8 +43,7 @@ class SeededByTrialNumber(optuna.samplers.BaseSampler):  # type: ignore[misc]
         return self._inner.sample_independent(*arguments)
 
     def after_trial(self, *arguments: Any) -> None:
-        if self._inner is not None:
-            self._inner.after_trial(*arguments)
+        self._inner.after_trial(*arguments)
 
 
 def _make_sampler(search: Search, number: int) -> optuna.samplers.BaseSampler:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Generator
+from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,7 +20,7 @@ from supar_cli.experiments import samplers
 from supar_cli.experiments.statistics import Fit, fit_quadratic
 from supar_cli.jobs import runs
 from supar_cli.jobs.local import Local
-from supar_cli.jobs.queue import SharedStudy, run_until_complete, state_of
+from supar_cli.jobs.queue import SharedStudy, Wanted, state_of
 from supar_cli.jobs.storage import RetryPolicy, absolute, redact_url
 from supar_cli.jobs.workers import Workers, make_workers
 from supar_cli.planning.document import content_hash
@@ -107,7 +109,7 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
     runs.require_runnable(_plan(spec, {}, spec.train.seed), device=workers.is_local)  # before a study is made
     tuning = _Tuning(spec, storage, workers, reporter)
     trials = tuning.run_trials()
-    complete = sorted((t for t in trials if t.state == TrialState.COMPLETE), key=lambda t: (t.value, t.number))
+    complete = _rank(trials)
     if not complete:
         raise UnusableResult(
             f"all {len(trials)} trials diverged or were pruned; expected lower learning rates or init scales in search"
@@ -127,30 +129,32 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
 
 def best_so_far(spec: Spec, storage: str) -> str | None:
     """One line on the best trial of a study, None when there is none or it can't be read."""
-    try:
-        trials = SharedStudy(storage, study_name(spec), RetryPolicy(storage, limit_s=0.0), join=True).trials()
-    except SetupError:
-        return None
-    complete = [t for t in trials if t.state == TrialState.COMPLETE]
-    if not complete:
-        return None
-    best = min(complete, key=lambda trial: (trial.value, trial.number))
-    text = format_values(best.params)
-    return f"best of {len(complete)} complete trials: trial {best.number}, loss {best.value:.4f}, {text}"
+    with suppress(SetupError):
+        study = SharedStudy(storage, study_name(spec), RetryPolicy(storage, limit_s=0.0), join=True)
+        if ranked := _rank(study.trials()):
+            what = f"trial {ranked[0].number}, loss {ranked[0].value:.4f}, {format_values(ranked[0].params)}"
+            return f"best of {len(ranked)} complete trials: {what}"
+    return None
+
+
+def _rank(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """Complete trials, the best first."""
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    return sorted(complete, key=lambda trial: (trial.value, trial.number))
 
 
 def format_values(values: Values) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
-def run_next(spec: Spec, storage: str, among: Collection[str] | None = None) -> FrozenTrial | None:
-    """Claim a trial, or one of the extra runs `among`, run it as a plan and store it: the trial that ended.
+def run_next(spec: Spec, storage: str, wanted: Wanted) -> FrozenTrial | None:
+    """Claim a trial, or one of the extra runs that are wanted, run it as a plan and store it: the trial that ended.
 
     None when none was left, or it was taken away. Raises what a bad spec raises.
     """
-    study = SharedStudy(storage, study_name(spec) + ("" if among is None else RUNS), join=True)
+    study = SharedStudy(storage, study_name(spec) + ("" if isinstance(wanted, int) else RUNS), join=True)
     study.study.sampler, study.study.pruner = samplers.SeededByTrialNumber(spec.search), samplers.make_pruner(spec)
-    trial = study.claim(spec.search.trials if among is None else None, among)
+    trial = study.claim(wanted)
 
     def try_values(trial: optuna.Trial) -> float:
         ranges = spec.search.ranges().items()
@@ -166,7 +170,7 @@ def run_next(spec: Spec, storage: str, among: Collection[str] | None = None) -> 
     def run_again(trial: optuna.Trial) -> float:
         return runs.validation_loss(_plan(spec, *json.loads(trial.user_attrs["run"])))
 
-    return None if trial is None else study.run(trial, try_values if among is None else run_again)
+    return None if trial is None else study.run(trial, try_values if isinstance(wanted, int) else run_again)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +186,10 @@ class _Tuning:
         retries = RetryPolicy(self.storage, self.reporter.warn)
         return SharedStudy(self.storage, study_name(self.spec) + suffix, retries, at_once=at_once)
 
-    def _run(self, study: SharedStudy, **wanted: Any) -> Generator[FrozenTrial]:
+    def _run(self, study: SharedStudy, wanted: Wanted) -> Generator[FrozenTrial]:
         """Have the trials or runs that are missing made, here or elsewhere: those that ended here."""
-        call = (self.spec, absolute(self.storage), wanted.get("among"))
-        return run_until_complete(study, self.workers, self.reporter, run_next, call, **wanted)
+        task = partial(run_next, self.spec, absolute(self.storage), wanted)
+        return study.run_until_complete(wanted, task, self.workers, self.reporter)
 
     def run_trials(self) -> list[FrozenTrial]:
         """Have the spec's trials run; those that count."""
@@ -198,53 +202,51 @@ class _Tuning:
         counted = study.counted()
         if counted:
             reporter.log(f"study {study.study.study_name}: {len(counted)} of {total} trials are there already")
-        for trial in self._run(study, most=total):
+        for trial in self._run(study, total):
             state, counted = state_of(trial), study.counted()
             outcome = f"loss {trial.value:.4f}" if state == "complete" else state
             reporter.log(f"trial {trial.number}: {outcome}, {format_values(trial.params)}")
-            best = min((t.value for t in counted if t.state == TrialState.COMPLETE), default=float("inf"))
+            best = next((best.value for best in _rank(counted)), float("inf"))
             reporter.progress(len(counted), total, best)
         return study.counted()
 
-    def losses(self, wanted: list[tuple[Values, int]], what: str) -> list[float | None]:
-        """Losses of runs (values, seed), None of one that diverges. Each is made once, by whichever process comes to it."""
-        if not wanted:
-            return []
-        study, keys = self._open(RUNS), [json.dumps([values, seed], sort_keys=True) for values, seed in wanted]
-        for count, trial in enumerate(self._run(study, among=keys), 1):
+    def losses(self, candidates: list[Values], seeds: range, what: str) -> list[list[float | None]]:
+        """Losses of each candidate's runs with the seeds, None of one that diverges. Each is made once, by any process."""
+        if not seeds:
+            return [[] for _ in candidates]
+        keys = [[json.dumps([values, seed], sort_keys=True) for seed in seeds] for values in candidates]
+        study, wanted = self._open(RUNS), [key for row in keys for key in row]
+        for count, trial in enumerate(self._run(study, wanted), 1):
             outcome = "diverged" if trial.value is None else f"loss {trial.value:.4f}"
             values, seed = json.loads(trial.user_attrs["run"])
-            self.reporter.log(f"{what} {count}/{len(keys)}: {outcome}, {format_values(values)}, seed {seed}")
+            self.reporter.log(f"{what} {count}/{len(wanted)}: {outcome}, {format_values(values)}, seed {seed}")
         found = {trial.user_attrs["run"]: trial.value for trial in study.counted()}
-        return [found[key] for key in keys]
+        return [[found[key] for key in row] for row in keys]
 
     def run_finalists(self, best: list[FrozenTrial]) -> list[Finalist]:
         """Run the best trials with further seeds. Raises UnusableResult when each diverges with one."""
-        search, seed = self.spec.search, self.spec.train.seed
-        seeds = range(seed + 1, seed + search.seeds)
-        losses = iter(self.losses([(trial.params, seed) for trial in best for seed in seeds], "finalist run"))
+        first = self.spec.train.seed
+        seeds = range(first + 1, first + self.spec.search.seeds)
         finalists = []
-        for trial in best:
-            own = [trial.value, *(next(losses) for _ in seeds)]
-            if None in own:
-                self.reporter.warn(f"trial {trial.number} diverges with another seed; it is not a finalist")
+        for trial, losses in zip(best, self.losses([t.params for t in best], seeds, "finalist run"), strict=True):
+            finite = [loss for loss in (trial.value, *losses) if loss is not None]
+            if len(finite) == self.spec.search.seeds:
+                finalists.append(Finalist(trial.number, trial.params, finite))
             else:
-                finalists.append(Finalist(trial.number, trial.params, own))
+                self.reporter.warn(f"trial {trial.number} diverges with another seed; it is not a finalist")
         if not finalists:
-            raise UnusableResult(
-                "every finalist diverges with another seed; expected lower learning rates in search.lr"
-            )
+            what = "every finalist diverges with another seed"
+            raise UnusableResult(f"{what}; expected lower learning rates in search.lr")
         return finalists
 
     def fit_lr(self, winner: Finalist) -> Fit:
         """Run the winner at other learning rates, and fit the losses over the rate."""
-        search, seed, lr = self.spec.search, self.spec.train.seed, winner.values["lr"]
-        seeds = range(seed, seed + search.seeds)
-        places = [(octaves, seed) for octaves in search.lr_fit_octaves for seed in seeds]
-        wanted = [({**winner.values, "lr": lr * 2.0**octaves}, seed) for octaves, seed in places]
-        losses = self.losses(wanted, "lr fit run")
+        first, lr, octaves = self.spec.train.seed, winner.values["lr"], self.spec.search.lr_fit_octaves
+        seeds = range(first, first + self.spec.search.seeds)
+        losses = self.losses([{**winner.values, "lr": lr * 2.0**x} for x in octaves], seeds, "lr fit run")
         points = [(0.0, seed, loss) for seed, loss in zip(seeds, winner.losses, strict=True)]
-        points += [(x, seed, loss) for (x, seed), loss in zip(places, losses, strict=True) if loss is not None]
+        for x, row in zip(octaves, losses, strict=True):
+            points += [(x, seed, loss) for seed, loss in zip(seeds, row, strict=True) if loss is not None]
         return fit_quadratic(points)
 
 

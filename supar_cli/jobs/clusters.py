@@ -69,7 +69,8 @@ class Ray(Workers):
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns of it
         import ray
 
-        address = _ray_cluster(settings.get("address") or os.environ.get("RAY_ADDRESS"))
+        asked = settings.get("address") or os.environ.get("RAY_ADDRESS", "auto")
+        address = _ray_cluster("" if asked == "auto" else str(asked))
         self._ray, self._stdout = ray, ExitStack()
         # Ray prints what its daemons have to say, wherever it is told to log
         self._stdout.enter_context(redirect_stdout(sys.stderr if verbose else io.StringIO()))
@@ -182,26 +183,25 @@ class Slurm(Workers):
                 job.cancel(check=False)
 
 
-def _ray_cluster(address: str | None) -> str:
+def _ray_cluster(asked: str) -> str:
     """The cluster asked for, else the one this machine belongs to, else `local`, which starts one.
 
     Raises SetupError when the one asked for doesn't answer; Ray itself would try for many minutes.
     """
     import ray._private.utils
 
-    is_asked_for = address not in (None, "", "auto")
-    found = str(address) if is_asked_for else ray._private.utils.read_ray_address(None)
-    if found is None or found == "local" or "://" in found:
-        return found or "local"
+    found = asked or ray._private.utils.read_ray_address(None) or "local"
+    if found == "local" or "://" in found:
+        return str(found)
     host, _, port = found.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
     except (OSError, ValueError) as error:
-        if is_asked_for:
-            what = getattr(error, "strerror", None) or "expected HOST:PORT"
-            raise SetupError(f"--executor ray: no cluster answers at {found}: {what}") from None
-        return "local"  # the address is of a cluster that was killed
-    return found
+        if not asked:
+            return "local"  # the address is of a cluster that was killed
+        what = getattr(error, "strerror", None) or "expected HOST:PORT"
+        raise SetupError(f"--executor ray: no cluster answers at {found}: {what}") from None
+    return str(found)
 
 
 def _call_in_folder(folder: str, function: Function, call: Call) -> Answer:

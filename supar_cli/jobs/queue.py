@@ -4,7 +4,7 @@ Optuna's storages give out trial numbers one by one, and a trial that exists onl
 an end. So a process that holds trial n, and counts which of the trials below n have counted or still may, can't exceed a
 total together with any other.
 
-What a study is to have is said in one of two ways: `most` trials that a sampler proposes, or the named runs `among`.
+What is `wanted` of a study is a number of trials, which a sampler proposes, or runs by their names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from supar_cli.errors import SetupError, SuparError, UnusableResult
-from supar_cli.jobs.calls import POLL_S, Call, Function, WorkerFailure, Workers
+from supar_cli.jobs.calls import POLL_S, WorkerFailure, Workers
 from supar_cli.jobs.storage import RetryPolicy, open_study
 from supar_cli.training.reporter import Reporter
 
@@ -32,6 +32,7 @@ MAX_REQUEUES = 3  # chosen: a trial that takes its process down each time is not
 REPORT_EVERY_S = 60.0  # chosen: rare enough for a log, often enough to see what a command waits for
 
 PENDING = (TrialState.WAITING, TrialState.RUNNING)
+Wanted = int | Collection[str]
 
 
 def is_counted(trial: FrozenTrial) -> bool:
@@ -43,10 +44,9 @@ def state_of(trial: FrozenTrial) -> str:
     return "diverged" if "diverged" in trial.user_attrs else str(trial.state.name).lower()
 
 
-def run_of(trial: FrozenTrial) -> str | None:
+def run_of(trial: FrozenTrial) -> Any:
     """The name of the run that a trial is, None of one of the search's."""
-    name: str | None = trial.user_attrs.get("run")
-    return name
+    return trial.user_attrs.get("run")
 
 
 def describe_trial(trial: FrozenTrial) -> str:
@@ -113,34 +113,36 @@ class SharedStudy:
         if not any(params in (_identity(t), t.params) for t in self.trials() if _is_pending_or_counted(t)):
             self.queue(params)
 
-    def queue_runs(self, among: Collection[str]) -> None:
+    def queue_runs(self, runs: Collection[str]) -> None:
         """Queue the runs that have not ended and that nobody has queued or makes."""
         known = {run_of(trial) for trial in self.trials() if _is_pending_or_counted(trial)}
-        for run in among:
+        for run in runs:
             if run not in known:
                 self.queue({}, run=run)
 
-    def missing(self, most: int | None = None, among: Collection[str] | None = None) -> tuple[int, list[FrozenTrial]]:
+    def missing(self, wanted: Wanted) -> tuple[int, list[FrozenTrial]]:
         """How many trials or runs have not ended, and the trials that are some of them and run."""
         trials = self.trials()
         running = [trial for trial in trials if trial.state == TrialState.RUNNING and not is_counted(trial)]
-        if among is None:
-            return (most or 0) - sum(map(is_counted, trials)), running
-        left = set(among) - {run_of(trial) for trial in trials if is_counted(trial)}
+        if isinstance(wanted, int):
+            return wanted - sum(map(is_counted, trials)), running
+        left = set(wanted) - {run_of(trial) for trial in trials if is_counted(trial)}
         return len(left), [trial for trial in running if run_of(trial) in left]
 
-    def claim(self, most: int | None = None, among: Collection[str] | None = None) -> optuna.Trial | None:
-        """A trial for this process to run, None where none is left: `most` count or run, or none waits `among` the runs."""
+    def claim(self, wanted: Wanted) -> optuna.Trial | None:
+        """A trial for this process to run; None where what is wanted has ended or runs, or no wanted run waits."""
         self.requeue_abandoned()
-        trials = self.trials()
-        if most is not None and sum(is_counted(t) or t.state == TrialState.RUNNING for t in trials) >= most:
+        missing, running = self.missing(wanted)
+        if missing <= len(running):
             return None
-        if among is not None and not any(t.state == TrialState.WAITING and run_of(t) in among for t in trials):
-            return None
+        if not isinstance(wanted, int):
+            waiting = [trial for trial in self.trials() if trial.state == TrialState.WAITING]
+            if not any(run_of(trial) in wanted for trial in waiting):
+                return None
         trial = self.study.ask()
         try:
             trial.set_user_attr("process", [socket.gethostname(), os.getpid(), machine()])
-            if not (why := self._withdraw_reason(trial, most, among)):
+            if not (why := self._withdraw_reason(trial, wanted)):
                 return trial
             trial.set_user_attr("withdrawn", why)
             self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
@@ -148,16 +150,16 @@ class SharedStudy:
             pass  # this process was silent for so long that the trial was requeued
         return None
 
-    def _withdraw_reason(self, trial: optuna.Trial, most: int | None, among: Collection[str] | None) -> str:
-        """Why a trial is not to be run, if so. The earlier of two equal ones is run, the first `most` of all."""
+    def _withdraw_reason(self, trial: optuna.Trial, wanted: Wanted) -> str:
+        """Why a trial is not to be run, if so. The earlier of two equal ones is run, the first of all up to the number."""
         trials = self.trials()
         own = _identity(trials[trial.number])
         earlier = [t for t in trials[: trial.number] if _is_pending_or_counted(t)]
-        if among is not None and own not in among:
-            return "nobody here waits for it"
         if own is not None and any(own in (_identity(t), t.params) for t in earlier):
             return "an earlier trial is the same"
-        return "the study has its trials" if most is not None and len(earlier) >= most else ""
+        if isinstance(wanted, int):
+            return "the study has its trials" if len(earlier) >= wanted else ""
+        return "" if own in wanted else "nobody here waits for it"
 
     def run(self, trial: optuna.Trial, objective: Callable[[optuna.Trial], float]) -> FrozenTrial | None:
         """Run a claimed trial and store what became of it: None when it was given to another process meanwhile.
@@ -217,6 +219,48 @@ class SharedStudy:
             self.queue(params, again=again, **({"run": run} if run else {}))
         return True
 
+    def run_until_complete(
+        self, wanted: Wanted, task: Callable[[], Any], workers: Workers, reporter: Reporter
+    ) -> Generator[Any]:
+        """Have workers do the task as often as trials or runs are missing, until none is: the results that are not None.
+
+        Where all that are missing run already, elsewhere too, they are waited for: they end, or are requeued. Raises
+        SetupError when a task takes its workers down each time; that and any other end leaves no trial of a dead worker.
+        """
+        reported = time.monotonic()
+        try:
+            while True:
+                self._report_requeued(reporter)
+                if not isinstance(wanted, int):
+                    self.queue_runs(wanted)
+                missing, running = self.missing(wanted)
+                if missing <= 0:
+                    return
+                found = False
+                if missing > len(running):
+                    with closing(workers.results(task, [()] * (missing - len(running)))) as results:
+                        for _, result in results:
+                            if isinstance(result, WorkerFailure):
+                                raise SetupError(f"a trial's worker died each time it was started: {result.why}")
+                            if result is not None:
+                                found = True
+                                yield result
+                            self._report_requeued(reporter)
+                elif time.monotonic() - reported > REPORT_EVERY_S:
+                    reported = time.monotonic()
+                    reporter.log(f"waiting for {', '.join(map(describe_trial, running))} of other processes")
+                if not found:
+                    time.sleep(POLL_S)
+        except BaseException:
+            self.retries.limit_s = 0.0  # the error is what matters now
+            with suppress(SuparError):
+                self.requeue_abandoned()
+            raise
+
+    def _report_requeued(self, reporter: Reporter) -> None:
+        for trial in self.requeue_abandoned():
+            reporter.log(f"{describe_trial(trial)} is queued again: its process is gone")
+
 
 @contextmanager
 def _heartbeat(trial: optuna.Trial) -> Iterator[None]:
@@ -237,53 +281,3 @@ def _heartbeat(trial: optuna.Trial) -> Iterator[None]:
         yield
     finally:
         ended.set()
-
-
-def run_until_complete(
-    study: SharedStudy,
-    workers: Workers,
-    reporter: Reporter,
-    function: Function,
-    call: Call,
-    *,
-    most: int | None = None,
-    among: Collection[str] | None = None,
-) -> Generator[Any]:
-    """Make as many calls as trials or runs are missing, again and again, until none is: the results that are not None.
-
-    Where all that are missing run already, elsewhere too, they are waited for: they end, or are requeued. Raises
-    SetupError when a call takes its workers down each time; that and any other end leaves no trial of a dead worker.
-    """
-    reported = time.monotonic()
-    try:
-        while True:
-            _requeue_abandoned(study, reporter)
-            study.queue_runs(among or ())
-            missing, running = study.missing(most, among)
-            if missing <= 0:
-                return
-            found = False
-            if missing > len(running):
-                with closing(workers.results(function, [call] * (missing - len(running)))) as results:
-                    for _, result in results:
-                        if isinstance(result, WorkerFailure):
-                            raise SetupError(f"a trial's worker died each time it was started: {result.why}")
-                        if result is not None:
-                            found = True
-                            yield result
-                        _requeue_abandoned(study, reporter)
-            elif time.monotonic() - reported > REPORT_EVERY_S:
-                reported = time.monotonic()
-                reporter.log(f"waiting for {', '.join(map(describe_trial, running))} of other processes")
-            if not found:
-                time.sleep(POLL_S)
-    except BaseException:
-        study.retries.limit_s = 0.0  # the error is what matters now
-        with suppress(SuparError):
-            study.requeue_abandoned()
-        raise
-
-
-def _requeue_abandoned(study: SharedStudy, reporter: Reporter) -> None:
-    for trial in study.requeue_abandoned():
-        reporter.log(f"{describe_trial(trial)} is queued again: its process is gone")
