@@ -171,6 +171,19 @@ def test_a_run_that_takes_its_workers_down_is_recorded_as_failed(tmp_path: Path)
         list(Records(tmp_path / "other").complete(record_of, calls, Dying()))
 
 
+def test_a_record_that_a_kill_has_cut_is_made_again_and_a_corrupt_one_is_named(tmp_path: Path) -> None:
+    calls = {f"run {value}": (value,) for value in range(3)}
+    list(Records(tmp_path).complete(record_of, calls, Local()))
+    path = tmp_path / "records.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    assert [done for done, _, _ in Records(tmp_path).complete(record_of, calls, Local())] == [2, 2, 3]
+    assert path.read_bytes() == whole
+    path.write_bytes(whole.replace(b"{", b"", 1))
+    with pytest.raises(SetupError, match=r"records\.jsonl:1: not a record"):
+        Records(tmp_path)
+
+
 class TestTuning:
     def test_a_local_worker_killed_in_a_trial_costs_only_its_work(self, tmp_path: Path) -> None:
         spec, path = studies.write_spec(tmp_path, 4, studies.SLOW, further=False), str(tmp_path / "proxy.journal")

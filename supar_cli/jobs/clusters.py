@@ -27,7 +27,7 @@ SLURM_JOBS = 8  # chosen: a search's trials in a few rounds, and no more than mo
 LARGEST_ARRAY = 1000  # chosen: what Slurm takes unless its MaxArraySize says otherwise
 SLURM_MINUTES = 60  # chosen: a trial takes minutes; Slurm ends what takes longer than it said
 ANSWER_S = 5.0  # chosen: for a cluster's head to accept a connection
-CANCEL_S = 5.0  # chosen: for tasks that were interrupted to give their trials back
+CANCEL_S = 5.0  # chosen: for tasks that were interrupted to requeue their trials
 
 
 def _require_package(executor: str, package: str) -> None:
@@ -106,11 +106,9 @@ class Ray(Workers):
 
     def cancel(self, handles: list[Any]) -> None:
         with suppress(self._ray.exceptions.RayError):
-            running: list[Any] = self._ray.wait(handles, num_returns=len(handles), timeout=0)[1]
-            for handle in running:
-                self._ray.cancel(handle)  # raises KeyboardInterrupt there
-            if running:
-                self._ray.wait(running, num_returns=len(running), timeout=CANCEL_S)
+            for handle in handles:
+                self._ray.cancel(handle)  # raises KeyboardInterrupt there, if it still runs
+            self._ray.wait(handles, num_returns=len(handles), timeout=CANCEL_S)
 
     def close(self) -> None:
         self._ray.shutdown()
@@ -179,8 +177,7 @@ class Slurm(Workers):
 
     def cancel(self, handles: list[Any]) -> None:
         for job in handles:
-            if not job.done():
-                job.cancel(check=False)
+            job.cancel(check=False)
 
 
 def _ray_cluster(asked: str) -> str:

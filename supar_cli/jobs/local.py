@@ -37,32 +37,32 @@ class Local(Workers):
     def __init__(self, jobs: int = 1, devices: list[str] | None = None) -> None:
         super().__init__(jobs)
         self._devices = devices or []
-        self._processes: dict[int, _Process] = {}  # by slot
+        self._workers: dict[int, _Worker] = {}  # by slot
 
     def results(self, function: Function, calls: list[Call]) -> Generator[tuple[int, Any]]:
-        if self.jobs > 1 and (len(calls) > 1 or self._processes):
+        if self.jobs > 1 and (len(calls) > 1 or self._workers):
             yield from super().results(function, calls)
             return
         for index, call in enumerate(calls):
             yield index, function(*call)
 
     def submit(self, function: Function, calls: list[Call]) -> list[Any]:
-        free = [slot for slot in range(self.jobs) if slot not in self._processes or self._processes[slot].is_idle]
-        handles = []
+        free = [slot for slot in range(self.jobs) if slot not in self._workers or self._workers[slot].is_idle]
+        started = []
         for slot, call in zip(free, calls, strict=False):
-            if slot not in self._processes:
+            if slot not in self._workers:
                 device = self._devices[slot % len(self._devices)] if self._devices else None
-                self._processes[slot] = _Process(device, max(1, _cores() // self.jobs))
-            process = self._processes[slot]
-            process.is_idle = False
-            with suppress(OSError):  # a process that died while idle: `answer` finds out
-                process.channel.send((function, call))
-            handles.append(process)
-        return handles
+                self._workers[slot] = _Worker(device, max(1, _cores() // self.jobs))
+            worker = self._workers[slot]
+            worker.is_idle = False
+            with suppress(OSError):  # a worker that died while idle: `answer` finds out
+                worker.channel.send((function, call))
+            started.append(worker)
+        return started
 
     def wait(self, handles: list[Any]) -> list[Any]:
-        ready = connection.wait([process.channel for process in handles])
-        return [process for process in handles if process.channel in ready]
+        ready = connection.wait([worker.channel for worker in handles])
+        return [worker for worker in handles if worker.channel in ready]
 
     def answer(self, handle: Any) -> Answer:
         try:
@@ -70,26 +70,26 @@ class Local(Workers):
         except (EOFError, OSError):
             handle.process.join()
             self.cancel([handle])
-            raise WorkerDied(_death(handle.process.exitcode)) from None
+            raise WorkerDied(_describe_end(handle.process.exitcode)) from None
         handle.is_idle = True
         return found
 
     def cancel(self, handles: list[Any]) -> None:
-        """Interrupt processes, so that they requeue their trials, and kill those that take too long."""
-        for process in handles:
-            process.process.terminate()
-        for process in handles:
-            process.process.join(STOP_S)
-            process.process.kill()
-            process.process.join()
-            process.channel.close()
-        self._processes = {slot: process for slot, process in self._processes.items() if process not in handles}
+        """Interrupt workers, so that they requeue their trials, and kill those that take too long."""
+        for worker in handles:
+            worker.process.terminate()
+        for worker in handles:
+            worker.process.join(STOP_S)
+            worker.process.kill()
+            worker.process.join()
+            worker.channel.close()
+        self._workers = {slot: worker for slot, worker in self._workers.items() if worker not in handles}
 
     def close(self) -> None:
-        self.cancel(list(self._processes.values()))
+        self.cancel(list(self._workers.values()))
 
 
-class _Process:
+class _Worker:
     """A process that makes one call after another."""
 
     def __init__(self, device: str | None, threads: int) -> None:
@@ -102,7 +102,7 @@ class _Process:
         self.is_idle = True
 
 
-def _death(status: int | None) -> str:
+def _describe_end(status: int | None) -> str:
     if status is not None and status < 0:
         name = signal.Signals(-status).name
         return f"its process was killed by {name}" + (", as when memory runs out" if name == "SIGKILL" else "")

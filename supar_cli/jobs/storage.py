@@ -20,13 +20,9 @@ from sqlalchemy import exc
 from supar_cli.errors import InputError, SetupError, SuparError
 from supar_cli.files import append_lines
 
-RETRY_LIMIT_S = (
-    300.0  # chosen: a database restarts or fails over in seconds to a few minutes; longer is an outage to tell
-)
+RETRY_LIMIT_S = 300.0  # chosen: restarts and failovers take seconds to a few minutes; longer is an outage to be told of
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0  # chosen: a restart of a second costs little, an outage is not hammered
-CREATE_ATTEMPTS = (
-    20  # chosen: processes that make a database's tables at the same time; each round one of them has made it
-)
+CREATE_ATTEMPTS = 20  # chosen: processes that make the same tables at the same time; in each round one has made them
 
 # the operations of Optuna's storage interface that reach a database
 _OPERATIONS = (*sorted(optuna.storages.BaseStorage.__abstractmethods__), "get_trial_id_from_study_id_trial_number")
