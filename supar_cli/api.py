@@ -207,6 +207,6 @@ def _workers(
 ) -> Workers:
     from supar_cli.jobs import workers as execute
 
-    return execute.workers(
+    return execute.make_workers(
         executor, jobs=jobs, settings=settings, device=device, on_cpu=on_cpu or execute.CPU_JOBS, folder=folder
     )

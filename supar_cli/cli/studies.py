@@ -131,7 +131,7 @@ def workers(flags: dict[str, Any], device: str, folder: Path) -> Any:
     """The workers that flags ask for; by default a process a GPU, or one a core, at most 8."""
     from supar_cli.jobs import workers as execute
 
-    return execute.workers(
+    return execute.make_workers(
         flags.get("executor", "local"),
         jobs=flags["jobs"],
         settings=console.executor_settings(flags.get("executor_set")),

@@ -103,7 +103,7 @@ def run_check(
     Raises InputError where the folder holds another check and `force` is not set.
     """
     first, steps = sweeps[0].plans[0][0], sweeps[0].plans[0][0].train.steps
-    execute.require_runnable(first, device=workers.here)
+    records.require_runnable(first, device=workers.is_local)
     # what identifies the question is its first seed: more seeds go on with what is there
     question = {
         "runs": sorted({row[0].hash() for sweep in sweeps for row in sweep.plans}),

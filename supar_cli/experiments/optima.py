@@ -8,7 +8,7 @@ from math import inf, isfinite, isnan, log2, nan
 import numpy as np
 
 from supar_cli.experiments.curves import Curve
-from supar_cli.experiments.statistics import Interval, interval, quadratic, resample, slope, vertices
+from supar_cli.experiments.statistics import Interval, fit_quadratic, interval, resample, slope, vertices
 from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.sweep import Sweep
 from supar_cli.reporting.result import TITLES, Verdict
@@ -44,7 +44,7 @@ def find_optimum(curve: Curve, draws: np.ndarray) -> Optimum:
     seeds = sorted(curve.losses[curve.best])
     x = np.array([curve.grid.octaves(index) - x0 for index in window])
     losses_XS = np.array([[curve.losses[index][seed] for seed in seeds] for index in window])
-    fit = quadratic([(float(x[i]), seeds[s], float(loss)) for (i, s), loss in np.ndenumerate(losses_XS)])
+    fit = fit_quadratic([(float(x[i]), seeds[s], float(loss)) for (i, s), loss in np.ndenumerate(losses_XS)])
     shift, why = (fit.octaves, "") if fit.usable else (0.0, fit.why)
     if not fit.usable and len(window) >= 3:  # one seed and three values: a parabola, though nothing to judge it by
         vertex = float(vertices(x, losses_XS.mean(1, keepdims=True))[0])

@@ -1,4 +1,4 @@
-"""A parabola through losses over log2 of the learning rate: where its lowest point is, and how sure that is."""
+"""Statistics of losses and sizes: parabolas through them, and how sure what is read off them is."""
 
 from __future__ import annotations
 
@@ -28,28 +28,18 @@ class Fit:
     residual: float = 0.0
 
     def evidence(self, lr: float) -> dict[str, Any]:
-        """As it stands in proxy.yaml: rates, not octaves."""
-        if not self.usable:
-            return {
-                "usable": False,
-                "why": self.why,
-                "points": self.points,
-                "lr_of_trial": lr,
-                "lr": lr * 2.0**self.octaves,
-            }
-        low, high = (self.octaves + sign * self.half_width_octaves for sign in (-1, 1))
-        return {
-            "usable": True,
-            "points": self.points,
-            "lr_of_trial": lr,
-            "lr": lr * 2.0**self.octaves,
-            "lr_ci95": [lr * 2.0**low, lr * 2.0**high],
-            "nats_per_octave_squared": self.curvature,
-            "residual_nats": self.residual,
-        }
+        """The fit as proxy.yaml has it, with rates in place of octaves from the trial's rate `lr`."""
+        why = {} if self.usable else {"why": self.why}
+        rate = lr * 2.0**self.octaves
+        found = {"usable": self.usable, **why, "points": self.points, "lr_of_trial": lr, "lr": rate}
+        if self.usable:
+            ends = (self.octaves - self.half_width_octaves, self.octaves + self.half_width_octaves)
+            found["lr_ci95"] = [lr * 2.0**end for end in ends]
+            found |= {"nats_per_octave_squared": self.curvature, "residual_nats": self.residual}
+        return found
 
 
-def quadratic(points: list[tuple[float, int, float]]) -> Fit:
+def fit_quadratic(points: list[tuple[float, int, float]]) -> Fit:
     """Least squares over points (octaves, seed, loss), a parabola common to all seeds and an offset for each.
 
     The interval is the delta method's for -b/(2a), at 95 %, with Student's t for the residual degrees of freedom.

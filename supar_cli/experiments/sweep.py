@@ -16,7 +16,7 @@ from supar_cli.experiments.optima import SHORT
 from supar_cli.experiments.sweep_views import comparison, loss_figure, transfer
 from supar_cli.files import Record, naming_write_errors, template, write_file
 from supar_cli.jobs import runs
-from supar_cli.jobs.workers import CPU_JOBS, Workers, workers
+from supar_cli.jobs.workers import CPU_JOBS, Workers, make_workers
 from supar_cli.planning import document
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy, Spec
@@ -93,7 +93,7 @@ def _run(
     first, *_ = plan_all(study)
     folder = Path(out or f"{preset.folder}/{study.name}")
     with _workers(study.run.device, folder, **how) as ready:
-        runs.require_runnable(first, device=ready.here)
+        runs.require_runnable(first, device=ready.is_local)
         runs.open_study_folder(folder, study.identity(exclude={"run", "meta"}), force)
         curves = measure_curves(study, folder, ready, reporter, preset.searched)
     result = Result(
@@ -108,7 +108,7 @@ def _run(
 
 
 def _workers(device: str, folder: Path, executor: str = "local", **how: Any) -> Workers:
-    return workers(executor, device=device, on_cpu=CPU_JOBS, folder=folder / "slurm", **how)
+    return make_workers(executor, device=device, on_cpu=CPU_JOBS, folder=folder / "slurm", **how)
 
 
 # octaves from the proxy's rate; WIDEN: beyond them, a factor of a thousand from the transferred rate
