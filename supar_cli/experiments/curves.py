@@ -72,10 +72,11 @@ def first_of(curve: Curve, curves: list[Curve]) -> Curve:
 def measure_curves(
     sweep: Sweep, folder: Path, workers: Workers, reporter: Reporter, searched: Collection[str] = ()
 ) -> list[Curve]:
-    """A curve for each parameterization and size; of those `searched` (by default all) the optimum is bracketed.
+    """A curve for each parameterization and size, measured on the study's grid.
 
-    Runs of the folder's records are not made again, except those that failed. Their optimum's neighbours are measured at
-    every size, and every size at the optimum of the first.
+    Those of the `searched` parameterizations (by default of all) are measured beyond it and between until each optimum
+    is bracketed, and at the optimum of their first size. Runs that the folder has records of are not made again, except
+    those that failed.
     """
     levels = sweep.levels
     curves = [Curve(name, level, sweep.grid(name)) for name in sweep.parameterizations for level in levels]
@@ -86,7 +87,6 @@ def measure_curves(
 
 
 Point = tuple[Curve, float]
-_LOSS: dict[str, float] = {"diverged": inf, "failed": nan}
 
 
 class _Measurements:
@@ -119,9 +119,8 @@ class _Measurements:
                 self._report(record)
         for curve, index, seed, run in wanted:
             record = self.records.by_run[run]
-            curve.losses.setdefault(index, {})[seed] = (
-                _LOSS[record["state"]] if record["state"] in _LOSS else record["loss"]
-            )
+            loss = {"done": record["loss"], "diverged": inf, "failed": nan}[record["state"]]
+            curve.losses.setdefault(index, {})[seed] = loss
 
     def _report(self, record: Record) -> None:
         self.ended += 1
