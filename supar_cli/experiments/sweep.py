@@ -13,7 +13,7 @@ from supar_cli.data import corpus
 from supar_cli.errors import InputError, UnusableResult
 from supar_cli.experiments.curves import Curve, first_of, measure_curves
 from supar_cli.experiments.optima import SHORT
-from supar_cli.experiments.sweep_views import comparison, loss_figure, transfer
+from supar_cli.experiments.sweep_views import comparison, curves_figure, transfer
 from supar_cli.files import Record, naming_write_errors, template, write_file
 from supar_cli.jobs import runs
 from supar_cli.jobs.workers import CPU_JOBS, Workers, make_workers
@@ -152,7 +152,7 @@ def demo(
         best = f"best at η·2^{_octave(curve.best)}, loss {curve.mean(curve.best):.4f} ({len(curve.losses)} rates)"
         reporter.log(f"   {SHORT[curve.name]} at density {fraction(curve.level.density)}: {best}")
     regrets = [_regret(curve, first_of(curve, curves)) for curve in curves]
-    loss_figure(study, curves).save(folder / "lr_transfer.png")
+    curves_figure(study, curves).save(folder / "lr_transfer.png")
     result = {
         "kind": "supar.demo/v1",
         "proxy": proxy.hash(),

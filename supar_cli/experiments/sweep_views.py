@@ -9,11 +9,10 @@ from supar_cli.experiments.curves import Curve, first_of
 from supar_cli.experiments.optima import ParameterizationResult, summarize, verdicts
 from supar_cli.experiments.statistics import RESAMPLES, Interval, standard_error
 from supar_cli.planning.sweep import Level, Sweep
-from supar_cli.reporting.result import NAMES, TITLES, Figure, Line, Panel, Table, finite, fraction, loss_limits
+from supar_cli.reporting.result import NAMES, TITLES, Figure, Line, Panel, Table, finite, fraction, loss_figure
 
 SUPAR = TITLES["supar"]
 DENSE, RETUNED = "SP, tuned dense", "SP, re-tuned"  # SP's loss at its best value of the first size, and of each size
-LOSS = "validation loss (nats per token)"
 
 Data = dict[str, Any]
 
@@ -25,7 +24,7 @@ def transfer(sweep: Sweep, curves: list[Curve]) -> Data:
     return {
         "verdicts": [verdict for one in found for verdict in verdicts(one)],
         "tables": [_optimum_table(sweep, one, arm["levels"]) for one, arm in zip(found, arms, strict=True)],
-        "figures": [loss_figure(sweep, curves), _optimum_figure(sweep, found)],
+        "figures": [curves_figure(sweep, curves), _optimum_figure(sweep, found)],
         "arms": arms,
         "resamples": RESAMPLES if sweep.seeds > 1 else 0,
     }
@@ -118,7 +117,7 @@ def _number(value: float | None, form: str) -> str:
     return "diverged" if value is None else form.format(value)
 
 
-def loss_figure(sweep: Sweep, curves: list[Curve]) -> Figure:
+def curves_figure(sweep: Sweep, curves: list[Curve]) -> Figure:
     """Loss over the tuned hyperparameter: a panel for each parameterization, a line for each size, its best ringed."""
     panels = []
     for name in sweep.parameterizations:
@@ -130,7 +129,7 @@ def loss_figure(sweep: Sweep, curves: list[Curve]) -> Figure:
         panels.append(Panel(title=TITLES[name], vertical=own[0].grid.value(own[0].best), lines=lines))
     word = NAMES.get(sweep.tuned, sweep.tuned)
     title = f"Loss over {word}; rings are optima, the grey band is the first size's"
-    return _figure("loss", title, f"{word} of the proxy", LOSS, panels)
+    return loss_figure(title, f"{word} of the proxy", panels)
 
 
 def _optimum_figure(sweep: Sweep, found: list[ParameterizationResult]) -> Figure:
@@ -142,7 +141,9 @@ def _optimum_figure(sweep: Sweep, found: list[ParameterizationResult]) -> Figure
         lines.append(_banded(TITLES[one.name], points))
     measure, best = sweep.levels[0].measure, f"best {NAMES.get(sweep.tuned, sweep.tuned)}"
     title = f"{best.capitalize()} over {measure}; bands are 95 % intervals over seeds"
-    return _figure("optimum", title, measure, best, [Panel(title=best, vertical=None, lines=lines)])
+    panel = Panel(title=best, vertical=None, lines=lines)
+    axes: Data = {"x": measure, "y": best, "x_log2": True, "y_log2": True, "y_limits": None}
+    return Figure(name="optimum", title=title, **axes, panels=[panel])
 
 
 def _banded(label: str, points: dict[float, tuple[float | None, Interval | None]]) -> Line:
@@ -152,12 +153,6 @@ def _banded(label: str, points: dict[float, tuple[float | None, Interval | None]
     if len(bounds) == len(points):
         line.low, line.high = [low for low, _ in bounds], [high for _, high in bounds]
     return line
-
-
-def _figure(name: str, title: str, x: str, y: str, panels: list[Panel]) -> Figure:
-    losses = [loss for panel in panels for line in panel.lines for loss in line.y if loss is not None]
-    limits = loss_limits(losses) if y == LOSS else None
-    return Figure(name=name, title=title, x=x, y=y, x_log2=True, y_log2=y != LOSS, y_limits=limits, panels=panels)
 
 
 def _compare(at_size: list[Curve], curves: list[Curve]) -> Data:
@@ -197,7 +192,7 @@ def _comparison_tables(rows: list[Data], measure: str) -> list[Table]:
         own = {short[name]: share for name, share in shares.items() if name != SUPAR}
         losses.append({measure: row["level"], **{short[name]: _loss(cell) for name, cell in row["cells"].items()}})
         gains.append({measure: row["level"], **own, "re-tuned ÷ proxy's": _ratio(row["cells"].get(RETUNED))})
-    title = f"{LOSS}: mean ± standard error over seeds"
+    title = "validation loss (nats per token): mean ± standard error over seeds"
     return [_table(title, losses), _table("how much lower SμPar's loss is than that of", gains)]
 
 
@@ -224,4 +219,4 @@ def _comparison_figure(rows: list[Data], levels: list[Level]) -> Figure:
         lines.append(_banded(name, points))
     title = "Loss at transferred hyperparameters, and SP's with its rate re-tuned at every size"
     panel = Panel(title="the same hyperparameters at every size", vertical=None, lines=lines)
-    return _figure("compare", title, levels[0].measure, LOSS, [panel])
+    return loss_figure(title, levels[0].measure, [panel], name="compare")

@@ -93,6 +93,13 @@ class Figure(_Data):
         figures.save(self, path)
 
 
+def loss_figure(title: str, x: str, panels: list[Panel], name: str = "loss") -> Figure:
+    """Validation loss over `x`, as sweeps and the demo show it."""
+    losses = [y for panel in panels for line in panel.lines for y in line.y if y is not None]
+    y, limits = "validation loss (nats per token)", loss_limits(losses)
+    return Figure(name=name, title=title, x=x, y=y, x_log2=True, y_log2=False, y_limits=limits, panels=panels)
+
+
 class Verdict(_Data):
     """`passed` is None where nothing could be decided. A control is to fail, and its text says so."""
 
