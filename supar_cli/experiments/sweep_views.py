@@ -137,13 +137,13 @@ def _optimum_figure(sweep: Sweep, found: list[ParameterizationResult]) -> Figure
     lines = []
     for one in found:
         scales = [curve.level.scale for curve in one.curves]
-        points = {scale: (2.0**best.octaves, best.bounds) for scale, best in zip(scales, one.optima, strict=True)}
-        lines.append(_banded(TITLES[one.name], points))
+        points = [(2.0**optimum.octaves, optimum.bounds) for optimum in one.optima]
+        lines.append(_banded(TITLES[one.name], dict(zip(scales, points, strict=True))))
     measure, best = sweep.levels[0].measure, f"best {NAMES.get(sweep.tuned, sweep.tuned)}"
     title = f"{best.capitalize()} over {measure}; bands are 95 % intervals over seeds"
     panel = Panel(title=best, vertical=None, lines=lines)
-    axes: Data = {"x": measure, "y": best, "x_log2": True, "y_log2": True, "y_limits": None}
-    return Figure(name="optimum", title=title, **axes, panels=[panel])
+    logs: Data = {"x_log2": True, "y_log2": True, "y_limits": None}
+    return Figure(name="optimum", title=title, x=measure, y=best, **logs, panels=[panel])
 
 
 def _banded(label: str, points: dict[float, tuple[float | None, Interval | None]]) -> Line:
