@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 from supar_cli.errors import SetupError
 
 Record = dict[str, Any]
+LINES_BYTES = 2**16  # chosen: more than a line usually has
 
 
 def write_file(path: Path, text: str) -> None:
@@ -66,6 +68,34 @@ def read_jsonl(path: Path, key: str) -> list[Record]:
     return [_record(path, at, line, key) for at, line in enumerate(_read_bytes(path).split(b"\n")[:-1], 1)]
 
 
+def append_lines(path: Path, lines: str) -> None:
+    """Append whole lines and flush them to disk: all or none, in place of a last line that is cut. Raises OSError."""
+    with path.open("a+b", buffering=0) as file:
+        end = _end_of_lines(file)
+        rest = memoryview(lines.encode())
+        try:
+            file.truncate(end)
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(path, end)
+            raise
+
+
+def _end_of_lines(file: io.FileIO) -> int:
+    """Where the last line that ends does: what is behind it was cut by a kill or a full disk."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - LINES_BYTES)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
 def _record(path: Path, at: int, line: bytes, key: str) -> Record:
     try:
         record = _parse_json(line)
@@ -92,8 +122,3 @@ def template(name: str) -> Path:
     package = Path(__file__).resolve().parent
     inside = package / "templates" / name
     return inside if inside.exists() else package.parent / "templates" / name
-
-
-def template_names() -> list[str]:
-    """The documents among the templates, without their ending."""
-    return sorted(path.stem for path in template("quickstart.yaml").parent.glob("*.yaml"))

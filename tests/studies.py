@@ -21,8 +21,8 @@ from optuna.trial import FrozenTrial
 
 from supar_cli.data import corpus
 from supar_cli.experiments import search as tuning
-from supar_cli.jobs import queue as shared
-from supar_cli.jobs.queue import Shared, counts
+from supar_cli.jobs import queue
+from supar_cli.jobs.queue import SharedStudy, is_counted
 from supar_cli.planning import document
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy, Spec
@@ -83,8 +83,8 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[Proxy]:
 
 
 @functools.cache  # a connection each, which a look every few ms would use up
-def _study(storage: str, name: str) -> Shared:
-    return Shared(storage, name)
+def _study(storage: str, name: str) -> SharedStudy:
+    return SharedStudy(storage, name)
 
 
 def trials_of(spec: Spec, storage: str, suffix: str = "") -> list[FrozenTrial]:
@@ -110,10 +110,10 @@ def midway(spec: Spec, storage: str, but: tuple[int, ...] = ()) -> FrozenTrial |
 def check_exact(spec: Spec, storage: str, proxies: list[Proxy]) -> None:
     """The study has its trials and runs, none twice, none left, and all who worked on it say the same of it."""
     trials, further = trials_of(spec, storage), trials_of(spec, storage, tuning.RUNS)
-    counted = [trial for trial in trials if counts(trial)]
+    counted = [trial for trial in trials if is_counted(trial)]
     assert len(counted) == spec.search.trials
     assert len({tuple(trial.params.values()) for trial in counted}) == spec.search.trials, "two are equal"
-    runs = [trial.user_attrs["run"] for trial in further if counts(trial)]
+    runs = [trial.user_attrs["run"] for trial in further if is_counted(trial)]
     assert len(runs) == len(set(runs)) == (FURTHER if spec.search.seeds > 1 else 0)
     assert not [trial for trial in (*trials, *further) if not trial.state.is_finished()]
     assert all(proxy == proxies[0] for proxy in proxies)
@@ -207,5 +207,5 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "BEAT_S", 0.1)
-    monkeypatch.setattr(shared, "GRACE_S", 0.6)
+    monkeypatch.setattr(queue, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(queue, "STALE_AFTER_S", 0.6)

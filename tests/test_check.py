@@ -14,7 +14,7 @@ import torch
 
 from supar_cli.experiments import check_plans, coordinates
 from supar_cli.experiments import coordinate_check as check
-from supar_cli.jobs.runs import Record
+from supar_cli.files import Record
 from supar_cli.planning.plan import Multipliers, Plan
 from tests.conftest import Called, plan_from, proxy_fields
 
@@ -127,11 +127,11 @@ class TestMeasure:
             assert all(value > 0 for sizes in step.values() for value in sizes.values())
 
     def test_sizes_are_those_of_the_numbers_themselves(self, plan: Plan) -> None:
-        from supar_cli.jobs import workers as execute
+        from supar_cli.training.tasks import load_task
         from supar_cli.training.trainer import Trainer
 
         small = plan.model_copy(update={"train": plan.train.model_copy(update={"steps": 1, "tokens": 128})})
-        trainer = Trainer(small, execute.task_of(small))
+        trainer = Trainer(small, load_task(small))
         model, name = trainer.sparse_model.model, "blocks.0.attn.q"
         inputs_BT, _ = trainer.batch(0)
         with torch.no_grad():

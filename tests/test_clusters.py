@@ -12,10 +12,11 @@ import pytest
 
 from supar_cli.errors import InputError, SetupError, SuparError
 from supar_cli.experiments import search as tuning
+from supar_cli.jobs import calls as jobs_calls
 from supar_cli.jobs import clusters
-from supar_cli.jobs import workers as execute
-from supar_cli.jobs.queue import counts
-from supar_cli.jobs.workers import Failure
+from supar_cli.jobs.calls import WorkerFailure
+from supar_cli.jobs.queue import is_counted
+from supar_cli.jobs.workers import make_workers
 
 from . import studies
 from .conftest import environment
@@ -30,7 +31,7 @@ def test_a_missing_extra_is_named_at_the_start(executor: str, monkeypatch) -> No
         SetupError,
         match=rf"--executor {executor}: (ray|submitit) is not installed; expected `pip install (ray|submitit)`",
     ):
-        execute.workers(executor)
+        make_workers(executor)
 
 
 @pytest.fixture(scope="module")
@@ -73,18 +74,18 @@ class TestRay:
         proxy = studies.parse(studies.Proxy, studies.document.read(out, "stdout")[0])
         studies.check_exact(spec, path, [proxy])
         trials = studies.trials_of(spec, path)
-        assert [t.number for t in trials if not counts(t)] == [trial.number]
-        assert [t.params for t in trials if counts(t)].count(trial.params) == 1
+        assert [t.number for t in trials if not is_counted(t)] == [trial.number]
+        assert [t.params for t in trials if is_counted(t)].count(trial.params) == 1
 
     def test_a_dead_workers_call_is_made_again_and_errors_cross(
         self, cluster: str, tmp_path: Path, monkeypatch
     ) -> None:
         calls = [(str(tmp_path), 0, 0), (str(tmp_path), 1, 1), (str(tmp_path), 2, 9)]
-        monkeypatch.setattr(clusters, "RETRIES", 1)
-        with execute.workers("ray", settings={"address": cluster}) as workers:
-            assert workers.jobs == 2 and not workers.here
+        monkeypatch.setattr(jobs_calls, "RETRIES", 1)
+        with make_workers("ray", settings={"address": cluster}) as workers:
+            assert workers.jobs == 2 and not workers.is_local
             found = dict(workers.results(dies, calls))
-            assert found[0] == 0 and found[1] == 2 and isinstance(found[2], Failure)
+            assert found[0] == 0 and found[1] == 2 and isinstance(found[2], WorkerFailure)
             with pytest.raises(InputError, match=r"train\.steps: too few"):
                 list(workers.results(bad_input, [(1,)]))
             with pytest.raises(ZeroDivisionError):
@@ -92,7 +93,7 @@ class TestRay:
 
     def test_a_cluster_that_does_not_answer_is_said_at_once(self) -> None:
         with pytest.raises(SetupError, match=r"no cluster answers at 127\.0\.0\.1:1: Connection refused"):
-            execute.workers("ray", settings={"address": "127.0.0.1:1"})
+            make_workers("ray", settings={"address": "127.0.0.1:1"})
 
 
 FAKE_SBATCH = """\
@@ -134,12 +135,12 @@ class TestSlurm:
     def test_without_slurm_it_is_said_at_once(self, tmp_path: Path, monkeypatch) -> None:
         monkeypatch.setattr(clusters.shutil, "which", lambda _: None)
         with pytest.raises(SetupError, match="no sbatch and srun here"):
-            execute.workers("slurm", folder=tmp_path / "slurm")
+            make_workers("slurm", folder=tmp_path / "slurm")
         assert not (tmp_path / "slurm").exists()
 
     def test_a_round_is_a_job_array_with_what_was_asked_for(self, fake_slurm: None, tmp_path: Path) -> None:
         settings = {"partition": "gpu", "account": "me", "time": 30, "qos": "low"}
-        workers = execute.workers("slurm", jobs=2, settings=settings, device="cuda", folder=tmp_path / "proxy.slurm")
+        workers = make_workers("slurm", jobs=2, settings=settings, device="cuda", folder=tmp_path / "proxy.slurm")
         found = dict(workers.results(double, [(value,) for value in range(3)]))
         assert found == {0: 0, 1: 2, 2: 4}
         lines = set((tmp_path / "script.sh").read_text().splitlines())
@@ -165,7 +166,7 @@ class TestSlurm:
     def test_a_gpu_is_asked_for_where_the_device_is_cuda(
         self, device: str, settings: dict[str, Any], asked: str | None, fake_slurm: None, tmp_path: Path
     ) -> None:
-        workers = execute.workers("slurm", settings=settings, device=device, folder=tmp_path / "slurm")
+        workers = make_workers("slurm", settings=settings, device=device, folder=tmp_path / "slurm")
         assert isinstance(workers, clusters.Slurm)
         text = workers._executor._executor._make_submission_file_text("true", "1")
         assert [line for line in text.splitlines() if line.startswith("#SBATCH --g")] == ([asked] if asked else [])

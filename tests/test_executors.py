@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from supar_cli.errors import InputError, SetupError
-from supar_cli.jobs import workers as execute
+from supar_cli.jobs import calls as jobs_calls
+from supar_cli.jobs.calls import WorkerFailure
 from supar_cli.jobs.local import Local, visible_devices
-from supar_cli.jobs.queue import _is_alive, counts
+from supar_cli.jobs.queue import _is_alive, is_counted
 from supar_cli.jobs.runs import Records
-from supar_cli.jobs.workers import Failure
+from supar_cli.jobs.workers import make_workers
 
 from . import studies
 from .conftest import environment
@@ -110,10 +111,10 @@ class TestLocal:
         self, pair: Local, tmp_path: Path, monkeypatch
     ) -> None:
         calls = [(str(tmp_path), 0, 0), (str(tmp_path), 1, 1), (str(tmp_path), 2, 0), (str(tmp_path), 3, 9)]
-        monkeypatch.setattr(Local, "retries", 1)
+        monkeypatch.setattr(jobs_calls, "RETRIES", 1)
         found = dict(pair.results(dies, calls))
         assert [found[n] for n in range(3)] == [0, 2, 4]
-        assert found[3] == Failure("its process was killed by SIGKILL, as when memory runs out")
+        assert found[3] == WorkerFailure("its process was killed by SIGKILL, as when memory runs out")
         assert len(list(tmp_path.glob("1-*"))) == 1 and len(list(tmp_path.glob("3-*"))) == 2
 
     def test_each_process_sees_a_device_and_a_share_of_the_cores_of_its_own(self) -> None:
@@ -129,7 +130,7 @@ class TestLocal:
         assert visible_devices("auto") == ["0", "1"] and visible_devices("cuda:1") == visible_devices("cpu") == []
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-5")
         assert visible_devices("cuda") == ["2", "GPU-5"]
-        jobs = {device: execute.workers(device=device, on_cpu=5).jobs for device in ("auto", "cuda:1", "cpu")}
+        jobs = {device: make_workers(device=device, on_cpu=5).jobs for device in ("auto", "cuda:1", "cpu")}
         assert jobs == {"auto": 2, "cuda:1": 1, "cpu": 5}
 
     def test_workers_end_with_their_parent(self, tmp_path: Path) -> None:
@@ -153,7 +154,7 @@ class Dying(Local):
 
     def results(self, function: Any, calls: list[Any]) -> Any:
         for index, call in enumerate(calls):
-            yield index, Failure("killed") if call == (1,) else function(*call)
+            yield index, WorkerFailure("killed") if call == (1,) else function(*call)
 
 
 def test_a_run_that_takes_its_workers_down_is_recorded_as_failed(tmp_path: Path) -> None:
@@ -170,6 +171,19 @@ def test_a_run_that_takes_its_workers_down_is_recorded_as_failed(tmp_path: Path)
         list(Records(tmp_path / "other").complete(record_of, calls, Dying()))
 
 
+def test_a_record_that_a_kill_has_cut_is_made_again_and_a_corrupt_one_is_named(tmp_path: Path) -> None:
+    calls = {f"run {value}": (value,) for value in range(3)}
+    list(Records(tmp_path).complete(record_of, calls, Local()))
+    path = tmp_path / "records.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    assert [done for done, _, _ in Records(tmp_path).complete(record_of, calls, Local())] == [2, 2, 3]
+    assert path.read_bytes() == whole
+    path.write_bytes(whole.replace(b"{", b"", 1))
+    with pytest.raises(SetupError, match=r"records\.jsonl:1: not a record"):
+        Records(tmp_path)
+
+
 class TestTuning:
     def test_a_local_worker_killed_in_a_trial_costs_only_its_work(self, tmp_path: Path) -> None:
         spec, path = studies.write_spec(tmp_path, 4, studies.SLOW, further=False), str(tmp_path / "proxy.journal")
@@ -178,8 +192,8 @@ class TestTuning:
         os.kill(trial.user_attrs["process"][1], signal.SIGKILL)
         studies.check_exact(spec, path, studies.ended([running]))
         trials = studies.trials_of(spec, path)
-        assert [t.number for t in trials if not counts(t)] == [trial.number], "another trial suffered"
-        assert [t.params for t in trials if counts(t)].count(trial.params) == 1, "its proposal was lost"
+        assert [t.number for t in trials if not is_counted(t)] == [trial.number], "another trial suffered"
+        assert [t.params for t in trials if is_counted(t)].count(trial.params) == 1, "its proposal was lost"
 
     def test_ctrl_c_gives_trials_back_and_the_same_command_goes_on(self, tmp_path: Path) -> None:
         spec, path = studies.write_spec(tmp_path, 3, studies.SLOW, further=False), str(tmp_path / "proxy.journal")
@@ -195,22 +209,22 @@ class TestTuning:
         interrupted = [t for t in studies.trials_of(spec, path) if t.state.name == "FAIL"]
         assert interrupted and not [t for t in studies.trials_of(spec, path) if t.state.name == "RUNNING"]
         studies.check_exact(spec, path, studies.ended([studies.start(tmp_path, "tune-proxy", "--jobs", "2")]))
-        again = [t.params for t in studies.trials_of(spec, path) if counts(t)]
+        again = [t.params for t in studies.trials_of(spec, path) if is_counted(t)]
         assert all(trial.params in again for trial in interrupted)
 
 
 def test_an_executor_or_setting_that_is_not_known_is_bad_input() -> None:
     with pytest.raises(InputError, match="--executor lokal: expected local, ray or slurm"):
-        execute.workers("lokal")
+        make_workers("lokal")
     with pytest.raises(InputError, match="--executor-set gpus: the local executor has no settings"):
-        execute.workers("local", settings={"gpus": 1})
+        make_workers("local", settings={"gpus": 1})
     with pytest.raises(InputError, match="--executor-set adress: no setting of ray; did you mean 'address'"):
-        execute.workers("ray", settings={"adress": "x"})
+        make_workers("ray", settings={"adress": "x"})
     with pytest.raises(InputError, match="--executor-set partion: no setting of slurm; did you mean 'partition'"):
-        execute.workers("slurm", settings={"partion": "x"})
+        make_workers("slurm", settings={"partion": "x"})
     for name, setting in (("ray", {"cpus": "many"}), ("slurm", {"time": "1:00"})):
         with pytest.raises(InputError, match="whole number"):
-            execute.workers(name, settings=setting)
+            make_workers(name, settings=setting)
     for name in ("ray", "slurm"):
         with pytest.raises(InputError, match="sees its own device only"):
-            execute.workers(name, device="cuda:1")
+            make_workers(name, device="cuda:1")

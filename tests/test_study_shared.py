@@ -17,8 +17,8 @@ import pytest
 
 from supar_cli.errors import SetupError, UnusableResult
 from supar_cli.experiments import samplers
-from supar_cli.jobs import queue as shared
-from supar_cli.jobs.queue import Shared, counts
+from supar_cli.jobs import queue
+from supar_cli.jobs.queue import SharedStudy, is_counted
 from supar_cli.planning.spec import Search
 
 from . import studies
@@ -28,21 +28,21 @@ from .studies import quick as quick
 from .studies import url as url
 
 WORKERS = 6
-Made = Callable[[], Shared]
+Made = Callable[[], SharedStudy]
 
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Made:
-    return lambda: Shared(str(tmp_path / "study.journal"), "s")
+    return lambda: SharedStudy(str(tmp_path / "study.journal"), "s")
 
 
-def together(url: str, work: Callable[[Shared], Any]) -> list[Any]:
+def together(url: str, work: Callable[[SharedStudy], Any]) -> list[Any]:
     """What as many threads get, each with a connection of its own, from work begun at the same time."""
-    Shared(url, "s")
+    SharedStudy(url, "s")
     begin = threading.Barrier(WORKERS)
 
     def one() -> Any:
-        study = Shared(url, "s", join=True)
+        study = SharedStudy(url, "s", join=True)
         begin.wait(60)
         return work(study)
 
@@ -50,7 +50,7 @@ def together(url: str, work: Callable[[Shared], Any]) -> list[Any]:
         return [done.result() for done in [pool.submit(one) for _ in range(WORKERS)]]
 
 
-def worked(study: Shared, most: int) -> int:
+def worked(study: SharedStudy, most: int) -> int:
     """Run trials of next to no work until the study has as many; how many this was."""
     mine = 0
 
@@ -58,8 +58,8 @@ def worked(study: Shared, most: int) -> int:
         time.sleep(0.01)
         return trial.suggest_float("x", 0, 1)
 
-    while sum(map(counts, study.trials())) < most:
-        trial = study.claim(most=most)
+    while sum(map(is_counted, study.trials())) < most:
+        trial = study.claim(most)
         if trial is not None:
             mine += study.run(trial, objective) is not None
         else:
@@ -69,8 +69,8 @@ def worked(study: Shared, most: int) -> int:
 
 def test_a_total_is_exact_whoever_works_on_it(url: str) -> None:
     assert sum(together(url, lambda study: worked(study, 20))) == 20
-    trials = Shared(url, "s").trials()
-    assert sum(map(counts, trials)) == 20 and {t.state.name for t in trials} <= {"COMPLETE", "FAIL"}
+    trials = SharedStudy(url, "s").trials()
+    assert sum(map(is_counted, trials)) == 20 and {t.state.name for t in trials} <= {"COMPLETE", "FAIL"}
 
 
 def all_ask_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,33 +84,33 @@ def all_ask_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optuna.Study, "ask", late)
 
 
-def claimed(study: Shared) -> int:
-    trial = study.claim(most=2)
+def claimed(study: SharedStudy) -> int:
+    trial = study.claim(2)
     return 0 if trial is None else study.run(trial, lambda _: 1.0) is not None
 
 
 def test_trials_asked_for_at_the_same_moment_are_withdrawn_beyond_the_total(url: str, monkeypatch) -> None:
     all_ask_at_once(monkeypatch)
     assert sum(together(url, claimed)) == 2
-    withdrawn = [t.user_attrs["withdrawn"] for t in Shared(url, "s").trials() if not counts(t)]
+    withdrawn = [t.user_attrs["withdrawn"] for t in SharedStudy(url, "s").trials() if not is_counted(t)]
     assert withdrawn == ["the study has its trials"] * (WORKERS - 2)
 
 
 def test_without_the_rule_the_total_is_exceeded(url: str, monkeypatch) -> None:
     all_ask_at_once(monkeypatch)
-    monkeypatch.setattr(Shared, "_excess", lambda *_: "")
+    monkeypatch.setattr(SharedStudy, "_withdraw_reason", lambda *_: "")
     assert sum(together(url, claimed)) == WORKERS
 
 
 @pytest.mark.parametrize("rule", [True, False])
 def test_of_equal_queued_trials_one_is_run(url: str, rule: bool, monkeypatch) -> None:
     if not rule:
-        monkeypatch.setattr(Shared, "_excess", lambda *_: "")
-    study = Shared(url, "s")
+        monkeypatch.setattr(SharedStudy, "_withdraw_reason", lambda *_: "")
+    study = SharedStudy(url, "s")
     for _ in range(3):
         study.queue({"x": 0.5})
     for _ in range(3):
-        trial = study.claim(most=9)
+        trial = study.claim(9)
         if trial is not None:
             study.run(trial, lambda t: t.suggest_float("x", 0, 1))
     states = [trial.state.name for trial in study.trials()]
@@ -120,9 +120,9 @@ def test_of_equal_queued_trials_one_is_run(url: str, rule: bool, monkeypatch) ->
 def test_a_queued_run_is_taken_only_by_who_waits_for_it(journal: Made) -> None:
     study = journal()
     study.queue({}, run="a")
-    assert study.claim(among={"b"}) is None
+    assert study.claim({"b"}) is None
     assert [trial.state.name for trial in study.trials()] == ["WAITING"]
-    trial = study.claim(among={"a", "b"})
+    trial = study.claim({"a", "b"})
     assert trial is not None and trial.user_attrs["run"] == "a"
 
 
@@ -131,9 +131,9 @@ def test_no_two_trials_that_run_at_the_same_time_draw_the_same(sampler: str, url
     if sampler in ("qmc", "gp"):
         pytest.importorskip("scipy", reason=f"the {sampler} sampler needs scipy")
 
-    def draw(study: Shared) -> tuple[int, float]:
-        study.study.sampler = samplers.ByNumber(Search(sampler=sampler, seed=3))
-        trial = study.claim(most=WORKERS)
+    def draw(study: SharedStudy) -> tuple[int, float]:
+        study.study.sampler = samplers.SeededByTrialNumber(Search(sampler=sampler, seed=3))
+        trial = study.claim(WORKERS)
         assert trial is not None
         return trial.number, trial.suggest_float("x", 1e-3, 1.0, log=True)
 
@@ -143,14 +143,14 @@ def test_no_two_trials_that_run_at_the_same_time_draw_the_same(sampler: str, url
 
 def test_a_proposal_is_the_numbers_own(tmp_path: Path) -> None:
     def drawn(name: str, seed: int) -> list[float]:
-        study = Shared(str(tmp_path / name), "s")
-        study.study.sampler = samplers.ByNumber(Search(seed=seed))
+        study = SharedStudy(str(tmp_path / name), "s")
+        study.study.sampler = samplers.SeededByTrialNumber(Search(seed=seed))
         return [study.study.ask().suggest_float("x", 0, 1) for _ in range(3)]
 
     assert drawn("a", 3) == drawn("b", 3) != drawn("c", 4)
 
 
-def left_by(study: Shared, process: int, where: str) -> optuna.Trial:
+def left_by(study: SharedStudy, process: int, where: str) -> optuna.Trial:
     trial = study.study.ask()
     trial.suggest_float("x", 0, 1)
     trial.set_user_attr("process", ["host", process, where])
@@ -160,28 +160,28 @@ def left_by(study: Shared, process: int, where: str) -> optuna.Trial:
 def test_the_trial_of_a_dead_process_is_given_back_once_and_its_proposal_run_again(url: str) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    study = Shared(url, "s")
-    dead = left_by(study, gone.pid, shared.machine())
-    alive = left_by(study, os.getpid(), shared.machine())
-    given_back = [number for one in together(url, Shared.give_back) for number in (t.number for t in one)]
+    study = SharedStudy(url, "s")
+    dead = left_by(study, gone.pid, queue.machine())
+    alive = left_by(study, os.getpid(), queue.machine())
+    given_back = [number for one in together(url, SharedStudy.requeue_abandoned) for number in (t.number for t in one)]
     assert given_back == [dead.number]
-    again = study.claim(most=9)
+    again = study.claim(9)
     assert again is not None and again.suggest_float("x", 0, 1) == dead.params["x"]
     assert [t.state.name for t in study.trials()] == ["FAIL", "RUNNING", "RUNNING"] and alive.number == 1
 
 
 def test_a_killed_process_that_nobody_waited_for_is_dead() -> None:
     gone = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    assert shared._is_alive(gone.pid)
+    assert queue._is_alive(gone.pid)
     gone.kill()
-    studies.wait_for(lambda: not shared._is_alive(gone.pid))
+    studies.wait_for(lambda: not queue._is_alive(gone.pid))
     gone.wait()
 
 
-def looks(study: Shared, seconds: float) -> list[int]:
+def looks(study: SharedStudy, seconds: float) -> list[int]:
     limit, found = time.monotonic() + seconds, []
     while time.monotonic() < limit:
-        found += [trial.number for trial in study.give_back()]
+        found += [trial.number for trial in study.requeue_abandoned()]
         time.sleep(0.05)
     return found
 
@@ -191,7 +191,7 @@ def test_a_trial_of_another_machine_is_given_back_when_it_falls_silent(journal: 
     silent = left_by(study, os.getpid(), "another machine")
     beating = left_by(study, os.getpid(), "another machine")
     unmarked = study.study.ask()  # of a process that died at once
-    with shared._beating(beating):
+    with queue._heartbeat(beating):
         assert looks(study, 0.4) == [], "nothing is given back within the grace"
         assert looks(study, 1.5) == [silent.number, unmarked.number]
     assert looks(study, 1.5) == [beating.number]
@@ -203,7 +203,7 @@ def test_an_outage_is_not_held_against_a_trial(journal: Made, quick: None) -> No
     left_by(study, os.getpid(), "another machine")
     assert looks(study, 0.3) == []
     time.sleep(1)  # nobody can look, nor beat
-    assert study.give_back() == []
+    assert study.requeue_abandoned() == []
 
 
 def test_a_proposal_that_kills_every_process_is_not_queued_for_ever(journal: Made) -> None:
@@ -211,10 +211,12 @@ def test_a_proposal_that_kills_every_process_is_not_queued_for_ever(journal: Mad
     gone.wait()
     study = journal()
     study.queue({"x": 0.5})
-    for _ in range(shared.AGAIN + 1):
-        left_by(study, gone.pid, shared.machine())
-        study.give_back()
-    assert len(study.trials()) == shared.AGAIN + 1 and not [t for t in study.trials() if t.state.name == "WAITING"]
+    for _ in range(queue.MAX_REQUEUES + 1):
+        left_by(study, gone.pid, queue.machine())
+        study.requeue_abandoned()
+    assert len(study.trials()) == queue.MAX_REQUEUES + 1 and not [
+        t for t in study.trials() if t.state.name == "WAITING"
+    ]
 
 
 def test_work_on_a_trial_that_was_given_back_is_not_used(journal: Made) -> None:
@@ -222,14 +224,14 @@ def test_work_on_a_trial_that_was_given_back_is_not_used(journal: Made) -> None:
 
     def slow(trial: optuna.Trial) -> float:
         trial.suggest_float("x", 0, 1)
-        assert other._give_back(other.trials()[trial.number])
+        assert other._requeue(other.trials()[trial.number])
         return 1.0
 
-    trial = study.claim(most=1)
+    trial = study.claim(1)
     assert trial is not None and study.run(trial, slow) is None
-    again = other.claim(most=1)
+    again = other.claim(1)
     assert again is not None and other.run(again, lambda t: t.suggest_float("x", 0, 1)) is not None
-    assert sum(map(counts, study.trials())) == 1
+    assert sum(map(is_counted, study.trials())) == 1
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SetupError("no data here"), MemoryError()])
@@ -239,12 +241,12 @@ def test_what_interrupts_a_trial_gives_it_back(error: BaseException, journal: Ma
         raise error
 
     study = journal()
-    trial = study.claim(most=1)
+    trial = study.claim(1)
     assert trial is not None
     with pytest.raises(type(error)):
         study.run(trial, interrupted)
     first, second = study.trials()
-    assert (first.state.name, second.state.name) == ("FAIL", "WAITING") and not counts(first)
+    assert (first.state.name, second.state.name) == ("FAIL", "WAITING") and not is_counted(first)
     assert second.system_attrs["fixed_params"] == first.params
 
 
@@ -253,9 +255,9 @@ def test_a_diverged_trial_counts_and_is_not_done_again(journal: Made) -> None:
         raise UnusableResult("loss nan")
 
     study = journal()
-    trial = study.claim(most=1)
+    trial = study.claim(1)
     assert trial is not None and study.run(trial, diverging) is not None
-    assert study.claim(most=1) is None and [t.state.name for t in study.trials()] == ["FAIL"]
+    assert study.claim(1) is None and [t.state.name for t in study.trials()] == ["FAIL"]
 
 
 class TestProcesses:
@@ -286,12 +288,12 @@ class TestProcesses:
         killed.kill()
         killed.communicate(timeout=60)
         worker = trial.user_attrs["process"][1]
-        studies.wait_for(lambda: not shared._is_alive(worker), 20)
+        studies.wait_for(lambda: not queue._is_alive(worker), 20)
         proxies = studies.ended([other])
         studies.check_exact(spec, path, proxies)
         trials = studies.trials_of(spec, path)
         assert trials[trial.number].state.name == "FAIL"
-        assert [t.params for t in trials if counts(t)].count(trial.params) == 1, "its proposal was run after all"
+        assert [t.params for t in trials if is_counted(t)].count(trial.params) == 1, "its proposal was run after all"
 
     def test_a_database_restarted_in_the_middle(self, postgres: Postgres, tmp_path: Path) -> None:
         spec, url = studies.write_spec(tmp_path, 12, studies.SLOW), postgres.database(tmp_path.name)
@@ -304,8 +306,8 @@ class TestProcesses:
 
         studies.wait_for(both_work)
         postgres.restart()
-        done = sum(map(counts, studies.trials_of(spec, url)))
-        studies.wait_for(lambda: sum(map(counts, studies.trials_of(spec, url))) > done)
+        done = sum(map(is_counted, studies.trials_of(spec, url)))
+        studies.wait_for(lambda: sum(map(is_counted, studies.trials_of(spec, url))) > done)
         postgres.restart()
         studies.check_exact(spec, url, studies.ended(several))
 

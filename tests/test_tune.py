@@ -17,7 +17,8 @@ import torch
 
 from supar_cli.errors import InputError, UnusableResult
 from supar_cli.experiments import search as tuning
-from supar_cli.experiments.statistics import quadratic, student_t975
+from supar_cli.experiments.statistics import fit_quadratic, student_t975
+from supar_cli.jobs import runs
 from supar_cli.jobs.local import Local
 from supar_cli.jobs.queue import machine
 from supar_cli.jobs.storage import open_study
@@ -125,7 +126,7 @@ def test_the_winner_has_the_lowest_mean_over_seeds_not_the_luckiest_run(
         number = order.setdefault(plan.hyperparameters.init_std, len(order))
         return (first_seed if plan.train.seed == spec.train.seed else second_seed)[number]
 
-    monkeypatch.setattr(tuning.execute, "validation_loss", loss)
+    monkeypatch.setattr(runs, "validation_loss", loss)
     proxy = tuning.search(with_search(spec, lr_fit_octaves=[]), str(tmp_path / "s.journal"), reporter=Heard())
     chosen = [finalist for finalist in proxy.evidence["finalists"] if finalist["chosen"]]
     assert [finalist["trial"] for finalist in chosen] == [1]
@@ -137,7 +138,7 @@ def test_the_learning_rate_is_the_parabolas_lowest_point(spec: Spec, tmp_path: P
     def loss(plan, on_evaluation=None):
         return 2.0 + 0.1 * (log2(plan.hyperparameters.lr) - log2(0.012)) ** 2 + 0.01 * plan.train.seed
 
-    monkeypatch.setattr(tuning.execute, "validation_loss", loss)
+    monkeypatch.setattr(runs, "validation_loss", loss)
     proxy = tuning.search(spec, str(tmp_path / "s.journal"), reporter=Heard())
     assert proxy.hyperparameters.lr == pytest.approx(0.012, rel=1e-6)
     assert proxy.evidence["lr_fit"]["usable"] and proxy.evidence["lr_fit"]["points"] == 6
@@ -162,7 +163,7 @@ def test_the_median_pruner_stops_a_bad_trial_early(spec: Spec, tmp_path: Path, m
             on_evaluation(step, value)
         return value
 
-    monkeypatch.setattr(tuning.execute, "validation_loss", loss)
+    monkeypatch.setattr(runs, "validation_loss", loss)
     wanted = with_search(spec, trials=8, finalists=1, seeds=1, lr_fit_octaves=[])
     storage = str(tmp_path / "s.journal")
     proxy = tuning.search(wanted, storage, reporter=Heard())
@@ -243,18 +244,18 @@ def test_the_fits_interval_holds_the_optimum_as_often_as_it_says() -> None:
     for _ in range(400):
         places = [(x, seed) for x in (-1.0, -0.5, 0.0, 0.5, 1.0) for seed in (0, 1, 2)]
         points = [(x, seed, 0.2 * (x - 0.1) ** 2 + 0.05 * seed + rng.normal(0, 0.01)) for x, seed in places]
-        fit = quadratic(points)
+        fit = fit_quadratic(points)
         held += fit.usable and abs(fit.octaves - 0.1) <= fit.half_width_octaves
     assert 0.91 <= held / 400 <= 0.99
 
 
 def test_no_optimum_is_claimed_where_there_is_none() -> None:
     places = [(x, seed) for x in (-1.0, 0.0, 1.0) for seed in (0, 1)]
-    falling = quadratic([(x, seed, 1.0 - 0.5 * x + 0.01 * x * x) for x, seed in places])
+    falling = fit_quadratic([(x, seed, 1.0 - 0.5 * x + 0.01 * x * x) for x, seed in places])
     assert not falling.usable and falling.octaves == 1.0 and "above" in falling.why
-    bent = quadratic([(x, seed, 1.0 - x * x) for x, seed in places])
+    bent = fit_quadratic([(x, seed, 1.0 - x * x) for x, seed in places])
     assert not bent.usable and "downwards" in bent.why
-    assert not quadratic([(0.0, 0, 1.0), (1.0, 0, 2.0)]).usable
+    assert not fit_quadratic([(0.0, 0, 1.0), (1.0, 0, 2.0)]).usable
 
 
 def test_student_quantiles_against_tables() -> None:

@@ -81,7 +81,7 @@ def tune_proxy(
 
     may_replace = force or _is_own(out, tuning.study_name(wanted))
     console.check_writable(out, "proxy.yaml", may_replace)
-    workers = execute.workers(
+    workers = execute.make_workers(
         executor,
         jobs=jobs,
         settings=console.executor_settings(executor_set),

@@ -103,13 +103,13 @@ def run_check(
     Raises InputError where the folder holds another check and `force` is not set.
     """
     first, steps = sweeps[0].plans[0][0], sweeps[0].plans[0][0].train.steps
-    execute.require_runnable(first, device=workers.here)
+    records.require_runnable(first, device=workers.is_local)
     # what identifies the question is its first seed: more seeds go on with what is there
     question = {
         "runs": sorted({row[0].hash() for sweep in sweeps for row in sweep.plans}),
         "sweeps": [[sweep.arm, sweep.axis, sweep.sizes] for sweep in sweeps],
     }
-    records.open_result(folder, question, force)
+    records.open_study_folder(folder, question, force)
     store = records.Records(folder)
     with workers:
         found = _judged(sweeps, store, workers, max_seeds, reporter)

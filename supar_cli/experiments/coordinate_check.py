@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from supar_cli.experiments.coordinates import LINEAR
 from supar_cli.experiments.statistics import student_t975
-from supar_cli.jobs.runs import Record
+from supar_cli.files import Record
 from supar_cli.planning.plan import Plan
 from supar_cli.reporting import result as figures
 

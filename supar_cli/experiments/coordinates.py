@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from supar_cli.errors import UnusableResult
-from supar_cli.jobs import workers as execute
-from supar_cli.jobs.runs import Record
+from supar_cli.files import Record
 from supar_cli.models.transformer import Attention
 from supar_cli.planning.plan import Plan
+from supar_cli.training.tasks import load_task
 from supar_cli.training.trainer import Trainer
 
 LINEAR = ("activation", "gain", "update")  # of every hidden linear
@@ -90,7 +90,7 @@ class _Watch:
 
 def measure(plan: Plan) -> Record:
     """Train a plan's steps and record its sizes: `steps` is a list of {quantity: {name: size}}, one for each step."""
-    trainer = Trainer(plan, execute.task_of(plan))
+    trainer = Trainer(plan, load_task(plan))
     hidden = [row.name for row in plan.tensors if row.role == "hidden"]
     watch = _Watch(trainer.sparse_model.model, hidden)
     steps: list[Sizes] = []

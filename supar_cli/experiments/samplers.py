@@ -14,42 +14,39 @@ from supar_cli.errors import SetupError
 from supar_cli.planning.spec import Search, Spec
 
 
-class ByNumber(optuna.samplers.BaseSampler):  # type: ignore[misc]
+class SeededByTrialNumber(optuna.samplers.BaseSampler):  # type: ignore[misc]
     """A search's sampler, made anew for each trial from (search seed, trial number).
 
     Numbers are given out once by the study's storage, so no two processes draw the same proposal, and a study that is
-    continued draws what it would have drawn. Raises SetupError when the sampler needs an extra.
+    continued draws what it would have drawn. Raises SetupError when the sampler needs a package that is missing.
     """
 
     def __init__(self, search: Search) -> None:
         if search.sampler in ("qmc", "gp") and importlib.util.find_spec("scipy") is None:
             raise SetupError(f"search.sampler: {search.sampler} needs scipy: pip install scipy")
         self._search = search
-        self._inner: Any = None
+        self._inner: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler()
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self._inner = _sampler(self._search, trial.number)
+            self._inner = _make_sampler(self._search, trial.number)
         self._inner.before_trial(study, trial)
 
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
-        found: dict[str, Any] = self._inner.infer_relative_search_space(study, trial)
-        return found
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> Any:
+        return self._inner.infer_relative_search_space(study, trial)
 
-    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, space: dict[str, Any]) -> dict[str, Any]:
-        drawn: dict[str, Any] = self._inner.sample_relative(study, trial, space)
-        return drawn
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]) -> Any:
+        return self._inner.sample_relative(study, trial, search_space)
 
-    def sample_independent(self, study: optuna.Study, trial: FrozenTrial, name: str, distribution: Any) -> Any:
-        return self._inner.sample_independent(study, trial, name, distribution)
+    def sample_independent(self, *arguments: Any) -> Any:
+        return self._inner.sample_independent(*arguments)
 
-    def after_trial(self, study: optuna.Study, trial: FrozenTrial, state: Any, values: Any) -> None:
-        if self._inner is not None:
-            self._inner.after_trial(study, trial, state, values)
+    def after_trial(self, *arguments: Any) -> None:
+        self._inner.after_trial(*arguments)
 
 
-def _sampler(search: Search, number: int) -> optuna.samplers.BaseSampler:
+def _make_sampler(search: Search, number: int) -> optuna.samplers.BaseSampler:
     seed = int(np.random.SeedSequence([search.seed, number]).generate_state(1)[0])
     if search.sampler == "random":
         return optuna.samplers.RandomSampler(seed=seed)
@@ -66,7 +63,7 @@ def _sampler(search: Search, number: int) -> optuna.samplers.BaseSampler:
     return optuna.samplers.GPSampler(seed=seed)
 
 
-def pruner(spec: Spec) -> optuna.pruners.BasePruner:
+def make_pruner(spec: Spec) -> optuna.pruners.BasePruner:
     """Stops a trial at an evaluation that is worse than the others' were at that step."""
     if spec.search.pruner == "median":
         # chosen: five trials to compare with, and a quarter of the run before the learning rates can be told apart

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import json
-import statistics
-from contextlib import closing
+from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from supar_cli.data import corpus
 from supar_cli.errors import InputError, SetupError, UnusableResult
 from supar_cli.experiments import samplers
-from supar_cli.experiments.statistics import Fit, quadratic
-from supar_cli.jobs import workers as execute
+from supar_cli.experiments.statistics import Fit, fit_quadratic
+from supar_cli.jobs import runs
 from supar_cli.jobs.local import Local
-from supar_cli.jobs.queue import LIVE, Shared, counts, state_of
-from supar_cli.jobs.rounds import rounds
-from supar_cli.jobs.storage import Patience, absolute, shown
+from supar_cli.jobs.queue import SharedStudy, Wanted, state_of
+from supar_cli.jobs.storage import RetryPolicy, absolute, redact_url
+from supar_cli.jobs.workers import Workers, make_workers
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Proxy, Search, Spec
 from supar_cli.planning.transfer import as_trial
-from supar_cli.training.reporter import Reporter
+from supar_cli.training.reporter import NullReporter, Reporter
 from supar_cli.training.runtime import versions
 
 Values = dict[str, float]
-RUNS = "-runs"  # of the name of the study that keeps a study's further runs
+RUNS = "-runs"  # of the name of the study that keeps a study's extra runs
 
 
 @dataclass(slots=True)
@@ -40,7 +44,7 @@ class Finalist:
 
     @property
     def mean(self) -> float:
-        return statistics.fmean(self.losses)
+        return fmean(self.losses)
 
 
 def study_name(spec: Spec) -> str:
@@ -66,18 +70,93 @@ def _plan(spec: Spec, values: Values, seed: int) -> Plan:
     return as_trial(proxy_of(spec, values, seed))
 
 
-def run_trial(spec: Spec, storage: str) -> tuple[int, str, float, Values] | None:
-    """Claim one trial, run it and store it: (number, state, loss, values). None when none was left, or it was taken away.
+def tune(
+    spec: Spec,
+    study: str | Path = "proxy.journal",
+    *,
+    jobs: int | None = None,
+    executor: str = "local",
+    executor_set: dict[str, Any] | None = None,
+    verbose: bool = False,
+    reporter: Reporter | None = None,
+) -> Proxy:
+    """Tune a spec up to its number of trials, in a study that the same call continues; the proxy with its evidence.
 
-    Raises what a bad spec raises.
+    `study` is a journal file or a database's URL. Raises SuparError.
     """
-    shared = Shared(storage, study_name(spec), join=True)
-    shared.study.sampler, shared.study.pruner = samplers.ByNumber(spec.search), samplers.pruner(spec)
-    trial = shared.claim(most=spec.search.trials)
-    if trial is None:
-        return None
+    if not isinstance(spec, Spec):
+        raise InputError(f"{type(spec).__name__}: expected a Spec")
+    spec = spec.model_copy(update={"data": corpus.identified(spec.data)})
+    folder = Path("proxy" if "://" in str(study) else study).with_suffix(".slurm")
+    with make_workers(
+        executor, jobs=jobs, settings=executor_set, device=spec.run.device, folder=folder, verbose=verbose
+    ) as workers:
+        return search(spec, str(study), workers=workers, reporter=reporter or NullReporter())
 
-    def objective(trial: optuna.Trial) -> float:
+
+def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter: Reporter) -> Proxy:
+    """Tune a spec up to its number of trials and return the proxy with its evidence.
+
+    Any number of processes, on any machines, may do so with one storage: together they make the trials and runs that
+    one would, and end with the same proxy. Raises InputError when nothing is searched, UnusableResult when every trial
+    diverged, SetupError when a storage or workers fail; all of them, and KeyboardInterrupt, leave a study that the same
+    call continues.
+    """
+    ranges, workers = spec.search.ranges(), workers or Local()
+    if not ranges:
+        raise InputError("search: no range is given; expected one of " + ", ".join(Search.SEARCHED))
+    samplers.SeededByTrialNumber(spec.search)
+    runs.require_runnable(_plan(spec, {}, spec.train.seed), device=workers.is_local)  # before a study is made
+    tuning = _Tuning(spec, storage, workers, reporter)
+    trials = tuning.run_trials()
+    complete = _rank(trials)
+    if not complete:
+        raise UnusableResult(
+            f"all {len(trials)} trials diverged or were pruned; expected lower learning rates or init scales in search"
+        )
+    finalists = tuning.run_finalists(complete[: spec.search.finalists])
+    winner = min(finalists, key=lambda finalist: (finalist.mean, finalist.trial))
+    values, fit = dict(winner.values), None
+    if "lr" in ranges and spec.search.lr_fit_octaves:
+        fit = tuning.fit_lr(winner)
+        values["lr"] = winner.values["lr"] * 2.0**fit.octaves
+        if not fit.usable:
+            reporter.warn(f"lr fit: {fit.why}; the best rate measured is taken, {values['lr']:.4g}")
+    evidence = _evidence(spec, storage, trials, finalists, winner, fit)
+    update = {"evidence": evidence, "meta": {**spec.meta, "tuned_with": versions()}}
+    return proxy_of(spec, values).model_copy(update=update)
+
+
+def best_so_far(spec: Spec, storage: str) -> str | None:
+    """One line on the best trial of a study, None when there is none or it can't be read."""
+    with suppress(SetupError):
+        study = SharedStudy(storage, study_name(spec), RetryPolicy(storage, limit_s=0.0), join=True)
+        if ranked := _rank(study.trials()):
+            what = f"trial {ranked[0].number}, loss {ranked[0].value:.4f}, {format_values(ranked[0].params)}"
+            return f"best of {len(ranked)} complete trials: {what}"
+    return None
+
+
+def _rank(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """Complete trials, the best first."""
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    return sorted(complete, key=lambda trial: (trial.value, trial.number))
+
+
+def format_values(values: Values) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def run_next(spec: Spec, storage: str, wanted: Wanted) -> FrozenTrial | None:
+    """Claim a trial, or one of the extra runs that are wanted, run it as a plan and store it: the trial that ended.
+
+    None when none was left, or it was taken away. Raises what a bad spec raises.
+    """
+    study = SharedStudy(storage, study_name(spec) + ("" if isinstance(wanted, int) else RUNS), join=True)
+    study.study.sampler, study.study.pruner = samplers.SeededByTrialNumber(spec.search), samplers.make_pruner(spec)
+    trial = study.claim(wanted)
+
+    def try_values(trial: optuna.Trial) -> float:
         ranges = spec.search.ranges().items()
         values = {name: trial.suggest_float(name, low, high, log=True) for name, (low, high) in ranges}
 
@@ -86,173 +165,97 @@ def run_trial(spec: Spec, storage: str) -> tuple[int, str, float, Values] | None
             if step < spec.train.steps and trial.should_prune():
                 raise optuna.TrialPruned
 
-        return execute.validation_loss(_plan(spec, values, spec.train.seed), on_evaluation)
+        return runs.validation_loss(_plan(spec, values, spec.train.seed), on_evaluation)
 
-    ended = shared.run(trial, objective)
-    if ended is None:
-        return None
-    value = ended.value if ended.state == TrialState.COMPLETE and ended.value is not None else float("inf")
-    return ended.number, state_of(ended), value, ended.params
+    def run_again(trial: optuna.Trial) -> float:
+        return runs.validation_loss(_plan(spec, *json.loads(trial.user_attrs["run"])))
 
-
-def run_further(spec: Spec, storage: str, wanted: set[str]) -> tuple[Values, int, float | None] | None:
-    """Claim one of the `wanted` runs outside the search, run it and store it: (values, seed, loss), diverged without one.
-
-    None when none was left, or it was taken away.
-    """
-    shared = Shared(storage, study_name(spec) + RUNS, join=True)
-    trial = shared.claim(among=wanted)
-    if trial is None:
-        return None
-    values, seed = json.loads(trial.user_attrs["run"])
-    ended = shared.run(trial, lambda _: execute.validation_loss(_plan(spec, values, seed)))
-    return None if ended is None else (values, seed, ended.value)
+    return None if trial is None else study.run(trial, try_values if isinstance(wanted, int) else run_again)
 
 
-def search(spec: Spec, storage: str, *, workers: execute.Workers | None = None, reporter: Reporter) -> Proxy:
-    """Tune a spec up to its number of trials and return the proxy with its evidence.
-
-    Any number of processes, on any machines, may do so with one storage: together they make the trials and runs that
-    one would, and end with the same proxy. Raises InputError when nothing is searched, UnusableResult when every trial
-    diverged, SetupError when a storage or workers fail; all of them, and KeyboardInterrupt, leave a study that the same
-    call continues.
-    """
-    ranges = spec.search.ranges()
-    workers = workers or Local()
-    if not ranges:
-        raise InputError("search: no range is given; expected one of " + ", ".join(Search.SEARCHED))
-    samplers.ByNumber(spec.search)
-    execute.require_runnable(_plan(spec, {}, spec.train.seed), device=workers.here)  # before a study is made
-    study = Shared(storage, study_name(spec), Patience(storage, reporter.warn), at_once=True)
-    own = {name: getattr(spec.hyperparameters, name) for name in ranges}
-    if all(low <= own[name] <= high for name, (low, high) in ranges.items()):
-        study.queue_once(own)  # the values the spec itself names are worth a trial
-    finished = _run_trials(spec, study, storage, workers, reporter)
-    complete = sorted((t for t in finished if t.state == TrialState.COMPLETE), key=lambda t: (t.value, t.number))
-    if not complete:
-        raise UnusableResult(
-            f"all {len(finished)} trials diverged or were pruned; expected lower learning rates or init scales in search"
-        )
-    further = Further(spec, storage, workers, reporter)
-    finalists = _run_finalists(spec, complete[: spec.search.finalists], further, reporter)
-    winner = min(finalists, key=lambda finalist: (finalist.mean, finalist.trial))
-    values, fit = dict(winner.values), None
-    if "lr" in ranges and spec.search.lr_fit_octaves:
-        fit = _fit_lr(spec, winner, further)
-        values["lr"] = winner.values["lr"] * 2.0**fit.octaves
-        if not fit.usable:
-            reporter.warn(f"lr fit: {fit.why}; the best rate measured is taken, {values['lr']:.4g}")
-    proxy = proxy_of(spec, values)
-    evidence = _evidence(spec, storage, finished, finalists, winner, fit)
-    return proxy.model_copy(update={"evidence": evidence, "meta": {**spec.meta, "tuned_with": versions()}})
-
-
-def best_so_far(spec: Spec, storage: str) -> str | None:
-    """One line on the best trial of a study, None when there is none or it can't be read."""
-    try:
-        trials = Shared(storage, study_name(spec), Patience(storage, limit_s=0.0), join=True).trials()
-    except SetupError:
-        return None
-    complete = [t for t in trials if t.state == TrialState.COMPLETE]
-    if not complete:
-        return None
-    best = min(complete, key=lambda trial: (trial.value, trial.number))
-    return f"best of {len(complete)} complete trials: trial {best.number}, loss {best.value:.4f}, {words(best.params)}"
-
-
-def words(values: Values) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-
-
-def _run_trials(
-    spec: Spec, study: Shared, storage: str, workers: execute.Workers, reporter: Reporter
-) -> list[FrozenTrial]:
-    """Have the study's trials run, here or elsewhere; those that count."""
-    total = spec.search.trials
-    done = [trial for trial in study.trials() if counts(trial)]
-    best = min((t.value for t in done if t.value is not None and t.state == TrialState.COMPLETE), default=float("inf"))
-    if done:
-        reporter.log(f"study {study.study.study_name}: {len(done)} of {total} trials are there already")
-
-    def look(trials: list[FrozenTrial]) -> tuple[int, list[FrozenTrial]]:
-        running = [trial for trial in trials if trial.state == TrialState.RUNNING and not counts(trial)]
-        return total - sum(map(counts, trials)), running
-
-    call = (spec, absolute(storage))
-    with closing(rounds(study, workers, reporter, look, run_trial, call)) as results:
-        for number, state, loss, values in results:
-            best = min(best, loss)
-            said = f"loss {loss:.4f}" if state == "complete" else state
-            reporter.log(f"trial {number}: {said}, {words(values)}")
-            reporter.progress(sum(map(counts, study.trials())), total, best)
-    return [trial for trial in study.trials() if counts(trial)]
-
-
-@dataclass(slots=True)
-class Further:
-    """Runs beside the search's trials, (values, seed) each, kept as trials of a study of their own and shared like those."""
+@dataclass(frozen=True, slots=True)
+class _Tuning:
+    """What is run for a spec: trials, and extra runs of their values, which a study of their own keeps and shares."""
 
     spec: Spec
     storage: str
-    workers: execute.Workers
+    workers: Workers
     reporter: Reporter
 
-    def losses(self, wanted: list[tuple[Values, int]], what: str) -> list[float | None]:
-        """Losses of runs, None of one that diverges. Each is made once, by whichever process comes to it."""
-        if not wanted:
-            return []
-        study = Shared(self.storage, study_name(self.spec) + RUNS, Patience(self.storage, self.reporter.warn))
-        keys = [json.dumps([values, seed], sort_keys=True) for values, seed in wanted]
+    def _open(self, suffix: str = "", at_once: bool = False) -> SharedStudy:
+        retries = RetryPolicy(self.storage, self.reporter.warn)
+        return SharedStudy(self.storage, study_name(self.spec) + suffix, retries, at_once=at_once)
 
-        def look(trials: list[FrozenTrial]) -> tuple[int, list[FrozenTrial]]:
-            missing = set(keys) - {trial.user_attrs.get("run") for trial in trials if counts(trial)}
-            running = [t for t in trials if t.state == TrialState.RUNNING and t.user_attrs.get("run") in missing]
-            held = {t.user_attrs.get("run") for t in trials if t.state in LIVE}
-            for key in keys:
-                if key in missing and key not in held:
-                    study.queue({}, run=key)
-            return len(missing), running
+    def _run(self, study: SharedStudy, wanted: Wanted) -> Generator[FrozenTrial]:
+        """Have the trials or runs that are missing made, here or elsewhere: those that ended here."""
+        task = partial(run_next, self.spec, absolute(self.storage), wanted)
+        return study.run_until_complete(wanted, task, self.workers, self.reporter)
 
-        call = (self.spec, absolute(self.storage), set(keys))
-        with closing(rounds(study, self.workers, self.reporter, look, run_further, call)) as results:
-            for count, (values, seed, loss) in enumerate(results, 1):
-                said = "diverged" if loss is None else f"loss {loss:.4f}"
-                self.reporter.log(f"{what} {count}/{len(keys)}: {said}, {words(values)}, seed {seed}")
-        found = {trial.user_attrs.get("run"): trial.value for trial in study.trials() if counts(trial)}
-        return [found[key] for key in keys]
+    def run_trials(self) -> list[FrozenTrial]:
+        """Have the spec's trials run; those that count."""
+        spec, reporter, total = self.spec, self.reporter, self.spec.search.trials
+        study = self._open(at_once=True)
+        ranges = spec.search.ranges()
+        own = {name: getattr(spec.hyperparameters, name) for name in ranges}
+        if all(low <= own[name] <= high for name, (low, high) in ranges.items()):
+            study.queue_once(own)  # the values the spec itself names are worth a trial
+        counted = study.counted()
+        if counted:
+            reporter.log(f"study {study.study.study_name}: {len(counted)} of {total} trials are there already")
+        for trial in self._run(study, total):
+            state, counted = state_of(trial), study.counted()
+            outcome = f"loss {trial.value:.4f}" if state == "complete" else state
+            reporter.log(f"trial {trial.number}: {outcome}, {format_values(trial.params)}")
+            best = next((best.value for best in _rank(counted)), float("inf"))
+            reporter.progress(len(counted), total, best)
+        return study.counted()
 
+    def losses(self, candidates: list[Values], seeds: range, what: str) -> list[list[float | None]]:
+        """Losses of each candidate's runs with the seeds, None of one that diverges. Each is made once, by any process."""
+        if not seeds:
+            return [[] for _ in candidates]
+        keys = [[json.dumps([values, seed], sort_keys=True) for seed in seeds] for values in candidates]
+        study, wanted = self._open(RUNS), [key for row in keys for key in row]
+        for count, trial in enumerate(self._run(study, wanted), 1):
+            outcome = "diverged" if trial.value is None else f"loss {trial.value:.4f}"
+            values, seed = json.loads(trial.user_attrs["run"])
+            self.reporter.log(f"{what} {count}/{len(wanted)}: {outcome}, {format_values(values)}, seed {seed}")
+        found = {trial.user_attrs["run"]: trial.value for trial in study.counted()}
+        return [[found[key] for key in row] for row in keys]
 
-def _run_finalists(spec: Spec, best: list[FrozenTrial], further: Further, reporter: Reporter) -> list[Finalist]:
-    seeds = [spec.train.seed + offset for offset in range(1, spec.search.seeds)]
-    losses = further.losses([(trial.params, seed) for trial in best for seed in seeds], "finalist run")
-    finalists = []
-    for index, trial in enumerate(best):
-        own = [trial.value, *losses[index * len(seeds) : (index + 1) * len(seeds)]]
-        if all(loss is not None for loss in own):
-            finalists.append(Finalist(trial.number, trial.params, [loss for loss in own if loss is not None]))
-        else:
-            reporter.warn(f"trial {trial.number} diverges with another seed; it is no finalist")
-    if not finalists:
-        raise UnusableResult("every finalist diverges with another seed; expected lower learning rates in search.lr")
-    return finalists
+    def run_finalists(self, best: list[FrozenTrial]) -> list[Finalist]:
+        """Run the best trials with further seeds. Raises UnusableResult when each diverges with one."""
+        first = self.spec.train.seed
+        seeds = range(first + 1, first + self.spec.search.seeds)
+        finalists = []
+        for trial, losses in zip(best, self.losses([t.params for t in best], seeds, "finalist run"), strict=True):
+            finite = [loss for loss in (trial.value, *losses) if loss is not None]
+            if len(finite) == self.spec.search.seeds:
+                finalists.append(Finalist(trial.number, trial.params, finite))
+            else:
+                self.reporter.warn(f"trial {trial.number} diverges with another seed; it is not a finalist")
+        if not finalists:
+            what = "every finalist diverges with another seed"
+            raise UnusableResult(f"{what}; expected lower learning rates in search.lr")
+        return finalists
 
-
-def _fit_lr(spec: Spec, winner: Finalist, further: Further) -> Fit:
-    seeds = [spec.train.seed + offset for offset in range(spec.search.seeds)]
-    places = [(octaves, seed) for octaves in spec.search.lr_fit_octaves for seed in seeds]
-    wanted = [({**winner.values, "lr": winner.values["lr"] * 2.0**octaves}, seed) for octaves, seed in places]
-    losses = further.losses(wanted, "lr fit run")
-    points = [(0.0, seed, loss) for seed, loss in zip(seeds, winner.losses, strict=True)]
-    points += [(x, seed, loss) for (x, seed), loss in zip(places, losses, strict=True) if loss is not None]
-    return quadratic(points)
+    def fit_lr(self, winner: Finalist) -> Fit:
+        """Run the winner at other learning rates, and fit the losses over the rate."""
+        first, lr, octaves = self.spec.train.seed, winner.values["lr"], self.spec.search.lr_fit_octaves
+        seeds = range(first, first + self.spec.search.seeds)
+        losses = self.losses([{**winner.values, "lr": lr * 2.0**x} for x in octaves], seeds, "lr fit run")
+        points = [(0.0, seed, loss) for seed, loss in zip(seeds, winner.losses, strict=True)]
+        for x, row in zip(octaves, losses, strict=True):
+            points += [(x, seed, loss) for seed, loss in zip(seeds, row, strict=True) if loss is not None]
+        return fit_quadratic(points)
 
 
 def _evidence(
-    spec: Spec, storage: str, finished: list[FrozenTrial], finalists: list[Finalist], winner: Finalist, fit: Fit | None
+    spec: Spec, storage: str, trials: list[FrozenTrial], finalists: list[Finalist], winner: Finalist, fit: Fit | None
 ) -> dict[str, Any]:
-    states = [state_of(trial) for trial in finished]
+    states = [state_of(trial) for trial in trials]
     return {
-        "study": {"storage": shown(storage), "name": study_name(spec)},
+        "study": {"storage": redact_url(storage), "name": study_name(spec)},
         "sampler": spec.search.sampler,
         "pruner": spec.search.pruner,
         "seed": spec.search.seed,

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from supar_cli.jobs.workers import Call, Died, Function, Workers, answer
+from supar_cli.jobs.calls import Answer, Call, Function, WorkerDied, Workers, capture_call
 
-STOP_S = 5.0  # chosen: for a worker to give its trial back, between two operations of training
+STOP_S = 5.0  # chosen: for a worker to requeue its trial, between two operations of training
 
 
 def visible_devices(device: str) -> list[str]:
@@ -31,95 +31,78 @@ def visible_devices(device: str) -> list[str]:
 class Local(Workers):
     """One process a job, kept for further calls; in this very process when there is one job, or one call and no process yet.
 
-    A process that dies takes its own call with it and no other; its place is filled again.
+    A process that dies takes its own call with it and no other; another takes its place.
     """
 
     def __init__(self, jobs: int = 1, devices: list[str] | None = None) -> None:
         super().__init__(jobs)
         self._devices = devices or []
-        self._slots: dict[int, _Slot] = {}
+        self._workers: dict[int, _Worker] = {}  # by slot
 
     def results(self, function: Function, calls: list[Call]) -> Generator[tuple[int, Any]]:
-        if self.jobs > 1 and (len(calls) > 1 or self._slots):
+        if self.jobs > 1 and (len(calls) > 1 or self._workers):
             yield from super().results(function, calls)
             return
         for index, call in enumerate(calls):
             yield index, function(*call)
 
     def submit(self, function: Function, calls: list[Call]) -> list[Any]:
-        free = [place for place in range(self.jobs) if place not in self._slots or self._slots[place].idle]
-        handles = []
-        for place, call in zip(free, calls, strict=False):
-            if place not in self._slots:
-                self._slots[place] = _Slot(self._environment(place), max(1, _cores() // self.jobs))
-            self._slots[place].start(function, call)
-            handles.append(self._slots[place])
-        return handles
+        free = [slot for slot in range(self.jobs) if slot not in self._workers or self._workers[slot].is_idle]
+        started = []
+        for slot, call in zip(free, calls, strict=False):
+            if slot not in self._workers:
+                device = self._devices[slot % len(self._devices)] if self._devices else None
+                self._workers[slot] = _Worker(device, max(1, _cores() // self.jobs))
+            worker = self._workers[slot]
+            worker.is_idle = False
+            with suppress(OSError):  # a worker that died while idle: `answer` finds out
+                worker.channel.send((function, call))
+            started.append(worker)
+        return started
 
-    def _environment(self, place: int) -> dict[str, str]:
-        return {"CUDA_VISIBLE_DEVICES": self._devices[place % len(self._devices)]} if self._devices else {}
+    def wait(self, handles: list[Any]) -> list[Any]:
+        ready = connection.wait([worker.channel for worker in handles])
+        return [worker for worker in handles if worker.channel in ready]
 
-    def ended(self, handles: list[Any]) -> list[Any]:
-        ready = connection.wait([slot.channel for slot in handles])
-        return [slot for slot in handles if slot.channel in ready]
-
-    def take(self, handle: Any) -> tuple[Any, Exception | None]:
+    def answer(self, handle: Any) -> Answer:
         try:
-            return handle.take()  # type: ignore[no-any-return]
-        except Died:
-            self.cancel([handle])
-            raise
-
-    def cancel(self, handles: list[Any]) -> None:
-        for slot in handles:
-            slot.stop()
-        for slot in handles:
-            slot.end()
-        self._slots = {place: slot for place, slot in self._slots.items() if slot not in handles}
-
-    def close(self) -> None:
-        self.cancel(list(self._slots.values()))
-
-
-class _Slot:
-    """A process that makes one call after another."""
-
-    def __init__(self, environment: dict[str, str], threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.channel, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, environment, threads), daemon=True)
-        with _without_interrupts():
-            self._process.start()
-        theirs.close()
-        self.idle = True
-
-    def start(self, function: Function, call: Call) -> None:
-        self.idle = False
-        with suppress(OSError):  # a process that died while idle: `take` finds out
-            self.channel.send((function, call))
-
-    def take(self) -> tuple[Any, Exception | None]:
-        try:
-            found: tuple[Any, Exception | None] = self.channel.recv()
+            found: Answer = handle.channel.recv()
         except (EOFError, OSError):
-            self._process.join()
-            raise Died(_death(self._process.exitcode)) from None
-        self.idle = True
+            handle.process.join()
+            self.cancel([handle])
+            raise WorkerDied(_describe_end(handle.process.exitcode)) from None
+        handle.is_idle = True
         return found
 
-    def stop(self) -> None:
-        """Ask the process to give back what it does."""
-        self._process.terminate()
+    def cancel(self, handles: list[Any]) -> None:
+        """Interrupt workers, so that they requeue their trials, and kill those that take too long."""
+        for worker in handles:
+            worker.process.terminate()
+        for worker in handles:
+            worker.process.join(STOP_S)
+            worker.process.kill()
+            worker.process.join()
+            worker.channel.close()
+        self._workers = {slot: worker for slot, worker in self._workers.items() if worker not in handles}
 
-    def end(self) -> None:
-        """Wait until the process is gone, and after a while kill it."""
-        self._process.join(STOP_S)
-        self._process.kill()
-        self._process.join()
-        self.channel.close()
+    def close(self) -> None:
+        self.cancel(list(self._workers.values()))
 
 
-def _death(status: int | None) -> str:
+class _Worker:
+    """A process that makes one call after another."""
+
+    def __init__(self, device: str | None, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.channel, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, device, threads), daemon=True)
+        with _without_interrupts():
+            self.process.start()
+        theirs.close()
+        self.is_idle = True
+
+
+def _describe_end(status: int | None) -> str:
     if status is not None and status < 0:
         name = signal.Signals(-status).name
         return f"its process was killed by {name}" + (", as when memory runs out" if name == "SIGKILL" else "")
@@ -137,15 +120,15 @@ def _without_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(channel: Any, environment: dict[str, str], threads: int) -> None:
-    os.environ.update(environment)  # before CUDA is first used
+def _serve(channel: Any, device: str | None, threads: int) -> None:
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device  # before CUDA is first used
     torch.set_num_threads(threads)
     with suppress(EOFError, OSError, KeyboardInterrupt):
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a study's trial is given back
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: a study's trial is requeued
         threading.Thread(target=_end_with_parent, daemon=True).start()
         while True:
-            function, call = channel.recv()
-            channel.send(answer(function, call))
+            channel.send(capture_call(*channel.recv()))
 
 
 def _end_with_parent() -> None:

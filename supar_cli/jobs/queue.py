@@ -1,8 +1,10 @@
-"""One study, any number of processes: which trials count, who may run one, and what becomes of a dead process's trials.
+"""One study, any number of processes: which trials count, who runs one, and what becomes of a dead process's trials.
 
 Optuna's storages give out trial numbers one by one, and a trial that exists only ever moves from waiting to running to
 an end. So a process that holds trial n, and counts which of the trials below n have counted or still may, can't exceed a
 total together with any other.
+
+What is `wanted` of a study is a number of trials, which a sampler proposes, or runs by their names.
 """
 
 from __future__ import annotations
@@ -11,25 +13,29 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from supar_cli.errors import SuparError, UnusableResult
-from supar_cli.jobs.storage import Patience, open_study
+from supar_cli.errors import SetupError, SuparError, UnusableResult
+from supar_cli.jobs.calls import POLL_S, WorkerFailure, Workers
+from supar_cli.jobs.storage import RetryPolicy, open_study
+from supar_cli.training.reporter import Reporter
 
-BEAT_S = 15.0  # chosen: a line in a journal or a row updated four times a minute costs nothing beside training
-GRACE_S = 90.0  # chosen: six beats missed; a machine that swaps or a disk that stalls misses one or two
-AGAIN = 3  # chosen: a trial that takes its process down each time is not what killed a whole cluster three times
+HEARTBEAT_S = 15.0  # chosen: a line in a journal or a row updated four times a minute costs nothing beside training
+STALE_AFTER_S = 90.0  # chosen: six beats missed; a machine that swaps or a disk that stalls misses one or two
+MAX_REQUEUES = 3  # chosen: a trial that takes its process down each time is not what killed a whole cluster three times
+REPORT_EVERY_S = 60.0  # chosen: rare enough for a log, often enough to see what a command waits for
 
-LIVE = (TrialState.WAITING, TrialState.RUNNING)
+PENDING = (TrialState.WAITING, TrialState.RUNNING)
+Wanted = int | Collection[str]
 
 
-def counts(trial: FrozenTrial) -> bool:
+def is_counted(trial: FrozenTrial) -> bool:
     """Whether a trial is one of a study's total: complete, pruned or diverged. One that was interrupted is done again."""
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or "diverged" in trial.user_attrs
 
@@ -38,13 +44,24 @@ def state_of(trial: FrozenTrial) -> str:
     return "diverged" if "diverged" in trial.user_attrs else str(trial.state.name).lower()
 
 
-def _may_count(trial: FrozenTrial) -> bool:
-    return trial.state in LIVE or counts(trial)
+def run_of(trial: FrozenTrial) -> Any:
+    """The name of the run that a trial is, None of one of the search's."""
+    return trial.user_attrs.get("run")
+
+
+def describe_trial(trial: FrozenTrial) -> str:
+    """A running trial and its process, in words."""
+    host, process = (*trial.user_attrs.get("process", []), None, None)[:2]
+    return f"trial {trial.number}" + (f" (process {process} on {host})" if process else "")
+
+
+def _is_pending_or_counted(trial: FrozenTrial) -> bool:
+    return trial.state in PENDING or is_counted(trial)
 
 
 def _identity(trial: FrozenTrial) -> Any:
     """What a trial was queued for, None of one that a sampler fills in."""
-    return trial.user_attrs.get("run") or trial.system_attrs.get("fixed_params")
+    return run_of(trial) or trial.system_attrs.get("fixed_params")
 
 
 def machine() -> str:
@@ -67,28 +84,25 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-class Shared:
+class SharedStudy:
     """A study that any number of processes work on at the same time.
 
-    Its methods raise SetupError when its storage is away for longer than `storage.PATIENCE_S`.
+    Its methods raise SetupError when its storage is away for longer than `storage.RETRY_LIMIT_S`.
     """
 
     def __init__(
-        self,
-        storage: str,
-        name: str,
-        patience: Patience | None = None,
-        *,
-        join: bool = False,
-        at_once: bool = False,
+        self, storage: str, name: str, retries: RetryPolicy | None = None, *, join: bool = False, at_once: bool = False
     ) -> None:
-        self.patience = patience or Patience(storage)
-        self.study = open_study(storage, name, self.patience, join=join, at_once=at_once)
+        self.retries = retries or RetryPolicy(storage)
+        self.study = open_study(storage, name, self.retries, join=join, at_once=at_once)
         self._seen: dict[int, tuple[Any, float, float]] = {}
 
     def trials(self) -> list[FrozenTrial]:
         found: list[FrozenTrial] = self.study.get_trials(deepcopy=False)
         return found
+
+    def counted(self) -> list[FrozenTrial]:
+        return [trial for trial in self.trials() if is_counted(trial)]
 
     def queue(self, params: dict[str, float], **attributes: Any) -> None:
         """Let the next process that claims a trial take this one. A second one of the same will be withdrawn."""
@@ -96,49 +110,65 @@ class Shared:
 
     def queue_once(self, params: dict[str, float]) -> None:
         """Queue a trial unless an equal one has counted or still may."""
-        if not any(params in (_identity(t), t.params) for t in self.trials() if _may_count(t)):
+        if not any(params in (_identity(t), t.params) for t in self.trials() if _is_pending_or_counted(t)):
             self.queue(params)
 
-    def claim(self, most: int | None = None, among: set[str] | None = None) -> optuna.Trial | None:
-        """A trial for this process to run, None where none is left: `most` count or run, or none waits `among` the runs."""
-        self.give_back()
+    def queue_runs(self, runs: Collection[str]) -> None:
+        """Queue the runs that have not ended and that nobody has queued or makes."""
+        known = {run_of(trial) for trial in self.trials() if _is_pending_or_counted(trial)}
+        for run in runs:
+            if run not in known:
+                self.queue({}, run=run)
+
+    def missing(self, wanted: Wanted) -> tuple[int, list[FrozenTrial]]:
+        """How many trials or runs have not ended, and the trials that are some of them and run."""
         trials = self.trials()
-        if most is not None and sum(counts(t) or t.state == TrialState.RUNNING for t in trials) >= most:
+        running = [trial for trial in trials if trial.state == TrialState.RUNNING and not is_counted(trial)]
+        if isinstance(wanted, int):
+            return wanted - sum(map(is_counted, trials)), running
+        left = set(wanted) - {run_of(trial) for trial in trials if is_counted(trial)}
+        return len(left), [trial for trial in running if run_of(trial) in left]
+
+    def claim(self, wanted: Wanted) -> optuna.Trial | None:
+        """A trial for this process to run; None where what is wanted has ended or runs, or no wanted run waits."""
+        self.requeue_abandoned()
+        missing, running = self.missing(wanted)
+        if missing <= len(running):
             return None
-        if among is not None and not any(
-            t.state == TrialState.WAITING and t.user_attrs.get("run") in among for t in trials
-        ):
-            return None
+        if not isinstance(wanted, int):
+            waiting = [trial for trial in self.trials() if trial.state == TrialState.WAITING]
+            if not any(run_of(trial) in wanted for trial in waiting):
+                return None
         trial = self.study.ask()
         try:
             trial.set_user_attr("process", [socket.gethostname(), os.getpid(), machine()])
-            if not (why := self._excess(trial, most, among)):
+            if not (why := self._withdraw_reason(trial, wanted)):
                 return trial
             trial.set_user_attr("withdrawn", why)
             self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
         except optuna.exceptions.UpdateFinishedTrialError:
-            pass  # this process was silent for so long that the trial was given back
+            pass  # this process was silent for so long that the trial was requeued
         return None
 
-    def _excess(self, trial: optuna.Trial, most: int | None, among: set[str] | None) -> str:
-        """Why a trial is not to be run, if so. The earlier of two equal ones is run, the first `most` of all."""
+    def _withdraw_reason(self, trial: optuna.Trial, wanted: Wanted) -> str:
+        """Why a trial is not to be run, if so. The earlier of two equal ones is run, the first of all up to the number."""
         trials = self.trials()
         own = _identity(trials[trial.number])
-        earlier = [t for t in trials[: trial.number] if _may_count(t)]
-        if among is not None and own not in among:
-            return "nobody here waits for it"
+        earlier = [t for t in trials[: trial.number] if _is_pending_or_counted(t)]
         if own is not None and any(own in (_identity(t), t.params) for t in earlier):
             return "an earlier trial is the same"
-        return "the study has its trials" if most is not None and len(earlier) >= most else ""
+        if isinstance(wanted, int):
+            return "the study has its trials" if len(earlier) >= wanted else ""
+        return "" if own in wanted else "nobody here waits for it"
 
     def run(self, trial: optuna.Trial, objective: Callable[[optuna.Trial], float]) -> FrozenTrial | None:
         """Run a claimed trial and store what became of it: None when it was given to another process meanwhile.
 
-        Whatever but divergence ends it early, Ctrl-C too, is raised, with the trial given back.
+        Whatever but divergence ends it early, Ctrl-C too, is raised, with the trial requeued.
         """
         value: float | None = None
         try:
-            with _beating(trial):
+            with _heartbeat(trial):
                 try:
                     value, state = objective(trial), TrialState.COMPLETE
                 except optuna.TrialPruned:
@@ -146,20 +176,20 @@ class Shared:
                 except UnusableResult as error:
                     trial.set_user_attr("diverged", str(error))
                     state = TrialState.FAIL
-            told: FrozenTrial = self.study.tell(trial, value, state, skip_if_finished=True)
+            ended: FrozenTrial = self.study.tell(trial, value, state, skip_if_finished=True)
         except optuna.exceptions.UpdateFinishedTrialError:
             return None
         except BaseException:
-            self.patience.limit_s = 0.0  # the error is what matters now; a trial left running is found by others
+            self.retries.limit_s = 0.0  # the error is what matters now; a trial left running is found by others
             with suppress(SuparError):
-                self._give_back(self.trials()[trial.number], died=False)
+                self._requeue(self.trials()[trial.number], died=False)
             raise
-        return told if told.state == state else None
+        return ended if ended.state == state else None
 
-    def give_back(self) -> list[FrozenTrial]:
-        """Fail the trials whose processes are gone, and queue them again: those given back by this very call."""
+    def requeue_abandoned(self) -> list[FrozenTrial]:
+        """Fail the trials whose processes are gone, and queue them again: those requeued by this very call."""
         running = [trial for trial in self.trials() if trial.state == TrialState.RUNNING]
-        return [trial for trial in running if self._is_abandoned(trial) and self._give_back(trial)]
+        return [trial for trial in running if self._is_abandoned(trial) and self._requeue(trial)]
 
     def _is_abandoned(self, trial: FrozenTrial) -> bool:
         """Whether a process of this machine is gone, or a trial has shown no sign of life for as long as was looked.
@@ -173,31 +203,73 @@ class Shared:
         now = time.monotonic()
         sign = (process, where, trial.user_attrs.get("beat"), len(trial.params), trial.last_step)
         before, silent_s, looked = self._seen.get(trial.number, (None, 0.0, now))
-        silent_s = silent_s + min(now - looked, BEAT_S) if before == sign else 0.0
+        silent_s = silent_s + min(now - looked, HEARTBEAT_S) if before == sign else 0.0
         self._seen[trial.number] = (sign, silent_s, now)
-        return silent_s > GRACE_S
+        return silent_s > STALE_AFTER_S
 
-    def _give_back(self, trial: FrozenTrial, died: bool = True) -> bool:
+    def _requeue(self, trial: FrozenTrial, died: bool = True) -> bool:
         """Fail a trial and queue it again; False when another process was faster or it ended."""
         try:
             self.study.tell(trial.number, state=TrialState.FAIL)
         except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
             return False
-        values, again = _identity(trial) or trial.params, trial.user_attrs.get("again", 0) + died
-        run = trial.user_attrs.get("run")
-        if not counts(trial) and values and again <= AGAIN:
-            self.queue({} if run else values, again=again, **({"run": run} if run else {}))
+        run, again = run_of(trial), trial.user_attrs.get("again", 0) + died
+        params = {} if run else _identity(trial) or trial.params
+        if not is_counted(trial) and (run or params) and again <= MAX_REQUEUES:
+            self.queue(params, again=again, **({"run": run} if run else {}))
         return True
+
+    def run_until_complete(
+        self, wanted: Wanted, task: Callable[[], Any], workers: Workers, reporter: Reporter
+    ) -> Generator[Any]:
+        """Have workers do the task as often as trials or runs are missing, until none is: the results that are not None.
+
+        Where all that are missing run already, elsewhere too, they are waited for: they end, or are requeued. Raises
+        SetupError when a task takes its workers down each time; that and any other end leaves no trial of a dead worker.
+        """
+        reported = time.monotonic()
+        try:
+            while True:
+                self._report_requeued(reporter)
+                if not isinstance(wanted, int):
+                    self.queue_runs(wanted)
+                missing, running = self.missing(wanted)
+                if missing <= 0:
+                    return
+                found = False
+                if missing > len(running):
+                    with closing(workers.results(task, [()] * (missing - len(running)))) as results:
+                        for _, result in results:
+                            if isinstance(result, WorkerFailure):
+                                raise SetupError(f"a trial's worker died each time it was started: {result.why}")
+                            if result is not None:
+                                found = True
+                                yield result
+                            self._report_requeued(reporter)
+                elif time.monotonic() - reported > REPORT_EVERY_S:
+                    reported = time.monotonic()
+                    reporter.log(f"waiting for {', '.join(map(describe_trial, running))} of other processes")
+                if not found:
+                    time.sleep(POLL_S)
+        except BaseException:
+            self.retries.limit_s = 0.0  # the error is what matters now
+            with suppress(SuparError):
+                self.requeue_abandoned()
+            raise
+
+    def _report_requeued(self, reporter: Reporter) -> None:
+        for trial in self.requeue_abandoned():
+            reporter.log(f"{describe_trial(trial)} is queued again: its process is gone")
 
 
 @contextmanager
-def _beating(trial: optuna.Trial) -> Iterator[None]:
+def _heartbeat(trial: optuna.Trial) -> Iterator[None]:
     """Show that a trial's process lives, from a thread of its own, until the block ends."""
     ended = threading.Event()
 
     def beat() -> None:
         count = 0
-        while not ended.wait(BEAT_S):
+        while not ended.wait(HEARTBEAT_S):
             count += 1
             try:
                 trial.set_user_attr("beat", count)
@@ -209,9 +281,3 @@ def _beating(trial: optuna.Trial) -> Iterator[None]:
         yield
     finally:
         ended.set()
-
-
-def where(trial: FrozenTrial) -> str:
-    """A running trial and its process, in words."""
-    host, process = (*trial.user_attrs.get("process", []), None, None)[:2]
-    return f"trial {trial.number}" + (f" (process {process} on {host})" if process else "")

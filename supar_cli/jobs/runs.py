@@ -1,4 +1,4 @@
-"""What a check or a sweep has measured: one JSON line a run, added as runs end, so that interrupted work goes on."""
+"""A run of a plan for its loss, made in one way, and the records of a folder's runs, none of which is made twice."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,79 +15,98 @@ from typing import Any
 import numpy as np
 import torch
 
-from supar_cli.errors import InputError, SetupError
-from supar_cli.files import write_file
-from supar_cli.jobs.workers import Failure, Workers
+from supar_cli.errors import InputError, SetupError, UnusableResult
+from supar_cli.files import Record, append_lines, naming_write_errors, read_jsonl, write_file
+from supar_cli.jobs.calls import Call, Function, WorkerFailure, Workers
+from supar_cli.planning.plan import Plan
 from supar_cli.reporting import figures
-from supar_cli.training.runtime import versions
+from supar_cli.training.runtime import Runtime, versions
+from supar_cli.training.tasks import load_task
+from supar_cli.training.trainer import Trainer
 
-Record = dict[str, Any]
+
+def require_runnable(plan: Plan, device: bool = True) -> None:
+    """Raise what is wrong with a plan's data, and with its device if it is one of this machine, before work is done."""
+    if device:
+        Runtime.of(plan)
+    load_task(plan)
+
+
+def validation_loss(plan: Plan, on_evaluation: Callable[[int, float], None] | None = None) -> float:
+    """Train a plan and return its last validation loss. Raises UnusableResult when it diverges.
+
+    Trials, finalists, fit runs and the runs of sweeps are all made here. A plan that leaves compiling open is not compiled:
+    that takes longer than a proxy's trial.
+    """
+    if plan.run.compile == "auto":
+        plan = plan.model_copy(update={"run": plan.run.model_copy(update={"compile": "off"})})
+    return Trainer(plan, load_task(plan)).run(on_evaluation=on_evaluation).evaluations[-1][1]
+
+
+def measure_loss(plan: Plan, about: Record) -> Record:
+    """The record of a run: `about` it, its `loss`, `seconds`, and `state`: done, diverged or failed, with `why`."""
+    started = time.monotonic()
+    try:
+        outcome: Record = {"state": "done", "loss": validation_loss(plan)}
+    except UnusableResult as error:
+        outcome = {"state": "diverged", "loss": None, "why": str(error)}
+    except (RuntimeError, MemoryError) as error:  # torch's own errors, out of memory among them
+        text = f"{error}".partition("\n")[0]
+        outcome = {"state": "failed", "loss": None, "why": f"{type(error).__name__}: {text}"}
+    return {**about, "plan": plan.hash(), **outcome, "seconds": round(time.monotonic() - started, 2)}
+
+
+def failed_record(plan: Plan, about: Record, why: str) -> Record:
+    """The record of a run whose worker died each time."""
+    return {**about, "plan": plan.hash(), "state": "failed", "loss": None, "why": why}
 
 
 class Records:
-    """Records of a folder's records.jsonl by their `run`, the hash of what was run.
+    """Records of a folder's records.jsonl by their `run`, the hash of what was run; a line that a kill has cut is none.
 
-    A line that a killed process cut is dropped. Raises SetupError when the file can't be read or written.
+    Raises SetupError when the file can't be read or written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "records.jsonl"
-        self.by_run: dict[str, Record] = {}
-        try:
+        with naming_write_errors(self.path):
             folder.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_text("utf-8").splitlines(keepends=True) if self.path.exists() else []
-            whole = [line for line in lines if line.endswith("\n")]
-            if len(whole) < len(lines):
-                write_file(self.path, "".join(whole))
-        except OSError as error:
-            raise SetupError(f"{self.path}: can't be written: {error.strerror or error}") from None
-        for number, line in enumerate(whole, 1):
-            try:
-                record = json.loads(line)
-                self.by_run[record["run"]] = record
-            except (ValueError, KeyError, TypeError):
-                raise SetupError(f"{self.path}:{number}: not a record; expected a JSON object with `run`") from None
+        self.by_run: dict[str, Record] = {str(record["run"]): record for record in read_jsonl(self.path, "run")}
 
     def add(self, record: Record) -> None:
         """Append a record and flush it to disk."""
         self.by_run[record["run"]] = record
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise SetupError(f"{self.path}: can't be written: {error.strerror or error}") from None
+        with naming_write_errors(self.path):
+            append_lines(self.path, json.dumps(record, allow_nan=False) + "\n")
 
     def complete(
         self,
-        function: Callable[..., Record],
-        calls: dict[str, tuple[Any, ...]],
+        function: Function,
+        calls: dict[str, Call],
         workers: Workers,
-        died: Callable[..., Record] | None = None,
+        on_failure: Callable[..., Record] | None = None,
     ) -> Iterator[tuple[int, int, Record]]:
         """Make the calls whose run is not recorded yet: (done, of all, its record) as each ends, the recorded ones first.
 
-        `function` returns its record without `run`, with `state`: `done`, or why not (`diverged`, `failed`) and `why`.
-        `died`, of the call and why, is the record of one that takes its workers down each time; SetupError without it.
+        `function` returns a record without `run`. `on_failure`, of the call and why, returns the record of one whose
+        worker died each time; SetupError without it.
         """
-        missing = {run: call for run, call in calls.items() if run not in self.by_run}
-        done = len(calls) - len(missing)
-        for run in calls:
-            if run not in missing:
-                yield done, len(calls), self.by_run[run]
-        runs = list(missing)
-        for index, record in workers.results(function, list(missing.values())):
-            if isinstance(record, Failure):
-                if died is None:
+        runs = [run for run in calls if run not in self.by_run]
+        recorded = [run for run in calls if run in self.by_run]
+        for run in recorded:
+            yield len(recorded), len(calls), self.by_run[run]
+        results = workers.results(function, [calls[run] for run in runs])
+        for done, (index, record) in enumerate(results, len(recorded) + 1):
+            run = runs[index]
+            if isinstance(record, WorkerFailure):
+                if on_failure is None:
                     raise SetupError(f"a run's worker died each time it was started: {record.why}")
-                record = died(*missing[runs[index]], record.why)
-            self.add({"run": runs[index], **record})
-            done += 1
-            yield done, len(calls), self.by_run[runs[index]]
+                record = on_failure(*calls[run], record.why)
+            self.add({"run": run, **record})
+            yield done, len(calls), self.by_run[run]
 
 
-def open_result(folder: Path, question: dict[str, Any], force: bool) -> None:
+def open_study_folder(folder: Path, question: Record, force: bool) -> None:
     """Make a folder ready for a question (what is measured): its question.json identifies it, but for its `seeds`.
 
     Raises InputError when the folder holds the answer to another question and `force` is not set; with it, starts anew.
@@ -95,37 +115,34 @@ def open_result(folder: Path, question: dict[str, Any], force: bool) -> None:
     text = json.dumps(question, indent=1, sort_keys=True) + "\n"
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; expected a folder for --out")
-    if path.is_file() and not force and _asked(path.read_text("utf-8")) != _asked(text):
+    if path.is_file() and not force and _without_seeds(path.read_bytes()) != _without_seeds(text):
         raise InputError(
             f"{folder}: holds the answer to another question; expected --force to start again or another --out"
         )
-    try:
+    with naming_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if force:
             (folder / "records.jsonl").unlink(missing_ok=True)
         write_file(path, text)
-    except OSError as error:
-        raise SetupError(f"{folder}: can't be written: {error.strerror or error}") from None
 
 
-def _asked(text: str) -> Any:
+def _without_seeds(text: str | bytes) -> Any:
     """A question without its seeds: with more, its answer goes on."""
     try:
-        asked = json.loads(text)
+        question = json.loads(text)
     except ValueError:
         return None
-    return {**asked, "seeds": None} if isinstance(asked, dict) else asked
+    return {**question, "seeds": None} if isinstance(question, dict) else question
 
 
-def environment(workers: Workers) -> dict[str, Any]:
+def environment(workers: Workers) -> Record:
     """Versions and machine, as results state them."""
-    cuda = torch.cuda.is_available()
-    where = "" if workers.here else f" on {type(workers).__name__}"
+    elsewhere = "" if workers.is_local else f" on {type(workers).__name__}"
     return {
         **versions(),
         "numpy": np.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {workers.jobs} jobs{where}",
-        "cuda": torch.cuda.get_device_name() if cuda else None,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {workers.jobs} jobs{elsewhere}",
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 

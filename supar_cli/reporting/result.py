@@ -121,6 +121,12 @@ class Figure(Data):
     y_limits: Annotated[list[Number], Field(min_length=2, max_length=2)] | None = None
     panels: list[Panel] = Field(min_length=1)
 
+    def save(self, path: Path) -> None:
+        """Draw it into a file of the kind that its name says."""
+        from supar_cli.reporting import figures
+
+        figures.save(self, path)
+
     @property
     def lines(self) -> list[Line]:
         return [line for panel in self.panels for line in panel.lines]
@@ -188,12 +194,10 @@ class Result(Data):
 
     def write(self, folder: Path, log: Callable[[str], None]) -> None:
         """Write result.json and a PNG of each figure."""
-        from supar_cli.reporting import figures
-
         text = json.dumps(self.document(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         write_file(folder / "result.json", text)
         for figure in self.figures:
-            figures.save(figure, folder / f"{figure.name}.png")
+            figure.save(folder / f"{figure.name}.png")
         names = ", ".join(["result.json", *(f"{figure.name}.png" for figure in self.figures), "records.jsonl"])
         log(f"wrote {folder}/: {names}")
 

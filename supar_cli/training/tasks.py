@@ -6,6 +6,8 @@ to the task: what its tensors hold, only the task knows.
 
 from __future__ import annotations
 
+import functools
+import json
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from supar_cli.data import batches
 from supar_cli.errors import InputError
 from supar_cli.models.transformer import loss_of
-from supar_cli.planning.plan import Plan
+from supar_cli.planning.plan import Data, Plan
 from supar_cli.training.distributed import Ranks
 from supar_cli.training.runtime import Runtime, device_thread
 
@@ -119,3 +121,13 @@ class BatchLoader:
 
     def _make(self, step: int) -> Batch:
         return tuple(tensor.pin_memory() for tensor in self._task.batch(step, self._rows))
+
+
+@functools.lru_cache(maxsize=1)
+def _load_tokens(data: str, vocab: int, context: int) -> batches.Tokens:
+    return batches.load(Data(**json.loads(data)), vocab=vocab, context=context)
+
+
+def load_task(plan: Plan) -> Task:
+    """The task of a plan, as `load` makes it; the data are read once for all plans in a row that share them."""
+    return NextToken(plan, _load_tokens(json.dumps(plan.data.model_dump()), plan.decoder.vocab, plan.decoder.context))
