@@ -324,9 +324,17 @@ class TestTooHot:
         assert self.why((9.0, 9.0)) == self.why((30.0, 3.0)) == ""
         assert self.why((11.0, 11.0)) == "activation of b grows 11-fold"
 
+    def test_what_stood_still_in_the_first_step_is_not(self) -> None:
+        """Under a zero head the gains of step 1 are not there, and its updates are the weight decay's."""
+        steps = [
+            {"activation": {"a": 1.0}, "gain": {"a": gain}, "update": {"a": update}}
+            for gain, update in ((None, 1e-9), (0.9, 1.0), (1.1, 1.0))
+        ]
+        assert coordinates.why_too_hot([{"state": "done", "steps": steps, "losses": [5.0, 5.0, 4.9]}]) == ""
+
     def test_a_loss_that_rises_in_the_mean_is(self) -> None:
         assert self.why((1.0, 1.0), (5.05, 5.1)) == self.why((1.0, 1.0), (6.0, 4.0)) == ""
-        assert self.why((1.0, 1.0), (5.5, 5.0)) == "the loss rises from 5 to 5.25"
+        assert self.why((1.0, 1.0), (5.6, 5.0)) == "the loss rises from 5 to 5.3"
 
     def test_a_run_that_diverges_is(self) -> None:
         assert coordinates.why_too_hot([{"state": "diverged", "why": "step 2: the loss is nan"}]) == (
