@@ -103,17 +103,24 @@ def check(
 
     Each of its `verdicts` has `passed` and `control`: controls are to miss. Raises SuparError.
     """
-    from supar_cli.experiments import check_run
+    from supar_cli.experiments import coordinate_check
 
-    subject = _identified(_require(subject, Spec, Proxy, Plan))
-    sweeps = check_run.sweeps_of(
-        subject, parameterization, widths=width, densities=density, seeds=seeds, steps=steps, batch_size=batch_size
+    return coordinate_check.check(
+        _require(subject, Spec, Proxy, Plan),
+        parameterization=parameterization,
+        width=width,
+        density=density,
+        seeds=seeds,
+        max_seeds=max_seeds,
+        steps=steps,
+        batch_size=batch_size,
+        jobs=jobs,
+        executor=executor,
+        executor_set=executor_set,
+        out=out,
+        force=force,
+        reporter=reporter,
     )
-    workers = _workers(executor, jobs, executor_set, subject.run.device, Path(out) / "slurm")
-    found = check_run.run_check(
-        sweeps, Path(out), workers, reporter or NullReporter(), max_seeds=max_seeds, force=force
-    )
-    return found.result
 
 
 def sweep(study: Sweep, out: str | Path | None = None, **how: Any) -> dict[str, Any]:

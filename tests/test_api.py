@@ -131,8 +131,11 @@ class TestWords:
             (lambda p: supar_cli.check(p, parameterization="foo"), "^parameterization: 'foo'; expected one of"),
             (lambda p: supar_cli.check(p, density=["1/0"]), "^density: '1/0' divides by zero"),
             (lambda p: supar_cli.check(p, density=["x", 1]), "^density: 'x' is not a number"),
-            (lambda p: supar_cli.check(p, density=[2]), "^density: 2; expected 0 < density <= 1"),
-            (lambda p: supar_cli.check(p, width=[0]), "^width: 0; expected widths above 0"),
+            (
+                lambda p: supar_cli.check(p, density=[2]),
+                "^density: 2 leaves no weights or is no share of them; expected 0 < density <= 1",
+            ),
+            (lambda p: supar_cli.check(p, width=[0]), "^width: 0; expected a number above 0"),
             (lambda p: supar_cli.check(p, steps=0), "^steps: 0; expected a number above 0"),
             (lambda p: supar_cli.check(supar_cli.transfer(p), width=[3]), "^a plan is checked as it stands"),
             (lambda p: supar_cli.explain(p), "^Proxy: expected a Plan$"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from supar_cli.experiments.check_plans import plan_sweeps
+from supar_cli.experiments.check_plans import sweeps_of
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan, read_plan
 from supar_cli.planning.transfer import transfer
@@ -78,6 +78,6 @@ def test_explain_has_the_rules_of_the_plans_edition(supar_here: Supar, optimizer
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_check_holds_a_plan_against_a_reference_of_its_own_edition(optimizer: str) -> None:
-    sweeps = plan_sweeps(old_plan(optimizer), seeds=1, steps=1, batch_size=1)
-    (dense,), (own,) = next(sweep.plans for sweep in sweeps if sweep.label == "the plan over density")
+    sweeps = sweeps_of(old_plan(optimizer), seeds=1, steps=1, batch_size=1)
+    ((dense, own),) = next(sweep.plans for sweep in sweeps if sweep.label == "the plan over density")
     assert dense.parameterization.edition == own.parameterization.edition == 1

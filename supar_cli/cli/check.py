@@ -9,8 +9,7 @@ import typer
 
 from supar_cli.cli import console, studies
 from supar_cli.cli.app import single
-from supar_cli.data import corpus
-from supar_cli.errors import CheckViolated, InputError
+from supar_cli.errors import CheckViolated, InputError, UnusableResult
 from supar_cli.planning import rules
 from supar_cli.planning.density import Share, literal, share
 from supar_cli.planning.document import Document
@@ -78,37 +77,39 @@ def check(
     talk = console.Talk(quiet, verbose)
     read, wanted = _document(source, flags)
 
-    from supar_cli.experiments import check_run
+    from supar_cli.experiments import coordinate_check
 
-    with console.located(read):
-        if wanted.data.hash is None:
-            wanted = wanted.model_copy(update={"data": corpus.identified(wanted.data)})
-        sweeps = check_run.sweeps_of(
+    with studies.progress_of("check", Path(out), quiet, verbose) as progress, console.located(read):
+        result = coordinate_check.check(
             wanted,
-            parameterization,  # type: ignore[arg-type]
-            widths=_widths(width),
-            densities=_densities(density),
+            parameterization=parameterization,  # type: ignore[arg-type]
+            width=_widths(width),
+            density=_densities(density),
             seeds=seeds,
+            max_seeds=max_seeds,
             steps=steps,
             batch_size=batch_size,
+            jobs=jobs,
+            executor=executor,
+            executor_set=console.executor_settings(executor_set),
+            verbose=verbose,
+            out=out,
+            force=force,
+            reporter=progress,
         )
-    folder, first = Path(out), sweeps[0].plans[0][0]
-    talk.log(
-        f"{read.name}: {len({plan.hash() for sweep in sweeps for plan in sweep.runs()})} runs of {steps} steps, "
-        f"{first.train.batch_size} sequences of {first.decoder.context} tokens, {wanted.data.source}"
-    )
-    workers = studies.workers(flags, first.run.device, folder)
-    with studies.progress_of("check", folder, quiet, verbose) as progress:
-        found = check_run.run_check(sweeps, folder, workers, progress, max_seeds=max_seeds, force=force)
+    verdicts = result["verdicts"]
     if not quiet:
-        tables = zip(found.result["tables"], found.verdicts, strict=False)
-        studies.show([table for table, verdict in tables if not verdict.sweep.control])
-        for verdict in found.verdicts:
-            word = ("control" if verdict.sweep.control else "passed") if verdict.passed else "FAILED"
-            talk.log(f"{word}: {verdict.sweep.label}: {verdict.text()}")
-    console.emit([found.result], None, None, force=True, as_json=as_json, talk=talk)
-    if found.violations:
-        raise CheckViolated("\n".join(found.violations))
+        studies.show([table for table in result["tables"] if not table["folded"]])
+        for one in verdicts:
+            good = "control" if one["control"] else "passed"
+            word = {None: "NOT JUDGED", one["control"]: "FAILED"}.get(one["passed"], good)
+            talk.log(f"{word}: {one['what']}: {one['text']}")
+    console.emit([result], None, None, force=True, as_json=as_json, talk=talk)
+    unjudged = [one for one in verdicts if one["passed"] is None]
+    violated = [one for one in verdicts if one["passed"] is one["control"]]
+    if violated or unjudged:
+        kind = CheckViolated if violated else UnusableResult
+        raise kind("\n".join(f"{one['what']}: {one['text']}" for one in violated or unjudged))
 
 
 def _document(source: str | None, flags: dict[str, Any]) -> tuple[Document, Any]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from math import log2
-from typing import Any
 
 from supar_cli.errors import InputError
-from supar_cli.experiments.coordinate_check import Sweep
-from supar_cli.planning.density import Share, literal
-from supar_cli.planning.plan import Plan, PlanTrain, decoder_base
+from supar_cli.files import Record
+from supar_cli.planning.density import Share, density_from, literal
+from supar_cli.planning.patterns import density_of
+from supar_cli.planning.plan import Plan, decoder_base
 from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.spec import Model, Options, Proxy, Sparsity, Spec, Target, Train
 from supar_cli.planning.transfer import transfer
@@ -17,138 +20,173 @@ DENSITIES = (1.0, 1 / 4, 1 / 16)
 WIDTHS = (1, 2, 4, 8)  # times the proxy's
 CONTROLS: tuple[tuple[ParameterizationName, str], ...] = (("sp", "density"), ("mup", "density"), ("sp", "width"))
 CONTROL_SEEDS = 2  # chosen: a control is off by far more than two seeds differ
+# A constant rate, without clipping: what scales a gradient would hide its size
+CONSTANT = {"schedule": "constant", "warmup_fraction": 0.0, "grad_clip": 0.0}
+TOKENS = 512  # chosen: of a batch; fewer make single gradients noisy, more make the check slow
 
 
-def proxy_sweeps(
-    proxy: Spec | Proxy,
-    name: ParameterizationName,
-    *,
-    widths: list[int],
-    densities: list[Share],
-    seeds: int,
-    steps: int,
-    batch_size: int,
-) -> list[Sweep]:
-    """The parameterization over density, at the second largest width, and over width, dense; then the controls.
+Maker = Callable[[int], Plan]  # of a seed number
 
-    `seeds` are planned; `Sweep.grow` plans more.
 
-    Rates are constant, without warm-up and clipping; the rest is the proxy's. Raises InputError for what can't be planned.
+@dataclass(slots=True)
+class SlopeSweep:
+    """Plans over one axis under one parameterization, `plans[r][z]` with seed number r at `sizes[z]`; the first size is the base.
+
+    `makers` make a seed's plan at each size. `logits_slope` is what the rules make of the logits' size at
+    step 1: over width they fall by 1/√m_d.
     """
-    base = Proxy(
-        kind="supar.proxy/v1",
-        train=_train(proxy.train, steps, batch_size),
-        **{
-            key: getattr(proxy, key)
-            for key in ("model", "hyperparameters", "parameterization", "sparsity", "data", "run")
-        },
-    )
-    wide = sorted(widths)[-2 if len(widths) > 1 else -1]
-    drawn = proxy.target.sparsity
-    first_seed = proxy.train.seed
 
-    def plan(arm: ParameterizationName, width: int, density: Share, seed: int) -> Plan:
-        wanted = Sparsity(density=density, pattern=drawn.pattern, block=drawn.block, distribution=drawn.distribution)
-        return transfer(base, Target(width=width, sparsity=wanted, seed=first_seed + seed), arm, allow_low_wpn=True)
+    name: str
+    axis: str
+    makers: Mapping[float, Maker]
+    is_control: bool = False
+    logits_slope: float = 0.0
+    plans: list[list[Plan]] = field(default_factory=list)
 
-    def sweep(arm: ParameterizationName, axis: str, control: bool) -> Sweep:
-        points = [(wide, d) for d in densities] if axis == "density" else [(w, densities[0]) for w in widths]
-        sizes = [float(literal(density)) if axis == "density" else float(width) for width, density in points]
-        fall = -0.5 if axis == "width" else 0.0
-        made = Sweep(arm, axis, sizes, lambda seed: [plan(arm, *point, seed) for point in points], control, fall)
-        return made.grow(min(seeds, CONTROL_SEEDS) if control else seeds)
+    def grow(self, seeds: int) -> SlopeSweep:
+        """Plan as many seeds; of a control no more than it needs."""
+        wanted = min(seeds, CONTROL_SEEDS) if self.is_control else seeds
+        self.plans += [[make(seed) for make in self.makers.values()] for seed in range(len(self.plans), wanted)]
+        return self
 
-    axes = [axis for axis, sizes in (("density", densities), ("width", widths)) if len(sizes) > 1]
+    @property
+    def label(self) -> str:
+        return f"{self.name} over {self.axis}"
+
+    @property
+    def sizes(self) -> list[float]:
+        return list(self.makers)
+
+    @property
+    def base(self) -> list[Plan]:
+        return [plans[0] for plans in self.plans]
+
+
+def sweeps_of(
+    subject: Spec | Proxy | Plan,
+    name: ParameterizationName = "supar",
+    *,
+    widths: Sequence[int] = (),
+    densities: Sequence[Share] = (),
+    seeds: int = 4,
+    steps: int = 10,
+    batch_size: int | None = None,
+    lr_factor: float = 1.0,
+) -> list[SlopeSweep]:
+    """The sweeps that a check of a document needs, all rates times a factor. Raises InputError for what can't be planned."""
+    counts = [("seeds", seeds), ("steps", steps), ("batch_size", 1 if batch_size is None else batch_size)]
+    for key, value in (*counts, *(("width", width) for width in widths)):
+        if value < 1:
+            raise InputError(f"{key}: {value}; expected a number above 0")
+    whole = {"precision": "float32", "compile": "off", "micro_batch_size": None, "loss_chunk_tokens": None}
+    hyper = subject.hyperparameters.model_copy(update={"lr": subject.hyperparameters.lr * lr_factor})
+    subject = subject.model_copy(update={"run": subject.run.model_copy(update=whole), "hyperparameters": hyper})
+    context = subject.decoder.context if isinstance(subject, Plan) else subject.model.context
+    train = {"steps": steps, "batch_size": batch_size or max(1, TOKENS // context), **CONSTANT}
+    if not isinstance(subject, Plan):
+        sweeps = _proxy_sweeps(subject, name, widths, densities, train)
+    elif widths or densities or name != "supar":
+        raise InputError("a plan is checked as it stands; expected a proxy or a spec to vary width, density or rules")
+    else:
+        rows = [row.model_copy(update={"lr": row.lr * lr_factor}) for row in subject.tensors]
+        sweeps = _plan_sweeps(subject.model_copy(update={"tensors": rows}), train)
+    return [sweep.grow(seeds) for sweep in sweeps]
+
+
+def _proxy_sweeps(
+    proxy: Spec | Proxy, own: ParameterizationName, widths: Sequence[int], densities: Sequence[Share], train: Record
+) -> list[SlopeSweep]:
+    """The parameterization over density, at the second largest width, and over width, dense; then the controls."""
+    drawn, pattern_density = proxy.target.sparsity, density_of(proxy.target.sparsity.pattern)  # N:M has its own density
+    densities = densities or (DENSITIES if pattern_density is None else (1.0, str(pattern_density)))
+    densities = sorted(set(densities), key=lambda share: density_from(density=share), reverse=True)
+    widths = sorted(set(widths or [proxy.model.width * factor for factor in WIDTHS]))
+    kept = ("model", "hyperparameters", "parameterization", "sparsity", "data", "run")
+    fields = {key: getattr(proxy, key) for key in kept}
+    base = Proxy(kind="supar.proxy/v1", train=proxy.train.model_copy(update=train), **fields)
+
+    def plan(name: ParameterizationName, width: int, density: Share, seed: int) -> Plan:
+        sparsity = Sparsity(density=density, pattern=drawn.pattern, block=drawn.block, distribution=drawn.distribution)
+        target = Target(width=width, sparsity=sparsity, seed=proxy.train.seed + seed)
+        return transfer(base, target, name, allow_low_wpn=True)
+
+    points: dict[str, dict[float, tuple[int, Share]]] = {
+        "density": {float(literal(density)): (widths[-2:][0], density) for density in densities},
+        "width": {float(width): (width, densities[0]) for width in widths},
+    }
+    axes = [axis for axis, at in points.items() if len(at) > 1]
     if not axes:
         raise InputError("--density and --width: one of them needs at least two sizes for a slope")
-    own = [sweep(name, axis, False) for axis in axes]
-    return own + [sweep(arm, axis, True) for arm, axis in CONTROLS if axis in axes and arm != name]
+
+    def sweep(name: ParameterizationName, axis: str, is_control: bool) -> SlopeSweep:
+        makers = {size: partial(plan, name, *point) for size, point in points[axis].items()}
+        return SlopeSweep(name, axis, makers, is_control, -0.5 if axis == "width" else 0.0)
+
+    controls = [sweep(name, axis, True) for name, axis in CONTROLS if axis in axes and name != own]
+    return [*(sweep(own, axis, False) for axis in axes), *controls]
 
 
-def plan_sweeps(plan: Plan, *, seeds: int, steps: int, batch_size: int) -> list[Sweep]:
+def _plan_sweeps(plan: Plan, train: Record) -> list[SlopeSweep]:
     """A plan as it stands, beside what SμPar's rules make of its proxy: dense at the plan's shape, and the proxy itself.
 
-    The control is what SP makes of that proxy at the plan's shape and density.
-
-    Over density only the plan's numbers can move a size; over the whole way from the proxy narrow ends bend it too.
+    The control is what SP makes of that proxy at the plan's shape and density. Over density only the plan's numbers can
+    move a size; over the whole way from the proxy narrow ends bend it too.
     """
-    proxy = _proxy_of(plan, steps, batch_size)
-    shape = {
-        key: getattr(plan.decoder, key) for key in ("width", "ffn_width", "heads", "kv_heads", "layers", "context")
-    }
+    proxy, model, sparsity = _proxy_of(plan, train), plan.decoder, plan.sparsity
+    own_train = {**train, "tokens": train["steps"] * train["batch_size"] * model.context, "warmup_steps": 0}
 
     def own(seed: int) -> Plan:
-        train: dict[str, Any] = plan.train.model_dump() | _train(plan.train, steps, batch_size).model_dump()
-        train |= {
-            "tokens": steps * batch_size * plan.decoder.context,
-            "warmup_steps": 0,
-            "seed": plan.train.seed + seed,
-        }
-        return plan.model_copy(update={"train": PlanTrain(**train)})
+        changed = {**own_train, "seed": plan.train.seed + seed}
+        return plan.model_copy(update={"train": plan.train.model_copy(update=changed)})
 
-    def reference(
-        seed: int, arm: ParameterizationName = "supar", sparsity: Sparsity = proxy.sparsity, **target: Any
-    ) -> Plan:
-        wanted = Target(sparsity=sparsity, seed=plan.train.seed + seed, **target)
-        return transfer(proxy, wanted, arm, allow_low_wpn=True, edition=plan.parameterization.edition)
+    def reference(name: ParameterizationName, keys: tuple[str, ...], sparsity: Sparsity, seed: int) -> Plan:
+        shape = {key: getattr(model, key) for key in keys}
+        target = Target(sparsity=sparsity, seed=plan.train.seed + seed, **shape)
+        return transfer(proxy, target, name, allow_low_wpn=True, edition=plan.parameterization.edition)
 
-    drawn = Sparsity(density=plan.sparsity.density, pattern=plan.sparsity.pattern, block=plan.sparsity.block)
+    small = ("layers", "context")
+    whole = ("width", "ffn_width", "heads", "kv_heads", *small)
+    drawn = Sparsity(density=sparsity.density, pattern=sparsity.pattern, block=sparsity.block)
+    supar_dense, sp_dense = (partial(reference, name, whole, proxy.sparsity) for name in ("supar", "sp"))
     base_density = float(literal(proxy.sparsity.density or 1.0))
-    m_rho, m_d = plan.sparsity.density / base_density, plan.decoder.width / decoder_base(plan).width
+    m_rho, m_d = sparsity.density / base_density, model.width / proxy.model.width
     sweeps = []
     if m_rho != 1:
-        sizes = [base_density, plan.sparsity.density]
-        sweeps.append(Sweep("the plan", "density", sizes, lambda r: [reference(r, **shape), own(r)], False))
-        controls = lambda r: [reference(r, "sp", **shape), reference(r, "sp", drawn, **shape)]  # noqa: E731
-        sweeps.append(Sweep("sp", "density", sizes, controls, True))
-    if m_d != 1:
-        small = {key: shape[key] for key in ("layers", "context")}
+        by_density: dict[float, Maker] = {base_density: supar_dense, sparsity.density: own}
+        sp_by_density = {base_density: sp_dense, sparsity.density: partial(reference, "sp", whole, drawn)}
+        sweeps = [SlopeSweep("the plan", "density", by_density), SlopeSweep("sp", "density", sp_by_density, True)]
+    if m_d not in (1, m_rho):
         scale = m_d / m_rho
-        sizes, fall = [1.0, scale], -0.5 * log2(m_d) / log2(scale)
-        sweeps.append(Sweep("the plan", "plan", sizes, lambda r: [reference(r, **small), own(r)], False, fall))
+        by_scale: dict[float, Maker] = {1.0: partial(reference, "supar", small, proxy.sparsity), scale: own}
+        fall = -0.5 * log2(m_d) / log2(scale)
+        sweeps.append(SlopeSweep("the plan", "plan", by_scale, logits_slope=fall))
         if m_rho == 1:
-            controls = lambda r: [reference(r, "sp", **small), reference(r, "sp", **shape)]  # noqa: E731
-            sweeps.append(Sweep("sp", "plan", sizes, controls, True))
+            sp_by_scale = {1.0: partial(reference, "sp", small, proxy.sparsity), scale: sp_dense}
+            sweeps.append(SlopeSweep("sp", "plan", sp_by_scale, is_control=True))
     if not sweeps:
-        raise InputError(
-            "the plan has its proxy's own width and density: there is no slope to measure; check the proxy instead"
-        )
-    return [sweep.grow(min(seeds, CONTROL_SEEDS) if sweep.control else seeds) for sweep in sweeps]
+        expected = "there is no slope to measure; check the proxy instead"
+        raise InputError(f"the plan has its proxy's own width and density: {expected}")
+    return sweeps
 
 
-def _proxy_of(plan: Plan, steps: int, batch_size: int) -> Proxy:
+def _proxy_of(plan: Plan, train: Record) -> Proxy:
     """The proxy that a plan came from, as far as rules need it; its head width is the plan's where that divides its width."""
     base, model = decoder_base(plan), plan.decoder
     heads = base.width // model.head_width if base.width % model.head_width == 0 else 1
     kv_heads = max(1, round(heads * base.kv_share))
-    fields = model.model_dump(include=Model.keys())
-    fields |= {"width": base.width, "ffn_width": base.ffn_width, "heads": heads}
-    fields |= {"kv_heads": kv_heads if heads % kv_heads == 0 else heads}
+    shape = {"width": base.width, "ffn_width": base.ffn_width, "heads": heads}
+    shape["kv_heads"] = kv_heads if heads % kv_heads == 0 else heads
     hidden = [row for row in plan.tensors if row.role == "hidden"]
     densities = {min(1.0, row.density / row.because["m_rho"]) for row in hidden}
     if max(densities) - min(densities) > 1e-6:
         raise InputError("the plan's proxy was sparse unevenly: its density differs by tensor; check the proxy instead")
-    options = {key: getattr(plan.parameterization, key) for key in Options.keys()}  # noqa: SIM118
     return Proxy(
         kind="supar.proxy/v1",
-        model=Model(**fields),
+        model=Model(**model.model_dump(include=Model.keys()) | shape),
         hyperparameters=plan.hyperparameters,
-        parameterization=Options(**options),
+        parameterization=Options(**plan.parameterization.model_dump(include=Options.keys())),
         sparsity=Sparsity(density=max(densities), pattern=plan.sparsity.pattern, block=plan.sparsity.block),
         data=plan.data,
-        train=_train(plan.train, steps, batch_size),
+        train=Train(**plan.train.model_dump(include=Train.keys()) | train),
         run=plan.run,
     )
-
-
-def _train(train: Train, steps: int, batch_size: int) -> Train:
-    """A few steps at a constant rate, without clipping: what scales a gradient would hide its size."""
-    fields = {key: getattr(train, key) for key in Train.keys()}  # noqa: SIM118
-    fields |= {
-        "steps": steps,
-        "batch_size": batch_size,
-        "schedule": "constant",
-        "warmup_fraction": 0.0,
-        "grad_clip": 0.0,
-    }
-    return Train(**fields)

@@ -7,17 +7,21 @@ that step's own batch, as means of absolute values:
     gain                |dL/dX| / |dL/dY| of every hidden linear: what it does to gradients that pass back through it
     update              ΔY = X·ΔWᵀ of every hidden linear, X the same before and after the step
     attention           q·k before the softmax, scaled, over the causal pairs of every attention
-    logits, Δlogits     the model's output, and its change by the step on the same batch
+    logits              the model's output, but for that of each position's own token
+    Δlogits             the change of the output by the step, on the same batch
+    share of Δlogits    what the head's weight alone changes of the output, and the final norm alone, what enters them held
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from math import isfinite
+from functools import partial
+from math import isfinite, log2, nan
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -29,109 +33,125 @@ from supar_cli.training.tasks import load_task
 from supar_cli.training.trainer import Trainer
 
 LINEAR = ("activation", "gain", "update")  # of every hidden linear
-Sizes = dict[str, dict[str, float | None]]  # by quantity, by name of the linear, attention or `logits`; None: no number
-
-
-class _Attentions(TorchFunctionMode):
-    """Sees the calls of scaled_dot_product_attention and keeps mean |scaled q·k| over the pairs each may attend to."""
-
-    def __init__(self, names: list[str]) -> None:
-        super().__init__()
-        self._names, self.sizes, self._call = names, dict[str, Tensor](), 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            self.sizes[self._names[self._call % len(self._names)]] = _pairs(args[0], args[1], kwargs["scale"])
-            self._call += 1
-        return func(*args, **kwargs)
-
-
-@torch.no_grad()
-def _pairs(q_BHTE: Tensor, k_BKTE: Tensor, scale: float) -> Tensor:
-    k_BHTE = k_BKTE.repeat_interleave(q_BHTE.shape[1] // k_BKTE.shape[1], dim=1)
-    scores_BHTT = (q_BHTE.detach() @ k_BHTE.detach().transpose(-2, -1)).float().abs() * scale
-    causal_TT = torch.ones(scores_BHTT.shape[-2:], dtype=torch.bool, device=scores_BHTT.device).tril()
-    return scores_BHTT[..., causal_TT].mean()
-
-
-class _Watch:
-    """Hooks on a model that keep, of its last step, each hidden linear's input and the sizes it showed."""
-
-    def __init__(self, model: nn.Module, hidden: list[str]) -> None:
-        self.inputs: dict[str, Tensor] = {}
-        self.sizes: dict[str, dict[str, Tensor]] = {"activation": {}, "gain": {}}
-        self.logits = torch.empty(0)
-        modules = dict(model.named_modules())
-        self.attentions = [name for name, module in modules.items() if isinstance(module, Attention)]
-        for name in hidden:
-            modules[name].register_forward_hook(self._forward(name))
-            modules[name].register_full_backward_hook(self._backward(name))
-        model.register_forward_hook(self._output)
-
-    def _forward(self, name: str) -> Callable[..., None]:
-        def keep(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if torch.is_grad_enabled():
-                self.inputs[name] = inputs[0].detach()
-                self.sizes["activation"][name] = output.detach().abs().mean()
-
-        return keep
-
-    def _backward(self, name: str) -> Callable[..., None]:
-        # a module's own hook sees its own share of dL/dX: q, k and v read one input, whose gradient is the sum of theirs
-        def keep(_module: nn.Module, by_input: tuple[Tensor, ...], by_output: tuple[Tensor, ...]) -> None:
-            self.sizes["gain"][name] = by_input[0].abs().mean() / by_output[0].abs().mean()
-
-        return keep
-
-    def _output(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        self.logits = output.detach()
+SHARE = "share of Δlogits"
+# A rate is too hot where, in the mean over seeds, an activation or gain grows by more than GROWTH, or a loss by LOSS_RISE.
+# Updates may grow: the first, under a zero head, is the weight decay's alone.
+GROWTH = 10.0
+LOSS_RISE = 0.05  # chosen: of the first loss. measured: batches of 32 tokens of an untrained model differ by .025
+# by quantity, by name of the tensor, attention or `logits`; None: not finite
+Sizes = dict[str, dict[str, float | None]]
 
 
 def measure(plan: Plan) -> Record:
     """Train a plan's steps and record its sizes: `steps` is a list of {quantity: {name: size}}, one for each step."""
-    trainer = Trainer(plan, load_task(plan))
-    hidden = [row.name for row in plan.tensors if row.role == "hidden"]
-    watch = _Watch(trainer.sparse_model.model, hidden)
-    steps: list[Sizes] = []
-    losses: list[float] = []
+    watch = _Watch(Trainer(plan, load_task(plan)))
+    record: Record = {"parameterization": plan.parameterization.name, "width": plan.decoder.width}
+    record |= {"density": plan.sparsity.density, "seed": plan.train.seed, "state": "done", "losses": [], "steps": []}
     try:
-        while trainer.done < plan.train.steps:
-            loss, sizes = _step(trainer, watch, hidden)
-            losses.append(loss)
-            steps.append(sizes)
+        for _ in range(plan.train.steps):
+            loss, sizes = watch.step()
+            record["losses"].append(loss)
+            record["steps"].append(sizes)
     except UnusableResult as error:
-        return {**_at(plan), "state": "diverged", "why": str(error), "losses": losses, "steps": steps}
-    return {**_at(plan), "state": "done", "losses": losses, "steps": steps}
+        record |= {"state": "diverged", "why": str(error)}
+    return record
 
 
-def _at(plan: Plan) -> Record:
-    return {
-        "parameterization": plan.parameterization.name,
-        "width": plan.decoder.width,
-        "density": plan.sparsity.density,
-        "seed": plan.train.seed,
-    }
+def log_sizes(records: list[Record], quantity: str) -> NDArray[np.float64]:
+    """log2 of a quantity's sizes, by record, step and name; NaN for what is zero or not finite."""
+    sizes = [[[size or nan for size in step[quantity].values()] for step in record["steps"]] for record in records]
+    return np.asarray(np.log2(sizes))
 
 
-def _step(trainer: Trainer, watch: _Watch, hidden: list[str]) -> tuple[float, Sizes]:
-    sparse_model = trainer.sparse_model
-    before = {name: sparse_model.weight(name) for name in hidden}
-    (inputs_BT,) = trainer.task.inputs(trainer.batch(trainer.done))
-    with _Attentions(watch.attentions) as attention:
-        loss = trainer.step().loss
-    logits_BTV = watch.logits
-    sizes = {quantity: dict(found) for quantity, found in watch.sizes.items()}
-    with torch.no_grad():
-        sizes["update"] = {
-            name: F.linear(watch.inputs[name], sparse_model.weight(name) - before[name]).abs().mean() for name in hidden
-        }
-        change_BTV = trainer.sparse_model.model(inputs_BT.to(trainer.runtime.device)) - logits_BTV
-    sizes["attention"] = attention.sizes
-    sizes["logits"], sizes["Δlogits"] = {"logits": logits_BTV.abs().mean()}, {"logits": change_BTV.abs().mean()}
-    names = [(quantity, name) for quantity, found in sizes.items() for name in found]
-    values = torch.stack([sizes[quantity][name].float() for quantity, name in names]).tolist()
-    read: Sizes = {}
-    for (quantity, name), value in zip(names, values, strict=True):
-        read.setdefault(quantity, {})[name] = value if isfinite(value) else None
-    return loss, read
+def why_too_hot(base: list[Record]) -> str:
+    """Why the rate of a sweep's base is too hot for slopes to be the rules' doing; empty where it isn't."""
+    for record in base:
+        if record["state"] != "done":
+            return f"a run {record['state']}: {record.get('why', '')}"
+    losses_S = np.mean([record["losses"] for record in base], axis=0)
+    if losses_S.max() > losses_S[0] * (1 + LOSS_RISE):
+        return f"the loss rises from {losses_S[0]:.3g} to {losses_S.max():.3g}"
+    for quantity in ("activation", "gain"):
+        log_SN = log_sizes(base, quantity).mean(axis=0)
+        first_N = log_SN[np.isfinite(log_SN).argmax(axis=0), np.arange(log_SN.shape[1])]
+        growth_N = np.nan_to_num(log_SN - first_N).max(axis=0)
+        name = list(base[0]["steps"][0][quantity])[growth_N.argmax()]
+        if growth_N.max() > log2(GROWTH):
+            return f"{quantity} of {name} grows {2.0 ** growth_N.max():.3g}-fold"
+    return ""
+
+
+class _Watch:
+    """Makes a trainer's steps. Hooks keep what entered and left the model's parts in the last one, and sizes of it."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.model = trainer, trainer.sparse_model.model
+        self.hidden = [row.name for row in trainer.plan.tensors if row.role == "hidden"]
+        by_site = {row.site: row.name for row in trainer.plan.tensors}
+        self.head = by_site.get("unembedding") or by_site["embedding"]
+        self.attentions = [name for name, module in self.model.named_modules() if isinstance(module, Attention)]
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self.gains: dict[str, Tensor] = {}
+        for name in (*self.hidden, "final_norm", ""):  # "": the model itself
+            self.model.get_submodule(name).register_forward_hook(partial(self._keep, name))
+        for name in self.hidden:
+            self.model.get_submodule(name).register_full_backward_hook(partial(self._keep_gain, name))
+
+    def _keep(self, name: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            self.inputs[name], self.outputs[name] = inputs[0].detach(), output.detach()
+
+    def _keep_gain(self, name: str, _module: nn.Module, by_input: Any, by_output: Any) -> None:
+        # a module's own hook sees its own share of dL/dX: q, k and v read one input, whose gradient is the sum of theirs
+        self.gains[name] = by_input[0].abs().mean() / by_output[0].abs().mean()
+
+    def step(self) -> tuple[float, Sizes]:
+        """Make one step; the loss before it and the sizes."""
+        weight = self.trainer.sparse_model.weight
+        before = {name: weight(name) for name in (*self.hidden, self.head)}
+        with _Attentions() as attentions:
+            loss = self.trainer.step().loss
+        with torch.no_grad():
+            inputs, outputs, final_norm = self.inputs, self.outputs, self.model.get_submodule("final_norm")
+            tokens_BT, logits_BTV, normed_BTD = inputs[""], outputs[""], outputs["final_norm"]
+            # under a tied head the own token's logit is Θ(1) in width where others are Θ(1/√m_d)
+            others_BTV = torch.ones_like(logits_BTV).scatter_(-1, tokens_BT[..., None], 0.0)
+            updates = {name: F.linear(inputs[name], weight(name) - before[name]) for name in self.hidden}
+            by_head = F.linear(normed_BTD, weight(self.head) - before[self.head])
+            by_norm = F.linear(final_norm(inputs["final_norm"]) - normed_BTD, before[self.head])
+            factor = self.trainer.plan.decoder.multipliers.output
+            sizes = {
+                "activation": {name: outputs[name].abs().mean() for name in self.hidden},
+                "gain": self.gains,
+                "update": {name: update.abs().mean() for name, update in updates.items()},
+                "attention": dict(zip(self.attentions, attentions.sizes, strict=True)),
+                "logits": {"logits": (logits_BTV * others_BTV).abs().sum() / others_BTV.sum()},
+                "Δlogits": {"logits": (self.model(tokens_BT) - logits_BTV).abs().mean()},
+                SHARE: {self.head: by_head.abs().mean() * factor, "final_norm": by_norm.abs().mean() * factor},
+            }
+        return loss, {quantity: _finite(found) for quantity, found in sizes.items()}
+
+
+def _finite(sizes: dict[str, Tensor]) -> dict[str, float | None]:
+    values = torch.stack([size.float() for size in sizes.values()]).tolist()  # from the device at once
+    return {name: value if isfinite(value) else None for name, value in zip(sizes, values, strict=True)}
+
+
+class _Attentions(TorchFunctionMode):
+    """Keeps, of each call of scaled_dot_product_attention, mean |scaled q·k| over the pairs that it may attend to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            self.sizes.append(_mean_score(args[0].detach(), args[1].detach(), kwargs["scale"]))
+        return func(*args, **(kwargs or {}))
+
+
+def _mean_score(q_BHTE: Tensor, k_BKTE: Tensor, scale: float) -> Tensor:
+    k_BHTE = k_BKTE.repeat_interleave(q_BHTE.shape[1] // k_BKTE.shape[1], dim=1)
+    scores_BHTT = (q_BHTE @ k_BHTE.transpose(-2, -1)).float().abs() * scale
+    return scores_BHTT[..., torch.ones(scores_BHTT.shape[-2:], device=q_BHTE.device).tril().bool()].mean()

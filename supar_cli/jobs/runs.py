@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +17,6 @@ from supar_cli.errors import InputError, SetupError, UnusableResult
 from supar_cli.files import Record, append_lines, naming_write_errors, read_jsonl, write_file
 from supar_cli.jobs.calls import Call, Function, WorkerFailure, Workers
 from supar_cli.planning.plan import Plan
-from supar_cli.reporting import figures
 from supar_cli.training.runtime import Runtime, versions
 from supar_cli.training.tasks import load_task
 from supar_cli.training.trainer import Trainer
@@ -143,43 +140,4 @@ def environment(workers: Workers) -> Record:
         "numpy": np.__version__,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {workers.jobs} jobs{elsewhere}",
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def write_result(folder: Path, result: dict[str, Any], log: Callable[[str], None]) -> None:
-    """result.json and a PNG of each figure."""
-    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_file(folder / "result.json", text)
-    for figure in result["figures"]:
-        figures.save(figure, folder / f"{figure['name']}.png")
-    names = ", ".join(["result.json", *(f"{figure['name']}.png" for figure in result["figures"]), "records.jsonl"])
-    log(f"wrote {folder}/: {names}")
-
-
-def result(
-    kind: str,
-    title: str,
-    *,
-    verdicts: list[dict[str, Any]],
-    tables: list[dict[str, Any]],
-    figures: list[dict[str, Any]],
-    parents: dict[str, str],
-    environment: dict[str, Any],
-    **more: Any,
-) -> dict[str, Any]:
-    """What result.json of a check, sweep or comparison holds, as `supar report` reads it.
-
-    A verdict is {what, passed, control, text}: a control is to fail, and says so in its text. A table is {title, columns,
-    rows}, its cells texts or numbers. Figures are those of `figures`.
-    """
-    return {
-        "kind": kind,
-        "title": title,
-        "verdicts": verdicts,
-        "tables": tables,
-        "figures": figures,
-        "command": shlex.join(["supar", *sys.argv[1:]]),
-        "parents": parents,
-        "environment": environment,
-        **more,
     }
