@@ -1,10 +1,10 @@
-"""Reading a checkpoint's files: a manifest whose hashes fit, and tensors that are whole in the files it names."""
+"""Reading checkpoints: which a run has, whether their files are what was written, and the tensors in them."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import file_hash
 from supar_cli.planning import document
-from supar_cli.planning.plan import Plan
+from supar_cli.planning.plan import Plan, read_plan
 from supar_cli.sparse.masks import Mask
-from supar_cli.training.distributed import Ranks
+from supar_cli.training.distributed import ALONE, Ranks
+from supar_cli.training.prepare import to_dense
 from supar_cli.training.state import State
 
 KIND = "supar.checkpoint/v3"
@@ -28,38 +29,81 @@ OLDER = {"supar.checkpoint/v1", "supar.checkpoint/v2"}  # with zeros where dead;
 Tensors = dict[str, torch.Tensor]
 
 
+def available(folder: Path) -> list[Path]:
+    """Complete checkpoints of a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / "manifest.json").is_file())
+
+
+def load(path: Path, plan: Plan, data_hash: str, ranks: Ranks) -> CheckpointReader:
+    """A checkpoint of this plan and these data, its files verified, ready to fill a state.
+
+    However many ranks wrote it, each of those that call this reads its own part. Raises InputError when it is of another
+    plan or other data, SetupError when it is corrupt.
+    """
+    manifest = read_manifest(path)
+    wanted = {"plan": plan.hash(), "data": data_hash}
+    for key, what in (("plan", "is of another plan"), ("data", "was trained on other data")):
+        if manifest[key] != wanted[key]:
+            raise InputError(f"{path}: {what} ({manifest[key][:19]}…, this one is {wanted[key][:19]}…)")
+    verify(path, manifest, ranks)
+    if not 0 < manifest["step"] <= plan.train.steps:
+        raise SetupError(f"{path}: a corrupt checkpoint: the plan has no step {manifest['step']}")
+    return CheckpointReader(path, manifest)
+
+
+def weights(path: Path) -> Tensors:
+    """A checkpoint's tensors by plan name, in the plan's shapes, zero where dead. Raises InputError or SetupError."""
+    manifest = read_manifest(path)
+    verify(path, manifest, ALONE)
+    plan, reader = read_plan(path / "plan.yaml"), CheckpointReader(path, manifest)
+    state = State.zeros(plan, reader.masks(plan))
+    reader.fill(state)
+    return {name: to_dense(value, state.masks.get(name)) for name, value in state.values.items()}
+
+
+def weights_of_run(directory: str | Path) -> Tensors:
+    """The tensors of a run's newest checkpoint by plan name, in the plan's shapes, float32, zero where dead.
+
+    Raises InputError where there is none, SetupError where it is corrupt.
+    """
+    found = available(Path(directory) / "checkpoints")
+    if not found:
+        raise InputError(f"{directory}: no checkpoint there; expected the directory of a run")
+    return weights(found[-1])
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a checkpoint, as it was written. Raises SetupError."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text("utf-8"))
+        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text("utf-8"))
         if manifest["kind"] in OLDER:
             raise SetupError(f"{path}: a checkpoint of an older version ({manifest['kind']}); expected {KIND}")
-        if manifest["kind"] != KIND:
-            raise ValueError(manifest["kind"])
-        if manifest.pop("hash") != document.content_hash(manifest):
-            raise ValueError("hash")
-        for key, kind in (("step", int), ("plan", str), ("data", str), ("masks", dict), ("files", dict)):
-            if type(manifest[key]) is not kind:
-                raise ValueError(key)
-        if path.name != f"step-{manifest['step']:08d}" or not (manifest["plan"] + manifest["data"]).isprintable():
-            raise ValueError("step")
-        if any(Path(name).name != name for name in manifest["files"]):  # outside of the folder
-            raise ValueError("files")
+        fields = {"kind": str, "step": int, "plan": str, "data": str, "masks": dict, "files": dict}
+        if (
+            manifest.pop("hash") != document.content_hash(manifest)
+            or manifest["kind"] != KIND
+            or any(type(manifest[key]) is not kind for key, kind in fields.items())
+            or path.name != f"step-{manifest['step']:08d}"
+            or not (manifest["plan"] + manifest["data"]).isprintable()
+            or any(Path(name).name != name for name in manifest["files"])  # outside of the folder
+        ):
+            raise ValueError("not what was written")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise SetupError(
-            f"{path / 'manifest.json'}: a corrupt checkpoint manifest; delete the folder to use the one before"
-        ) from None
-    return dict(manifest)
+        what = "a corrupt checkpoint manifest; delete the folder to use the one before"
+        raise SetupError(f"{path / 'manifest.json'}: {what}") from None
+    return manifest
 
 
 def verify(path: Path, manifest: dict[str, Any], ranks: Ranks) -> None:
     """Raise SetupError, naming the file, where one is not what was written. Each rank looks at its share of the files."""
-    _refuse_others(path, manifest["files"])
-    for name in sorted(manifest["files"])[ranks.rank :: ranks.size]:
+    files = manifest["files"]
+    if others := {file.name for file in path.glob("*.safetensors")} - set(files):  # they would be read with the others
+        raise SetupError(f"{path / min(others)}: is not part of the checkpoint; delete it")
+    for name in sorted(files)[ranks.rank :: ranks.size]:
         with _naming_read_errors(path / name):
             if not (path / name).is_file():
                 raise SafetensorError("it is missing")
-            if file_hash(path / name) != manifest["files"][name]:
+            if file_hash(path / name) != files[name]:
                 raise SafetensorError("its content is not what was written")
 
 
@@ -103,32 +147,14 @@ class CheckpointReader:
 
     def masks(self, plan: Plan) -> dict[str, Mask]:
         """The masks by name. Raises SetupError where they are none of tensors of the plan's shapes."""
-        rows = {row.name: row for row in plan.tensors if f"mask/{row.name}" in self.shapes}
-        bits = {f"mask/{row.name}": torch.zeros((row.size + 7) // 8, dtype=torch.uint8) for row in rows.values()}
+        rows = [row for row in plan.tensors if f"mask/{row.name}" in self.shapes]
+        bits = {f"mask/{row.name}": torch.zeros((row.size + 7) // 8, dtype=torch.uint8) for row in rows}
         self.read(bits)
-        found = {}
-        for name, row in rows.items():
-            with _naming_read_errors(self.path):
-                found[name] = Mask(tuple(row.shape), bits[f"mask/{name}"].numpy())
+        with _naming_read_errors(self.path):
+            found = {row.name: Mask(tuple(row.shape), bits[f"mask/{row.name}"].numpy()) for row in rows}
         if self._fingerprints != {name: mask.fingerprint for name, mask in found.items()}:
             raise SetupError(f"{self.path}: a corrupt checkpoint: its masks are not those of its manifest")
         return found
-
-    def require_masks(self, masks: Mapping[str, Mask]) -> None:
-        """Raise InputError, naming the tensor, unless the checkpoint has these masks, which a plan draws, and no others."""
-        stored = {
-            f"mask/{name}": torch.zeros(mask.bits.shape, dtype=torch.uint8)
-            for name, mask in masks.items()
-            if self.shapes.get(f"mask/{name}") == mask.bits.shape
-        }
-        self.read(stored)
-        for name, mask in masks.items():
-            bits = stored.get(f"mask/{name}")
-            is_same = bits is not None and torch.equal(bits, torch.from_numpy(mask.bits))
-            if not is_same or self._fingerprints.get(name) != mask.fingerprint:
-                raise InputError(f"{self.path}: the mask of {name} is not the one this plan draws")
-        if extra := set(self._fingerprints) - set(masks):
-            raise InputError(f"{self.path}: has a mask for {sorted(extra)[0]}, which is dense in this plan")
 
     def fill(self, state: State) -> None:
         """Fill a state's values and moments, which have the masks of the checkpoint, in place.
@@ -147,13 +173,6 @@ def keyed(state: State) -> Tensors:
     for name, moments in state.moments.items():
         found |= {f"optimizer/{name}/{key}": moment for key, moment in moments.items()}
     return found
-
-
-def _refuse_others(path: Path, files: Collection[str]) -> None:
-    """Raise SetupError where a folder holds tensors in another file: they would be read with the others."""
-    others = sorted({file.name for file in path.glob("*.safetensors")} - set(files))
-    if others:
-        raise SetupError(f"{path / others[0]}: is not part of the checkpoint; delete it")
 
 
 def _are_whole(stored: Any) -> bool:

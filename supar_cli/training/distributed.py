@@ -64,28 +64,25 @@ class Ranks:
 
     def run_on_all(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function in every process. Where it raises a SuparError in one, raise it in all, the rank named."""
+        if not self.is_distributed:
+            return function(*args, **kwargs)
         error, result = None, None
         try:
             result = function(*args, **kwargs)
         except SuparError as raised:
-            if not self.is_distributed:
-                raise
-            error = raised
-        found = self.gather(None if error is None else (type(error), str(error)))
-        failed = {rank: described for rank, described in enumerate(found) if described is not None}
+            error = type(raised), str(raised)
+        failed = [(rank, *raised) for rank, raised in enumerate(self.gather(error)) if raised is not None]
         if failed:
-            rank, (kind, text) = next(iter(failed.items()))
+            rank, kind, text = failed[0]
             is_everyone = len(failed) == self.size
-            raise collective_error(kind, text if rank == 0 or is_everyone else f"rank {rank}: {text}") from None
+            raise collective_error(kind, text if rank == 0 or is_everyone else f"rank {rank}: {text}")
         return result  # type: ignore[return-value]
 
     def on_main(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function in the main process only; return its result, or raise its SuparError, in all."""
-        result: Any = self.run_on_all(function, *args, **kwargs) if self.is_main else self.run_on_all(_do_nothing)
-        if not self.is_distributed:
-            return result  # type: ignore[no-any-return]
-        box = [result]
-        dist.broadcast_object_list(box, src=0, group=self.group, device=torch.device("cpu"))
+        box: list[Any] = [self.run_on_all(function, *args, **kwargs) if self.is_main else self.run_on_all(lambda: None)]
+        if self.is_distributed:
+            dist.broadcast_object_list(box, src=0, group=self.group, device=torch.device("cpu"))
         return box[0]  # type: ignore[no-any-return]
 
     def require_equal(self, values: dict[str, str]) -> None:
@@ -94,8 +91,8 @@ class Ranks:
         for rank, other in enumerate(found):
             for name, value in found[0].items():
                 if other.get(name) != value:
-                    text = f"rank {rank}: {name} is not that of rank 0; expected the same everywhere"
-                    raise collective_error(SetupError, text)
+                    what = "is not that of rank 0; expected the same everywhere"
+                    raise collective_error(SetupError, f"rank {rank}: {name} {what}")
 
     def sum(self, tensor: Tensor) -> Tensor:
         """A tensor's sum over all processes, in place."""
@@ -109,23 +106,18 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            # gloo says so in words only
-            is_lost = isinstance(error, dist.DistError) or any(
-                word in str(error) for word in ("gloo", "Gloo", "by peer")
-            )
-            if not self.is_distributed or not is_lost:
+            is_told = any(word in str(error) for word in ("gloo", "Gloo", "by peer"))  # gloo says so in words only
+            if not self.is_distributed or not (is_told or isinstance(error, dist.DistError)):
                 raise
-            raise PeerLost(
-                "another process of this run is gone; the same command goes on from the last checkpoint"
-            ) from None
+            what = "another process of this run is gone; the same command goes on from the last checkpoint"
+            raise PeerLost(what) from None
 
     def new_group(self) -> Ranks:
         """The same processes by a group of their own, which another thread may use meanwhile. All have to ask for it."""
         return replace(self, group=dist.new_group(backend="gloo") if self.is_distributed else None)
 
 
-def _do_nothing() -> None:
-    pass
+ALONE = Ranks()
 
 
 def collective_error(kind: type[SuparError], text: str) -> SuparError:
@@ -142,7 +134,7 @@ def init_distributed() -> Iterator[Ranks]:
     A model that is trained inside has to be released inside.
     """
     if not is_rank_process():
-        yield Ranks()
+        yield ALONE
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
@@ -187,7 +179,7 @@ class Parallel:
     """
 
     def __init__(self, kind: Parallelism, model: nn.Module, device: torch.device, compiles: bool, ranks: Ranks) -> None:
-        self.kind, self.ranks = kind, ranks
+        self.kind, self.device, self.ranks, self.is_sharded = kind, device, ranks, kind == "fsdp"
         self.model = model
         if kind == "fsdp":
             mesh = init_device_mesh(device.type, (ranks.size,))
@@ -207,10 +199,6 @@ class Parallel:
                 self.model = DistributedDataParallel(
                     self.model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
                 )
-
-    @property
-    def is_sharded(self) -> bool:
-        return self.kind == "fsdp"
 
     def gradient_sync(self, is_last: bool) -> AbstractContextManager[None]:
         """For a micro-batch's passes: gradients are exchanged after the last of a step only."""

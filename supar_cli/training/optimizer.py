@@ -24,16 +24,10 @@ def build(plan: Plan, tensors: Mapping[str, nn.Parameter]) -> torch.optim.Optimi
     adam = plan.train.optimizer == "adamw"
     groups: list[dict[str, Any]] = []
     for (lr, decay, eps), names in grouped.items():
-        group = {
-            "params": [tensors[name] for name in names],
-            "lr": lr,
-            "weight_decay": decay,
-            "peak_lr": lr,
-            "names": names,
-        }
+        params = [tensors[name] for name in names]
+        group = {"params": params, "lr": lr, "weight_decay": decay, "peak_lr": lr, "names": names}
         groups.append({**group, "eps": eps} if adam else group)
-    claimed = [name for group in groups for name in group["names"]]
-    if sorted(claimed) != sorted(tensors):
+    if sorted(name for group in groups for name in group["names"]) != sorted(tensors):
         raise AssertionError("a tensor is claimed by no parameter group or by two")
     fused = next(iter(tensors.values())).device.type in ("cpu", "cuda")
     if adam:

@@ -5,14 +5,13 @@ A masked tensor is held as its live values alone, in row-major order, whichever 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from supar_cli.errors import InputError
@@ -24,8 +23,6 @@ from supar_cli.sparse.linear import Engine, Linear
 from supar_cli.sparse.mask_files import WantedMask, read_masks
 from supar_cli.sparse.masks import Mask
 from supar_cli.streams import stream
-
-Values = NDArray[np.float32]
 
 DRAWN_AT_ONCE = 2**16  # chosen: positions whose numbers are drawn for the live ones among them; whole rows
 CHECKED_AT_ONCE = 2**20  # chosen: 8 MiB in double precision
@@ -75,24 +72,33 @@ def prepare(
     device: torch.device,
     engine_of: Callable[[str, Mask], Engine] | None = None,
     build_model: Callable[[Plan], nn.Module] = transformer,
-    masks: dict[str, Mask] | None = None,
+    masks: Mapping[str, Mask] | None = None,
+    values: Mapping[str, Tensor] | None = None,
 ) -> SparseModel:
-    """Build, initialise, mask and check. Raises InputError where plan and model disagree, naming the tensors.
+    """Build, fill and mask a plan's model.
 
     `engine_of` makes the engine of a masked tensor; without it, the dense one in float32. `build_model` makes a model whose
-    parameters have the plan's names and shapes.
+    parameters have the plan's names and shapes. `values` by name are live ones in row-major order where there is a mask;
+    without them they are the plan's initial ones, and checked. Raises InputError where they are not what the plan says.
     """
-    drawn = make_masks(plan) if masks is None else masks
-    made = build(plan, device, drawn, lambda row, mask: _values(row, plan.train.seed, mask), engine_of, build_model)
-    for row in plan.tensors:
-        check_init(row, made.tensors[row.name], plan.sparsity.pattern, drawn.get(row.name))
+    masks = make_masks(plan) if masks is None else masks
+    engine_of = engine_of or (lambda _, mask: Dense(mask, torch.float32))
+    model = build_model(plan)
+    made = SparseModel(model, named_tensors(model), dict(masks))
+    with torch.no_grad():
+        for row in plan.tensors:
+            mask = masks.get(row.name)
+            value = values[row.name] if values is not None else _initial_values(row, plan.train.seed, mask)
+            if mask is None:
+                made.tensors[row.name].copy_(value)
+            else:
+                made.linear(row.name).remask(mask, value.to(device), engine_of(row.name, mask).to(device))
+    model.to(device)
+    made.tensors = named_tensors(model)
+    if values is None:
+        for row in plan.tensors:
+            check_init(row, made.tensors[row.name], plan.sparsity.pattern, masks.get(row.name))
     return made
-
-
-def plan_masks(plan: Plan, build_model: Callable[[Plan], nn.Module] = transformer) -> dict[str, Mask]:
-    """`make_masks`, after a look at whether the plan's tensors are the model's."""
-    require_same_tensors(plan, build_model)
-    return make_masks(plan)
 
 
 def make_masks(plan: Plan) -> dict[str, Mask]:
@@ -121,62 +127,26 @@ def draw_masks(plan: Plan) -> dict[str, Mask]:
     return {name: mask for name, mask in drawn.items() if mask is not None}
 
 
-def build(
-    plan: Plan,
-    device: torch.device,
-    drawn: dict[str, Mask],
-    values_of: Callable[[PlanTensor, Mask | None], Values],
-    engine_of: Callable[[str, Mask], Engine] | None = None,
-    build_model: Callable[[Plan], nn.Module] = transformer,
-) -> SparseModel:
-    """A model of given masks and values: those of live weights in row-major order where there is a mask."""
-    require_same_tensors(plan, build_model)
-    model = build_model(plan)
-    tensors = named_tensors(model)
-    made = SparseModel(model, {}, drawn)
-    engine_of = engine_of or (lambda _, mask: Dense(mask, torch.float32))
-    with torch.no_grad():
-        for row in plan.tensors:
-            mask = drawn.get(row.name)
-            values = torch.from_numpy(values_of(row, mask))
-            if mask is None:
-                tensors[row.name].copy_(values)
-            else:
-                engine = engine_of(row.name, mask).to(device)
-                made.linear(row.name).remask(mask, values.to(device), engine)
-    model.to(device)
-    made.tensors = named_tensors(model)
-    return made
-
-
 def require_same_tensors(plan: Plan, build_model: Callable[[Plan], nn.Module] = transformer) -> None:
     """Raise InputError where a plan's tensors are not the model's, before a wrong shape takes memory."""
     with torch.device("meta"):
         tensors = named_tensors(build_model(plan))
     planned = {row.name: tuple(row.shape) for row in plan.tensors}
     built = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if len(planned) != len(plan.tensors):
-        names = [row.name for row in plan.tensors]
-        raise InputError(f"tensors: {next(n for n in names if names.count(n) > 1)} appears twice in the plan")
-    different = [
-        f"  {name}: the plan has {planned[name]}, the model {built[name]}"
-        for name in planned
-        if name in built and planned[name] != built[name]
-    ]
+    shared = [name for name in planned if name in built]
+    different = [f"  {n}: the plan has {planned[n]}, the model {built[n]}" for n in shared if planned[n] != built[n]]
     different += [f"  {name}: in the plan only" for name in planned if name not in built]
     different += [f"  {name}: in the model only" for name in built if name not in planned]
     if different:
-        raise InputError(
-            "tensors: the plan's tensors are not the model's; expected the same names and shapes:\n"
-            + "\n".join(different)
-        )
+        what = "the plan's tensors are not the model's; expected the same names and shapes"
+        raise InputError("\n".join([f"tensors: {what}:", *different]))
 
 
-def _values(row: PlanTensor, seed: int, mask: Mask | None) -> Values:
+def _initial_values(row: PlanTensor, seed: int, mask: Mask | None) -> Tensor:
     """Initial values: the plan's constant, or normal with its deviation; of live weights where there is a mask."""
     shape = row.shape if mask is None else [mask.count]
     if not row.init_std:
-        return np.full(shape, row.init_constant or 0.0, np.float32)
+        return torch.full(shape, row.init_constant or 0.0, dtype=torch.float32)
     generator = np.random.Generator(stream(seed, f"init:{row.name}"))
     if mask is None:
         values = generator.standard_normal(row.size, np.float32).reshape(shape)
@@ -186,7 +156,7 @@ def _values(row: PlanTensor, seed: int, mask: Mask | None) -> Values:
         drawn = [generator.standard_normal(alive.shape, np.float32)[alive] for alive in parts]
         values = np.concatenate(drawn)
     values *= np.float32(row.init_std)
-    return values
+    return torch.from_numpy(values)
 
 
 def check_init(row: PlanTensor, tensor: Tensor, pattern: str, mask: Mask | None) -> None:
@@ -200,11 +170,7 @@ def check_init(row: PlanTensor, tensor: Tensor, pattern: str, mask: Mask | None)
         raise InputError(f"{row.name}: {alive} weights are alive, the plan keeps {row.kept}")
     if not alive:
         raise InputError(f"{row.name}: its mask has no live weight; expected a higher density or another seed")
-    values, wanted, start = (
-        tensor.detach().reshape(-1),
-        row.init_std or 0.0,
-        float(np.float32(row.init_constant or 0.0)),
-    )
+    values, wanted, start = tensor.detach().flatten(), row.init_std or 0.0, float(np.float32(row.init_constant or 0.0))
     parts = (values[first : first + CHECKED_AT_ONCE] for first in range(0, len(values), CHECKED_AT_ONCE))
     squares = sum(float((part.double() - start).square().sum()) for part in parts)
     measured = sqrt(squares / alive)

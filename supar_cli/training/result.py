@@ -43,9 +43,6 @@ class RunHistory:
         if "validation_loss" in record:
             self.evaluations.append((record["step"], record["validation_loss"]))
 
-    def is_evaluated(self, step: int) -> bool:
-        return step in dict(self.evaluations)
-
 
 def document(
     plan: Plan, data_hash: str, drawn: Mapping[str, Mask], history: RunHistory, environment: Record

@@ -22,6 +22,8 @@ LOCK_TRIES = 10  # chosen: for a second; whoever only looks whether a run is ope
 DIFFERENCES = 8  # chosen: named of two plans; the others are counted
 STATUS_FILE = "ended.json"  # how training ended where it did not finish
 DAMAGED_METRICS = "metrics.damaged.jsonl"  # metrics.jsonl as it was where some of its records could not be read
+FILES = ("metrics.jsonl", DAMAGED_METRICS, "result.json", "trackers.json", STATUS_FILE)  # of a run, and so its folders:
+FOLDERS = ("checkpoints", "tensorboard", "wandb")
 
 
 @contextmanager
@@ -32,19 +34,13 @@ def open_run(directory: Path, plan: Plan, *, resume: bool, force: bool) -> Itera
     Raises InputError as `begin_run` does, where another process trains there, and under torchrun for anything but `resume`.
     """
     if under_torchrun() and not resume:
-        raise InputError(
-            f"{directory}: can't be told to start anew under torchrun, whose restarts would do so too; "
-            "expected another --out, or that the directory is removed"
-        )
+        what = "can't be told to start anew under torchrun, whose restarts would do so too"
+        raise InputError(f"{directory}: {what}; expected another --out, or that the directory is removed")
     _refuse_foreign(directory, force)
     with naming_write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
     with _lock(directory):
         changes = begin_run(directory, plan, resume=resume, force=force)
-        with naming_write_errors(directory):
-            (directory / STATUS_FILE).unlink(missing_ok=True)
-            for path in [*_leftovers(directory), *directory.glob("checkpoints/.step-*")]:
-                _drop(path)
         try:
             yield changes
         except BaseException as error:
@@ -58,8 +54,8 @@ def open_run(directory: Path, plan: Plan, *, resume: bool, force: bool) -> Itera
 
 def preemption_reason(directory: Path) -> str:
     """How a directory's run was asked to stop under this process's own launcher, empty where it was not."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        ended = json.loads((directory / STATUS_FILE).read_text("utf-8"))
+    with suppress(SetupError, KeyError, TypeError):
+        ended = read_json(directory / STATUS_FILE)
         if is_rank_process() and ended["state"] == "preempted" and ended["launcher"] == launcher_id():
             return str(ended["text"])
     return ""
@@ -83,8 +79,8 @@ def _lock(directory: Path) -> TextIO:
 
 def _leftovers(directory: Path) -> set[Path]:
     """What a process that was killed while it wrote or removed something has left of it."""
-    names = ("plan.yaml", "metrics.jsonl", "result.json", "trackers.json", STATUS_FILE, "checkpoints")
-    return {path for name in names for path in directory.glob(f".{name}.*")}
+    patterns = [f".{name}.*" for name in ("plan.yaml", *FILES, *FOLDERS)]
+    return {path for pattern in [*patterns, "checkpoints/.step-*"] for path in directory.glob(pattern)}
 
 
 def _drop(path: Path) -> None:
@@ -100,10 +96,8 @@ def is_open(directory: Path) -> bool:
     try:
         with (directory / "lock").open("r") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
     return False
 
 
@@ -124,34 +118,25 @@ def begin_run(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list
     existing, changes = directory / "plan.yaml", list[str]()
     _refuse_foreign(directory, force)
     if existing.is_file() and not force:
+        if not resume:
+            what = "holds a run already; expected --resume to continue it or --force to start again"
+            raise InputError(f"{directory}: {what}")
         other = _plan(existing)
-        if resume and other.hash() != plan.hash():
-            raise InputError(
-                f"{directory}: holds a run of another plan; expected another --out, or --force to start again",
-                *("  " + line for line in _differences(other.experiment(), plan.experiment())),
-            )
-        if resume:
-            changes = _differences({"run": other.run.model_dump()}, {"run": plan.run.model_dump()})
-        else:
-            raise InputError(
-                f"{directory}: holds a run already; expected --resume to continue it or --force to start again"
-            )
+        if other.hash() != plan.hash():
+            what = "holds a run of another plan; expected another --out, or --force to start again"
+            differences = (f"  {line}" for line in _differences(other.experiment(), plan.experiment()))
+            raise InputError(f"{directory}: {what}", *differences)
+        changes = _differences({"run": other.run.model_dump()}, {"run": plan.run.model_dump()})
     with naming_write_errors(directory):
-        if force and not resume and existing.is_file():
-            if (directory / "checkpoints").is_dir():  # out of the way whole: a kill now leaves all of them or none
+        if force and existing.is_file():
+            with suppress(FileNotFoundError):  # out of the way whole: a kill now leaves all of them or none
                 (directory / "checkpoints").rename(directory / ".checkpoints.old")
-            for name in (
-                "result.json",
-                "metrics.jsonl",
-                DAMAGED_METRICS,
-                "trackers.json",
-                STATUS_FILE,
-                "tensorboard",
-                "wandb",
-            ):
+            for name in (*FILES, *FOLDERS):
                 _drop(directory / name)
-            _drop(directory / ".checkpoints.old")
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / STATUS_FILE).unlink(missing_ok=True)
+        for path in _leftovers(directory):
+            _drop(path)
         write_file(existing, document.write([plan.model_dump()]))
     return changes
 
@@ -166,15 +151,14 @@ def _plan(path: Path) -> Plan:
         raise InputError(f"{path}: {what}", *said) from None
 
 
-def result(directory: Path, plan: Plan) -> dict[str, Any] | None:
-    """result.json of a plan's run, None where there is none that is whole."""
+def is_finished(directory: Path, plan: Plan) -> bool:
+    """Whether the result of a plan's run is written whole."""
     try:
         found = read_result(directory / "result.json")
     except SetupError:
-        return None
+        return False
     numbers = [found.get(name) for name in ("steps", "seconds", "validation_loss")]
-    whole = found.get("plan") == plan.hash() and all(isinstance(number, int | float) for number in numbers)
-    return found if whole else None
+    return found.get("plan") == plan.hash() and all(isinstance(number, int | float) for number in numbers)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -188,14 +172,12 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Every scalar of plain data by its path; an element of a list goes by its name where it has one."""
-    if isinstance(value, dict):
-        parts = list(value.items())
-    elif isinstance(value, list):
-        parts = [(part.get("name", at) if isinstance(part, dict) else at, part) for at, part in enumerate(value)]
-    else:
+    if isinstance(value, list):
+        value = {part.get("name", at) if isinstance(part, dict) else at: part for at, part in enumerate(value)}
+    if not isinstance(value, dict):
         yield path, value
         return
-    for key, part in parts:
+    for key, part in value.items():
         yield from _leaves(f"{path}.{key}" if path else str(key), part)
 
 
@@ -209,21 +191,18 @@ class Metrics:
         self._file: TextIO | None = None
         self.before: list[dict[str, Any]] = []
         self.damage = ""
-        if directory is not None:
-            path = directory / "metrics.jsonl"
-            self._directory = directory
-            with naming_write_errors(directory):
-                self.before = list(_records(path, done)) if done else []
-                lost = done - len(self.before)
-                if lost:
-                    self.damage = f"{path}: the records of {lost} of the {done} steps done are missing or damaged"
-                    if (
-                        path.exists() and not (directory / DAMAGED_METRICS).exists()
-                    ):  # the first is the one that tells most
-                        path.replace(directory / DAMAGED_METRICS)
-                        self.damage += f"; {DAMAGED_METRICS} is the file as it was"
-                write_file(path, "".join(json.dumps(record) + "\n" for record in self.before))
-                self._file = path.open("a", encoding="utf-8")
+        if directory is None:
+            return
+        self._directory, path, damaged = directory, directory / "metrics.jsonl", directory / DAMAGED_METRICS
+        with naming_write_errors(directory):
+            self.before = list(_records(path, done))
+            if lost := done - len(self.before):
+                self.damage = f"{path}: the records of {lost} of the {done} steps done are missing or damaged"
+                if path.exists() and not damaged.exists():  # the first is the one that tells most
+                    path.replace(damaged)
+                    self.damage += f"; {DAMAGED_METRICS} is the file as it was"
+            write_file(path, "".join(json.dumps(record) + "\n" for record in self.before))
+            self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> Metrics:
         return self

@@ -6,16 +6,18 @@ to the task: what its tensors hold, only the task knows.
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import Future
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from supar_cli.data import batches
 from supar_cli.errors import InputError
 from supar_cli.models.transformer import loss_of
 from supar_cli.planning.plan import Plan
-from supar_cli.training.distributed import Ranks
+from supar_cli.training.distributed import Parallel, Ranks
 from supar_cli.training.runtime import Runtime, device_thread
 
 Batch = tuple[Tensor, ...]
@@ -29,18 +31,12 @@ class Task(Protocol):
     `standard_errors`: whether the standard error of each mean over held-out batches is recorded too.
     """
 
-    @property
-    def unit(self) -> str: ...
-    @property
-    def units_per_row(self) -> int: ...
-    @property
-    def flops_per_unit(self) -> float | None: ...
-    @property
-    def hash(self) -> str: ...
-    @property
-    def held_out_rows(self) -> int: ...
-    @property
-    def standard_errors(self) -> bool: ...
+    unit: str
+    units_per_row: int
+    flops_per_unit: float | None
+    hash: str
+    held_out_rows: int
+    standard_errors: bool
 
     def batch(self, step: int, rows: slice) -> Batch:
         """These rows of a step's batch: a function of the plan's seed and the step, the same whoever asks for which rows."""
@@ -75,13 +71,13 @@ class NextToken:
     def __init__(self, plan: Plan, tokens: batches.Tokens) -> None:
         train, self._tokens = plan.train, tokens
         self._seed, self._rows = train.seed, train.batch_size
-        self.units_per_row, self.flops_per_unit, self.hash = plan.decoder.context, plan.flops_per_token, tokens.hash
+        self.units_per_row, self.hash = plan.decoder.context, tokens.hash
+        self.flops_per_unit: float | None = plan.flops_per_token
         self.held_out_rows = train.eval_batches * train.batch_size
         available = tokens.validation.windows(plan.decoder.context + 1)
         if self.held_out_rows > available:
-            raise InputError(
-                f"train.eval_batches: {self.held_out_rows} sequences in all are more than the {available} held out"
-            )
+            what = f"{self.held_out_rows} sequences in all are more than the {available} held out"
+            raise InputError(f"train.eval_batches: {what}")
 
     def batch(self, step: int, rows: slice) -> Batch:
         return self._tokens.train.batch(self._seed, step, self._rows, self.units_per_row, rows)
@@ -99,6 +95,33 @@ class NextToken:
 
     def evaluate(self, model: nn.Module, batch: Batch, chunk: int | None) -> dict[str, Tensor]:
         return {"validation_loss": self.loss(model, batch, chunk)}
+
+
+@torch.no_grad()
+def evaluate(task: Task, parallel: Parallel, runtime: Runtime, chunk: int | None = None) -> dict[str, float]:
+    """Means over the held-out batches by name, the same in all ranks; each of them passes its share of the batches.
+
+    `chunk` is that of `Task.evaluate`. Where the task asks for it, NAME_se is the standard error of NAME's mean, over batches.
+    """
+    rows, ranks = runtime.micro_batch, parallel.ranks
+    count = task.held_out_rows // rows
+    own: dict[str, list[Tensor]] = {}
+    with parallel.forward_only():
+        for index in range(ranks.rank, count, ranks.size):
+            batch = runtime.to_device(task.held_out(index, count, rows))
+            with runtime.autocast():
+                means = task.evaluate(parallel.inner, batch, chunk)
+            for name, mean in means.items():
+                own.setdefault(name, []).append(mean)
+    record: dict[str, float] = {}
+    for name, batch_means in own.items():
+        means_N = torch.stack(batch_means)
+        mean = ranks.sum(means_N.mean() / ranks.size)
+        record[name] = float(mean)
+        if task.standard_errors and count > 1:
+            squares = ranks.sum((means_N - mean).square().sum())
+            record[f"{name}_se"] = math.sqrt(float(squares) / (count - 1) / count)
+    return record
 
 
 class BatchLoader:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -17,23 +18,14 @@ from supar_cli.files import Record
 from supar_cli.models.transformer import named_tensors
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.masks import Mask
-from supar_cli.training import (
-    checkpoint,
-    evaluation,
-    monitor,
-    optimizer,
-    prepare,
-    result,
-    run_directory,
-    tasks,
-    trackers,
-)
-from supar_cli.training.distributed import Parallel, Parallelism, Ranks, collective_error, local_shard
+from supar_cli.training import checkpoint, checkpoint_reader, optimizer, prepare, result, tasks, trackers
+from supar_cli.training.distributed import ALONE, Parallel, Parallelism, Ranks, collective_error, local_shard
 from supar_cli.training.engine_selector import EngineSelector
 from supar_cli.training.launch.signals import StopRequest
-from supar_cli.training.prepare import SparseModel
+from supar_cli.training.monitor import Monitor, activation_sizes, first_not_finite
 from supar_cli.training.reporter import NullReporter, Reporter
 from supar_cli.training.result import RunHistory
+from supar_cli.training.run_directory import Metrics, is_finished
 from supar_cli.training.runtime import Runtime, choose_parallelism, peak_share, require_host_memory
 from supar_cli.training.state import State
 from supar_cli.training.tasks import Batch, Task
@@ -59,24 +51,23 @@ class Trainer:
         plan: Plan,
         task: Task | None = None,
         reporter: Reporter | None = None,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
         build_model: Callable[[Plan], nn.Module] = prepare.transformer,
     ) -> None:
-        self.plan, self.reporter, self.ranks = plan, reporter or NullReporter(), ranks or Ranks()
-        self._model_maker, self._rows = build_model, {row.name: row for row in plan.tensors}
+        self.plan, self.reporter, self.ranks = plan, reporter or NullReporter(), ranks
+        self._model_maker, self._roles = build_model, {row.name: row.role for row in plan.tensors}
         self.runtime, self.task = self.ranks.run_on_all(self._load_inputs, task)
-        self.ranks.require_equal({"device": self.runtime.device.type, "precision": str(self.runtime.precision)})
         kind, why = self.ranks.on_main(choose_parallelism, plan, self.runtime, self.ranks)
         if why:
             self.reporter.log(why)
         units = self.runtime.micro_batch * self.task.units_per_row
         self.engines = EngineSelector(plan, self.runtime, self.ranks, units, sharded=kind == "fsdp")
-        self._build(kind)
+        self._build_model(kind)
         for line in self.engines.lines():
             self.reporter.log(line)
         self.done = 0
         self._stop = StopRequest(self.ranks)
-        self._monitor = monitor.Monitor()
+        self._monitor = Monitor()
         self._batches = tasks.BatchLoader(self.task, self.runtime, self.ranks)
 
     @property
@@ -107,16 +98,16 @@ class Trainer:
         if directory is not None and resume:
             self._restore_newest(directory)
         self._stop, started_s = StopRequest(self.ranks, stop), time.perf_counter()
-        own = directory if self.ranks.is_main else None
-        with run_directory.Metrics(own, self.done) as metrics:
+        own, folder = directory if self.ranks.is_main else None, directory and directory / "checkpoints"
+        with Metrics(own, self.done) as metrics:
             history = RunHistory.of(metrics.before, self.done)
             if metrics.damage:
                 self.reporter.warn(metrics.damage)
-            if self._is_complete(directory):
+            if directory is not None and self.done == steps and self.ranks.on_main(is_finished, directory, plan):
                 return history
             with (
                 trackers.Trackers(plan, own, self.done, self.reporter.warn) as tracked,
-                self._checkpoints(directory, metrics.sync) as checkpoints,
+                checkpoint.Writer(folder, plan, self.task.hash, self.parallel, metrics.sync, self.done) as checkpoints,
             ):
                 mark_s, marked = time.perf_counter(), self.done
                 for step in range(self.done, steps):
@@ -139,7 +130,7 @@ class Trainer:
                         on_evaluation(self.done, record["validation_loss"])
                     if is_logged:
                         mark_s, marked = time.perf_counter(), self.done
-                if not self.ranks.on_main(history.is_evaluated, steps):  # the record of it is lost
+                if not self.ranks.on_main(lambda: steps in dict(history.evaluations)):  # the record of it is lost
                     history.add({"step": steps, **self.evaluate()})
                 checkpoints.save(self.done, self.capture)
                 checkpoints.wait()
@@ -174,17 +165,17 @@ class Trainer:
             raise collective_error(UnusableResult, self._not_finite(loss_value, float(own_loss), norms, batch))
         if train.grad_clip and norm_value > train.grad_clip:
             torch._foreach_mul_(gradients, train.grad_clip / (norm_value + 1e-6))
-        optimizer.set_rates(self.optimizer, self.factor(self.done))
+        optimizer.set_rates(self.optimizer, optimizer.rate_factor(self.plan, self.done))
         self.optimizer.step()
         self.sparse_model.sync_engines()
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
-        self._stop.count(vote_count)
+        self._stop.votes = vote_count
         return StepResult(loss_value, norm_value, self.diagnostics(batch, norms) if diagnose else {})
 
     def evaluate(self) -> dict[str, float]:
         """Means over the task's held-out batches by name. Raises UnusableResult when the validation loss is not finite."""
-        record = evaluation.evaluate(self.task, self.parallel, self.runtime, self.plan.run.loss_chunk_tokens)
+        record = tasks.evaluate(self.task, self.parallel, self.runtime, self.plan.run.loss_chunk_tokens)
         if not math.isfinite(record["validation_loss"]):
             text = f"step {self.done}: the validation loss is {record['validation_loss']}"
             raise collective_error(UnusableResult, text)
@@ -193,10 +184,6 @@ class Trainer:
     def batch(self, step: int) -> Batch:
         """This rank's rows of a step's batch, on the host."""
         return self._batches.get(step)
-
-    def factor(self, step: int) -> float:
-        """The schedule's factor on every peak learning rate at a step."""
-        return optimizer.rate_factor(self.plan, step)
 
     def _load_inputs(self, task: Task | None) -> tuple[Runtime, Task]:
         """What has to be there before ranks wait for each other."""
@@ -208,17 +195,20 @@ class Trainer:
             what = f"{task.held_out_rows} held-out rows are not a multiple of the batch size {plan.train.batch_size}"
             raise InputError(f"{type(task).__name__}: {what}")
         require_host_memory(plan, runtime, self.ranks)
+        prepare.require_same_tensors(plan, self._model_maker)
         return runtime, task
 
-    def _build(self, kind: Parallelism, state: State | None = None) -> None:
+    def _build_model(self, kind: Parallelism, state: State | None = None) -> None:
         """Make the model, what wraps it and its optimizer: with initial values, or from a state of whole tensors."""
         plan, runtime = self.plan, self.runtime
         home = torch.device("cpu") if kind == "fsdp" else runtime.device  # shards go to the device one by one
-        masks = state.masks if state else self.ranks.run_on_all(prepare.plan_masks, plan, self._model_maker)
+        masks = state.masks if state else self.ranks.run_on_all(prepare.make_masks, plan)
         fingerprints = {f"the mask of {name}": mask.fingerprint for name, mask in masks.items()}
-        self.ranks.require_equal({"plan": plan.hash(), "data": self.task.hash, **fingerprints})
+        machine = {"device": runtime.device.type, "precision": str(runtime.precision)}
+        self.ranks.require_equal({**machine, "plan": plan.hash(), "data": self.task.hash, **fingerprints})
         self.engines.choose(masks)  # is collective, and so not inside of what one rank alone may fail in
-        self.sparse_model = self.ranks.run_on_all(self._make_model, home, masks, state)
+        values, make = state.values if state else None, self.engines.make
+        self.sparse_model = self.ranks.run_on_all(prepare.prepare, plan, home, make, self._model_maker, masks, values)
         if runtime.compiles:
             torch.compiler.reset()  # graphs of earlier models count against the limit on recompiling
         self.parallel = Parallel(kind, self.sparse_model.model, runtime.device, runtime.compiles, self.ranks)
@@ -227,13 +217,6 @@ class Trainer:
         self._folds = optimizer.folds(plan, self.sparse_model.tensors).to(runtime.device)
         if state is not None:
             state.load_moments(self.sparse_model, self.optimizer)
-
-    def _make_model(self, home: torch.device, masks: dict[str, Mask], state: State | None) -> SparseModel:
-        if state is None:
-            return prepare.prepare(self.plan, home, self.engines.make, self._model_maker, masks)
-        values = {name: value.numpy() for name, value in state.values.items()}
-        make = self.engines.make
-        return prepare.build(self.plan, home, masks, lambda row, _: values[row.name], make, self._model_maker)
 
     def capture(self, gather: bool = False) -> State:
         """A copy of the run's state; with `gather`, which all ranks have to ask for, of whole tensors and not of shards."""
@@ -251,17 +234,19 @@ class Trainer:
         kind = self.parallel.kind
         del self.parallel, self.sparse_model, self.optimizer
         gc.collect()  # hooks of DDP and FSDP2 hold a model in cycles; the next one needs its memory
-        self._build(kind, state)
+        self._build_model(kind, state)
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint, which any number of ranks may have written.
 
         Raises InputError when it is of another plan, other data or other masks, SetupError when it is corrupt.
         """
-        reader = self.ranks.run_on_all(checkpoint.load, path, self.plan, self.task.hash, self.ranks)
-        if not self.moves_masks:
-            self.ranks.run_on_all(reader.require_masks, self.sparse_model.masks)
-        elif (masks := self.ranks.run_on_all(reader.masks, self.plan)) != self.sparse_model.masks:
+        reader = self.ranks.run_on_all(checkpoint_reader.load, path, self.plan, self.task.hash, self.ranks)
+        masks, own = self.ranks.run_on_all(reader.masks, self.plan), self.sparse_model.masks
+        if changed := [name for name in {**masks, **own} if masks.get(name) != own.get(name)]:
+            if not self.moves_masks:
+                text = f"{path}: the mask of {changed[0]} is not the one this plan draws"
+                raise collective_error(InputError, text)
             self._rebuild(State.zeros(self.plan, masks))
         state = State.of_model(reader.step, self.sparse_model, optimizer.state_names(self.plan))
         self.ranks.run_on_all(reader.fill, state)
@@ -277,31 +262,12 @@ class Trainer:
 
     def _restore_newest(self, directory: Path) -> None:
         """Go on from the newest checkpoint of a run's directory, if there is one."""
-        found = self.ranks.on_main(checkpoint.available, directory / "checkpoints")
+        found = self.ranks.on_main(checkpoint_reader.available, directory / "checkpoints")
         if found:
             self.restore(found[-1])
             self.reporter.log(f"{directory}: continues after step {self.done}")
         elif (directory / "metrics.jsonl").is_file():
             self.reporter.log(f"{directory} holds no checkpoint yet: starting at step 0")
-
-    def _checkpoints(self, directory: Path | None, before: Callable[[], None]) -> checkpoint.Writer:
-        """Where this rank writes checkpoints: nowhere without a directory, nor where the main rank alone has all to write."""
-        is_sharded = self.parallel.is_sharded
-        return checkpoint.Writer(
-            directory / "checkpoints" if directory is not None and (self.ranks.is_main or is_sharded) else None,
-            self.plan,
-            self.task.hash,
-            device=self.runtime.device,
-            ranks=self.ranks if is_sharded else None,
-            before_publish=before,
-            saved_step=self.done,
-        )
-
-    def _is_complete(self, directory: Path | None) -> bool:
-        """Whether all steps are done and the result is written."""
-        if directory is None or self.done < self.plan.train.steps:
-            return False
-        return self.ranks.on_main(run_directory.result, directory, self.plan) is not None
 
     def _preempted(self, reason: str, checkpoints: checkpoint.Writer) -> Preempted:
         """What is raised once the state is on disk."""
@@ -314,7 +280,7 @@ class Trainer:
     def _measurements(self, step: int, found: StepResult, steps: int, seconds: float) -> Record:
         """What is recorded of a step that is logged, `steps` and `seconds` being those since the last."""
         units = steps * self.plan.train.batch_size * self.task.units_per_row
-        rate, factor = units / max(seconds, 1e-9), self.factor(step)
+        rate, factor = units / max(seconds, 1e-9), optimizer.rate_factor(self.plan, step)
         return {
             "lr": self.plan.hyperparameters.lr * factor,  # the tuned rate; each tensor has its own
             "lr_factor": factor,
@@ -329,22 +295,21 @@ class Trainer:
         by_tensor = dict(zip(self.sparse_model.tensors, norms.tolist(), strict=True))
         inputs = self.runtime.to_device(self.task.inputs(batch), slice(1))
         with self.runtime.autocast(), self.parallel.forward_only(with_hooks=True):
-            sizes = monitor.activation_sizes(self.sparse_model.model, inputs)
+            sizes = activation_sizes(self.sparse_model.model, inputs)
         for what, found in (("activation", sizes), ("gradient", by_tensor)):
             for message in self._monitor.warnings(self.done, what, found):
                 self.reporter.warn(message)
-        squares: dict[str, float] = {}
+        squares: dict[str, float] = defaultdict(float)
         for name, value in by_tensor.items():
-            role = self._rows[name].role
-            squares[role] = squares.get(role, 0.0) + value * value
+            squares[self._roles[name]] += value * value
         return {role: math.sqrt(value) for role, value in squares.items()}
 
     def _not_finite(self, loss: float, own_loss: float, norms: Tensor, batch: Batch) -> str:
         """Where values stop being finite. All ranks look."""
         if not math.isfinite(loss):
             model, is_own = self.sparse_model.model, not math.isfinite(own_loss)
-            first = monitor.first_of_ranks(model, self.task.inputs(batch), self.parallel, self.runtime, is_own)
+            first = first_not_finite(model, self.task.inputs(batch), self.parallel, self.runtime, is_own)
             return f"step {self.done + 1}: the loss is {loss}; {first}"
         by_tensor = zip(self.sparse_model.tensors, norms.tolist(), strict=True)
-        names = [name for name, value in by_tensor if not math.isfinite(value)]
-        return f"step {self.done + 1}: the gradient of {names[0] if names else 'the model'} is not finite"
+        name = next((name for name, value in by_tensor if not math.isfinite(value)), "the model")
+        return f"step {self.done + 1}: the gradient of {name} is not finite"

@@ -26,7 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from supar_cli.errors import Preempted, SetupError
 from supar_cli.files import write_file
 from supar_cli.training.launch.environment import LAUNCH_DIR, LAUNCHER, SIGNAL_FILE, STDIN
-from supar_cli.training.launch.signals import SIGNALS
+from supar_cli.training.launch.signals import handle_signals
 
 # A worker's statuses that another try would not change: bad input, no usable result, a check, asked to stop
 FINAL = (2, 3, 4, 5, Preempted.exit_status, 130)
@@ -67,20 +67,17 @@ def launch(arguments: list[str], processes: int, restarts: int, folder: Path, wa
                 return 0
             final = [code for code in failures.values() if code in FINAL]
             # SIGTERM is the launcher's own word to those that are left; another's would have been a request to stop
-            killed = [
-                f"rank {rank} by {signal.Signals(-code).name}"
-                for rank, code in failures.items()
-                if code < 0 and -code != signal.SIGTERM
-            ]
+            signals = {rank: signal.Signals(-code) for rank, code in failures.items() if code < 0}
+            killed = ", ".join(f"rank {rank} by {s.name}" for rank, s in signals.items() if s != signal.SIGTERM)
             if received:
                 return final[0] if final else 128 + received[0]
             if final and not killed:
                 return final[0]
             if attempt < restarts:
-                what = f"killed: {', '.join(killed)}" if killed else "a process failed"
+                what = f"killed: {killed}" if killed else "a process failed"
                 warn(f"{what}; starting again from the last checkpoint, {attempt + 1} of at most {restarts} times")
     if killed:
-        raise SetupError(f"killed: {', '.join(killed)}; the same command goes on from the last checkpoint")
+        raise SetupError(f"killed: {killed}; the same command goes on from the last checkpoint")
     return next((code for code in failures.values() if code > 0), 1)
 
 
@@ -124,9 +121,7 @@ def _forwarding(folder: Path) -> Iterator[list[signal.Signals]]:
             with suppress(OSError):
                 os.kill(int(path.read_text("utf-8")), number)
 
-    handlers = {
-        number: signal.signal(number, forward) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
-    }
+    handlers = handle_signals(forward)
     try:
         yield received
     finally:

@@ -7,15 +7,22 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
-from typing import Any, Protocol
+from types import FrameType
+from typing import Any
 
+from supar_cli.training.distributed import Ranks
 from supar_cli.training.launch.environment import is_rank_process, launcher_age_s, launcher_process
 
 # Slurm's `--signal=USR1@120` and clusters' SIGTERM before SIGKILL; SIGINT is Ctrl-C
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 ONE_REQUEST_S = 1.0  # chosen: longer than a launcher takes to hand on what its processes have got from elsewhere too
+
+
+def handle_signals(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
+    """Have `handler` called for SIGNALS that are not ignored, as SIGINT is in background jobs; return the ones before it."""
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in heard}
 
 
 class StopSignals:
@@ -46,15 +53,10 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # only there can Python handle signals
-            noted = [
-                number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
-            ]  # as in background jobs
-            self._handlers = {number: signal.signal(number, self._note) for number in noted}
+            self._handlers = handle_signals(self._note)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -71,36 +73,26 @@ class StopSignals:
             os.kill(os.getpid(), number)
 
 
-class _Ranks(Protocol):
-    @property
-    def is_distributed(self) -> bool: ...
-    def gather(self, value: str | None, /) -> list[str | None]: ...
-
-
 class StopRequest:
     """Whether a run is to stop, for all its processes though only one was asked: the trainer asks between two steps.
 
     `own_reason()` says why this process was asked. Processes exchange reasons only after a step that said there is one:
-    each adds its `vote` to the step's loss, which is summed over them in any case, and gives the sum to `count`.
+    each adds its `vote` to the step's loss, which is summed over them in any case, and sets `votes` to the sum.
     """
 
-    def __init__(self, ranks: _Ranks, own_reason: Callable[[], str | None] = lambda: None) -> None:
+    def __init__(self, ranks: Ranks, own_reason: Callable[[], str | None] = lambda: None) -> None:
         self._ranks, self._own_reason = ranks, own_reason
-        self._votes = 1.0  # before the first step nobody has been asked yet
+        self.votes = 1.0  # before the first step nobody has been asked yet
 
     def vote(self) -> float:
         """1 where this process was asked to stop, else 0."""
         return float(self._ranks.is_distributed and self._own_reason() is not None)
 
-    def count(self, votes: float) -> None:
-        """Take the sum of all processes' votes."""
-        self._votes = votes
-
     def reason(self) -> str | None:
         """Why to stop now, the same in all processes; None to go on."""
         if not self._ranks.is_distributed:
             return self._own_reason()
-        if not self._votes:
+        if not self.votes:
             return None
-        self._votes = 0.0
+        self.votes = 0.0
         return next((reason for reason in self._ranks.gather(self._own_reason()) if reason), None)
