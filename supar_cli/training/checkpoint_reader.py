@@ -40,22 +40,19 @@ def load(path: Path, plan: Plan, data_hash: str, ranks: Ranks) -> CheckpointRead
     However many ranks wrote it, each of those that call this reads its own part. Raises InputError when it is of another
     plan or other data, SetupError when it is corrupt.
     """
-    manifest = read_manifest(path)
+    reader = CheckpointReader(path, ranks)
     wanted = {"plan": plan.hash(), "data": data_hash}
     for key, what in (("plan", "is of another plan"), ("data", "was trained on other data")):
-        if manifest[key] != wanted[key]:
-            raise InputError(f"{path}: {what} ({manifest[key][:19]}…, this one is {wanted[key][:19]}…)")
-    verify(path, manifest, ranks)
-    if not 0 < manifest["step"] <= plan.train.steps:
-        raise SetupError(f"{path}: a corrupt checkpoint: the plan has no step {manifest['step']}")
-    return CheckpointReader(path, manifest)
+        if reader.manifest[key] != wanted[key]:
+            raise InputError(f"{path}: {what} ({reader.manifest[key][:19]}…, this one is {wanted[key][:19]}…)")
+    if not 0 < reader.step <= plan.train.steps:
+        raise SetupError(f"{path}: a corrupt checkpoint: the plan has no step {reader.step}")
+    return reader
 
 
 def weights(path: Path) -> Tensors:
     """A checkpoint's tensors by plan name, in the plan's shapes, zero where dead. Raises InputError or SetupError."""
-    manifest = read_manifest(path)
-    verify(path, manifest, ALONE)
-    plan, reader = read_plan(path / "plan.yaml"), CheckpointReader(path, manifest)
+    reader, plan = CheckpointReader(path), read_plan(path / "plan.yaml")
     state = State.zeros(plan, reader.masks(plan))
     reader.fill(state)
     return {name: to_dense(value, state.masks.get(name)) for name, value in state.values.items()}
@@ -122,9 +119,11 @@ def _naming_read_errors(file: Path) -> Iterator[None]:
 class CheckpointReader:
     """The tensors of a checkpoint's files, after `step` steps: `shapes` by key, and what fills a run's state with them."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.path, self.step, self._fingerprints = path, int(manifest["step"]), manifest["masks"]
-        for name in manifest["files"]:
+    def __init__(self, path: Path, ranks: Ranks = ALONE) -> None:
+        self.path, self.manifest = path, read_manifest(path)
+        self.step: int = self.manifest["step"]
+        verify(path, self.manifest, ranks)
+        for name in self.manifest["files"]:
             if name.endswith(".safetensors"):
                 with _naming_read_errors(path / name), safe_open(path / name, framework="pt"):
                     pass
@@ -152,7 +151,7 @@ class CheckpointReader:
         self.read(bits)
         with _naming_read_errors(self.path):
             found = {row.name: Mask(tuple(row.shape), bits[f"mask/{row.name}"].numpy()) for row in rows}
-        if self._fingerprints != {name: mask.fingerprint for name, mask in found.items()}:
+        if self.manifest["masks"] != {name: mask.fingerprint for name, mask in found.items()}:
             raise SetupError(f"{self.path}: a corrupt checkpoint: its masks are not those of its manifest")
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from collections.abc import Mapping
 
 from supar_cli.planning.plan import Plan
@@ -43,12 +44,9 @@ class EngineSelector:
 
     def lines(self) -> list[str]:
         """What was measured, a line a shape, and what would make it faster."""
-        counts: dict[str, int] = {}
-        for name, choice in self.choices.items():
-            row = self._rows[name]
-            text = f"{'×'.join(map(str, row.shape))} at density {row.density:.3g}: {choice.text()}"
-            counts[text] = counts.get(text, 0) + (1 if choice.seconds else 0)
-        lines = [f"engine of {count} tensors {text}" for text, count in counts.items() if count]
+        measured = [(self._rows[name], choice.text()) for name, choice in self.choices.items() if choice.seconds]
+        texts = [f"{'×'.join(map(str, row.shape))} at density {row.density:.3g}: {text}" for row, text in measured]
+        lines = [f"engine of {count} tensors {text}" for text, count in Counter(texts).items()]
         if lines and self.case.device.type == "cpu" and not importlib.util.find_spec("numba"):
             lines.append("numba is not installed: `pip install numba` makes the sparse engine faster")
         return lines

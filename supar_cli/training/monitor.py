@@ -72,10 +72,8 @@ class Monitor:
         for layer, size in sizes.items():
             name = f"{what} of {layer}"
             at, first = self._first.setdefault(name, (step, size))
-            if first == 0.0:
-                continue
             word = "exploded" if size > first * LIMIT else "vanished" if size < first / LIMIT else ""
-            if word and (name, word) not in self._warned:
+            if first and word and (name, word) not in self._warned:
                 self._warned.add((name, word))
                 found.append(f"step {step}: the {name} has {word}: {first:.3g} at step {at}, {size:.3g} now")
         return found

@@ -45,13 +45,9 @@ def state_names(plan: Plan) -> tuple[str, ...]:
 
 def rate_factor(plan: Plan, step: int) -> float:
     """The schedule's factor on every peak learning rate at a step, counted from 0."""
-    train = plan.train
+    train, end = plan.train, plan.train.final_lr_fraction
     return schedule.factor(
-        step,
-        steps=train.steps,
-        warmup_steps=train.warmup_steps,
-        schedule=train.schedule,
-        final_lr_fraction=train.final_lr_fraction,
+        step, steps=train.steps, warmup_steps=train.warmup_steps, schedule=train.schedule, final_lr_fraction=end
     )
 
 

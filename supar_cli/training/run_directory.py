@@ -104,9 +104,8 @@ def is_open(directory: Path) -> bool:
 def _refuse_foreign(directory: Path, force: bool) -> None:
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory}: is a file; expected a folder for --out")
-    if force or not directory.exists() or (directory / "plan.yaml").is_file():
-        return
-    if set(directory.iterdir()) - _leftovers(directory) - {directory / "lock"}:
+    is_free = force or not directory.exists() or (directory / "plan.yaml").is_file()
+    if not is_free and set(directory.iterdir()) - _leftovers(directory) - {directory / "lock"}:
         raise InputError(f"{directory}: exists and is not a run directory; expected another --out")
 
 
@@ -121,7 +120,11 @@ def begin_run(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list
         if not resume:
             what = "holds a run already; expected --resume to continue it or --force to start again"
             raise InputError(f"{directory}: {what}")
-        other = _plan(existing)
+        try:
+            other = read_plan(existing)
+        except InputError as error:
+            what = "can't be read; expected this run's plan, of which each checkpoint has a copy, or --force to start again"
+            raise InputError(f"{existing}: {what}", *(f"  {problem}" for problem in error.problems)) from None
         if other.hash() != plan.hash():
             what = "holds a run of another plan; expected another --out, or --force to start again"
             differences = (f"  {line}" for line in _differences(other.experiment(), plan.experiment()))
@@ -139,16 +142,6 @@ def begin_run(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list
             _drop(path)
         write_file(existing, document.write([plan.model_dump()]))
     return changes
-
-
-def _plan(path: Path) -> Plan:
-    """The plan that a run was started with. Raises InputError."""
-    try:
-        return read_plan(path)
-    except InputError as error:
-        said = (f"  {problem}" for problem in error.problems)
-        what = "can't be read; expected this run's plan, of which each checkpoint has a copy, or --force to start again"
-        raise InputError(f"{path}: {what}", *said) from None
 
 
 def is_finished(directory: Path, plan: Plan) -> bool:

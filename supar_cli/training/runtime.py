@@ -66,9 +66,8 @@ def device_of(plan: Plan, ranks: Ranks) -> torch.device:
         device = torch.device("cuda", ranks.local_rank)
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         raise SetupError(f"run.device: {device}: torch {torch.__version__} finds no such device on this machine")
-    index = (
-        torch.cuda.current_device() if device.index is None else device.index
-    )  # torch selects devices by number only
+    # torch selects devices by number only
+    index = torch.cuda.current_device() if device.index is None else device.index
     return torch.device("cuda", index)
 
 

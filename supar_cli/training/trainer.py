@@ -68,7 +68,7 @@ class Trainer:
         self.done = 0
         self._stop = StopRequest(self.ranks)
         self._monitor = Monitor()
-        self._batches = tasks.BatchLoader(self.task, self.runtime, self.ranks)
+        self.batch = tasks.BatchLoader(self.task, self.runtime, self.ranks).get
 
     @property
     def moves_masks(self) -> bool:
@@ -180,10 +180,6 @@ class Trainer:
             text = f"step {self.done}: the validation loss is {record['validation_loss']}"
             raise collective_error(UnusableResult, text)
         return record
-
-    def batch(self, step: int) -> Batch:
-        """This rank's rows of a step's batch, on the host."""
-        return self._batches.get(step)
 
     def _load_inputs(self, task: Task | None) -> tuple[Runtime, Task]:
         """What has to be there before ranks wait for each other."""
