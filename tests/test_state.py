@@ -108,7 +108,7 @@ class TestRemasked:
         with pytest.raises(ValueError, match=r"a mask of shape \(12, 20\) can't become one of shape \(20, 12\)"):
             state().remasked({"a": Mask.of(np.ones((20, 12), bool))})
         wrong = replace(state(), values={**state().values, "a": torch.zeros(3)})
-        with pytest.raises(ValueError, match=r"\(3,\) is neither of the \d+ live weights nor of all of \(12, 20\)"):
+        with pytest.raises(ValueError, match=r"\(3,\) is neither \(\d+,\), the live weights, nor the whole \(12, 20\)"):
             wrong.remasked({"a": CASES["more"]})
 
 

@@ -1,10 +1,9 @@
-"""Checkpoints: a run's state as safetensors with the plan beside them, written all or nothing, verified on load.
+"""Writing checkpoints: a run's state as safetensors, with its plan, in a folder that is complete or not there.
 
-A checkpoint is a folder `step-N` holding weights, packed masks and optimizer state in `state.safetensors`, or in one
-`shard-…` file of each rank where the model is sharded; `plan.yaml`; and `manifest.json`, which has the hash of every file
-and its own. A masked weight is its live values in row-major order, and so is its optimizer state: neither the engine nor
-the number of processes that trained it is in the file. It is written under another name, flushed to disk and renamed, so a
-folder of that name is complete. Nothing in it is unpickled.
+The folder `step-N` holds weights, packed masks and optimizer state in `state.safetensors` or, for a sharded model, in one
+`shard-…` file for each rank; `plan.yaml`; and `manifest.json`, which has the hash of every file and its own. A masked weight
+and its moments are stored as their live values in row-major order, so a checkpoint depends neither on the engine nor on the
+number of processes. The writer fills a folder with another name, flushes it to disk and renames it. No file is a pickle.
 """
 
 from __future__ import annotations
@@ -41,17 +40,17 @@ UNSHARDED = "state.safetensors"
 
 @dataclass
 class Writer:
-    """Writes a run's checkpoints while training goes on, one at a time; all but the newest `run.keep` are dropped.
+    """Writes a run's checkpoints one at a time while training goes on, and keeps the newest `run.keep`.
 
-    Without a folder it writes nothing. Each rank writes its shard of a sharded model, else the main one writes all.
-    `before_publish` is called when a checkpoint has all its files and not yet its name. Raises SetupError of a checkpoint
-    that failed at the next call.
+    Without a folder it writes nothing. Each rank writes its shard of a sharded model; otherwise the main rank writes all.
+    The writer calls `before_publish` when a checkpoint has all its files but not yet its name. A failure to write raises
+    SetupError at the next call.
     """
 
     folder: Path | None
     plan: Plan
     data_hash: str
-    parallel: InitVar[Parallel]  # not kept, as it has the model
+    parallel: InitVar[Parallel]  # not stored: it would keep the model in memory
     before_publish: Callable[[], None] = lambda: None
     saved_step: int | None = None
 
@@ -63,9 +62,9 @@ class Writer:
         self._pending: Future[None] | None = None
 
     def save(self, step: int, capture: Callable[[], State]) -> None:
-        """Take a copy of the state after a step and return; the copy is written meanwhile. Waits for the checkpoint before.
+        """Copy the state after a step, start to write the copy and return. Waits for the previous checkpoint.
 
-        Does nothing where the state of that step is saved already.
+        Does nothing if that step is already saved.
         """
         if self.folder is None or step == self.saved_step:
             return
@@ -75,11 +74,11 @@ class Writer:
 
     @property
     def is_writing(self) -> bool:
-        """Whether one is being written now."""
+        """Whether a checkpoint is being written now."""
         return self._pending is not None and not self._pending.done()
 
     def wait(self) -> None:
-        """Return when all is on disk."""
+        """Return when the last checkpoint is on disk."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -90,14 +89,14 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.wait()
-        elif not issubclass(kind, Exception):  # at once: none may appear later, when the folder is another process's
+        elif not issubclass(kind, Exception):  # such as Ctrl-C: don't wait, and let no checkpoint appear later
             self._publish_lock.acquire()
         else:
-            with suppress(SetupError, RuntimeError):  # of the checkpoint before: there is something else to report
+            with suppress(SetupError, RuntimeError):  # the error that ended the run is the one to report
                 self.wait()
 
     def _write(self, final: Path, state: State) -> None:
-        """Write the checkpoint `final`, by all ranks together. Raises SetupError."""
+        """Write the checkpoint `final`. All ranks that write call it. Raises SetupError."""
         ranks, naming_errors = self._ranks, _naming_write_errors(final.parent)
         staging = ranks.on_main(naming_errors(_make_staging), final)
         try:
@@ -107,11 +106,11 @@ class Writer:
             ranks.on_main(naming_errors(self._publish), staging, final)
         except Exception:
             if ranks.is_main:
-                shutil.rmtree(staging, ignore_errors=True)  # a full disk has better uses
+                shutil.rmtree(staging, ignore_errors=True)  # the disk may be full
             raise
 
     def _complete(self, staging: Path, state: State, hashes: dict[str, str]) -> None:
-        """Write the plan and the manifest beside all the tensors, and see them on disk."""
+        """Write the plan and the manifest and flush the folder to disk."""
         missing = [name for name in hashes if not (staging / name).is_file()]
         if missing:
             raise OSError(f"{missing[0]} is missing; expected a folder that all machines of the run share")
@@ -129,7 +128,7 @@ class Writer:
         _flush(staging)
 
     def _publish(self, staging: Path, final: Path) -> None:
-        """Make a checkpoint valid, by the rename of its folder, and drop the oldest where there are more than `run.keep`."""
+        """Give a checkpoint its name and remove the oldest ones beyond `run.keep`."""
         self.before_publish()
         if not self._publish_lock.acquire(blocking=False):
             raise SetupError(f"{final}: the checkpoint was cancelled")
@@ -146,7 +145,7 @@ class Writer:
 
 @contextmanager
 def _naming_write_errors(folder: Path) -> Iterator[None]:
-    """Raise SetupError that names the folder where what is inside can't write."""
+    """Turn a failure to write into a SetupError that names the folder."""
     try:
         yield
     except (OSError, SafetensorError, CheckpointException) as error:
@@ -157,8 +156,8 @@ def _naming_write_errors(folder: Path) -> Iterator[None]:
 
 
 def _make_staging(final: Path) -> Path:
-    """Make the folder that a checkpoint is written in until it is complete."""
-    for left in final.parent.glob(".step-*"):  # of a process killed while it wrote
+    """Make the folder in which a checkpoint is written until it is complete."""
+    for left in final.parent.glob(".step-*"):  # left by a process that was killed while it wrote
         shutil.rmtree(left, ignore_errors=True)
     staging = final.with_name(f".{final.name}.{os.getpid()}")
     staging.mkdir(parents=True)
@@ -166,7 +165,7 @@ def _make_staging(final: Path) -> Path:
 
 
 def _write_tensors(staging: Path, state: State, ranks: Ranks) -> dict[str, str]:
-    """Write this rank's file of tensors, see it on disk and return its hash by its name."""
+    """Write this rank's file of tensors and flush it to disk; return its hash by its name."""
     tensors = keyed(state) | {f"mask/{name}": torch.from_numpy(mask.bits) for name, mask in state.masks.items()}
     if ranks.is_distributed:
         storage = HuggingFaceStorageWriter(str(staging), save_distributed=True)
@@ -178,7 +177,7 @@ def _write_tensors(staging: Path, state: State, ranks: Ranks) -> dict[str, str]:
 
 
 def _move_aside(path: Path) -> Path:
-    """Move a checkpoint out of sight whole: a kill while its files are deleted leaves no part of one."""
+    """Rename a checkpoint before its files are deleted, so that a kill leaves no part of it under its name."""
     return path.rename(path.with_name(f".{path.name}.old"))
 
 

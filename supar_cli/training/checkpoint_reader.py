@@ -1,4 +1,4 @@
-"""Reading checkpoints: which a run has, whether their files are what was written, and the tensors in them."""
+"""Reading checkpoints: find them, verify their files and load their tensors. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ from supar_cli.training.prepare import to_dense
 from supar_cli.training.state import State
 
 KIND = "supar.checkpoint/v3"
-OLDER = {"supar.checkpoint/v1", "supar.checkpoint/v2"}  # with zeros where dead; with one hash, and of no other file
+# v1 stored zeros for dead weights; v2 had a hash of one file only
+OLDER = {"supar.checkpoint/v1", "supar.checkpoint/v2"}
 Tensors = dict[str, torch.Tensor]
 
 
 def available(folder: Path) -> list[Path]:
-    """Complete checkpoints of a folder, oldest first."""
+    """The complete checkpoints in a folder, oldest first."""
     return sorted(path for path in folder.glob("step-*") if (path / "manifest.json").is_file())
 
 
 def load(path: Path, plan: Plan, data_hash: str, ranks: Ranks) -> CheckpointReader:
-    """A checkpoint of this plan and these data, its files verified, ready to fill a state.
+    """Open a checkpoint of this plan and these data.
 
-    However many ranks wrote it, each of those that call this reads its own part. Raises InputError when it is of another
-    plan or other data, SetupError when it is corrupt.
+    All ranks call it, and any number of ranks may have written it. Raises InputError for another plan or other data,
+    SetupError if the checkpoint is corrupt.
     """
     reader = CheckpointReader(path, ranks)
     wanted = {"plan": plan.hash(), "data": data_hash}
@@ -51,7 +52,7 @@ def load(path: Path, plan: Plan, data_hash: str, ranks: Ranks) -> CheckpointRead
 
 
 def weights(path: Path) -> Tensors:
-    """A checkpoint's tensors by plan name, in the plan's shapes, zero where dead. Raises InputError or SetupError."""
+    """A checkpoint's tensors by the plan's names and in its shapes, dead weights zero. Raises InputError or SetupError."""
     reader, plan = CheckpointReader(path), read_plan(path / "plan.yaml")
     state = State.zeros(plan, reader.masks(plan))
     reader.fill(state)
@@ -59,9 +60,9 @@ def weights(path: Path) -> Tensors:
 
 
 def weights_of_run(directory: str | Path) -> Tensors:
-    """The tensors of a run's newest checkpoint by plan name, in the plan's shapes, float32, zero where dead.
+    """The tensors of a run's newest checkpoint by the plan's names and in its shapes, float32, dead weights zero.
 
-    Raises InputError where there is none, SetupError where it is corrupt.
+    Raises InputError if the run has no checkpoint, SetupError if it is corrupt.
     """
     found = available(Path(directory) / "checkpoints")
     if not found:
@@ -70,7 +71,7 @@ def weights_of_run(directory: str | Path) -> Tensors:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, as it was written. Raises SetupError."""
+    """Read a checkpoint's manifest and check its hash and its fields. Raises SetupError."""
     try:
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text("utf-8"))
         if manifest["kind"] in OLDER:
@@ -82,7 +83,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             or any(type(manifest[key]) is not kind for key, kind in fields.items())
             or path.name != f"step-{manifest['step']:08d}"
             or not (manifest["plan"] + manifest["data"]).isprintable()
-            or any(Path(name).name != name for name in manifest["files"])  # outside of the folder
+            or any(Path(name).name != name for name in manifest["files"])  # a path out of the folder
         ):
             raise ValueError("not what was written")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -92,9 +93,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path, manifest: dict[str, Any], ranks: Ranks) -> None:
-    """Raise SetupError, naming the file, where one is not what was written. Each rank looks at its share of the files."""
+    """Compare a checkpoint's files with the manifest's hashes, each rank its share. Raises SetupError that names the file."""
     files = manifest["files"]
-    if others := {file.name for file in path.glob("*.safetensors")} - set(files):  # they would be read with the others
+    if others := {file.name for file in path.glob("*.safetensors")} - set(files):  # torch would read them too
         raise SetupError(f"{path / min(others)}: is not part of the checkpoint; delete it")
     for name in sorted(files)[ranks.rank :: ranks.size]:
         with _naming_read_errors(path / name):
@@ -106,18 +107,18 @@ def verify(path: Path, manifest: dict[str, Any], ranks: Ranks) -> None:
 
 @contextmanager
 def _naming_read_errors(file: Path) -> Iterator[None]:
-    """Raise SetupError that names the file where what is inside can't read it."""
+    """Turn a failure to read into a SetupError that names the file."""
     try:
         yield
     except SetupError:
         raise
-    except (Exception, CheckpointException) as error:  # whatever the readers raise of headers that nobody wrote
+    except (Exception, CheckpointException) as error:  # the readers raise anything for a broken header
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SetupError(f"{file}: a corrupt checkpoint: {text}; delete its folder to use the one before") from None
 
 
 class CheckpointReader:
-    """The tensors of a checkpoint's files, after `step` steps: `shapes` by key, and what fills a run's state with them."""
+    """The verified files of a checkpoint written after `step` steps. `shapes` are those of its tensors by key."""
 
     def __init__(self, path: Path, ranks: Ranks = ALONE) -> None:
         self.path, self.manifest = path, read_manifest(path)
@@ -130,13 +131,13 @@ class CheckpointReader:
         self._reader = HuggingFaceStorageReader(str(path))
         with _naming_read_errors(path):
             found: dict[str, Any] = dict(self._reader.read_metadata().state_dict_metadata)
-            for key, entry in found.items():  # the reader leaves as it was what no file holds
+            for key, entry in found.items():  # torch would leave a missing part as it was
                 if not _are_whole(entry):
                     raise SafetensorError(f"parts of {key} are missing or appear twice")
             self.shapes = {key: tuple(entry.size) for key, entry in found.items()}
 
     def read(self, targets: Tensors) -> None:
-        """Fill each tensor, whole or a shard, from its key. Raises InputError where that is missing or of another shape."""
+        """Fill each tensor, whole or a shard, from its key. Raises InputError for a missing key or another shape."""
         for key, tensor in targets.items():
             if self.shapes.get(key) != tuple(tensor.shape):
                 raise InputError(f"{self.path}: {key} is missing or has another shape than {tuple(tensor.shape)}")
@@ -145,7 +146,7 @@ class CheckpointReader:
             state_dict_loader.load(targets, storage_reader=self._reader, no_dist=True)
 
     def masks(self, plan: Plan) -> dict[str, Mask]:
-        """The masks by name. Raises SetupError where they are none of tensors of the plan's shapes."""
+        """The masks by name. Raises SetupError if they don't fit the plan's shapes or the manifest."""
         rows = [row for row in plan.tensors if f"mask/{row.name}" in self.shapes]
         bits = {f"mask/{row.name}": torch.zeros((row.size + 7) // 8, dtype=torch.uint8) for row in rows}
         self.read(bits)
@@ -156,9 +157,9 @@ class CheckpointReader:
         return found
 
     def fill(self, state: State) -> None:
-        """Fill a state's values and moments, which have the masks of the checkpoint, in place.
+        """Fill the values and moments of a state, whose masks are the checkpoint's, in place.
 
-        Raises InputError for tensors of other shapes, SetupError where counters are not of the checkpoint's step.
+        Raises InputError for tensors of other shapes, SetupError if the optimizer's counters show another step.
         """
         self.read(keyed(state))
         counters = [float(moments["step"]) for moments in state.moments.values() if "step" in moments]
@@ -167,7 +168,7 @@ class CheckpointReader:
 
 
 def keyed(state: State) -> Tensors:
-    """A state's values and moments by the keys that a checkpoint has for them."""
+    """A state's values and moments by their keys in a checkpoint."""
     found = {f"weight/{name}": value for name, value in state.values.items()}
     for name, moments in state.moments.items():
         found |= {f"optimizer/{name}/{key}": moment for key, moment in moments.items()}
@@ -175,9 +176,9 @@ def keyed(state: State) -> Tensors:
 
 
 def _are_whole(stored: Any) -> bool:
-    """Whether the parts of a stored tensor, some rows each, follow one on the other from its first row to its last.
+    """Whether a stored tensor's parts, some rows each, cover it from its first row to its last without gap or overlap.
 
-    `stored` is torch's metadata of it. Its reader leaves as they were rows that are in no file.
+    `stored` is torch's metadata of the tensor. Torch's reader does not notice missing rows.
     """
     if not stored.size:
         return len(stored.chunks) == 1

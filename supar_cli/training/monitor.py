@@ -1,4 +1,4 @@
-"""Signs of a wrong scale while a run goes on: activations or gradients that vanish, explode or stop being finite."""
+"""Watching a run for a wrong scale: activations or gradients that vanish, explode or become non-finite."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIMIT = 1000.0
 
 @torch.no_grad()
 def activation_sizes(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, float]:
-    """mean |Y| of every linear's output on a model's inputs, by the linear's name."""
+    """Mean |Y| of every linear's output, by the linear's name."""
     sizes: dict[str, Tensor] = {}
 
     def size_recorder(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -41,10 +41,10 @@ def activation_sizes(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, 
 def first_not_finite(
     model: nn.Module, inputs: tuple[Tensor, ...], parallel: Parallel, runtime: Runtime, is_own: bool
 ) -> str:
-    """Name the tensor at which values stop being finite in the first rank that has one: a weight, else the output of a
-    linear, else the loss. `is_own`: this rank's own loss is not finite.
+    """A sentence that names the first tensor that is not finite, in the first rank that has one.
 
-    All ranks call it, and pass the same micro-batches: they may hold shards.
+    It is a weight, else the output of a linear, else the loss. `is_own` says that this rank's own loss is not finite. Every
+    rank calls it and makes a forward pass for each micro-batch, as ranks may hold shards.
     """
     ranks, rows = parallel.ranks, runtime.micro_batch
     weights = [(name, local_shard(weight)) for name, weight in model.named_parameters()]
@@ -60,14 +60,14 @@ def first_not_finite(
 
 
 class Monitor:
-    """Compares sizes with the first it saw (step 1's, or a resumed run's first); warns once for a name and direction."""
+    """Compares sizes with the first ones it saw, those of step 1 or of a resumed run's first step."""
 
     def __init__(self) -> None:
         self._first: dict[str, tuple[int, float]] = {}
         self._warned: set[tuple[str, str]] = set()
 
     def warnings(self, step: int, what: str, sizes: dict[str, float]) -> list[str]:
-        """Warnings for `sizes`, by layer name, of `what` (activation, gradient) after `step` steps."""
+        """Warnings about `sizes` by layer of `what` (activation, gradient) after `step` steps: one a layer and direction."""
         found = []
         for layer, size in sizes.items():
             name = f"{what} of {layer}"

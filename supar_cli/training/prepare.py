@@ -1,6 +1,6 @@
-"""A model ready to train: built from a plan, filled through the raw parameters, masked, and checked against the plan.
+"""Preparing a plan's model for training: build it, draw masks and initial values, and check them against the plan.
 
-A masked tensor is held as its live values alone, in row-major order, whichever engine multiplies with them.
+A masked tensor is stored as its live values in row-major order, whichever engine multiplies with them.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from supar_cli.sparse.mask_files import WantedMask, read_masks
 from supar_cli.sparse.masks import Mask
 from supar_cli.streams import stream
 
-DRAWN_AT_ONCE = 2**16  # chosen: positions whose numbers are drawn for the live ones among them; whole rows
+DRAWN_AT_ONCE = 2**16  # chosen: positions drawn at once, in whole rows, to keep the live ones
 CHECKED_AT_ONCE = 2**20  # chosen: 8 MiB in double precision
 
 
 @dataclass(slots=True)
 class SparseModel:
-    """A model, its parameters by plan name and the masks. A masked parameter holds live values only."""
+    """A model, its parameters by the plan's names, and the masks. A masked parameter holds live values only."""
 
     model: nn.Module
     tensors: dict[str, nn.Parameter]
     masks: dict[str, Mask]
 
     def sync_engines(self) -> None:
-        """Let the engines take over parameters that were changed in place."""
+        """Tell the engines that parameters have changed in place."""
         for name in self.masks:
             self.linear(name).refresh()
 
@@ -49,12 +49,12 @@ class SparseModel:
 
     @torch.no_grad()
     def weight(self, name: str) -> Tensor:
-        """A copy of a tensor in its plan's shape, zero where dead."""
+        """A copy of a tensor in the plan's shape, dead weights zero."""
         return to_dense(self.tensors[name].detach(), self.masks.get(name))
 
 
 def to_dense(values: Tensor, mask: Mask | None) -> Tensor:
-    """Live values (live,) in row-major order as a dense tensor of the mask's shape; a copy where there is no mask."""
+    """The dense tensor, in the mask's shape, of live values (live,) in row-major order; a copy if there is no mask."""
     if mask is None:
         return values.clone()
     dense = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
@@ -63,7 +63,7 @@ def to_dense(values: Tensor, mask: Mask | None) -> Tensor:
 
 
 def transformer(plan: Plan) -> nn.Module:
-    """The plan's model, its tensors not yet filled."""
+    """The plan's transformer without its initial values."""
     return Transformer(plan.decoder)
 
 
@@ -75,11 +75,11 @@ def prepare(
     masks: Mapping[str, Mask] | None = None,
     values: Mapping[str, Tensor] | None = None,
 ) -> SparseModel:
-    """Build, fill and mask a plan's model.
+    """Build a plan's model and set its masks and values.
 
-    `engine_of` makes the engine of a masked tensor; without it, the dense one in float32. `build_model` makes a model whose
-    parameters have the plan's names and shapes. `values` by name are live ones in row-major order where there is a mask;
-    without them they are the plan's initial ones, and checked. Raises InputError where they are not what the plan says.
+    `engine_of` makes the engine of a masked tensor, by default the dense one in float32. `build_model` makes a model whose
+    parameters have the plan's names and shapes. `values` are by name, live ones in row-major order for a masked tensor; by
+    default they are the plan's initial values, which are drawn and checked. Raises InputError if the check fails.
     """
     masks = make_masks(plan) if masks is None else masks
     engine_of = engine_of or (lambda _, mask: Dense(mask, torch.float32))
@@ -102,9 +102,9 @@ def prepare(
 
 
 def make_masks(plan: Plan) -> dict[str, Mask]:
-    """Masks of all sparse tensors by name, from where the plan says: drawn, or read from a file.
+    """The masks of all sparse tensors by name, drawn or read from the plan's file of masks.
 
-    Raises InputError as `masks.draw` and `read_masks` do, SetupError where the file can't be read.
+    Raises InputError for masks that don't fit the plan, SetupError if the file can't be read.
     """
     sparsity = plan.sparsity
     if sparsity.source.path is None:
@@ -118,7 +118,7 @@ def make_masks(plan: Plan) -> dict[str, Mask]:
 
 
 def draw_masks(plan: Plan) -> dict[str, Mask]:
-    """Random masks of all sparse tensors by name. Adding a layer changes no other mask."""
+    """The random masks of all sparse tensors by name. Another layer in the plan changes no mask of the others."""
     seed, pattern, block = plan.train.seed, plan.sparsity.pattern, plan.sparsity.block
     drawn = {
         row.name: masks.draw(row.name, row.shape, row.kept, row.density, seed, pattern, block, row.fan_in_axes)
@@ -128,7 +128,7 @@ def draw_masks(plan: Plan) -> dict[str, Mask]:
 
 
 def require_same_tensors(plan: Plan, build_model: Callable[[Plan], nn.Module] = transformer) -> None:
-    """Raise InputError where a plan's tensors are not the model's, before a wrong shape takes memory."""
+    """Raise InputError unless the plan and the model have the same tensors. Needs no memory for them."""
     with torch.device("meta"):
         tensors = named_tensors(build_model(plan))
     planned = {row.name: tuple(row.shape) for row in plan.tensors}
@@ -143,14 +143,14 @@ def require_same_tensors(plan: Plan, build_model: Callable[[Plan], nn.Module] = 
 
 
 def _initial_values(row: PlanTensor, seed: int, mask: Mask | None) -> Tensor:
-    """Initial values: the plan's constant, or normal with its deviation; of live weights where there is a mask."""
+    """A tensor's initial values, constant or normal as the plan says; only those of live weights if there is a mask."""
     shape = row.shape if mask is None else [mask.count]
     if not row.init_std:
         return torch.full(shape, row.init_constant or 0.0, dtype=torch.float32)
     generator = np.random.Generator(stream(seed, f"init:{row.name}"))
     if mask is None:
         values = generator.standard_normal(row.size, np.float32).reshape(shape)
-    else:  # every position has its draw, so that a live weight's value does not depend on the mask; few at a time
+    else:  # draw for every position, a few at a time: then a live weight's value does not depend on the mask
         step = max(1, DRAWN_AT_ONCE * mask.shape[0] // mask.size)
         parts = (mask.alive(slice(first, first + step)) for first in range(0, mask.shape[0], step))
         drawn = [generator.standard_normal(alive.shape, np.float32)[alive] for alive in parts]
@@ -160,9 +160,9 @@ def _initial_values(row: PlanTensor, seed: int, mask: Mask | None) -> Tensor:
 
 
 def check_init(row: PlanTensor, tensor: Tensor, pattern: str, mask: Mask | None) -> None:
-    """Compare a tensor's measured deviation and live count with the plan's, within 6 standard errors.
+    """Raise InputError unless a tensor's live count and measured deviation agree with the plan, within 6 standard errors.
 
-    A normal sample's deviation has the relative standard error 1/√(2n): false alarms are below 1e-8 a tensor.
+    The deviation of n normal numbers has the relative standard error 1/√(2n): a false alarm has a chance below 1e-8.
     """
     alive = row.size if mask is None else mask.count
     allowed = 6 * sqrt(row.kept * (1 - row.density)) if pattern == "bernoulli" else 0

@@ -1,4 +1,4 @@
-"""What a plan resolves to on this machine: device, precision, compiling, rows at a time, and whether it fits its memory."""
+"""How a plan runs on this machine: device, precision, compilation, micro-batch and parallelism, and whether it fits."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from supar_cli.planning.plan import Plan
 from supar_cli.training.distributed import ALONE, Parallelism, Ranks
 from supar_cli.version import __version__
 
-USED_SHARE = 0.9  # chosen: of a device's memory; the rest is the allocator's and the libraries'
+USED_SHARE = 0.9  # chosen: of a device's memory; the allocator and the libraries need the rest
 
-# Dense bf16 matrix peaks in TFLOP/s, from NVIDIA's datasheets, by a word of the device's name
+# Dense bf16 matrix peaks in TFLOP/s, from NVIDIA's datasheets, by a word in the device's name
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "A10": 125, "V100": 125}
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes, as every document that holds measurements states them."""
+    """The versions that a document with measurements states."""
     return {"supar": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 def device_name(device: torch.device) -> str:
-    """A CUDA device by its name, a CPU with its number of threads."""
+    """The name of a CUDA device, or `cpu` with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({torch.get_num_threads()} threads)"
 
 
 def peak_share(device: torch.device, flops_per_unit: float | None, units_per_s: float) -> float | None:
-    """FLOP/s of one process over its device's dense bf16 peak; None where one of them is not known.
+    """The FLOP/s of one process divided by its device's dense bf16 peak; None if one of them is unknown.
 
     Masked weights count as dense: that is what is computed.
     """
@@ -49,7 +49,7 @@ def peak_share(device: torch.device, flops_per_unit: float | None, units_per_s: 
 
 
 def device_of(plan: Plan, ranks: Ranks) -> torch.device:
-    """The device a plan asks for, one for each process. Raises SetupError when it is missing, InputError for another word."""
+    """The device of this process. Raises SetupError if the machine lacks it, InputError for an unknown word."""
     word = plan.run.device
     if word == "auto":
         word = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,7 +72,7 @@ def device_of(plan: Plan, ranks: Ranks) -> torch.device:
 
 
 def device_thread(device: torch.device, name: str) -> ThreadPoolExecutor:
-    """A thread that works for a device, CUDA's current one being each thread's own."""
+    """A pool of one thread whose current CUDA device is `device`."""
     if device.type == "cuda":
         return ThreadPoolExecutor(1, name, torch.cuda.set_device, (device,))
     return ThreadPoolExecutor(1, name)
@@ -80,7 +80,7 @@ def device_thread(device: torch.device, name: str) -> ThreadPoolExecutor:
 
 @dataclass(slots=True)
 class Runtime:
-    """What a plan resolves to on this machine. `micro_batch` and `rows` are sequences of one process."""
+    """How a plan runs on this machine. `micro_batch` and `rows`, its share of the batch, are sequences of one process."""
 
     device: torch.device
     precision: torch.dtype
@@ -119,7 +119,7 @@ class Runtime:
 
 
 def choose_parallelism(plan: Plan, runtime: Runtime, ranks: Ranks) -> tuple[Parallelism, str]:
-    """How the processes hold the plan's model, and why where that was decided here."""
+    """How the ranks hold the plan's model, and the reason if the plan leaves it to the machine."""
     if not ranks.is_distributed:
         return "alone", ""
     if plan.run.parallel != "auto":
@@ -137,9 +137,9 @@ def choose_parallelism(plan: Plan, runtime: Runtime, ranks: Ranks) -> tuple[Para
 
 
 def require_host_memory(plan: Plan, runtime: Runtime, ranks: Ranks) -> None:
-    """Raise SetupError where a plan can't be built here: Linux would not say so but end the process.
+    """Raise SetupError if this machine has too little memory for a plan: Linux would kill the process without a message.
 
-    Each process builds the model on its host: masks, live values, and all else of training where the device is the CPU.
+    Each process builds the model in host memory: masks and live values, and all the rest if it trains on the CPU.
     """
     masked = sum(row.size for row in plan.tensors if row.kept < row.size)
     needed_bytes = masked + 4 * plan.live
@@ -153,8 +153,8 @@ def require_host_memory(plan: Plan, runtime: Runtime, ranks: Ranks) -> None:
 
 
 def _host_bytes() -> int:
-    """This machine's memory, or what a container may have of it."""
+    """This machine's memory, or the limit of the container."""
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):  # no control group, or one without a limit, `max`
+    with suppress(OSError, ValueError):  # there is no control group, or its limit is `max`
         return min(found, int(Path("/sys/fs/cgroup/memory.max").read_text("utf-8")))
     return found

@@ -1,7 +1,7 @@
-"""What a run trains on. A task makes batches, the loss of one and the record of a held-out one; next-token text is one task.
+"""Tasks: what a run trains on. A task makes batches and computes their losses; next-token text is one task.
 
-A batch is a tuple of tensors whose first axis is rows. The trainer splits it, copies it to its device and hands it back
-to the task: what its tensors hold, only the task knows.
+A batch is a tuple of tensors whose first axis is rows. The trainer splits it, copies it to its device and gives it back to
+the task. Only the task knows what the tensors hold.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Batch = tuple[Tensor, ...]
 
 
 class Task(Protocol):
-    """What the training loop asks of a task.
+    """What the training loop needs of a task.
 
-    `unit` names what is counted, `units_per_row` says how many a row holds, `flops_per_unit` what one costs where that is
-    known. `hash` identifies the data and how they are read. `held_out_rows` are those of one evaluation;
-    `standard_errors`: whether the standard error of each mean over held-out batches is recorded too.
+    `unit` names what is counted, such as tokens, `units_per_row` is their number in a row, and `flops_per_unit` is the cost
+    of one, None if unknown. `hash` identifies the data and how they are read. `held_out_rows` is the number of rows in an
+    evaluation. `standard_errors` says whether to record the standard error of each mean over held-out batches.
     """
 
     unit: str
@@ -39,30 +39,30 @@ class Task(Protocol):
     standard_errors: bool
 
     def batch(self, step: int, rows: slice) -> Batch:
-        """These rows of a step's batch: a function of the plan's seed and the step, the same whoever asks for which rows."""
+        """These rows of a step's batch, which depends only on the plan's seed and the step."""
 
     def held_out(self, index: int, count: int, rows: int) -> Batch:
-        """Batch `index` of the `count` held-out ones, `rows` each, of every evaluation."""
+        """Batch `index` of the `count` held-out ones, of `rows` rows each, the same in every evaluation."""
 
     def inputs(self, batch: Batch) -> Batch:
-        """What the model is called with to look at its activations."""
+        """The model's arguments, to measure its activations."""
 
     def loss(self, model: nn.Module, batch: Batch, chunk: int | None) -> Tensor:
-        """Mean loss (), to be minimised; where `chunk` is given, made of so many units at a time to save memory."""
+        """The mean loss (), to be minimised, computed `chunk` units at a time, if given, to save memory."""
 
     def evaluate(self, model: nn.Module, batch: Batch, chunk: int | None) -> dict[str, Tensor]:
-        """Means () over a held-out batch by name. `validation_loss`, the one that decides, is among them."""
+        """Means () over a held-out batch by name. `validation_loss`, which decides, is one of them."""
 
 
 def load(plan: Plan) -> Task:
-    """The task of a plan. Raises InputError for the wrong data, SetupError for data that can't be used."""
+    """Load the task of a plan. Raises InputError for the wrong data, SetupError for data that can't be used."""
     return NextToken(plan, batches.load(plan.data, vocab=plan.decoder.vocab, context=plan.decoder.context))
 
 
 class NextToken:
     """Prediction of the next token of a text. A batch is inputs (B, T) and targets (B, T), int64.
 
-    Raises InputError where fewer windows are held out than the plan's evaluations take.
+    Raises InputError if fewer windows are held out than the plan's evaluations need.
     """
 
     unit = "tokens"
@@ -99,9 +99,9 @@ class NextToken:
 
 @torch.no_grad()
 def evaluate(task: Task, parallel: Parallel, runtime: Runtime, chunk: int | None = None) -> dict[str, float]:
-    """Means over the held-out batches by name, the same in all ranks; each of them passes its share of the batches.
+    """The means over the held-out batches by name, the same in every rank; each rank evaluates its share of the batches.
 
-    `chunk` is that of `Task.evaluate`. Where the task asks for it, NAME_se is the standard error of NAME's mean, over batches.
+    `chunk` is that of `Task.evaluate`. If the task wants it, NAME_se is the standard error of NAME's mean over batches.
     """
     rows, ranks = runtime.micro_batch, parallel.ranks
     count = task.held_out_rows // rows
@@ -125,7 +125,7 @@ def evaluate(task: Task, parallel: Parallel, runtime: Runtime, chunk: int | None
 
 
 class BatchLoader:
-    """One rank's rows of a task's batches. For CUDA the next batch is made meanwhile, in pinned memory."""
+    """One rank's rows of a task's batches. For CUDA a thread makes the next batch ahead, in pinned memory."""
 
     def __init__(self, task: Task, runtime: Runtime, ranks: Ranks) -> None:
         self._task, self._rows = task, slice(ranks.rank * runtime.rows, (ranks.rank + 1) * runtime.rows)
@@ -133,7 +133,7 @@ class BatchLoader:
         self._next: tuple[int, Future[Batch]] | None = None
 
     def get(self, step: int) -> Batch:
-        """The rows of a step's batch, on the host."""
+        """This rank's rows of a step's batch, in host memory."""
         if self._thread is None:
             return self._task.batch(step, self._rows)
         batch = self._next[1].result() if self._next is not None and self._next[0] == step else self._make(step)

@@ -1,4 +1,4 @@
-"""A run's metrics in TensorBoard, Weights & Biases or MLflow too: beside metrics.jsonl, never instead of it.
+"""Copies of a run's metrics in TensorBoard, Weights & Biases or MLflow. metrics.jsonl is always written too.
 
 Nothing leaves the machine unless the tracker's own settings say so (WANDB_MODE=online, MLFLOW_TRACKING_URI).
 """
@@ -18,12 +18,12 @@ from supar_cli.errors import SetupError
 from supar_cli.files import naming_write_errors, read_json, write_file
 from supar_cli.planning.plan import Plan
 
-UNTRACKED = ("step", "lr_factor", "peak_share")  # numbers of a step's record that no tracker gets
-IDS = "trackers.json"  # by which a continued run is the same run to its trackers
+UNTRACKED = ("step", "lr_factor", "peak_share")  # numbers in a step's record that trackers don't get
+IDS = "trackers.json"  # the run's names at its trackers, by which a continued run is found again
 
 
 class Tracker(NamedTuple):
-    """One of them, opened for one run. `identity` is what a continued run is found by, None where it needs none."""
+    """A tracker that is open for a run. `identity` is the run's name there, None if the tracker needs none."""
 
     log: Callable[[int, dict[str, float]], None]
     close: Callable[[bool], None]
@@ -31,7 +31,7 @@ class Tracker(NamedTuple):
 
 
 def open_tensorboard(plan: Plan, directory: Path, done: int, identity: str | None) -> Tracker:
-    """Event files in the run's `tensorboard/`."""
+    """Write event files in the run's `tensorboard/`."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer: Any = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1 if done else None)  # type: ignore[no-untyped-call]
@@ -46,7 +46,7 @@ def open_tensorboard(plan: Plan, directory: Path, done: int, identity: str | Non
 
 
 def open_wandb(plan: Plan, directory: Path, done: int, identity: str | None) -> Tracker:
-    """Offline in the run's `wandb/`, for `wandb sync`, unless WANDB_MODE says otherwise."""
+    """Write offline in the run's `wandb/`, for `wandb sync`, unless WANDB_MODE says otherwise."""
     import wandb
 
     run: Any = wandb.init(
@@ -67,19 +67,19 @@ def open_wandb(plan: Plan, directory: Path, done: int, identity: str | None) -> 
 
 
 def open_mlflow(plan: Plan, directory: Path, done: int, identity: str | None) -> Tracker:
-    """In `mlflow.db` beside the run's directory, unless MLFLOW_TRACKING_URI says otherwise."""
+    """Write to `mlflow.db` next to the run's directory, unless MLFLOW_TRACKING_URI says otherwise."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    for name in ("alembic", "mlflow"):  # they tell of making their tables
+    for name in ("alembic", "mlflow"):  # they log how they make their tables
         logging.getLogger(name).setLevel(logging.WARNING)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    beside = f"sqlite:///{directory.resolve().parent / 'mlflow.db'}"
-    client: Any = MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or beside)
+    local = f"sqlite:///{directory.resolve().parent / 'mlflow.db'}"
+    client: Any = MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or local)
     if identity is not None:
         try:
             client.update_run(identity, status="RUNNING")
-        except MlflowException:  # of a database that is not this one
+        except MlflowException:  # it is a run of another database
             identity = None
     if identity is None:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "supar")
@@ -99,11 +99,11 @@ def open_mlflow(plan: Plan, directory: Path, done: int, identity: str | None) ->
 
 
 KINDS = {"tensorboard": open_tensorboard, "wandb": open_wandb, "mlflow": open_mlflow}
-PACKAGES = {"mlflow": "mlflow-skinny sqlalchemy alembic"}  # what a tracker needs, where it is not its own name
+PACKAGES = {"mlflow": "mlflow-skinny sqlalchemy alembic"}  # to install, if they are not the tracker's name
 
 
 def require(plan: Plan) -> None:
-    """Raises SetupError where a tracker of the plan is not installed."""
+    """Raise SetupError if a tracker of the plan is not installed."""
     for name in plan.run.trackers:
         if importlib.util.find_spec(name) is None:
             install = f"pip install {PACKAGES.get(name, name)}"
@@ -111,7 +111,7 @@ def require(plan: Plan) -> None:
 
 
 def settings(plan: Plan) -> dict[str, Any]:
-    """What a tracker shows of a plan: its hash and every scalar that is not a tensor's."""
+    """The settings that a tracker shows: the plan's hash and its scalars, without those of tensors."""
     sections = plan.model_dump(include={"model", "parameterization", "hyperparameters", "sparsity", "train"})
     numbers = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
     scalars = {key: value for key, value in numbers.items() if isinstance(value, str | int | float)}
@@ -119,7 +119,7 @@ def settings(plan: Plan) -> dict[str, Any]:
 
 
 class Trackers:
-    """The trackers of one run, as a context. One that fails is dropped with a warning: training goes on."""
+    """The trackers of a run, as a context. If one fails, it is dropped with a warning and training goes on."""
 
     def __init__(self, plan: Plan, directory: Path | None, done: int, warn: Callable[[str], None]) -> None:
         self._warn = warn
@@ -137,7 +137,7 @@ class Trackers:
                 write_file(path, json.dumps(found) + "\n")
 
     def _ids(self, path: Path) -> dict[str, str]:
-        """The names by which trackers know this run, as far as they can be read."""
+        """The run's names at its trackers, if the file can be read."""
         with suppress(SetupError):
             found = read_json(path)
             if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
@@ -149,12 +149,12 @@ class Trackers:
     def _guarded(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever another's package raises
+        except Exception as error:  # a tracker's package may raise anything
             self._open.pop(name, None)
             self._warn(f"{name}: {type(error).__name__}: {error}; not tracked there any more, metrics.jsonl goes on")
 
     def log(self, record: dict[str, Any]) -> None:
-        """A step's record, where it holds more than a loss: every `run.log_every` steps and at evaluations."""
+        """Log a step's record if it has more than a loss, as every `run.log_every` steps and at evaluations."""
         if "lr" in record or "validation_loss" in record:
             numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
             values = {name: float(value) for name, value in numbers.items() if name not in UNTRACKED}

@@ -1,4 +1,4 @@
-"""A run of a plan, from top to bottom: batch, step, evaluate, record, checkpoint, stop. `Trainer.run` is the loop."""
+"""The trainer. Its loop, from top to bottom, is `Trainer.run`: stop, step, evaluate, record, checkpoint."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from supar_cli.training.tasks import Batch, Task
 
 
 class StepResult(NamedTuple):
-    """Of the whole batch: the loss before the update, the gradient's norm before clipping, and that by role if asked for."""
+    """Of the whole batch: the loss before the update, the gradient's norm before clipping, and on request that by role."""
 
     loss: float
     grad_norm: float
@@ -40,10 +40,10 @@ class StepResult(NamedTuple):
 
 
 class Trainer:
-    """One plan in one process, or in each of several ranks. `step()` performs one optimizer step; `run()` the whole plan.
+    """Trains one plan, in one process or in each of several ranks: `step()` makes one optimizer step, `run()` all of them.
 
-    Without a `task` it is the plan's. `build_model` makes a model whose parameters have the plan's names and shapes, masked
-    ones as `sparse.linear.Linear`; without it, the plan's transformer.
+    `task` is by default the plan's. `build_model` makes a model whose parameters have the plan's names and shapes, with
+    `sparse.linear.Linear` for masked ones; by default it is the plan's transformer.
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class Trainer:
 
     @property
     def moves_masks(self) -> bool:
-        """Whether masks change while training: a checkpoint's are then taken as they are. Else they are those the plan draws."""
+        """Whether masks change in training. If not, a checkpoint's masks must be those that the plan draws."""
         return self.plan.sparsity.updates is not None
 
     @property
     def model(self) -> nn.Module:
-        """The model as a training step calls it."""
+        """The model that a training step calls."""
         return self.parallel.model
 
     def run(
@@ -88,11 +88,11 @@ class Trainer:
         on_evaluation: Callable[[int, float], None] | None = None,
         stop: Callable[[], str | None] = lambda: None,
     ) -> RunHistory:
-        """Train to the plan's last step. With a directory: metrics, checkpoints and, last, result.json are written.
+        """Train to the plan's last step. In a directory, write metrics, checkpoints and at last result.json.
 
-        Every rank calls it; the main one writes all files but shards of checkpoints. `on_evaluation(step, loss)` may raise to
-        end the run early. `stop()` is asked between steps; when it gives a reason, in any rank, a checkpoint is written and
-        Preempted raised. Raises UnusableResult on a loss that is not finite.
+        Every rank calls it; rank 0 writes all files but the shards of checkpoints. `on_evaluation(step, loss)` may raise to
+        end the run early. `stop()` is called between steps; when it returns a reason in any rank, the trainer writes a
+        checkpoint and raises Preempted. Raises UnusableResult if a loss is not finite.
         """
         plan, steps = self.plan, self.plan.train.steps
         if directory is not None and resume:
@@ -114,7 +114,7 @@ class Trainer:
                     if reason := self._stop.reason():
                         raise self._preempted(reason, checkpoints)
                     is_logged = directory is not None and (step % plan.run.log_every == 0 or step == steps - 1)
-                    found = self.step(diagnose=is_logged)  # masks that move will do so behind this line, by `remask`
+                    found = self.step(diagnose=is_logged)  # updates of masks belong after this line, by `remask`
                     self.reporter.progress(self.done, steps, found.loss)
                     record: Record = {"step": self.done, "loss": found.loss}
                     if is_logged:
@@ -130,7 +130,7 @@ class Trainer:
                         on_evaluation(self.done, record["validation_loss"])
                     if is_logged:
                         mark_s, marked = time.perf_counter(), self.done
-                if not self.ranks.on_main(lambda: steps in dict(history.evaluations)):  # the record of it is lost
+                if not self.ranks.on_main(lambda: steps in dict(history.evaluations)):  # its record is lost
                     history.add({"step": steps, **self.evaluate()})
                 checkpoints.save(self.done, self.capture)
                 checkpoints.wait()
@@ -140,9 +140,9 @@ class Trainer:
         return history
 
     def step(self, diagnose: bool = False) -> StepResult:
-        """One optimizer step; `diagnose`: look at activations and gradients for signs of a wrong scale too.
+        """Make one optimizer step. With `diagnose`, watch activations and gradients for a wrong scale too.
 
-        Raises UnusableResult, before any weight changes, when the loss or a gradient is not finite.
+        Raises UnusableResult, before any weight changes, if the loss or a gradient is not finite.
         """
         train, micro_batch = self.plan.train, self.runtime.micro_batch
         batch = self.batch(self.done)
@@ -156,7 +156,7 @@ class Trainer:
                 torch.autograd.backward(loss)
             own_loss += loss.detach()
         gradients = [local_shard(t.grad) for t in self.sparse_model.tensors.values() if t.grad is not None]
-        # of a parameter that is a·w, a multiplier being folded into it, the gradient is that of w divided by a
+        # with a multiplier a folded into it a parameter is a·w, and its gradient is that of w divided by a
         norms = self.parallel.norms(gradients) * self._folds
         own = torch.stack((own_loss / self.ranks.size, torch.full_like(own_loss, self._stop.vote())))
         mean_loss, votes = self.ranks.sum(own).unbind()
@@ -174,7 +174,7 @@ class Trainer:
         return StepResult(loss_value, norm_value, self.diagnostics(batch, norms) if diagnose else {})
 
     def evaluate(self) -> dict[str, float]:
-        """Means over the task's held-out batches by name. Raises UnusableResult when the validation loss is not finite."""
+        """The means over the task's held-out batches by name. Raises UnusableResult if the validation loss is not finite."""
         record = tasks.evaluate(self.task, self.parallel, self.runtime, self.plan.run.loss_chunk_tokens)
         if not math.isfinite(record["validation_loss"]):
             text = f"step {self.done}: the validation loss is {record['validation_loss']}"
@@ -182,12 +182,12 @@ class Trainer:
         return record
 
     def _load_inputs(self, task: Task | None) -> tuple[Runtime, Task]:
-        """What has to be there before ranks wait for each other."""
+        """Find the device, load the task and check what could fail, before ranks wait for each other."""
         runtime, plan = Runtime.of(self.plan, self.ranks), self.plan
         if self.ranks.is_main:
             trackers.require(plan)
         task = task or tasks.load(plan)
-        if task.held_out_rows % plan.train.batch_size:  # so that all ranks make as many passes
+        if task.held_out_rows % plan.train.batch_size:  # all ranks must make equally many passes
             what = f"{task.held_out_rows} held-out rows are not a multiple of the batch size {plan.train.batch_size}"
             raise InputError(f"{type(task).__name__}: {what}")
         require_host_memory(plan, runtime, self.ranks)
@@ -195,18 +195,18 @@ class Trainer:
         return runtime, task
 
     def _build_model(self, kind: Parallelism, state: State | None = None) -> None:
-        """Make the model, what wraps it and its optimizer: with initial values, or from a state of whole tensors."""
+        """Make the model, its wrapper and its optimizer, with initial values or from a state of whole tensors."""
         plan, runtime = self.plan, self.runtime
-        home = torch.device("cpu") if kind == "fsdp" else runtime.device  # shards go to the device one by one
+        home = torch.device("cpu") if kind == "fsdp" else runtime.device  # FSDP2 moves the shards to the device
         masks = state.masks if state else self.ranks.run_on_all(prepare.make_masks, plan)
         fingerprints = {f"the mask of {name}": mask.fingerprint for name, mask in masks.items()}
         machine = {"device": runtime.device.type, "precision": str(runtime.precision)}
         self.ranks.require_equal({**machine, "plan": plan.hash(), "data": self.task.hash, **fingerprints})
-        self.engines.choose(masks)  # is collective, and so not inside of what one rank alone may fail in
+        self.engines.choose(masks)  # collective: not inside `run_on_all`, where one rank may fail alone
         values, make = state.values if state else None, self.engines.make
         self.sparse_model = self.ranks.run_on_all(prepare.prepare, plan, home, make, self._model_maker, masks, values)
         if runtime.compiles:
-            torch.compiler.reset()  # graphs of earlier models count against the limit on recompiling
+            torch.compiler.reset()  # graphs of earlier models count towards the limit of recompilations
         self.parallel = Parallel(kind, self.sparse_model.model, runtime.device, runtime.compiles, self.ranks)
         self.sparse_model.tensors = named_tensors(self.sparse_model.model)
         self.optimizer = optimizer.build(plan, self.sparse_model.tensors)
@@ -215,27 +215,27 @@ class Trainer:
             state.load_moments(self.sparse_model, self.optimizer)
 
     def capture(self, gather: bool = False) -> State:
-        """A copy of the run's state; with `gather`, which all ranks have to ask for, of whole tensors and not of shards."""
+        """Copy the run's state. With `gather`, which every rank must call, tensors are whole and not in shards."""
         return State.capture(self.done, self.sparse_model, self.optimizer, gather)
 
     def remask(self, masks: Mapping[str, Mask]) -> None:
-        """Train on under other masks of some tensors, the same in all ranks, which all call it.
+        """Change the masks of some tensors. Every rank calls it with the same masks.
 
-        Parameters of another length are others to engines, optimizer, DDP, FSDP2 and compiled graphs: all are made anew, as
-        a resumed run makes them.
+        As the parameters get another length, engines, optimizer, DDP, FSDP2 and compiled graphs are made anew, as in a
+        resumed run.
         """
         self._rebuild(self.capture(gather=True).remasked(masks))
 
     def _rebuild(self, state: State) -> None:
         kind = self.parallel.kind
         del self.parallel, self.sparse_model, self.optimizer
-        gc.collect()  # hooks of DDP and FSDP2 hold a model in cycles; the next one needs its memory
+        gc.collect()  # hooks of DDP and FSDP2 keep a model in cycles; free its memory for the next one
         self._build_model(kind, state)
 
     def restore(self, path: Path) -> None:
-        """Go on from a checkpoint, which any number of ranks may have written.
+        """Continue from a checkpoint, which any number of ranks may have written.
 
-        Raises InputError when it is of another plan, other data or other masks, SetupError when it is corrupt.
+        Raises InputError for another plan, other data or other masks, SetupError if the checkpoint is corrupt.
         """
         reader = self.ranks.run_on_all(checkpoint_reader.load, path, self.plan, self.task.hash, self.ranks)
         masks, own = self.ranks.run_on_all(reader.masks, self.plan), self.sparse_model.masks
@@ -257,7 +257,7 @@ class Trainer:
         return result.document(self.plan, self.task.hash, self.sparse_model.masks, history, environment)
 
     def _restore_newest(self, directory: Path) -> None:
-        """Go on from the newest checkpoint of a run's directory, if there is one."""
+        """Continue from the newest checkpoint in a run's directory, if there is one."""
         found = self.ranks.on_main(checkpoint_reader.available, directory / "checkpoints")
         if found:
             self.restore(found[-1])
@@ -266,7 +266,7 @@ class Trainer:
             self.reporter.log(f"{directory} holds no checkpoint yet: starting at step 0")
 
     def _preempted(self, reason: str, checkpoints: checkpoint.Writer) -> Preempted:
-        """What is raised once the state is on disk."""
+        """Save a checkpoint and return the error to raise."""
         checkpoints.save(self.done, self.capture)
         checkpoints.wait()
         error = Preempted(f"stopped at step {self.done} of {self.plan.train.steps} by {reason}")
@@ -274,7 +274,7 @@ class Trainer:
         return error
 
     def _measurements(self, step: int, found: StepResult, steps: int, seconds: float) -> Record:
-        """What is recorded of a step that is logged, `steps` and `seconds` being those since the last."""
+        """The measurements in the record of a logged step; `steps` and `seconds` are those since the last one."""
         units = steps * self.plan.train.batch_size * self.task.units_per_row
         rate, factor = units / max(seconds, 1e-9), optimizer.rate_factor(self.plan, step)
         return {
@@ -287,7 +287,7 @@ class Trainer:
         }
 
     def diagnostics(self, batch: Batch, norms: Tensor) -> dict[str, float]:
-        """Look at activations on a batch's first row and at the tensors' gradient norms; return those norms by role."""
+        """Watch the activations on a batch's first row and the tensors' gradient norms; return those norms by role."""
         by_tensor = dict(zip(self.sparse_model.tensors, norms.tolist(), strict=True))
         inputs = self.runtime.to_device(self.task.inputs(batch), slice(1))
         with self.runtime.autocast(), self.parallel.forward_only(with_hooks=True):
@@ -301,7 +301,7 @@ class Trainer:
         return {role: math.sqrt(value) for role, value in squares.items()}
 
     def _not_finite(self, loss: float, own_loss: float, norms: Tensor, batch: Batch) -> str:
-        """Where values stop being finite. All ranks look."""
+        """A sentence that says which value is not finite. Every rank calls it."""
         if not math.isfinite(loss):
             model, is_own = self.sparse_model.model, not math.isfinite(own_loss)
             first = first_not_finite(model, self.task.inputs(batch), self.parallel, self.runtime, is_own)
