@@ -175,12 +175,9 @@ def weights(directory: str | Path) -> dict[str, Tensor]:
 
     Raises InputError where there is none, SetupError where it is corrupt.
     """
-    from supar_cli.training import checkpoint
+    from supar_cli.training import checkpoint_reader
 
-    found = checkpoint.available(Path(directory) / "checkpoints")
-    if not found:
-        raise InputError(f"{directory}: no checkpoint there; expected the directory of a run")
-    return checkpoint.weights(found[-1])
+    return checkpoint_reader.weights_of_run(directory)
 
 
 def _require(document: Any, *types: type[Section]) -> Any:

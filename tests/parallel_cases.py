@@ -19,7 +19,7 @@ from supar_cli.planning.plan import MaskSource, Plan
 from supar_cli.sparse import masks
 from supar_cli.sparse.mask_files import write_masks
 from supar_cli.sparse.masks import Mask
-from supar_cli.training import checkpoint, runtime
+from supar_cli.training import checkpoint, checkpoint_reader, runtime
 from supar_cli.training.distributed import Ranks, init_distributed, local_shard
 from supar_cli.training.trainer import Trainer
 
@@ -137,17 +137,10 @@ def other_masks(plan: Plan) -> dict[str, Mask]:
 
 def saved(trainer: Trainer, folder: Path) -> Path:
     """The checkpoint of a trainer's present state, by all ranks."""
-    ranks, is_sharded = trainer.ranks, trainer.parallel.is_sharded
-    writer = checkpoint.Writer(
-        folder if ranks.is_main or is_sharded else None,
-        trainer.plan,
-        trainer.task.hash,
-        device=trainer.runtime.device,
-        ranks=ranks if is_sharded else None,
-    )
+    writer = checkpoint.Writer(folder, trainer.plan, trainer.task.hash, trainer.parallel)
     writer.save(trainer.done, trainer.capture)
     writer.wait()
-    return ranks.on_main(checkpoint.available, folder)[-1]
+    return trainer.ranks.on_main(checkpoint_reader.available, folder)[-1]
 
 
 def remasked(plan: Plan, ranks: Ranks, kind: str, other: str) -> dict[str, list[float]]:

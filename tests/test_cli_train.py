@@ -180,7 +180,7 @@ class TestRefusesTheModel:
         ended = supar_here("train", "--device", "gpu")
         assert (ended.status, ended.err) == (
             2,
-            f"error: plan.yaml:{run}: run.device: 'gpu' is not a device; expected auto, cpu or cuda\n",
+            f"error: plan.yaml:{run}: run.device: 'gpu' is not a valid device; expected auto, cpu or cuda\n",
         )
         assert supar_here("train", "--device", "cuda:99").status == 3
 

@@ -23,7 +23,7 @@ from supar_cli.sparse.csr import Sparse
 from supar_cli.sparse.dense import Dense
 from supar_cli.sparse.linear import Engine, Linear
 from supar_cli.sparse.masks import Mask, carry
-from supar_cli.training import checkpoint, run_directory
+from supar_cli.training import checkpoint, checkpoint_reader, run_directory
 from supar_cli.training.reporter import NullReporter
 from supar_cli.training.trainer import Trainer
 from tests.conftest import environment
@@ -88,10 +88,10 @@ def largest_error(pairs: list[Any]) -> float:
 
 def saved(trainer: Trainer, folder: Path) -> Path:
     """The checkpoint of a trainer's present state."""
-    writer = checkpoint.Writer(folder, trainer.plan, trainer.task.hash, device=trainer.runtime.device)
+    writer = checkpoint.Writer(folder, trainer.plan, trainer.task.hash, trainer.parallel)
     writer.save(trainer.done, trainer.capture)
     writer.wait()
-    return checkpoint.available(folder)[-1]
+    return checkpoint_reader.available(folder)[-1]
 
 
 @pytest.mark.parametrize("kind", KINDS)

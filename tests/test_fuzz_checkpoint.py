@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.training import checkpoint
+from supar_cli.training import checkpoint_reader
 from supar_cli.training.trainer import Trainer
 from tests.conftest import TEXT_BYTES, environment, plan_from, proxy_fields, real_text
 from tests.fuzzing import Tried, damaged, tries
@@ -103,7 +103,7 @@ def kept(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Kept:
             command, cwd=folder, env=environment(OMP_NUM_THREADS="1"), capture_output=True, timeout=120
         )
         assert done.returncode == 0, done.stderr
-    before, newest = checkpoint.available(folder / "run/checkpoints")
+    before, newest = checkpoint_reader.available(folder / "run/checkpoints")
     trainer.restore(newest)
     made = Kept(newest, read(newest), read(before), trainer, state_of(trainer), trainer.done)
     assert len([name for name in made.files if name.endswith(".safetensors")]) == (1 if request.param == "whole" else 2)
@@ -176,7 +176,7 @@ class TestDamaged:
         self, kept: Kept, tried: Tried, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """That the test above can fail."""
-        monkeypatch.setattr(checkpoint, "verify", lambda *_: None)
+        monkeypatch.setattr(checkpoint_reader, "verify", lambda *_: None)
         name = next(name for name in kept.files if name.endswith(".safetensors"))
         for at in range(1, 200):
             content = bytearray(kept.files[name])

@@ -17,7 +17,7 @@ import torch
 
 from supar_cli.errors import InputError, PeerLost
 from supar_cli.planning.plan import Plan
-from supar_cli.training import checkpoint, run_directory, runtime
+from supar_cli.training import checkpoint, checkpoint_reader, run_directory, runtime
 from supar_cli.training.distributed import Ranks
 from supar_cli.training.launch import elastic, signals
 from supar_cli.training.launch import environment as launch
@@ -113,7 +113,7 @@ class TestSignals:
         status, _, err = ended(process)
         assert status == 130 and time.monotonic() - asked < 10 and err.endswith("interrupted\n"), err
         assert json.loads((tmp_path / "run/ended.json").read_text())["state"] == "preempted"
-        assert checkpoint.available(tmp_path / "run/checkpoints") == [] and "Traceback" not in err
+        assert checkpoint_reader.available(tmp_path / "run/checkpoints") == [] and "Traceback" not in err
 
     def test_a_checkpoint_that_is_given_up_gets_no_name(
         self, plan_of: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -164,14 +164,14 @@ class TestRequest:
         ranks, own = self.Two(), list[str]()
         request = StopRequest(ranks, lambda: own[0] if own else None)
         assert request.reason() is None and ranks.exchanges == 1
-        request.count(request.vote())
+        request.votes = request.vote()
         assert request.reason() is None and ranks.exchanges == 1
         ranks.other = "SIGTERM"
-        request.count(request.vote() + 1.0)
+        request.votes = request.vote() + 1.0
         assert request.reason() == "SIGTERM" and ranks.exchanges == 2
         own.append("the limit of 3 s")
         assert request.vote() == 1.0
-        request.count(1.0)
+        request.votes = 1.0
         assert request.reason() == "the limit of 3 s"
 
 

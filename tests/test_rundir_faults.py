@@ -314,3 +314,9 @@ class TestNobodyReads:
         process.stderr.close()
         assert process.wait(60) == 0
         assert Trainer(plan).run(tmp_path / "run", resume=True).resumed_at == 12
+
+
+def test_what_reads_run_directories_needs_no_torch() -> None:
+    """`supar runs` and reports read them."""
+    code = "import supar_cli.training.run_directory, sys; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=environment()).returncode == 0

@@ -17,7 +17,7 @@ from torch import Tensor
 from supar_cli.errors import InputError
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.masks import IndexMap, Mask
-from supar_cli.training import checkpoint
+from supar_cli.training import checkpoint_reader
 from supar_cli.training.state import State
 from supar_cli.training.trainer import Trainer
 from tests.parallel_cases import Moving, other_masks, saved
@@ -108,7 +108,7 @@ class TestRemasked:
         with pytest.raises(ValueError, match=r"a mask of shape \(12, 20\) can't become one of shape \(20, 12\)"):
             state().remasked({"a": Mask.of(np.ones((20, 12), bool))})
         wrong = replace(state(), values={**state().values, "a": torch.zeros(3)})
-        with pytest.raises(ValueError, match=r"\(3,\) is neither of the \d+ live weights nor of all of \(12, 20\)"):
+        with pytest.raises(ValueError, match=r"\(3,\) is neither \(\d+,\), the live weights, nor the whole \(12, 20\)"):
             wrong.remasked({"a": CASES["more"]})
 
 
@@ -179,7 +179,7 @@ class TestTrainer:
         restored.restore(path)
         assert restored.done == 4 and restored.sparse_model.masks == trainer.sparse_model.masks
         assert losses(trainer, 6) == losses(restored, 6)
-        found = checkpoint.weights(path)
+        found = checkpoint_reader.weights(path)
         assert all(int((found[name] != 0).sum()) <= mask.count for name, mask in restored.sparse_model.masks.items())
 
     def test_a_compiled_graph_is_of_the_new_masks(self, plan_of: MakePlan) -> None:
@@ -252,7 +252,7 @@ class TestNothingIsUnpickled:
         trainer.step()
         path = saved(trainer, tmp_path)
         Trainer(plan).restore(path)
-        checkpoint.weights(path)
+        checkpoint_reader.weights(path)
         assert watching == []
 
     def test_the_watch_sees_it(self, watching: list[str]) -> None:

@@ -19,7 +19,7 @@ from supar_cli.errors import InputError, UnusableResult
 from supar_cli.models import transformer
 from supar_cli.planning.plan import Plan, PlanTensor
 from supar_cli.sparse.linear import Linear
-from supar_cli.training import checkpoint, run_directory, tasks
+from supar_cli.training import checkpoint_reader, run_directory, tasks
 from supar_cli.training.distributed import Ranks
 from supar_cli.training.runtime import Runtime
 from supar_cli.training.tasks import BatchLoader, NextToken
@@ -124,7 +124,7 @@ class TestClassifier:
             classifier(plan).run(tmp_path / "cut", on_evaluation=stop)
         assert classifier(plan).run(tmp_path / "cut", resume=True).resumed_at == 20
         assert_same_run(tmp_path / "cut", tmp_path / "whole")
-        weights = checkpoint.weights(tmp_path / "cut/checkpoints/step-00000030", plan)
+        weights = checkpoint_reader.weights(tmp_path / "cut/checkpoints/step-00000030")
         assert {name: tuple(weight.shape) for name, weight in weights.items()} == {
             row.name: tuple(row.shape) for row in plan.tensors
         }

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.training import checkpoint, run_directory
+from supar_cli.training import checkpoint, checkpoint_reader, run_directory
 from tests.conftest import CHECKOUT, environment
 from tests.fuzzing import MORE
 from tests.test_train import trained
@@ -95,10 +95,10 @@ def seen_after_a_kill(directory: Path, plan: Plan) -> str:
     if not (directory / "plan.yaml").exists():
         return "before its first file"
     folder = directory / "checkpoints"
-    kept = checkpoint.available(folder)
+    kept = checkpoint_reader.available(folder)
     for path in folder.glob("step-*"):
         assert path in kept, f"{path.name} has no manifest"
-        checkpoint.weights(path, plan)  # raises where a hash does not fit
+        checkpoint_reader.weights(path, plan)  # raises where a hash does not fit
     done = [json.loads(line)["step"] for line in rundir_lines(directory)]
     newest = int(kept[-1].name.removeprefix("step-")) if kept else 0
     assert max(done, default=0) - newest < 3 * EVERY, "a checkpoint is missing: the next one waits for it"

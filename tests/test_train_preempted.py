@@ -236,16 +236,16 @@ class TestWriting:
     ) -> None:
         plan = plan_of(run={"checkpoint_every": 4, "keep": 5})
         trained(plan_of(run={"checkpoint_every": 4, "keep": 5}), tmp_path / "whole")
-        write, trainer, during = checkpoint.save, Trainer(plan), list[tuple[int, int]]()
+        write, trainer, during = checkpoint.Writer._write, Trainer(plan), list[tuple[int, int]]()
 
-        def slow(*arguments: Any) -> Path:
-            step, end = arguments[1].step, time.monotonic() + 20
+        def slow(*arguments: Any) -> None:
+            step, end = arguments[2].step, time.monotonic() + 20
             while trainer.done < min(step + 2, 12) and time.monotonic() < end:
                 time.sleep(0.001)
             during.append((step, trainer.done))
-            return write(*arguments)
+            write(*arguments)
 
-        monkeypatch.setattr(checkpoint, "save", slow)
+        monkeypatch.setattr(checkpoint.Writer, "_write", slow)
         with run_directory.open_run(tmp_path / "run", plan, resume=True, force=False):
             trainer.run(tmp_path / "run")
         assert [step for step, _ in during] == [4, 8, 12] and all(done >= min(step + 2, 12) for step, done in during)
@@ -256,10 +256,10 @@ class TestWriting:
     def test_a_write_that_fails_ends_the_run_by_its_name(
         self, plan_of: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def full(*_: Any) -> Path:
+        def full(*_: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(checkpoint, "save", full)
+        monkeypatch.setattr(checkpoint, "save_file", full)
         trainer = Trainer(plan_of(run={"checkpoint_every": 4}))
         with pytest.raises(SetupError, match="checkpoints: the checkpoint can't be written: No space left on device"):
             trainer.run(tmp_path)

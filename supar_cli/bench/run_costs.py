@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from supar_cli.bench.step import random_task
 from supar_cli.planning.plan import Plan
-from supar_cli.training import checkpoint, run_directory
+from supar_cli.training import checkpoint, checkpoint_reader, run_directory
 from supar_cli.training.distributed import Ranks
 from supar_cli.training.trainer import Trainer
 
@@ -55,7 +55,7 @@ def _checkpoint(trainer: Trainer, folder: Path) -> dict[str, float]:
     Steps go on while it is written; what each takes beyond a plain step's time is lost to it.
     """
     step_s = statistics.median(_timed(trainer.step) for _ in range(BEFORE))
-    writer = checkpoint.Writer(folder / "checkpoints", trainer.plan, trainer.task.hash, device=trainer.runtime.device)
+    writer = checkpoint.Writer(folder / "checkpoints", trainer.plan, trainer.task.hash, trainer.parallel)
     started = time.perf_counter()
     writer.save(trainer.done, trainer.capture)
     returns = time.perf_counter() - started
@@ -64,7 +64,7 @@ def _checkpoint(trainer: Trainer, folder: Path) -> dict[str, float]:
         lost += max(0.0, _timed(trainer.step) - step_s)
     written = time.perf_counter() - started
     writer.wait()
-    files = checkpoint.available(folder / "checkpoints")[-1].iterdir()
+    files = checkpoint_reader.available(folder / "checkpoints")[-1].iterdir()
     size = sum(path.stat().st_size for path in files)
     return {"step": step_s, "returns": returns, "stall": lost, "written": written, "bytes": size}
 

@@ -232,7 +232,7 @@ def _note_begun(directory: Path) -> None:
 
 def _run(job: Job, flags: dict[str, Any], talk: console.Talk, stop: Any, ranks: Ranks) -> dict[str, Any]:
     """Train a plan, this rank's part of it, and return its result; only the main rank speaks and writes."""
-    from supar_cli.training import checkpoint, run_directory, trainer
+    from supar_cli.training import checkpoint_reader, run_directory, trainer
     from supar_cli.training.distributed import collective_error
     from supar_cli.training.reporter import NullReporter
 
@@ -262,7 +262,7 @@ def _run(job: Job, flags: dict[str, Any], talk: console.Talk, stop: Any, ranks: 
                 )
                 history = ready.run(directory, resume=resume, stop=stop)
         except (KeyboardInterrupt, Preempted) as error:
-            kept = checkpoint.available(directory / "checkpoints")
+            kept = checkpoint_reader.available(directory / "checkpoints")
             how = f"continues from {kept[-1].name}" if kept else "starts at step 0: no checkpoint was written yet"
             what = str(error) or f"stopped at step {ready.done} of {plan.train.steps}"
             ready.reporter.warn(f"{what}; `supar train {directory}` {how}")

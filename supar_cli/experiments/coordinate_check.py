@@ -21,8 +21,8 @@ from supar_cli.experiments import coordinates
 from supar_cli.experiments.check_plans import SlopeSweep, sweeps_of
 from supar_cli.experiments.coordinates import LINEAR, SHARE, log_sizes, why_too_hot
 from supar_cli.experiments.statistics import Slopes
+from supar_cli.files import Record
 from supar_cli.jobs import runs
-from supar_cli.jobs.runs import Record
 from supar_cli.jobs.workers import CPU_JOBS, Workers, make_workers
 from supar_cli.planning import layout
 from supar_cli.planning.density import Share

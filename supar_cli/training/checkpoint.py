@@ -1,10 +1,9 @@
-"""Checkpoints: a run's state as safetensors with the plan beside them, written all or nothing, verified on load.
+"""Writing checkpoints: a run's state as safetensors, with its plan, in a folder that is complete or not there.
 
-A checkpoint is a folder `step-N` holding weights, packed masks and optimizer state in `state.safetensors`, or in one
-`shard-…` file of each rank where the model is sharded; `plan.yaml`; and `manifest.json`, which has the hash of every file
-and its own. A masked weight is its live values in row-major order, and so is its optimizer state: neither the engine nor
-the number of processes that trained it is in the file. It is written under another name, flushed to disk and renamed, so a
-folder of that name is complete. Nothing in it is unpickled.
+The folder `step-N` holds weights, packed masks and optimizer state in `state.safetensors` or, for a sharded model, in one
+`shard-…` file for each rank; `plan.yaml`; and `manifest.json`, which has the hash of every file and its own. A masked weight
+and its moments are stored as their live values in row-major order, so a checkpoint depends neither on the engine nor on the
+number of processes. The writer fills a folder with another name, flushes it to disk and renames it. No file is a pickle.
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,252 +26,158 @@ from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from supar_cli.errors import InputError, SetupError
-from supar_cli.files import file_hash
+from supar_cli.errors import SetupError
+from supar_cli.files import file_hash, write_file
 from supar_cli.planning import document
-from supar_cli.planning.plan import Plan, read_plan
-from supar_cli.training.checkpoint_reader import (
-    KIND,
-    CheckpointReader,
-    Tensors,
-    keyed,
-    read_manifest,
-    verify,
-)
-from supar_cli.training.distributed import Ranks
-from supar_cli.training.prepare import to_dense
+from supar_cli.planning.plan import Plan
+from supar_cli.training.checkpoint_reader import KIND, available, keyed
+from supar_cli.training.distributed import ALONE, Parallel, Ranks
 from supar_cli.training.runtime import device_thread
 from supar_cli.training.state import State
 
 UNSHARDED = "state.safetensors"
 
 
-def available(folder: Path) -> list[Path]:
-    """Complete checkpoints of a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / "manifest.json").is_file())
-
-
-def load(path: Path, plan: Plan, data_hash: str, ranks: Ranks | None = None) -> CheckpointReader:
-    """A checkpoint of this plan and these data, its files verified, ready to fill a state.
-
-    However many ranks wrote it, each of those that call this reads its own part. Raises InputError when it is of another
-    plan or other data, SetupError when it is corrupt.
-    """
-    manifest = read_manifest(path)
-    for what, of, wanted in (
-        ("plan", "is of another plan", plan.hash()),
-        ("data", "was trained on other data", data_hash),
-    ):
-        if manifest[what] != wanted:
-            raise InputError(f"{path}: {of} ({manifest[what][:19]}…, this one is {wanted[:19]}…)")
-    verify(path, manifest, ranks or Ranks())
-    if not 0 < manifest["step"] <= plan.train.steps:
-        raise SetupError(f"{path}: a corrupt checkpoint: the plan has no step {manifest['step']}")
-    return CheckpointReader(path, manifest)
-
-
-def weights(path: Path, plan: Plan | None = None) -> Tensors:
-    """A checkpoint's tensors by plan name, in the plan's shapes, zero where dead. Raises InputError or SetupError.
-
-    Without a `plan` it is the one beside them.
-    """
-    manifest = read_manifest(path)
-    verify(path, manifest, Ranks())
-    plan, reader = plan or read_plan(path / "plan.yaml"), CheckpointReader(path, manifest)
-    masks = reader.masks(plan)
-    values = State.zeros(plan, masks).values
-    reader.read({f"weight/{name}": value for name, value in values.items()})
-    return {name: to_dense(value, masks.get(name)) for name, value in values.items()}
-
-
+@dataclass
 class Writer:
-    """Writes a run's checkpoints while training goes on, one at a time; all but the newest `run.keep` are dropped.
+    """Writes a run's checkpoints one at a time while training goes on, and keeps the newest `run.keep`.
 
-    Without a folder it writes nothing. `ranks` are those that each write a shard of it; a rank that writes whole states
-    leaves them out. `before_publish` is called when a checkpoint has all its files and not yet its name. Raises
-    SetupError of a checkpoint that failed at the next call.
+    Without a folder it writes nothing. Each rank writes its shard of a sharded model; otherwise the main rank writes all.
+    The writer calls `before_publish` when a checkpoint has all its files but not yet its name. A failure to write raises
+    SetupError at the next call.
     """
 
-    def __init__(
-        self,
-        folder: Path | None,
-        plan: Plan,
-        data_hash: str,
-        *,
-        device: torch.device,
-        ranks: Ranks | None = None,
-        before_publish: Callable[[], None] = lambda: None,
-        saved_step: int | None = None,
-    ) -> None:
-        self.folder, self._plan, self._data_hash, self._saved_step = folder, plan, data_hash, saved_step
-        self._ranks = (ranks or Ranks()).new_group()
-        self._before_publish, self._publish_lock = before_publish, Lock()
-        self._thread = device_thread(device, "checkpoints")
-        self._pending: Future[Path] | None = None
+    folder: Path | None
+    plan: Plan
+    data_hash: str
+    parallel: InitVar[Parallel]  # not stored: it would keep the model in memory
+    before_publish: Callable[[], None] = lambda: None
+    saved_step: int | None = None
+
+    def __post_init__(self, parallel: Parallel) -> None:
+        if not parallel.ranks.is_main and not parallel.is_sharded:
+            self.folder = None
+        self._ranks = parallel.ranks.new_group() if parallel.is_sharded else ALONE
+        self._thread, self._publish_lock = device_thread(parallel.device, "checkpoints"), Lock()
+        self._pending: Future[None] | None = None
 
     def save(self, step: int, capture: Callable[[], State]) -> None:
-        """Take a copy of the state after a step and return; the copy is written meanwhile. Waits for the checkpoint before.
+        """Copy the state after a step, start to write the copy and return. Waits for the previous checkpoint.
 
-        Does nothing where the state of that step is saved already.
+        Does nothing if that step is already saved.
         """
-        if self.folder is None or step == self._saved_step:
+        if self.folder is None or step == self.saved_step:
             return
         self.wait()
-        self._saved_step = step
-        self._pending = self._thread.submit(
-            save,
-            self.folder,
-            capture(),
-            self._plan,
-            self._data_hash,
-            self._ranks,
-            self._before_publish,
-            self._publish_lock,
-        )
+        self.saved_step = step
+        self._pending = self._thread.submit(self._write, self.folder / f"step-{step:08d}", capture())
 
     @property
     def is_writing(self) -> bool:
-        """Whether one is being written now."""
+        """Whether a checkpoint is being written now."""
         return self._pending is not None and not self._pending.done()
 
     def wait(self) -> None:
-        """Return when all is on disk."""
+        """Return when the last checkpoint is on disk."""
         pending, self._pending = self._pending, None
-        if pending is not None and self.folder is not None:
-            with _naming_write_errors(self.folder):
-                pending.result()
-
-    def cancel(self) -> None:
-        """Have no checkpoint appear from now on, though one is being written: the folder may soon be another process's."""
-        self._publish_lock.acquire()
+        if pending is not None:
+            pending.result()
 
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.wait()
-        elif not issubclass(kind, Exception):  # at once
-            self.cancel()
+        elif not issubclass(kind, Exception):  # such as Ctrl-C: don't wait, and let no checkpoint appear later
+            self._publish_lock.acquire()
         else:
-            with suppress(SetupError, RuntimeError):  # of the checkpoint before: there is something else to report
+            with suppress(SetupError, RuntimeError):  # the error that ended the run is the one to report
                 self.wait()
 
+    def _write(self, final: Path, state: State) -> None:
+        """Write the checkpoint `final`. All ranks that write call it. Raises SetupError."""
+        ranks, naming_errors = self._ranks, _naming_write_errors(final.parent)
+        staging = ranks.on_main(naming_errors(_make_staging), final)
+        try:
+            own_hashes = ranks.run_on_all(naming_errors(_write_tensors), staging, state, ranks)
+            hashes = {name: value for found in ranks.gather(own_hashes) for name, value in found.items()}
+            ranks.on_main(naming_errors(self._complete), staging, state, hashes)
+            ranks.on_main(naming_errors(self._publish), staging, final)
+        except Exception:
+            if ranks.is_main:
+                shutil.rmtree(staging, ignore_errors=True)  # the disk may be full
+            raise
 
-def save(
-    folder: Path,
-    state: State,
-    plan: Plan,
-    data_hash: str,
-    ranks: Ranks,
-    before_publish: Callable[[], None],
-    publish_lock: Lock,
-) -> Path:
-    """Write `folder/step-N`, by all ranks together, and return its path. Raises SetupError.
-
-    Whoever holds `publish_lock` keeps the checkpoint from appearing.
-    """
-    final = folder / f"step-{state.step:08d}"
-    staging = folder / f".{final.name}.{os.getpid()}"
-    try:
-        staging = ranks.on_main(make_staging, folder, staging)
-        ranks.run_on_all(write_tensors, staging, state, ranks)
-        own_hashes = ranks.run_on_all(hash_files, staging, ranks)
-        hashes = {name: value for found in ranks.gather(own_hashes) for name, value in found.items()}
-        ranks.on_main(write_manifest, staging, state, plan, data_hash, hashes)
-        ranks.on_main(publish, staging, final, plan.run.keep, before_publish, publish_lock)
-    except Exception:
-        if ranks.is_main:
-            shutil.rmtree(staging, ignore_errors=True)  # a full disk has better uses
-        raise
-    return final
-
-
-@contextmanager
-def _naming_write_errors(folder: Path) -> Iterator[None]:
-    """Raise SetupError that names the folder where what is inside can't write."""
-    try:
-        yield
-    except (OSError, SafetensorError, CheckpointException) as error:
-        why: BaseException = error
-        if isinstance(error, CheckpointException) and error.failures:
-            why = next(iter(error.failures.values()))[0]
-        text = getattr(why, "strerror", None) or str(why)
-        raise SetupError(f"{folder}: the checkpoint can't be written: {text}") from None
-
-
-def make_staging(folder: Path, staging: Path) -> Path:
-    """Make the folder that a checkpoint is written in until it is complete."""
-    with _naming_write_errors(folder):
-        for left in folder.glob(".step-*"):  # of a process killed while it wrote
-            shutil.rmtree(left, ignore_errors=True)
-        staging.mkdir(parents=True)
-    return staging
-
-
-def write_tensors(staging: Path, state: State, ranks: Ranks) -> None:
-    """Write this rank's file of tensors and see it on disk."""
-    packed = {f"mask/{name}": torch.from_numpy(mask.bits) for name, mask in state.masks.items()}
-    tensors = keyed(state) | packed
-    with _naming_write_errors(staging.parent):
-        if not ranks.is_distributed:
-            save_file(tensors, staging / UNSHARDED)
-            _flush(staging / UNSHARDED)
-            return
-        storage = HuggingFaceStorageWriter(str(staging), save_distributed=True)
-        state_dict_saver.save(tensors, storage_writer=storage, process_group=ranks.group)
-
-
-def hash_files(staging: Path, ranks: Ranks) -> dict[str, str]:
-    """The hashes, by name, of the files that this rank wrote."""
-    pattern = f"shard-{ranks.rank + 1:05d}-*" if ranks.is_distributed else UNSHARDED
-    with _naming_write_errors(staging.parent):
-        return {path.name: file_hash(path) for path in staging.glob(pattern)}
-
-
-def write_manifest(staging: Path, state: State, plan: Plan, data_hash: str, hashes: dict[str, str]) -> None:
-    """Write the plan and the manifest beside all the tensors, and see them on disk."""
-    with _naming_write_errors(staging.parent):
+    def _complete(self, staging: Path, state: State, hashes: dict[str, str]) -> None:
+        """Write the plan and the manifest and flush the folder to disk."""
         missing = [name for name in hashes if not (staging / name).is_file()]
         if missing:
             raise OSError(f"{missing[0]} is missing; expected a folder that all machines of the run share")
-        (staging / "plan.yaml").write_text(document.write([plan.model_dump()]), "utf-8")
-        manifest = {
+        write_file(staging / "plan.yaml", document.write([self.plan.model_dump()]))
+        manifest: dict[str, Any] = {
             "kind": KIND,
             "step": state.step,
-            "plan": plan.hash(),
-            "data": data_hash,
+            "plan": self.plan.hash(),
+            "data": self.data_hash,
             "masks": {name: mask.fingerprint for name, mask in state.masks.items()},
             "files": {**dict(sorted(hashes.items())), "plan.yaml": file_hash(staging / "plan.yaml")},
         }
         manifest["hash"] = document.content_hash(manifest)
-        (staging / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
-        for name in ("plan.yaml", "manifest.json"):
-            _flush(staging / name)
+        write_file(staging / "manifest.json", json.dumps(manifest, indent=1) + "\n")
         _flush(staging)
 
-
-def publish(staging: Path, final: Path, keep: int, before: Callable[[], None], lock: Lock) -> None:
-    """Make a checkpoint valid, by the rename of its folder, and drop the oldest where there are more than `keep`."""
-    with _naming_write_errors(final.parent):
-        before()
-        if not lock.acquire(blocking=False):
+    def _publish(self, staging: Path, final: Path) -> None:
+        """Give a checkpoint its name and remove the oldest ones beyond `run.keep`."""
+        self.before_publish()
+        if not self._publish_lock.acquire(blocking=False):
             raise SetupError(f"{final}: the checkpoint was cancelled")
         try:
-            dropped = [move_aside(final)] if final.exists() else []
+            dropped = [_move_aside(final)] if final.exists() else []
             staging.rename(final)
         finally:
-            lock.release()
+            self._publish_lock.release()
         _flush(final.parent)
-        dropped += [move_aside(old) for old in available(final.parent)[:-keep]]
+        dropped += [_move_aside(old) for old in available(final.parent)[: -self.plan.run.keep]]
         for path in dropped:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def move_aside(path: Path) -> Path:
-    """Move a checkpoint out of sight whole: a kill while its files are deleted leaves no part of one."""
+@contextmanager
+def _naming_write_errors(folder: Path) -> Iterator[None]:
+    """Turn a failure to write into a SetupError that names the folder."""
+    try:
+        yield
+    except (OSError, SafetensorError, CheckpointException) as error:
+        failures = error.failures.values() if isinstance(error, CheckpointException) else ()
+        why = next((failure for failure, _ in failures), error)
+        text = getattr(why, "strerror", None) or str(why)
+        raise SetupError(f"{folder}: the checkpoint can't be written: {text}") from None
+
+
+def _make_staging(final: Path) -> Path:
+    """Make the folder in which a checkpoint is written until it is complete."""
+    for left in final.parent.glob(".step-*"):  # left by a process that was killed while it wrote
+        shutil.rmtree(left, ignore_errors=True)
+    staging = final.with_name(f".{final.name}.{os.getpid()}")
+    staging.mkdir(parents=True)
+    return staging
+
+
+def _write_tensors(staging: Path, state: State, ranks: Ranks) -> dict[str, str]:
+    """Write this rank's file of tensors and flush it to disk; return its hash by its name."""
+    tensors = keyed(state) | {f"mask/{name}": torch.from_numpy(mask.bits) for name, mask in state.masks.items()}
+    if ranks.is_distributed:
+        storage = HuggingFaceStorageWriter(str(staging), save_distributed=True)
+        state_dict_saver.save(tensors, storage_writer=storage, process_group=ranks.group)
+        return {path.name: file_hash(path) for path in staging.glob(f"shard-{ranks.rank + 1:05d}-*")}
+    save_file(tensors, staging / UNSHARDED)
+    _flush(staging / UNSHARDED)
+    return {UNSHARDED: file_hash(staging / UNSHARDED)}
+
+
+def _move_aside(path: Path) -> Path:
+    """Rename a checkpoint before its files are deleted, so that a kill leaves no part of it under its name."""
     return path.rename(path.with_name(f".{path.name}.old"))
 
 

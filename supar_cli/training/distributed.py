@@ -1,8 +1,7 @@
-"""The processes that train one plan: their ranks, what they agree on, and how they hold the model between them.
+"""The ranks that train one plan: collective calls, and how they hold the model (DDP or FSDP2).
 
-They are started by `supar train --nproc N` or by torchrun, and meet over torch.distributed: NCCL for tensors on CUDA,
-gloo for all else. To DDP and FSDP2 a masked tensor is a vector of live values: what is exchanged and sharded follows the
-live weights.
+`supar train --nproc N` or torchrun starts them. They communicate over torch.distributed: NCCL for tensors on CUDA, gloo for
+the rest. A masked tensor is a vector of live values to DDP and FSDP2, so its traffic and its shards shrink with its density.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ Parallelism = Literal["alone", "ddp", "fsdp"]
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """`rank` of `size` processes, `local_rank` of `local_size` on this machine; one alone unless `init_distributed` is used.
+    """This process is `rank` of `size`, and `local_rank` of `local_size` on this machine.
 
-    `group` is the torch.distributed group that its calls go through; None is the default one.
+    Its calls are collective: every rank makes them. `group` is their torch.distributed group, None the default one.
     """
 
     rank: int = 0
@@ -51,11 +50,11 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and speaks for all."""
+        """Whether this is rank 0, which writes files and messages for all."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Everyone's value by rank."""
+        """The values of all ranks, in their order."""
         if not self.is_distributed:
             return [value]
         found: list[Any] = [None] * self.size
@@ -63,73 +62,66 @@ class Ranks:
         return found
 
     def run_on_all(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function in every process. Where it raises a SuparError in one, raise it in all, the rank named."""
+        """Call a function in every rank. A SuparError in one rank is raised in all, with the number of that rank."""
+        if not self.is_distributed:
+            return function(*args, **kwargs)
         error, result = None, None
         try:
             result = function(*args, **kwargs)
         except SuparError as raised:
-            if not self.is_distributed:
-                raise
-            error = raised
-        found = self.gather(None if error is None else (type(error), str(error)))
-        failed = {rank: described for rank, described in enumerate(found) if described is not None}
+            error = type(raised), str(raised)
+        failed = [(rank, *raised) for rank, raised in enumerate(self.gather(error)) if raised is not None]
         if failed:
-            rank, (kind, text) = next(iter(failed.items()))
+            rank, kind, text = failed[0]
             is_everyone = len(failed) == self.size
-            raise collective_error(kind, text if rank == 0 or is_everyone else f"rank {rank}: {text}") from None
+            raise collective_error(kind, text if rank == 0 or is_everyone else f"rank {rank}: {text}")
         return result  # type: ignore[return-value]
 
     def on_main(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function in the main process only; return its result, or raise its SuparError, in all."""
-        result: Any = self.run_on_all(function, *args, **kwargs) if self.is_main else self.run_on_all(_do_nothing)
-        if not self.is_distributed:
-            return result  # type: ignore[no-any-return]
-        box = [result]
-        dist.broadcast_object_list(box, src=0, group=self.group, device=torch.device("cpu"))
+        """Call a function in rank 0 only; return its result, or raise its SuparError, in every rank."""
+        box: list[Any] = [self.run_on_all(function, *args, **kwargs) if self.is_main else self.run_on_all(lambda: None)]
+        if self.is_distributed:
+            dist.broadcast_object_list(box, src=0, group=self.group, device=torch.device("cpu"))
         return box[0]  # type: ignore[no-any-return]
 
     def require_equal(self, values: dict[str, str]) -> None:
-        """Raise SetupError where another rank has other values of these: the run would be none of theirs."""
+        """Raise SetupError unless every rank has these values: the ranks would train different runs."""
         found = self.gather(values)
         for rank, other in enumerate(found):
             for name, value in found[0].items():
                 if other.get(name) != value:
-                    text = f"rank {rank}: {name} is not that of rank 0; expected the same everywhere"
-                    raise collective_error(SetupError, text)
+                    what = "is not that of rank 0; expected the same everywhere"
+                    raise collective_error(SetupError, f"rank {rank}: {name} {what}")
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """A tensor's sum over all processes, in place."""
+        """Sum a tensor over all ranks, in place."""
         if self.is_distributed:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
     @contextmanager
     def translate_peer_errors(self) -> Iterator[None]:
-        """Raise PeerLost where what is inside fails because another process is gone."""
+        """Turn an error of torch into PeerLost if its cause is that another process is gone."""
         try:
             yield
         except RuntimeError as error:
-            # gloo says so in words only
-            is_lost = isinstance(error, dist.DistError) or any(
-                word in str(error) for word in ("gloo", "Gloo", "by peer")
-            )
-            if not self.is_distributed or not is_lost:
+            # gloo's errors have no type of their own
+            is_gloo = any(word in str(error) for word in ("gloo", "Gloo", "by peer"))
+            if not self.is_distributed or not (is_gloo or isinstance(error, dist.DistError)):
                 raise
-            raise PeerLost(
-                "another process of this run is gone; the same command goes on from the last checkpoint"
-            ) from None
+            what = "another process of this run is gone; the same command goes on from the last checkpoint"
+            raise PeerLost(what) from None
 
     def new_group(self) -> Ranks:
-        """The same processes by a group of their own, which another thread may use meanwhile. All have to ask for it."""
+        """The same ranks with a group of their own, for calls from another thread. Every rank calls it."""
         return replace(self, group=dist.new_group(backend="gloo") if self.is_distributed else None)
 
 
-def _do_nothing() -> None:
-    pass
+ALONE = Ranks()
 
 
 def collective_error(kind: type[SuparError], text: str) -> SuparError:
-    """An error that every process of a run raises, and that the main one reports."""
+    """An error that every rank raises and rank 0 reports."""
     error = kind(text)
     error.is_collective = True
     return error
@@ -137,18 +129,18 @@ def collective_error(kind: type[SuparError], text: str) -> SuparError:
 
 @contextmanager
 def init_distributed() -> Iterator[Ranks]:
-    """The ranks of this run, left by all at once unless one of them fails. Raises PeerLost when one is gone.
+    """Join the ranks of this run; at the end, wait for all of them unless one has failed.
 
-    A model that is trained inside has to be released inside.
+    A model that is trained inside has to be released inside. Raises PeerLost if another process is gone.
     """
     if not is_rank_process():
-        yield Ranks()
+        yield ALONE
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local = int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if folder := os.environ.get(LAUNCH_DIR):
         write_file(Path(folder, str(rank)), str(os.getpid()))
-        if (signal_file := Path(folder, SIGNAL_FILE)).is_file():  # sent before the launcher knew of this process
+        if (signal_file := Path(folder, SIGNAL_FILE)).is_file():  # the launcher got it before it knew this process
             os.kill(os.getpid(), int(signal_file.read_text("utf-8")))
     ranks = Ranks(rank, size, *local, is_distributed=True)
     with ranks.translate_peer_errors():
@@ -156,11 +148,11 @@ def init_distributed() -> Iterator[Ranks]:
         if is_ours:
             has_both = torch.cuda.is_available() and dist.is_nccl_available()
             store, *_ = next(rendezvous("env://", rank, size))
-            # torchrun keeps one store for all its restarts, in which gloo would find the addresses of the life before
-            life = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size}"
+            # torchrun keeps one store for all its restarts, in which gloo would find the addresses of the previous one
+            prefix = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size}"
             backend = "cpu:gloo,cuda:nccl" if has_both else "gloo"
-            dist.init_process_group(backend, store=PrefixStore(life, store), rank=rank, world_size=size)
-        else:  # a script's own, which may know tensors on CUDA only
+            dist.init_process_group(backend, store=PrefixStore(prefix, store), rank=rank, world_size=size)
+        else:  # a script's own group, which may be for tensors on CUDA only
             ranks = replace(ranks, group=dist.new_group(backend="gloo"))
         try:
             yield ranks
@@ -168,26 +160,26 @@ def init_distributed() -> Iterator[Ranks]:
             if error.is_collective:
                 dist.barrier(ranks.group)
             raise
-        dist.barrier(ranks.group)  # no one ends before the others are done: launchers end what is left
+        dist.barrier(ranks.group)  # wait for all: a launcher ends the others when the first one ends
         if is_ours:
-            gc.collect()  # DDP's models first: the last one to hold a group waits for threads that wait for the interpreter
+            gc.collect()  # release DDP's models first: one that outlives the group deadlocks when it is freed
             dist.destroy_process_group()
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This rank's shard of a tensor; the tensor itself where it is not sharded."""
+    """This rank's shard of a tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Parallel:
-    """A model as its processes hold it: whole in each, gradients averaged (DDP), or every tensor in shards (FSDP2).
+    """A model as the ranks hold it: whole in each with averaged gradients (DDP), or every tensor in shards (FSDP2).
 
-    `model` is what a training step calls; `inner` is without DDP, for passes that exchange nothing. FSDP2 gathers the
-    tensors of one of the model's `blocks`, if it has any, at a time.
+    A training step calls `model`; `inner` is the model without DDP, for passes without communication. FSDP2 gathers one of
+    the model's `blocks` at a time.
     """
 
     def __init__(self, kind: Parallelism, model: nn.Module, device: torch.device, compiles: bool, ranks: Ranks) -> None:
-        self.kind, self.ranks = kind, ranks
+        self.kind, self.device, self.ranks, self.is_sharded = kind, device, ranks, kind == "fsdp"
         self.model = model
         if kind == "fsdp":
             mesh = init_device_mesh(device.type, (ranks.size,))
@@ -202,18 +194,14 @@ class Parallel:
         if kind == "ddp":
             devices = [device] if device.type == "cuda" else None
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has another name for it, 2.11 does not
-                # buffers are an engine's own, the same everywhere and never written by a forward pass
+                warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames an option, 2.11 lacks the new name
+                # an engine's buffers are the same in every rank, and no forward pass writes to them
                 self.model = DistributedDataParallel(
                     self.model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
                 )
 
-    @property
-    def is_sharded(self) -> bool:
-        return self.kind == "fsdp"
-
     def gradient_sync(self, is_last: bool) -> AbstractContextManager[None]:
-        """For a micro-batch's passes: gradients are exchanged after the last of a step only."""
+        """For the passes of a micro-batch: only the last one of a step exchanges gradients."""
         if isinstance(self.model, DistributedDataParallel) and not is_last:
             return self.model.no_sync()
         if isinstance(self.model, FSDPModule):
@@ -222,7 +210,7 @@ class Parallel:
 
     @contextmanager
     def forward_only(self, with_hooks: bool = False) -> Iterator[None]:
-        """For forward passes without a backward one, which all processes make; `with_hooks`: hooks have to see each layer."""
+        """For forward passes without backward ones, which every rank makes; `with_hooks` if hooks have to see each layer."""
         if not isinstance(self.model, FSDPModule):
             yield
             return
@@ -231,6 +219,6 @@ class Parallel:
         self.model.reshard()
 
     def norms(self, gradients: list[Tensor]) -> Tensor:
-        """The norm of each whole gradient, given this rank's shards."""
+        """The norm of each whole gradient, from this rank's shards."""
         norms = torch.stack(torch._foreach_norm(gradients))
         return self.ranks.sum(norms.square()).sqrt() if self.is_sharded else norms

@@ -1,8 +1,9 @@
-"""Which engine each masked tensor of a plan gets: the one its run section names, or the fastest here."""
+"""Choosing an engine for each masked tensor of a plan: the one in its run section, or the fastest on this machine."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from collections.abc import Mapping
 
 from supar_cli.planning.plan import Plan
@@ -15,19 +16,19 @@ from supar_cli.training.runtime import Runtime
 
 
 class EngineSelector:
-    """The engines of a plan's masked tensors: `choose` for all of them, then `make` each as the model is built.
+    """The engines of a plan's masked tensors: `choose` all of them, then `make` each while the model is built.
 
-    Of several ranks the main one measures, alone, and all choose alike. `units` are those of a micro-batch.
+    Only rank 0 measures, and all ranks take its choice. `units` is the number of tokens, or other units, in a micro-batch.
     """
 
     def __init__(self, plan: Plan, runtime: Runtime, ranks: Ranks, units: int, sharded: bool) -> None:
         self.plan, self.choices, self._ranks = plan, dict[str, EngineChoice](), ranks
         self.case = LayerCase(runtime.device, runtime.precision, units, plan.sparsity.block, sharded)
         self._rows = {row.name: row for row in plan.tensors}
-        self._fastest: dict[tuple[object, ...], EngineChoice] = {}  # one measurement for all layers of a shape and size
+        self._fastest: dict[tuple[object, ...], EngineChoice] = {}  # layers of one shape and size share a measurement
 
     def choose(self, masks: Mapping[str, Mask]) -> None:
-        """Choose for every mask (out, in), by name. All ranks call it, with the same masks."""
+        """Choose an engine for every mask (out, in). Every rank calls it with the same masks."""
         for name, mask in masks.items():
             named, alike = self.plan.engine(self._rows[name]), (mask.shape, mask.count)
             if named != "auto":
@@ -38,17 +39,14 @@ class EngineSelector:
             self.choices[name] = self._fastest[alike]
 
     def make(self, name: str, mask: Mask) -> Engine:
-        """The engine that was chosen for a tensor."""
+        """Make the chosen engine of a tensor."""
         return autotune.make(self.choices[name].name, mask, self.case)
 
     def lines(self) -> list[str]:
-        """What was measured, a line a shape, and what would make it faster."""
-        counts: dict[str, int] = {}
-        for name, choice in self.choices.items():
-            row = self._rows[name]
-            text = f"{'×'.join(map(str, row.shape))} at density {row.density:.3g}: {choice.text()}"
-            counts[text] = counts.get(text, 0) + (1 if choice.seconds else 0)
-        lines = [f"engine of {count} tensors {text}" for text, count in counts.items() if count]
+        """The measurements, one line for each shape, and a hint at what would be faster."""
+        measured = [(self._rows[name], choice.text()) for name, choice in self.choices.items() if choice.seconds]
+        texts = [f"{'×'.join(map(str, row.shape))} at density {row.density:.3g}: {text}" for row, text in measured]
+        lines = [f"engine of {count} tensors {text}" for text, count in Counter(texts).items()]
         if lines and self.case.device.type == "cpu" and not importlib.util.find_spec("numba"):
             lines.append("numba is not installed: `pip install numba` makes the sparse engine faster")
         return lines

@@ -1,9 +1,10 @@
-"""Signs of a wrong scale while a run goes on: activations or gradients that vanish, explode or stop being finite."""
+"""Watching a run for a wrong scale: activations or gradients that vanish, explode or become non-finite."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,83 +19,61 @@ from supar_cli.training.runtime import Runtime
 LIMIT = 1000.0
 
 
-@contextmanager
-def _recording(model: nn.Module, sizes: dict[str, Tensor]) -> Iterator[None]:
-    def hook(name: str) -> Any:
+@torch.no_grad()
+def activation_sizes(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, float]:
+    """Mean |Y| of every linear's output, by the linear's name."""
+    sizes: dict[str, Tensor] = {}
+
+    def size_recorder(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def record(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
             sizes[name] = output.detach().abs().float().mean()
 
         return record
 
-    handles = [
-        module.register_forward_hook(hook(name)) for name, module in model.named_modules() if isinstance(module, Linear)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def activation_sizes(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, float]:
-    """mean |Y| of every linear's output on a model's inputs, by the linear's name."""
-    sizes: dict[str, Tensor] = {}
-    with _recording(model, sizes):
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if isinstance(module, Linear):
+                hooks.enter_context(module.register_forward_hook(size_recorder(name)))
         model(*inputs)
     return {name: float(size) for name, size in sizes.items()}
 
 
-def first_not_finite(model: nn.Module, inputs: tuple[Tensor, ...]) -> str:
-    """Name the tensor at which values stop being finite: a weight, else the output of a linear, else the loss.
-
-    Makes its forward pass in any case: other processes may wait for it.
-    """
-    weights = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(local_shard(weight)).all())]
-    sizes = activation_sizes(model, inputs)
-    if weights:
-        return f"the weight {weights[0].removesuffix('.weight')}"
-    for name, size in sizes.items():
-        if not torch.isfinite(torch.tensor(size)):
-            return f"the output of {name}"
-    return "the loss"
-
-
-def first_of_ranks(
+def first_not_finite(
     model: nn.Module, inputs: tuple[Tensor, ...], parallel: Parallel, runtime: Runtime, is_own: bool
 ) -> str:
-    """`first_not_finite` of the first rank that has one, in words; `is_own`: this rank's own loss is not finite.
+    """A sentence that names the first tensor that is not finite, in the first rank that has one.
 
-    All ranks call it, and pass the same micro-batches: they may hold shards.
+    It is a weight, else the output of a linear, else the loss. `is_own` says that this rank's own loss is not finite. Every
+    rank calls it and makes a forward pass for each micro-batch, as ranks may hold shards.
     """
-    own, ranks, rows = "", parallel.ranks, runtime.micro_batch
+    ranks, rows = parallel.ranks, runtime.micro_batch
+    weights = [(name, local_shard(weight)) for name, weight in model.named_parameters()]
+    found = [f"the weight {name.removesuffix('.weight')}" for name, weight in weights if not weight.isfinite().all()]
     for start in range(0, len(inputs[0]), rows):
         with runtime.autocast(), parallel.forward_only(with_hooks=True):
-            found = first_not_finite(model, runtime.to_device(inputs, slice(start, start + rows)))
-        own = own or (found if found != "the loss" else "")
-    places = ranks.gather(own or ("the loss" if is_own else ""))
+            sizes = activation_sizes(model, runtime.to_device(inputs, slice(start, start + rows)))
+        found += [f"the output of {name}" for name, size in sizes.items() if not math.isfinite(size)]
+    places = ranks.gather(found[0] if found else "the loss" if is_own else "")
     rank = next((rank for rank, place in enumerate(places) if place), 0)
     of = f" of rank {rank}" if ranks.size > 1 else ""
     return f"the first tensor{of} that is not finite is {places[rank] or 'the loss'}"
 
 
 class Monitor:
-    """Compares sizes with the first it saw (step 1's, or a resumed run's first); warns once for a name and direction."""
+    """Compares sizes with the first ones it saw, those of step 1 or of a resumed run's first step."""
 
     def __init__(self) -> None:
         self._first: dict[str, tuple[int, float]] = {}
         self._warned: set[tuple[str, str]] = set()
 
     def warnings(self, step: int, what: str, sizes: dict[str, float]) -> list[str]:
-        """Warnings for `sizes`, by layer name, of `what` (activation, gradient) after `step` steps."""
+        """Warnings about `sizes` by layer of `what` (activation, gradient) after `step` steps: one a layer and direction."""
         found = []
         for layer, size in sizes.items():
             name = f"{what} of {layer}"
             at, first = self._first.setdefault(name, (step, size))
-            if first == 0.0:
-                continue
             word = "exploded" if size > first * LIMIT else "vanished" if size < first / LIMIT else ""
-            if word and (name, word) not in self._warned:
+            if first and word and (name, word) not in self._warned:
                 self._warned.add((name, word))
                 found.append(f"step {step}: the {name} has {word}: {first:.3g} at step {at}, {size:.3g} now")
         return found

@@ -1,4 +1,4 @@
-"""Optimizers from a plan: every tensor claimed exactly once, grouped by equal numbers."""
+"""Optimizers from a plan: tensors with equal numbers share a parameter group, and each tensor is in exactly one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from supar_cli.planning.plan import Plan
 
 
 def build(plan: Plan, tensors: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW or SGD (fused where torch has it) with one group per distinct (lr, weight decay, epsilon).
+    """AdamW or SGD, fused where torch can, with one group for each distinct (lr, weight decay, epsilon).
 
-    Each group holds its `peak_lr` and the plan's `names`. The plan and `tensors` must name the same tensors.
+    Each group has its `peak_lr` and the `names` of its tensors. The plan and `tensors` must name the same tensors.
     """
     grouped: dict[tuple[float, float, float], list[str]] = {}
     for row in plan.tensors:
@@ -24,40 +24,30 @@ def build(plan: Plan, tensors: Mapping[str, nn.Parameter]) -> torch.optim.Optimi
     adam = plan.train.optimizer == "adamw"
     groups: list[dict[str, Any]] = []
     for (lr, decay, eps), names in grouped.items():
-        group = {
-            "params": [tensors[name] for name in names],
-            "lr": lr,
-            "weight_decay": decay,
-            "peak_lr": lr,
-            "names": names,
-        }
+        params = [tensors[name] for name in names]
+        group = {"params": params, "lr": lr, "weight_decay": decay, "peak_lr": lr, "names": names}
         groups.append({**group, "eps": eps} if adam else group)
-    claimed = [name for group in groups for name in group["names"]]
-    if sorted(claimed) != sorted(tensors):
-        raise AssertionError("a tensor is claimed by no parameter group or by two")
+    if sorted(name for group in groups for name in group["names"]) != sorted(tensors):
+        raise AssertionError("a tensor is in no parameter group or in two")
     fused = next(iter(tensors.values())).device.type in ("cpu", "cuda")
     if adam:
         return torch.optim.AdamW(groups, betas=(plan.train.betas[0], plan.train.betas[1]), fused=fused)
-    is_sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())  # which fused SGD can't update
+    is_sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())  # fused SGD can't update them
     return torch.optim.SGD(groups, lr=0.0, momentum=plan.train.momentum, fused=fused and not is_sharded)
 
 
 def state_names(plan: Plan) -> tuple[str, ...]:
-    """What torch keeps of a tensor from the first step on."""
+    """The names of what torch's optimizer keeps for each tensor."""
     if plan.train.optimizer == "adamw":
         return ("step", "exp_avg", "exp_avg_sq")
     return ("momentum_buffer",) if plan.train.momentum else ()
 
 
 def rate_factor(plan: Plan, step: int) -> float:
-    """The schedule's factor on every peak learning rate at a step, counted from 0."""
-    train = plan.train
+    """The schedule's factor on every peak learning rate at a step (0-based)."""
+    train, end = plan.train, plan.train.final_lr_fraction
     return schedule.factor(
-        step,
-        steps=train.steps,
-        warmup_steps=train.warmup_steps,
-        schedule=train.schedule,
-        final_lr_fraction=train.final_lr_fraction,
+        step, steps=train.steps, warmup_steps=train.warmup_steps, schedule=train.schedule, final_lr_fraction=end
     )
 
 
@@ -68,6 +58,6 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def folds(plan: Plan, tensors: Iterable[str]) -> torch.Tensor:
-    """The multiplier that was folded into each tensor, 1 where none was, in the order of their names."""
+    """The multiplier folded into each tensor, 1 if there is none, in the order of `tensors`."""
     rows = {row.name: row for row in plan.tensors}
     return torch.tensor([rows[name].fold or 1.0 for name in tensors])

@@ -1,18 +1,17 @@
-"""A model ready to train: built from a plan, filled through the raw parameters, masked, and checked against the plan.
+"""Preparing a plan's model for training: build it, draw masks and initial values, and check them against the plan.
 
-A masked tensor is held as its live values alone, in row-major order, whichever engine multiplies with them.
+A masked tensor is stored as its live values in row-major order, whichever engine multiplies with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from supar_cli.errors import InputError
@@ -25,22 +24,20 @@ from supar_cli.sparse.mask_files import WantedMask, read_masks
 from supar_cli.sparse.masks import Mask
 from supar_cli.streams import stream
 
-Values = NDArray[np.float32]
-
-DRAWN_AT_ONCE = 2**16  # chosen: positions whose numbers are drawn for the live ones among them; whole rows
+DRAWN_AT_ONCE = 2**16  # chosen: positions drawn at once, in whole rows, to keep the live ones
 CHECKED_AT_ONCE = 2**20  # chosen: 8 MiB in double precision
 
 
 @dataclass(slots=True)
 class SparseModel:
-    """A model, its parameters by plan name and the masks. A masked parameter holds live values only."""
+    """A model, its parameters by the plan's names, and the masks. A masked parameter holds live values only."""
 
     model: nn.Module
     tensors: dict[str, nn.Parameter]
     masks: dict[str, Mask]
 
     def sync_engines(self) -> None:
-        """Let the engines take over parameters that were changed in place."""
+        """Tell the engines that parameters have changed in place."""
         for name in self.masks:
             self.linear(name).refresh()
 
@@ -52,12 +49,12 @@ class SparseModel:
 
     @torch.no_grad()
     def weight(self, name: str) -> Tensor:
-        """A copy of a tensor in its plan's shape, zero where dead."""
+        """A copy of a tensor in the plan's shape, dead weights zero."""
         return to_dense(self.tensors[name].detach(), self.masks.get(name))
 
 
 def to_dense(values: Tensor, mask: Mask | None) -> Tensor:
-    """Live values (live,) in row-major order as a dense tensor of the mask's shape; a copy where there is no mask."""
+    """The dense tensor, in the mask's shape, of live values (live,) in row-major order; a copy if there is no mask."""
     if mask is None:
         return values.clone()
     dense = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
@@ -66,7 +63,7 @@ def to_dense(values: Tensor, mask: Mask | None) -> Tensor:
 
 
 def transformer(plan: Plan) -> nn.Module:
-    """The plan's model, its tensors not yet filled."""
+    """The plan's transformer without its initial values."""
     return Transformer(plan.decoder)
 
 
@@ -75,30 +72,39 @@ def prepare(
     device: torch.device,
     engine_of: Callable[[str, Mask], Engine] | None = None,
     build_model: Callable[[Plan], nn.Module] = transformer,
-    masks: dict[str, Mask] | None = None,
+    masks: Mapping[str, Mask] | None = None,
+    values: Mapping[str, Tensor] | None = None,
 ) -> SparseModel:
-    """Build, initialise, mask and check. Raises InputError where plan and model disagree, naming the tensors.
+    """Build a plan's model and set its masks and values.
 
-    `engine_of` makes the engine of a masked tensor; without it, the dense one in float32. `build_model` makes a model whose
-    parameters have the plan's names and shapes.
+    `engine_of` makes the engine of a masked tensor, by default the dense one in float32. `build_model` makes a model whose
+    parameters have the plan's names and shapes. `values` are by name, live ones in row-major order for a masked tensor; by
+    default they are the plan's initial values, which are drawn and checked. Raises InputError if the check fails.
     """
-    drawn = make_masks(plan) if masks is None else masks
-    made = build(plan, device, drawn, lambda row, mask: _values(row, plan.train.seed, mask), engine_of, build_model)
-    for row in plan.tensors:
-        check_init(row, made.tensors[row.name], plan.sparsity.pattern, drawn.get(row.name))
+    masks = make_masks(plan) if masks is None else masks
+    engine_of = engine_of or (lambda _, mask: Dense(mask, torch.float32))
+    model = build_model(plan)
+    made = SparseModel(model, named_tensors(model), dict(masks))
+    with torch.no_grad():
+        for row in plan.tensors:
+            mask = masks.get(row.name)
+            value = values[row.name] if values is not None else _initial_values(row, plan.train.seed, mask)
+            if mask is None:
+                made.tensors[row.name].copy_(value)
+            else:
+                made.linear(row.name).remask(mask, value.to(device), engine_of(row.name, mask).to(device))
+    model.to(device)
+    made.tensors = named_tensors(model)
+    if values is None:
+        for row in plan.tensors:
+            check_init(row, made.tensors[row.name], plan.sparsity.pattern, masks.get(row.name))
     return made
 
 
-def plan_masks(plan: Plan, build_model: Callable[[Plan], nn.Module] = transformer) -> dict[str, Mask]:
-    """`make_masks`, after a look at whether the plan's tensors are the model's."""
-    require_same_tensors(plan, build_model)
-    return make_masks(plan)
-
-
 def make_masks(plan: Plan) -> dict[str, Mask]:
-    """Masks of all sparse tensors by name, from where the plan says: drawn, or read from a file.
+    """The masks of all sparse tensors by name, drawn or read from the plan's file of masks.
 
-    Raises InputError as `masks.draw` and `read_masks` do, SetupError where the file can't be read.
+    Raises InputError for masks that don't fit the plan, SetupError if the file can't be read.
     """
     sparsity = plan.sparsity
     if sparsity.source.path is None:
@@ -112,7 +118,7 @@ def make_masks(plan: Plan) -> dict[str, Mask]:
 
 
 def draw_masks(plan: Plan) -> dict[str, Mask]:
-    """Random masks of all sparse tensors by name. Adding a layer changes no other mask."""
+    """The random masks of all sparse tensors by name. Another layer in the plan changes no mask of the others."""
     seed, pattern, block = plan.train.seed, plan.sparsity.pattern, plan.sparsity.block
     drawn = {
         row.name: masks.draw(row.name, row.shape, row.kept, row.density, seed, pattern, block, row.fan_in_axes)
@@ -121,78 +127,42 @@ def draw_masks(plan: Plan) -> dict[str, Mask]:
     return {name: mask for name, mask in drawn.items() if mask is not None}
 
 
-def build(
-    plan: Plan,
-    device: torch.device,
-    drawn: dict[str, Mask],
-    values_of: Callable[[PlanTensor, Mask | None], Values],
-    engine_of: Callable[[str, Mask], Engine] | None = None,
-    build_model: Callable[[Plan], nn.Module] = transformer,
-) -> SparseModel:
-    """A model of given masks and values: those of live weights in row-major order where there is a mask."""
-    require_same_tensors(plan, build_model)
-    model = build_model(plan)
-    tensors = named_tensors(model)
-    made = SparseModel(model, {}, drawn)
-    engine_of = engine_of or (lambda _, mask: Dense(mask, torch.float32))
-    with torch.no_grad():
-        for row in plan.tensors:
-            mask = drawn.get(row.name)
-            values = torch.from_numpy(values_of(row, mask))
-            if mask is None:
-                tensors[row.name].copy_(values)
-            else:
-                engine = engine_of(row.name, mask).to(device)
-                made.linear(row.name).remask(mask, values.to(device), engine)
-    model.to(device)
-    made.tensors = named_tensors(model)
-    return made
-
-
 def require_same_tensors(plan: Plan, build_model: Callable[[Plan], nn.Module] = transformer) -> None:
-    """Raise InputError where a plan's tensors are not the model's, before a wrong shape takes memory."""
+    """Raise InputError unless the plan and the model have the same tensors. Needs no memory for them."""
     with torch.device("meta"):
         tensors = named_tensors(build_model(plan))
     planned = {row.name: tuple(row.shape) for row in plan.tensors}
     built = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if len(planned) != len(plan.tensors):
-        names = [row.name for row in plan.tensors]
-        raise InputError(f"tensors: {next(n for n in names if names.count(n) > 1)} appears twice in the plan")
-    different = [
-        f"  {name}: the plan has {planned[name]}, the model {built[name]}"
-        for name in planned
-        if name in built and planned[name] != built[name]
-    ]
+    shared = [name for name in planned if name in built]
+    different = [f"  {n}: the plan has {planned[n]}, the model {built[n]}" for n in shared if planned[n] != built[n]]
     different += [f"  {name}: in the plan only" for name in planned if name not in built]
     different += [f"  {name}: in the model only" for name in built if name not in planned]
     if different:
-        raise InputError(
-            "tensors: the plan's tensors are not the model's; expected the same names and shapes:\n"
-            + "\n".join(different)
-        )
+        what = "the plan's tensors are not the model's; expected the same names and shapes"
+        raise InputError("\n".join([f"tensors: {what}:", *different]))
 
 
-def _values(row: PlanTensor, seed: int, mask: Mask | None) -> Values:
-    """Initial values: the plan's constant, or normal with its deviation; of live weights where there is a mask."""
+def _initial_values(row: PlanTensor, seed: int, mask: Mask | None) -> Tensor:
+    """A tensor's initial values, constant or normal as the plan says; only those of live weights if there is a mask."""
     shape = row.shape if mask is None else [mask.count]
     if not row.init_std:
-        return np.full(shape, row.init_constant or 0.0, np.float32)
+        return torch.full(shape, row.init_constant or 0.0, dtype=torch.float32)
     generator = np.random.Generator(stream(seed, f"init:{row.name}"))
     if mask is None:
         values = generator.standard_normal(row.size, np.float32).reshape(shape)
-    else:  # every position has its draw, so that a live weight's value does not depend on the mask; few at a time
+    else:  # draw for every position, a few at a time: then a live weight's value does not depend on the mask
         step = max(1, DRAWN_AT_ONCE * mask.shape[0] // mask.size)
         parts = (mask.alive(slice(first, first + step)) for first in range(0, mask.shape[0], step))
         drawn = [generator.standard_normal(alive.shape, np.float32)[alive] for alive in parts]
         values = np.concatenate(drawn)
     values *= np.float32(row.init_std)
-    return values
+    return torch.from_numpy(values)
 
 
 def check_init(row: PlanTensor, tensor: Tensor, pattern: str, mask: Mask | None) -> None:
-    """Compare a tensor's measured deviation and live count with the plan's, within 6 standard errors.
+    """Raise InputError unless a tensor's live count and measured deviation agree with the plan, within 6 standard errors.
 
-    A normal sample's deviation has the relative standard error 1/√(2n): false alarms are below 1e-8 a tensor.
+    The deviation of n normal numbers has the relative standard error 1/√(2n): a false alarm has a chance below 1e-8.
     """
     alive = row.size if mask is None else mask.count
     allowed = 6 * sqrt(row.kept * (1 - row.density)) if pattern == "bernoulli" else 0
@@ -200,11 +170,7 @@ def check_init(row: PlanTensor, tensor: Tensor, pattern: str, mask: Mask | None)
         raise InputError(f"{row.name}: {alive} weights are alive, the plan keeps {row.kept}")
     if not alive:
         raise InputError(f"{row.name}: its mask has no live weight; expected a higher density or another seed")
-    values, wanted, start = (
-        tensor.detach().reshape(-1),
-        row.init_std or 0.0,
-        float(np.float32(row.init_constant or 0.0)),
-    )
+    values, wanted, start = tensor.detach().flatten(), row.init_std or 0.0, float(np.float32(row.init_constant or 0.0))
     parts = (values[first : first + CHECKED_AT_ONCE] for first in range(0, len(values), CHECKED_AT_ONCE))
     squares = sum(float((part.double() - start).square().sum()) for part in parts)
     measured = sqrt(squares / alive)

@@ -1,4 +1,4 @@
-"""Where a run's progress, messages and warnings go: `cli` shows them, trials drop them."""
+"""The receiver of a run's progress, messages and warnings: the command line shows them, trials drop them."""
 
 from __future__ import annotations
 

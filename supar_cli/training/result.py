@@ -1,4 +1,4 @@
-"""What comes out of a run: its losses, and the document result.json that says what ran where."""
+"""The outcome of a run: its losses, and the document result.json with its environment and hashes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from supar_cli.training.runtime import Runtime, device_name, versions
 
 @dataclass(slots=True)
 class RunHistory:
-    """Losses of a run: `losses[i]` is the training loss of step i before its update, `evaluations` are (step, loss).
+    """The losses of a run: `losses[i]` is the training loss of step i before its update, `evaluations` are (step, loss).
 
-    Those of steps before `resumed_at` are known to the main process only, and nan where no record of them is left.
+    Only rank 0 knows those of steps before `resumed_at`; a loss is nan if its record is lost.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -30,27 +30,24 @@ class RunHistory:
 
     @classmethod
     def of(cls, records: list[Record], done: int) -> RunHistory:
-        """The history of a run that goes on after `done` steps, from the records of them that are left."""
+        """The history of a run that continues after `done` steps, from the records of those steps."""
         known = {record["step"]: record["loss"] for record in records}
         losses = [known.get(step, math.nan) for step in range(1, done + 1)]
         evaluations = [(record["step"], record["validation_loss"]) for record in records if "validation_loss" in record]
         return cls(losses, evaluations, resumed_at=done)
 
     def add(self, record: Record) -> None:
-        """Take over what a step's record holds."""
+        """Add the losses in a step's record."""
         if "loss" in record:
             self.losses.append(record["loss"])
         if "validation_loss" in record:
             self.evaluations.append((record["step"], record["validation_loss"]))
 
-    def is_evaluated(self, step: int) -> bool:
-        return step in dict(self.evaluations)
-
 
 def document(
     plan: Plan, data_hash: str, drawn: Mapping[str, Mask], history: RunHistory, environment: Record
 ) -> dict[str, Any]:
-    """The result document: losses, what ran where, and the hashes that identify it."""
+    """The result document: losses, sizes, environment and the hashes that identify the run."""
     return {
         "kind": "supar.result/v1",
         "plan": plan.hash(),
@@ -69,7 +66,7 @@ def document(
 
 
 def environment(runtime: Runtime, parallel: Parallel, engines: Mapping[str, str]) -> Record:
-    """Versions and machine, and how the run used it: `engines` by the name of each masked tensor."""
+    """Versions, device, precision and parallelism of a run; `engines` are by the name of each masked tensor."""
     return {
         **versions(),
         "device": device_name(runtime.device),
@@ -82,6 +79,6 @@ def environment(runtime: Runtime, parallel: Parallel, engines: Mapping[str, str]
 
 
 def write(directory: Path, found: Record) -> None:
-    """Write a run's result.json. Raises SetupError where that can't be."""
+    """Write a run's result.json. Raises SetupError if it can't be written."""
     with naming_write_errors(directory):
         write_file(directory / "result.json", json.dumps(found, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""A run directory: opened for one plan by one process, its metrics a line at a time, its files whole or not at all."""
+"""A run directory: its lock and its start for one plan, its status, its metrics and its result. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,55 +18,51 @@ from supar_cli.planning import document
 from supar_cli.planning.plan import Plan, read_plan
 from supar_cli.training.launch.environment import is_rank_process, launcher_id, under_torchrun
 
-LOCK_TRIES = 10  # chosen: for a second; whoever only looks whether a run is open holds its lock for an instant
-DIFFERENCES = 8  # chosen: named of two plans; the others are counted
-STATUS_FILE = "ended.json"  # how training ended where it did not finish
-DAMAGED_METRICS = "metrics.damaged.jsonl"  # metrics.jsonl as it was where some of its records could not be read
+LOCK_TRIES = 10  # chosen: for a second in all, as `is_open` of another process holds the lock for an instant
+DIFFERENCES = 8  # chosen: how many differences of two plans a message lists
+STATUS_FILE = "ended.json"  # how training ended, if it did not finish
+DAMAGED_METRICS = "metrics.damaged.jsonl"  # metrics.jsonl before records that can't be read were dropped
+FILES = ("metrics.jsonl", DAMAGED_METRICS, "result.json", "trackers.json", STATUS_FILE)
+FOLDERS = ("checkpoints", "tensorboard", "wandb")
 
 
 @contextmanager
 def open_run(directory: Path, plan: Plan, *, resume: bool, force: bool) -> Iterator[list[str]]:
-    """Start or continue a run in a directory that no other process may open until this ends; note how it ended.
+    """Lock a directory while a run starts or continues there, and write a status file if the run does not finish.
 
-    Yields what will run otherwise than before, as `run.precision: float32 → bfloat16`.
-    Raises InputError as `begin_run` does, where another process trains there, and under torchrun for anything but `resume`.
+    Yields what has changed in the plan's `run` section, such as `run.precision: float32 → bfloat16`. Raises InputError as
+    `begin_run` does, if another process trains there, and under torchrun without `resume`.
     """
     if under_torchrun() and not resume:
-        raise InputError(
-            f"{directory}: can't be told to start anew under torchrun, whose restarts would do so too; "
-            "expected another --out, or that the directory is removed"
-        )
+        what = "a run can't start again under torchrun, whose restarts would do so too"
+        raise InputError(f"{directory}: {what}; expected another --out or an empty directory")
     _refuse_foreign(directory, force)
     with naming_write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
     with _lock(directory):
         changes = begin_run(directory, plan, resume=resume, force=force)
-        with naming_write_errors(directory):
-            (directory / STATUS_FILE).unlink(missing_ok=True)
-            for path in [*_leftovers(directory), *directory.glob("checkpoints/.step-*")]:
-                _drop(path)
         try:
             yield changes
         except BaseException as error:
             state = "preempted" if isinstance(error, Preempted | KeyboardInterrupt) else "failed"
             text = str(error) or type(error).__name__
             ended = {"state": state, "text": text} | ({"launcher": launcher_id()} if is_rank_process() else {})
-            with suppress(OSError):  # the disk may be why it ended
+            with suppress(OSError):  # the disk may be the cause
                 write_file(directory / STATUS_FILE, json.dumps(ended) + "\n")
             raise
 
 
 def preemption_reason(directory: Path) -> str:
-    """How a directory's run was asked to stop under this process's own launcher, empty where it was not."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        ended = json.loads((directory / STATUS_FILE).read_text("utf-8"))
+    """Why a directory's run was preempted under the launcher of this process; empty if it was not."""
+    with suppress(SetupError, KeyError, TypeError):
+        ended = read_json(directory / STATUS_FILE)
         if is_rank_process() and ended["state"] == "preempted" and ended["launcher"] == launcher_id():
             return str(ended["text"])
     return ""
 
 
 def _lock(directory: Path) -> TextIO:
-    """The directory's lock, the system's own: it ends with the process, however that ends."""
+    """Lock the directory. The system releases the lock when the process ends, however it ends."""
     with naming_write_errors(directory):
         file = (directory / "lock").open("a")
     for _ in range(LOCK_TRIES):
@@ -75,20 +71,20 @@ def _lock(directory: Path) -> TextIO:
             return file
         except BlockingIOError:
             time.sleep(0.1)
-        except OSError:  # a file system without locks: as it was before there were any
+        except OSError:  # this file system has no locks: go on without one
             return file
     file.close()
     raise InputError(f"{directory}: another process is training there; expected another --out")
 
 
 def _leftovers(directory: Path) -> set[Path]:
-    """What a process that was killed while it wrote or removed something has left of it."""
-    names = ("plan.yaml", "metrics.jsonl", "result.json", "trackers.json", STATUS_FILE, "checkpoints")
-    return {path for name in names for path in directory.glob(f".{name}.*")}
+    """Temporary files and folders left by a process that was killed while it wrote or removed something."""
+    patterns = [f".{name}.*" for name in ("plan.yaml", *FILES, *FOLDERS)]
+    return {path for pattern in [*patterns, "checkpoints/.step-*"] for path in directory.glob(pattern)}
 
 
 def _drop(path: Path) -> None:
-    """Remove what may be there."""
+    """Remove a file or a folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -100,85 +96,66 @@ def is_open(directory: Path) -> bool:
     try:
         with (directory / "lock").open("r") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
     return False
 
 
 def _refuse_foreign(directory: Path, force: bool) -> None:
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory}: is a file; expected a folder for --out")
-    if force or not directory.exists() or (directory / "plan.yaml").is_file():
-        return
-    if set(directory.iterdir()) - _leftovers(directory) - {directory / "lock"}:
+    is_free = force or not directory.exists() or (directory / "plan.yaml").is_file()
+    if not is_free and set(directory.iterdir()) - _leftovers(directory) - {directory / "lock"}:
         raise InputError(f"{directory}: exists and is not a run directory; expected another --out")
 
 
 def begin_run(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list[str]:
-    """Make a run directory ready and return what of `run` has changed there.
+    """Make a directory ready for a run and return what has changed in the plan's `run` section.
 
-    Raises InputError when it holds another run, or this one and neither flag was given.
+    Raises InputError if it holds another run, or if it holds this one and neither `resume` nor `force` is given.
     """
     existing, changes = directory / "plan.yaml", list[str]()
     _refuse_foreign(directory, force)
     if existing.is_file() and not force:
-        other = _plan(existing)
-        if resume and other.hash() != plan.hash():
-            raise InputError(
-                f"{directory}: holds a run of another plan; expected another --out, or --force to start again",
-                *("  " + line for line in _differences(other.experiment(), plan.experiment())),
-            )
-        if resume:
-            changes = _differences({"run": other.run.model_dump()}, {"run": plan.run.model_dump()})
-        else:
-            raise InputError(
-                f"{directory}: holds a run already; expected --resume to continue it or --force to start again"
-            )
+        if not resume:
+            what = "holds a run already; expected --resume to continue it or --force to start again"
+            raise InputError(f"{directory}: {what}")
+        try:
+            other = read_plan(existing)
+        except InputError as error:
+            what = "can't be read; expected this run's plan (each checkpoint has a copy), or --force to start again"
+            raise InputError(f"{existing}: {what}", *(f"  {problem}" for problem in error.problems)) from None
+        if other.hash() != plan.hash():
+            what = "holds a run of another plan; expected another --out, or --force to start again"
+            differences = (f"  {line}" for line in _differences(other.experiment(), plan.experiment()))
+            raise InputError(f"{directory}: {what}", *differences)
+        changes = _differences({"run": other.run.model_dump()}, {"run": plan.run.model_dump()})
     with naming_write_errors(directory):
-        if force and not resume and existing.is_file():
-            if (directory / "checkpoints").is_dir():  # out of the way whole: a kill now leaves all of them or none
+        if force and existing.is_file():
+            with suppress(FileNotFoundError):  # rename first: a kill leaves all checkpoints or none
                 (directory / "checkpoints").rename(directory / ".checkpoints.old")
-            for name in (
-                "result.json",
-                "metrics.jsonl",
-                DAMAGED_METRICS,
-                "trackers.json",
-                STATUS_FILE,
-                "tensorboard",
-                "wandb",
-            ):
+            for name in (*FILES, *FOLDERS):
                 _drop(directory / name)
-            _drop(directory / ".checkpoints.old")
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / STATUS_FILE).unlink(missing_ok=True)
+        for path in _leftovers(directory):
+            _drop(path)
         write_file(existing, document.write([plan.model_dump()]))
     return changes
 
 
-def _plan(path: Path) -> Plan:
-    """The plan that a run was started with. Raises InputError."""
-    try:
-        return read_plan(path)
-    except InputError as error:
-        said = (f"  {problem}" for problem in error.problems)
-        what = "can't be read; expected this run's plan, of which each checkpoint has a copy, or --force to start again"
-        raise InputError(f"{path}: {what}", *said) from None
-
-
-def result(directory: Path, plan: Plan) -> dict[str, Any] | None:
-    """result.json of a plan's run, None where there is none that is whole."""
+def is_finished(directory: Path, plan: Plan) -> bool:
+    """Whether the directory holds the whole result of this plan's run."""
     try:
         found = read_result(directory / "result.json")
     except SetupError:
-        return None
+        return False
     numbers = [found.get(name) for name in ("steps", "seconds", "validation_loss")]
-    whole = found.get("plan") == plan.hash() and all(isinstance(number, int | float) for number in numbers)
-    return found if whole else None
+    return found.get("plan") == plan.hash() and all(isinstance(number, int | float) for number in numbers)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs in two plans, as `train.steps: 12 → 24`; the tensors' numbers, which follow from the rest, last."""
+    """The differences of two plans, such as `train.steps: 12 → 24`; those of tensors, which follow from the rest, last."""
     before, after = dict(_leaves("", old)), dict(_leaves("", new))
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     keys.sort(key=lambda key: key.startswith("tensors."))
@@ -187,50 +164,46 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Every scalar of plain data by its path; an element of a list goes by its name where it has one."""
-    if isinstance(value, dict):
-        parts = list(value.items())
-    elif isinstance(value, list):
-        parts = [(part.get("name", at) if isinstance(part, dict) else at, part) for at, part in enumerate(value)]
-    else:
+    """Every scalar of plain data with its path; an element of a list has its name, or else its index, in the path."""
+    if isinstance(value, list):
+        value = {part.get("name", at) if isinstance(part, dict) else at: part for at, part in enumerate(value)}
+    if not isinstance(value, dict):
         yield path, value
         return
-    for key, part in parts:
+    for key, part in value.items():
         yield from _leaves(f"{path}.{key}" if path else str(key), part)
 
 
 class Metrics:
-    """metrics.jsonl of a run: `before` are the records of steps already done; lines of steps to be done again are dropped.
+    """Writes metrics.jsonl. Keeps the records of the `done` steps, as `before`, and drops those of steps to be repeated.
 
-    `damage` says so where the record of a step done is not there or can't be read: the state does not depend on it.
+    `damage` is a warning if records of steps done are lost; the run does not depend on them. Without a directory it writes
+    nothing.
     """
 
     def __init__(self, directory: Path | None, done: int) -> None:
         self._file: TextIO | None = None
         self.before: list[dict[str, Any]] = []
         self.damage = ""
-        if directory is not None:
-            path = directory / "metrics.jsonl"
-            self._directory = directory
-            with naming_write_errors(directory):
-                self.before = list(_records(path, done)) if done else []
-                lost = done - len(self.before)
-                if lost:
-                    self.damage = f"{path}: the records of {lost} of the {done} steps done are missing or damaged"
-                    if (
-                        path.exists() and not (directory / DAMAGED_METRICS).exists()
-                    ):  # the first is the one that tells most
-                        path.replace(directory / DAMAGED_METRICS)
-                        self.damage += f"; {DAMAGED_METRICS} is the file as it was"
-                write_file(path, "".join(json.dumps(record) + "\n" for record in self.before))
-                self._file = path.open("a", encoding="utf-8")
+        if directory is None:
+            return
+        self._directory, path, damaged = directory, directory / "metrics.jsonl", directory / DAMAGED_METRICS
+        with naming_write_errors(directory):
+            self.before = list(_records(path, done))
+            if lost := done - len(self.before):
+                self.damage = f"{path}: the records of {lost} of the {done} steps done are missing or damaged"
+                if path.exists() and not damaged.exists():  # the first copy has the most records
+                    path.replace(damaged)
+                    self.damage += f"; {DAMAGED_METRICS} is the file as it was"
+            write_file(path, "".join(json.dumps(record) + "\n" for record in self.before))
+            self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            with suppress(OSError):  # of a line that could not be written before
+            with suppress(OSError):  # closing writes again what could not be written before
                 self._file.close()
 
     def write(self, record: Record) -> None:
@@ -240,14 +213,14 @@ class Metrics:
                 self._file.flush()
 
     def sync(self) -> None:
-        """See what is written on disk: a checkpoint will stand for these steps."""
+        """Flush the records to disk, before a checkpoint of their steps gets its name."""
         if self._file is not None:
             with naming_write_errors(self._directory):
                 os.fsync(self._file.fileno())
 
 
 def _records(path: Path, done: int) -> Iterator[dict[str, Any]]:
-    """Records of steps up to `done`, in their order; lines that are none, as the last one of a killed run, are left out."""
+    """The records of steps up to `done`, in their order, without lines that are cut or damaged."""
     last = 0
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
@@ -261,7 +234,7 @@ def _records(path: Path, done: int) -> Iterator[dict[str, Any]]:
 
 
 def read_result(path: Path) -> Record:
-    """A run's result.json. Raises SetupError that names the file where it is none."""
+    """Read a run's result.json. Raises SetupError that names the file if it is not one."""
     found = read_json(path)
     if not isinstance(found, dict) or found.get("kind") != "supar.result/v1":
         raise SetupError(f"{path}: is not the result of a run; without it `supar train` writes it again")

@@ -1,4 +1,4 @@
-"""What a plan resolves to on this machine: device, precision, compiling, rows at a time, and whether it fits its memory."""
+"""How a plan runs on this machine: device, precision, compilation, micro-batch and parallelism, and whether it fits."""
 
 from __future__ import annotations
 
@@ -15,75 +15,64 @@ import torch
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import estimate
 from supar_cli.planning.plan import Plan
-from supar_cli.training.distributed import Parallelism, Ranks
+from supar_cli.training.distributed import ALONE, Parallelism, Ranks
 from supar_cli.version import __version__
 
-USED_SHARE = 0.9  # chosen: of a device's memory; the rest is the allocator's and the libraries'
+USED_SHARE = 0.9  # chosen: of a device's memory; the allocator and the libraries need the rest
 
-# Dense bf16 matrix peaks in FLOP/s, from NVIDIA's datasheets, by a word of the device's name
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "4090": 165e12,
-    "A10": 125e12,
-    "V100": 125e12,
-}
+# Dense bf16 matrix peaks in TFLOP/s, from NVIDIA's datasheets, by a word in the device's name
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "A10": 125, "V100": 125}
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes, as every document that holds measurements states them."""
+    """The versions that a document with measurements states."""
     return {"supar": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 def device_name(device: torch.device) -> str:
-    """A CUDA device by its name, a CPU with its number of threads."""
+    """The name of a CUDA device, or `cpu` with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({torch.get_num_threads()} threads)"
 
 
 def peak_share(device: torch.device, flops_per_unit: float | None, units_per_s: float) -> float | None:
-    """FLOP/s of one process over its device's dense bf16 peak; None where one of them is not known.
+    """The FLOP/s of one process divided by its device's dense bf16 peak; None if one of them is unknown.
 
     Masked weights count as dense: that is what is computed.
     """
     if device.type != "cuda" or flops_per_unit is None:
         return None
     name = torch.cuda.get_device_name(device)
-    peak = next((value for word, value in PEAK_FLOPS.items() if word in name), None)
+    peak = next((1e12 * value for word, value in PEAK_TFLOPS.items() if word in name), None)
     return None if peak is None else units_per_s * flops_per_unit / peak
 
 
 def device_of(plan: Plan, ranks: Ranks) -> torch.device:
-    """The device a plan asks for, one for each process. Raises SetupError when it is missing, InputError for another word."""
+    """The device of this process. Raises SetupError if the machine lacks it, InputError for an unknown word."""
     word = plan.run.device
     if word == "auto":
         word = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    device = None
+    with suppress(RuntimeError):
         device = torch.device(word)
-    except RuntimeError:
-        raise InputError(f"run.device: {word!r} is not a device; expected auto, cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"run.device: {word!r}; expected auto, cpu or cuda")
-    if device.type == "cuda" and ranks.is_distributed:
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"run.device: {word!r} is not a valid device; expected auto, cpu or cuda")
+    if device.type == "cpu":
+        return device
+    if ranks.is_distributed:
         if device.index is not None:
-            raise InputError(
-                f"run.device: {word} with {ranks.size} processes; expected cuda, of which each takes its own"
-            )
+            raise InputError(f"run.device: {ranks.size} processes can't all use {word}; expected cuda, one for each")
         device = torch.device("cuda", ranks.local_rank)
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise SetupError(
-            f"run.device: {device}: this machine has no such CUDA device that torch {torch.__version__} can use"
-        )
-    if device.type == "cuda" and device.index is None:  # torch selects devices by number only
-        device = torch.device("cuda", torch.cuda.current_device())
-    return device
+    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        raise SetupError(f"run.device: {device}: torch {torch.__version__} finds no such device on this machine")
+    # torch selects devices by number only
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.device("cuda", index)
 
 
 def device_thread(device: torch.device, name: str) -> ThreadPoolExecutor:
-    """A thread that works for a device, CUDA's current one being each thread's own."""
+    """A pool of one thread whose current CUDA device is `device`."""
     if device.type == "cuda":
         return ThreadPoolExecutor(1, name, torch.cuda.set_device, (device,))
     return ThreadPoolExecutor(1, name)
@@ -91,7 +80,7 @@ def device_thread(device: torch.device, name: str) -> ThreadPoolExecutor:
 
 @dataclass(slots=True)
 class Runtime:
-    """What a plan resolves to on this machine. `micro_batch` and `rows` are sequences of one process."""
+    """How a plan runs on this machine. `micro_batch` and `rows`, its share of the batch, are sequences of one process."""
 
     device: torch.device
     precision: torch.dtype
@@ -100,8 +89,7 @@ class Runtime:
     rows: int
 
     @classmethod
-    def of(cls, plan: Plan, ranks: Ranks | None = None) -> Runtime:
-        ranks = ranks or Ranks()
+    def of(cls, plan: Plan, ranks: Ranks = ALONE) -> Runtime:
         device = device_of(plan, ranks)
         cuda = device.type == "cuda"
         if cuda:
@@ -112,9 +100,8 @@ class Runtime:
         compiles = cuda if plan.run.compile == "auto" else plan.run.compile == "on"
         rows, left = divmod(plan.train.batch_size, ranks.size)
         if left:
-            raise InputError(
-                f"train.batch_size: {plan.train.batch_size} sequences can't be shared evenly by {ranks.size} processes"
-            )
+            what = f"{plan.train.batch_size} sequences can't be shared evenly by {ranks.size} processes"
+            raise InputError(f"train.batch_size: {what}")
         micro = plan.run.micro_batch_size or rows
         if rows % micro:
             what = "the batch size" if ranks.size == 1 else f"a process's share of {ranks.size} of the batch,"
@@ -132,16 +119,15 @@ class Runtime:
 
 
 def choose_parallelism(plan: Plan, runtime: Runtime, ranks: Ranks) -> tuple[Parallelism, str]:
-    """How the processes hold the plan's model, and why where that was decided here."""
+    """How the ranks hold the plan's model, and the reason if the plan leaves it to the machine."""
     if not ranks.is_distributed:
         return "alone", ""
     if plan.run.parallel != "auto":
         return plan.run.parallel, ""
     is_cuda = runtime.device.type == "cuda"
-    engine = "sparse" if not is_cuda and plan.run.engine == "auto" else plan.run.engine
-    needed_bytes = estimate.state_bytes(
-        plan, engine if isinstance(engine, str) else "dense", runtime.precision.itemsize
-    )
+    engine = plan.run.engine if isinstance(plan.run.engine, str) else "dense"
+    engine = "sparse" if engine == "auto" and not is_cuda else engine
+    needed_bytes = estimate.state_bytes(plan, engine, runtime.precision.itemsize)
     needed_bytes += estimate.activation_bytes(plan, runtime.micro_batch, runtime.precision.itemsize)
     device_bytes = torch.cuda.mem_get_info(runtime.device)[1] if is_cuda else _host_bytes() // ranks.local_size
     usable_bytes = int(USED_SHARE * device_bytes)
@@ -151,26 +137,24 @@ def choose_parallelism(plan: Plan, runtime: Runtime, ranks: Ranks) -> tuple[Para
 
 
 def require_host_memory(plan: Plan, runtime: Runtime, ranks: Ranks) -> None:
-    """Raise SetupError where a plan can't be built here: Linux would not say so but end the process.
+    """Raise SetupError if this machine has too little memory for a plan: Linux would kill the process without a message.
 
-    Each process builds the model on its host: masks, live values, and all else of training where the device is the CPU.
+    Each process builds the model in host memory: masks and live values, and all the rest if it trains on the CPU.
     """
     masked = sum(row.size for row in plan.tensors if row.kept < row.size)
     needed_bytes = masked + 4 * plan.live
     if runtime.device.type == "cpu":
         needed_bytes = masked + estimate.state_bytes(plan, "sparse", 4)
         needed_bytes += estimate.activation_bytes(plan, runtime.micro_batch, runtime.precision.itemsize)
-    needed_bytes *= ranks.local_size
-    if needed_bytes > _host_bytes():
-        raise SetupError(
-            f"out of memory: the plan needs about {needed_bytes / 2**30:.1f} GiB, "
-            f"this machine has {_host_bytes() / 2**30:.1f}; expected a smaller model or run.micro_batch_size"
-        )
+    needed_bytes, host_bytes = needed_bytes * ranks.local_size, _host_bytes()
+    if needed_bytes > host_bytes:
+        what = f"the plan needs about {needed_bytes / 2**30:.1f} GiB, this machine has {host_bytes / 2**30:.1f}"
+        raise SetupError(f"out of memory: {what}; expected a smaller model or run.micro_batch_size")
 
 
 def _host_bytes() -> int:
-    """This machine's memory, or what a container may have of it."""
+    """This machine's memory, or the limit of the container."""
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):  # no control group, or one without a limit, `max`
+    with suppress(OSError, ValueError):  # there is no control group, or its limit is `max`
         return min(found, int(Path("/sys/fs/cgroup/memory.max").read_text("utf-8")))
     return found

@@ -1,4 +1,4 @@
-"""What a run is between two steps: masks, values and moments by the plan's names, and the same run under other masks."""
+"""The state of a run between two steps: masks, values and moments by the plan's names. `remasked` changes the masks."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from supar_cli.training.prepare import SparseModel
 class State:
     """A run after `step` steps.
 
-    `values` are a tensor's live weights (live,), in row-major order, where it has a mask, else the tensor in its shape.
-    `moments` are what the optimizer keeps of it, by torch's names: (live,) as the values, in the mask's shape where they are
-    of every position, or () where they count steps. Tensors that ranks hold in shards may be shards here too.
+    The value of a masked tensor is its live weights (live,) in row-major order; of another one, the tensor in its shape.
+    `moments` is what the optimizer keeps, by torch's names: shaped as the value, in the mask's shape if it covers every
+    position, or () if it counts steps. Values and moments may be shards.
     """
 
     step: int
@@ -31,9 +31,9 @@ class State:
 
     @classmethod
     def capture(cls, step: int, model: SparseModel, optimizer: torch.optim.Optimizer, gather: bool = False) -> State:
-        """A copy in host memory: training goes on in the originals.
+        """Copy the state to host memory, so that training may go on.
 
-        Shards stay shards, unless `gather`: then each rank, all of which call it, gets the whole tensors.
+        Shards stay shards. With `gather` every rank, and all must call it, gets whole tensors.
         """
         values = {name: _host_copy(tensor, gather) for name, tensor in model.tensors.items()}
         moments = {}
@@ -44,11 +44,11 @@ class State:
 
     @classmethod
     def of_model(cls, step: int, model: SparseModel, moment_names: Iterable[str]) -> State:
-        """The model's own tensors, to be filled in place, and zeros for moments, on their devices and in their shards."""
+        """The model's own tensors, to be filled in place, and moments of zeros with the same devices and shards."""
         values = {name: tensor.detach() for name, tensor in model.tensors.items()}
         names = list(moment_names)
         moments = {
-            # a counter is on the device where fused Adam keeps it
+            # fused Adam keeps its counter on the device
             name: {k: torch.zeros((), device=v.device) if k == "step" else torch.zeros_like(v) for k in names}
             for name, v in values.items()
         }
@@ -56,17 +56,17 @@ class State:
 
     @classmethod
     def zeros(cls, plan: Plan, masks: Mapping[str, Mask]) -> State:
-        """A plan's tensors under these masks, all zero, without moments: what a model is built from before it is filled."""
+        """A plan's tensors under these masks, all zero and without moments."""
         shapes = {row.name: (masks[row.name].count,) if row.name in masks else tuple(row.shape) for row in plan.tensors}
         values = {name: torch.zeros(shape) for name, shape in shapes.items()}
         return cls(0, dict(masks), values, {name: {} for name in values})
 
     def remasked(self, masks: Mapping[str, Mask]) -> State:
-        """The same run under other masks of some tensors, with more, fewer or other live weights.
+        """The same run with other masks for some tensors, with more, fewer or other live weights.
 
-        Weights alive before and after keep their values and moments; grown ones start with 0. One index map moves a
-        tensor's values and each of its moments; counters stay, and so do moments of every position. Raises ValueError for
-        a mask of another shape and for shards.
+        Weights that stay alive keep their values and moments; grown ones start at 0. One index map moves a tensor's values
+        and each of its moments; counters and moments of every position stay. Raises ValueError for a mask of another shape
+        and for shards.
         """
         values, moments = dict(self.values), dict(self.moments)
         for name, new in masks.items():
@@ -77,7 +77,7 @@ class State:
         return State(self.step, {**self.masks, **masks}, values, moments)
 
     def load_moments(self, model: SparseModel, optimizer: torch.optim.Optimizer) -> None:
-        """Hand the moments to an optimizer of the model's tensors, each to where its tensor is."""
+        """Give the moments to an optimizer of the model's tensors, on their devices and in their shards."""
         for name, tensor in model.tensors.items():
             optimizer.state[tensor] = {key: _placed(moment, tensor) for key, moment in self.moments[name].items()}
 
@@ -88,9 +88,9 @@ def _host_copy(tensor: Tensor, gather: bool) -> Tensor:
 
 
 def _carried(tensor: Tensor, old: Mask | None, index: IndexMap) -> Tensor:
-    """A tensor's values or one of its moments under another mask than `old`; None: it had none."""
+    """Move a tensor's values or one of its moments from the mask `old`, None if it had no mask, to the new one."""
     if isinstance(tensor, DTensor):
-        raise ValueError("a shard can't be moved to another mask; expected whole tensors")
+        raise ValueError("a shard can't move to another mask; expected whole tensors")
     if not tensor.shape:
         return tensor
     if old is None:
@@ -99,11 +99,11 @@ def _carried(tensor: Tensor, old: Mask | None, index: IndexMap) -> Tensor:
         return index.carry(tensor)
     if tuple(tensor.shape) == old.shape:
         return tensor
-    raise ValueError(f"{tuple(tensor.shape)} is neither of the {old.count} live weights nor of all of {old.shape}")
+    raise ValueError(f"{tuple(tensor.shape)} is neither ({old.count},), the live weights, nor the whole {old.shape}")
 
 
 def _placed(moment: Tensor, tensor: Tensor) -> Tensor:
-    """A moment on its tensor's device, in the same shards."""
+    """A moment on the device and in the shards of its tensor."""
     if isinstance(moment, DTensor):
         return moment
     moment = moment.to(tensor.device)

@@ -1,74 +1,70 @@
-"""What a run trains on. A task makes batches, the loss of one and the record of a held-out one; next-token text is one task.
+"""Tasks: what a run trains on. A task makes batches and computes their losses; next-token text is one task.
 
-A batch is a tuple of tensors whose first axis is rows. The trainer splits it, copies it to its device and hands it back
-to the task: what its tensors hold, only the task knows.
+A batch is a tuple of tensors whose first axis is rows. The trainer splits it, copies it to its device and gives it back to
+the task. Only the task knows what the tensors hold.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 from concurrent.futures import Future
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from supar_cli.data import batches
 from supar_cli.errors import InputError
 from supar_cli.models.transformer import loss_of
 from supar_cli.planning.plan import Data, Plan
-from supar_cli.training.distributed import Ranks
+from supar_cli.training.distributed import Parallel, Ranks
 from supar_cli.training.runtime import Runtime, device_thread
 
 Batch = tuple[Tensor, ...]
 
 
 class Task(Protocol):
-    """What the training loop asks of a task.
+    """What the training loop needs of a task.
 
-    `unit` names what is counted, `units_per_row` says how many a row holds, `flops_per_unit` what one costs where that is
-    known. `hash` identifies the data and how they are read. `held_out_rows` are those of one evaluation;
-    `standard_errors`: whether the standard error of each mean over held-out batches is recorded too.
+    `unit` names what is counted, such as tokens, `units_per_row` is their number in a row, and `flops_per_unit` is the cost
+    of one, None if unknown. `hash` identifies the data and how they are read. `held_out_rows` is the number of rows in an
+    evaluation. `standard_errors` says whether to record the standard error of each mean over held-out batches.
     """
 
-    @property
-    def unit(self) -> str: ...
-    @property
-    def units_per_row(self) -> int: ...
-    @property
-    def flops_per_unit(self) -> float | None: ...
-    @property
-    def hash(self) -> str: ...
-    @property
-    def held_out_rows(self) -> int: ...
-    @property
-    def standard_errors(self) -> bool: ...
+    unit: str
+    units_per_row: int
+    flops_per_unit: float | None
+    hash: str
+    held_out_rows: int
+    standard_errors: bool
 
     def batch(self, step: int, rows: slice) -> Batch:
-        """These rows of a step's batch: a function of the plan's seed and the step, the same whoever asks for which rows."""
+        """These rows of a step's batch, which depends only on the plan's seed and the step."""
 
     def held_out(self, index: int, count: int, rows: int) -> Batch:
-        """Batch `index` of the `count` held-out ones, `rows` each, of every evaluation."""
+        """Batch `index` of the `count` held-out ones, of `rows` rows each, the same in every evaluation."""
 
     def inputs(self, batch: Batch) -> Batch:
-        """What the model is called with to look at its activations."""
+        """The model's arguments, to measure its activations."""
 
     def loss(self, model: nn.Module, batch: Batch, chunk: int | None) -> Tensor:
-        """Mean loss (), to be minimised; where `chunk` is given, made of so many units at a time to save memory."""
+        """The mean loss (), to be minimised, computed `chunk` units at a time, if given, to save memory."""
 
     def evaluate(self, model: nn.Module, batch: Batch, chunk: int | None) -> dict[str, Tensor]:
-        """Means () over a held-out batch by name. `validation_loss`, the one that decides, is among them."""
+        """Means () over a held-out batch by name. `validation_loss`, which decides, is one of them."""
 
 
 def load(plan: Plan) -> Task:
-    """The task of a plan. Raises InputError for the wrong data, SetupError for data that can't be used."""
+    """Load the task of a plan. Raises InputError for the wrong data, SetupError for data that can't be used."""
     return NextToken(plan, batches.load(plan.data, vocab=plan.decoder.vocab, context=plan.decoder.context))
 
 
 class NextToken:
     """Prediction of the next token of a text. A batch is inputs (B, T) and targets (B, T), int64.
 
-    Raises InputError where fewer windows are held out than the plan's evaluations take.
+    Raises InputError if fewer windows are held out than the plan's evaluations need.
     """
 
     unit = "tokens"
@@ -77,13 +73,13 @@ class NextToken:
     def __init__(self, plan: Plan, tokens: batches.Tokens) -> None:
         train, self._tokens = plan.train, tokens
         self._seed, self._rows = train.seed, train.batch_size
-        self.units_per_row, self.flops_per_unit, self.hash = plan.decoder.context, plan.flops_per_token, tokens.hash
+        self.units_per_row, self.hash = plan.decoder.context, tokens.hash
+        self.flops_per_unit: float | None = plan.flops_per_token
         self.held_out_rows = train.eval_batches * train.batch_size
         available = tokens.validation.windows(plan.decoder.context + 1)
         if self.held_out_rows > available:
-            raise InputError(
-                f"train.eval_batches: {self.held_out_rows} sequences in all are more than the {available} held out"
-            )
+            what = f"{self.held_out_rows} sequences in all are more than the {available} held out"
+            raise InputError(f"train.eval_batches: {what}")
 
     def batch(self, step: int, rows: slice) -> Batch:
         return self._tokens.train.batch(self._seed, step, self._rows, self.units_per_row, rows)
@@ -103,8 +99,35 @@ class NextToken:
         return {"validation_loss": self.loss(model, batch, chunk)}
 
 
+@torch.no_grad()
+def evaluate(task: Task, parallel: Parallel, runtime: Runtime, chunk: int | None = None) -> dict[str, float]:
+    """The means over the held-out batches by name, the same in every rank; each rank evaluates its share of the batches.
+
+    `chunk` is that of `Task.evaluate`. If the task wants it, NAME_se is the standard error of NAME's mean over batches.
+    """
+    rows, ranks = runtime.micro_batch, parallel.ranks
+    count = task.held_out_rows // rows
+    own: dict[str, list[Tensor]] = {}
+    with parallel.forward_only():
+        for index in range(ranks.rank, count, ranks.size):
+            batch = runtime.to_device(task.held_out(index, count, rows))
+            with runtime.autocast():
+                means = task.evaluate(parallel.inner, batch, chunk)
+            for name, mean in means.items():
+                own.setdefault(name, []).append(mean)
+    record: dict[str, float] = {}
+    for name, batch_means in own.items():
+        means_N = torch.stack(batch_means)
+        mean = ranks.sum(means_N.mean() / ranks.size)
+        record[name] = float(mean)
+        if task.standard_errors and count > 1:
+            squares = ranks.sum((means_N - mean).square().sum())
+            record[f"{name}_se"] = math.sqrt(float(squares) / (count - 1) / count)
+    return record
+
+
 class BatchLoader:
-    """One rank's rows of a task's batches. For CUDA the next batch is made meanwhile, in pinned memory."""
+    """One rank's rows of a task's batches. For CUDA a thread makes the next batch ahead, in pinned memory."""
 
     def __init__(self, task: Task, runtime: Runtime, ranks: Ranks) -> None:
         self._task, self._rows = task, slice(ranks.rank * runtime.rows, (ranks.rank + 1) * runtime.rows)
@@ -112,7 +135,7 @@ class BatchLoader:
         self._next: tuple[int, Future[Batch]] | None = None
 
     def get(self, step: int) -> Batch:
-        """The rows of a step's batch, on the host."""
+        """This rank's rows of a step's batch, in host memory."""
         if self._thread is None:
             return self._task.batch(step, self._rows)
         batch = self._next[1].result() if self._next is not None and self._next[0] == step else self._make(step)

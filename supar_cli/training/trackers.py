@@ -1,4 +1,4 @@
-"""A run's metrics in TensorBoard, Weights & Biases or MLflow too: beside metrics.jsonl, never instead of it.
+"""Copies of a run's metrics in TensorBoard, Weights & Biases or MLflow. metrics.jsonl is always written too.
 
 Nothing leaves the machine unless the tracker's own settings say so (WANDB_MODE=online, MLFLOW_TRACKING_URI).
 """
@@ -12,137 +12,114 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from supar_cli.errors import SetupError
 from supar_cli.files import naming_write_errors, read_json, write_file
 from supar_cli.planning.plan import Plan
 
-UNTRACKED = ("step", "lr_factor", "peak_share")  # numbers of a step's record that no tracker gets
-IDS = "trackers.json"  # by which a continued run is the same run to its trackers
+UNTRACKED = ("step", "lr_factor", "peak_share")  # numbers in a step's record that trackers don't get
+IDS = "trackers.json"  # the run's names at its trackers, by which a continued run is found again
 
 
-class Tracker(Protocol):
-    """One of them, opened for one run. `identity` is what a continued run is found by, None where it needs none."""
+class Tracker(NamedTuple):
+    """A tracker that is open for a run. `identity` is the run's name there, None if the tracker needs none."""
 
-    identity: str | None
-
-    def log(self, step: int, values: dict[str, float]) -> None: ...
-    def close(self, finished: bool) -> None: ...
-
-
-class TensorBoard:
-    """Event files in the run's `tensorboard/`."""
-
+    log: Callable[[int, dict[str, float]], None]
+    close: Callable[[bool], None]
     identity: str | None = None
 
-    def __init__(self, plan: Plan, directory: Path, done: int, identity: str | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1 if done else None)  # type: ignore[no-untyped-call]
-        if not done:
-            text = json.dumps(settings(plan), indent=1).replace("\n", "\n    ")
-            self._writer.add_text("plan", "    " + text)
+def open_tensorboard(plan: Plan, directory: Path, done: int, identity: str | None) -> Tracker:
+    """Write event files in the run's `tensorboard/`."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def log(self, step: int, values: dict[str, float]) -> None:
+    writer: Any = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1 if done else None)  # type: ignore[no-untyped-call]
+    if not done:
+        writer.add_text("plan", "    " + json.dumps(settings(plan), indent=1).replace("\n", "\n    "))
+
+    def log(step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def close(self, finished: bool) -> None:
-        self._writer.close()
-
-
-class WeightsAndBiases:
-    """Offline in the run's `wandb/`, for `wandb sync`, unless WANDB_MODE says otherwise."""
-
-    def __init__(self, plan: Plan, directory: Path, done: int, identity: str | None) -> None:
-        import wandb
-
-        self._run: Any = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "supar"),
-            mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
-            dir=str(directory),
-            name=directory.name,
-            config=settings(plan),
-            id=identity,
-            resume="allow",
-            settings=wandb.Settings(silent=True, console="off"),
-        )
-        self.identity: str | None = self._run.id
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        self._run.log(values, step=step)
-
-    def close(self, finished: bool) -> None:
-        self._run.finish(exit_code=0 if finished else 1)
+    return Tracker(log, lambda finished: writer.close())
 
 
-class MLflow:
-    """In `mlflow.db` beside the run's directory, unless MLFLOW_TRACKING_URI says otherwise."""
+def open_wandb(plan: Plan, directory: Path, done: int, identity: str | None) -> Tracker:
+    """Write offline in the run's `wandb/`, for `wandb sync`, unless WANDB_MODE says otherwise."""
+    import wandb
 
-    def __init__(self, plan: Plan, directory: Path, done: int, identity: str | None) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        for name in ("alembic", "mlflow"):  # they tell of making their tables
-            logging.getLogger(name).setLevel(logging.WARNING)
-        from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
+    run: Any = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "supar"),
+        mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
+        dir=str(directory),
+        name=directory.name,
+        config=settings(plan),
+        id=identity,
+        resume="allow",
+        settings=wandb.Settings(silent=True, console="off"),
+    )
 
-        beside = f"sqlite:///{directory.resolve().parent / 'mlflow.db'}"
-        self._client: Any = MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or beside)
-        if identity is not None:
-            try:
-                self._client.update_run(identity, status="RUNNING")
-            except MlflowException:  # of a database that is not this one
-                identity = None
-        if identity is None:
-            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "supar")
-            experiment = self._client.get_experiment_by_name(name)
-            at = experiment.experiment_id if experiment else self._client.create_experiment(name)
-            identity = str(self._client.create_run(at, run_name=directory.name).info.run_id)
-            for key, value in settings(plan).items():
-                self._client.log_param(identity, key, value)
-        self.identity: str | None = identity
+    def log(step: int, values: dict[str, float]) -> None:
+        run.log(values, step=step)
 
-    def log(self, step: int, values: dict[str, float]) -> None:
+    return Tracker(log, lambda finished: run.finish(exit_code=0 if finished else 1), run.id)
+
+
+def open_mlflow(plan: Plan, directory: Path, done: int, identity: str | None) -> Tracker:
+    """Write to `mlflow.db` next to the run's directory, unless MLFLOW_TRACKING_URI says otherwise."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name in ("alembic", "mlflow"):  # they log how they make their tables
+        logging.getLogger(name).setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    local = f"sqlite:///{directory.resolve().parent / 'mlflow.db'}"
+    client: Any = MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or local)
+    if identity is not None:
+        try:
+            client.update_run(identity, status="RUNNING")
+        except MlflowException:  # it is a run of another database
+            identity = None
+    if identity is None:
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "supar")
+        experiment = client.get_experiment_by_name(name)
+        at = experiment.experiment_id if experiment else client.create_experiment(name)
+        identity = str(client.create_run(at, run_name=directory.name).info.run_id)
+        for key, value in settings(plan).items():
+            client.log_param(identity, key, value)
+
+    def log(step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
-            self._client.log_metric(self.identity, name, value, step=step)
+            client.log_metric(identity, name, value, step=step)
 
-    def close(self, finished: bool) -> None:
-        self._client.set_terminated(self.identity, status="FINISHED" if finished else "KILLED")
-
-
-KINDS: dict[str, Callable[[Plan, Path, int, str | None], Tracker]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WeightsAndBiases,
-    "mlflow": MLflow,
-}
+    return Tracker(
+        log, lambda finished: client.set_terminated(identity, status="FINISHED" if finished else "KILLED"), identity
+    )
 
 
-PACKAGES = {"mlflow": "mlflow-skinny sqlalchemy alembic"}  # what a tracker needs, where it is not its own name
+KINDS = {"tensorboard": open_tensorboard, "wandb": open_wandb, "mlflow": open_mlflow}
+PACKAGES = {"mlflow": "mlflow-skinny sqlalchemy alembic"}  # to install, if they are not the tracker's name
 
 
 def require(plan: Plan) -> None:
-    """Raises SetupError where a tracker of the plan is not installed."""
+    """Raise SetupError if a tracker of the plan is not installed."""
     for name in plan.run.trackers:
         if importlib.util.find_spec(name) is None:
-            raise SetupError(
-                f"run.trackers: {name} is not installed; expected `pip install {PACKAGES.get(name, name)}`"
-            )
+            install = f"pip install {PACKAGES.get(name, name)}"
+            raise SetupError(f"run.trackers: {name} is not installed; expected `{install}`")
 
 
 def settings(plan: Plan) -> dict[str, Any]:
-    """What a tracker shows of a plan: its hash and every scalar that is not a tensor's."""
-    found: dict[str, Any] = {"plan": plan.hash()}
-    for section in ("model", "parameterization", "hyperparameters", "sparsity", "train"):
-        for key, value in getattr(plan, section).model_dump().items():
-            if isinstance(value, str | int | float):
-                found[f"{section}.{key}"] = value
-    return found
+    """The settings that a tracker shows: the plan's hash and its scalars, without those of tensors."""
+    sections = plan.model_dump(include={"model", "parameterization", "hyperparameters", "sparsity", "train"})
+    numbers = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+    scalars = {key: value for key, value in numbers.items() if isinstance(value, str | int | float)}
+    return {"plan": plan.hash(), **scalars}
 
 
 class Trackers:
-    """The trackers of one run, as a context. One that fails is dropped with a warning: training goes on."""
+    """The trackers of a run, as a context. If one fails, it is dropped with a warning and training goes on."""
 
     def __init__(self, plan: Plan, directory: Path | None, done: int, warn: Callable[[str], None]) -> None:
         self._warn = warn
@@ -160,7 +137,7 @@ class Trackers:
                 write_file(path, json.dumps(found) + "\n")
 
     def _ids(self, path: Path) -> dict[str, str]:
-        """The names by which trackers know this run, as far as they can be read."""
+        """The run's names at its trackers, if the file can be read."""
         with suppress(SetupError):
             found = read_json(path)
             if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
@@ -172,12 +149,12 @@ class Trackers:
     def _guarded(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever another's package raises
+        except Exception as error:  # a tracker's package may raise anything
             self._open.pop(name, None)
             self._warn(f"{name}: {type(error).__name__}: {error}; not tracked there any more, metrics.jsonl goes on")
 
     def log(self, record: dict[str, Any]) -> None:
-        """A step's record, where it holds more than a loss: every `run.log_every` steps and at evaluations."""
+        """Log a step's record if it has more than a loss, as every `run.log_every` steps and at evaluations."""
         if "lr" in record or "validation_loss" in record:
             numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
             values = {name: float(value) for name, value in numbers.items() if name not in UNTRACKED}
@@ -188,9 +165,7 @@ class Trackers:
     def __enter__(self) -> Trackers:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for name, tracker in list(self._open.items()):
             with self._guarded(name):
                 tracker.close(kind is None)

@@ -1,10 +1,11 @@
-"""A run of a plan, from top to bottom: batch, step, evaluate, record, checkpoint, stop. `Trainer.run` is the loop."""
+"""The trainer. Its loop, from top to bottom, is `Trainer.run`: stop, step, evaluate, record, checkpoint."""
 
 from __future__ import annotations
 
 import gc
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -17,30 +18,21 @@ from supar_cli.files import Record
 from supar_cli.models.transformer import named_tensors
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.masks import Mask
-from supar_cli.training import (
-    checkpoint,
-    evaluation,
-    monitor,
-    optimizer,
-    prepare,
-    result,
-    run_directory,
-    tasks,
-    trackers,
-)
-from supar_cli.training.distributed import Parallel, Parallelism, Ranks, collective_error, local_shard
+from supar_cli.training import checkpoint, checkpoint_reader, optimizer, prepare, result, tasks, trackers
+from supar_cli.training.distributed import ALONE, Parallel, Parallelism, Ranks, collective_error, local_shard
 from supar_cli.training.engine_selector import EngineSelector
 from supar_cli.training.launch.signals import StopRequest
-from supar_cli.training.prepare import SparseModel
+from supar_cli.training.monitor import Monitor, activation_sizes, first_not_finite
 from supar_cli.training.reporter import NullReporter, Reporter
 from supar_cli.training.result import RunHistory
+from supar_cli.training.run_directory import Metrics, is_finished
 from supar_cli.training.runtime import Runtime, choose_parallelism, peak_share, require_host_memory
 from supar_cli.training.state import State
 from supar_cli.training.tasks import Batch, Task
 
 
 class StepResult(NamedTuple):
-    """Of the whole batch: the loss before the update, the gradient's norm before clipping, and that by role if asked for."""
+    """Of the whole batch: the loss before the update, the gradient's norm before clipping, and on request that by role."""
 
     loss: float
     grad_norm: float
@@ -48,10 +40,10 @@ class StepResult(NamedTuple):
 
 
 class Trainer:
-    """One plan in one process, or in each of several ranks. `step()` performs one optimizer step; `run()` the whole plan.
+    """Trains one plan, in one process or in each of several ranks: `step()` makes one optimizer step, `run()` all of them.
 
-    Without a `task` it is the plan's. `build_model` makes a model whose parameters have the plan's names and shapes, masked
-    ones as `sparse.linear.Linear`; without it, the plan's transformer.
+    `task` is by default the plan's. `build_model` makes a model whose parameters have the plan's names and shapes, with
+    `sparse.linear.Linear` for masked ones; by default it is the plan's transformer.
     """
 
     def __init__(
@@ -59,34 +51,33 @@ class Trainer:
         plan: Plan,
         task: Task | None = None,
         reporter: Reporter | None = None,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
         build_model: Callable[[Plan], nn.Module] = prepare.transformer,
     ) -> None:
-        self.plan, self.reporter, self.ranks = plan, reporter or NullReporter(), ranks or Ranks()
-        self._model_maker, self._rows = build_model, {row.name: row for row in plan.tensors}
+        self.plan, self.reporter, self.ranks = plan, reporter or NullReporter(), ranks
+        self._model_maker, self._roles = build_model, {row.name: row.role for row in plan.tensors}
         self.runtime, self.task = self.ranks.run_on_all(self._load_inputs, task)
-        self.ranks.require_equal({"device": self.runtime.device.type, "precision": str(self.runtime.precision)})
         kind, why = self.ranks.on_main(choose_parallelism, plan, self.runtime, self.ranks)
         if why:
             self.reporter.log(why)
         units = self.runtime.micro_batch * self.task.units_per_row
         self.engines = EngineSelector(plan, self.runtime, self.ranks, units, sharded=kind == "fsdp")
-        self._build(kind)
+        self._build_model(kind)
         for line in self.engines.lines():
             self.reporter.log(line)
         self.done = 0
         self._stop = StopRequest(self.ranks)
-        self._monitor = monitor.Monitor()
-        self._batches = tasks.BatchLoader(self.task, self.runtime, self.ranks)
+        self._monitor = Monitor()
+        self.batch = tasks.BatchLoader(self.task, self.runtime, self.ranks).get
 
     @property
     def moves_masks(self) -> bool:
-        """Whether masks change while training: a checkpoint's are then taken as they are. Else they are those the plan draws."""
+        """Whether masks change in training. If not, a checkpoint's masks must be those that the plan draws."""
         return self.plan.sparsity.updates is not None
 
     @property
     def model(self) -> nn.Module:
-        """The model as a training step calls it."""
+        """The model that a training step calls."""
         return self.parallel.model
 
     def run(
@@ -97,33 +88,33 @@ class Trainer:
         on_evaluation: Callable[[int, float], None] | None = None,
         stop: Callable[[], str | None] = lambda: None,
     ) -> RunHistory:
-        """Train to the plan's last step. With a directory: metrics, checkpoints and, last, result.json are written.
+        """Train to the plan's last step. In a directory, write metrics, checkpoints and at last result.json.
 
-        Every rank calls it; the main one writes all files but shards of checkpoints. `on_evaluation(step, loss)` may raise to
-        end the run early. `stop()` is asked between steps; when it gives a reason, in any rank, a checkpoint is written and
-        Preempted raised. Raises UnusableResult on a loss that is not finite.
+        Every rank calls it; rank 0 writes all files but the shards of checkpoints. `on_evaluation(step, loss)` may raise to
+        end the run early. `stop()` is called between steps; when it returns a reason in any rank, the trainer writes a
+        checkpoint and raises Preempted. Raises UnusableResult if a loss is not finite.
         """
         plan, steps = self.plan, self.plan.train.steps
         if directory is not None and resume:
             self._restore_newest(directory)
         self._stop, started_s = StopRequest(self.ranks, stop), time.perf_counter()
-        own = directory if self.ranks.is_main else None
-        with run_directory.Metrics(own, self.done) as metrics:
+        own, folder = directory if self.ranks.is_main else None, directory and directory / "checkpoints"
+        with Metrics(own, self.done) as metrics:
             history = RunHistory.of(metrics.before, self.done)
             if metrics.damage:
                 self.reporter.warn(metrics.damage)
-            if self._is_complete(directory):
+            if directory is not None and self.done == steps and self.ranks.on_main(is_finished, directory, plan):
                 return history
             with (
                 trackers.Trackers(plan, own, self.done, self.reporter.warn) as tracked,
-                self._checkpoints(directory, metrics.sync) as checkpoints,
+                checkpoint.Writer(folder, plan, self.task.hash, self.parallel, metrics.sync, self.done) as checkpoints,
             ):
                 mark_s, marked = time.perf_counter(), self.done
                 for step in range(self.done, steps):
                     if reason := self._stop.reason():
                         raise self._preempted(reason, checkpoints)
                     is_logged = directory is not None and (step % plan.run.log_every == 0 or step == steps - 1)
-                    found = self.step(diagnose=is_logged)  # masks that move will do so behind this line, by `remask`
+                    found = self.step(diagnose=is_logged)  # updates of masks belong after this line, by `remask`
                     self.reporter.progress(self.done, steps, found.loss)
                     record: Record = {"step": self.done, "loss": found.loss}
                     if is_logged:
@@ -139,7 +130,7 @@ class Trainer:
                         on_evaluation(self.done, record["validation_loss"])
                     if is_logged:
                         mark_s, marked = time.perf_counter(), self.done
-                if not self.ranks.on_main(history.is_evaluated, steps):  # the record of it is lost
+                if not self.ranks.on_main(lambda: steps in dict(history.evaluations)):  # its record is lost
                     history.add({"step": steps, **self.evaluate()})
                 checkpoints.save(self.done, self.capture)
                 checkpoints.wait()
@@ -149,9 +140,9 @@ class Trainer:
         return history
 
     def step(self, diagnose: bool = False) -> StepResult:
-        """One optimizer step; `diagnose`: look at activations and gradients for signs of a wrong scale too.
+        """Make one optimizer step. With `diagnose`, watch activations and gradients for a wrong scale too.
 
-        Raises UnusableResult, before any weight changes, when the loss or a gradient is not finite.
+        Raises UnusableResult, before any weight changes, if the loss or a gradient is not finite.
         """
         train, micro_batch = self.plan.train, self.runtime.micro_batch
         batch = self.batch(self.done)
@@ -165,7 +156,7 @@ class Trainer:
                 torch.autograd.backward(loss)
             own_loss += loss.detach()
         gradients = [local_shard(t.grad) for t in self.sparse_model.tensors.values() if t.grad is not None]
-        # of a parameter that is a·w, a multiplier being folded into it, the gradient is that of w divided by a
+        # with a multiplier a folded into it a parameter is a·w, and its gradient is that of w divided by a
         norms = self.parallel.norms(gradients) * self._folds
         own = torch.stack((own_loss / self.ranks.size, torch.full_like(own_loss, self._stop.vote())))
         mean_loss, votes = self.ranks.sum(own).unbind()
@@ -174,53 +165,48 @@ class Trainer:
             raise collective_error(UnusableResult, self._not_finite(loss_value, float(own_loss), norms, batch))
         if train.grad_clip and norm_value > train.grad_clip:
             torch._foreach_mul_(gradients, train.grad_clip / (norm_value + 1e-6))
-        optimizer.set_rates(self.optimizer, self.factor(self.done))
+        optimizer.set_rates(self.optimizer, optimizer.rate_factor(self.plan, self.done))
         self.optimizer.step()
         self.sparse_model.sync_engines()
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
-        self._stop.count(vote_count)
+        self._stop.votes = vote_count
         return StepResult(loss_value, norm_value, self.diagnostics(batch, norms) if diagnose else {})
 
     def evaluate(self) -> dict[str, float]:
-        """Means over the task's held-out batches by name. Raises UnusableResult when the validation loss is not finite."""
-        record = evaluation.evaluate(self.task, self.parallel, self.runtime, self.plan.run.loss_chunk_tokens)
+        """The means over the task's held-out batches by name. Raises UnusableResult if the validation loss is not finite."""
+        record = tasks.evaluate(self.task, self.parallel, self.runtime, self.plan.run.loss_chunk_tokens)
         if not math.isfinite(record["validation_loss"]):
             text = f"step {self.done}: the validation loss is {record['validation_loss']}"
             raise collective_error(UnusableResult, text)
         return record
 
-    def batch(self, step: int) -> Batch:
-        """This rank's rows of a step's batch, on the host."""
-        return self._batches.get(step)
-
-    def factor(self, step: int) -> float:
-        """The schedule's factor on every peak learning rate at a step."""
-        return optimizer.rate_factor(self.plan, step)
-
     def _load_inputs(self, task: Task | None) -> tuple[Runtime, Task]:
-        """What has to be there before ranks wait for each other."""
+        """Find the device, load the task and check what could fail, before ranks wait for each other."""
         runtime, plan = Runtime.of(self.plan, self.ranks), self.plan
         if self.ranks.is_main:
             trackers.require(plan)
         task = task or tasks.load(plan)
-        if task.held_out_rows % plan.train.batch_size:  # so that all ranks make as many passes
+        if task.held_out_rows % plan.train.batch_size:  # all ranks must make equally many passes
             what = f"{task.held_out_rows} held-out rows are not a multiple of the batch size {plan.train.batch_size}"
             raise InputError(f"{type(task).__name__}: {what}")
         require_host_memory(plan, runtime, self.ranks)
+        prepare.require_same_tensors(plan, self._model_maker)
         return runtime, task
 
-    def _build(self, kind: Parallelism, state: State | None = None) -> None:
-        """Make the model, what wraps it and its optimizer: with initial values, or from a state of whole tensors."""
+    def _build_model(self, kind: Parallelism, state: State | None = None) -> None:
+        """Make the model, its wrapper and its optimizer, with initial values or from a state of whole tensors."""
         plan, runtime = self.plan, self.runtime
-        home = torch.device("cpu") if kind == "fsdp" else runtime.device  # shards go to the device one by one
-        masks = state.masks if state else self.ranks.run_on_all(prepare.plan_masks, plan, self._model_maker)
+        home = torch.device("cpu") if kind == "fsdp" else runtime.device  # FSDP2 moves the shards to the device
+        masks = state.masks if state else self.ranks.run_on_all(prepare.make_masks, plan)
         fingerprints = {f"the mask of {name}": mask.fingerprint for name, mask in masks.items()}
-        self.ranks.require_equal({"plan": plan.hash(), "data": self.task.hash, **fingerprints})
-        self.engines.choose(masks)  # is collective, and so not inside of what one rank alone may fail in
-        self.sparse_model = self.ranks.run_on_all(self._make_model, home, masks, state)
+        machine = {"device": runtime.device.type, "precision": str(runtime.precision)}
+        self.ranks.require_equal({**machine, "plan": plan.hash(), "data": self.task.hash, **fingerprints})
+        self.engines.choose(masks)  # collective: not inside `run_on_all`, where one rank may fail alone
+        values, make = state.values if state else None, self.engines.make
+        self.sparse_model = self.ranks.run_on_all(prepare.prepare, plan, home, make, self._model_maker, masks, values)
         if runtime.compiles:
-            torch.compiler.reset()  # graphs of earlier models count against the limit on recompiling
+            torch.compiler.reset()  # graphs of earlier models count towards the limit of recompilations
         self.parallel = Parallel(kind, self.sparse_model.model, runtime.device, runtime.compiles, self.ranks)
         self.sparse_model.tensors = named_tensors(self.sparse_model.model)
         self.optimizer = optimizer.build(plan, self.sparse_model.tensors)
@@ -228,40 +214,35 @@ class Trainer:
         if state is not None:
             state.load_moments(self.sparse_model, self.optimizer)
 
-    def _make_model(self, home: torch.device, masks: dict[str, Mask], state: State | None) -> SparseModel:
-        if state is None:
-            return prepare.prepare(self.plan, home, self.engines.make, self._model_maker, masks)
-        values = {name: value.numpy() for name, value in state.values.items()}
-        make = self.engines.make
-        return prepare.build(self.plan, home, masks, lambda row, _: values[row.name], make, self._model_maker)
-
     def capture(self, gather: bool = False) -> State:
-        """A copy of the run's state; with `gather`, which all ranks have to ask for, of whole tensors and not of shards."""
+        """Copy the run's state. With `gather`, which every rank must call, tensors are whole and not in shards."""
         return State.capture(self.done, self.sparse_model, self.optimizer, gather)
 
     def remask(self, masks: Mapping[str, Mask]) -> None:
-        """Train on under other masks of some tensors, the same in all ranks, which all call it.
+        """Change the masks of some tensors. Every rank calls it with the same masks.
 
-        Parameters of another length are others to engines, optimizer, DDP, FSDP2 and compiled graphs: all are made anew, as
-        a resumed run makes them.
+        As the parameters get another length, engines, optimizer, DDP, FSDP2 and compiled graphs are made anew, as in a
+        resumed run.
         """
         self._rebuild(self.capture(gather=True).remasked(masks))
 
     def _rebuild(self, state: State) -> None:
         kind = self.parallel.kind
         del self.parallel, self.sparse_model, self.optimizer
-        gc.collect()  # hooks of DDP and FSDP2 hold a model in cycles; the next one needs its memory
-        self._build(kind, state)
+        gc.collect()  # hooks of DDP and FSDP2 keep a model in cycles; free its memory for the next one
+        self._build_model(kind, state)
 
     def restore(self, path: Path) -> None:
-        """Go on from a checkpoint, which any number of ranks may have written.
+        """Continue from a checkpoint, which any number of ranks may have written.
 
-        Raises InputError when it is of another plan, other data or other masks, SetupError when it is corrupt.
+        Raises InputError for another plan, other data or other masks, SetupError if the checkpoint is corrupt.
         """
-        reader = self.ranks.run_on_all(checkpoint.load, path, self.plan, self.task.hash, self.ranks)
-        if not self.moves_masks:
-            self.ranks.run_on_all(reader.require_masks, self.sparse_model.masks)
-        elif (masks := self.ranks.run_on_all(reader.masks, self.plan)) != self.sparse_model.masks:
+        reader = self.ranks.run_on_all(checkpoint_reader.load, path, self.plan, self.task.hash, self.ranks)
+        masks, own = self.ranks.run_on_all(reader.masks, self.plan), self.sparse_model.masks
+        if changed := [name for name in {**masks, **own} if masks.get(name) != own.get(name)]:
+            if not self.moves_masks:
+                text = f"{path}: the mask of {changed[0]} is not the one this plan draws"
+                raise collective_error(InputError, text)
             self._rebuild(State.zeros(self.plan, masks))
         state = State.of_model(reader.step, self.sparse_model, optimizer.state_names(self.plan))
         self.ranks.run_on_all(reader.fill, state)
@@ -276,35 +257,16 @@ class Trainer:
         return result.document(self.plan, self.task.hash, self.sparse_model.masks, history, environment)
 
     def _restore_newest(self, directory: Path) -> None:
-        """Go on from the newest checkpoint of a run's directory, if there is one."""
-        found = self.ranks.on_main(checkpoint.available, directory / "checkpoints")
+        """Continue from the newest checkpoint in a run's directory, if there is one."""
+        found = self.ranks.on_main(checkpoint_reader.available, directory / "checkpoints")
         if found:
             self.restore(found[-1])
             self.reporter.log(f"{directory}: continues after step {self.done}")
         elif (directory / "metrics.jsonl").is_file():
             self.reporter.log(f"{directory} holds no checkpoint yet: starting at step 0")
 
-    def _checkpoints(self, directory: Path | None, before: Callable[[], None]) -> checkpoint.Writer:
-        """Where this rank writes checkpoints: nowhere without a directory, nor where the main rank alone has all to write."""
-        is_sharded = self.parallel.is_sharded
-        return checkpoint.Writer(
-            directory / "checkpoints" if directory is not None and (self.ranks.is_main or is_sharded) else None,
-            self.plan,
-            self.task.hash,
-            device=self.runtime.device,
-            ranks=self.ranks if is_sharded else None,
-            before_publish=before,
-            saved_step=self.done,
-        )
-
-    def _is_complete(self, directory: Path | None) -> bool:
-        """Whether all steps are done and the result is written."""
-        if directory is None or self.done < self.plan.train.steps:
-            return False
-        return self.ranks.on_main(run_directory.result, directory, self.plan) is not None
-
     def _preempted(self, reason: str, checkpoints: checkpoint.Writer) -> Preempted:
-        """What is raised once the state is on disk."""
+        """Save a checkpoint and return the error to raise."""
         checkpoints.save(self.done, self.capture)
         checkpoints.wait()
         error = Preempted(f"stopped at step {self.done} of {self.plan.train.steps} by {reason}")
@@ -312,9 +274,9 @@ class Trainer:
         return error
 
     def _measurements(self, step: int, found: StepResult, steps: int, seconds: float) -> Record:
-        """What is recorded of a step that is logged, `steps` and `seconds` being those since the last."""
+        """The measurements in the record of a logged step; `steps` and `seconds` are those since the last one."""
         units = steps * self.plan.train.batch_size * self.task.units_per_row
-        rate, factor = units / max(seconds, 1e-9), self.factor(step)
+        rate, factor = units / max(seconds, 1e-9), optimizer.rate_factor(self.plan, step)
         return {
             "lr": self.plan.hyperparameters.lr * factor,  # the tuned rate; each tensor has its own
             "lr_factor": factor,
@@ -325,26 +287,25 @@ class Trainer:
         }
 
     def diagnostics(self, batch: Batch, norms: Tensor) -> dict[str, float]:
-        """Look at activations on a batch's first row and at the tensors' gradient norms; return those norms by role."""
+        """Watch the activations on a batch's first row and the tensors' gradient norms; return those norms by role."""
         by_tensor = dict(zip(self.sparse_model.tensors, norms.tolist(), strict=True))
         inputs = self.runtime.to_device(self.task.inputs(batch), slice(1))
         with self.runtime.autocast(), self.parallel.forward_only(with_hooks=True):
-            sizes = monitor.activation_sizes(self.sparse_model.model, inputs)
+            sizes = activation_sizes(self.sparse_model.model, inputs)
         for what, found in (("activation", sizes), ("gradient", by_tensor)):
             for message in self._monitor.warnings(self.done, what, found):
                 self.reporter.warn(message)
-        squares: dict[str, float] = {}
+        squares: dict[str, float] = defaultdict(float)
         for name, value in by_tensor.items():
-            role = self._rows[name].role
-            squares[role] = squares.get(role, 0.0) + value * value
+            squares[self._roles[name]] += value * value
         return {role: math.sqrt(value) for role, value in squares.items()}
 
     def _not_finite(self, loss: float, own_loss: float, norms: Tensor, batch: Batch) -> str:
-        """Where values stop being finite. All ranks look."""
+        """A sentence that says which value is not finite. Every rank calls it."""
         if not math.isfinite(loss):
             model, is_own = self.sparse_model.model, not math.isfinite(own_loss)
-            first = monitor.first_of_ranks(model, self.task.inputs(batch), self.parallel, self.runtime, is_own)
+            first = first_not_finite(model, self.task.inputs(batch), self.parallel, self.runtime, is_own)
             return f"step {self.done + 1}: the loss is {loss}; {first}"
         by_tensor = zip(self.sparse_model.tensors, norms.tolist(), strict=True)
-        names = [name for name, value in by_tensor if not math.isfinite(value)]
-        return f"step {self.done + 1}: the gradient of {names[0] if names else 'the model'} is not finite"
+        name = next((name for name, value in by_tensor if not math.isfinite(value)), "the model")
+        return f"step {self.done + 1}: the gradient of {name} is not finite"

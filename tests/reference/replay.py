@@ -22,7 +22,7 @@ from torch import Tensor
 
 from supar_cli.data.batches import Segment, Split, Tokens
 from supar_cli.errors import SuparError
-from supar_cli.planning.plan import Plan, PlanTensor
+from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Proxy, Target
 from supar_cli.planning.transfer import transfer
 from supar_cli.sparse.masks import Mask
@@ -191,12 +191,9 @@ class Replay(Trainer):
                 f"{case.name}: weights of {sorted(set(weights) ^ set(self.sparse_model.tensors))} don't match"
             )
 
-        def recorded(row: PlanTensor, mask: Any) -> Any:
-            weight = weights[row.name].numpy()
-            return weight if mask is None else weight[mask.alive()]
-
+        values = {name: weight[masks[name].bool()] if name in masks else weight for name, weight in weights.items()}
         drawn = {name: Mask.of(mask.bool().numpy()) for name, mask in masks.items()}
-        self.sparse_model = prepare.build(plan, self.runtime.device, drawn, recorded)
+        self.sparse_model = prepare.prepare(plan, self.runtime.device, masks=drawn, values=values)
         self.parallel = Parallel("alone", self.sparse_model.model, self.runtime.device, False, self.ranks)
         self.optimizer = optimizer.build(plan, self.sparse_model.tensors)
 

@@ -1,7 +1,7 @@
-"""`supar train --nproc N`: the same command in N processes of this machine, by torch's elastic launcher.
+"""`supar train --nproc N`: launch the same command in N processes on this machine, with torch's elastic launcher.
 
-The run directory is the only state between runs of the group: a group that lost a process starts again from the last
-checkpoint, as often as `--max-restarts` allows.
+If a process dies, all start again from the last checkpoint, at most `--max-restarts` times. The run directory is the only
+state that they share with the earlier ones.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from supar_cli.errors import Preempted, SetupError
 from supar_cli.files import write_file
 from supar_cli.training.launch.environment import LAUNCH_DIR, LAUNCHER, SIGNAL_FILE, STDIN
-from supar_cli.training.launch.signals import SIGNALS
+from supar_cli.training.launch.signals import handle_signals
 
-# A worker's statuses that another try would not change: bad input, no usable result, a check, asked to stop
+# Exit statuses that a restart would not change: bad input, environment, unusable result, violated check, stopped
 FINAL = (2, 3, 4, 5, Preempted.exit_status, 130)
 
 
 @contextmanager
 def launch_environment(processes: int, stdin: bytes | None) -> Iterator[Path]:
-    """The folder and the environment of processes to launch; `stdin` is what they are to read as standard input."""
+    """Set the environment of processes to launch and yield their shared folder; `stdin` is their standard input."""
     before = dict(os.environ)
     try:
         with TemporaryDirectory(prefix="supar-") as folder:
@@ -51,12 +51,12 @@ def launch_environment(processes: int, stdin: bytes | None) -> Iterator[Path]:
 
 
 def launch(arguments: list[str], processes: int, restarts: int, folder: Path, warn: Callable[[str], None]) -> int:
-    """Run `supar ARGUMENTS` in `processes` processes and return its exit status; signals to this process are passed on to them.
+    """Run `supar ARGUMENTS` in several processes, pass signals on to them and return the exit status.
 
-    `folder` is `launch_environment`'s. Raises SetupError where one of them is killed more often than `restarts` times.
+    `folder` is that of `launch_environment`. Raises SetupError if processes are killed more often than `restarts` times.
     """
     for name in logging.root.manager.loggerDict:
-        if name.startswith("torch.distributed.elastic"):  # the process that knows what went wrong reports it, once
+        if name.startswith("torch.distributed.elastic"):  # the process that failed reports the error itself
             logging.getLogger(name).setLevel(logging.CRITICAL)
     with _forwarding(folder) as received:
         for attempt in range(restarts + 1):
@@ -66,26 +66,23 @@ def launch(arguments: list[str], processes: int, restarts: int, folder: Path, wa
             if not failures:
                 return 0
             final = [code for code in failures.values() if code in FINAL]
-            # SIGTERM is the launcher's own word to those that are left; another's would have been a request to stop
-            killed = [
-                f"rank {rank} by {signal.Signals(-code).name}"
-                for rank, code in failures.items()
-                if code < 0 and -code != signal.SIGTERM
-            ]
+            # the launcher sends SIGTERM to the processes that are left; anyone else's is a request to stop
+            signals = {rank: signal.Signals(-code) for rank, code in failures.items() if code < 0}
+            killed = ", ".join(f"rank {rank} by {s.name}" for rank, s in signals.items() if s != signal.SIGTERM)
             if received:
                 return final[0] if final else 128 + received[0]
             if final and not killed:
                 return final[0]
             if attempt < restarts:
-                what = f"killed: {', '.join(killed)}" if killed else "a process failed"
+                what = f"killed: {killed}" if killed else "a process failed"
                 warn(f"{what}; starting again from the last checkpoint, {attempt + 1} of at most {restarts} times")
     if killed:
-        raise SetupError(f"killed: {', '.join(killed)}; the same command goes on from the last checkpoint")
+        raise SetupError(f"killed: {killed}; the same command goes on from the last checkpoint")
     return next((code for code in failures.values() if code > 0), 1)
 
 
 def _run(arguments: list[str], processes: int, folder: Path) -> dict[int, int]:
-    """One life of the group: exit statuses of the processes that failed, by rank; negative ones are signals'."""
+    """Run the processes once and return the exit statuses of those that failed, by rank; negative ones are signals."""
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -97,11 +94,11 @@ def _run(arguments: list[str], processes: int, folder: Path) -> dict[int, int]:
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
     )
-    # in a thread of its own, so that torch takes over no signal: it would end the processes 30 s after the first
+    # in the main thread torch would handle signals itself, and end the processes 30 s after the first one
     with ThreadPoolExecutor(1, "launcher") as pool:
         future: Future[object] = pool.submit(elastic_launch(config, sys.executable), "-m", "supar_cli", *arguments)
         while not future.done():
-            wait_for([future], timeout=0.1)  # short, so that signals are passed on soon
+            wait_for([future], timeout=0.1)  # short, to pass signals on soon
         try:
             future.result()
         except ChildFailedError as error:
@@ -111,9 +108,9 @@ def _run(arguments: list[str], processes: int, folder: Path) -> dict[int, int]:
 
 @contextmanager
 def _forwarding(folder: Path) -> Iterator[list[signal.Signals]]:
-    """Pass signals on to the processes, which have left their numbers in a folder; yields the list of those received.
+    """Pass signals on to the processes whose numbers are in the folder; yield the list of signals received.
 
-    A process that is not there yet finds the signal in the folder: it leaves its number before it looks.
+    A process that starts later finds the signal in the folder: it writes its number first and then looks.
     """
     received: list[signal.Signals] = []
 
@@ -124,9 +121,7 @@ def _forwarding(folder: Path) -> Iterator[list[signal.Signals]]:
             with suppress(OSError):
                 os.kill(int(path.read_text("utf-8")), number)
 
-    handlers = {
-        number: signal.signal(number, forward) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
-    }
+    handlers = handle_signals(forward)
     try:
         yield received
     finally:

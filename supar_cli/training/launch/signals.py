@@ -1,4 +1,4 @@
-"""A request to stop: why this process was asked, and what all processes of a run agree on between two steps."""
+"""Requests to stop: signals and limits of this process, and what all ranks agree on between two steps."""
 
 from __future__ import annotations
 
@@ -7,23 +7,29 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
-from typing import Any, Protocol
+from types import FrameType
+from typing import Any
 
+from supar_cli.training.distributed import Ranks
 from supar_cli.training.launch.environment import is_rank_process, launcher_age_s, launcher_process
 
-# Slurm's `--signal=USR1@120` and clusters' SIGTERM before SIGKILL; SIGINT is Ctrl-C
+# SIGUSR1: Slurm's `--signal=USR1@120`; SIGTERM: clusters, before SIGKILL; SIGINT: Ctrl-C
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-ONE_REQUEST_S = 1.0  # chosen: longer than a launcher takes to hand on what its processes have got from elsewhere too
+ONE_REQUEST_S = 1.0  # chosen: longer than a launcher takes to pass a signal on
+
+
+def handle_signals(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
+    """Set the handler of SIGNALS and return the former ones. Ignored signals, as SIGINT in background jobs, stay so."""
+    handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in handled}
 
 
 class StopSignals:
-    """While entered, notes signals instead of ending; `reason` says why to stop, None while there is no reason.
+    """A context in which signals don't end the process; `reason` says why to stop, None if there is no reason.
 
-    The second of SIGTERM or SIGINT has its usual effect at once. `max_seconds` count from here, in one of several
-    processes from its launcher's start, so that a restart gives no more of them. Such a process also stops when its
-    launcher is gone: nobody else would end it.
+    A second SIGTERM or SIGINT has its usual effect at once. `max_seconds` count from now or, in a rank, from the start of its
+    launcher, so that a restart gets no more time. A rank also stops when its launcher is gone.
     """
 
     def __init__(self, max_seconds: float | None = None) -> None:
@@ -45,25 +51,20 @@ class StopSignals:
         return None
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # only there can Python handle signals
-            noted = [
-                number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
-            ]  # as in background jobs
-            self._handlers = {number: signal.signal(number, self._note) for number in noted}
+        if threading.current_thread() is threading.main_thread():  # Python allows it only there
+            self._handlers = handle_signals(self._note)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         received, now = signal.Signals(number), time.monotonic()
         if self._launcher is not None and received == self._signal and now - self._noted_at < ONE_REQUEST_S:
-            return  # a cluster's signal to all processes, the launcher among them
+            return  # a cluster signals all processes, and the launcher passes its signal on
         self._noted_at = now
-        if self._signal in (None, signal.SIGUSR1):  # SIGUSR1 announces the SIGTERM that follows it
+        if self._signal in (None, signal.SIGUSR1):  # SIGUSR1 announces a SIGTERM
             self._signal = received
         elif received != signal.SIGUSR1:
             handler = self._handlers[received]
@@ -71,36 +72,26 @@ class StopSignals:
             os.kill(os.getpid(), number)
 
 
-class _Ranks(Protocol):
-    @property
-    def is_distributed(self) -> bool: ...
-    def gather(self, value: str | None, /) -> list[str | None]: ...
-
-
 class StopRequest:
-    """Whether a run is to stop, for all its processes though only one was asked: the trainer asks between two steps.
+    """Decides between two steps whether all ranks stop, even if only one was asked to.
 
-    `own_reason()` says why this process was asked. Processes exchange reasons only after a step that said there is one:
-    each adds its `vote` to the step's loss, which is summed over them in any case, and gives the sum to `count`.
+    `own_reason()` is this rank's reason. The ranks exchange reasons only after a step whose votes say that there is one:
+    each adds its `vote` to the step's loss, which is summed over them in any case, and sets `votes` to the sum.
     """
 
-    def __init__(self, ranks: _Ranks, own_reason: Callable[[], str | None] = lambda: None) -> None:
+    def __init__(self, ranks: Ranks, own_reason: Callable[[], str | None] = lambda: None) -> None:
         self._ranks, self._own_reason = ranks, own_reason
-        self._votes = 1.0  # before the first step nobody has been asked yet
+        self.votes = 1.0  # there are no votes before the first step: exchange reasons
 
     def vote(self) -> float:
-        """1 where this process was asked to stop, else 0."""
+        """1 if this rank was asked to stop, else 0."""
         return float(self._ranks.is_distributed and self._own_reason() is not None)
 
-    def count(self, votes: float) -> None:
-        """Take the sum of all processes' votes."""
-        self._votes = votes
-
     def reason(self) -> str | None:
-        """Why to stop now, the same in all processes; None to go on."""
+        """Why to stop now, the same in every rank; None to go on."""
         if not self._ranks.is_distributed:
             return self._own_reason()
-        if not self._votes:
+        if not self.votes:
             return None
-        self._votes = 0.0
+        self.votes = 0.0
         return next((reason for reason in self._ranks.gather(self._own_reason()) if reason), None)
