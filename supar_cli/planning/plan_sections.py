@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from math import prod
 from typing import Any, ClassVar, Literal
 
@@ -108,6 +107,8 @@ class Parameterization(Options):
 class MaskSource(Section):
     """Where masks come from: drawn from the seed, or read from a file whose hash is given."""
 
+    UNHASHED = ("path",)  # the hash says which masks they are
+
     kind: Literal["random", "file"] = "random"
     path: str | None = Field(default=None, neutral=True, omit=True)
     hash: str | None = Field(default=None, neutral=True, omit=True)
@@ -117,10 +118,6 @@ class MaskSource(Section):
             if (self.kind == "file") != (vars(self)[key] is not None):
                 expected = "expected with kind: file" if self.kind == "random" else "is missing"
                 raise ValueError(f"{key}: {expected}")
-
-    def identity(self, *, include: Collection[str] | None = None, exclude: Collection[str] = ()) -> dict[str, Any]:
-        """Without the path: the hash says which masks they are."""
-        return super().identity(include=include, exclude={"path", *exclude})
 
 
 class PlanSparsity(PatternKeys):
