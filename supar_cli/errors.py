@@ -20,10 +20,10 @@ class Problem:
     """One thing wrong in one place of a document."""
 
     file: str
-    line: int | None
-    where: str
     what: str
     expected: str = ""
+    line: int | None = None
+    where: str = ""
 
     def __str__(self) -> str:
         place = self.file if self.line is None else f"{self.file}:{self.line}"
