@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from supar_cli.errors import InputError
 from supar_cli.planning import document, estimate, layout
 from supar_cli.planning.advice import warnings
-from supar_cli.planning.explain import Explained
+from supar_cli.planning.explain import explain
 from supar_cli.planning.layout_document import Layout
 from supar_cli.planning.overview import plan_rows
 from supar_cli.planning.plan import Plan, with_steps
@@ -187,7 +187,7 @@ class TestOwnModels:
         assert self.made.tensors[0].wpn == 144.0 and warnings(self.made) == []
         assert estimate.state_bytes(self.made, "sparse", 4) > 0 and len(estimate.lines(self.made)) == 4
         assert len(plan_rows(self.made)) == 2 and with_steps(self.made, 5).train.tokens is None
-        assert "0.05" in Explained.of(self.made, None, None).text("plan.yaml")
+        assert "0.05" in explain(self.made).text("plan.yaml")
         assert self.made.engine(self.made.tensors[0]) == "auto"
 
     def test_what_needs_a_decoder_says_so(self) -> None:
