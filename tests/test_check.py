@@ -15,7 +15,8 @@ import torch
 from supar_cli.experiments import check_plans, coordinates
 from supar_cli.experiments import coordinate_check as check
 from supar_cli.jobs.runs import Record
-from supar_cli.planning.plan import Multipliers, Plan
+from supar_cli.planning.plan import Plan
+from supar_cli.planning.plan_sections import Multipliers
 from tests.conftest import Called, plan_from, proxy_fields
 
 Supar = Callable[..., Called]

@@ -94,7 +94,7 @@ class TestLayout:
             ({"fan_in_axes": []}, "expected the axes that the product of a hidden weight sums over"),
             ({"fan_in_axes": [2]}, r"fan_in_axes: \[2\]; expected rising numbers from 0 to 1"),
             ({"wider": [512]}, "expected 2 extents of 1 or more, as base has"),
-            ({"tied_to": "nothing"}, "is tied to nothing, which the layout does not have"),
+            ({"tied_to": "nothing"}, "is tied to nothing; expected the name of another tensor"),
             ({"name": "wte.weight"}, r"wte\.weight appears twice"),
             ({"rolle": "hidden"}, "did you mean 'role'"),
         ],
@@ -229,9 +229,9 @@ class TestOwnModels:
     @pytest.mark.parametrize(
         ("changes", "what"),
         [
-            ({"name": "head.weight"}, "head.weight appears twice in the plan"),
+            ({"name": "head.weight"}, "head.weight appears twice"),
             ({"tied_to": "nothing"}, "stem.weight is tied to nothing; expected another tensor"),
-            ({"tied_to": "stem.weight"}, "stem.weight is tied to stem.weight; expected another tensor"),
+            ({"tied_to": "stem.weight"}, "tied_to: stem.weight, the tensor itself; expected another tensor"),
         ],
     )
     def test_names_that_contradict_each_other(self, changes: dict[str, Any], what: str) -> None:

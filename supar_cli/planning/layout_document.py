@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Literal
 
 from supar_cli.errors import InputError
-from supar_cli.planning.layout import MOST_EXTENTS, Tensor, check_axes
+from supar_cli.planning.layout import MOST_EXTENTS, Tensor, check_axes, check_names
 from supar_cli.planning.rules import Role
 from supar_cli.planning.schema import Field, Section
 
@@ -52,6 +52,16 @@ class LayoutRow(Section):
         """The shape at the base size plus `times` the step from base to wider."""
         return [narrow + times * (wide - narrow) for narrow, wide in zip(self.base, self.wider, strict=True)]
 
+    def tensor(self, times: Fraction) -> Tensor:
+        """The tensor of that shape. Raises InputError where it would not be whole."""
+        extents = self.extents(times)
+        if not all(extent.denominator == 1 and extent >= 1 for extent in extents):
+            raise InputError(
+                f"{self.name}: its shape would be {_words(self, times)}; expected a size that gives whole extents"
+            )
+        shape, axes = tuple(map(int, extents)), tuple(self.fan_in_axes)
+        return Tensor(self.name, self.role, self.site, shape, axes, self.block, self.writes_residual, self.tied_to)
+
 
 class Layout(Section):
     """`supar.layout/v1`: the tensors of a user's model, from which those of every other size follow.
@@ -67,12 +77,7 @@ class Layout(Section):
     notes: list[str] = Field(default_factory=list)
 
     def check(self) -> None:
-        names = [row.name for row in self.tensors]
-        if len(set(names)) < len(names):
-            raise ValueError(f"tensors: {next(name for name in names if names.count(name) > 1)} appears twice")
-        for row in self.tensors:
-            if row.tied_to is not None and row.tied_to not in names:
-                raise ValueError(f"tensors: {row.name} is tied to {row.tied_to}, which the layout does not have")
+        check_names(self.tensors)
         if self.base == self.wider:
             raise ValueError("wider: equals base, so nothing shows what scales; expected a larger size")
         times = self._times(self.wider, "wider")
@@ -88,17 +93,13 @@ class Layout(Section):
             raise ValueError(f"{where}: {size}; expected whole numbers")
         if set(size) != set(self.base) or set(self.wider) != set(self.base):
             raise ValueError(f"{where}: {size}; expected the same names as base: {', '.join(self.base)}")
-        found = {
-            Fraction(size[name] - self.base[name], self.wider[name] - self.base[name])
-            for name in self.base
-            if self.wider[name] != self.base[name]
-        }
-        fixed = [name for name in self.base if self.wider[name] == self.base[name] != size[name]]
-        if len(found) != 1 or fixed:
+        steps = {name: self.wider[name] - self.base[name] for name in self.base}
+        times = next((Fraction(size[name] - self.base[name], step) for name, step in steps.items() if step), None)
+        if times is None or any(self.base[name] + times * step != size[name] for name, step in steps.items()):
             raise ValueError(
                 f"{where}: {size} does not lie on the line through base {self.base} and wider {self.wider}"
             )
-        return found.pop()
+        return times
 
     def at(self, size: dict[str, int]) -> list[Tensor]:
         """The tensors at a size, such as {"width": 4096}. Raises InputError where a shape would not be whole."""
@@ -106,20 +107,8 @@ class Layout(Section):
             times = self._times(size, "size")
         except ValueError as error:
             raise InputError(str(error)) from None
-        return [_tensor(row, times) for row in self.tensors]
+        return [row.tensor(times) for row in self.tensors]
 
 
 def _words(row: LayoutRow, times: Fraction) -> str:
     return f"[{', '.join(map(str, row.extents(times)))}]"
-
-
-def _tensor(row: LayoutRow, times: Fraction) -> Tensor:
-    extents = row.extents(times)
-    if not all(extent.denominator == 1 and extent >= 1 for extent in extents):
-        raise InputError(
-            f"{row.name}: its shape would be {_words(row, times)}; expected a size that gives whole extents"
-        )
-    shape = tuple(int(extent) for extent in extents)
-    return Tensor(
-        row.name, row.role, row.site, shape, tuple(row.fan_in_axes), row.block, row.writes_residual, row.tied_to
-    )

@@ -199,8 +199,7 @@ class PlanTensor(Section):
 
     @property
     def setting_names(self) -> tuple[str, ...]:
-        """What settings by tensor may call it, the most specific first."""
-        return layout.setting_names(self.name, self.site, self.role)
+        return layout.setting_names(self)
 
     @property
     def wpn(self) -> float:
@@ -226,21 +225,19 @@ class PlanTensor(Section):
                 raise ValueError(f"because.{key}: {value}; expected a multiplier above 0")
         if self.role != "hidden" and self.density != 1:
             raise ValueError(f"density: {self.density} on a tensor of role {self.role}; only hidden weights are sparse")
+        if self.tied_to == self.name:
+            raise ValueError(f"tied_to: {self.tied_to}, the tensor itself; expected another tensor of the plan")
         if self.role == "norm" and self.init_std is not None:
             raise ValueError(f"init_std: {self.init_std}; expected init_constant, where every gain starts")
 
 
 def derived_keys(model: Model, base: Base) -> dict[str, dict[str, Any]]:
-    """By a tensor's name, what the shapes of a decoder and of its proxy say of it: `_DERIVED`."""
+    """By a tensor's name, what the shapes of a decoder and of its proxy say of it."""
     # the proxy's fan-ins by site depend on its two widths only
     shape = {"width": base.width, "ffn_width": base.ffn_width, "layers": 1, "heads": 1, "kv_heads": 1}
-    base_fan_in = {tensor.site: tensor.fan_in for tensor in layout.tensors(model.model_copy(update=shape))}
-    return {
-        tensor.name: {
-            "site": tensor.site,
-            "block": tensor.block,
-            "fan_in_axes": list(tensor.fan_in_axes),
-            "base_fan_in": base_fan_in[tensor.site],
-        }
-        for tensor in layout.tensors(model)
-    }
+    narrow = {tensor.site: tensor.fan_in for tensor in layout.tensors(model.model_copy(update=shape))}
+    found: dict[str, dict[str, Any]] = {}
+    for tensor in layout.tensors(model):
+        site, axes = {"site": tensor.site, "block": tensor.block}, {"fan_in_axes": list(tensor.fan_in_axes)}
+        found[tensor.name] = {**site, **axes, "base_fan_in": narrow[tensor.site]}
+    return found

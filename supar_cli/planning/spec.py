@@ -280,6 +280,8 @@ class Spec(Section):
 class Proxy(Section):
     """`supar.proxy/v1`: hyperparameters, the shape, data and training they hold for, and the evidence."""
 
+    UNHASHED = ("run", "meta", "target")  # which flags set and the plan resolves
+
     kind: Literal["supar.proxy/v1"]
     parents: dict[str, str] = Field(default_factory=dict)
     model: Model
@@ -294,5 +296,5 @@ class Proxy(Section):
     meta: dict[str, Any] = Field(default_factory=dict)
 
     def hash(self) -> str:
-        """Identity of what was tuned: everything but `run`, `meta` and `target`, which flags set and the plan resolves."""
-        return content_hash(self.identity(exclude={"run", "meta", "target"}))
+        """Identity of what was tuned."""
+        return content_hash(self.identity())

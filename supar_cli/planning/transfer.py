@@ -9,8 +9,8 @@ from typing import Any, get_args
 from supar_cli.errors import InputError
 from supar_cli.planning import density, layout, patterns, rules
 from supar_cli.planning.advice import WPN_IMPOSSIBLE, remedy
-from supar_cli.planning.plan import CURRENT_RULES, Multipliers, Plan, PlanModel, PlanTensor, PlanTrain
-from supar_cli.planning.plan_sections import Base, Parameterization, PlanSparsity, derived_keys
+from supar_cli.planning.plan import CURRENT_RULES, Plan, PlanModel, PlanTensor, PlanTrain
+from supar_cli.planning.plan_sections import Base, Multipliers, Parameterization, PlanSparsity, derived_keys
 from supar_cli.planning.problems import validate
 from supar_cli.planning.schema import LARGEST
 from supar_cli.planning.spec import Model, Proxy, Sparsity, Target
