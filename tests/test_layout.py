@@ -230,7 +230,7 @@ class TestOwnModels:
         ("changes", "what"),
         [
             ({"name": "head.weight"}, "head.weight appears twice"),
-            ({"tied_to": "nothing"}, "stem.weight is tied to nothing; expected another tensor"),
+            ({"tied_to": "nothing"}, "stem.weight is tied to nothing; expected the name of another tensor"),
             ({"tied_to": "stem.weight"}, "tied_to: stem.weight, the tensor itself; expected another tensor"),
         ],
     )
