@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
-from supar_cli.planning.density import Share, literal
+from supar_cli.planning.density import Share, density_from
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.patterns import Block, Pattern, PatternKeys
 from supar_cli.planning.problems import validate
@@ -156,21 +155,12 @@ class Sparsity(PatternKeys):
         self.check_pattern()
         if self.sparsity is not None and self.density is not None:
             raise ValueError("density: given beside sparsity; expected only one of them")
-        if self.sparsity is not None and not 0 <= _number("sparsity", self.sparsity) < 1:
-            what = "leaves no weights" if literal(self.sparsity) >= 1 else "is no share"
-            raise ValueError(f"sparsity: {self.sparsity} {what}; expected 0 <= sparsity < 1")
-        if self.density is not None and not 0 < _number("density", self.density) <= 1:
-            raise ValueError(f"density: {self.density}; expected 0 < density <= 1")
+        if self.sparsity is not None:
+            density_from("sparsity", self.sparsity)
+        if self.density is not None:
+            density_from("density", self.density)
         for key, value in self.overrides.items():
-            if not 0 < _number(f"overrides.{key}", value) <= 1:
-                raise ValueError(f"overrides.{key}: {value}; expected 0 < density <= 1")
-
-
-def _number(key: str, value: Share) -> Fraction:
-    try:
-        return literal(value)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}; expected a number or a fraction such as 1/128") from None
+            density_from("density", value, f"overrides.{key}")
 
 
 # what a changed value drops of its section, unless it is given too: keys that belonged to the value before
@@ -245,20 +235,15 @@ class Search(Section):
     SEARCHED: ClassVar[tuple[str, ...]] = ("lr", "init_std", "alpha_input", "alpha_output", "weight_decay")
 
     def check(self) -> None:
-        for name, (low, high) in self.ranges().items():
-            if not 0 < low < high:
-                raise ValueError(f"{name}: [{low}, {high}] is no range; expected 0 < low < high")
+        for name, bounds in self.ranges().items():
+            if len(bounds) != 2:
+                raise ValueError(f"{name}: expected [low, high]")
+            if not 0 < bounds[0] < bounds[1]:
+                raise ValueError(f"{name}: {bounds} is no range; expected 0 < low < high")
 
-    def ranges(self) -> dict[str, tuple[float, float]]:
-        """Searched names and their (low, high)."""
-        found = {}
-        for name in self.SEARCHED:
-            bounds = getattr(self, name)
-            if bounds is not None:
-                if len(bounds) != 2:
-                    raise ValueError(f"{name}: expected [low, high]")
-                found[name] = (bounds[0], bounds[1])
-        return found
+    def ranges(self) -> dict[str, list[float]]:
+        """Searched names and their [low, high]."""
+        return {name: bounds for name in self.SEARCHED if (bounds := vars(self)[name]) is not None}
 
 
 class Spec(Section):

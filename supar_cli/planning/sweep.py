@@ -109,7 +109,7 @@ class Level:
 
 def _share(axis: str, text: str) -> Share:
     """A density as documents have it, from the text of a sparsity or a density."""
-    exact = shares.density_from(**{axis: text})
+    exact = shares.density_from(axis, text)
     return str(exact) if "/" in text else float(exact)
 
 

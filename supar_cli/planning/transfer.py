@@ -118,15 +118,17 @@ def as_trial(proxy: Proxy) -> Plan:
 
 def _density(wanted: Sparsity) -> Fraction:
     own = patterns.density_of(wanted.pattern)
-    if wanted.sparsity is None and wanted.density is None:
+    word = "density" if wanted.sparsity is None else "sparsity"
+    given = vars(wanted)[word]
+    if given is None:
         if own is None:
             raise InputError("how sparse the target is to be was not said; expected --sparsity or --density")
         return own
-    given = density.density_from(sparsity=wanted.sparsity, density=wanted.density)
-    if own is not None and float(given) not in (float(own), 1.0):  # a document's float is only the nearest to N/M
-        word, expected = ("density", f"{own}, or 1") if wanted.sparsity is None else ("sparsity", f"{1 - own}, or 0")
-        raise InputError(f"{word}: {getattr(wanted, word)} with the pattern {wanted.pattern}; expected {expected}")
-    return given
+    asked = density.density_from(word, given)
+    if own is not None and float(asked) not in (float(own), 1.0):  # a document's float is only the nearest to N/M
+        expected = f"{own}, or 1" if word == "density" else f"{1 - own}, or 0"
+        raise InputError(f"{word}: {given} with the pattern {wanted.pattern}; expected {expected}")
+    return asked
 
 
 def target_model(proxy: Model, target: Target) -> Model:
