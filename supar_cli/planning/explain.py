@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from textwrap import wrap
 from typing import Any, get_args
 
 from supar_cli.errors import InputError
@@ -57,7 +56,7 @@ class Number:
         source = [] if self.rule.source == "–" else [f"[{self.rule.source}]"]
         note = f"({self.note})".split() if self.note else []
         lines = wrapped(self.what, [first, *(f"= {part}" for part in others), *source, *note])
-        return lines + wrapped("", self.edited.split())
+        return lines + (wrapped("", self.edited.split()) if self.edited else [])
 
     def as_json(self) -> dict[str, Any]:
         worked = {"formula": self.rule.formula, "worked": self.worked, "source": self.rule.source, "note": self.note}
@@ -289,14 +288,11 @@ def short(value: float) -> str:
 
 def wrapped(label: str | None, parts: Iterable[str]) -> list[str]:
     """Parts on as few lines as hold them, after a label; no part is broken. None: flush left, for a title."""
-    first, indent = ("", 4) if label is None else (f"  {label:<{INDENT - 2}}", INDENT)
-    text = " ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)
-    lines = wrap(
-        text,
-        COLUMNS,
-        initial_indent=first,
-        subsequent_indent=" " * indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
+    indent = 4 if label is None else INDENT
+    lines, line, bare = [], "" if label is None else f"  {label:<{INDENT - 2}}", True
+    for part in parts:
+        if not bare and len(line) + 1 + len(part) > COLUMNS:
+            lines.append(line)
+            line, bare = " " * indent, True
+        line, bare = line + ("" if bare else " ") + part, False
+    return [*lines, line.rstrip()]

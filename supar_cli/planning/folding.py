@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite
-from typing import Protocol
 
 from supar_cli.errors import InputError
 from supar_cli.planning import layout
+from supar_cli.planning.plan_sections import Multipliers
 from supar_cli.planning.rules import Role
 
 _EXACT = ("adamw", "adam", "sgd")
@@ -55,17 +55,6 @@ class TensorUse:
     derived: bool = False
 
 
-class Multipliers(Protocol):
-    """Factors of the forward pass: α_input, α_output/m_d, 1/m_L. The attention factor is never folded."""
-
-    @property
-    def input(self) -> float: ...
-    @property
-    def output(self) -> float: ...
-    @property
-    def residual(self) -> float: ...
-
-
 def fold(numbers: Numbers, factor: float, optimizer: str) -> Numbers:
     """Return the numbers of u = a·w from those of w, for a forward factor a > 0. [D]
 
@@ -81,11 +70,9 @@ def fold(numbers: Numbers, factor: float, optimizer: str) -> Numbers:
             f"{said}: supar can fold multipliers exactly for AdamW, Adam without weight decay and SGD only; "
             f"for {said} the plan can give masks but no numbers"
         )
-    lr, weight_decay = factor * numbers.lr, numbers.weight_decay / factor
+    lr, weight_decay, eps = factor * numbers.lr, numbers.weight_decay / factor, numbers.eps / factor
     if kind == "sgd":
         lr, weight_decay, eps = factor * lr, weight_decay / factor, numbers.eps
-    else:
-        eps = numbers.eps / factor
     std, constant = (None if start is None else factor * start for start in (numbers.init_std, numbers.init_constant))
     return Numbers(lr, weight_decay, eps, std, constant)
 
@@ -103,6 +90,8 @@ def clip_factor(factor: float) -> float:
 
 def fold_factors(uses: Iterable[TensorUse], multipliers: Multipliers) -> dict[str, float]:
     """Return {name: a} for every tensor of a decoder, a = 1 where nothing is folded. [multipliers: Dey et al. 2024; D]
+
+    The multipliers are α_input, α_output/m_d and 1/m_L; the attention factor is never folded.
 
     Input: into all summands of the first activations. Output: into the weight of an untied head; for a tied head, whose
     weight holds the input factor already, output/input into gain and shift of the norm that feeds it. Residual: into
