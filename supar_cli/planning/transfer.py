@@ -133,26 +133,20 @@ def _density(wanted: Sparsity) -> Fraction:
 
 def target_model(proxy: Model, target: Target) -> Model:
     """The proxy's shape with the target's changes; head width and FFN ratio are kept unless given."""
-    width = target.width or proxy.width
-    heads = target.heads
-    if heads is None:
-        if width % proxy.head_width:
-            raise InputError(
-                f"target.width: {width} is no multiple of the proxy's head width {proxy.head_width}; expected one that is, or --heads"
-            )
-        heads = width // proxy.head_width
-    kv_heads = target.kv_heads
-    if kv_heads is None:
-        group = proxy.heads // proxy.kv_heads
-        kv_heads = heads // group if heads % group == 0 else 1
-    ffn_width = target.ffn_width
-    if ffn_width is None:
-        if (width * proxy.ffn_width) % proxy.width:
-            raise InputError(
-                f"target.width: the FFN ratio {proxy.ffn_width}/{proxy.width} gives no whole FFN width at {width}; expected --ffn-width"
-            )
-        ffn_width = width * proxy.ffn_width // proxy.width
-    changes = {"width": width, "heads": heads, "kv_heads": kv_heads, "ffn_width": ffn_width}
+    width, group = target.width or proxy.width, proxy.heads // proxy.kv_heads
+    heads, beyond_heads = divmod(width, proxy.head_width)
+    if target.heads is None and beyond_heads:
+        raise InputError(
+            f"target.width: {width} is no multiple of the proxy's head width {proxy.head_width}; expected one that is, or --heads"
+        )
+    heads = target.heads or heads
+    ffn_width, beyond_ffn = divmod(width * proxy.ffn_width, proxy.width)
+    if target.ffn_width is None and beyond_ffn:
+        raise InputError(
+            f"target.width: the FFN ratio {proxy.ffn_width}/{proxy.width} gives no whole FFN width at {width}; expected --ffn-width"
+        )
+    kv_heads = target.kv_heads or (heads // group if heads % group == 0 else 1)
+    changes = {"width": width, "heads": heads, "kv_heads": kv_heads, "ffn_width": target.ffn_width or ffn_width}
     changes |= {"layers": target.layers or proxy.layers, "context": target.context or proxy.context}
     return validate(Model, {**proxy.model_dump(), **changes}, "target")
 
