@@ -137,8 +137,8 @@ class TestChoice:
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
-        ("fast", "run.engine: should be 'auto', 'dense', 'sparse', 'block' or a mapping to these, not 'fast'"),
-        ("{hiden: dense}", "run.engine.hiden: no hidden tensor, site (`attn.q`), part (`attn`) or `hidden`"),
+        ("fast", "run.engine: should be 'auto', 'dense', 'sparse', 'block' or a mapping of names to these, not 'fast'"),
+        ("{hiden: dense}", "run.engine.hiden: expected a hidden tensor, site (`attn.q`), part (`attn`) or `hidden`"),
         ("{embedding: dense}", "run.engine.embedding: no hidden tensor"),
     ],
 )

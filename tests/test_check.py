@@ -296,7 +296,7 @@ class TestCommand:
             (("--density", "1,2"), "--density 1,2: expected 0 < density <= 1"),
             (("--width", "32", "--density", "1"), "one of them needs at least two sizes"),
             (("--parameterization", "ntk"), "--parameterization ntk: expected one of supar"),
-            (("--width", "32,50"), "target.width: 50 is no multiple"),
+            (("--width", "32,50"), "target.width: 50 is not a multiple"),
             (("nothing.yaml",), "nothing.yaml: no such file"),
         ],
     )

@@ -74,7 +74,7 @@ def test_nan_is_read() -> None:
 
 def test_a_duplicate_key_is_named_with_both_lines() -> None:
     assert refused("a: 1\nb:\n  lr: 1\n  std: 2\n  lr: 3\n") == [
-        "f.yaml:5: b.lr: the key 'lr' stands twice; first on line 3"
+        "f.yaml:5: b.lr: the key 'lr' appears twice; first on line 3"
     ]
 
 
@@ -101,7 +101,7 @@ def test_an_alias_bomb_ends_at_once() -> None:
 @pytest.mark.parametrize("text", ["[a, b]: 1\nok: 2\n", "? {a: 1}\n: 2\n"])
 def test_a_key_that_is_not_text_is_refused(text: str) -> None:
     (problem,) = refused(text)
-    assert problem == "f.yaml:1: a key that is not text"
+    assert problem == "f.yaml:1: a key must be text"
 
 
 @pytest.mark.parametrize("text", ["a: !!binary aGk=\n", "a: !!int x\n", "a: !!timestamp 2026-01-01\n"])
@@ -304,7 +304,7 @@ class TestProblems:
     @pytest.mark.parametrize("text", ["- 1\n- 2\n", "just text\n", "3\n"])
     def test_no_mapping(self, text: str) -> None:
         (problem,) = problems_of(text)
-        assert problem == "f.yaml:1: not a mapping; key: value lines"
+        assert problem == "f.yaml:1: not a mapping; expected lines of `key: value`"
 
     @pytest.mark.parametrize("bytes_kept", range(20, len(GOOD) - 2, 23))
     def test_a_truncated_document_is_refused(self, bytes_kept: int) -> None:

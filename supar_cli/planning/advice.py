@@ -34,17 +34,17 @@ def _of_sparsity(plan: Plan, hidden: list[PlanTensor]) -> Iterator[str]:
     if any(row.density < 1 for row in hidden):
         has_empty_rows = per_row < WPN_EMPTY_ROWS and not has_equal_rows(sparsity.pattern)
         if low.wpn < WPN_TRAINED:
-            rows = f"; rows with no weight at all appear ({empty} of them)" if has_empty_rows else ""
-            few = f"{low.wpn:.3g} weights per neuron, below the {WPN_TRAINED} the paper trained"
+            rows = f"; {empty} of rows have no weight at all" if has_empty_rows else ""
+            few = f"{low.wpn:.3g} weights per neuron, fewer than the {WPN_TRAINED} that the paper trained"
             yield f"{low.name}: {few}{rows}; {remedy(plan, low)}"
         elif sparsity.block and has_empty_rows:
             rows = f"{per_row:.3g} blocks per row of blocks: {empty} of rows have no weight at all"
-            yield f"{low.name}: {rows}; a smaller block or more width has fewer"
+            yield f"{low.name}: {rows}; a smaller block or more width helps"
     if sparsity.pattern in ("fixed_fan_in", "block") and sparsity.distribution == "uniform" and not sparsity.overrides:
         off = max(hidden, key=lambda row: abs(row.density / sparsity.density - 1))
         if abs(off.density / sparsity.density - 1) > 0.01:
             whole = "blocks" if sparsity.block else "weights per row"
-            yield f"{off.name}: whole {whole} make its density {off.density:.4g}, not {sparsity.density:g}"
+            yield f"{off.name}: its density is {off.density:.4g}, not {sparsity.density:g}, as only whole {whole} can live"
 
 
 def _of_training(plan: Plan, hidden: list[PlanTensor]) -> Iterator[str]:
@@ -58,10 +58,10 @@ def _of_training(plan: Plan, hidden: list[PlanTensor]) -> Iterator[str]:
     if isinstance(plan.model, PlanModel) and base.kv_share is not None:
         kv_share = plan.model.kv_heads / plan.model.heads
         if abs(kv_share - base.kv_share) > 1e-9:
-            shares = f"kv_heads/heads is {kv_share:g}, the proxy's {base.kv_share:g}"
-            yield f"{shares}: grouped-query attention was tuned otherwise"
+            shares = f"kv_heads/heads is {kv_share:g}, but {base.kv_share:g} in the proxy"
+            yield f"{shares}: the proxy was tuned with another grouped-query attention"
     if plan.train.batch_size != base.batch_size:
-        sizes = f"batch size {plan.train.batch_size}, the proxy's {base.batch_size}"
+        sizes = f"the batch size is {plan.train.batch_size}, but {base.batch_size} in the proxy"
         yield f"{sizes}: learning rates transfer over width and density, not over batch size"
 
 
@@ -71,10 +71,10 @@ def remedy(plan: Plan, row: PlanTensor) -> str:
     sparsity = f" or a sparsity of at most {int(most * 10000) / 10000:g}" if most > 0 else ""
     fan_in = WPN_TRAINED / _asked_density(plan, row)
     if not isinstance(plan.model, PlanModel):
-        return f"{WPN_TRAINED} need a fan-in of {ceil(fan_in)}{sparsity}"
+        return f"a fan-in of {ceil(fan_in)}{sparsity} gives {WPN_TRAINED}"
     step = plan.model.head_width
     width = ceil(fan_in * plan.model.width / row.fan_in / step) * step
-    return f"{WPN_TRAINED} need a width of {width}{sparsity}"
+    return f"a width of {width}{sparsity} gives {WPN_TRAINED}"
 
 
 def _asked_density(plan: Plan, row: PlanTensor) -> Fraction:

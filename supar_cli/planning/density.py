@@ -76,7 +76,7 @@ def distribute(
     unused = sorted(set(overrides) - set(keys.values()))
     if unused:
         sites = sorted({tensor.site for tensor in hidden})
-        raise InputError(f"{where}: {', '.join(unused)} names no hidden tensor; sites are {', '.join(sites)}")
+        raise InputError(f"{where}: {', '.join(unused)} matches no hidden tensor; sites are {', '.join(sites)}")
     fixed = {name: literal(overrides[key]) for name, key in keys.items() if key is not None}
     free = [tensor for tensor in hidden if tensor.name not in fixed]
     shares = {tensor.name: density for tensor in free} if distribution == "uniform" else _erk(free, density)

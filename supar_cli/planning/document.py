@@ -137,7 +137,7 @@ class _Reader:
     def _value(self, node: yaml.Node, path: Path_) -> Any:
         self._found.lines.setdefault(path, node.start_mark.line + 1)
         if id(node) in self._seen:
-            self._report(path, "an alias", "write the value out: supar reads no YAML aliases")
+            self._report(path, "a YAML alias", "write the value itself: supar does not read aliases")
             return None
         self._seen.add(id(node))
         if isinstance(node, yaml.MappingNode):
@@ -154,10 +154,10 @@ class _Reader:
         for key_node, value_node in node.value:
             key, line = key_node.value, key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
-                self._report(path, "a key that is not text", line=line)
+                self._report(path, "a key must be text", line=line)
             elif key in mapping:
                 first = self._found.lines[(*path, key)]
-                self._report((*path, key), f"the key {key!r} stands twice", f"first on line {first}", line=line)
+                self._report((*path, key), f"the key {key!r} appears twice", f"first on line {first}", line=line)
             else:
                 self._found.lines[(*path, key)] = line
                 mapping[key] = self._value(value_node, (*path, key))
@@ -204,7 +204,7 @@ def read_file(source: str) -> list[Document]:
     except OSError as error:
         raise InputError(Problem(name, f"can't be read: {error.strerror or error}")) from None
     if source == "-" and not raw.strip():
-        expected = "the command before the pipe failed? (`set -o pipefail` shows it)"
+        expected = "did the command before the pipe fail? `set -o pipefail` shows it"
         raise InputError(Problem(name, "standard input is empty", expected))
     if documents := read(text, name):
         return documents

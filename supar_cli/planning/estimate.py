@@ -55,15 +55,15 @@ def lines(plan: Plan, processes: int = 1) -> list[str]:
         length += f", {tokens:,} tokens, {flops:.3g} FLOPs as a dense engine computes them"
     found = [
         f"parameters {plan.parameters:,}; live {plan.live:,}; hidden {live:,} of {size:,} live",
-        f"lowest WPN {min((row.wpn for row in hidden), default=0):.4g}",
+        f"fewest weights per neuron: {min((row.wpn for row in hidden), default=0):.4g}",
         length,
-        f"memory of state by engine: {', '.join(f'{name} {_gib(held)}' for name, held in _states(plan).items())}",
+        f"weights, gradients and moments take, by engine: {', '.join(f'{name} {_gib(held)}' for name, held in _states(plan).items())}",
     ]
     rows = plan.run.micro_batch_size or max(1, plan.train.batch_size // processes)
     if activations := activation_bytes(plan, rows, 2):
-        found.append(f"and about {_gib(activations)} of activations a micro-batch of {rows} sequences")
+        found.append(f"activations take about {_gib(activations)} for a micro-batch of {rows} sequences")
     if processes > 1:
-        found.append(f"in shards over {processes} processes, each has 1/{processes} of the state")
+        found.append(f"sharded over {processes} processes, each holds 1/{processes} of all but activations")
     return found if tokens is None else found + _times(plan, tokens)
 
 

@@ -176,7 +176,9 @@ def _rows(plan: Plan, scheme: rules.Scheme) -> list[Row]:
             in_block=row.block is not None,
             writes_residual=tensor is not None and tensor.writes_residual,
         )
-        remarks = ["no tensor of this model: explained as one outside of the blocks"] if known and not tensor else []
+        remarks = (
+            ["the model has no such tensor: explained as if it were outside the blocks"] if known and not tensor else []
+        )
         remarks += [
             f"edited: the plan has {key} {given[key]!r}, the shapes give {value!r}"
             for key, value in shapes.items()
@@ -229,7 +231,7 @@ def _chosen(rows: list[Row], word: str | None, role: str | None) -> list[Row]:
         having = list(dict.fromkeys(row.tensor.role for row in found))
         found = [row for row in found if row.tensor.role == role]
         if not found:
-            raise InputError(f"--role {role}: no such tensor; {word or 'the plan'} has {', '.join(having)}")
+            raise InputError(f"--role {role}: no tensor has this role; {word or 'the plan'} has {', '.join(having)}")
     return found
 
 
@@ -246,7 +248,7 @@ def _group(members: list[Row]) -> list[str]:
     shape = f"({row.role}, {count}{'×'.join(map(str, row.shape))})"
     lines = wrapped(None, [*title.split(), *shape.split()])
     if row.role == "hidden":
-        own = f"{short(row.density)}: {row.kept:,} of {row.size:,} live, {short(row.wpn)} per neuron"
+        own = f"{short(row.density)}: {row.kept:,} of {row.size:,} weights live, {short(row.wpn)} per neuron"
         lines += wrapped("density", own.split())
     factors = [f"{k.replace('rho', 'ρ')} = {short(v)} ({RATIOS.get(k, '?')})" for k, v in row.because.items()]
     lines += wrapped("because", _listed(factors))

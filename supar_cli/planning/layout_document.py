@@ -44,9 +44,9 @@ class LayoutRow(Section):
         check_axes(self.fan_in_axes, len(self.base))
         scales = [axis for axis, (narrow, wide) in enumerate(zip(self.base, self.wider, strict=True)) if narrow != wide]
         if self.scales != scales:
-            raise ValueError(f"scales: {self.scales}; base {self.base} and wider {self.wider} differ at {scales}")
+            raise ValueError(f"scales: {self.scales}; expected {scales}, where base and wider differ")
         if self.role == "hidden" and not self.fan_in_axes:
-            raise ValueError("fan_in_axes: none; expected the axes that the product of a hidden weight sums over")
+            raise ValueError("fan_in_axes: none; expected the axes that a hidden weight's product sums over")
 
     def extents(self, times: Fraction) -> list[Fraction]:
         """The shape at the base size plus `times` the step from base to wider."""
@@ -56,9 +56,7 @@ class LayoutRow(Section):
         """The tensor of that shape. Raises InputError where it would not be whole."""
         extents = self.extents(times)
         if not all(extent.denominator == 1 and extent >= 1 for extent in extents):
-            raise InputError(
-                f"{self.name}: its shape would be {_words(self, times)}; expected a size that gives whole extents"
-            )
+            raise InputError(f"{self.name}: its shape would be {_words(self, times)}; expected whole extents")
         shape, axes = tuple(map(int, extents)), tuple(self.fan_in_axes)
         return Tensor(self.name, self.role, self.site, shape, axes, self.block, self.writes_residual, self.tied_to)
 
@@ -85,7 +83,7 @@ class Layout(Section):
             times = self._times(self.third, "third")
             for row in self.tensors:
                 if row.third is None or row.extents(times) != row.third:
-                    raise ValueError(f"tensors: {row.name} is {row.third} at the third size, not {_words(row, times)}")
+                    raise ValueError(f"tensors: {row.name}: third is {row.third}; expected {_words(row, times)}")
 
     def _times(self, size: dict[str, int], where: str) -> Fraction:
         """How many steps from base to wider a size is from base. Raises ValueError for one not on their line."""
@@ -96,9 +94,7 @@ class Layout(Section):
         steps = {name: self.wider[name] - self.base[name] for name in self.base}
         times = next((Fraction(size[name] - self.base[name], step) for name, step in steps.items() if step), None)
         if times is None or any(self.base[name] + times * step != size[name] for name, step in steps.items()):
-            raise ValueError(
-                f"{where}: {size} does not lie on the line through base {self.base} and wider {self.wider}"
-            )
+            raise ValueError(f"{where}: {size} is not on the line through base {self.base} and wider {self.wider}")
         return times
 
     def at(self, size: dict[str, int]) -> list[Tensor]:

@@ -30,9 +30,9 @@ class PatternKeys(Section):
         pattern, block = vars(self)["pattern"], vars(self)["block"]
         if pattern == "block" and block is None:
             edges = ", ".join(map(str, get_args(Block)))
-            raise ValueError(f"block: is missing; expected {edges} with the pattern block")
+            raise ValueError(f"block: is missing; the pattern block needs one of {edges}")
         if pattern != "block" and block is not None:
-            raise ValueError(f"block: given with the pattern {pattern}; expected it with the pattern block only")
+            raise ValueError(f"block: the pattern is {pattern}; expected a block with the pattern block only")
         group = group_of(pattern)
         if group is not None and not group[0] < group[1] <= LARGEST_GROUP:
             raise ValueError(f"pattern: {pattern}; expected N:M with N < M <= {LARGEST_GROUP}")
@@ -78,8 +78,8 @@ def live_count(name: str, size: int, fan_in: int, density: Fraction, pattern: st
     if pattern == "block" and density < 1:
         assert block is not None
         if rows % block or fan_in % block:
-            what = f"its shape {rows}×{fan_in} is not made of {block}×{block} blocks"
-            raise InputError(f"{name}: {what}; expected another block")
+            shape = f"the shape {rows}×{fan_in}"
+            raise InputError(f"{name}: {block}×{block} blocks don't divide {shape}; expected another block")
         count = size // block**2
         live = _round(density * count)
         if not live:
@@ -89,8 +89,7 @@ def live_count(name: str, size: int, fan_in: int, density: Fraction, pattern: st
     if group is not None and density < 1:
         live, length = group
         if fan_in % length:
-            what = f"its fan-in {fan_in} is not made of groups of {length}"
-            raise InputError(f"{name}: {what}; expected a multiple of {length}")
+            raise InputError(f"{name}: the fan-in {fan_in} doesn't divide into groups of {length}; expected a multiple")
         if float(density) != live / length:  # a document's float may only be the nearest to N/M
             what = f"density {float(density):g} with the pattern {pattern}"
             raise InputError(f"{name}: {what}; expected {live}/{length}, or 1 for a dense tensor")

@@ -67,7 +67,9 @@ class Plan(Section):
         known = {key for row in self.tensors if row.role == "hidden" for key in row.setting_names}
         for name in self.run.engine if isinstance(self.run.engine, dict) else ():
             if name not in known:
-                raise ValueError(f"run.engine.{name}: no hidden tensor, site (`attn.q`), part (`attn`) or `hidden`")
+                raise ValueError(
+                    f"run.engine.{name}: expected a hidden tensor, site (`attn.q`), part (`attn`) or `hidden`"
+                )
 
     def _check_decoder(self, model: PlanModel) -> None:
         """Hold what follows from the model section to it. Raises ValueError."""
@@ -82,7 +84,7 @@ class Plan(Section):
             if vars(base)[key] is None:
                 raise ValueError(f"parameterization.base.{key}: is missing")
         if model.layers > len(self.tensors):
-            raise ValueError(f"model.layers: {model.layers} layers have more than the {len(self.tensors)} tensors")
+            raise ValueError(f"model.layers: {model.layers} layers need more than the {len(self.tensors)} tensors here")
         derived = derived_keys(model, base)
         for at, row in enumerate(self.tensors):
             for key, value in derived.get(row.name, {}).items():
@@ -104,7 +106,7 @@ class Plan(Section):
         """The model section of supar's own families. Raises InputError for a user's model, which has no such shape."""
         if isinstance(self.model, PlanModel):
             return self.model
-        raise InputError("model.family: own: this needs a model of supar's own families, gpt2 or llama")
+        raise InputError("model.family: own; this needs one of supar's own families, gpt2 or llama")
 
     def engine(self, row: PlanTensor) -> Engine:
         """What the run section says of a hidden tensor: by its name, site or part, or of all."""

@@ -116,8 +116,7 @@ class MaskSource(Section):
     def check(self) -> None:
         for key in ("path", "hash"):
             if (self.kind == "file") != (vars(self)[key] is not None):
-                expected = "expected with kind: file" if self.kind == "random" else "is missing"
-                raise ValueError(f"{key}: {expected}")
+                raise ValueError(f"{key}: {'is missing' if self.kind == 'file' else 'expected with kind: file only'}")
 
 
 class PlanSparsity(PatternKeys):
@@ -208,14 +207,12 @@ class PlanTensor(Section):
 
     def check(self) -> None:
         if min(self.shape) < 1:
-            raise ValueError(f"shape: {self.shape} must be positive")
+            raise ValueError(f"shape: {self.shape}; expected extents of 1 or more")
         layout.check_axes(self.fan_in_axes, len(self.shape))
         if self.fan_in != prod(self.shape[axis] for axis in self.fan_in_axes):
-            raise ValueError(
-                f"fan_in: {self.fan_in} is not the product of {self.shape} along the axes {self.fan_in_axes}"
-            )
+            raise ValueError(f"fan_in: {self.fan_in} is not the product of the extents at axes {self.fan_in_axes}")
         if self.role == "hidden" and not self.fan_in_axes:
-            raise ValueError("fan_in_axes: none; expected the axes that the product of a hidden weight sums over")
+            raise ValueError("fan_in_axes: none; expected the axes that a hidden weight's product sums over")
         if abs(self.kept - self.density * self.size) > 0.51:
             raise ValueError(f"kept: {self.kept} is not density {self.density} of {self.size} weights")
         if (self.init_std is None) == (self.init_constant is None):
@@ -228,7 +225,7 @@ class PlanTensor(Section):
         if self.tied_to == self.name:
             raise ValueError(f"tied_to: {self.tied_to}, the tensor itself; expected another tensor of the plan")
         if self.role == "norm" and self.init_std is not None:
-            raise ValueError(f"init_std: {self.init_std}; expected init_constant, where every gain starts")
+            raise ValueError(f"init_std: {self.init_std}; expected init_constant: a gain starts at a number")
 
 
 def derived_keys(model: Model, base: Base) -> dict[str, dict[str, Any]]:

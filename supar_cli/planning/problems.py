@@ -22,7 +22,7 @@ def parse(kind: type[SectionT], document: Document) -> SectionT:
     """
     data = document.data
     if not isinstance(data, dict):
-        raise InputError(document.problem((), "not a mapping", "key: value lines"))
+        raise InputError(document.problem((), "not a mapping", "expected lines of `key: value`"))
     today = get_args(kind.keys().get("kind"))  # none of a section that is not a document
     if upgrade := kind.EARLIER.get(str(data.get("kind"))):
         data = upgrade(data)
@@ -32,7 +32,7 @@ def parse(kind: type[SectionT], document: Document) -> SectionT:
     lost = [key for key in required_keys(kind) if key not in data] if written else []
     if lost:
         what = f"the keys {', '.join(lost)} are missing"
-        raise InputError(document.problem((), what, "expected a whole document; this one was cut or edited"))
+        raise InputError(document.problem((), what, "expected the whole document: it was cut or edited"))
     try:
         parsed = kind.model_validate(data)
     except ValidationError as error:
@@ -93,7 +93,7 @@ def _problem(kind: type[Section], item: dict[str, Any]) -> tuple[Path_, str, str
         case "union_tag" if isinstance(given, dict):
             path, what = (*path, TAG), f"{what}, not {given.get(TAG)!r}"
         case "union_tag" | "model_attributes_type" | "model_type" | "dict_type":
-            what, expected = "not a mapping", "key: value lines"
+            what, expected = "not a mapping", "expected lines of `key: value`"
         case _:
             for words in ("Input should", "should"), ("valid string", "text"), ("valid number", "number"):
                 what = what.replace(*words)

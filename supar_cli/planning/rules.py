@@ -188,7 +188,7 @@ def _fraction(above: list[str], below: list[str]) -> str:
     return "·".join(above) + bar.format("·".join(below))
 
 
-_AFTER_HEAD = "as the output multiplier is not in its gradient"
+_AFTER_HEAD = "the output multiplier is not in its gradient"
 
 
 def _is_after_head(scheme: Scheme, context: TensorContext) -> bool:
@@ -227,7 +227,7 @@ def weight_decay(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> 
         return Rule(proxy.lam, "λ", "R" if scheme.weight_decay_rule == "coupled" else "V")
     if scheme.weight_decay_rule == "sqrt":
         return Rule(proxy.lam * sqrt(divisor), f"λ·√({symbol})", "arXiv 2510.15262")
-    return Rule(proxy.lam * divisor, f"λ·{symbol}", "V, D", "so that lr·λ is the proxy's")
+    return Rule(proxy.lam * divisor, f"λ·{symbol}", "V, D", "so that lr·λ equals the proxy's")
 
 
 def adam_eps(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> Rule:

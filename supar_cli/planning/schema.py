@@ -207,7 +207,7 @@ def _keyed(cls: type[Section], name: str, hint: Any) -> core_schema.CoreSchema:
 def _words(hint: Any) -> str:
     """A type of a union as an error names it."""
     if get_origin(hint) is dict:
-        return "a mapping to these"
+        return "a mapping of names to these"
     if get_origin(hint) is Annotated:
         return str(hint.__metadata__[0].words)
     plain = {float: "a number", int: "a number", str: "a fraction such as 1/128", NoneType: "null"}

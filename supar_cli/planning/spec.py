@@ -57,11 +57,9 @@ class Model(Section):
         if self.width % self.heads:
             raise ValueError(f"heads: {self.heads} heads don't divide the width {self.width}; expected a divisor of it")
         if self.heads % self.kv_heads:
-            raise ValueError(
-                f"kv_heads: {self.kv_heads} don't divide the {self.heads} heads; expected a divisor of them"
-            )
+            raise ValueError(f"kv_heads: {self.kv_heads} don't divide the {self.heads} heads; expected a divisor")
         if self.positions == "rope" and self.head_width % 2:
-            raise ValueError(f"heads: rope needs an even head width, not {self.head_width}")
+            raise ValueError(f"heads: rope positions need an even head width, not {self.head_width}")
 
     @property
     def head_width(self) -> int:
@@ -89,9 +87,7 @@ class Options(Section):
 
     def check(self) -> None:
         if self.depth_rule == "completep" and self.residual_init == "gpt2":
-            raise ValueError(
-                "residual_init: gpt2 scales the residual branches a second time; expected none with completep"
-            )
+            raise ValueError("residual_init: gpt2 scales the residual branches again; expected none with completep")
 
 
 class Data(Section):
@@ -122,7 +118,7 @@ class Train(Section):
 
     def check(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: {self.betas} must both be in [0, 1)")
+            raise ValueError(f"betas: {self.betas}; expected two numbers in [0, 1)")
 
 
 class Run(Section):
@@ -154,7 +150,7 @@ class Sparsity(PatternKeys):
     def check(self) -> None:
         self.check_pattern()
         if self.sparsity is not None and self.density is not None:
-            raise ValueError("density: given beside sparsity; expected only one of them")
+            raise ValueError("density: sparsity is given too; expected only one of them")
         if self.sparsity is not None:
             density_from("sparsity", self.sparsity)
         if self.density is not None:
@@ -203,7 +199,7 @@ class Target(Section):
     def check(self) -> None:
         given = [word for word in ("steps", "tokens", "tokens_per_parameter") if getattr(self, word) is not None]
         if len(given) > 1:
-            raise ValueError(f"{given[1]}: given beside {given[0]}; expected one length of training")
+            raise ValueError(f"{given[1]}: {given[0]} is given too; expected only one length of training")
 
     def override(self, **changes: Any) -> Target:
         """The target with keys of itself and of its `sparsity` changed, and what they drop dropped.
@@ -236,10 +232,8 @@ class Search(Section):
 
     def check(self) -> None:
         for name, bounds in self.ranges().items():
-            if len(bounds) != 2:
-                raise ValueError(f"{name}: expected [low, high]")
-            if not 0 < bounds[0] < bounds[1]:
-                raise ValueError(f"{name}: {bounds} is no range; expected 0 < low < high")
+            if len(bounds) != 2 or not 0 < bounds[0] < bounds[1]:
+                raise ValueError(f"{name}: {bounds}; expected [low, high] with 0 < low < high")
 
     def ranges(self) -> dict[str, list[float]]:
         """Searched names and their [low, high]."""

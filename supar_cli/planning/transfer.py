@@ -32,7 +32,7 @@ def transfer(
     options = proxy.parameterization.model_dump(include=rules.OPTIONS)
     scheme = rules.Scheme(parameterization, proxy.train.optimizer, **options, edition=edition)
     if scheme.depth_rule == "completep" and scheme.optimizer == "sgd":
-        raise InputError("parameterization.depth_rule: completep is not known for SGD; expected adamw")
+        raise InputError("parameterization.depth_rule: completep has no rule for SGD; expected the optimizer adamw")
     wanted, hyper, base = target.sparsity, proxy.hyperparameters, _base(proxy)
     share = _density(wanted)
     rows = _rows(proxy, scheme, model, base, wanted, share)
@@ -55,10 +55,9 @@ def transfer(
     )
     low = min((row for row in plan.tensors if row.role == "hidden"), key=lambda row: row.wpn)
     if low.wpn < WPN_IMPOSSIBLE and not allow_low_wpn:
-        raise InputError(
-            f"{low.name}: {low.wpn:.3g} weights per neuron (fan-in {low.fan_in} × density {low.density:g}): most outputs would have "
-            f"no input at all; {remedy(plan, low)}, or --allow-low-wpn"
-        )
+        few = f"{low.wpn:.3g} weights per neuron (fan-in {low.fan_in} × density {low.density:g})"
+        remedies = f"{remedy(plan, low)}; --allow-low-wpn plans it anyway"
+        raise InputError(f"{low.name}: {few}: most outputs would have no input at all; {remedies}")
     return plan
 
 
@@ -122,7 +121,7 @@ def _density(wanted: Sparsity) -> Fraction:
     given = vars(wanted)[word]
     if given is None:
         if own is None:
-            raise InputError("how sparse the target is to be was not said; expected --sparsity or --density")
+            raise InputError("the target has no sparsity; expected --sparsity or --density")
         return own
     asked = density.density_from(word, given)
     if own is not None and float(asked) not in (float(own), 1.0):  # a document's float is only the nearest to N/M
@@ -136,15 +135,13 @@ def target_model(proxy: Model, target: Target) -> Model:
     width, group = target.width or proxy.width, proxy.heads // proxy.kv_heads
     heads, beyond_heads = divmod(width, proxy.head_width)
     if target.heads is None and beyond_heads:
-        raise InputError(
-            f"target.width: {width} is no multiple of the proxy's head width {proxy.head_width}; expected one that is, or --heads"
-        )
+        what = f"{width} is not a multiple of the proxy's head width {proxy.head_width}"
+        raise InputError(f"target.width: {what}; expected a multiple of it, or --heads")
     heads = target.heads or heads
     ffn_width, beyond_ffn = divmod(width * proxy.ffn_width, proxy.width)
     if target.ffn_width is None and beyond_ffn:
-        raise InputError(
-            f"target.width: the FFN ratio {proxy.ffn_width}/{proxy.width} gives no whole FFN width at {width}; expected --ffn-width"
-        )
+        what = f"at {width} the proxy's FFN ratio {proxy.ffn_width}/{proxy.width} gives no whole number"
+        raise InputError(f"target.width: {what}; expected another width, or --ffn-width")
     kv_heads = target.kv_heads or (heads // group if heads % group == 0 else 1)
     changes = {"width": width, "heads": heads, "kv_heads": kv_heads, "ffn_width": target.ffn_width or ffn_width}
     changes |= {"layers": target.layers or proxy.layers, "context": target.context or proxy.context}
@@ -166,9 +163,8 @@ def _base_density(proxy: Proxy) -> dict[str, float]:
     for tensor in layout.tensors(proxy.model):
         own = kept.get(tensor.name)
         if own is not None and densities.setdefault(tensor.site, own.density) != own.density:
-            raise InputError(
-                f"sparsity.overrides: the proxy's blocks differ in the density of {tensor.site}; expected overrides by site, not by tensor"
-            )
+            what = f"the density of {tensor.site} differs between the proxy's blocks"
+            raise InputError(f"sparsity.overrides: {what}; expected overrides by site, not by tensor")
     return densities
 
 
@@ -188,7 +184,7 @@ def _train(proxy: Proxy, target: Target, model: Model, live: int) -> PlanTrain:
     else:
         steps = target.steps or proxy.train.steps
     if steps * step_tokens > LARGEST:
-        raise InputError(f"train.steps: {steps} steps of {step_tokens} tokens are more than any run can have")
+        raise InputError(f"train.steps: {steps} steps of {step_tokens} tokens are more than a run can have")
     fields: dict[str, Any] = proxy.train.model_dump()
     fields |= {"steps": steps, "batch_size": batch_size, "tokens": steps * step_tokens}
     fields["warmup_steps"] = int(Fraction(density.literal(proxy.train.warmup_fraction)) * steps)
