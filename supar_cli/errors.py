@@ -48,7 +48,7 @@ class SetupError(SuparError):
 
 
 class PeerLost(SetupError):
-    """Another process of the run is gone. Its own status says why, so that of this one (1) says nothing."""
+    """Another process of the run is gone. That process's status says why; this one ends with 1."""
 
     exit_status = 1
 

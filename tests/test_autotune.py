@@ -139,7 +139,7 @@ class TestChoice:
     [
         ("fast", "run.engine: should be 'auto', 'dense', 'sparse', 'block' or a mapping of names to these, not 'fast'"),
         ("{hiden: dense}", "run.engine.hiden: expected a hidden tensor, site (`attn.q`), part (`attn`) or `hidden`"),
-        ("{embedding: dense}", "run.engine.embedding: no hidden tensor"),
+        ("{embedding: dense}", "run.engine.embedding: expected a hidden tensor"),
     ],
 )
 def test_a_wrong_engine_ends_with_2(

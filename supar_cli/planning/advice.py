@@ -29,7 +29,7 @@ def warnings(plan: Plan) -> list[str]:
 
 def _of_sparsity(plan: Plan, hidden: list[PlanTensor]) -> Iterator[str]:
     low, sparsity = min(hidden, key=lambda row: row.wpn), plan.sparsity
-    per_row = low.wpn / (sparsity.block or 1)  # what is drawn, weights or blocks, of a row
+    per_row = low.wpn / (sparsity.block or 1)  # weights or blocks that are drawn for a row
     empty = f"about {100 * exp(-per_row):.2g} %"
     if any(row.density < 1 for row in hidden):
         has_empty_rows = per_row < WPN_EMPTY_ROWS and not has_equal_rows(sparsity.pattern)
@@ -66,7 +66,7 @@ def _of_training(plan: Plan, hidden: list[PlanTensor]) -> Iterator[str]:
 
 
 def remedy(plan: Plan, row: PlanTensor) -> str:
-    """The width or the sparsity at which `row` would have the weights per neuron that the paper trained."""
+    """The width, and the sparsity, that give `row` the weights per neuron that the paper trained."""
     most = 1 - WPN_TRAINED / row.fan_in
     sparsity = f" or a sparsity of at most {int(most * 10000) / 10000:g}" if most > 0 else ""
     fan_in = WPN_TRAINED / _asked_density(plan, row)
@@ -78,7 +78,7 @@ def remedy(plan: Plan, row: PlanTensor) -> str:
 
 
 def _asked_density(plan: Plan, row: PlanTensor) -> Fraction:
-    """The density that was asked of `row`, or the least it can be: fixed fan-in rounds it to whole weights per row."""
+    """The density asked for `row`, or the least it may have been: fixed fan-in rounds it to whole weights per row."""
     if plan.sparsity.pattern not in ("fixed_fan_in", "block"):
         return literal(row.density)
     if plan.sparsity.distribution == "uniform" and not plan.sparsity.overrides:

@@ -15,7 +15,7 @@ Share = float | str  # a density or a sparsity: a number, or a fraction such as 
 
 
 def literal(value: Share | int) -> Fraction:
-    """The exact number that a user wrote, as 0.992 or 1/128: of a float its shortest text. ValueError otherwise."""
+    """The exact value of a number as written, such as 0.992 or 1/128; a float counts as its shortest text. ValueError."""
     text = value if isinstance(value, str) else repr(value)
     parts = text.split("/", 1)
     try:
@@ -68,8 +68,8 @@ def distribute(
     """Density and kept count of every hidden tensor, by name.
 
     `overrides` maps a tensor name, a site (`attn.q`), a part (`attn`, `mlp`) or `hidden` to a density; the most specific wins,
-    and the others share the target. Raises InputError for an override that names nothing, `where` being their place in the
-    document, and for a tensor that has no mask of the pattern at its density.
+    and the others share the target. Raises InputError for an override that matches nothing (`where` is their place in the
+    document) and for a tensor that can have no mask of the pattern at its density.
     """
     hidden = list(hidden)
     keys = {tensor.name: next((key for key in tensor.setting_names if key in overrides), None) for tensor in hidden}

@@ -13,22 +13,22 @@ def state_bytes(plan: Plan, engine: str, number_bytes: int) -> int:
     masked = [row for row in plan.tensors if row.kept < row.size]
     size, live = sum(row.size for row in masked), sum(row.kept for row in masked)
     rest = 16 * (plan.parameters - size)  # float32 weight, gradient and two moments
-    # a live weight: value, gradient, two moments, and its index, three for the sparse engine; dense has each position's
-    # weight and gradient besides; the indices of blocks are a share of 1/block
+    # a live weight: value, gradient, two moments, and its index, three for the sparse engine; dense also has
+    # the weight and gradient of each position; the indices of blocks are a share of 1/block
     return rest + {"sparse": 28 * live, "block": 16 * live}.get(engine, 2 * number_bytes * size + 20 * live)
 
 
 def activation_bytes(plan: Plan, rows: int, number_bytes: int) -> int:
-    """Bytes of what is kept for the backward pass of `rows` sequences, the logits in float32 with their gradient."""
+    """Bytes kept for the backward pass of `rows` sequences, with the logits and their gradient in float32."""
     if not isinstance(plan.model, PlanModel):
-        return 0  # a user's model says nothing of what it keeps
+        return 0  # how much a user's model keeps is not known
     tokens = rows * plan.model.context
     at_once = min(tokens, plan.run.loss_chunk_tokens or tokens)  # tokens whose logits are held
     return tokens * numbers_between(plan.model) * number_bytes + at_once * plan.model.vocab * 8
 
 
 def numbers_between(model: PlanModel) -> int:
-    """Numbers a token that the blocks of a decoder keep."""
+    """How many numbers the blocks of a decoder keep for each token."""
     return model.layers * (8 * model.width + 3 * model.ffn_width)
 
 

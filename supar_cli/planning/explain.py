@@ -64,7 +64,7 @@ class Number:
 
 
 def _substitute(formula: str, texts: dict[str, str]) -> str:
-    """A formula with each symbol's text in its place, of two that begin alike the longer."""
+    """A formula with texts in place of its symbols; of two symbols that begin alike the longer one counts."""
     symbols, worked = sorted(texts, key=len, reverse=True), ""
     while formula:
         symbol = next((symbol for symbol in symbols if formula.startswith(symbol)), None)
@@ -83,7 +83,7 @@ class Row:
 
     @property
     def sameness(self) -> tuple[Any, ...]:
-        """Equal for rows that are explained in the same words."""
+        """Equal for rows that share one explanation."""
         own = self.tensor
         return own.role, tuple(own.shape), own.kept, tuple(own.because.items()), self.numbers, self.remarks
 
@@ -217,7 +217,7 @@ def _factors(plan: Plan, scheme: rules.Scheme) -> list[Number]:
 
 
 def _chosen(rows: list[Row], word: str | None, role: str | None) -> list[Row]:
-    """Rows of a tensor's name, site or part, and of a role. Raises InputError when there are none."""
+    """The rows with a name, site or part, and with a role. Raises InputError when there are none."""
     found = rows
     if word is not None:
         word = word.removeprefix("*.")  # as the table of `supar transfer` writes a site
@@ -236,7 +236,7 @@ def _chosen(rows: list[Row], word: str | None, role: str | None) -> list[Row]:
 
 
 def _group(members: list[Row]) -> list[str]:
-    """Title and numbers of rows that are explained in the same words."""
+    """Title and numbers of rows that share one explanation."""
     row, blocks = members[0].tensor, dict[str, list[int]]()
     for tensor in (member.tensor for member in members):
         blocks.setdefault(tensor.site, []).extend([] if tensor.block is None else [tensor.block])
@@ -275,7 +275,7 @@ def _listed(parts: list[str]) -> list[str]:
 
 
 def legend(explained: Iterable[Explained]) -> list[str]:
-    """What the letters in brackets stand for, those that were used."""
+    """What the letters in brackets mean, for those that were used."""
     numbers = [
         number for one in explained for group in (one.factors, *(r.numbers for r in one.rows)) for number in group
     ]

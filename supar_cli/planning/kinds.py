@@ -17,7 +17,7 @@ AnyDocument = Spec | Proxy | Plan | Sweep | Layout
 
 
 def kinds_of(*types: type[AnyDocument]) -> dict[str, type[AnyDocument]]:
-    """The types by the kinds they are read from, today's first."""
+    """The types by the `kind` of the documents that they are read from, today's kinds first."""
     today = {get_args(one.keys()["kind"])[0]: one for one in types}
     return today | {kind: one for one in types for kind in one.EARLIER}
 

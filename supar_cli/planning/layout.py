@@ -58,7 +58,7 @@ class Tensor:
 
 
 def setting_names(tensor: Any) -> tuple[str, ...]:
-    """What settings by tensor may call one, the most specific first: name, site (`attn.q`), part (`attn`), role."""
+    """The keys that settings by tensor may use for one, the most specific first: name, site (`attn.q`), part, role."""
     return tuple(dict.fromkeys((tensor.name, tensor.site, tensor.site.partition(".")[0], tensor.role)))
 
 
@@ -107,8 +107,8 @@ def _norm(shape: SimpleNamespace, name: str, site: str, block: int | None) -> li
 def ratios(tensor: Tensor, base: Tensor) -> tuple[float, float | None]:
     """m_d and m_fan_out of a tensor to the same one of the proxy.
 
-    Of a hidden weight its own fan-in's and fan-out's; of every other tensor of supar's families its last extent's, the one
-    that scales, and None.
+    For a hidden weight these are the ratios of its fan-in and its fan-out; for every other tensor of supar's families the
+    ratio of its last extent, the one that scales, and None.
     """
     if tensor.role == "hidden":
         return tensor.fan_in / base.fan_in, tensor.fan_out / base.fan_out

@@ -86,7 +86,7 @@ class Layout(Section):
                     raise ValueError(f"tensors: {row.name}: third is {row.third}; expected {_words(row, times)}")
 
     def _times(self, size: dict[str, int], where: str) -> Fraction:
-        """How many steps from base to wider a size is from base. Raises ValueError for one not on their line."""
+        """How far a size is from base, in steps from base to wider. Raises ValueError for one that is not on their line."""
         if not all(type(value) is int for value in size.values()):
             raise ValueError(f"{where}: {size}; expected whole numbers")
         if set(size) != set(self.base) or set(self.wider) != set(self.base):

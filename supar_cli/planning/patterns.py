@@ -26,7 +26,7 @@ class PatternKeys(Section):
     """The keys `pattern` and `block` of a section. `block`, the edge of a block, is written with that pattern only."""
 
     def check_pattern(self) -> None:
-        """Raise ValueError where the two don't go together, or N:M has no such N."""
+        """Raise ValueError where the two contradict each other, or N:M has no such N."""
         pattern, block = vars(self)["pattern"], vars(self)["block"]
         if pattern == "block" and block is None:
             edges = ", ".join(map(str, get_args(Block)))
@@ -53,7 +53,7 @@ def group_of(pattern: str) -> tuple[int, int] | None:
 
 
 def density_of(pattern: str) -> Fraction | None:
-    """The density that the pattern itself states: N/M. None where any density goes with it."""
+    """The density that the pattern itself states, N/M; None where it allows any density."""
     group = group_of(pattern)
     return None if group is None else Fraction(*group)
 
@@ -69,10 +69,10 @@ def describe(pattern: str, block: int | None) -> str:
 
 
 def live_count(name: str, size: int, fan_in: int, density: Fraction, pattern: str, block: int | None) -> LiveCount:
-    """How many of a tensor's `size` weights live, and the density that holds: of whole weights per row, or whole blocks.
+    """How many of a tensor's `size` weights live, and their density, with whole weights per row or whole blocks.
 
-    Raises InputError, naming the tensor, where its matrix (size / fan_in, fan_in) is not made of the pattern's blocks or
-    groups, where not one block would live, and for a density that is not N:M's own.
+    Raises InputError, naming the tensor, where its matrix (size / fan_in, fan_in) does not divide into the pattern's blocks or
+    groups, where no block would live, and for a density that is not N:M's own.
     """
     rows, group = size // fan_in, group_of(pattern)
     if pattern == "block" and density < 1:

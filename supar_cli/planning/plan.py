@@ -37,7 +37,7 @@ _DERIVED = ("site", "block", "fan_in_axes", "fan_in", "base_fan_in")
 
 
 class Plan(Section):
-    """`supar.plan/v2`."""
+    """`supar.plan/v2`: a row of numbers for each tensor, and all else that decides a run."""
 
     EARLIER: ClassVar[dict[str, Any]] = {"supar.plan/v1": lambda data: _from_v1(data)}
     UNHASHED = ("run", "meta")
@@ -72,7 +72,7 @@ class Plan(Section):
                 )
 
     def _check_decoder(self, model: PlanModel) -> None:
-        """Hold what follows from the model section to it. Raises ValueError."""
+        """Check the keys that follow from the model section. Raises ValueError."""
         train, tokens = self.train, self.train.steps * self.train.batch_size * model.context
         if train.tokens is None:
             raise ValueError("train.tokens: is missing")
@@ -93,7 +93,7 @@ class Plan(Section):
                     raise ValueError(f"tensors.{at}.{key}: {given}; the model's shape gives {value} to {row.name}")
 
     def beside(self, document: str) -> Plan:
-        """The plan with the files that it names sought beside its document, `-` being in the working directory."""
+        """The plan with the path of its mask file taken from its document's folder; `-` is the working directory."""
         source = self.sparsity.source
         if source.path is None or document == "-" or Path(source.path).is_absolute():
             return self
@@ -109,21 +109,21 @@ class Plan(Section):
         raise InputError("model.family: own; this needs one of supar's own families, gpt2 or llama")
 
     def engine(self, row: PlanTensor) -> Engine:
-        """What the run section says of a hidden tensor: by its name, site or part, or of all."""
+        """The engine that the run section names for a hidden tensor, by its name, site or part, or for all."""
         engine = self.run.engine
         if not isinstance(engine, dict):
             return engine
         return next((engine[key] for key in row.setting_names if key in engine), "auto")
 
     def hash(self) -> str:
-        """Identity of the experiment: everything but `run`, `meta` and where the data lie, which have a hash of their own."""
+        """Identity of the experiment: everything but `run`, `meta` and the place of the data, which have a hash of their own."""
         return content_hash(self.experiment())
 
     def experiment(self) -> dict[str, Any]:
         """What decides the run's result, as plain data.
 
-        Of supar's own families in the form of supar.plan/v1, extended by what that could not say: the same experiment
-        has the same hash as when it was written there.
+        Of supar's own families in the form of supar.plan/v1, extended by what that could not say: so the same
+        experiment keeps the hash that it had there.
         """
         found = self.identity()
         found["parameterization"].pop("edition", None)  # the numbers are all here, whoever worked them out
@@ -178,7 +178,7 @@ def decoder_base(plan: Plan) -> DecoderBase:
 def _from_v1(data: dict[str, Any]) -> dict[str, Any]:
     """A plan of supar.plan/v1 in today's form: the same run, by the first edition of the rules.
 
-    What is not as it should be stays as it is, for the validation that follows to name.
+    What is wrong stays as it is, so that the validation after it names it.
     """
     found = {**data, "kind": "supar.plan/v2"}
     model, parameterization, tensors = data.get("model"), data.get("parameterization"), data.get("tensors")

@@ -38,7 +38,7 @@ class PlanModel(Model):
 
     @property
     def tied_head_size(self) -> int:
-        """Weights of a head that is the embedding, which no row of its own stands for."""
+        """Number of weights of a head that is the embedding; it has no row of its own."""
         return self.vocab * self.width if self.tied else 0
 
 
@@ -97,7 +97,7 @@ class DecoderBase(Base):
 
 
 class Parameterization(Options):
-    """The rules. `edition` is that of their formulas; it changes no number, which all are stored."""
+    """The rules. `edition` is that of their formulas; no number depends on it, as all are stored."""
 
     name: ParameterizationName
     base: Base
@@ -170,7 +170,7 @@ class PlanTensor(Section):
 
     `fan_in` and `base_fan_in` are the products of the extents along `fan_in_axes`, here and in the proxy. The start is
     `init_constant` or normal with deviation `init_std`. `fold` is a factor of the forward pass that was moved into these
-    numbers. A tensor that is `tied_to` another is that one's memory and has no numbers of its own to follow.
+    numbers. A tensor that is `tied_to` another shares its memory, and its own numbers are not used.
     """
 
     name: str
@@ -229,7 +229,7 @@ class PlanTensor(Section):
 
 
 def derived_keys(model: Model, base: Base) -> dict[str, dict[str, Any]]:
-    """By a tensor's name, what the shapes of a decoder and of its proxy say of it."""
+    """The keys of a row that follow from the shapes of a decoder and of its proxy, by the tensor's name."""
     # the proxy's fan-ins by site depend on its two widths only
     shape = {"width": base.width, "ffn_width": base.ffn_width, "layers": 1, "heads": 1, "kv_heads": 1}
     narrow = {tensor.site: tensor.fan_in for tensor in layout.tensors(model.model_copy(update=shape))}

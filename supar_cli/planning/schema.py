@@ -1,7 +1,7 @@
 """The strict, frozen sections that documents are made of, validated by pydantic's core.
 
-They stand on `pydantic_core` and not on `pydantic.BaseModel`, whose first class takes longer to make than a whole
-`supar transfer` may last; validation, its errors and the JSON Schema are pydantic's either way.
+They use `pydantic_core` and not `pydantic.BaseModel`: to make the first class of the latter takes longer than a whole
+`supar transfer` may take. Validation, its errors and the JSON Schema are pydantic's either way.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class Section:
     ) -> dict[str, Any]:
         """Plain data, keys in the order of the class; `include` and `exclude` name keys of this section.
 
-        With `identity` as hashes are taken of it: without keys of UNHASHED and those that have their neutral value.
+        `identity`: what hashes are taken of, without the keys of UNHASHED and those that have their neutral value.
         """
         found, neutral = {}, self.neutral_fields()
         for name, value in vars(self).items():

@@ -159,7 +159,7 @@ class Sparsity(PatternKeys):
             density_from("density", value, f"overrides.{key}")
 
 
-# what a changed value drops of its section, unless it is given too: keys that belonged to the value before
+# the keys of its section that a changed value drops unless they are given too: they belonged to the value before
 _LENGTHS = ("steps", "tokens", "tokens_per_parameter")
 DROPPED_BY = {
     "width": ("heads", "kv_heads", "ffn_width"),  # a target's own head count and FFN width belong to its own width
@@ -172,7 +172,7 @@ DROPPED_BY = {
 
 
 def override(section: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A section's data with changes put in, those that are None left out, and what they drop set to None."""
+    """A section's data with the changes that are not None; the keys that these drop are set to None."""
     given = {name: value for name, value in changes.items() if value is not None}
     dropped = {name for changed in given for name in DROPPED_BY.get(changed, ()) if name not in given}
     if given.get("pattern") == "block":  # a document's own blocks go with its pattern
@@ -181,7 +181,7 @@ def override(section: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
 
 
 class Target(Section):
-    """What the quickstart transfers to when no flag says otherwise. None: as the proxy."""
+    """What `supar transfer` plans where no flag says otherwise. None means the proxy's value."""
 
     width: int | None = Field(default=None, gt=0, le=2**31)
     layers: int | None = Field(default=None, gt=0, le=MOST_LAYERS)
@@ -202,9 +202,9 @@ class Target(Section):
             raise ValueError(f"{given[1]}: {given[0]} is given too; expected only one length of training")
 
     def override(self, **changes: Any) -> Target:
-        """The target with keys of itself and of its `sparsity` changed, and what they drop dropped.
+        """The target with some of its keys, or of its `sparsity`'s, changed; see DROPPED_BY for what they drop.
 
-        Raises InputError for a key that it doesn't have and for values that can't be.
+        Raises InputError for an unknown key and for values that are not valid.
         """
         level = {name: value for name, value in changes.items() if name in Sparsity.keys()}  # noqa: SIM118
         own = {name: value for name, value in changes.items() if name not in level}

@@ -157,7 +157,7 @@ def _live_counts(
 
 
 def _base_density(proxy: Proxy) -> dict[str, float]:
-    """The proxy's density by site; its blocks are alike, so the site says enough."""
+    """The proxy's density by site. Raises InputError where its blocks differ."""
     kept = _live_counts(proxy.model, _density(proxy.sparsity), proxy.sparsity)
     densities: dict[str, float] = {}
     for tensor in layout.tensors(proxy.model):
