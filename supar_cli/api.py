@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
-from supar_cli.planning import document
 from supar_cli.planning.density import Share
-from supar_cli.planning.explain import Explained
-from supar_cli.planning.kinds import AnyDocument, parse_any
+from supar_cli.planning.explain import explain as explain
+from supar_cli.planning.kinds import load as load
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.schema import Section
@@ -30,15 +29,6 @@ if TYPE_CHECKING:
     from supar_cli.jobs.workers import Workers
 
 
-def load(path: str | Path) -> AnyDocument:
-    """The document in a file, as its kind says. Raises InputError with every problem in it."""
-    found = document.read_file(str(path))
-    if len(found) != 1:
-        raise InputError(f"{path}: holds {len(found)} documents; expected one")
-    parsed = parse_any(found[0])
-    return parsed.beside(str(path)) if isinstance(parsed, Plan) else parsed
-
-
 def transfer(
     proxy: Proxy, *, parameterization: ParameterizationName = "supar", allow_low_wpn: bool = False, **target: Any
 ) -> Plan:
@@ -50,14 +40,6 @@ def transfer(
     if proxy.data.hash is None:
         proxy = proxy.model_copy(update={"data": corpus.identified(proxy.data)})
     return _transfer(proxy, wanted, parameterization, allow_low_wpn=allow_low_wpn)
-
-
-def explain(plan: Plan, tensor: str | None = None, role: str | None = None) -> Explained:
-    """The formula, the numbers and the source behind a plan's values, of all tensors or of those named.
-
-    `.text(title)` is what `supar explain` prints, `.as_json()` its data. Raises InputError where no tensor is named so.
-    """
-    return Explained.of(_require(plan, Plan), tensor, role)
 
 
 def tune(

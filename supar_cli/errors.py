@@ -20,10 +20,10 @@ class Problem:
     """One thing wrong in one place of a document."""
 
     file: str
-    line: int | None
-    where: str
     what: str
     expected: str = ""
+    line: int | None = None
+    where: str = ""
 
     def __str__(self) -> str:
         place = self.file if self.line is None else f"{self.file}:{self.line}"
@@ -48,7 +48,7 @@ class SetupError(SuparError):
 
 
 class PeerLost(SetupError):
-    """Another process of the run is gone. Its own status says why, so that of this one (1) says nothing."""
+    """Another process of the run is gone. That process's status says why; this one ends with 1."""
 
     exit_status = 1
 

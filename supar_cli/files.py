@@ -18,7 +18,7 @@ LINES_BYTES = 2**16  # chosen: more than a line usually has
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write aside, flush, rename: the file is the old one or the new one, never a part. A device or a pipe is fed."""
+    """Write aside, flush, rename: the file is the old one or the new one, never a part. A device or a pipe is written directly."""
     if path.exists() and not path.is_file():
         path.write_bytes(text.encode())
         return
@@ -59,7 +59,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path, key: str) -> list[Record]:
-    """Records of a JSONL file, each with `key`; a last line that is cut is dropped, a missing file has none.
+    """Records of a JSONL file, each with `key`. A last line that is cut off is left out; a missing file has no records.
 
     Raises SetupError that names the file and line.
     """

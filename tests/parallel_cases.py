@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from supar_cli import load
 from supar_cli.errors import InputError, SuparError
-from supar_cli.planning.plan import MaskSource, Plan
+from supar_cli.planning.plan import Plan
+from supar_cli.planning.plan_sections import MaskSource
 from supar_cli.sparse import masks
 from supar_cli.sparse.mask_files import write_masks
 from supar_cli.sparse.masks import Mask

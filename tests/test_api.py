@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -110,10 +111,10 @@ class TestWords:
             ({"density": 2.0}, r"^target\.sparsity\.density: 2\.0; expected 0 < density <= 1$"),
             (
                 {"density": 0.5, "sparsity": 0.5},
-                r"^target\.sparsity\.density: given beside sparsity; expected only one",
+                r"^target\.sparsity\.density: sparsity is given too; expected only one",
             ),
             ({"width": "wide"}, r"^target\.width: should be a valid integer, not 'wide'$"),
-            ({"width": 100}, r"^target\.width: 100 is no multiple of the proxy's head width"),
+            ({"width": 100}, r"^target\.width: 100 is not a multiple of the proxy's head width"),
         ],
     )
     def test_are_the_command_lines(self, text_file: Path, changes: dict[str, Any], words: str) -> None:
@@ -173,7 +174,7 @@ class TestWords:
 def test_every_public_function_is_typed_and_says_what_it_raises(name: str) -> None:
     function = getattr(supar_cli, name)
     if name not in ("weights", "tune"):  # whose types need torch or a study's libraries
-        assert "return" in get_type_hints(function, {**vars(__import__("supar_cli.api").api), "Workers": Any})
+        assert "return" in get_type_hints(function, {**vars(sys.modules[function.__module__]), "Workers": Any})
     assert "Raises" in function.__doc__
 
 

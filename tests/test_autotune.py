@@ -137,9 +137,9 @@ class TestChoice:
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
-        ("fast", "run.engine: should be 'auto', 'dense', 'sparse', 'block' or a mapping to these, not 'fast'"),
-        ("{hiden: dense}", "run.engine.hiden: no hidden tensor, site (`attn.q`), part (`attn`) or `hidden`"),
-        ("{embedding: dense}", "run.engine.embedding: no hidden tensor"),
+        ("fast", "run.engine: should be 'auto', 'dense', 'sparse', 'block' or a mapping of names to these, not 'fast'"),
+        ("{hiden: dense}", "run.engine.hiden: expected a hidden tensor, site (`attn.q`), part (`attn`) or `hidden`"),
+        ("{embedding: dense}", "run.engine.embedding: expected a hidden tensor"),
     ],
 )
 def test_a_wrong_engine_ends_with_2(

@@ -16,7 +16,8 @@ from supar_cli.experiments import check_plans, coordinates
 from supar_cli.experiments import coordinate_check as check
 from supar_cli.experiments.statistics import Slopes
 from supar_cli.files import Record
-from supar_cli.planning.plan import Multipliers, Plan
+from supar_cli.planning.plan import Plan
+from supar_cli.planning.plan_sections import Multipliers
 from tests.conftest import Called, plan_from, proxy_fields
 
 Supar = Callable[..., Called]
@@ -488,7 +489,7 @@ class TestCommand:
             (("--density", "1,2"), "--density 1,2: expected 0 < density <= 1"),
             (("--width", "32", "--density", "1"), "one of them needs at least two sizes"),
             (("--parameterization", "ntk"), "--parameterization ntk: expected one of supar"),
-            (("--width", "32,50"), "target.width: 50 is no multiple"),
+            (("--width", "32,50"), "target.width: 50 is not a multiple"),
             (("nothing.yaml",), "nothing.yaml: no such file"),
         ],
     )

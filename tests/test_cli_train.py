@@ -67,7 +67,7 @@ class TestRefusesByLine:
             (
                 "\n  steps: 12",
                 "\n  steps: 12\n  steps: 13",
-                f"{steps + 1}: train.steps: the key 'steps' stands twice; first on line {steps}",
+                f"{steps + 1}: train.steps: the key 'steps' appears twice; first on line {steps}",
             ),
             ("  width: 32", "  width: -32", f"{width}: model.width: should be greater than 0, not -32"),
             ("  heads: 2", "  heads: 3", f"{width + 2}: model.heads: 3 heads don't divide the width 32"),

@@ -74,7 +74,7 @@ def test_nan_is_read() -> None:
 
 def test_a_duplicate_key_is_named_with_both_lines() -> None:
     assert refused("a: 1\nb:\n  lr: 1\n  std: 2\n  lr: 3\n") == [
-        "f.yaml:5: b.lr: the key 'lr' stands twice; first on line 3"
+        "f.yaml:5: b.lr: the key 'lr' appears twice; first on line 3"
     ]
 
 
@@ -101,7 +101,7 @@ def test_an_alias_bomb_ends_at_once() -> None:
 @pytest.mark.parametrize("text", ["[a, b]: 1\nok: 2\n", "? {a: 1}\n: 2\n"])
 def test_a_key_that_is_not_text_is_refused(text: str) -> None:
     (problem,) = refused(text)
-    assert problem == "f.yaml:1: a key that is not text"
+    assert problem == "f.yaml:1: a key must be text"
 
 
 @pytest.mark.parametrize("text", ["a: !!binary aGk=\n", "a: !!int x\n", "a: !!timestamp 2026-01-01\n"])
@@ -304,7 +304,7 @@ class TestProblems:
     @pytest.mark.parametrize("text", ["- 1\n- 2\n", "just text\n", "3\n"])
     def test_no_mapping(self, text: str) -> None:
         (problem,) = problems_of(text)
-        assert problem == "f.yaml:1: not a mapping; key: value lines"
+        assert problem == "f.yaml:1: not a mapping; expected lines of `key: value`"
 
     @pytest.mark.parametrize("bytes_kept", range(20, len(GOOD) - 2, 23))
     def test_a_truncated_document_is_refused(self, bytes_kept: int) -> None:
@@ -317,15 +317,17 @@ rows = st.dictionaries(words, st.one_of(cells, st.lists(cells, max_size=3), st.d
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(rows, min_size=document.MANY_ROWS, max_size=document.MANY_ROWS + 2), st.booleans())
-def test_long_lists_are_written_as_pyyaml_writes_them(many: list[Any], several: bool) -> None:
+@given(st.lists(rows, min_size=1, max_size=9), st.booleans())
+def test_lists_of_mappings_are_written_as_pyyaml_writes_them(many: list[Any], several: bool) -> None:
     """The longer way is PyYAML's: of what needs quotes nothing may be written without."""
     one = {"kind": "x", "tensors": many, "after": {"a": [1]}}
     documents = [one, one] if several else [one]
     text = document.write(documents)
-    assert text == yaml.serialize_all(
-        [document._node(one) for one in documents],
+    assert text == yaml.dump_all(
+        documents,
         Dumper=document._Dumper,
+        default_flow_style=False,
+        sort_keys=False,
         allow_unicode=True,
         width=1_000_000,
         explicit_start=several,

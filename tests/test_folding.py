@@ -172,7 +172,7 @@ def test_clipping_agrees_only_with_the_norm_of_weighted_gradients(case: Case) ->
 @pytest.mark.parametrize("name", ["RAdam", "Adafactor", "LAMB", "Muon", "lion", "Adam with coupled weight decay"])
 def test_an_optimizer_without_an_exact_rule_is_refused_by_name(name: str) -> None:
     optimizer = name.partition(" ")[0]
-    said = f"^{name}: .* exactly for AdamW, Adam without weight decay and SGD only; for {name} the plan can give masks"
+    said = f"^{name}: .* exactly for AdamW, Adam without weight decay and SGD only; the plan can give masks"
     with pytest.raises(InputError, match=said):
         fold(Numbers(0.1, 0.1, 1e-8), 2.0, optimizer)
     if optimizer.lower() in OPTIMIZERS:  # AdamW's numbers would be wrong
@@ -209,11 +209,11 @@ def test_what_no_factor_can_go_into_is_refused_by_name() -> None:
         assert fold_factors(loose, SimpleNamespace(input=2.5, output=2.5, residual=1.0))["embedding"] == 2.5
     for uses, name, what in ((tied, "final", "output"), (tied, "positions", "input"), (untied, "1.o", "residual")):
         (said,) = refusals(change(uses, name, derived=True))
-        assert said.startswith(f"{name}: ") and f"(such as 1 + g), so the {what} multiplier can't be folded" in said
+        assert said.startswith(f"{name}: ") and f"the {what} multiplier can't be folded into this tensor" in said
         assert set(fold_factors(change(uses, name, derived=True), ONE).values()) == {1.0}
     (said,) = refusals(change(untied, "head", in_first_sum=True))
-    assert said == "head: it is used in two ways, which ask for 2.5 and 0.6"
-    assert refusals([*tied, untied[-1]]) == ["embedding: a tied head beside 1 more; expected a single head"]
+    assert said == "head: its two uses need the factors 2.5 and 0.6"
+    assert refusals([*tied, untied[-1]]) == ["embedding: a tied head and 1 more; expected a single head"]
     said, *more = refusals([gain := TensorUse("gain", "norm")])
     assert said == "multipliers.input: no tensor can take the factor 2.5; expected 1" and len(more) == 2
     assert fold_factors([gain], ONE) == {"gain": 1.0}

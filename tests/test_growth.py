@@ -67,20 +67,18 @@ def test_every_key_that_was_added_is_neutral() -> None:
 def grown(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """`grown(Section, key, type, **field)` adds a key to a section and to those made of it, until the test ends."""
 
-    def forget(section: type[Section]) -> None:
-        for name in ("_schema", "_validator", "_keys", "_neutral"):
-            setattr(section, name, None)
-        for inner in section.__subclasses__():
-            forget(inner)
+    def forget() -> None:
+        for cached in (Section.keys, Section.schema, Section.validator, Section.neutral_fields):
+            cached.cache_clear()  # type: ignore[attr-defined]
 
     def add(section: type[Section], key: str, hint: str, **field: Any) -> None:
         monkeypatch.setattr(section, "__annotations__", {**section.__annotations__, key: hint})
         monkeypatch.setattr(section, key, Field(**field), raising=False)
-        forget(Section)
+        forget()
 
     yield add
     monkeypatch.undo()
-    forget(Section)
+    forget()
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from safetensors.torch import save_file as save_torch
 import supar_cli
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import document
-from supar_cli.planning.plan import MaskSource, Plan, read_plan
+from supar_cli.planning.plan import Plan, read_plan
+from supar_cli.planning.plan_sections import MaskSource
 from supar_cli.sparse import mask_files
 from supar_cli.sparse.mask_files import WantedMask, read_masks, write_masks
 from supar_cli.sparse.masks import Mask, draw

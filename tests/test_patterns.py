@@ -52,14 +52,16 @@ def test_groups_keep_their_share_exactly(length: int, rows: int, groups: int, da
     assert nearest == found and live_count("w", size, groups * length, Fraction(1), pattern, None).count == size
     with pytest.raises(InputError, match=f"^w: density .* with the pattern {pattern}; expected {live}/{length}"):
         live_count("w", size, groups * length, Fraction(live, length + 1), pattern, None)
-    with pytest.raises(InputError, match=f"^w: its fan-in {groups * length + 1} is not made of groups of {length}"):
+    with pytest.raises(
+        InputError, match=f"^w: the fan-in {groups * length + 1} doesn't divide into groups of {length}"
+    ):
         live_count("w", size + rows, groups * length + 1, Fraction(live, length), pattern, None)
 
 
 def test_blocks_need_a_matrix_of_them() -> None:
     """Of a convolution's matrix (fan-out, fan-in), not of its extents."""
     assert live_count("w", 32 * 16 * 3 * 3, 16 * 9, Fraction(1, 2), "block", 16).count == 9 * 256
-    with pytest.raises(InputError, match=r"w: its shape 32×135 is not made of 16×16 blocks"):
+    with pytest.raises(InputError, match=r"w: 16×16 blocks don't divide the shape 32×135"):
         live_count("w", 32 * 135, 135, Fraction(1, 2), "block", 16)
     with pytest.raises(InputError, match=r"w: density 0\.01 keeps none of its 4 blocks"):
         live_count("w", 32 * 32, 32, Fraction(1, 100), "block", 16)

@@ -254,7 +254,7 @@ class TestLength:
         assert (made.train.steps, made.train.warmup_steps, made.train.tokens) == (50, 5, 50 * 1024)
 
     def test_one_length_only(self) -> None:
-        with pytest.raises(InputError, match=r"target\.tokens: given beside steps"):
+        with pytest.raises(InputError, match=r"target\.tokens: steps is given too"):
             proxy(target={"steps": 3, "tokens": 5})
 
 

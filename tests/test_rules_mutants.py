@@ -41,8 +41,8 @@ MUTANTS = [
         'if context.role != "hidden":\n        return Rule(proxy.sigma',
         'if context.role == "embedding":\n        return Rule(proxy.sigma',
     ),
-    ('Rule(0.0, "0: every gain starts', 'Rule(proxy.sigma, "0: every gain starts'),
-    ('Rule(0.0, "0: every bias starts', 'Rule(proxy.sigma, "0: every bias starts'),
+    ('Rule(0.0, "0", "P Table 1", "every gain', 'Rule(proxy.sigma, "0", "P Table 1", "every gain'),
+    ('Rule(0.0, "0", "P Table 1", "every bias', 'Rule(proxy.sigma, "0", "P Table 1", "every bias'),
     ("power(context.m_rho, scheme.density_exponent) if follows", "context.m_rho if follows"),
     (
         "power(context.m_rho, scheme.density_exponent) if follows",
@@ -75,7 +75,7 @@ MUTANTS = [
     ("return context.after_head and scheme.edition == 2", "return context.after_head"),
     ("return context.after_head and scheme.edition == 2", "return False"),
     ("return context.after_head and scheme.edition == 2", "return scheme.edition == 2"),
-    ('Rule(proxy.eta, "η, as the', 'Rule(proxy.eta * context.m_d, "η, as the'),
+    ('Rule(proxy.eta, "η", "D"', 'Rule(proxy.eta * context.m_d, "η", "D"'),
     (
         'if context.role == "hidden":\n        divisor, above, below = _hidden_divisor(scheme, context)\n        source',
         'if context.role in ("hidden", "unembedding"):\n        divisor, above, below = _hidden_divisor(scheme, context)\n        source',
@@ -112,21 +112,19 @@ MUTANTS = [
         'else ((context.m_d if context.role == "hidden" else context.m_out), "m_out")',
     ),
     ('Rule(proxy.eps, "ε", "SP")', 'Rule(proxy.eps / context.m_out, "ε", "SP")'),
-    ('Rule(proxy.eps, "ε, as the', 'Rule(proxy.eps / context.m_out, "ε, as the'),
+    ('Rule(proxy.eps, "ε", "D"', 'Rule(proxy.eps / context.m_out, "ε", "D"'),
     ("Fraction(base) ** int(exponent)", "Fraction(base) ** (int(exponent) + 1)"),
     ("_DECIMAL.power(Decimal(base), Decimal(exponent))", "_DECIMAL.power(Decimal(base), Decimal(-exponent))"),
-    ('Rule(1.0, "1", "SP") if scheme.name == "sp" else Rule(alpha_input', "Rule(alpha_input"),
-    ('Rule(1.0, "1", "SP") if scheme.name == "sp" else Rule(alpha_output', "Rule(alpha_output"),
+    ('{"input": one, "output"', '{"input": Rule(alpha_input, "", ""), "output"'),
+    ('"output": one, "attention"', '"output": Rule(alpha_output / m_d, "", ""), "attention"'),
     ("Rule(alpha_output / m_d", "Rule(alpha_output"),
     ("Rule(alpha_output / m_d", "Rule(alpha_output / sqrt(m_d)"),
     ("Rule(1.0 / sqrt(head_width)", "Rule(1.0 / head_width"),
-    ("return Rule(1.0 / head_width", "return Rule(1.0 / sqrt(head_width)"),
+    ('"attention": Rule(1.0 / head_width', '"attention": Rule(1.0 / sqrt(head_width)'),
     ("Rule(1.0 / m_L", "Rule(1.0 / sqrt(m_L)"),
     ("Rule(1.0 / m_L", "Rule(1.0"),
-    (
-        'if scheme.name != "sp" and scheme.depth_rule == "completep":\n        return Rule(1.0',
-        'if scheme.depth_rule == "completep":\n        return Rule(1.0',
-    ),
+    ('"residual": Rule(1.0, "1", "–")}', '"residual": Rule(1.0 / m_L, "", "")}'),
+    ('by_depth = scheme.depth_rule == "completep"', "by_depth = True"),
 ]
 SOURCE = Path(rules.__file__).read_text("utf-8")
 

@@ -10,7 +10,8 @@ import typer
 
 from supar_cli.cli import console
 from supar_cli.cli.app import single
-from supar_cli.planning.explain import Explained, legend
+from supar_cli.planning.explain import explain as explain_plan
+from supar_cli.planning.explain import legend
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import parse
 
@@ -37,7 +38,7 @@ def explain(
     if tensor is None and plan is not None and Path("plan.yaml").exists():
         missing += f"; for a tensor of that name: supar explain plan.yaml {plan}"
     documents = console.read_all(source, missing)
-    explained = [Explained.of(parse(Plan, document), tensor, role) for document in documents]
+    explained = [explain_plan(parse(Plan, document), tensor, role) for document in documents]
     if as_json:
         console.to_stdout(json.dumps([one.as_json() for one in explained], indent=1, ensure_ascii=False) + "\n")
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from fractions import Fraction
 from math import ceil, exp
 
@@ -22,74 +23,62 @@ def timescale_steps(row: PlanTensor) -> float | None:
 
 def warnings(plan: Plan) -> list[str]:
     """What a person should know before spending time on this plan."""
-    found = []
     hidden = [row for row in plan.tensors if row.role == "hidden"]
-    if not hidden:
-        return []
-    low = min(hidden, key=lambda row: row.wpn)
-    sparse = any(row.density < 1 for row in hidden)
-    if sparse and low.wpn < WPN_TRAINED:
-        empty = ""
-        per_row = low.wpn / (plan.sparsity.block or 1)  # what is drawn, weights or blocks, of a row
-        if per_row < WPN_EMPTY_ROWS and not has_equal_rows(plan.sparsity.pattern):
-            empty = f"; rows with no weight at all appear (about {100 * exp(-per_row):.2g} % of them)"
-        found.append(
-            f"{low.name}: {low.wpn:.3g} weights per neuron, below the {WPN_TRAINED} the paper trained{empty}; {remedy(plan, low)}"
-        )
-    if plan.sparsity.block and low.wpn >= WPN_TRAINED and low.wpn / plan.sparsity.block < WPN_EMPTY_ROWS and sparse:
-        share = 100 * exp(-low.wpn / plan.sparsity.block)
-        found.append(
-            f"{low.name}: {low.wpn / plan.sparsity.block:.3g} blocks per row of blocks: about {share:.2g} % of rows have no weight at all; "
-            "a smaller block or more width has fewer"
-        )
-    if plan.sparsity.pattern in ("fixed_fan_in", "block"):
-        off = max(hidden, key=lambda row: abs(row.density / plan.sparsity.density - 1))
-        if (
-            plan.sparsity.distribution == "uniform"
-            and not plan.sparsity.overrides
-            and abs(off.density / plan.sparsity.density - 1) > 0.01
-        ):
-            found.append(
-                f"{off.name}: whole {'blocks' if plan.sparsity.block else 'weights per row'} make its density {off.density:.4g}, "
-                f"not {plan.sparsity.density:g}"
-            )
-    short = [row for row in hidden if (timescale_steps(row) or plan.train.steps) < plan.train.steps / 10]
-    if short:
-        row = min(short, key=lambda row: timescale_steps(row) or 0.0)
-        found.append(
-            f"{row.name}: weight decay has a timescale of {timescale_steps(row):.0f} steps, under a tenth of the run's {plan.train.steps} "
-            f"(weight_decay_rule: {plan.parameterization.weight_decay_rule})"
-        )
-    base = plan.parameterization.base
+    return [*_of_sparsity(plan, hidden), *_of_training(plan, hidden)] if hidden else []
+
+
+def _of_sparsity(plan: Plan, hidden: list[PlanTensor]) -> Iterator[str]:
+    low, sparsity = min(hidden, key=lambda row: row.wpn), plan.sparsity
+    per_row = low.wpn / (sparsity.block or 1)  # weights or blocks that are drawn for a row
+    empty = f"about {100 * exp(-per_row):.2g} %"
+    if any(row.density < 1 for row in hidden):
+        has_empty_rows = per_row < WPN_EMPTY_ROWS and not has_equal_rows(sparsity.pattern)
+        if low.wpn < WPN_TRAINED:
+            rows = f"; {empty} of rows have no weight at all" if has_empty_rows else ""
+            few = f"{low.wpn:.3g} weights per neuron, fewer than the {WPN_TRAINED} that the paper trained"
+            yield f"{low.name}: {few}{rows}; {remedy(plan, low)}"
+        elif sparsity.block and has_empty_rows:
+            rows = f"{per_row:.3g} blocks per row of blocks: {empty} of rows have no weight at all"
+            yield f"{low.name}: {rows}; a smaller block or more width helps"
+    if sparsity.pattern in ("fixed_fan_in", "block") and sparsity.distribution == "uniform" and not sparsity.overrides:
+        off = max(hidden, key=lambda row: abs(row.density / sparsity.density - 1))
+        if abs(off.density / sparsity.density - 1) > 0.01:
+            whole = "blocks" if sparsity.block else "weights per row"
+            yield f"{off.name}: its density is {off.density:.4g}, not {sparsity.density:g}, as only whole {whole} can live"
+
+
+def _of_training(plan: Plan, hidden: list[PlanTensor]) -> Iterator[str]:
+    steps, base = plan.train.steps, plan.parameterization.base
+    timescales = {row.name: found for row in hidden if (found := timescale_steps(row)) is not None}
+    name = min(timescales, key=timescales.__getitem__, default="")
+    if name and timescales[name] < steps / 10:
+        short = f"{timescales[name]:.0f} steps, under a tenth of the run's {steps}"
+        rule = plan.parameterization.weight_decay_rule
+        yield f"{name}: weight decay has a timescale of {short} (weight_decay_rule: {rule})"
     if isinstance(plan.model, PlanModel) and base.kv_share is not None:
         kv_share = plan.model.kv_heads / plan.model.heads
         if abs(kv_share - base.kv_share) > 1e-9:
-            found.append(
-                f"kv_heads/heads is {kv_share:g}, the proxy's {base.kv_share:g}: grouped-query attention was tuned otherwise"
-            )
+            shares = f"kv_heads/heads is {kv_share:g}, but {base.kv_share:g} in the proxy"
+            yield f"{shares}: the proxy was tuned with another grouped-query attention"
     if plan.train.batch_size != base.batch_size:
-        found.append(
-            f"batch size {plan.train.batch_size}, the proxy's {base.batch_size}: learning rates transfer over width "
-            "and density, not over batch size"
-        )
-    return found
+        sizes = f"the batch size is {plan.train.batch_size}, but {base.batch_size} in the proxy"
+        yield f"{sizes}: learning rates transfer over width and density, not over batch size"
 
 
 def remedy(plan: Plan, row: PlanTensor) -> str:
-    """The width or the sparsity at which `row` would have the weights per neuron that the paper trained."""
+    """The width, and the sparsity, that give `row` the weights per neuron that the paper trained."""
     most = 1 - WPN_TRAINED / row.fan_in
-    sparsity = f"a sparsity of at most {int(most * 10000) / 10000:g}" if most > 0 else ""
+    sparsity = f" or a sparsity of at most {int(most * 10000) / 10000:g}" if most > 0 else ""
+    fan_in = WPN_TRAINED / _asked_density(plan, row)
     if not isinstance(plan.model, PlanModel):
-        fan_in = ceil(WPN_TRAINED / _asked_density(plan, row))
-        return f"{WPN_TRAINED} need a fan-in of {fan_in}" + (f" or {sparsity}" if sparsity else "")
-    ratio = Fraction(row.fan_in, plan.model.width)
+        return f"a fan-in of {ceil(fan_in)}{sparsity} gives {WPN_TRAINED}"
     step = plan.model.head_width
-    width = ceil(WPN_TRAINED / _asked_density(plan, row) / ratio / step) * step
-    return f"{WPN_TRAINED} need a width of {width}" + (f" or {sparsity}" if sparsity else "")
+    width = ceil(fan_in * plan.model.width / row.fan_in / step) * step
+    return f"a width of {width}{sparsity} gives {WPN_TRAINED}"
 
 
 def _asked_density(plan: Plan, row: PlanTensor) -> Fraction:
-    """The density that was asked of `row`, or the least it can be: fixed fan-in rounds it to whole weights per row."""
+    """The density asked for `row`, or the least it may have been: fixed fan-in rounds it to whole weights per row."""
     if plan.sparsity.pattern not in ("fixed_fan_in", "block"):
         return literal(row.density)
     if plan.sparsity.distribution == "uniform" and not plan.sparsity.overrides:

@@ -15,7 +15,7 @@ Share = float | str  # a density or a sparsity: a number, or a fraction such as 
 
 
 def literal(value: Share | int) -> Fraction:
-    """The exact number that a user wrote, as 0.992 or 1/128: of a float its shortest text. ValueError otherwise."""
+    """The exact value of a number as written, such as 0.992 or 1/128; a float counts as its shortest text. ValueError."""
     text = value if isinstance(value, str) else repr(value)
     parts = text.split("/", 1)
     try:
@@ -35,21 +35,20 @@ def share(text: str) -> Share:
     return text.strip() if "/" in text else float(exact)
 
 
-def density_from(*, sparsity: Share | None = None, density: Share | None = None) -> Fraction:
-    """The exact density, from either word. Raises InputError outside (0, 1] (sparsity: [0, 1))."""
-    if (sparsity is None) == (density is None):
-        raise InputError("give either a sparsity or a density")
-    word, value = ("sparsity", sparsity) if sparsity is not None else ("density", density)
-    assert value is not None
+def density_from(word: str, value: Share, where: str = "") -> Fraction:
+    """The exact density of a `sparsity` or a `density` as written. Raises ValueError outside [0, 1) or (0, 1].
+
+    `where` is the value's place in a document if that is not the word.
+    """
     try:
-        number = literal(value)
+        given = literal(value)
     except ValueError as error:
-        raise InputError(f"{word}: {error}") from None
-    result = 1 - number if word == "sparsity" else number
-    if not 0 < result <= 1:
+        raise ValueError(f"{where or word}: {error}; expected a number or a fraction such as 1/128") from None
+    density = 1 - given if word == "sparsity" else given
+    if not 0 < density <= 1:
         allowed = "0 <= sparsity < 1" if word == "sparsity" else "0 < density <= 1"
-        raise InputError(f"{word}: {value} leaves no weights or is no share of them; expected {allowed}")
-    return result
+        raise ValueError(f"{where or word}: {value}{' leaves no weights' if density <= 0 else ''}; expected {allowed}")
+    return density
 
 
 def number(text: str) -> float:
@@ -69,22 +68,16 @@ def distribute(
     """Density and kept count of every hidden tensor, by name.
 
     `overrides` maps a tensor name, a site (`attn.q`), a part (`attn`, `mlp`) or `hidden` to a density; the most specific wins,
-    and the others share the target. Raises InputError for an override that names nothing, `where` being their place in the
-    document, and for a tensor that has no mask of the pattern at its density.
+    and the others share the target. Raises InputError for an override that matches nothing (`where` is their place in the
+    document) and for a tensor that can have no mask of the pattern at its density.
     """
     hidden = list(hidden)
-    fixed: dict[str, Fraction] = {}
-    used: set[str] = set()
-    for tensor in hidden:
-        for key in tensor.setting_names:
-            if key in overrides:
-                fixed[tensor.name] = literal(overrides[key])
-                used.add(key)
-                break
-    unused = sorted(set(overrides) - used)
+    keys = {tensor.name: next((key for key in tensor.setting_names if key in overrides), None) for tensor in hidden}
+    unused = sorted(set(overrides) - set(keys.values()))
     if unused:
         sites = sorted({tensor.site for tensor in hidden})
-        raise InputError(f"{where}: {', '.join(unused)} names no hidden tensor; sites are {', '.join(sites)}")
+        raise InputError(f"{where}: {', '.join(unused)} matches no hidden tensor; sites are {', '.join(sites)}")
+    fixed = {name: literal(overrides[key]) for name, key in keys.items() if key is not None}
     free = [tensor for tensor in hidden if tensor.name not in fixed]
     shares = {tensor.name: density for tensor in free} if distribution == "uniform" else _erk(free, density)
     shares |= fixed
@@ -96,16 +89,13 @@ def distribute(
 
 def _erk(tensors: list[Tensor], target: Fraction) -> dict[str, Fraction]:
     """Erdős–Rényi-Kernel shares, density ∝ (in + out)/(in·out), capped at 1 (Evci et al. 2020, arXiv 1911.11134)."""
-    dense: set[str] = set()
-    budget = target * sum(tensor.size for tensor in tensors)
-    while True:
-        open_ = [tensor for tensor in tensors if tensor.name not in dense]
-        if not open_:
-            break
-        left = budget - sum(tensor.size for tensor in tensors if tensor.name in dense)
+    shares = {tensor.name: Fraction(1) for tensor in tensors}
+    left, open_ = target * sum(tensor.size for tensor in tensors), tensors
+    while open_:
         scale = left / sum(sum(tensor.shape) for tensor in open_)
-        full = {t.name for t in open_ if scale * sum(t.shape) > t.size}
+        full = {tensor for tensor in open_ if scale * sum(tensor.shape) > tensor.size}
         if not full:
-            return {t.name: Fraction(1) if t.name in dense else scale * sum(t.shape) / t.size for t in tensors}
-        dense |= full
-    return {tensor.name: Fraction(1) for tensor in tensors}
+            return shares | {tensor.name: scale * sum(tensor.shape) / tensor.size for tensor in open_}
+        left -= sum(tensor.size for tensor in full)
+        open_ = [tensor for tensor in open_ if tensor not in full]
+    return shares

@@ -13,26 +13,22 @@ def state_bytes(plan: Plan, engine: str, number_bytes: int) -> int:
     masked = [row for row in plan.tensors if row.kept < row.size]
     size, live = sum(row.size for row in masked), sum(row.kept for row in masked)
     rest = 16 * (plan.parameters - size)  # float32 weight, gradient and two moments
-    # a live weight: value, gradient, two moments, and its index, three for the sparse engine; dense has each position's
-    # weight and gradient besides; the indices of blocks are a share of 1/block
-    return rest + {
-        "dense": 2 * number_bytes * size + 20 * live,
-        "sparse": 28 * live,
-        "block": 16 * live,
-    }.get(engine, 2 * number_bytes * size + 20 * live)
+    # a live weight: value, gradient, two moments, and its index, three for the sparse engine; dense also has
+    # the weight and gradient of each position; the indices of blocks are a share of 1/block
+    return rest + {"sparse": 28 * live, "block": 16 * live}.get(engine, 2 * number_bytes * size + 20 * live)
 
 
 def activation_bytes(plan: Plan, rows: int, number_bytes: int) -> int:
-    """Bytes of what is kept for the backward pass of `rows` sequences, the logits in float32 with their gradient."""
+    """Bytes kept for the backward pass of `rows` sequences, with the logits and their gradient in float32."""
     if not isinstance(plan.model, PlanModel):
-        return 0  # a user's model says nothing of what it keeps
+        return 0  # how much a user's model keeps is not known
     tokens = rows * plan.model.context
     at_once = min(tokens, plan.run.loss_chunk_tokens or tokens)  # tokens whose logits are held
     return tokens * numbers_between(plan.model) * number_bytes + at_once * plan.model.vocab * 8
 
 
 def numbers_between(model: PlanModel) -> int:
-    """Numbers a token that the blocks of a decoder keep."""
+    """How many numbers the blocks of a decoder keep for each token."""
     return model.layers * (8 * model.width + 3 * model.ffn_width)
 
 
@@ -49,36 +45,33 @@ BETWEEN_SECONDS = 1.3e-9
 
 def lines(plan: Plan, processes: int = 1) -> list[str]:
     """What a plan takes, in a few lines. Times are one device's."""
-    live, size = (sum(getattr(row, key) for row in plan.tensors if row.role == "hidden") for key in ("kept", "size"))
-    states = ", ".join(f"{name} {_gib(value)}" for name, value in _states(plan).items())
-    found = [
-        f"parameters {plan.parameters:,}; live {plan.live:,}; hidden {live:,} of {size:,} live",
-        f"lowest WPN {min((row.wpn for row in plan.tensors if row.role == 'hidden'), default=0):.4g}",
-    ]
-    tokens, steps = plan.train.tokens, f"{plan.train.steps:,} steps"
+    hidden = [row for row in plan.tensors if row.role == "hidden"]
+    live, size = sum(row.kept for row in hidden), sum(row.size for row in hidden)
+    length, tokens = f"{plan.train.steps:,} steps", plan.train.tokens
     if tokens is None:
-        found += [f"{steps} of {plan.train.batch_size} rows", f"memory of state by engine: {states}"]
+        length += f" of {plan.train.batch_size} rows"
     else:
         flops = plan.flops_per_token * tokens
-        found += [
-            f"{steps}, {tokens:,} tokens, {flops:.3g} FLOPs as a dense engine computes them",
-            f"memory of state by engine: {states}",
-        ]
+        length += f", {tokens:,} tokens, {flops:.3g} FLOPs as a dense engine computes them"
+    found = [
+        f"parameters {plan.parameters:,}; live {plan.live:,}; hidden {live:,} of {size:,} live",
+        f"fewest weights per neuron: {min((row.wpn for row in hidden), default=0):.4g}",
+        length,
+        f"weights, gradients and moments take, by engine: {', '.join(f'{name} {_gib(held)}' for name, held in _states(plan).items())}",
+    ]
     rows = plan.run.micro_batch_size or max(1, plan.train.batch_size // processes)
     if activations := activation_bytes(plan, rows, 2):
-        found.append(f"and about {_gib(activations)} of activations a micro-batch of {rows} sequences")
+        found.append(f"activations take about {_gib(activations)} for a micro-batch of {rows} sequences")
     if processes > 1:
-        found.append(f"in shards over {processes} processes, each has 1/{processes} of the state")
+        found.append(f"sharded over {processes} processes, each holds 1/{processes} of all but activations")
     return found if tokens is None else found + _times(plan, tokens)
 
 
 def _times(plan: Plan, tokens: int) -> list[str]:
     masked = [row for row in plan.tensors if row.kept < row.size]
     flops = plan.flops_per_token * tokens
-    found = [
-        "time (estimate; GPUs at an assumed 40 % of peak): "
-        + ", ".join(f"{name} {_time(flops / rate)}" for name, rate in RATES.items())
-    ]
+    times = ", ".join(f"{name} {_time(flops / rate)}" for name, rate in RATES.items())
+    found = [f"time (estimate; GPUs at an assumed 40 % of peak): {times}"]
     if masked:
         dense = flops - 6.0 * sum(row.size for row in masked) * tokens
         between = numbers_between(plan.model) if isinstance(plan.model, PlanModel) else 0

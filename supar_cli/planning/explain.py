@@ -26,6 +26,8 @@ SOURCES = {
 TITLES = {"sp": "SP", "mup": "μP", "supar": "SμPar", "adamw": "AdamW", "sgd": "SGD"}
 TITLES |= {"supar-init-only": "SμPar's init only", "supar-lr-only": "SμPar's rate only"}
 FACTORS = {"input": "embeddings ×", "output": "logits ×", "attention": "q·k ×", "residual": "residual ×"}
+SYMBOLS = {"init_std": "σ", "lr": "η", "weight_decay": "λ", "eps": "ε"}
+RATIOS = {"m_d": "width", "m_fan_out": "fan-out", "m_out": "output", "m_rho": "density", "m_L": "depth"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,46 +36,35 @@ class Number:
 
     what: str
     stored: float
-    value: float
-    formula: str
+    rule: rules.Rule
     worked: str
-    source: str
-    note: str = ""
+    note: str
 
     @classmethod
     def of(cls, what: str, stored: float, rule: rules.Rule, symbols: dict[str, float], note: str = "") -> Number:
-        # `0: why`, `formula, so that …` and `0 (option)`: what follows the formula is for people
-        ends = [at for separator in (": ", ", ", " (") if (at := rule.formula.find(separator)) > 0]
-        formula = rule.formula[: min(ends, default=len(rule.formula))]
-        why = rule.formula[len(formula) :].lstrip(":, (").removesuffix(")")
-        worked = _substitute(formula, {symbol: short(value) for symbol, value in symbols.items()})
-        return cls(what, stored, rule.value, formula, worked, rule.source, "; ".join(filter(None, (why, note))))
+        worked = _substitute(rule.formula, {symbol: short(value) for symbol, value in symbols.items()})
+        return cls(what, stored, rule, worked, "; ".join(filter(None, (rule.why, note))))
 
     @property
     def edited(self) -> str:
-        if self.stored == self.value:
+        if self.stored == self.rule.value:
             return ""
-        return f"edited: the plan has {self.stored!r}, the rule gives {self.value!r}"
+        return f"edited: the plan has {self.stored!r}, the rule gives {self.rule.value!r}"
 
     def lines(self) -> list[str]:
-        different = [part for part, _ in groupby((self.formula, self.worked, short(self.value)))]
-        parts = [different[0], *(f"= {part}" for part in different[1:])]
-        parts += [f"[{self.source}]"] if self.source != "–" else []
-        lines = wrapped(self.what, [*parts, *(f"({self.note})".split() if self.note else [])])
-        return [*lines, *(wrapped("", self.edited.split()) if self.edited else [])]
+        first, *others = (part for part, _ in groupby((self.rule.formula, self.worked, short(self.rule.value))))
+        source = [] if self.rule.source == "–" else [f"[{self.rule.source}]"]
+        note = f"({self.note})".split() if self.note else []
+        lines = wrapped(self.what, [first, *(f"= {part}" for part in others), *source, *note])
+        return lines + (wrapped("", self.edited.split()) if self.edited else [])
 
     def as_json(self) -> dict[str, Any]:
-        names = ("formula", "worked", "source", "note")
-        return {
-            "plan": self.stored,
-            "rule": self.value,
-            "edited": bool(self.edited),
-            **{n: getattr(self, n) for n in names},
-        }
+        worked = {"formula": self.rule.formula, "worked": self.worked, "source": self.rule.source, "note": self.note}
+        return {"plan": self.stored, "rule": self.rule.value, "edited": bool(self.edited), **worked}
 
 
 def _substitute(formula: str, texts: dict[str, str]) -> str:
-    """A formula with each symbol's text in its place, of two that begin alike the longer."""
+    """A formula with texts in place of its symbols; of two symbols that begin alike the longer one counts."""
     symbols, worked = sorted(texts, key=len, reverse=True), ""
     while formula:
         symbol = next((symbol for symbol in symbols if formula.startswith(symbol)), None)
@@ -87,22 +78,20 @@ class Row:
     """A tensor of the plan, explained. `remarks` are what is wrong with the row itself."""
 
     tensor: PlanTensor
-    site: str
-    block: int | None
     numbers: tuple[Number, ...]
     remarks: tuple[str, ...]
 
     @property
     def sameness(self) -> tuple[Any, ...]:
-        """Equal for rows that are explained in the same words."""
+        """Equal for rows that share one explanation."""
         own = self.tensor
         return own.role, tuple(own.shape), own.kept, tuple(own.because.items()), self.numbers, self.remarks
 
     def as_json(self) -> dict[str, Any]:
         own = self.tensor.model_dump()
-        kept = {name: own[name] for name in ("name", "role", "shape", "density", "kept", "because")}
+        kept = {name: own[name] for name in ("name", "role", "shape", "density", "kept", "because", "site")}
         numbers = {number.what: number.as_json() for number in self.numbers}
-        return {**kept, "site": self.site, "remarks": list(self.remarks), **numbers}
+        return {**kept, "remarks": list(self.remarks), **numbers}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +102,6 @@ class Explained:
     factors: list[Number]
     rows: list[Row]
 
-    @classmethod
-    def of(cls, plan: Plan, tensor: str | None, role: str | None) -> Explained:
-        roles = get_args(rules.Role)
-        if role is not None and role not in roles:
-            raise InputError(f"--role {role}: expected {', '.join(roles[:-1])} or {roles[-1]}")
-        own = plan.parameterization
-        options = own.model_dump(include=rules.OPTIONS)
-        scheme = rules.Scheme(own.name, plan.train.optimizer, **options, edition=own.edition)
-        rows = _chosen(_rows(plan, scheme), tensor, role)
-        return cls(plan, [] if tensor or role else _factors(plan, scheme), rows)
-
     def text(self, title: str) -> str:
         plan, own = self.plan, self.plan.parameterization
         head = [
@@ -132,9 +110,9 @@ class Explained:
             *f"weight_decay_rule {own.weight_decay_rule}, depth_rule {own.depth_rule},".split(),
             *f"residual_init {own.residual_init}, unembedding_init {own.unembedding_init}".split(),
         ]
-        proxy = own.base.text
-        tuned = [f"{_symbol(name)} = {short(value)}" for name, value in plan.hyperparameters.model_dump().items()]
-        lines = [f"{title}: {plan.name}", *wrapped("rules", head), *wrapped("proxy", [proxy, *_listed(tuned)])]
+        hyper = plan.hyperparameters.model_dump().items()
+        tuned = [f"{_symbol(name)} = {short(value)}" for name, value in hyper]
+        lines = [f"{title}: {plan.name}", *wrapped("rules", head), *wrapped("proxy", [own.base.text, *_listed(tuned)])]
         if self.factors:
             lines += ["", "forward pass", *(line for number in self.factors for line in number.lines())]
         groups: dict[tuple[Any, ...], list[Row]] = {}
@@ -153,6 +131,23 @@ class Explained:
             "multipliers": {number.what: number.as_json() for number in self.factors},
             "tensors": [row.as_json() for row in self.rows],
         }
+
+
+def explain(plan: Plan, tensor: str | None = None, role: str | None = None) -> Explained:
+    """The formula, the numbers and the source behind a plan's values, of all tensors or of those named.
+
+    `.text(title)` is what `supar explain` prints, `.as_json()` its data. Raises InputError where no tensor is named so.
+    """
+    if not isinstance(plan, Plan):
+        raise InputError(f"{type(plan).__name__}: expected a Plan")
+    roles = get_args(rules.Role)
+    if role is not None and role not in roles:
+        raise InputError(f"--role {role}: expected {', '.join(roles[:-1])} or {roles[-1]}")
+    own = plan.parameterization
+    options = own.model_dump(include=rules.OPTIONS)
+    scheme = rules.Scheme(own.name, plan.train.optimizer, **options, edition=own.edition)
+    rows = _chosen(_rows(plan, scheme), tensor, role)
+    return Explained(plan, [] if tensor or role else _factors(plan, scheme), rows)
 
 
 def _rows(plan: Plan, scheme: rules.Scheme) -> list[Row]:
@@ -181,23 +176,16 @@ def _rows(plan: Plan, scheme: rules.Scheme) -> list[Row]:
             in_block=row.block is not None,
             writes_residual=tensor is not None and tensor.writes_residual,
         )
-        remarks = ["no tensor of this model: explained as one outside of the blocks"] if known and not tensor else []
-        for key, value in shapes.items():
-            if value is not None and given[key] != value:
-                remarks.append(f"edited: the plan has {key} {given[key]!r}, the shapes give {value!r}")
-        rows.append(Row(row, row.site, row.block, _numbers(row, scheme, tuned, context), tuple(remarks)))
+        remarks = (
+            ["the model has no such tensor: explained as if it were outside the blocks"] if known and not tensor else []
+        )
+        remarks += [
+            f"edited: the plan has {key} {given[key]!r}, the shapes give {value!r}"
+            for key, value in shapes.items()
+            if value is not None and given[key] != value
+        ]
+        rows.append(Row(row, _numbers(row, scheme, tuned, context), tuple(remarks)))
     return rows
-
-
-def _start(row: PlanTensor, rule: rules.Rule, symbols: dict[str, float]) -> Number:
-    """The start of a tensor: its deviation, or the number that stands in its place."""
-    if row.init_constant is None:
-        assert row.init_std is not None
-        return Number.of("init_std", row.init_std, rule, symbols)
-    constant = rules.STARTS.get(row.role, row.init_constant)
-    words = {"norm": "every gain starts at exactly 1", "bias": "every bias starts at exactly 0"}
-    formula = f"{constant:g}: {words.get(row.role, 'a number')}"
-    return Number.of("init_constant", row.init_constant, rules.Rule(constant, formula, rule.source), symbols)
 
 
 def _numbers(
@@ -206,40 +194,36 @@ def _numbers(
     symbols = {"σ": tuned.sigma, "η": tuned.eta, "λ": tuned.lam, "ε": tuned.eps, "layers": context.layers}
     symbols |= {"m_d": context.m_d, "m_fan_out": context.fan_out, "m_out": context.m_out}
     symbols |= {"m_ρ": context.m_rho, "β": scheme.density_exponent, "m_L": context.m_L}
+    found = rules.tensor_rules(scheme, tuned, context)
+    if row.init_constant is not None:  # a start at a number, where the rules know deviations
+        std, constant = found.pop("init_std"), rules.STARTS.get(row.role, row.init_constant)
+        why = std.why if row.role in rules.STARTS else "a number"
+        found = {"init_constant": rules.Rule(constant, f"{constant:g}", std.source, why), **found}
     decay = timescale_steps(row)
-    timescale = f"1/(lr·λ) = {decay:.0f} steps" if decay else ""
-    return (
-        _start(row, rules.init_std(scheme, tuned, context), symbols),
-        Number.of("lr", row.lr, rules.learning_rate(scheme, tuned, context), symbols),
-        Number.of("weight_decay", row.weight_decay, rules.weight_decay(scheme, tuned, context), symbols, timescale),
-        Number.of("eps", row.eps, rules.adam_eps(scheme, tuned, context), symbols),
-    )
+    notes = {"weight_decay": f"1/(lr·λ) = {decay:.0f} steps" if decay else ""}
+    return tuple(Number.of(name, vars(row)[name], rule, symbols, notes.get(name, "")) for name, rule in found.items())
 
 
 def _factors(plan: Plan, scheme: rules.Scheme) -> list[Number]:
     if not isinstance(plan.model, PlanModel):  # a user's model has its multipliers in the numbers of its tensors
         return []
-    hyper, base, stored = plan.hyperparameters, decoder_base(plan), plan.model.multipliers.model_dump()
-    m_d, m_L, head_width = plan.model.width / base.width, plan.model.layers / base.layers, plan.model.head_width
-    found = {
-        "input": rules.input_multiplier(scheme, hyper.alpha_input),
-        "output": rules.output_multiplier(scheme, hyper.alpha_output, m_d),
-        "attention": rules.attention_multiplier(scheme, head_width),
-        "residual": rules.residual_multiplier(scheme, m_L),
-    }
+    hyper, base, head_width = plan.hyperparameters, decoder_base(plan), plan.model.head_width
+    m_d, m_L = plan.model.width / base.width, plan.model.layers / base.layers
+    found = rules.forward_rules(scheme, hyper.alpha_input, hyper.alpha_output, m_d, m_L, head_width)
     symbols = {"α_input": hyper.alpha_input, "α_output": hyper.alpha_output, "m_d": m_d, "m_L": m_L}
     symbols["d_head"] = head_width
+    stored = vars(plan.model.multipliers)
     return [Number.of(FACTORS[name], stored[name], rule, symbols) for name, rule in found.items()]
 
 
 def _chosen(rows: list[Row], word: str | None, role: str | None) -> list[Row]:
-    """Rows of a tensor's name, site or part, and of a role. Raises InputError when there are none."""
+    """The rows with a name, site or part, and with a role. Raises InputError when there are none."""
     found = rows
     if word is not None:
         word = word.removeprefix("*.")  # as the table of `supar transfer` writes a site
-        found = [row for row in rows if word in (row.tensor.name, row.site, row.site.partition(".")[0])]
+        found = [r for r in rows if word in (r.tensor.name, r.tensor.site, r.tensor.site.partition(".")[0])]
         if not found:
-            sites = list(dict.fromkeys(row.site for row in rows))
+            sites = list(dict.fromkeys(row.tensor.site for row in rows))
             close = difflib.get_close_matches(word, [*sites, *(row.tensor.name for row in rows)], 3, 0.5)
             expected = f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(sites)}"
             raise InputError(f"{word}: the plan has no such tensor; {expected}")
@@ -247,15 +231,15 @@ def _chosen(rows: list[Row], word: str | None, role: str | None) -> list[Row]:
         having = list(dict.fromkeys(row.tensor.role for row in found))
         found = [row for row in found if row.tensor.role == role]
         if not found:
-            raise InputError(f"--role {role}: no such tensor; {word or 'the plan'} has {', '.join(having)}")
+            raise InputError(f"--role {role}: no tensor has this role; {word or 'the plan'} has {', '.join(having)}")
     return found
 
 
 def _group(members: list[Row]) -> list[str]:
-    """Title and numbers of rows that are explained in the same words."""
+    """Title and numbers of rows that share one explanation."""
     row, blocks = members[0].tensor, dict[str, list[int]]()
-    for member in members:
-        blocks.setdefault(member.site, []).extend([] if member.block is None else [member.block])
+    for tensor in (member.tensor for member in members):
+        blocks.setdefault(tensor.site, []).extend([] if tensor.block is None else [tensor.block])
     places: dict[str, list[str]] = {}
     for site, numbers in blocks.items():
         places.setdefault(_ranges(numbers), []).append(site)
@@ -264,10 +248,9 @@ def _group(members: list[Row]) -> list[str]:
     shape = f"({row.role}, {count}{'×'.join(map(str, row.shape))})"
     lines = wrapped(None, [*title.split(), *shape.split()])
     if row.role == "hidden":
-        own = f"{short(row.density)}: {row.kept:,} of {row.size:,} live, {short(row.wpn)} per neuron"
+        own = f"{short(row.density)}: {row.kept:,} of {row.size:,} weights live, {short(row.wpn)} per neuron"
         lines += wrapped("density", own.split())
-    because = {"m_d": "width", "m_fan_out": "fan-out", "m_out": "output", "m_rho": "density", "m_L": "depth"}
-    factors = [f"{k.replace('rho', 'ρ')} = {short(v)} ({because.get(k, '?')})" for k, v in row.because.items()]
+    factors = [f"{k.replace('rho', 'ρ')} = {short(v)} ({RATIOS.get(k, '?')})" for k, v in row.because.items()]
     lines += wrapped("because", _listed(factors))
     lines += [line for number in members[0].numbers for line in number.lines()]
     return lines + [line for remark in members[0].remarks for line in wrapped("", remark.split())]
@@ -277,19 +260,14 @@ def _ranges(blocks: list[int]) -> str:
     """` in blocks 0–3, 5` for the numbers of blocks."""
     if not blocks:
         return ""
-    runs: list[list[int]] = []
-    for block in sorted(blocks):
-        if runs and block == runs[-1][1] + 1:
-            runs[-1][1] = block
-        else:
-            runs.append([block, block])
-    words = ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in runs)
+    # neighbours differ from their place in the list by the same number
+    runs = [[block for _, block in run] for _, run in groupby(enumerate(sorted(blocks)), lambda at: at[1] - at[0])]
+    words = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
     return f" in block{'s' if len(blocks) > 1 else ''} {words}"
 
 
 def _symbol(name: str) -> str:
-    symbols = {"init_std": "σ", "lr": "η", "weight_decay": "λ", "eps": "ε"}
-    return f"{symbols[name]} {name}" if name in symbols else name.replace("alpha", "α")
+    return f"{SYMBOLS[name]} {name}" if name in SYMBOLS else name.replace("alpha", "α")
 
 
 def _listed(parts: list[str]) -> list[str]:
@@ -297,11 +275,11 @@ def _listed(parts: list[str]) -> list[str]:
 
 
 def legend(explained: Iterable[Explained]) -> list[str]:
-    """What the letters in brackets stand for, those that were used."""
+    """What the letters in brackets mean, for those that were used."""
     numbers = [
         number for one in explained for group in (one.factors, *(r.numbers for r in one.rows)) for number in group
     ]
-    used = {source.split()[0] for number in numbers for source in number.source.split(", ")}
+    used = {source.split()[0] for number in numbers for source in number.rule.source.split(", ")}
     return ["sources", *(f"  {key:2}  {text}" for key, text in SOURCES.items() if key in used)]
 
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite
-from typing import Protocol
 
 from supar_cli.errors import InputError
 from supar_cli.planning import layout
+from supar_cli.planning.plan_sections import Multipliers
 from supar_cli.planning.rules import Role
 
 _EXACT = ("adamw", "adam", "sgd")
@@ -55,17 +55,6 @@ class TensorUse:
     derived: bool = False
 
 
-class Multipliers(Protocol):
-    """Factors of the forward pass: α_input, α_output/m_d, 1/m_L. The attention factor is never folded."""
-
-    @property
-    def input(self) -> float: ...
-    @property
-    def output(self) -> float: ...
-    @property
-    def residual(self) -> float: ...
-
-
 def fold(numbers: Numbers, factor: float, optimizer: str) -> Numbers:
     """Return the numbers of u = a·w from those of w, for a forward factor a > 0. [D]
 
@@ -77,15 +66,11 @@ def fold(numbers: Numbers, factor: float, optimizer: str) -> Numbers:
     kind = optimizer.lower()
     if kind not in _EXACT or (kind == "adam" and numbers.weight_decay != 0):
         said = "Adam with coupled weight decay" if kind == "adam" else optimizer
-        raise InputError(
-            f"{said}: supar can fold multipliers exactly for AdamW, Adam without weight decay and SGD only; "
-            f"for {said} the plan can give masks but no numbers"
-        )
-    lr, weight_decay = factor * numbers.lr, numbers.weight_decay / factor
+        known = "AdamW, Adam without weight decay and SGD"
+        raise InputError(f"{said}: multipliers fold exactly for {known} only; the plan can give masks but no numbers")
+    lr, weight_decay, eps = factor * numbers.lr, numbers.weight_decay / factor, numbers.eps / factor
     if kind == "sgd":
         lr, weight_decay, eps = factor * lr, weight_decay / factor, numbers.eps
-    else:
-        eps = numbers.eps / factor
     std, constant = (None if start is None else factor * start for start in (numbers.init_std, numbers.init_constant))
     return Numbers(lr, weight_decay, eps, std, constant)
 
@@ -104,6 +89,8 @@ def clip_factor(factor: float) -> float:
 def fold_factors(uses: Iterable[TensorUse], multipliers: Multipliers) -> dict[str, float]:
     """Return {name: a} for every tensor of a decoder, a = 1 where nothing is folded. [multipliers: Dey et al. 2024; D]
 
+    The multipliers are α_input, α_output/m_d and 1/m_L; the attention factor is never folded.
+
     Input: into all summands of the first activations. Output: into the weight of an untied head; for a tied head, whose
     weight holds the input factor already, output/input into gain and shift of the norm that feeds it. Residual: into
     weights and biases that write the residual stream. A bias of the head is outside of the product and keeps 1.
@@ -121,12 +108,10 @@ def fold_factors(uses: Iterable[TensorUse], multipliers: Multipliers) -> dict[st
         _require_factor("multipliers.output / multipliers.input", output)
         carriers = [row for row in rows if row.feeds_head]
         if len(heads) > 1:
-            problems.append(f"{tied.name}: a tied head beside {len(heads) - 1} more; expected a single head")
+            problems.append(f"{tied.name}: a tied head and {len(heads) - 1} more; expected a single head")
         if output != 1 and not any(row.role == "norm" for row in carriers):
-            problems.append(
-                f"{tied.name}: it is also the weight of the head, and no norm with a gain feeds the head alone, so the "
-                f"output multiplier can't be folded; multiply the logits by {output!r} in the forward pass"
-            )
+            why = "it is also the weight of the head, and no norm with a gain feeds the head alone"
+            problems.append(f"{tied.name}: {why}; multiply the logits by {output!r} in the forward pass")
     places = (
         ("input", multipliers.input, [row for row in rows if row.in_first_sum]),
         ("residual", multipliers.residual, [row for row in rows if row.writes_residual]),
@@ -138,12 +123,10 @@ def fold_factors(uses: Iterable[TensorUse], multipliers: Multipliers) -> dict[st
             problems.append(f"multipliers.{what}: no tensor can take the factor {factor!r}; expected 1")
         for row in takers:
             if row.derived and factor != 1:
-                problems.append(
-                    f"{row.name}: the forward pass uses a value derived from this tensor (such as 1 + g), "
-                    f"so the {what} multiplier can't be folded into it"
-                )
+                why = "as the forward pass uses a value derived from it (such as 1 + g)"
+                problems.append(f"{row.name}: the {what} multiplier can't be folded into this tensor, {why}")
             if asked.setdefault(row.name, factor) != factor:
-                problems.append(f"{row.name}: it is used in two ways, which ask for {asked[row.name]!r} and {factor!r}")
+                problems.append(f"{row.name}: its two uses need the factors {asked[row.name]!r} and {factor!r}")
     if problems:
         raise InputError(*problems)
     return {row.name: asked.get(row.name, 1.0) for row in rows}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import get_args
 
 from supar_cli.errors import InputError
-from supar_cli.planning.document import Document
+from supar_cli.planning.document import Document, read_file
 from supar_cli.planning.layout_document import Layout
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import parse
@@ -16,7 +17,7 @@ AnyDocument = Spec | Proxy | Plan | Sweep | Layout
 
 
 def kinds_of(*types: type[AnyDocument]) -> dict[str, type[AnyDocument]]:
-    """The types by the kinds they are read from, today's first."""
+    """The types by the `kind` of the documents that they are read from, today's kinds first."""
     today = {get_args(one.keys()["kind"])[0]: one for one in types}
     return today | {kind: one for one in types for kind in one.EARLIER}
 
@@ -28,3 +29,12 @@ def parse_any(document: Document, *types: type[AnyDocument]) -> AnyDocument:
     if not isinstance(kind, str) or kind not in known:
         raise InputError(document.problem(("kind",), f"is {kind!r}", f"expected one of {', '.join(known)}"))
     return parse(known[kind], document)
+
+
+def load(path: str | Path) -> AnyDocument:
+    """The document in a file, as its kind says. Raises InputError with every problem in it."""
+    found = read_file(str(path))
+    if len(found) != 1:
+        raise InputError(f"{path}: holds {len(found)} documents; expected one")
+    parsed = parse_any(found[0])
+    return parsed.beside(str(path)) if isinstance(parsed, Plan) else parsed

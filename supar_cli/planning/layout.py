@@ -6,6 +6,8 @@ a weight's name is its module's path; a bias is that path with `.bias`.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -48,17 +50,16 @@ class Tensor:
 
     @property
     def setting_names(self) -> tuple[str, ...]:
-        """What settings by tensor may call it, the most specific first: name, site (`attn.q`), part (`attn`), role."""
-        return setting_names(self.name, self.site, self.role)
+        return setting_names(self)
 
     @property
     def size(self) -> int:
         return prod(self.shape)
 
 
-def setting_names(name: str, site: str, role: str) -> tuple[str, ...]:
-    """What settings by tensor may call one, the most specific first: name, site (`attn.q`), part (`attn`), role."""
-    return tuple(dict.fromkeys((name, site, site.partition(".")[0], role)))
+def setting_names(tensor: Any) -> tuple[str, ...]:
+    """The keys that settings by tensor may use for one, the most specific first: name, site (`attn.q`), part, role."""
+    return tuple(dict.fromkeys((tensor.name, tensor.site, tensor.site.partition(".")[0], tensor.role)))
 
 
 def tensors(model: Any) -> list[Tensor]:
@@ -106,8 +107,8 @@ def _norm(shape: SimpleNamespace, name: str, site: str, block: int | None) -> li
 def ratios(tensor: Tensor, base: Tensor) -> tuple[float, float | None]:
     """m_d and m_fan_out of a tensor to the same one of the proxy.
 
-    Of a hidden weight its own fan-in's and fan-out's; of every other tensor of supar's families its last extent's, the one
-    that scales, and None.
+    For a hidden weight these are the ratios of its fan-in and its fan-out; for every other tensor of supar's families the
+    ratio of its last extent, the one that scales, and None.
     """
     if tensor.role == "hidden":
         return tensor.fan_in / base.fan_in, tensor.fan_out / base.fan_out
@@ -121,3 +122,13 @@ def check_axes(axes: list[int], extents: int) -> None:
     """Raise ValueError unless these are different axes, rising, of a tensor with so many extents."""
     if axes != sorted(set(axes)) or not all(0 <= axis < extents for axis in axes):
         raise ValueError(f"fan_in_axes: {axes}; expected rising numbers from 0 to {extents - 1}")
+
+
+def check_names(rows: Sequence[Any]) -> None:
+    """Raise ValueError where two rows have one name or a row is tied to none of them."""
+    names = Counter(row.name for row in rows)
+    for row in rows:
+        if names[row.name] > 1:
+            raise ValueError(f"tensors: {row.name} appears twice")
+        if row.tied_to is not None and row.tied_to not in names:
+            raise ValueError(f"tensors: {row.name} is tied to {row.tied_to}; expected the name of another tensor")

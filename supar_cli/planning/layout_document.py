@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Literal
 
 from supar_cli.errors import InputError
-from supar_cli.planning.layout import MOST_EXTENTS, Tensor, check_axes
+from supar_cli.planning.layout import MOST_EXTENTS, Tensor, check_axes, check_names
 from supar_cli.planning.rules import Role
 from supar_cli.planning.schema import Field, Section
 
@@ -44,13 +44,21 @@ class LayoutRow(Section):
         check_axes(self.fan_in_axes, len(self.base))
         scales = [axis for axis, (narrow, wide) in enumerate(zip(self.base, self.wider, strict=True)) if narrow != wide]
         if self.scales != scales:
-            raise ValueError(f"scales: {self.scales}; base {self.base} and wider {self.wider} differ at {scales}")
+            raise ValueError(f"scales: {self.scales}; expected {scales}, where base and wider differ")
         if self.role == "hidden" and not self.fan_in_axes:
-            raise ValueError("fan_in_axes: none; expected the axes that the product of a hidden weight sums over")
+            raise ValueError("fan_in_axes: none; expected the axes that a hidden weight's product sums over")
 
     def extents(self, times: Fraction) -> list[Fraction]:
         """The shape at the base size plus `times` the step from base to wider."""
         return [narrow + times * (wide - narrow) for narrow, wide in zip(self.base, self.wider, strict=True)]
+
+    def tensor(self, times: Fraction) -> Tensor:
+        """The tensor of that shape. Raises InputError where it would not be whole."""
+        extents = self.extents(times)
+        if not all(extent.denominator == 1 and extent >= 1 for extent in extents):
+            raise InputError(f"{self.name}: its shape would be {_words(self, times)}; expected whole extents")
+        shape, axes = tuple(map(int, extents)), tuple(self.fan_in_axes)
+        return Tensor(self.name, self.role, self.site, shape, axes, self.block, self.writes_residual, self.tied_to)
 
 
 class Layout(Section):
@@ -67,12 +75,7 @@ class Layout(Section):
     notes: list[str] = Field(default_factory=list)
 
     def check(self) -> None:
-        names = [row.name for row in self.tensors]
-        if len(set(names)) < len(names):
-            raise ValueError(f"tensors: {next(name for name in names if names.count(name) > 1)} appears twice")
-        for row in self.tensors:
-            if row.tied_to is not None and row.tied_to not in names:
-                raise ValueError(f"tensors: {row.name} is tied to {row.tied_to}, which the layout does not have")
+        check_names(self.tensors)
         if self.base == self.wider:
             raise ValueError("wider: equals base, so nothing shows what scales; expected a larger size")
         times = self._times(self.wider, "wider")
@@ -80,25 +83,19 @@ class Layout(Section):
             times = self._times(self.third, "third")
             for row in self.tensors:
                 if row.third is None or row.extents(times) != row.third:
-                    raise ValueError(f"tensors: {row.name} is {row.third} at the third size, not {_words(row, times)}")
+                    raise ValueError(f"tensors: {row.name}: third is {row.third}; expected {_words(row, times)}")
 
     def _times(self, size: dict[str, int], where: str) -> Fraction:
-        """How many steps from base to wider a size is from base. Raises ValueError for one not on their line."""
+        """How far a size is from base, in steps from base to wider. Raises ValueError for one that is not on their line."""
         if not all(type(value) is int for value in size.values()):
             raise ValueError(f"{where}: {size}; expected whole numbers")
         if set(size) != set(self.base) or set(self.wider) != set(self.base):
             raise ValueError(f"{where}: {size}; expected the same names as base: {', '.join(self.base)}")
-        found = {
-            Fraction(size[name] - self.base[name], self.wider[name] - self.base[name])
-            for name in self.base
-            if self.wider[name] != self.base[name]
-        }
-        fixed = [name for name in self.base if self.wider[name] == self.base[name] != size[name]]
-        if len(found) != 1 or fixed:
-            raise ValueError(
-                f"{where}: {size} does not lie on the line through base {self.base} and wider {self.wider}"
-            )
-        return found.pop()
+        steps = {name: self.wider[name] - self.base[name] for name in self.base}
+        times = next((Fraction(size[name] - self.base[name], step) for name, step in steps.items() if step), None)
+        if times is None or any(self.base[name] + times * step != size[name] for name, step in steps.items()):
+            raise ValueError(f"{where}: {size} is not on the line through base {self.base} and wider {self.wider}")
+        return times
 
     def at(self, size: dict[str, int]) -> list[Tensor]:
         """The tensors at a size, such as {"width": 4096}. Raises InputError where a shape would not be whole."""
@@ -106,20 +103,8 @@ class Layout(Section):
             times = self._times(size, "size")
         except ValueError as error:
             raise InputError(str(error)) from None
-        return [_tensor(row, times) for row in self.tensors]
+        return [row.tensor(times) for row in self.tensors]
 
 
 def _words(row: LayoutRow, times: Fraction) -> str:
     return f"[{', '.join(map(str, row.extents(times)))}]"
-
-
-def _tensor(row: LayoutRow, times: Fraction) -> Tensor:
-    extents = row.extents(times)
-    if not all(extent.denominator == 1 and extent >= 1 for extent in extents):
-        raise InputError(
-            f"{row.name}: its shape would be {_words(row, times)}; expected a size that gives whole extents"
-        )
-    shape = tuple(int(extent) for extent in extents)
-    return Tensor(
-        row.name, row.role, row.site, shape, tuple(row.fan_in_axes), row.block, row.writes_residual, row.tied_to
-    )

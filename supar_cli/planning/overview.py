@@ -38,25 +38,12 @@ def plan_rows(plan: Plan) -> list[list[str]]:
         groups.setdefault(key, []).append(row)
     rows = []
     for members in groups.values():
-        first, names = (
-            members[0],
-            sorted({_label(row.name) for row in members}, key=[_label(r.name) for r in members].index),
-        )
+        first, hidden, decay = members[0], members[0].role == "hidden", timescale_steps(members[0])
+        names = list(dict.fromkeys(_label(row.name) for row in members))
         prefix = names[0].rpartition(".")[0] + "."
-        short = [names[0], *(n.removeprefix(prefix) for n in names[1:])] if prefix != "." else names
-        decay = timescale_steps(first)
-        hidden = first.role == "hidden"
-        rows.append(
-            [
-                _joined(short),
-                "×".join(map(str, first.shape)),
-                number(first.because["m_d"]) if "m_d" in first.because else "",
-                number(first.because["m_rho"]) if hidden and "m_rho" in first.because else "",
-                number(first.wpn) if hidden else "",
-                start_text(first),
-                number(first.lr),
-                number(first.weight_decay),
-                f"{decay:.0f}" if decay else "–",
-            ]
-        )
+        label = _joined([names[0], *(name.removeprefix(prefix) for name in names[1:])])
+        m_rho, wpn = (first.because.get("m_rho"), first.wpn) if hidden else (None, None)
+        sizes = ["" if value is None else number(value) for value in (first.because.get("m_d"), m_rho, wpn)]
+        numbers = [start_text(first), number(first.lr), number(first.weight_decay), f"{decay:.0f}" if decay else "–"]
+        rows.append([label, "×".join(map(str, first.shape)), *sizes, *numbers])
     return rows

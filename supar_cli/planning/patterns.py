@@ -26,14 +26,13 @@ class PatternKeys(Section):
     """The keys `pattern` and `block` of a section. `block`, the edge of a block, is written with that pattern only."""
 
     def check_pattern(self) -> None:
-        """Raise ValueError where the two don't go together, or N:M has no such N."""
+        """Raise ValueError where the two contradict each other, or N:M has no such N."""
         pattern, block = vars(self)["pattern"], vars(self)["block"]
         if pattern == "block" and block is None:
-            raise ValueError(
-                f"block: is missing; expected {', '.join(map(str, get_args(Block)))} with the pattern block"
-            )
+            edges = ", ".join(map(str, get_args(Block)))
+            raise ValueError(f"block: is missing; the pattern block needs one of {edges}")
         if pattern != "block" and block is not None:
-            raise ValueError(f"block: given with the pattern {pattern}; expected it with the pattern block only")
+            raise ValueError(f"block: the pattern is {pattern}; expected a block with the pattern block only")
         group = group_of(pattern)
         if group is not None and not group[0] < group[1] <= LARGEST_GROUP:
             raise ValueError(f"pattern: {pattern}; expected N:M with N < M <= {LARGEST_GROUP}")
@@ -54,7 +53,7 @@ def group_of(pattern: str) -> tuple[int, int] | None:
 
 
 def density_of(pattern: str) -> Fraction | None:
-    """The density that the pattern itself states: N/M. None where any density goes with it."""
+    """The density that the pattern itself states, N/M; None where it allows any density."""
     group = group_of(pattern)
     return None if group is None else Fraction(*group)
 
@@ -70,21 +69,35 @@ def describe(pattern: str, block: int | None) -> str:
 
 
 def live_count(name: str, size: int, fan_in: int, density: Fraction, pattern: str, block: int | None) -> LiveCount:
-    """How many of a tensor's `size` weights live, and the density that holds: of whole weights per row, or whole blocks.
+    """How many of a tensor's `size` weights live, and their density, with whole weights per row or whole blocks.
 
-    Raises InputError, naming the tensor, where its matrix (size / fan_in, fan_in) is not made of the pattern's blocks or
-    groups, where not one block would live, and for a density that is not N:M's own.
+    Raises InputError, naming the tensor, where its matrix (size / fan_in, fan_in) does not divide into the pattern's blocks or
+    groups, where no block would live, and for a density that is not N:M's own.
     """
+    rows, group = size // fan_in, group_of(pattern)
     if pattern == "block" and density < 1:
         assert block is not None
-        return _live_blocks(name, (size // fan_in, fan_in), density, block)
-    group = group_of(pattern)
+        if rows % block or fan_in % block:
+            shape = f"the shape {rows}×{fan_in}"
+            raise InputError(f"{name}: {block}×{block} blocks don't divide {shape}; expected another block")
+        count = size // block**2
+        live = _round(density * count)
+        if not live:
+            what = f"density {float(density):g} keeps none of its {count} blocks"
+            raise InputError(f"{name}: {what}; expected a smaller block or more width")
+        return LiveCount(live / count, live * block**2)
     if group is not None and density < 1:
-        return _live_groups(name, size, fan_in, density, *group)
+        live, length = group
+        if fan_in % length:
+            raise InputError(f"{name}: the fan-in {fan_in} doesn't divide into groups of {length}; expected a multiple")
+        if float(density) != live / length:  # a document's float may only be the nearest to N/M
+            what = f"density {float(density):g} with the pattern {pattern}"
+            raise InputError(f"{name}: {what}; expected {live}/{length}, or 1 for a dense tensor")
+        return LiveCount(live / length, size // length * live)
     if pattern == "fixed_fan_in":
         # every row keeps the same whole number, so the density that holds is that number's share, not the nominal one
         per_row = _round(density * fan_in)
-        return LiveCount(float(Fraction(per_row, fan_in)), per_row * (size // fan_in))
+        return LiveCount(per_row / fan_in, per_row * rows)
     require_known(pattern)
     return LiveCount(float(density), _round(density * size))
 
@@ -93,32 +106,6 @@ def require_known(pattern: str) -> None:
     """Raise AssertionError for a pattern that the caller has no case for: it would be taken for `exact`."""
     if group_of(pattern) is None and pattern not in ("exact", "bernoulli", "fixed_fan_in", "block"):
         raise AssertionError(f"no case for the pattern {pattern}")
-
-
-def _live_blocks(name: str, shape: tuple[int, int], density: Fraction, block: int) -> LiveCount:
-    if any(extent % block for extent in shape):
-        raise InputError(
-            f"{name}: its shape {shape[0]}×{shape[1]} is not made of {block}×{block} blocks; expected another block"
-        )
-    count = shape[0] * shape[1] // block**2
-    live = _round(density * count)
-    if not live:
-        raise InputError(
-            f"{name}: density {float(density):g} keeps none of its {count} blocks; expected a smaller block or more width"
-        )
-    return LiveCount(float(Fraction(live, count)), live * block**2)
-
-
-def _live_groups(name: str, size: int, fan_in: int, density: Fraction, live: int, group: int) -> LiveCount:
-    if fan_in % group:
-        raise InputError(
-            f"{name}: its fan-in {fan_in} is not made of groups of {group}; expected a multiple of {group}"
-        )
-    if float(density) != live / group:  # a document's float may only be the nearest to N/M
-        raise InputError(
-            f"{name}: density {float(density):g} with the pattern {live}:{group}; expected {live}/{group}, or 1 for a dense tensor"
-        )
-    return LiveCount(live / group, size // group * live)
 
 
 def _round(value: Fraction) -> int:

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from fractions import Fraction
 from math import nan, prod
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from supar_cli.errors import InputError
+from supar_cli.planning import layout
 from supar_cli.planning.document import content_hash, read_file
-from supar_cli.planning.plan_sections import Base as Base
-from supar_cli.planning.plan_sections import DecoderBase, OwnModel, PlanTask, derived_keys
-from supar_cli.planning.plan_sections import MaskSource as MaskSource
-from supar_cli.planning.plan_sections import Multipliers as Multipliers
-from supar_cli.planning.plan_sections import Parameterization as Parameterization
+from supar_cli.planning.plan_sections import (
+    Base,
+    DecoderBase,
+    OwnModel,
+    Parameterization,
+    PlanSparsity,
+    PlanTask,
+    Values,
+    derived_keys,
+)
 from supar_cli.planning.plan_sections import PlanModel as PlanModel
-from supar_cli.planning.plan_sections import PlanSparsity as PlanSparsity
 from supar_cli.planning.plan_sections import PlanTensor as PlanTensor
 from supar_cli.planning.plan_sections import PlanTrain as PlanTrain
-from supar_cli.planning.plan_sections import Values as Values
 from supar_cli.planning.problems import parse
 from supar_cli.planning.rules import STARTS, Edition
 from supar_cli.planning.schema import Field, Section
 from supar_cli.planning.spec import Data as Data  # re-exported: `training` reads plans, never specs
-from supar_cli.planning.spec import Engine as Engine
-from supar_cli.planning.spec import Hyperparameters, Model, Run
+from supar_cli.planning.spec import Engine, Hyperparameters, Model, Run
 
 CURRENT_RULES: Edition = 2  # the edition of the rules that new plans are made by; 1 is that of supar.plan/v1
 
@@ -33,9 +37,10 @@ _DERIVED = ("site", "block", "fan_in_axes", "fan_in", "base_fan_in")
 
 
 class Plan(Section):
-    """`supar.plan/v2`."""
+    """`supar.plan/v2`: a row of numbers for each tensor, and all else that decides a run."""
 
     EARLIER: ClassVar[dict[str, Any]] = {"supar.plan/v1": lambda data: _from_v1(data)}
+    UNHASHED = ("run", "meta")
     WHOLE_SECTIONS = ("model", "hyperparameters", "parameterization", "sparsity", "train", "data")
 
     kind: Literal["supar.plan/v2"]
@@ -53,53 +58,42 @@ class Plan(Section):
     meta: dict[str, Any] = Field(default_factory=dict)
 
     def check(self) -> None:
-        share = self.sparsity.sparsity + self.sparsity.density
-        if abs(share - 1) > 1e-9:
-            raise ValueError(
-                f"sparsity.density: {self.sparsity.density} and sparsity {self.sparsity.sparsity} don't add up to 1"
-            )
-        names = [row.name for row in self.tensors]
-        if len(set(names)) < len(names):
-            raise ValueError(
-                f"tensors: {next(name for name in names if names.count(name) > 1)} appears twice in the plan"
-            )
-        for row in self.tensors:
-            if row.tied_to is not None and (row.tied_to == row.name or row.tied_to not in names):
-                raise ValueError(f"tensors: {row.name} is tied to {row.tied_to}; expected another tensor of the plan")
+        sparsity, density = self.sparsity.sparsity, self.sparsity.density
+        if abs(sparsity + density - 1) > 1e-9:
+            raise ValueError(f"sparsity.density: {density} and sparsity {sparsity} don't add up to 1")
+        layout.check_names(self.tensors)
         if isinstance(self.model, PlanModel):
             self._check_decoder(self.model)
-        if isinstance(self.run.engine, dict):
-            known = {key for row in self.tensors if row.role == "hidden" for key in row.setting_names}
-            for name in self.run.engine:
-                if name not in known:
-                    raise ValueError(f"run.engine.{name}: no hidden tensor, site (`attn.q`), part (`attn`) or `hidden`")
+        known = {key for row in self.tensors if row.role == "hidden" for key in row.setting_names}
+        for name in self.run.engine if isinstance(self.run.engine, dict) else ():
+            if name not in known:
+                raise ValueError(
+                    f"run.engine.{name}: expected a hidden tensor, site (`attn.q`), part (`attn`) or `hidden`"
+                )
 
     def _check_decoder(self, model: PlanModel) -> None:
-        """Hold what follows from the model section to it. Raises ValueError."""
+        """Check the keys that follow from the model section. Raises ValueError."""
         train, tokens = self.train, self.train.steps * self.train.batch_size * model.context
         if train.tokens is None:
             raise ValueError("train.tokens: is missing")
         if train.tokens != tokens:
-            raise ValueError(
-                f"train.tokens: {train.tokens} is not {train.steps} steps of {train.batch_size} sequences of {model.context} "
-                f"tokens; expected {tokens}"
-            )
+            length = f"{train.steps} steps of {train.batch_size} sequences of {model.context} tokens"
+            raise ValueError(f"train.tokens: {train.tokens} is not {length}; expected {tokens}")
         base = self.parameterization.base
         for key in ("width", "ffn_width", "layers", "kv_share"):
             if vars(base)[key] is None:
                 raise ValueError(f"parameterization.base.{key}: is missing")
         if model.layers > len(self.tensors):
-            raise ValueError(f"model.layers: {model.layers} layers have more than the {len(self.tensors)} tensors")
+            raise ValueError(f"model.layers: {model.layers} layers need more than the {len(self.tensors)} tensors here")
         derived = derived_keys(model, base)
         for at, row in enumerate(self.tensors):
             for key, value in derived.get(row.name, {}).items():
-                if vars(row)[key] != value:
-                    raise ValueError(
-                        f"tensors.{at}.{key}: {vars(row)[key]}; the model's shape gives {value} to {row.name}"
-                    )
+                given = vars(row)[key]
+                if given != value:
+                    raise ValueError(f"tensors.{at}.{key}: {given}; the model's shape gives {value} to {row.name}")
 
     def beside(self, document: str) -> Plan:
-        """The plan with the files that it names sought beside its document, `-` being in the working directory."""
+        """The plan with the path of its mask file taken from its document's folder; `-` is the working directory."""
         source = self.sparsity.source
         if source.path is None or document == "-" or Path(source.path).is_absolute():
             return self
@@ -112,26 +106,26 @@ class Plan(Section):
         """The model section of supar's own families. Raises InputError for a user's model, which has no such shape."""
         if isinstance(self.model, PlanModel):
             return self.model
-        raise InputError("model.family: own: this needs a model of supar's own families, gpt2 or llama")
+        raise InputError("model.family: own; this needs one of supar's own families, gpt2 or llama")
 
     def engine(self, row: PlanTensor) -> Engine:
-        """What the run section says of a hidden tensor: by its name, site or part, or of all."""
+        """The engine that the run section names for a hidden tensor, by its name, site or part, or for all."""
         engine = self.run.engine
         if not isinstance(engine, dict):
             return engine
         return next((engine[key] for key in row.setting_names if key in engine), "auto")
 
     def hash(self) -> str:
-        """Identity of the experiment: everything but `run`, `meta` and where the data lie, which have a hash of their own."""
+        """Identity of the experiment: everything but `run`, `meta` and the place of the data, which have a hash of their own."""
         return content_hash(self.experiment())
 
     def experiment(self) -> dict[str, Any]:
         """What decides the run's result, as plain data.
 
-        Of supar's own families in the form of supar.plan/v1, extended by what that could not say: the same experiment
-        has the same hash as when it was written there.
+        Of supar's own families in the form of supar.plan/v1, extended by what that could not say: so the same
+        experiment keeps the hash that it had there.
         """
-        found = self.identity(exclude={"run", "meta"})
+        found = self.identity()
         found["parameterization"].pop("edition", None)  # the numbers are all here, whoever worked them out
         if self.data.hash is not None:
             del found["data"]["source"]
@@ -184,40 +178,33 @@ def decoder_base(plan: Plan) -> DecoderBase:
 def _from_v1(data: dict[str, Any]) -> dict[str, Any]:
     """A plan of supar.plan/v1 in today's form: the same run, by the first edition of the rules.
 
-    What is not as it should be stays as it is, for the validation that follows to name.
+    What is wrong stays as it is, so that the validation after it names it.
     """
     found = {**data, "kind": "supar.plan/v2"}
     model, parameterization, tensors = data.get("model"), data.get("parameterization"), data.get("tensors")
     if isinstance(parameterization, dict):
         found["parameterization"] = {**parameterization, "edition": 1}
-    if not isinstance(tensors, list):
-        return found
-    derived: dict[str, dict[str, Any]] = {}
-    try:
-        assert isinstance(model, dict) and isinstance(parameterization, dict)
-        shape = Model.model_validate({key: value for key, value in model.items() if key != "multipliers"})
-        if shape.layers <= len(tensors):
-            derived = derived_keys(shape, Base.model_validate(parameterization["base"]))
-    except (ValueError, AssertionError, KeyError, TypeError):
-        pass
-    found["tensors"] = [_row_from_v1(row, derived) if isinstance(row, dict) else row for row in tensors]
+    if isinstance(tensors, list):
+        derived: dict[str, dict[str, Any]] = {}
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            shape = Model.model_validate({key: value for key, value in model.items() if key != "multipliers"})  # type: ignore[union-attr]
+            if shape.layers <= len(tensors):
+                derived = derived_keys(shape, Base.model_validate(parameterization["base"]))  # type: ignore[index]
+        found["tensors"] = [_row_from_v1(row, derived) if isinstance(row, dict) else row for row in tensors]
     return found
 
 
 def _row_from_v1(row: dict[str, Any], derived: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    shape, name = row.get("shape"), row.get("name")
+    shape, name, role = row.get("shape"), row.get("name"), str(row.get("role"))
     extents = shape if isinstance(shape, list) and shape and all(type(extent) is int for extent in shape) else [1]
-    own = derived.get(name if isinstance(name, str) else "")
-    if own is None:  # of no tensor of the model, which training refuses by name
-        axes = [len(extents) - 1] if row.get("role") in ("hidden", "unembedding") else []
-        own = {"site": name, "block": None, "fan_in_axes": axes, "base_fan_in": 1}
+    # a row that the model has no tensor for is refused by name when it is trained
+    axes = [len(extents) - 1] if role in ("hidden", "unembedding") else []
+    own = derived.get(str(name), {"site": name, "block": None, "fan_in_axes": axes, "base_fan_in": 1})
     fan_in = prod(extents[axis] for axis in own["fan_in_axes"] if axis < len(extents))
     found = {**own, "fan_in": max(fan_in, 1), **row}
-    role = row.get("role")
-    constant = STARTS.get(role) if isinstance(role, str) else None  # v1 has init_std 0 there
-    if row.get("init_std") == 0 and constant is not None:
+    if row.get("init_std") == 0 and role in STARTS:  # what v1 says of all that starts at a number
         del found["init_std"]
-        found["init_constant"] = constant
+        found["init_constant"] = STARTS[role]
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from math import prod
 from typing import Any, ClassVar, Literal
 
@@ -39,7 +38,7 @@ class PlanModel(Model):
 
     @property
     def tied_head_size(self) -> int:
-        """Weights of a head that is the embedding, which no row of its own stands for."""
+        """Number of weights of a head that is the embedding; it has no row of its own."""
         return self.vocab * self.width if self.tied else 0
 
 
@@ -98,7 +97,7 @@ class DecoderBase(Base):
 
 
 class Parameterization(Options):
-    """The rules. `edition` is that of their formulas; it changes no number, which all are stored."""
+    """The rules. `edition` is that of their formulas; no number depends on it, as all are stored."""
 
     name: ParameterizationName
     base: Base
@@ -108,6 +107,8 @@ class Parameterization(Options):
 class MaskSource(Section):
     """Where masks come from: drawn from the seed, or read from a file whose hash is given."""
 
+    UNHASHED = ("path",)  # the hash says which masks they are
+
     kind: Literal["random", "file"] = "random"
     path: str | None = Field(default=None, neutral=True, omit=True)
     hash: str | None = Field(default=None, neutral=True, omit=True)
@@ -115,12 +116,7 @@ class MaskSource(Section):
     def check(self) -> None:
         for key in ("path", "hash"):
             if (self.kind == "file") != (vars(self)[key] is not None):
-                expected = "expected with kind: file" if self.kind == "random" else "is missing"
-                raise ValueError(f"{key}: {expected}")
-
-    def identity(self, *, include: Collection[str] | None = None, exclude: Collection[str] = ()) -> dict[str, Any]:
-        """Without the path: the hash says which masks they are."""
-        return super().identity(include=include, exclude={"path", *exclude})
+                raise ValueError(f"{key}: {'is missing' if self.kind == 'file' else 'expected with kind: file only'}")
 
 
 class PlanSparsity(PatternKeys):
@@ -174,7 +170,7 @@ class PlanTensor(Section):
 
     `fan_in` and `base_fan_in` are the products of the extents along `fan_in_axes`, here and in the proxy. The start is
     `init_constant` or normal with deviation `init_std`. `fold` is a factor of the forward pass that was moved into these
-    numbers. A tensor that is `tied_to` another is that one's memory and has no numbers of its own to follow.
+    numbers. A tensor that is `tied_to` another shares its memory, and its own numbers are not used.
     """
 
     name: str
@@ -202,8 +198,7 @@ class PlanTensor(Section):
 
     @property
     def setting_names(self) -> tuple[str, ...]:
-        """What settings by tensor may call it, the most specific first."""
-        return layout.setting_names(self.name, self.site, self.role)
+        return layout.setting_names(self)
 
     @property
     def wpn(self) -> float:
@@ -212,14 +207,12 @@ class PlanTensor(Section):
 
     def check(self) -> None:
         if min(self.shape) < 1:
-            raise ValueError(f"shape: {self.shape} must be positive")
+            raise ValueError(f"shape: {self.shape}; expected extents of 1 or more")
         layout.check_axes(self.fan_in_axes, len(self.shape))
         if self.fan_in != prod(self.shape[axis] for axis in self.fan_in_axes):
-            raise ValueError(
-                f"fan_in: {self.fan_in} is not the product of {self.shape} along the axes {self.fan_in_axes}"
-            )
+            raise ValueError(f"fan_in: {self.fan_in} is not the product of the extents at axes {self.fan_in_axes}")
         if self.role == "hidden" and not self.fan_in_axes:
-            raise ValueError("fan_in_axes: none; expected the axes that the product of a hidden weight sums over")
+            raise ValueError("fan_in_axes: none; expected the axes that a hidden weight's product sums over")
         if abs(self.kept - self.density * self.size) > 0.51:
             raise ValueError(f"kept: {self.kept} is not density {self.density} of {self.size} weights")
         if (self.init_std is None) == (self.init_constant is None):
@@ -229,21 +222,19 @@ class PlanTensor(Section):
                 raise ValueError(f"because.{key}: {value}; expected a multiplier above 0")
         if self.role != "hidden" and self.density != 1:
             raise ValueError(f"density: {self.density} on a tensor of role {self.role}; only hidden weights are sparse")
+        if self.tied_to == self.name:
+            raise ValueError(f"tied_to: {self.tied_to}, the tensor itself; expected another tensor of the plan")
         if self.role == "norm" and self.init_std is not None:
-            raise ValueError(f"init_std: {self.init_std}; expected init_constant, where every gain starts")
+            raise ValueError(f"init_std: {self.init_std}; expected init_constant: a gain starts at a number")
 
 
 def derived_keys(model: Model, base: Base) -> dict[str, dict[str, Any]]:
-    """By a tensor's name, what the shapes of a decoder and of its proxy say of it: `_DERIVED`."""
+    """The keys of a row that follow from the shapes of a decoder and of its proxy, by the tensor's name."""
     # the proxy's fan-ins by site depend on its two widths only
     shape = {"width": base.width, "ffn_width": base.ffn_width, "layers": 1, "heads": 1, "kv_heads": 1}
-    base_fan_in = {tensor.site: tensor.fan_in for tensor in layout.tensors(model.model_copy(update=shape))}
-    return {
-        tensor.name: {
-            "site": tensor.site,
-            "block": tensor.block,
-            "fan_in_axes": list(tensor.fan_in_axes),
-            "base_fan_in": base_fan_in[tensor.site],
-        }
-        for tensor in layout.tensors(model)
-    }
+    narrow = {tensor.site: tensor.fan_in for tensor in layout.tensors(model.model_copy(update=shape))}
+    found: dict[str, dict[str, Any]] = {}
+    for tensor in layout.tensors(model):
+        site, axes = {"site": tensor.site, "block": tensor.block}, {"fan_in_axes": list(tensor.fan_in_axes)}
+        found[tensor.name] = {**site, **axes, "base_fan_in": narrow[tensor.site]}
+    return found

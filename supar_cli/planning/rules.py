@@ -38,11 +38,12 @@ STARTS = {"norm": 1.0, "bias": 0.0}  # where every gain and every bias starts [P
 
 
 class Rule(NamedTuple):
-    """A resolved number with the formula that gave it and the formula's source."""
+    """A resolved number with the formula that gave it, the formula's source, and what else there is to say of it."""
 
     value: float
     formula: str
     source: str
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,11 +147,11 @@ _DENSITY_IN_RATE = ("supar", "supar-lr-only")
 def init_std(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> Rule:
     """Standard deviation of the initial values. [P Table 1; residual_init: R; zero unembedding: V]"""
     if context.role == "norm":
-        return Rule(0.0, "0: every gain starts at exactly 1", "P Table 1")
+        return Rule(0.0, "0", "P Table 1", "every gain starts at exactly 1")
     if context.role == "bias":
-        return Rule(0.0, "0: every bias starts at exactly 0", "P Table 1")
+        return Rule(0.0, "0", "P Table 1", "every bias starts at exactly 0")
     if context.role == "unembedding" and scheme.unembedding_init == "zero":
-        return Rule(0.0, "0 (unembedding_init: zero)", "V App. D.2")
+        return Rule(0.0, "0", "V App. D.2", "unembedding_init: zero")
     if context.role != "hidden":
         return Rule(proxy.sigma, "σ", "P Table 1")
     value, formula, source = proxy.sigma, "σ", "SP"
@@ -187,6 +188,9 @@ def _fraction(above: list[str], below: list[str]) -> str:
     return "·".join(above) + bar.format("·".join(below))
 
 
+_AFTER_HEAD = "the output multiplier is not in its gradient"
+
+
 def _is_after_head(scheme: Scheme, context: TensorContext) -> bool:
     """Whether the multiplier of what leaves the model is absent from the tensor's gradient, which then is Θ(1). [D]"""
     return context.after_head and scheme.edition == 2
@@ -204,14 +208,14 @@ def learning_rate(scheme: Scheme, proxy: ProxyValues, context: TensorContext) ->
     if scheme.optimizer == "adamw":
         return Rule(proxy.eta, "η", "P Table 1")
     if _is_after_head(scheme, context):
-        return Rule(proxy.eta, "η, as the output multiplier is not in its gradient", "D")
+        return Rule(proxy.eta, "η", "D", _AFTER_HEAD)
     return Rule(proxy.eta * context.m_d, "η·m_d", "V Table 8 with the forward 1/m_d")
 
 
 def weight_decay(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> Rule:
     """Decay λ as PyTorch applies it, shrinking by lr·λ a step. [independent: V; coupled: R; sqrt: arXiv 2510.15262]"""
     if context.role in ("bias", "norm"):
-        return Rule(0.0, "0: biases and gains do not decay", "P Table 1")
+        return Rule(0.0, "0", "P Table 1", "biases and gains do not decay")
     if context.role == "hidden":
         divisor, above, below = _hidden_divisor(scheme, context)
         symbol = _fraction(below, above)
@@ -223,42 +227,48 @@ def weight_decay(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> 
         return Rule(proxy.lam, "λ", "R" if scheme.weight_decay_rule == "coupled" else "V")
     if scheme.weight_decay_rule == "sqrt":
         return Rule(proxy.lam * sqrt(divisor), f"λ·√({symbol})", "arXiv 2510.15262")
-    return Rule(proxy.lam * divisor, f"λ·{symbol}, so that lr·λ is the proxy's", "V, D")
+    return Rule(proxy.lam * divisor, f"λ·{symbol}", "V, D", "so that lr·λ equals the proxy's")
 
 
 def adam_eps(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> Rule:
     """Adam's epsilon, scaled like the gradients, which the output multiplier makes Θ(1/m_out). [C; without m_rho: D]"""
     if scheme.optimizer == "sgd":
-        return Rule(0.0, "0: SGD has no epsilon", "–")
+        return Rule(0.0, "0", "–", "SGD has no epsilon")
     if scheme.name == "sp":
         return Rule(proxy.eps, "ε", "SP")
     if _is_after_head(scheme, context):
-        return Rule(proxy.eps, "ε, as the output multiplier is not in its gradient", "D")
+        return Rule(proxy.eps, "ε", "D", _AFTER_HEAD)
     divisor, symbol = (context.m_d, "m_d") if scheme.edition == 1 else (context.m_out, "m_out")
     if context.in_block and scheme.depth_rule == "completep":
         return Rule(proxy.eps / (divisor * context.m_L), f"ε/({symbol}·m_L)", "C")
     return Rule(proxy.eps / divisor, f"ε/{symbol}", "C, D")
 
 
-def input_multiplier(scheme: Scheme, alpha_input: float) -> Rule:
-    """Factor on the sum of token and position embedding. [P Table 1]"""
-    return Rule(1.0, "1", "SP") if scheme.name == "sp" else Rule(alpha_input, "α_input", "P Table 1")
+def tensor_rules(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> dict[str, Rule]:
+    """The numbers of one tensor by their names in a plan."""
+    return {
+        "init_std": init_std(scheme, proxy, context),
+        "lr": learning_rate(scheme, proxy, context),
+        "weight_decay": weight_decay(scheme, proxy, context),
+        "eps": adam_eps(scheme, proxy, context),
+    }
 
 
-def output_multiplier(scheme: Scheme, alpha_output: float, m_d: float) -> Rule:
-    """Factor on the logits, inside the head. `m_d` is the ratio of the head's fan-in. [P Table 1]"""
-    return Rule(1.0, "1", "SP") if scheme.name == "sp" else Rule(alpha_output / m_d, "α_output/m_d", "P Table 1")
+def forward_rules(
+    scheme: Scheme, alpha_input: float, alpha_output: float, m_d: float, m_L: float, head_width: int
+) -> dict[str, Rule]:
+    """The factors of the forward pass by their names in a plan. [P Table 1; residual: C, alpha = 1]
 
-
-def attention_multiplier(scheme: Scheme, head_width: int) -> Rule:
-    """Factor on q·k. [P Table 1]"""
+    `input` is on the sum of token and position embedding, `output` on the logits, inside the head, `m_d` being the ratio of
+    the head's fan-in, `attention` on q·k, and `residual` on each residual branch.
+    """
     if scheme.name == "sp":
-        return Rule(1.0 / sqrt(head_width), "1/√d_head", "SP")
-    return Rule(1.0 / head_width, "1/d_head", "P Table 1")
-
-
-def residual_multiplier(scheme: Scheme, m_L: float) -> Rule:
-    """Factor on each residual branch. [C, alpha = 1]"""
-    if scheme.name != "sp" and scheme.depth_rule == "completep":
-        return Rule(1.0 / m_L, "1/m_L", "C")
-    return Rule(1.0, "1", "–")
+        one, attention = Rule(1.0, "1", "SP"), Rule(1.0 / sqrt(head_width), "1/√d_head", "SP")
+        return {"input": one, "output": one, "attention": attention, "residual": Rule(1.0, "1", "–")}
+    by_depth = scheme.depth_rule == "completep"
+    return {
+        "input": Rule(alpha_input, "α_input", "P Table 1"),
+        "output": Rule(alpha_output / m_d, "α_output/m_d", "P Table 1"),
+        "attention": Rule(1.0 / head_width, "1/d_head", "P Table 1"),
+        "residual": Rule(1.0 / m_L, "1/m_L", "C") if by_depth else Rule(1.0, "1", "–"),
+    }

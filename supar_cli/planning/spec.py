@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
-from supar_cli.planning.density import Share, literal
+from supar_cli.planning.density import Share, density_from
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.patterns import Block, Pattern, PatternKeys
 from supar_cli.planning.problems import validate
@@ -58,11 +57,9 @@ class Model(Section):
         if self.width % self.heads:
             raise ValueError(f"heads: {self.heads} heads don't divide the width {self.width}; expected a divisor of it")
         if self.heads % self.kv_heads:
-            raise ValueError(
-                f"kv_heads: {self.kv_heads} don't divide the {self.heads} heads; expected a divisor of them"
-            )
+            raise ValueError(f"kv_heads: {self.kv_heads} don't divide the {self.heads} heads; expected a divisor")
         if self.positions == "rope" and self.head_width % 2:
-            raise ValueError(f"heads: rope needs an even head width, not {self.head_width}")
+            raise ValueError(f"heads: rope positions need an even head width, not {self.head_width}")
 
     @property
     def head_width(self) -> int:
@@ -90,9 +87,7 @@ class Options(Section):
 
     def check(self) -> None:
         if self.depth_rule == "completep" and self.residual_init == "gpt2":
-            raise ValueError(
-                "residual_init: gpt2 scales the residual branches a second time; expected none with completep"
-            )
+            raise ValueError("residual_init: gpt2 scales the residual branches again; expected none with completep")
 
 
 class Data(Section):
@@ -123,7 +118,7 @@ class Train(Section):
 
     def check(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: {self.betas} must both be in [0, 1)")
+            raise ValueError(f"betas: {self.betas}; expected two numbers in [0, 1)")
 
 
 class Run(Section):
@@ -155,25 +150,16 @@ class Sparsity(PatternKeys):
     def check(self) -> None:
         self.check_pattern()
         if self.sparsity is not None and self.density is not None:
-            raise ValueError("density: given beside sparsity; expected only one of them")
-        if self.sparsity is not None and not 0 <= _number("sparsity", self.sparsity) < 1:
-            what = "leaves no weights" if literal(self.sparsity) >= 1 else "is no share"
-            raise ValueError(f"sparsity: {self.sparsity} {what}; expected 0 <= sparsity < 1")
-        if self.density is not None and not 0 < _number("density", self.density) <= 1:
-            raise ValueError(f"density: {self.density}; expected 0 < density <= 1")
+            raise ValueError("density: sparsity is given too; expected only one of them")
+        if self.sparsity is not None:
+            density_from("sparsity", self.sparsity)
+        if self.density is not None:
+            density_from("density", self.density)
         for key, value in self.overrides.items():
-            if not 0 < _number(f"overrides.{key}", value) <= 1:
-                raise ValueError(f"overrides.{key}: {value}; expected 0 < density <= 1")
+            density_from("density", value, f"overrides.{key}")
 
 
-def _number(key: str, value: Share) -> Fraction:
-    try:
-        return literal(value)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}; expected a number or a fraction such as 1/128") from None
-
-
-# what a changed value drops of its section, unless it is given too: keys that belonged to the value before
+# the keys of its section that a changed value drops unless they are given too: they belonged to the value before
 _LENGTHS = ("steps", "tokens", "tokens_per_parameter")
 DROPPED_BY = {
     "width": ("heads", "kv_heads", "ffn_width"),  # a target's own head count and FFN width belong to its own width
@@ -186,7 +172,7 @@ DROPPED_BY = {
 
 
 def override(section: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A section's data with changes put in, those that are None left out, and what they drop set to None."""
+    """A section's data with the changes that are not None; the keys that these drop are set to None."""
     given = {name: value for name, value in changes.items() if value is not None}
     dropped = {name for changed in given for name in DROPPED_BY.get(changed, ()) if name not in given}
     if given.get("pattern") == "block":  # a document's own blocks go with its pattern
@@ -195,7 +181,7 @@ def override(section: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
 
 
 class Target(Section):
-    """What the quickstart transfers to when no flag says otherwise. None: as the proxy."""
+    """What `supar transfer` plans where no flag says otherwise. None means the proxy's value."""
 
     width: int | None = Field(default=None, gt=0, le=2**31)
     layers: int | None = Field(default=None, gt=0, le=MOST_LAYERS)
@@ -213,12 +199,12 @@ class Target(Section):
     def check(self) -> None:
         given = [word for word in ("steps", "tokens", "tokens_per_parameter") if getattr(self, word) is not None]
         if len(given) > 1:
-            raise ValueError(f"{given[1]}: given beside {given[0]}; expected one length of training")
+            raise ValueError(f"{given[1]}: {given[0]} is given too; expected only one length of training")
 
     def override(self, **changes: Any) -> Target:
-        """The target with keys of itself and of its `sparsity` changed, and what they drop dropped.
+        """The target with some of its keys, or of its `sparsity`'s, changed; see DROPPED_BY for what they drop.
 
-        Raises InputError for a key that it doesn't have and for values that can't be.
+        Raises InputError for an unknown key and for values that are not valid.
         """
         level = {name: value for name, value in changes.items() if name in Sparsity.keys()}  # noqa: SIM118
         own = {name: value for name, value in changes.items() if name not in level}
@@ -245,20 +231,13 @@ class Search(Section):
     SEARCHED: ClassVar[tuple[str, ...]] = ("lr", "init_std", "alpha_input", "alpha_output", "weight_decay")
 
     def check(self) -> None:
-        for name, (low, high) in self.ranges().items():
-            if not 0 < low < high:
-                raise ValueError(f"{name}: [{low}, {high}] is no range; expected 0 < low < high")
+        for name, bounds in self.ranges().items():
+            if len(bounds) != 2 or not 0 < bounds[0] < bounds[1]:
+                raise ValueError(f"{name}: {bounds}; expected [low, high] with 0 < low < high")
 
-    def ranges(self) -> dict[str, tuple[float, float]]:
-        """Searched names and their (low, high)."""
-        found = {}
-        for name in self.SEARCHED:
-            bounds = getattr(self, name)
-            if bounds is not None:
-                if len(bounds) != 2:
-                    raise ValueError(f"{name}: expected [low, high]")
-                found[name] = (bounds[0], bounds[1])
-        return found
+    def ranges(self) -> dict[str, list[float]]:
+        """Searched names and their [low, high]."""
+        return {name: bounds for name in self.SEARCHED if (bounds := vars(self)[name]) is not None}
 
 
 class Spec(Section):
@@ -280,6 +259,8 @@ class Spec(Section):
 class Proxy(Section):
     """`supar.proxy/v1`: hyperparameters, the shape, data and training they hold for, and the evidence."""
 
+    UNHASHED = ("run", "meta", "target")  # which flags set and the plan resolves
+
     kind: Literal["supar.proxy/v1"]
     parents: dict[str, str] = Field(default_factory=dict)
     model: Model
@@ -294,5 +275,5 @@ class Proxy(Section):
     meta: dict[str, Any] = Field(default_factory=dict)
 
     def hash(self) -> str:
-        """Identity of what was tuned: everything but `run`, `meta` and `target`, which flags set and the plan resolves."""
-        return content_hash(self.identity(exclude={"run", "meta", "target"}))
+        """Identity of what was tuned."""
+        return content_hash(self.identity())

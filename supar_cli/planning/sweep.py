@@ -225,7 +225,7 @@ class Sweep(Section):
 
 def _share(axis: str, text: str) -> Share:
     """A density as documents have it, from the text of a sparsity or a density."""
-    exact = shares.density_from(**{axis: text})
+    exact = shares.density_from(axis, text)
     return str(exact) if "/" in text else float(exact)
 
 

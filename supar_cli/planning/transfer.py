@@ -9,17 +9,8 @@ from typing import Any, get_args
 from supar_cli.errors import InputError
 from supar_cli.planning import density, layout, patterns, rules
 from supar_cli.planning.advice import WPN_IMPOSSIBLE, remedy
-from supar_cli.planning.plan import (
-    CURRENT_RULES,
-    Base,
-    Multipliers,
-    Parameterization,
-    Plan,
-    PlanModel,
-    PlanSparsity,
-    PlanTensor,
-    PlanTrain,
-)
+from supar_cli.planning.plan import CURRENT_RULES, Plan, PlanModel, PlanTensor, PlanTrain
+from supar_cli.planning.plan_sections import Base, Multipliers, Parameterization, PlanSparsity, derived_keys
 from supar_cli.planning.problems import validate
 from supar_cli.planning.schema import LARGEST
 from supar_cli.planning.spec import Model, Proxy, Sparsity, Target
@@ -41,86 +32,82 @@ def transfer(
     options = proxy.parameterization.model_dump(include=rules.OPTIONS)
     scheme = rules.Scheme(parameterization, proxy.train.optimizer, **options, edition=edition)
     if scheme.depth_rule == "completep" and scheme.optimizer == "sgd":
-        raise InputError("parameterization.depth_rule: completep is not known for SGD; expected adamw")
-    wanted, hyper = target.sparsity, proxy.hyperparameters
+        raise InputError("parameterization.depth_rule: completep has no rule for SGD; expected the optimizer adamw")
+    wanted, hyper, base = target.sparsity, proxy.hyperparameters, _base(proxy)
     share = _density(wanted)
-    rows = _rows(proxy, scheme, model, wanted, share)
+    rows = _rows(proxy, scheme, model, base, wanted, share)
     m_width, m_L = model.width / proxy.model.width, model.layers / proxy.model.layers
+    factors = rules.forward_rules(scheme, hyper.alpha_input, hyper.alpha_output, m_width, m_L, model.head_width)
+    multipliers = Multipliers(**{name: rule.value for name, rule in factors.items()})
+    drawn = wanted.model_dump(include=("pattern", "block", "distribution"))
+    drawn["overrides"] = {name: float(density.literal(value)) for name, value in wanted.overrides.items()}
     plan = Plan(
         kind="supar.plan/v2",
         parents={"proxy": proxy.hash()},
-        model=PlanModel(
-            **model.model_dump(),
-            multipliers=Multipliers(
-                input=rules.input_multiplier(scheme, hyper.alpha_input).value,
-                output=rules.output_multiplier(scheme, hyper.alpha_output, m_width).value,
-                attention=rules.attention_multiplier(scheme, model.head_width).value,
-                residual=rules.residual_multiplier(scheme, m_L).value,
-            ),
-        ),
-        parameterization=Parameterization(
-            name=parameterization,
-            **options,
-            base=_base_section(proxy),
-            edition=edition,
-        ),
+        model=PlanModel(**model.model_dump(), multipliers=multipliers),
+        parameterization=Parameterization(name=parameterization, **options, base=base, edition=edition),
         hyperparameters=hyper,
-        sparsity=PlanSparsity(
-            density=float(share),
-            sparsity=float(1 - share),
-            pattern=wanted.pattern,
-            block=wanted.block,
-            distribution=wanted.distribution,
-            overrides={name: float(density.literal(value)) for name, value in wanted.overrides.items()},
-        ),
+        sparsity=PlanSparsity(density=float(share), sparsity=float(1 - share), **drawn),
         tensors=rows,
         data=proxy.data,
         train=_train(proxy, target, model, sum(row.kept for row in rows)),
         run=proxy.run,
-        meta={},
     )
-    too_low = [row for row in plan.tensors if row.role == "hidden" and row.wpn < WPN_IMPOSSIBLE]
-    if too_low and not allow_low_wpn:
-        row = min(too_low, key=lambda row: row.wpn)
-        raise InputError(
-            f"{row.name}: {row.wpn:.3g} weights per neuron (fan-in {row.fan_in} × density {row.density:g}): most outputs would have "
-            f"no input at all; {remedy(plan, row)}, or --allow-low-wpn"
-        )
+    low = min((row for row in plan.tensors if row.role == "hidden"), key=lambda row: row.wpn)
+    if low.wpn < WPN_IMPOSSIBLE and not allow_low_wpn:
+        few = f"{low.wpn:.3g} weights per neuron (fan-in {low.fan_in} × density {low.density:g})"
+        remedies = f"{remedy(plan, low)}; --allow-low-wpn plans it anyway"
+        raise InputError(f"{low.name}: {few}: most outputs would have no input at all; {remedies}")
     return plan
 
 
-def _rows(proxy: Proxy, scheme: rules.Scheme, model: Model, wanted: Sparsity, share: Fraction) -> list[PlanTensor]:
+def _rows(
+    proxy: Proxy, scheme: rules.Scheme, model: Model, base: Base, wanted: Sparsity, share: Fraction
+) -> list[PlanTensor]:
     """Every tensor of `model` with its numbers."""
-    tensors = layout.tensors(model)
-    hidden = [tensor for tensor in tensors if tensor.role == "hidden"]
-    where = "target.sparsity.overrides"
-    kept = density.distribute(hidden, share, wanted.distribution, wanted.pattern, wanted.overrides, where, wanted.block)
-    base, base_density = {tensor.site: tensor for tensor in layout.tensors(proxy.model)}, _base_density(proxy)
-    hyper = proxy.hyperparameters
+    kept = _live_counts(model, share, wanted, "target.sparsity.overrides")
+    narrow, base_density = {tensor.site: tensor for tensor in layout.tensors(proxy.model)}, _base_density(proxy)
+    derived, hyper = derived_keys(model, base), proxy.hyperparameters
     tuned = rules.ProxyValues(hyper.init_std, hyper.lr, hyper.weight_decay, hyper.eps)
     m_width, m_L = model.width / proxy.model.width, model.layers / proxy.model.layers
     rows = []
-    for tensor in tensors:
+    for tensor in layout.tensors(model):
         own = kept.get(tensor.name, patterns.LiveCount(1.0, tensor.size))
-        m_d, m_fan_out = layout.ratios(tensor, base[tensor.site])
-        if scheme.edition == 1 and tensor.role != "hidden":
-            m_d = m_width
-        m_rho = own.density / base_density[tensor.site] if tensor.role == "hidden" else 1.0
         if own.count == 0:
             raise InputError(f"{tensor.name}: density {own.density} keeps none of its {tensor.size} weights")
+        m_d, m_fan_out = layout.ratios(tensor, narrow[tensor.site])
         context = rules.TensorContext(
             tensor.role,
-            m_d,
+            m_width if scheme.edition == 1 and tensor.role != "hidden" else m_d,
             m_fan_out=m_fan_out,
             m_out=m_width,
-            m_rho=m_rho,
+            m_rho=own.density / base_density.get(tensor.site, 1.0),
             m_L=m_L,
             layers=model.layers,
             in_block=tensor.block is not None,
             writes_residual=tensor.writes_residual,
         )
-        rows.append(_row(scheme, tuned, tensor, base[tensor.site].fan_in, own, context))
+        numbers = {name: rule.value for name, rule in rules.tensor_rules(scheme, tuned, context).items()}
+        if tensor.role in rules.STARTS:
+            del numbers["init_std"]
+            numbers["init_constant"] = rules.STARTS[tensor.role]
+        keys: dict[str, Any] = {**derived[tensor.name], **numbers, "because": _because(scheme, context)}
+        keys |= {"shape": list(tensor.shape), "fan_in": tensor.fan_in, "density": own.density, "kept": own.count}
+        rows.append(PlanTensor(name=tensor.name, role=tensor.role, **keys))
     return rows
+
+
+def _because(scheme: rules.Scheme, context: rules.TensorContext) -> dict[str, float]:
+    """The ratios that a tensor's numbers come from, those of its output where they are not its m_d."""
+    because = {"m_d": context.m_d}
+    if scheme.edition == 2 and scheme.name != "sp":
+        by_output = {"m_out": context.m_out} if scheme.optimizer == "adamw" else {"m_fan_out": context.fan_out}
+        because |= {key: value for key, value in by_output.items() if value != context.m_d}
+    if context.role == "hidden":
+        because["m_rho"] = context.m_rho
+    if scheme.depth_rule == "completep" and context.in_block:
+        because["m_L"] = context.m_L
+    return because
 
 
 def as_trial(proxy: Proxy) -> Plan:
@@ -130,103 +117,61 @@ def as_trial(proxy: Proxy) -> Plan:
 
 def _density(wanted: Sparsity) -> Fraction:
     own = patterns.density_of(wanted.pattern)
-    if wanted.sparsity is None and wanted.density is None:
+    word = "density" if wanted.sparsity is None else "sparsity"
+    given = vars(wanted)[word]
+    if given is None:
         if own is None:
-            raise InputError("how sparse the target is to be was not said; expected --sparsity or --density")
+            raise InputError("the target has no sparsity; expected --sparsity or --density")
         return own
-    given = density.density_from(sparsity=wanted.sparsity, density=wanted.density)
-    if own is not None and float(given) not in (float(own), 1.0):  # a document's float is only the nearest to N/M
-        word, expected = ("density", f"{own}, or 1") if wanted.sparsity is None else ("sparsity", f"{1 - own}, or 0")
-        raise InputError(f"{word}: {getattr(wanted, word)} with the pattern {wanted.pattern}; expected {expected}")
-    return given
+    asked = density.density_from(word, given)
+    if own is not None and float(asked) not in (float(own), 1.0):  # a document's float is only the nearest to N/M
+        expected = f"{own}, or 1" if word == "density" else f"{1 - own}, or 0"
+        raise InputError(f"{word}: {given} with the pattern {wanted.pattern}; expected {expected}")
+    return asked
 
 
 def target_model(proxy: Model, target: Target) -> Model:
     """The proxy's shape with the target's changes; head width and FFN ratio are kept unless given."""
-    width = target.width or proxy.width
-    heads = target.heads
-    if heads is None:
-        if width % proxy.head_width:
-            raise InputError(
-                f"target.width: {width} is no multiple of the proxy's head width {proxy.head_width}; expected one that is, or --heads"
-            )
-        heads = width // proxy.head_width
-    kv_heads = target.kv_heads
-    if kv_heads is None:
-        group = proxy.heads // proxy.kv_heads
-        kv_heads = heads // group if heads % group == 0 else 1
-    ffn_width = target.ffn_width
-    if ffn_width is None:
-        if (width * proxy.ffn_width) % proxy.width:
-            raise InputError(
-                f"target.width: the FFN ratio {proxy.ffn_width}/{proxy.width} gives no whole FFN width at {width}; expected --ffn-width"
-            )
-        ffn_width = width * proxy.ffn_width // proxy.width
-    changes = {"width": width, "heads": heads, "kv_heads": kv_heads, "ffn_width": ffn_width}
+    width, group = target.width or proxy.width, proxy.heads // proxy.kv_heads
+    heads, beyond_heads = divmod(width, proxy.head_width)
+    if target.heads is None and beyond_heads:
+        what = f"{width} is not a multiple of the proxy's head width {proxy.head_width}"
+        raise InputError(f"target.width: {what}; expected a multiple of it, or --heads")
+    heads = target.heads or heads
+    ffn_width, beyond_ffn = divmod(width * proxy.ffn_width, proxy.width)
+    if target.ffn_width is None and beyond_ffn:
+        what = f"at {width} the proxy's FFN ratio {proxy.ffn_width}/{proxy.width} gives no whole number"
+        raise InputError(f"target.width: {what}; expected another width, or --ffn-width")
+    kv_heads = target.kv_heads or (heads // group if heads % group == 0 else 1)
+    changes = {"width": width, "heads": heads, "kv_heads": kv_heads, "ffn_width": target.ffn_width or ffn_width}
     changes |= {"layers": target.layers or proxy.layers, "context": target.context or proxy.context}
     return validate(Model, {**proxy.model_dump(), **changes}, "target")
 
 
+def _live_counts(
+    model: Model, share: Fraction, wanted: Sparsity, where: str = "sparsity.overrides"
+) -> dict[str, patterns.LiveCount]:
+    """The live weights of the hidden tensors by name; `where` is the place of the overrides in the document."""
+    hidden = [tensor for tensor in layout.tensors(model) if tensor.role == "hidden"]
+    return density.distribute(hidden, share, wanted.distribution, wanted.pattern, wanted.overrides, where, wanted.block)
+
+
 def _base_density(proxy: Proxy) -> dict[str, float]:
-    """The proxy's density by site; its blocks are alike, so the site says enough."""
-    hidden = [tensor for tensor in layout.tensors(proxy.model) if tensor.role == "hidden"]
-    own = proxy.sparsity
-    kept = density.distribute(hidden, _density(own), own.distribution, own.pattern, own.overrides, block=own.block)
+    """The proxy's density by site. Raises InputError where its blocks differ."""
+    kept = _live_counts(proxy.model, _density(proxy.sparsity), proxy.sparsity)
     densities: dict[str, float] = {}
-    for tensor in hidden:
-        if densities.setdefault(tensor.site, kept[tensor.name].density) != kept[tensor.name].density:
-            raise InputError(
-                f"sparsity.overrides: the proxy's blocks differ in the density of {tensor.site}; expected overrides by site, not by tensor"
-            )
+    for tensor in layout.tensors(proxy.model):
+        own = kept.get(tensor.name)
+        if own is not None and densities.setdefault(tensor.site, own.density) != own.density:
+            what = f"the density of {tensor.site} differs between the proxy's blocks"
+            raise InputError(f"sparsity.overrides: {what}; expected overrides by site, not by tensor")
     return densities
 
 
-def _base_section(proxy: Proxy) -> Base:
-    return Base(
-        width=proxy.model.width,
-        ffn_width=proxy.model.ffn_width,
-        layers=proxy.model.layers,
-        kv_share=proxy.model.kv_heads / proxy.model.heads,
-        steps=proxy.train.steps,
-        batch_size=proxy.train.batch_size,
-    )
-
-
-def _row(
-    scheme: rules.Scheme,
-    tuned: rules.ProxyValues,
-    tensor: layout.Tensor,
-    base_fan_in: int,
-    own: patterns.LiveCount,
-    context: rules.TensorContext,
-) -> PlanTensor:
-    because = {"m_d": context.m_d}
-    if scheme.edition == 2 and scheme.name != "sp":  # what else the numbers come from, where it is another ratio
-        by_output = {"m_out": context.m_out} if scheme.optimizer == "adamw" else {"m_fan_out": context.fan_out}
-        because |= {key: value for key, value in by_output.items() if value != context.m_d}
-    if tensor.role == "hidden":
-        because["m_rho"] = context.m_rho
-    if scheme.depth_rule == "completep" and context.in_block:
-        because["m_L"] = context.m_L
-    constant = rules.STARTS.get(tensor.role)
-    return PlanTensor(
-        name=tensor.name,
-        role=tensor.role,
-        site=tensor.site,
-        block=tensor.block,
-        shape=list(tensor.shape),
-        fan_in_axes=list(tensor.fan_in_axes),
-        fan_in=tensor.fan_in,
-        base_fan_in=base_fan_in,
-        density=own.density,
-        kept=own.count,
-        init_std=rules.init_std(scheme, tuned, context).value if constant is None else None,
-        init_constant=constant,
-        lr=rules.learning_rate(scheme, tuned, context).value,
-        weight_decay=rules.weight_decay(scheme, tuned, context).value,
-        eps=rules.adam_eps(scheme, tuned, context).value,
-        because=because,
-    )
+def _base(proxy: Proxy) -> Base:
+    shape = proxy.model.model_dump(include=("width", "ffn_width", "layers"))
+    length = proxy.train.model_dump(include=("steps", "batch_size"))
+    return Base(**shape, kv_share=proxy.model.kv_heads / proxy.model.heads, **length)
 
 
 def _train(proxy: Proxy, target: Target, model: Model, live: int) -> PlanTrain:
@@ -239,7 +184,7 @@ def _train(proxy: Proxy, target: Target, model: Model, live: int) -> PlanTrain:
     else:
         steps = target.steps or proxy.train.steps
     if steps * step_tokens > LARGEST:
-        raise InputError(f"train.steps: {steps} steps of {step_tokens} tokens are more than any run can have")
+        raise InputError(f"train.steps: {steps} steps of {step_tokens} tokens are more than a run can have")
     fields: dict[str, Any] = proxy.train.model_dump()
     fields |= {"steps": steps, "batch_size": batch_size, "tokens": steps * step_tokens}
     fields["warmup_steps"] = int(Fraction(density.literal(proxy.train.warmup_fraction)) * steps)
