@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -18,7 +19,8 @@ from supar_cli.errors import PeerLost, SetupError, SuparError
 from supar_cli.training.launch.environment import is_rank_process, is_worker_rank
 from supar_cli.version import __version__
 
-ARGUMENTS = "supar.arguments"
+SETTINGS: dict[str, Any] = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
+HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 COMMANDS = {
     "tune-proxy": ("tune_proxy", "Search hyperparameters on a small dense proxy; write proxy.yaml."),
     "transfer": ("transfer", "Turn a proxy and a target sparsity into a plan; write plan.yaml."),
@@ -40,11 +42,7 @@ COMMANDS = {
 
 
 class LazyGroup(typer.core.TyperGroup):
-    """Imports the module of the one command that is called; `ctx.meta[ARGUMENTS]` has the whole command line."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        ctx.meta[ARGUMENTS] = list(args)
-        return super().parse_args(ctx, args)
+    """Imports the module of the one command that is called, and ends the process with the status of its error."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
@@ -68,9 +66,8 @@ class LazyGroup(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except SuparError as error:
-            if not (
-                is_worker_rank() and (error.is_collective or isinstance(error, PeerLost))
-            ):  # the first speaks for all
+            # an error of all processes, or of a process that another has left, is the main one's to tell
+            if not is_worker_rank() or not (error.is_collective or isinstance(error, PeerLost)):
                 rank = f"rank {os.environ['RANK']}: " if is_worker_rank() else ""
                 for line in (rank + str(error)).splitlines():
                     sys.stderr.write(line + "\n" if line.startswith(("  ", "error:")) else f"error: {line}\n")
@@ -87,12 +84,10 @@ class LazyGroup(typer.core.TyperGroup):
 
 
 app = typer.Typer(
+    **SETTINGS,
     cls=LazyGroup,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP_NAMES,
     help="Tune hyperparameters on a small dense proxy transformer, transfer them with SμPar to a wide sparse target, and train it.",
 )
 
@@ -131,8 +126,14 @@ def main() -> None:
     os._exit(status if isinstance(status, int) else 1)
 
 
-def single(function: Any) -> typer.Typer:
-    """A Typer application of one command, as each command module exports it under `app`."""
-    made = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    made.command(context_settings={"help_option_names": ["-h", "--help"]})(function)
+def command_app(*functions: Callable[..., None], help: str | None = None) -> typer.Typer:
+    """A Typer application of one command, or with `help` of several by their names; a command's module has it as `app`."""
+    made = typer.Typer(**SETTINGS, no_args_is_help=help is not None, help=help)
+    if help is not None:
+        made.callback()(lambda: None)
+    for function in functions:
+        made.command(context_settings=HELP_NAMES)(function)
     return made
+
+
+single = command_app  # until cli/demo.py takes its options from the table
