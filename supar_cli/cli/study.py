@@ -42,16 +42,16 @@ def read(source: str | None, defaults: dict[str, Any], full: bool = False) -> Do
     target = one.data.get("target")
     own = target.get("sparsity") if isinstance(target, dict) else None
     one.data = {key: value for key, value in one.data.items() if key not in NOT_IN_A_SWEEP}
-    one.data |= {"kind": KIND, "name": _folder_name(name if source else "quickstart"), **copy.deepcopy(defaults)}
+    one.data |= {"kind": KIND, "name": _folder_name(path), **copy.deepcopy(defaults)}
     # the proxy's shape is the one to run: its target's may not fit here
     kept = {key: own[key] for key in KEPT_OF_TARGET if key in own} if isinstance(own, dict) else {}
     one.data["target"] = {"sparsity": kept}
     return one
 
 
-def _folder_name(source: str) -> str:
+def _folder_name(path: str) -> str:
     """A file's name without its ending and without what a folder's name should not have."""
-    return "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(source).stem).strip("-") or "sweep"
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(path).stem).strip("-") or "sweep"
 
 
 def plan_study(read: Document, axes: Iterable[str], flags: Flags, log: terminal.Log) -> Sweep:
