@@ -22,22 +22,22 @@ from supar_cli.version import __version__
 SETTINGS: dict[str, Any] = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 COMMANDS = {
-    "tune-proxy": ("tune_proxy", "Search hyperparameters on a small dense proxy; write proxy.yaml."),
-    "transfer": ("transfer", "Turn a proxy and a target sparsity into a plan; write plan.yaml."),
-    "train": ("train", "Train a plan; write runs/NAME/."),
-    "runs": ("runs", "List runs: state, progress, last losses."),
-    "show": ("show", "Show a run: state, plan, environment, curve."),
-    "demo": ("demo", "See in minutes what SμPar keeps and SP loses; write demo/."),
-    "check": ("check", "Check that sizes keep still over density and width; exit 5 if not."),
-    "sweep": ("sweep", "Measure whether optima hold over density or width; write sweeps/NAME/."),
-    "compare": ("compare", "Compare SP, μP and SμPar over sparsities, nothing re-tuned; write compare/NAME/."),
-    "report": ("report", "Show runs, sweeps, checks and plans on one HTML page; write report.html."),
-    "init": ("init", "Write a template to start from."),
-    "explain": ("explain", "Show the formula, numbers and source behind a plan's values."),
-    "data": ("data", "Inspect a corpus, or prepare one as a token file."),
-    "bench": ("bench", "Time a masked training step against a plain dense one."),
-    "schema": ("schema", "Print the JSON Schema of a document, for editors."),
-    "doctor": ("doctor", "Show versions, devices and data, and time one step."),
+    "tune-proxy": "Search hyperparameters on a small dense proxy; write proxy.yaml.",
+    "transfer": "Turn a proxy and a target sparsity into a plan; write plan.yaml.",
+    "train": "Train a plan; write runs/NAME/.",
+    "runs": "List runs: state, progress, last losses.",
+    "show": "Show a run: state, plan, environment, curve.",
+    "demo": "See in minutes what SμPar keeps and SP loses; write demo/.",
+    "check": "Check that sizes keep still over density and width; exit 5 if not.",
+    "sweep": "Measure whether optima hold over density or width; write sweeps/NAME/.",
+    "compare": "Compare SP, μP and SμPar over sparsities, nothing re-tuned; write compare/NAME/.",
+    "report": "Show runs, sweeps, checks and plans on one HTML page; write report.html.",
+    "init": "Write a template to start from.",
+    "explain": "Show the formula, numbers and source behind a plan's values.",
+    "data": "Inspect a corpus, or prepare one as a token file.",
+    "bench": "Time a masked training step against a plain dense one.",
+    "schema": "Print the JSON Schema of a document, for editors.",
+    "doctor": "Show versions, devices and data, and time one step.",
 }
 
 
@@ -51,7 +51,7 @@ class LazyGroup(typer.core.TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         if cmd_name not in self.commands:
-            module = importlib.import_module(f"supar_cli.cli.{COMMANDS[cmd_name][0]}")
+            module = importlib.import_module(f"supar_cli.cli.{cmd_name.replace('-', '_')}")
             gc.enable()
             command = typer.main.get_command(module.app)
             command.name = cmd_name
@@ -60,7 +60,7 @@ class LazyGroup(typer.core.TyperGroup):
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+            formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: Any) -> Any:
         try:

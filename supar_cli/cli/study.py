@@ -86,13 +86,8 @@ def _set_axes(read: Document, axes: Iterable[str]) -> None:
 
 def describe(study: Sweep, log: terminal.Log) -> None:
     """Say what will be run, in a few lines."""
-    names, levels, model, train, target = (
-        ", ".join(study.parameterizations),
-        study.levels,
-        study.model,
-        study.train,
-        study.target,
-    )
+    names, levels = ", ".join(study.parameterizations), study.levels
+    model, train, target = study.model, study.train, study.target
     log.log(f"{study.title or study.name}: {names}; {study.seeds} seed{'s' if study.seeds > 1 else ''} a point")
     log.log(
         f"width {levels[0].width} (proxy {model.width}), {levels[0].layers} layers, context {target.context or model.context}, "
