@@ -13,10 +13,7 @@ from supar_cli.errors import CheckViolated, InputError
 from supar_cli.files import template
 
 PRESETS = ("fig1", "fig6", "fig7", "fig9", "fig10", "fig11", "fig13", "fig14")
-DEFAULTS = {
-    "over": {"lr": "x:-2..2/1", "density": [1.0, 0.25, 0.0625]},
-    "parameterizations": ["sp", "mup", "supar"],
-}
+DEFAULTS = {"over": {"lr": "x:-2..2/1", "density": [1.0, 0.25, 0.0625]}, "parameterizations": ["sp", "mup", "supar"]}
 
 
 @command(
