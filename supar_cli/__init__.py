@@ -1,7 +1,7 @@
 """supar: tune a small dense proxy, transfer with SμPar to a wide sparse target, train it.
 
 The Python API is documents in, documents out: `load`, `transfer`, `explain`, `tune`, `train`, `check`, `sweep`, `compare`,
-`report`; `weights` are what was trained. A function's module is imported when it is first used; torch, by what runs
+`demo`, `report`; `weights` are what was trained. A function's module is imported when it is first used; torch, by what runs
 something only.
 """
 
@@ -13,29 +13,33 @@ from typing import TYPE_CHECKING, Any
 from supar_cli.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from supar_cli.api import check as check
-    from supar_cli.api import compare as compare
-    from supar_cli.api import explain as explain
-    from supar_cli.api import load as load
-    from supar_cli.api import report as report
-    from supar_cli.api import sweep as sweep
-    from supar_cli.api import tune as tune
-    from supar_cli.api import weights as weights
+    from supar_cli.experiments.coordinate_check import check as check
+    from supar_cli.experiments.search import tune as tune
+    from supar_cli.experiments.sweep import compare as compare
+    from supar_cli.experiments.sweep import demo as demo
+    from supar_cli.experiments.sweep import sweep as sweep
+    from supar_cli.planning.explain import explain as explain
+    from supar_cli.planning.kinds import load as load
     from supar_cli.planning.plan import Plan
     from supar_cli.planning.rules import ParameterizationName
     from supar_cli.planning.spec import Proxy
+    from supar_cli.reporting.read import report as report
+    from supar_cli.training.checkpoint_reader import weights_of_run
     from supar_cli.training.train import train as train
 
+    weights = weights_of_run
+
 _FUNCTIONS = {
-    "load": "api.load",
-    "explain": "api.explain",
-    "tune": "api.tune",
+    "load": "planning.kinds.load",
+    "explain": "planning.explain.explain",
+    "tune": "experiments.search.tune",
     "train": "training.train.train",
-    "check": "api.check",
-    "sweep": "api.sweep",
-    "compare": "api.compare",
-    "report": "api.report",
-    "weights": "api.weights",
+    "check": "experiments.coordinate_check.check",
+    "sweep": "experiments.sweep.sweep",
+    "compare": "experiments.sweep.compare",
+    "demo": "experiments.sweep.demo",
+    "report": "reporting.read.report",
+    "weights": "training.checkpoint_reader.weights_of_run",
 }
 __all__ = ["__version__", "transfer", *_FUNCTIONS]
 

@@ -134,6 +134,3 @@ def command_app(*functions: Callable[..., None], help: str | None = None) -> typ
     for function in functions:
         made.command(context_settings=HELP_NAMES)(function)
     return made
-
-
-single = command_app  # until cli/demo.py takes its options from the table

@@ -9,14 +9,14 @@ import supar_cli
 from supar_cli.cli import documents, terminal
 from supar_cli.cli.app import command_app
 from supar_cli.cli.options import Flags, apply, command, flag_of, numbers, parameterization, workers_of
-from supar_cli.data import corpus
-from supar_cli.errors import CheckViolated, InputError
+from supar_cli.errors import CheckViolated, InputError, UnusableResult
 from supar_cli.planning.density import Share, literal
 from supar_cli.planning.document import Document
 from supar_cli.planning.kinds import parse_any
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Proxy, Spec
 
+VIOLATED, UNJUDGED = "FAILED", "NOT JUDGED"
 NOT_OF_A_PLAN = ("pattern", "block", "distribution", "width", "density")
 
 
@@ -61,45 +61,36 @@ def check(flags: Flags) -> None:
     μP as controls that are to fail. A plan is taken as it stands and held against its proxy, dense.
     """
     read, subject = _read(flags)
-    from supar_cli.experiments import check_run
-
-    folder, log, widths, densities = Path(flags.out), terminal.Log(flags.quiet), flags.width or [], flags.density or []
-    asked = {name: getattr(flags, name) for name in ("seeds", "steps", "batch_size")}
-    with documents.with_locations(read):
-        subject = corpus.with_hash(subject)
-        sweeps = check_run.sweeps_of(subject, flags.parameterization, widths=widths, densities=densities, **asked)
-    first = sweeps[0].plans[0][0]
-    log.log(
-        f"{read.name}: {len({plan.hash() for sweep in sweeps for plan in sweep.runs()})} runs of {flags.steps} steps, "
-        f"{first.train.batch_size} sequences of {first.decoder.context} tokens, {subject.data.source}"
-    )
-    with terminal.Progress("check", flags.quiet, folder / "records.jsonl") as progress:
+    folder, log = Path(flags.out), terminal.Log(flags.quiet)
+    asked = ("parameterization", "seeds", "max_seeds", "steps", "batch_size", "force")
+    with terminal.Progress("check", flags.quiet, folder / "records.jsonl") as progress, documents.with_locations(read):
         result = supar_cli.check(
             subject,
-            parameterization=flags.parameterization,
-            width=widths,
-            density=densities,
-            **asked,
-            max_seeds=flags.max_seeds,
+            width=flags.width or [],
+            density=flags.density or [],
+            **{name: getattr(flags, name) for name in asked},
             out=folder,
-            force=flags.force,
             reporter=progress,
             **workers_of(flags),
         )
     verdicts = result["verdicts"]
     if not flags.quiet:
-        terminal.show_tables(table for table in result["tables"] if not table["title"].endswith(", a control"))
+        terminal.show_tables(table for table in result["tables"] if not table["folded"])
         for one in verdicts:
-            word = "FAILED" if _is_violated(one) else "control" if one["control"] else "passed"
-            log.log(f"{word}: {one['what']}: {one['text']}")
+            log.log(f"{_word(one)}: {one['what']}: {one['text']}")
     terminal.print_documents([result], flags)
-    if violations := [one for one in verdicts if _is_violated(one)]:
-        raise CheckViolated("\n".join(f"{one['what']}: {one['text']}" for one in violations))
+    for words, error in ((VIOLATED, CheckViolated), (UNJUDGED, UnusableResult)):
+        if found := [f"{one['what']}: {one['text']}" for one in verdicts if _word(one) == words]:
+            raise error("\n".join(found))
 
 
-def _is_violated(verdict: dict[str, Any]) -> bool:
-    """Whether a bound is not kept; a control is to exceed its own."""
-    return bool(verdict["passed"] == verdict["control"])
+def _word(verdict: dict[str, Any]) -> str:
+    """How a verdict stands; a control is not to pass."""
+    if verdict["passed"] is None:
+        return UNJUDGED
+    if verdict["passed"] == verdict["control"]:
+        return VIOLATED
+    return "control" if verdict["control"] else "passed"
 
 
 def _read(flags: Flags) -> tuple[Document, Any]:

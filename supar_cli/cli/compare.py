@@ -9,6 +9,7 @@ import supar_cli
 from supar_cli.cli import study, terminal
 from supar_cli.cli.app import command_app
 from supar_cli.cli.options import Flags, command, require_one, workers_of
+from supar_cli.planning.sweep import require_comparison
 
 # one value, the transferred one; SP's search goes on from it by octaves
 DEFAULTS = {
@@ -34,10 +35,7 @@ def compare(flags: Flags) -> None:
     require_one(flags, "density", "sparsity")
     log, read = terminal.Log(flags.quiet), study.read(flags.source, DEFAULTS)
     axes = [f"{name}={getattr(flags, name)}" for name in ("sparsity", "density") if getattr(flags, name) is not None]
-    wanted = study.plan_study(read, axes, flags, log)
-    from supar_cli.experiments.sweep import require_comparison
-
-    require_comparison(wanted, read.name)
+    wanted = study.plan_study(read, axes, flags, log, require_comparison)
     study.describe(wanted, log)
     folder = Path(flags.out or f"compare/{wanted.name}")
     with terminal.Progress("compare", flags.quiet, folder / "records.jsonl") as progress:

@@ -9,7 +9,6 @@ from supar_cli.cli import terminal
 from supar_cli.cli.app import command_app
 from supar_cli.cli.options import Flags, command
 from supar_cli.errors import InputError
-from supar_cli.files import template
 
 DEFAULT = "report.html"
 
@@ -31,18 +30,20 @@ def report(flags: Flags) -> None:
         what = "no such file or folder; expected what `supar train` or `sweep` wrote"
         raise InputError(*(f"{path}: {what}" for path in missing))
 
+    from pydantic_core import to_jsonable_python
+
     from supar_cli.reporting import html as page
     from supar_cli.reporting import read as reading
 
     log = terminal.Log(flags.quiet)
     parts = [part for path in flags.paths for part in reading.read(path)]
-    text = page.render(parts, template("report.html.j2").read_text("utf-8"))
+    text = page.render(parts)
     if flags.out != "-":
         terminal.persist(Path(flags.out or DEFAULT), text, flags.force, log)
         for part in parts:
             log.log(f"  {part.source}: {part.state}; {page.summary(part.verdicts)}")
     if flags.json:
-        data = {"kind": "supar.report/v1", "parts": [part.as_json() for part in parts]}
+        data = {"kind": "supar.report/v1", "parts": to_jsonable_python(parts)}
         terminal.to_stdout(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     elif flags.out == "-":
         terminal.to_stdout(text)

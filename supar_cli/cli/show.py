@@ -47,10 +47,10 @@ def _show_state(run: str, plan: Plan, found: dict[str, Any]) -> None:
 
 
 def _show_environment(environment: dict[str, Any]) -> None:
-    from supar_cli.reporting.html import flat
+    from supar_cli.reporting.result import flatten
 
     log, engines = terminal.Log(), environment.get("engines")
-    for name, value in flat({key: value for key, value in environment.items() if key != "engines"}):
+    for name, value in flatten({key: value for key, value in environment.items() if key != "engines"}).items():
         log.log(f"{name}: {value}")
     if isinstance(engines, dict) and engines:
         counts = sorted(Counter(engines.values()).items())

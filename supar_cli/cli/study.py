@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from supar_cli.cli import documents, terminal
 from supar_cli.cli.options import Flags, apply, names
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
+from supar_cli.planning import document, templates
 from supar_cli.planning.advice import warnings
 from supar_cli.planning.document import Document
 from supar_cli.planning.problems import parse
-from supar_cli.planning.sweep import LEVELS, TUNED, Sweep, checked
+from supar_cli.planning.sweep import LEVELS, TUNED, Sweep, plan_all
 
 KIND = "supar.sweep/v1"
 OPTIONS = "seeds jobs executor executor_set width layers context batch_size steps data seed device set out force json quiet verbose"
@@ -29,13 +30,17 @@ NOT_IN_A_SWEEP = ("search", "evidence", "parents", "meta")
 KEPT_OF_TARGET = ("pattern", "block", "distribution")
 
 
-def read(source: str | None, defaults: dict[str, Any], full: bool = False) -> Document:
-    """The document of a study. A spec or a proxy becomes one with the keys of `defaults`.
+def read(source: str | None, defaults: dict[str, Any], full: bool = False, preset: str | None = None) -> Document:
+    """The document of a study, or a preset's. A spec or a proxy becomes one with the keys of `defaults`.
 
     Of a stream of two, the second is the one at full size. Raises InputError when there is no such document.
     """
     path, name = documents.find(source, "proxy.yaml", "supar.yaml")
-    found = documents.read_all(path, "`supar tune-proxy` writes a proxy")
+    if preset is not None:
+        name = f"--preset {preset}"
+        found = document.read(templates.text(preset), name)
+    else:
+        found = documents.read_all(path, "`supar tune-proxy` writes a proxy")
     if full and len(found) != 2:
         raise InputError(f"{name}: holds {len(found)} document; expected a second one for --full")
     if len(found) > 2:
@@ -62,14 +67,21 @@ def _folder_name(path: str) -> str:
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(path).stem).strip("-") or "sweep"
 
 
-def plan_study(read: Document, axes: Iterable[str], flags: Flags, log: terminal.Log) -> Sweep:
-    """The study of a document, axes and flags, whose runs can all be planned. Raises InputError."""
+def plan_study(
+    read: Document,
+    axes: Iterable[str],
+    flags: Flags,
+    log: terminal.Log,
+    require: Callable[[Sweep], None] = lambda _: None,
+) -> Sweep:
+    """The study of a document, axes and flags, whose runs can all be planned. Raises InputError, also what `require` raises."""
     set_axes(read, axes)
     apply(read, flags)
     study = parse(Sweep, read)
     with documents.with_locations(read):
         study = corpus.with_hash(study)
-        plans = checked(study)
+        plans = plan_all(study)
+        require(study)
     for message in dict.fromkeys(message for plan in plans for message in warnings(plan)[:1]):
         log.warn(message)
     return study

@@ -10,7 +10,6 @@ from supar_cli.cli import study, terminal
 from supar_cli.cli.app import command_app
 from supar_cli.cli.options import Flags, command, workers_of
 from supar_cli.errors import CheckViolated, InputError
-from supar_cli.files import template
 
 PRESETS = ("fig1", "fig6", "fig7", "fig9", "fig10", "fig11", "fig13", "fig14")
 DEFAULTS = {"over": {"lr": "x:-2..2/1", "density": [1.0, 0.25, 0.0625]}, "parameterizations": ["sp", "mup", "supar"]}
@@ -30,16 +29,12 @@ def sweep(flags: Flags) -> None:
     An optimum at the end of the axis extends it, by its own step. The same command again repeats no finished run. Ends
     with 5 when SμPar misses a pass mark: |γ| < 0.15, largest shift < 0.5 octave, regret < 0.5 %.
     """
-    source, preset, log = flags.source, flags.preset, terminal.Log(flags.quiet)
-    if preset is not None:
-        if source is not None:
-            raise InputError(f"--preset {preset}: cannot be combined with a document; expected only one of them")
-        if preset not in PRESETS:
-            raise InputError(f"--preset {preset}: expected {', '.join(PRESETS)}")
-        source = str(template(f"{preset}.yaml"))
-    read = study.read(source, DEFAULTS, flags.full)
-    if preset:
-        read.name = f"--preset {preset}"
+    preset, log = flags.preset, terminal.Log(flags.quiet)
+    if preset is not None and flags.source is not None:
+        raise InputError(f"--preset {preset}: cannot be combined with a document; expected only one of them")
+    if preset is not None and preset not in PRESETS:
+        raise InputError(f"--preset {preset}: expected {', '.join(PRESETS)}")
+    read = study.read(flags.source, DEFAULTS, flags.full, preset)
     wanted = study.plan_study(read, flags.over or [], flags, log)
     study.describe(wanted, log)
     folder = Path(flags.out or f"sweeps/{wanted.name}")
@@ -56,8 +51,6 @@ def sweep(flags: Flags) -> None:
 
 def _explain(result: dict[str, Any], log: terminal.Log) -> None:
     """Say what the columns of the tables mean, and what was left open."""
-    from supar_cli.experiments.transfer_study import RESAMPLES
-
     log.log(
         "octaves: the best value against the first row's\n"
         "re-used: loss at the first row's best of the values measured\n"
@@ -75,7 +68,7 @@ def _explain(result: dict[str, Any], log: terminal.Log) -> None:
     if seeds == 1:
         log.log("one seed: no interval; what it shows may be chance")
     else:
-        log.log(f"95 % intervals: {RESAMPLES} resamples of the {seeds} seeds")
+        log.log(f"95 % intervals: {result['resamples']} resamples of the {seeds} seeds")
     if at_end := sum(not level["bracketed"] for level in levels):
         log.warn(
             f"{at_end} optima lie at the end of their axis, extended by at most {widen} steps; -s widen=N allows more"

@@ -12,7 +12,8 @@ from supar_cli.files import Record
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.estimate import duration
 from supar_cli.planning.plan import Plan
-from supar_cli.training import checkpoint, run_directory
+from supar_cli.training import run_directory
+from supar_cli.training.checkpoint_reader import available
 from supar_cli.training.distributed import Ranks, collective_error, init_distributed
 from supar_cli.training.launch.environment import LAUNCH_DIR
 from supar_cli.training.reporter import NullReporter, Reporter
@@ -67,7 +68,7 @@ def run(
                 reporter.log(f"{directory}: {plan.train.steps} steps on {_place(trainer)}")
                 history = trainer.run(directory, resume=resume, stop=stop)
         except (KeyboardInterrupt, Preempted) as error:
-            kept = checkpoint.available(directory / "checkpoints")
+            kept = available(directory / "checkpoints")
             how = f"continues from {kept[-1].name}" if kept else "starts at step 0: no checkpoint was written yet"
             what = str(error) or f"stopped at step {trainer.done} of {plan.train.steps}"
             reporter.warn(f"{what}; `supar train {directory}` {how}")
