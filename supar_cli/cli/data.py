@@ -27,7 +27,7 @@ def inspect(flags: Flags) -> None:
     from supar_cli.data import batches
 
     section = _section(flags)
-    known, found = corpus.identified(section), corpus.find(section)
+    known, found = corpus.identify(section), corpus.find(section)
     is_text = found.kind in ("text", "jsonl")
     # a corpus of tokens is bounded by its integers only; what a model's vocabulary has is checked when it is trained
     tokens = batches.load(known, vocab=batches.tokenizer(section)[1] if is_text else 2**16, context=1)
@@ -73,7 +73,7 @@ def prepare(flags: Flags) -> None:
         raise InputError(f"{existing[0]}: exists; expected --force to overwrite it, or another --out")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; expected a folder for --out")
-    corpus.identified(section)
+    corpus.identify(section)
     logged_s = time.monotonic()
 
     def progress(name: str, count: int) -> None:
@@ -88,7 +88,7 @@ def prepare(flags: Flags) -> None:
         f"wrote {folder / 'train.bin'} ({counts['train']:,} tokens) and {folder / 'val.bin'} ({counts['validation']:,})\n"
         f"next: `data: {{source: {flags.out}}}` and `vocab: {counts['vocab']}` or more under `model`"
     )
-    prepared = corpus.identified(Data(source=flags.out))
+    prepared = corpus.identify(Data(source=flags.out))
     terminal.print_documents([{"source": flags.out, "format": "nanogpt", **counts, "hash": prepared.hash}], flags)
 
 

@@ -109,7 +109,7 @@ def _devices() -> dict[str, Any]:
 
 
 def _data(source: str) -> dict[str, Any]:
-    section = corpus.identified(Data(source=source))
+    section = corpus.identify(Data(source=source))
     files = corpus.find(section).files
     size = sum(path.stat().st_size for path in files)
     return {"source": section.source, "files": len(files), "bytes": size, "hash": section.hash}

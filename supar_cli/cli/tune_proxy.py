@@ -70,7 +70,7 @@ def _read_spec(flags: Flags, log: terminal.Log) -> Spec:
     if flags.seed is not None:
         documents.set_path(read, ("search", "seed"), flags.seed)
     spec = _reshaped(parse(Spec, read), flags)
-    return spec.model_copy(update={"data": corpus.identified(spec.data)})
+    return spec.model_copy(update={"data": corpus.identify(spec.data)})
 
 
 def _reshaped(spec: Spec, flags: Flags) -> Spec:
