@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from supar_cli import api
-from supar_cli.cli import studies
+import supar_cli
+from supar_cli.cli import study
 from supar_cli.cli.sweep import DEFAULTS, PRESETS
 from supar_cli.errors import InputError
 from supar_cli.planning import document, templates
@@ -253,7 +253,7 @@ class TestPresets:
 
 def test_the_api_loads_a_sweep(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text(document.write([sweep_fields()]))
-    assert isinstance(api.load(tmp_path / "sweep.yaml"), Sweep)
+    assert isinstance(supar_cli.load(tmp_path / "sweep.yaml"), Sweep)
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_a_spec_or_proxy_becomes_a_study_of_its_own_shape(
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     elif file:
         (tmp_path / file).write_text(text)
-    sweep = parse(Sweep, studies.read(file, False, DEFAULTS))
+    sweep = parse(Sweep, study.read(file, False, DEFAULTS))
     assert sweep.name == name and sweep.levels[0].width == sweep.model.width  # its target's width is for something else
     assert (sweep.target.sparsity.pattern == "fixed_fan_in") == (file is not None)
     assert [level.density for level in sweep.levels] == [1.0, 0.25, 0.0625]
@@ -276,9 +276,9 @@ def test_a_spec_or_proxy_becomes_a_study_of_its_own_shape(
 
 def test_an_axis_on_the_command_line_takes_the_place_of_its_kind() -> None:
     read = document.read(document.write([sweep_fields()]), "sweep.yaml")[0]
-    studies.put_axes(read, ["init-std=x:-1..1/1"])
+    study.put_axes(read, ["init-std=x:-1..1/1"])
     assert read.data["over"] == {"density": [1.0, 0.25], "init_std": "x:-1..1/1"}
-    studies.put_axes(read, ["width=32,64", "lr=0.1"])
+    study.put_axes(read, ["width=32,64", "lr=0.1"])
     assert read.data["over"] == {"width": "32,64", "lr": "0.1"}
 
 

@@ -3,45 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from supar_cli.cli import console, studies
-from supar_cli.cli.app import single
+import supar_cli
+from supar_cli.cli import terminal
+from supar_cli.cli.app import command_app
+from supar_cli.cli.options import Flags, command
 from supar_cli.reporting.result import fraction
 
-
-def demo(
-    data: console.DataOption = None,
-    steps: Annotated[int, typer.Option(min=8, help="Training steps of every run.")] = 120,
-    trials: Annotated[int, typer.Option(min=1, help="Trials of the proxy's search.")] = 6,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds averaged at every point of the sweep.")] = 1,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Processes. [default: one a CPU core, at most 8]", show_default=False)
-    ] = None,
-    device: console.DeviceOption = None,
-    out: Annotated[
-        str, typer.Option("--out", "-o", help="Folder for proxy.yaml, results.json and lr_transfer.png.")
-    ] = "demo",
-    as_json: console.Json = False,
-    quiet: console.Quiet = False,
-    verbose: console.Verbose = False,
-) -> None:
-    """See what SμPar keeps and SP loses as weights go sparse: a few minutes on two CPU cores, no download."""
-    from supar_cli.experiments import sweep as experiment
-
-    how: dict[str, Any] = {"steps": steps, "trials": trials, "seeds": seeds, "jobs": jobs, "device": device}
-    with console.Progress("demo", quiet, verbose) as progress:
-        result = experiment.demo(data, **how, out=out, verbose=verbose, reporter=progress)
-    talk = console.Talk(quiet, verbose)
-    if not quiet:
-        studies.show([_table(result["regrets"])])
-        talk.log(_explanation(result, Path(out)))
-    console.emit([result], None, None, force=True, as_json=as_json, talk=talk)
-
-
 RULES = {"sp": "SP", "supar": "SμPar"}
+
+
+@command(
+    "data steps trials seeds jobs device out json quiet verbose",
+    steps={"help": "Training steps of every run.", "default": 120, "minimum": 8},
+    trials={"help": "Trials of the proxy's search.", "default": 6, "minimum": 1},
+    seeds={"help": "Seeds averaged at every point of the sweep.", "default": 1},
+    jobs={"help": "Processes. [default: one a CPU core, at most 8]"},
+    out={"help": "Folder for proxy.yaml, results.json and lr_transfer.png.", "default": "demo"},
+)
+def demo(flags: Flags) -> None:
+    """See what SμPar keeps and SP loses as weights go sparse: a few minutes on two CPU cores, no download."""
+    how = {name: getattr(flags, name) for name in ("steps", "trials", "seeds", "jobs", "device", "out", "verbose")}
+    with terminal.Progress("demo", flags.quiet) as progress:
+        result = supar_cli.demo(flags.data, **how, reporter=progress)
+    if not flags.quiet:
+        terminal.show_tables([_table(result["regrets"])])
+        terminal.Log().log(_explanation(result, Path(flags.out)))
+    terminal.print_documents([result], flags)
 
 
 def _table(regrets: list[dict[str, Any]]) -> dict[str, Any]:
@@ -81,4 +70,4 @@ Next, with a proxy that is tuned for longer:
   supar train"""
 
 
-app = single(demo)
+app = command_app(demo)
