@@ -13,13 +13,14 @@ import importlib.util
 import json
 import os
 import statistics
-import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from supar_cli.errors import InputError
 from supar_cli.files import write_file
@@ -29,6 +30,7 @@ from supar_cli.sparse.csr import Sparse
 from supar_cli.sparse.dense import Dense
 from supar_cli.sparse.linear import Engine
 from supar_cli.sparse.masks import Mask
+from supar_cli.sparse.timing import interleave
 
 EngineName = Literal["dense", "sparse", "block"]
 
@@ -130,32 +132,23 @@ def rows_measured(shape: tuple[int, ...], block: int | None) -> int:
 
 @torch.enable_grad()
 def times(engines: dict[EngineName, Engine], mask: Mask, case: LayerCase, tokens: int, rounds: int) -> dict[str, float]:
-    """Median seconds of a layer's step by engine: forward, both gradients, and taking over new values."""
+    """Median seconds of a layer's step by engine."""
     random = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.randn(*shape, generator=random).to(case.device, dtype)
-
     out, width = mask.shape
-    x = normal(tokens, width, dtype=case.precision).requires_grad_()
-    gradient = normal(tokens, out, dtype=case.precision)
-    values = normal(mask.count, dtype=torch.float32).requires_grad_()
-    found: dict[str, list[float]] = {name: [] for name in engines}
-    for turn in range(rounds + 1):
-        for name, engine in engines.items():
-            x.grad = values.grad = None
-            started = _now(case.device)
-            engine.refresh(values.detach())
-            torch.autograd.backward(engine(x, values), gradient)
-            if turn:  # the first compiles and touches memory
-                found[name].append(_now(case.device) - started)
-    return {name: statistics.median(spent) for name, spent in found.items()}
+    x, gradient = (torch.randn(tokens, extent, generator=random) for extent in (width, out))
+    values = torch.randn(mask.count, generator=random).to(case.device).requires_grad_()
+    x, gradient = x.to(case.device, case.precision).requires_grad_(), gradient.to(case.device, case.precision)
+    steps = {name: partial(layer_step, engine, values, x, gradient) for name, engine in engines.items()}
+    return {name: statistics.median(spent) for name, spent in interleave(steps, rounds, case.device).items()}
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def layer_step(engine: Engine, values: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
+    """A training step of one layer: take over new values, Y of X, and the gradients of both leaves, `values` and `x`."""
+    x.grad = values.grad = None
+    engine.refresh(values.detach())
+    y: Tensor = engine(x, values)
+    torch.autograd.backward(y, gradient)
+    return y
 
 
 def _key(mask: Mask, rows: int, case: LayerCase, tokens: int) -> str:
