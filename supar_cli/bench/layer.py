@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from math import exp, log
-from typing import cast
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from supar_cli.errors import InputError
 from supar_cli.reporting.result import Figure, Line, Panel, Table
 from supar_cli.sparse import autotune
 from supar_cli.sparse.allocator import keep_large_blocks
-from supar_cli.sparse.autotune import EngineName, LayerCase, layer_step
+from supar_cli.sparse.autotune import LayerCase, layer_step
 from supar_cli.sparse.block_structure import BLOCKS
 from supar_cli.sparse.csr import Sparse
 from supar_cli.sparse.linear import Engine
@@ -66,7 +65,7 @@ def make(name: str, mask: Mask, values: Tensor, case: LayerCase) -> Arm:
         precision = torch.bfloat16 if name == "dense_bf16" else torch.float32
         weight = to_dense(values, mask).to(precision).requires_grad_()
         return Arm(WholeWeight(mask.alive() if name == "masked" else None).to(case.device), weight, precision)
-    engine = Sparse(mask, "torch") if name == "sparse_torch" else autotune.make(cast(EngineName, name), mask, case)
+    engine = Sparse(mask, "torch") if name == "sparse_torch" else autotune.make(name, mask, case)
     return Arm(engine, values.clone().requires_grad_(), case.precision)
 
 

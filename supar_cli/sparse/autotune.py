@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,8 +30,6 @@ from supar_cli.sparse.dense import Dense
 from supar_cli.sparse.linear import Engine
 from supar_cli.sparse.masks import Mask
 from supar_cli.sparse.timing import interleave
-
-EngineName = Literal["dense", "sparse", "block"]
 
 TOKENS = 1024  # chosen: more change the ratio of the engines little and make the measurement long
 ROUNDS = 5  # chosen: interleaved; their median decides
@@ -62,7 +59,7 @@ class EngineChoice:
     `rows` is how many of the layer's were measured where that were not all.
     """
 
-    name: EngineName
+    name: str
     seconds: dict[str, float]
     measured_now: bool = False
     rows: int | None = None
@@ -76,7 +73,7 @@ class EngineChoice:
         return f"{self.name} ({times} {what}, {'measured now' if self.measured_now else 'as measured before'})"
 
 
-def make(name: EngineName, mask: Mask, case: LayerCase) -> Engine:
+def make(name: str, mask: Mask, case: LayerCase) -> Engine:
     """An engine for a mask (out, in), on the case's device. Raises InputError where it can't be."""
     if case.device.type == "cpu":
         keep_large_blocks()
@@ -93,9 +90,9 @@ def make(name: EngineName, mask: Mask, case: LayerCase) -> Engine:
     raise AssertionError(name)
 
 
-def candidates(case: LayerCase) -> list[EngineName]:
+def candidates(case: LayerCase) -> list[str]:
     """Engines that can run under a case, the dense one first."""
-    found: list[EngineName] = ["dense"]
+    found: list[str] = ["dense"]
     if case.device.type == "cpu":
         found.append("sparse")
     if case.block is not None:
@@ -131,7 +128,7 @@ def rows_measured(shape: tuple[int, ...], block: int | None) -> int:
 
 
 @torch.enable_grad()
-def times(engines: dict[EngineName, Engine], mask: Mask, case: LayerCase, tokens: int, rounds: int) -> dict[str, float]:
+def times(engines: dict[str, Engine], mask: Mask, case: LayerCase, tokens: int, rounds: int) -> dict[str, float]:
     """Median seconds of a layer's step by engine."""
     random = torch.Generator().manual_seed(0)
     out, width = mask.shape
@@ -176,7 +173,7 @@ def _cache() -> Path:
     return (Path(folder) if folder else Path.home() / ".cache") / "supar" / "engines.json"
 
 
-def is_valid(seconds: object, names: list[EngineName]) -> bool:
+def is_valid(seconds: object, names: list[str]) -> bool:
     """Whether a cached measurement is one of these engines."""
     if not isinstance(seconds, dict) or set(seconds) != set(names):
         return False
