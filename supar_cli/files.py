@@ -15,16 +15,17 @@ from supar_cli.errors import SetupError
 Record = dict[str, Any]
 
 
-def write_file(path: Path, text: str) -> None:
+def write_file(path: Path, content: str | bytes) -> None:
     """Write aside, flush, rename: the file is the old one or the new one, never a part. A device or a pipe is fed."""
+    data = content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file():
-        path.write_bytes(text.encode())
+        path.write_bytes(data)
         return
     path = path.resolve()  # a link stays a link
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with aside.open("wb") as file:
-            file.write(text.encode())
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)

@@ -18,7 +18,7 @@ import supar_cli
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import MaskSource, Plan, read_plan
-from supar_cli.sparse import mask_files
+from supar_cli.sparse import masks as masks_of
 from supar_cli.sparse.mask_files import WantedMask, read_masks, write_masks
 from supar_cli.sparse.masks import Mask, draw
 from supar_cli.training import prepare
@@ -54,7 +54,7 @@ class TestFormats:
         masks, path = some_masks(), tmp_path / "masks.safetensors"
         save_file({name: mask.alive().astype(dtype) for name, mask in masks.items()}, path)
         assert read_masks(path, None, wanted(masks)) == masks
-        monkeypatch.setattr(mask_files, "CHUNK_KEYS", 64)
+        monkeypatch.setattr(masks_of, "CHUNK_KEYS", 64)
         assert read_masks(path, None, wanted(masks)) == masks
 
     def test_torchs_too(self, tmp_path: Path) -> None:
