@@ -1,36 +1,64 @@
 """supar: tune a small dense proxy, transfer with SμPar to a wide sparse target, train it.
 
 The Python API is documents in, documents out: `load`, `transfer`, `explain`, `tune`, `train`, `check`, `sweep`, `compare`,
-`report`; `weights` gives what was trained. torch is imported by what runs something only.
+`report`; `weights` are what was trained. A function's module is imported when it is first used; torch, by what runs
+something only.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from supar_cli.version import __version__
-
-__all__ = [
-    "__version__",
-    "check",
-    "compare",
-    "explain",
-    "load",
-    "report",
-    "sweep",
-    "train",
-    "transfer",
-    "tune",
-    "weights",
-]
+from supar_cli.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from supar_cli.api import check, compare, explain, load, report, sweep, train, transfer, tune, weights
+    from supar_cli.api import check as check
+    from supar_cli.api import compare as compare
+    from supar_cli.api import explain as explain
+    from supar_cli.api import load as load
+    from supar_cli.api import report as report
+    from supar_cli.api import sweep as sweep
+    from supar_cli.api import tune as tune
+    from supar_cli.api import weights as weights
+    from supar_cli.planning.plan import Plan
+    from supar_cli.planning.rules import ParameterizationName
+    from supar_cli.planning.spec import Proxy
+    from supar_cli.training.train import train as train
+
+_FUNCTIONS = {
+    "load": "api.load",
+    "explain": "api.explain",
+    "tune": "api.tune",
+    "train": "training.train.train",
+    "check": "api.check",
+    "sweep": "api.sweep",
+    "compare": "api.compare",
+    "report": "api.report",
+    "weights": "api.weights",
+}
+__all__ = ["__version__", "transfer", *_FUNCTIONS]
+
+
+def transfer(
+    proxy: Proxy, *, parameterization: ParameterizationName = "supar", allow_low_wpn: bool = False, **target: Any
+) -> Plan:
+    """Make the plan of a target; keywords as the flags of `supar transfer`: sparsity or density (0.008 or "1/128"),
+    width, layers, steps, pattern, … Raises InputError.
+    """
+    from supar_cli.data import corpus
+    from supar_cli.errors import InputError
+    from supar_cli.planning.spec import Proxy
+    from supar_cli.planning.transfer import transfer
+
+    if not isinstance(proxy, Proxy):
+        raise InputError(f"{type(proxy).__name__}: expected a Proxy")
+    wanted = proxy.target.override(**target)
+    return transfer(corpus.with_hash(proxy), wanted, parameterization, allow_low_wpn=allow_low_wpn)
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from supar_cli import api
-
-        return getattr(api, name)
-    raise AttributeError(f"module 'supar_cli' has no attribute {name!r}")
+    if name not in _FUNCTIONS:
+        raise AttributeError(f"module 'supar_cli' has no attribute {name!r}")
+    module, _, function = _FUNCTIONS[name].rpartition(".")
+    return getattr(import_module(f"supar_cli.{module}"), function)

@@ -6,7 +6,6 @@ torch is imported by what runs something only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,6 @@ from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.schema import Section
 from supar_cli.planning.spec import Proxy, Spec
 from supar_cli.planning.sweep import Sweep
-from supar_cli.planning.transfer import transfer as _transfer
 from supar_cli.training.reporter import NullReporter
 
 if TYPE_CHECKING:
@@ -38,19 +36,6 @@ def load(path: str | Path) -> AnyDocument:
         raise InputError(f"{path}: holds {len(found)} documents; expected one")
     parsed = parse_any(found[0])
     return parsed.beside(str(path)) if isinstance(parsed, Plan) else parsed
-
-
-def transfer(
-    proxy: Proxy, *, parameterization: ParameterizationName = "supar", allow_low_wpn: bool = False, **target: Any
-) -> Plan:
-    """The plan of a target; keywords as the flags of `supar transfer`: sparsity or density (0.008 or "1/128"), width,
-    layers, steps, pattern, … Raises InputError.
-    """
-    _require(proxy, Proxy)
-    wanted = proxy.target.override(**target)
-    if proxy.data.hash is None:
-        proxy = proxy.model_copy(update={"data": corpus.identified(proxy.data)})
-    return _transfer(proxy, wanted, parameterization, allow_low_wpn=allow_low_wpn)
 
 
 def explain(plan: Plan, tensor: str | None = None, role: str | None = None) -> Explained:
@@ -69,6 +54,7 @@ def tune(
     executor: str = "local",
     executor_set: dict[str, Any] | None = None,
     reporter: Any = None,
+    verbose: bool = False,
 ) -> Proxy:
     """Tune a spec up to its number of trials, in a study that the same call continues; the proxy with its evidence.
 
@@ -78,7 +64,7 @@ def tune(
 
     spec = _require(spec, Spec).model_copy(update={"data": corpus.identified(spec.data)})
     folder = Path("proxy" if "://" in str(study) else study).with_suffix(".slurm")
-    workers = _workers(executor, jobs, executor_set, spec.run.device, folder, on_cpu=1)
+    workers = _workers(executor, jobs, executor_set, spec.run.device, folder, on_cpu=1, verbose=verbose)
     with workers:
         return search.search(spec, str(study), workers=workers, reporter=reporter or NullReporter())
 
@@ -99,6 +85,7 @@ def check(
     out: str | Path = "check",
     force: bool = False,
     reporter: Any = None,
+    verbose: bool = False,
 ) -> dict[str, Any]:
     """The coordinate check of a proxy's or spec's shape, or of a plan as it stands: its result document.
 
@@ -106,11 +93,11 @@ def check(
     """
     from supar_cli.experiments import check_run
 
-    subject = _identified(_require(subject, Spec, Proxy, Plan))
+    subject = corpus.with_hash(_require(subject, Spec, Proxy, Plan))
     sweeps = check_run.sweeps_of(
         subject, parameterization, widths=width, densities=density, seeds=seeds, steps=steps, batch_size=batch_size
     )
-    workers = _workers(executor, jobs, executor_set, subject.run.device, Path(out) / "slurm")
+    workers = _workers(executor, jobs, executor_set, subject.run.device, Path(out) / "slurm", verbose=verbose)
     found = check_run.run_check(
         sweeps, Path(out), workers, reporter or NullReporter(), max_seeds=max_seeds, force=force
     )
@@ -126,6 +113,7 @@ def sweep(
     executor_set: dict[str, Any] | None = None,
     force: bool = False,
     reporter: Any = None,
+    verbose: bool = False,
 ) -> dict[str, Any]:
     """Sweep a hyperparameter at the study's sizes and judge whether its optimum transfers: the result document.
 
@@ -134,9 +122,9 @@ def sweep(
     from supar_cli.experiments import sweep as sweep_run
     from supar_cli.planning.sweep import checked
 
-    study, folder = _identified(_require(study, Sweep)), Path(out or f"sweeps/{study.name}")
+    study, folder = corpus.with_hash(_require(study, Sweep)), Path(out or f"sweeps/{study.name}")
     checked(study)
-    workers = _workers(executor, jobs, executor_set, study.run.device, folder / "slurm")
+    workers = _workers(executor, jobs, executor_set, study.run.device, folder / "slurm", verbose=verbose)
     return sweep_run.run_sweep(study, folder, workers, reporter or NullReporter(), force=force)[0]
 
 
@@ -149,6 +137,7 @@ def compare(
     executor_set: dict[str, Any] | None = None,
     force: bool = False,
     reporter: Any = None,
+    verbose: bool = False,
 ) -> dict[str, Any]:
     """Compare parameterizations at one value of a hyperparameter, and SP re-tuned at every size: the result document.
 
@@ -158,9 +147,9 @@ def compare(
     from supar_cli.planning.sweep import checked
 
     sweep_run.require_comparison(_require(study, Sweep), study.name)
-    study, folder = _identified(study), Path(out or f"compare/{study.name}")
+    study, folder = corpus.with_hash(study), Path(out or f"compare/{study.name}")
     checked(study)
-    workers = _workers(executor, jobs, executor_set, study.run.device, folder / "slurm")
+    workers = _workers(executor, jobs, executor_set, study.run.device, folder / "slurm", verbose=verbose)
     return sweep_run.run_comparison(study, folder, workers, reporter or NullReporter(), force=force)
 
 
@@ -178,29 +167,6 @@ def report(paths: Sequence[str | Path], out: str | Path | None = None) -> str:
     if out is not None:
         write_file(Path(out), text)
     return text
-
-
-def train(plan: Plan, directory: str | Path, *, resume: bool = True, force: bool = False) -> dict[str, Any]:
-    """Train a plan in a run directory, from its last checkpoint, and return its result document. Raises SuparError.
-
-    In a script that torchrun started, its processes train it together. Without `resume` a directory that holds a run is
-    refused; with `force` it starts again.
-    """
-    _require(plan, Plan)
-    from supar_cli.training import run_directory, trainer
-    from supar_cli.training.distributed import Ranks, init_distributed
-
-    def trained(ranks: Ranks) -> dict[str, Any]:
-        goes_on = resume and not force
-        with ExitStack() as stack:
-            ready = trainer.Trainer(plan, ranks=ranks)
-            opening = run_directory.open_run(Path(directory), plan, resume=goes_on, force=force)
-            ranks.on_main(stack.enter_context, opening)
-            ready.run(Path(directory), resume=goes_on)
-            return dict(ranks.on_main(run_directory.read_result, Path(directory) / "result.json"))
-
-    with init_distributed() as ranks:
-        return trained(ranks)
 
 
 def weights(directory: str | Path) -> dict[str, Tensor]:
@@ -223,13 +189,6 @@ def _require(document: Any, *types: type[Section]) -> Any:
     return document
 
 
-def _identified(subject: Any) -> Any:
-    """A document with the hash of its data filled in. Raises InputError where it has another."""
-    if subject.data.hash is not None:
-        return subject
-    return subject.model_copy(update={"data": corpus.identified(subject.data)})
-
-
 def _workers(
     executor: str,
     jobs: int | None,
@@ -237,9 +196,16 @@ def _workers(
     device: str,
     folder: Path,
     on_cpu: int | None = None,
+    verbose: bool = False,
 ) -> Workers:
     from supar_cli.jobs import workers as execute
 
     return execute.workers(
-        executor, jobs=jobs, settings=settings, device=device, on_cpu=on_cpu or execute.CPU_JOBS, folder=folder
+        executor,
+        jobs=jobs,
+        settings=settings,
+        device=device,
+        on_cpu=on_cpu or execute.CPU_JOBS,
+        folder=folder,
+        verbose=verbose,
     )

@@ -104,7 +104,7 @@ class TestTransferRefuses:
             (["--sparsity", "0.5", "--density", "0.5"], "expected only one of them"),
             (
                 ["--parameterization", "ntk"],
-                "--parameterization ntk: expected supar, mup, sp, supar-init-only, supar-lr-only",
+                "--parameterization ntk: expected one of supar, mup, sp, supar-init-only, supar-lr-only",
             ),
             (["--width", "-64"], "target.width: should be greater than 0, not -64"),
             (["--set", "train.lr=1"], "train.lr: unknown key 'lr'"),
@@ -269,7 +269,7 @@ class TestPipes:
     @pytest.mark.parametrize("no_color", [False, True])
     def test_no_color_is_obeyed_on_a_terminal(self, tmp_path: Path, no_color: bool) -> None:
         code = (
-            "from supar_cli.cli.console import Progress\n"
+            "from supar_cli.cli.terminal import Progress\n"
             "with Progress('run') as shown:\n    shown.progress(1, 2, 0.5); shown.warn('[red]as it is[/red]')"
         )
         pty = pytest.importorskip("pty", reason="needs pseudo-terminals")

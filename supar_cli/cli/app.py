@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -18,33 +19,30 @@ from supar_cli.errors import PeerLost, SetupError, SuparError
 from supar_cli.training.launch.environment import is_rank_process, is_worker_rank
 from supar_cli.version import __version__
 
-ARGUMENTS = "supar.arguments"
+SETTINGS: dict[str, Any] = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
+HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 COMMANDS = {
-    "tune-proxy": ("tune_proxy", "Search hyperparameters on a small dense proxy; write proxy.yaml."),
-    "transfer": ("transfer", "Turn a proxy and a target sparsity into a plan; write plan.yaml."),
-    "train": ("train", "Train a plan; write runs/NAME/."),
-    "runs": ("runs", "List runs: state, progress, last losses."),
-    "show": ("show", "Show a run: state, plan, environment, curve."),
-    "demo": ("demo", "See in minutes what SμPar keeps and SP loses; write demo/."),
-    "check": ("check", "Check that sizes keep still over density and width; exit 5 if not."),
-    "sweep": ("sweep", "Measure whether optima hold over density or width; write sweeps/NAME/."),
-    "compare": ("compare", "Compare SP, μP and SμPar over sparsities, nothing re-tuned; write compare/NAME/."),
-    "report": ("report", "Show runs, sweeps, checks and plans on one HTML page; write report.html."),
-    "init": ("init", "Write a template to start from."),
-    "explain": ("explain", "Show the formula, numbers and source behind a plan's values."),
-    "data": ("data", "Inspect a corpus, or prepare one as a token file."),
-    "bench": ("bench", "Time a masked training step against a plain dense one."),
-    "schema": ("schema", "Print the JSON Schema of a document, for editors."),
-    "doctor": ("doctor", "Show versions, devices and data, and time one step."),
+    "tune-proxy": "Search hyperparameters on a small dense proxy; write proxy.yaml.",
+    "transfer": "Turn a proxy and a target sparsity into a plan; write plan.yaml.",
+    "train": "Train a plan; write runs/NAME/.",
+    "runs": "List runs: state, progress, last losses.",
+    "show": "Show a run: state, plan, environment, curve.",
+    "demo": "See in minutes what SμPar keeps and SP loses; write demo/.",
+    "check": "Check that sizes keep still over density and width; exit 5 if not.",
+    "sweep": "Measure whether optima hold over density or width; write sweeps/NAME/.",
+    "compare": "Compare SP, μP and SμPar over sparsities, nothing re-tuned; write compare/NAME/.",
+    "report": "Show runs, sweeps, checks and plans on one HTML page; write report.html.",
+    "init": "Write a template to start from.",
+    "explain": "Show the formula, numbers and source behind a plan's values.",
+    "data": "Inspect a corpus, or prepare one as a token file.",
+    "bench": "Time a masked training step against a plain dense one.",
+    "schema": "Print the JSON Schema of a document, for editors.",
+    "doctor": "Show versions, devices and data, and time one step.",
 }
 
 
 class LazyGroup(typer.core.TyperGroup):
-    """Imports the module of the one command that is called; `ctx.meta[ARGUMENTS]` has the whole command line."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        ctx.meta[ARGUMENTS] = list(args)
-        return super().parse_args(ctx, args)
+    """Imports the module of the one command that is called, and ends the process with the status of its error."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
@@ -53,7 +51,7 @@ class LazyGroup(typer.core.TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         if cmd_name not in self.commands:
-            module = importlib.import_module(f"supar_cli.cli.{COMMANDS[cmd_name][0]}")
+            module = importlib.import_module(f"supar_cli.cli.{cmd_name.replace('-', '_')}")
             gc.enable()
             command = typer.main.get_command(module.app)
             command.name = cmd_name
@@ -62,15 +60,14 @@ class LazyGroup(typer.core.TyperGroup):
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+            formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except SuparError as error:
-            if not (
-                is_worker_rank() and (error.is_collective or isinstance(error, PeerLost))
-            ):  # the first speaks for all
+            # an error of all processes, or of a process that another has left, is the main one's to tell
+            if not is_worker_rank() or not (error.is_collective or isinstance(error, PeerLost)):
                 rank = f"rank {os.environ['RANK']}: " if is_worker_rank() else ""
                 for line in (rank + str(error)).splitlines():
                     sys.stderr.write(line + "\n" if line.startswith(("  ", "error:")) else f"error: {line}\n")
@@ -87,12 +84,10 @@ class LazyGroup(typer.core.TyperGroup):
 
 
 app = typer.Typer(
+    **SETTINGS,
     cls=LazyGroup,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP_NAMES,
     help="Tune hyperparameters on a small dense proxy transformer, transfer them with SμPar to a wide sparse target, and train it.",
 )
 
@@ -131,8 +126,14 @@ def main() -> None:
     os._exit(status if isinstance(status, int) else 1)
 
 
-def single(function: Any) -> typer.Typer:
-    """A Typer application of one command, as each command module exports it under `app`."""
-    made = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    made.command(context_settings={"help_option_names": ["-h", "--help"]})(function)
+def command_app(*functions: Callable[..., None], help: str | None = None) -> typer.Typer:
+    """A Typer application of one command, or with `help` of several by their names; a command's module has it as `app`."""
+    made = typer.Typer(**SETTINGS, no_args_is_help=help is not None, help=help)
+    if help is not None:
+        made.callback()(lambda: None)
+    for function in functions:
+        made.command(context_settings=HELP_NAMES)(function)
     return made
+
+
+single = command_app  # until cli/demo.py takes its options from the table

@@ -3,160 +3,120 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any
 
-import typer
-
-from supar_cli.cli import console, studies
-from supar_cli.cli.app import single
+import supar_cli
+from supar_cli.cli import documents, terminal
+from supar_cli.cli.app import command_app
+from supar_cli.cli.options import Flags, apply, command, flag_of, numbers, parameterization, workers_of
 from supar_cli.data import corpus
 from supar_cli.errors import CheckViolated, InputError
-from supar_cli.planning import rules
-from supar_cli.planning.density import Share, literal, share
+from supar_cli.planning.density import Share, literal
 from supar_cli.planning.document import Document
-from supar_cli.planning.kinds import kinds_of
+from supar_cli.planning.kinds import parse_any
 from supar_cli.planning.plan import Plan
-from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy, Spec
 
-KINDS = kinds_of(Spec, Proxy, Plan)
+NOT_OF_A_PLAN = ("pattern", "block", "distribution", "width", "density")
 
 
-def check(
-    source: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[PROXY|SPEC|PLAN|-]",
-            help="A document; - for stdin. [default: proxy.yaml, supar.yaml, else the quickstart template]",
-            show_default=False,
-        ),
-    ] = None,
-    parameterization: Annotated[
-        str, typer.Option(help="What is checked: supar, mup, sp, supar-init-only or supar-lr-only.")
-    ] = "supar",
-    width: Annotated[
-        str | None, typer.Option(help="Widths. [default: 1, 2, 4, 8 times the proxy's]", show_default=False)
-    ] = None,
-    density: Annotated[str | None, typer.Option(help="Densities. [default: 1,0.25,0.0625]", show_default=False)] = None,
-    pattern: Annotated[
-        str | None, typer.Option(help="exact, fixed_fan_in, bernoulli, block, or N:M such as 2:4.")
-    ] = None,
-    block: Annotated[int | None, typer.Option(help="Edge of a block: 16, 32, 64 or 128.")] = None,
-    distribution: Annotated[str | None, typer.Option(help="uniform or erk.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds; fewer than 4 are noisy.")] = 4,
-    max_seeds: Annotated[
-        int, typer.Option(min=1, help="Seeds are doubled up to this where a bound lies within a slope's 95 % interval.")
-    ] = 16,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps measured.")] = 10,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Sequences a step. [default: 512 tokens of them]", show_default=False)
-    ] = None,
-    jobs: console.JobsOption = None,
-    executor: console.ExecutorOption = "local",
-    executor_set: console.ExecutorSet = None,
-    data: console.DataOption = None,
-    device: console.DeviceOption = None,
-    settings: console.Set = None,
-    out: Annotated[
-        str, typer.Option("--out", "-o", help="Folder for records.jsonl, result.json and pictures.")
-    ] = "check",
-    force: Annotated[bool, typer.Option("--force", "-f", help="Start a folder's measurements anew.")] = False,
-    as_json: console.Json = False,
-    quiet: console.Quiet = False,
-    verbose: console.Verbose = False,
-) -> None:
+def _widths(flag: str, text: str) -> list[int]:
+    """Widths with commas between them, the narrowest first. Raises InputError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"{flag} {text}: expected numbers above 0 with commas between them")
+    return sorted({int(part) for part in parts})
+
+
+def _densities(flag: str, text: str) -> list[Share]:
+    """Densities with commas between them, the densest first. Raises InputError."""
+    found = sorted(set(numbers(flag, text)), key=literal, reverse=True)
+    if any(not 0 < literal(density) <= 1 for density in found):
+        raise InputError(f"{flag} {text}: expected 0 < density <= 1")
+    return found
+
+
+@command(
+    "source parameterization width density pattern block distribution seeds max_seeds steps batch_size",
+    "jobs executor executor_set data device set out force json quiet verbose",
+    source={"metavar": "[PROXY|SPEC|PLAN|-]"},
+    parameterization={
+        "help": "What is checked: supar, mup, sp, supar-init-only or supar-lr-only.",
+        "default": "supar",
+        "metavar": None,
+        "read": parameterization,
+    },
+    width={"type": str, "help": "Widths. [default: 1, 2, 4, 8 times the proxy's]", "path": "", "read": _widths},
+    density={"help": "Densities. [default: 1,0.25,0.0625]", "read": _densities},
+    seeds={"help": "Seeds; fewer than 4 are noisy.", "default": 4, "path": ""},
+    steps={"help": "Training steps measured.", "default": 10, "minimum": 1, "path": ""},
+    batch_size={"help": "Sequences a step. [default: 512 tokens of them]", "minimum": 1, "path": ""},
+    out={"help": "Folder for records.jsonl, result.json and pictures.", "default": "check"},
+    force={"help": "Start a folder's measurements anew."},
+)
+def check(flags: Flags) -> None:
     """Measure whether sizes of activations, gradients and updates keep still over density and width.
 
     Trains a few steps at each size and exits with status 5 when a slope exceeds its bound. A proxy is swept, beside SP and
     μP as controls that are to fail. A plan is taken as it stands and held against its proxy, dense.
     """
-    flags = locals()
-    if parameterization not in get_args(rules.ParameterizationName):
-        raise InputError(
-            f"--parameterization {parameterization}: expected one of {', '.join(get_args(rules.ParameterizationName))}"
-        )
-    talk = console.Talk(quiet, verbose)
-    read, wanted = _document(source, flags)
-
+    read, subject = _read(flags)
     from supar_cli.experiments import check_run
 
-    with console.located(read):
-        if wanted.data.hash is None:
-            wanted = wanted.model_copy(update={"data": corpus.identified(wanted.data)})
-        sweeps = check_run.sweeps_of(
-            wanted,
-            parameterization,  # type: ignore[arg-type]
-            widths=_widths(width),
-            densities=_densities(density),
-            seeds=seeds,
-            steps=steps,
-            batch_size=batch_size,
-        )
-    folder, first = Path(out), sweeps[0].plans[0][0]
-    talk.log(
-        f"{read.name}: {len({plan.hash() for sweep in sweeps for plan in sweep.runs()})} runs of {steps} steps, "
-        f"{first.train.batch_size} sequences of {first.decoder.context} tokens, {wanted.data.source}"
+    folder, log, widths, densities = Path(flags.out), terminal.Log(flags.quiet), flags.width or [], flags.density or []
+    asked = {name: getattr(flags, name) for name in ("seeds", "steps", "batch_size")}
+    with documents.with_locations(read):
+        subject = corpus.with_hash(subject)
+        sweeps = check_run.sweeps_of(subject, flags.parameterization, widths=widths, densities=densities, **asked)
+    first = sweeps[0].plans[0][0]
+    log.log(
+        f"{read.name}: {len({plan.hash() for sweep in sweeps for plan in sweep.runs()})} runs of {flags.steps} steps, "
+        f"{first.train.batch_size} sequences of {first.decoder.context} tokens, {subject.data.source}"
     )
-    workers = studies.workers(flags, first.run.device, folder)
-    with studies.progress_of("check", folder, quiet, verbose) as progress:
-        found = check_run.run_check(sweeps, folder, workers, progress, max_seeds=max_seeds, force=force)
-    if not quiet:
-        tables = zip(found.result["tables"], found.verdicts, strict=False)
-        studies.show([table for table, verdict in tables if not verdict.sweep.control])
-        for verdict in found.verdicts:
-            word = ("control" if verdict.sweep.control else "passed") if verdict.passed else "FAILED"
-            talk.log(f"{word}: {verdict.sweep.label}: {verdict.text()}")
-    console.emit([found.result], None, None, force=True, as_json=as_json, talk=talk)
-    if found.violations:
-        raise CheckViolated("\n".join(found.violations))
+    with terminal.Progress("check", flags.quiet, folder / "records.jsonl") as progress:
+        result = supar_cli.check(
+            subject,
+            parameterization=flags.parameterization,
+            width=widths,
+            density=densities,
+            **asked,
+            max_seeds=flags.max_seeds,
+            out=folder,
+            force=flags.force,
+            reporter=progress,
+            **workers_of(flags),
+        )
+    verdicts = result["verdicts"]
+    if not flags.quiet:
+        terminal.show_tables(table for table in result["tables"] if not table["title"].endswith(", a control"))
+        for one in verdicts:
+            word = "FAILED" if _is_violated(one) else "control" if one["control"] else "passed"
+            log.log(f"{word}: {one['what']}: {one['text']}")
+    terminal.print_documents([result], flags)
+    if violations := [one for one in verdicts if _is_violated(one)]:
+        raise CheckViolated("\n".join(f"{one['what']}: {one['text']}" for one in violations))
 
 
-def _document(source: str | None, flags: dict[str, Any]) -> tuple[Document, Any]:
-    if source is None:
-        source = next((name for name in ("proxy.yaml", "supar.yaml") if Path(name).exists()), None)
-    read = console.read_one(source or str(console.template("quickstart")), "`supar tune-proxy` writes a proxy")
-    read.name = source or "quickstart template"
-    console.apply_settings(read, flags["settings"])
-    drawn = ("pattern", "block", "distribution")
-    kind = read.data.get("kind") if isinstance(read.data, dict) else None
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise InputError(read.problem(("kind",), f"is {kind!r}", f"expected one of {', '.join(KINDS)}"))
-    if KINDS[kind] is Plan:
-        given = [name for name in (*drawn, "width", "density") if flags[name] is not None]
-        if given or flags["parameterization"] != "supar":
-            word = given[0] if given else "parameterization"
-            raise InputError(f"--{word}: a plan is checked as it stands; expected a proxy or a spec for --{word}")
-    console.override(read, ("target", "sparsity"), {name: flags[name] for name in drawn})
-    console.override(read, ("run",), {"device": flags["device"]})
-    console.override(read, ("data",), {"source": flags["data"]})
-    wanted = parse(KINDS[kind], read)
-    return read, wanted.beside(read.name) if isinstance(wanted, Plan) else wanted
+def _is_violated(verdict: dict[str, Any]) -> bool:
+    """Whether a bound is not kept; a control is to exceed its own."""
+    return bool(verdict["passed"] == verdict["control"])
 
 
-def _widths(text: str | None) -> list[int]:
-    """The widths of the flag, the narrowest first. Raises InputError."""
-    try:
-        found = sorted({int(part) for part in _parts(text)})
-    except ValueError:
-        raise InputError(f"--width {text}: expected numbers with commas between them") from None
-    if any(width < 1 for width in found):
-        raise InputError(f"--width {text}: expected widths above 0")
-    return found
+def _read(flags: Flags) -> tuple[Document, Any]:
+    """The document to check, as read and as a proxy, a spec or a plan. Raises InputError."""
+    path, name = documents.find(flags.source, "proxy.yaml", "supar.yaml")
+    read = documents.read_one(path, "`supar tune-proxy` writes a proxy", name)
+    apply(read, flags)
+    subject = parse_any(read, Spec, Proxy, Plan)
+    if not isinstance(subject, Plan):
+        return read, subject
+    given = [option for option in NOT_OF_A_PLAN if getattr(flags, option) is not None]
+    if flags.parameterization != "supar":
+        given.append("parameterization")
+    if given:
+        flag = flag_of(given[0])
+        raise InputError(f"{flag}: a plan is checked as it stands; expected a proxy or a spec for {flag}")
+    return read, subject.beside(path)
 
 
-def _densities(text: str | None) -> list[Share]:
-    """The densities of the flag, the densest first. Raises InputError."""
-    try:
-        found = sorted({share(part) for part in _parts(text)}, key=literal, reverse=True)
-    except ValueError:
-        raise InputError(f"--density {text}: expected numbers with commas between them") from None
-    if any(not 0 < literal(density) <= 1 for density in found):
-        raise InputError(f"--density {text}: expected 0 < density <= 1")
-    return found
-
-
-def _parts(text: str | None) -> list[str]:
-    return [part for part in (text or "").split(",") if part.strip()]
-
-
-app = single(check)
+app = command_app(check)

@@ -4,119 +4,100 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from supar_cli.cli import console
+from supar_cli.cli import terminal
+from supar_cli.cli.app import command_app
+from supar_cli.cli.options import Flags, command
 from supar_cli.data import corpus
-from supar_cli.errors import InputError, SetupError
+from supar_cli.errors import InputError
+from supar_cli.files import naming_write_errors
 from supar_cli.planning.plan import Data
-
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
+from supar_cli.planning.problems import validate
 
 SAMPLE_TOKENS = 64
 FILES_NAMED = 5
 
-Format = Annotated[
-    str, typer.Option("--format", help="auto (by suffix and first bytes), text, jsonl, nanogpt or llmc.")
-]
-Tokenizer = Annotated[str, typer.Option(help="bytes, or a tokenizer.json (needs the package tokenizers).")]
-Field = Annotated[str, typer.Option(help="The key that holds the text in a line of JSONL.")]
 
-
-@app.callback()
-def _data() -> None:
-    """Inspect a corpus, or prepare one as token files."""
-
-
-@app.command(context_settings={"help_option_names": ["-h", "--help"]})
-def inspect(
-    source: Annotated[str, typer.Argument(help="`stdlib`, a file, or a folder.")] = "stdlib",
-    format_: Format = "auto",
-    tokenizer: Tokenizer = "bytes",
-    field: Field = "text",
-    as_json: console.Json = False,
-    quiet: console.Quiet = False,
-) -> None:
+@command("corpus format tokenizer field json quiet")
+def inspect(flags: Flags) -> None:
     """Show how a corpus is read: format, split, number of tokens, vocabulary needed, first tokens, hash."""
     import numpy as np
 
     from supar_cli.data import batches
 
-    section = _section(source, format_, tokenizer, field)
-    known = corpus.identified(section)
-    found = corpus.find(section)
-    words = found.kind in ("text", "jsonl")
+    section = _section(flags)
+    known, found = corpus.identified(section), corpus.find(section)
+    is_text = found.kind in ("text", "jsonl")
     # a corpus of tokens is bounded by its integers only; what a model's vocabulary has is checked when it is trained
-    tokens = batches.load(known, vocab=batches.tokenizer(section)[1] if words else 2**16, context=1)
+    tokens = batches.load(known, vocab=batches.tokenizer(section)[1] if is_text else 2**16, context=1)
     first = np.asarray(tokens.train.segments[0].tokens[:SAMPLE_TOKENS])
     splits = {"train": tokens.train, "validation": tokens.validation}
+    files = {"train": found.train, "validation": found.validation}
+    segments = {name: [segment.tokens for segment in split.segments] for name, split in splits.items()}
     result: dict[str, Any] = {
-        "source": source,
+        "source": flags.corpus,
         "format": found.kind,
-        "tokenizer": tokenizer if words else None,
-        "files": {"train": len(found.train), "validation": len(found.validation)},
+        "tokenizer": flags.tokenizer if is_text else None,
+        "files": {name: len(paths) for name, paths in files.items()},
         "first_files": {
-            name: [path.relative_to(found.root).as_posix() for path in files[:FILES_NAMED]]
-            for name, files in (("train", found.train), ("validation", found.validation))
+            name: [path.relative_to(found.root).as_posix() for path in paths[:FILES_NAMED]]
+            for name, paths in files.items()
         },
         "bytes": sum(path.stat().st_size for path in found.files),
         "tokens": {name: split.total for name, split in splits.items()},
-        "longest_context": {name: max(len(s.tokens) for s in split.segments) - 1 for name, split in splits.items()},
-        "vocab": 1 + max(int(s.tokens.max()) for split in splits.values() for s in split.segments if len(s.tokens)),
-        "first": bytes(first).decode("utf-8", "replace") if words and tokenizer == "bytes" else first.tolist(),
+        "longest_context": {name: max(map(len, parts)) - 1 for name, parts in segments.items()},
+        "vocab": 1 + max(int(part.max()) for parts in segments.values() for part in parts if len(part)),
+        "first": bytes(first).decode("utf-8", "replace")
+        if section.tokenizer == "bytes" and is_text
+        else first.tolist(),
         "hash": tokens.hash,
     }
     if not found.validation:
-        console.Talk(quiet).log(f"one file: its last tenth is held out for validation ({found.train[0]})")
-    console.emit([result], "-", None, force=True, as_json=as_json, talk=console.Talk(quiet))
+        terminal.Log(flags.quiet).log(f"one file: its last tenth is held out for validation ({found.train[0]})")
+    terminal.print_documents([result], flags, always=True)
 
 
-@app.command(context_settings={"help_option_names": ["-h", "--help"]})
-def prepare(
-    source: Annotated[str, typer.Argument(help="`stdlib`, a text or JSONL file, or a folder of them.")],
-    out: Annotated[str, typer.Option("--out", "-o", help="Folder for train.bin and val.bin.")],
-    format_: Format = "auto",
-    tokenizer: Tokenizer = "bytes",
-    field: Field = "text",
-    force: console.Force = False,
-    as_json: console.Json = False,
-    quiet: console.Quiet = False,
-) -> None:
+@command(
+    "corpus out format tokenizer field force json quiet",
+    corpus={"help": "`stdlib`, a text or JSONL file, or a folder of them.", "default": ...},
+    out={"help": "Folder for train.bin and val.bin.", "default": ...},
+)
+def prepare(flags: Flags) -> None:
     """Tokenize text once, into nanoGPT's format: raw uint16 tokens, as `--data FOLDER` reads them."""
     from supar_cli.data import batches
 
-    folder, talk = Path(out), console.Talk(quiet)
-    section = _section(source, format_, tokenizer, field)
-    taken = [name for name in ("train.bin", "val.bin") if (folder / name).exists()]
-    if taken and not force:
-        raise InputError(f"{folder / taken[0]}: exists; expected --force to overwrite it, or another --out")
+    folder, log, section = Path(flags.out), terminal.Log(flags.quiet), _section(flags)
+    existing = [path for name in ("train.bin", "val.bin") if (path := folder / name).exists()]
+    if existing and not flags.force:
+        raise InputError(f"{existing[0]}: exists; expected --force to overwrite it, or another --out")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; expected a folder for --out")
     corpus.identified(section)
-    said = time.monotonic()
+    logged_s = time.monotonic()
 
     def progress(name: str, count: int) -> None:
-        nonlocal said
-        if time.monotonic() - said > console.Progress.EVERY_S:
-            said = time.monotonic()
-            talk.log(f"{name}: {count:,} tokens")
+        nonlocal logged_s
+        if time.monotonic() - logged_s > terminal.Progress.EVERY_S:
+            logged_s = time.monotonic()
+            log.log(f"{name}: {count:,} tokens")
 
-    try:
+    with naming_write_errors(folder):
         counts = batches.prepare(section, folder, progress)
-    except OSError as error:
-        raise SetupError(f"{folder}: can't be written: {error.strerror or error}") from None
-    talk.log(
+    log.log(
         f"wrote {folder / 'train.bin'} ({counts['train']:,} tokens) and {folder / 'val.bin'} ({counts['validation']:,})\n"
-        f"next: `data: {{source: {out}}}` and `vocab: {counts['vocab']}` or more under `model`"
+        f"next: `data: {{source: {flags.out}}}` and `vocab: {counts['vocab']}` or more under `model`"
     )
-    result = {"source": out, "format": "nanogpt", **counts, "hash": corpus.identified(Data(source=out)).hash}
-    console.emit([result], None, None, force=True, as_json=as_json, talk=talk)
+    prepared = corpus.identified(Data(source=flags.out))
+    terminal.print_documents([{"source": flags.out, "format": "nanogpt", **counts, "hash": prepared.hash}], flags)
 
 
-def _section(source: str, format_: str, tokenizer: str, field: str) -> Data:
+def _section(flags: Flags) -> Data:
+    keys = {"source": flags.corpus, "format": flags.format, "tokenizer": flags.tokenizer, "field": flags.field}
     try:
-        return Data(source=source, format=format_, tokenizer=tokenizer, field=field)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise console.input_error(error) from None
+        return validate(Data, keys)
+    except InputError as error:
+        raise InputError(*(f"--{problem}" for problem in error.problems)) from None
+
+
+app = command_app(inspect, prepare, help="Inspect a corpus, or prepare one as token files.")

@@ -6,21 +6,20 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from supar_cli.cli import console
-from supar_cli.cli.app import single
+import supar_cli
+from supar_cli.cli import documents, terminal
+from supar_cli.cli.app import command_app
+from supar_cli.cli.options import Flags, command
 from supar_cli.data import corpus
 from supar_cli.errors import SetupError, SuparError
-from supar_cli.planning.plan import Plan
+from supar_cli.planning.plan import Data, Plan
 from supar_cli.planning.problems import parse
-from supar_cli.planning.spec import Data, Proxy, Spec, Target
-from supar_cli.planning.transfer import transfer
-from supar_cli.version import __version__
+from supar_cli.planning.spec import Proxy, Spec
 
 EXTRAS = {
     "hf": "tokenizers",
@@ -33,23 +32,20 @@ EXTRAS = {
     "wandb": "wandb",
     "mlflow": "mlflow",
 }
-STEPS = 8
 
 
-def doctor(
-    data: console.DataOption = None,
-    device: console.DeviceOption = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps timed, after two that are not.")] = STEPS,
-    as_json: console.Json = False,
-    quiet: console.Quiet = False,
-) -> None:
+@command(
+    "data device steps json quiet",
+    steps={"help": "Steps timed, after two that are not.", "default": 8, "minimum": 1},
+)
+def doctor(flags: Flags) -> None:
     """Show versions, devices and data, and time a training step of the quickstart's proxy. Exit 3 if something is wrong."""
-    talk = console.Talk(quiet)
-    problems: list[str] = []
+    source, device = flags.data or "stdlib", flags.device or "auto"
+    packages, problems = _packages()
     result: dict[str, Any] = {
-        "supar": __version__,
+        "supar": supar_cli.__version__,
         "python": platform.python_version(),
-        "packages": _packages(problems),
+        "packages": packages,
         "extras": {name: find_spec(module) is not None for name, module in EXTRAS.items()},
         "machine": {
             "platform": f"{platform.system()} {platform.machine()}",
@@ -57,73 +53,70 @@ def doctor(
             "free_disk_gib": round(shutil.disk_usage(".").free / 2**30, 1),
         },
     }
-    for name, found in (
-        ("devices", _devices),
-        ("data", lambda: _data(data)),
-        ("step", lambda: _step(data, device, steps)),
-    ):
+    examined: dict[str, Callable[[], dict[str, Any]]] = {
+        "devices": _devices,
+        "data": lambda: _data(source),
+        "step": lambda: _step(source, device, flags.steps),
+    }
+    for name, examine in examined.items():
         try:
-            result[name] = found()
+            result[name] = examine()
         except (SuparError, ImportError) as error:
             problems.append(f"{name}: {error}")
             result[name] = None
-    result["problems"] = problems
-    console.emit([result], "-", None, force=True, as_json=as_json, talk=talk)
+    terminal.print_documents([result | {"problems": problems}], flags, always=True)
     if problems:
         raise SetupError("; ".join(problems))
 
 
-def _packages(problems: list[str]) -> dict[str, str | None]:
-    """Versions of what supar itself requires."""
+def _packages() -> tuple[dict[str, str | None], list[str]]:
+    """Versions of what supar itself requires, None for what is not installed, and what is wrong with that."""
     found: dict[str, str | None] = {}
+    problems = []
     try:
-        wanted = requires("supar-cli") or []
+        required = [line for line in requires("supar-cli") or [] if "extra ==" not in line]
     except PackageNotFoundError:
         problems.append("packages: supar is not installed; run `pip install .`")
-        wanted = ["torch", "numpy", "typer", "pydantic"]
-    for line in wanted:
-        if "extra ==" in line:
-            continue
+        required = ["torch", "numpy", "typer", "pydantic"]
+    for line in required:
         name = line.split(";")[0].split("<")[0].split(">")[0].split("=")[0].split("!")[0].strip()
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = None
             problems.append(f"packages: {line} is not installed")
-    return found
+    return found, problems
 
 
 def _devices() -> dict[str, Any]:
     import torch
 
-    cards = []
-    for index in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(index)
-        cards.append(
+    cards = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    backends = {"gloo": torch.distributed.is_gloo_available(), "nccl": torch.distributed.is_nccl_available()}
+    return {
+        "cuda_build": torch.version.cuda,
+        "cuda": [
             {
                 "name": card.name,
                 "memory_gib": round(card.total_memory / 2**30, 1),
                 "capability": f"{card.major}.{card.minor}",
                 "bfloat16": card.major >= 8,
             }
-        )
-    backends = {"gloo": torch.distributed.is_gloo_available(), "nccl": torch.distributed.is_nccl_available()}
-    return {
-        "cuda_build": torch.version.cuda,
-        "cuda": cards,
+            for card in cards
+        ],
         "cpu_threads": torch.get_num_threads(),
-        "distributed": [name for name, there in backends.items() if there],
+        "distributed": [name for name, is_available in backends.items() if is_available],
     }
 
 
-def _data(source: str | None) -> dict[str, Any]:
-    section = corpus.identified(Data(source=source or "stdlib"))
-    found = corpus.find(section)
-    size = sum(path.stat().st_size for path in found.files)
-    return {"source": section.source, "files": len(found.files), "bytes": size, "hash": section.hash}
+def _data(source: str) -> dict[str, Any]:
+    section = corpus.identified(Data(source=source))
+    files = corpus.find(section).files
+    size = sum(path.stat().st_size for path in files)
+    return {"source": section.source, "files": len(files), "bytes": size, "hash": section.hash}
 
 
-def _step(source: str | None, device: str | None, steps: int) -> dict[str, Any]:
+def _step(source: str, device: str, steps: int) -> dict[str, Any]:
     """A step of the quickstart's proxy, timed."""
     from supar_cli.training.trainer import Trainer
 
@@ -146,14 +139,18 @@ def _step(source: str | None, device: str | None, steps: int) -> dict[str, Any]:
     }
 
 
-def _quickstart(source: str | None, device: str | None) -> Plan:
-    path = console.template("quickstart")
-    spec = parse(Spec, console.read_one(str(path), "the installation lacks its templates; install again"))
-    fields = {name: getattr(spec, name) for name in ("model", "hyperparameters", "parameterization", "train")}
-    section = corpus.identified(Data(source=source or "stdlib"))
-    run = spec.run.model_copy(update={"device": device or "auto"})
-    proxy = Proxy(kind="supar.proxy/v1", **fields, data=section, run=run)
-    return transfer(proxy, Target(sparsity=spec.target.sparsity), allow_low_wpn=True)
+def _quickstart(source: str, device: str) -> Plan:
+    """The plan of the quickstart's proxy, as sparse as its target."""
+    path, _ = documents.find(None)
+    spec = parse(Spec, documents.read_one(path, "the installation lacks its templates; install again"))
+    proxy = Proxy(
+        kind="supar.proxy/v1",
+        **{name: getattr(spec, name) for name in ("model", "hyperparameters", "parameterization", "train")},
+        data=Data(source=source),
+        run=spec.run.model_copy(update={"device": device}),
+    )
+    level = spec.target.sparsity.model_dump()
+    return supar_cli.transfer(proxy, allow_low_wpn=True, **level)
 
 
-app = single(doctor)
+app = command_app(doctor)

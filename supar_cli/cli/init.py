@@ -5,73 +5,50 @@ from __future__ import annotations
 import difflib
 import sys
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from supar_cli.cli import console
-from supar_cli.cli.app import single
+from supar_cli.cli import terminal
+from supar_cli.cli.app import command_app
+from supar_cli.cli.options import Flags, command
 from supar_cli.errors import InputError, SetupError
+from supar_cli.files import template, template_names
+
+# of a template's kind: the file that it becomes by default, and what to do next; None: a file of the template's name
+NEXT = {
+    "supar.spec/v1": ("supar.yaml", "tune-proxy{}"),
+    "supar.proxy/v1": ("proxy.yaml", "transfer{} --sparsity 0.992"),
+    "supar.sweep/v1": (None, "sweep{}"),
+}
 
 
-def init(
-    template: Annotated[str, typer.Argument(help="Name of a template; --list shows them.")] = "quickstart",
-    list_: Annotated[bool, typer.Option("--list", help="Show the templates and write nothing.")] = False,
-    out: Annotated[
-        str | None,
-        typer.Option(
-            "--out",
-            "-o",
-            help="Where to write; - for stdout only. [default: supar.yaml, a proxy: proxy.yaml, a sweep: NAME.yaml]",
-            show_default=False,
-        ),
-    ] = None,
-    force: console.Force = False,
-    quiet: console.Quiet = False,
-) -> None:
+@command(
+    "template list out force quiet",
+    out={"help": "Where to write; - for stdout only. [default: supar.yaml, a proxy: proxy.yaml, a sweep: NAME.yaml]"},
+)
+def init(flags: Flags) -> None:
     """Write a template to start from, comments and all."""
-    names = console.template_names()
+    names, name = template_names(), flags.template
     if not names:
-        raise SetupError(
-            f"{console.template('quickstart').parent}: the installation lacks its templates; install again"
-        )
-    if list_:
+        raise SetupError(f"{template('quickstart.yaml').parent}: the installation lacks its templates; install again")
+    if flags.list:
         wide = max(map(len, names))
-        console.to_stdout("".join(f"{name:{wide}}  {description(name)}\n" for name in names))
+        terminal.to_stdout("".join(f"{name:{wide}}  {_text(name).splitlines()[0].strip('# ')}\n" for name in names))
         return
-    if template not in names:
-        close = difflib.get_close_matches(template, names, 1, 0.5)
+    if name not in names:
+        close = difflib.get_close_matches(name, names, 1, 0.5)
         expected = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(names)}"
-        raise InputError(f"{template}: no such template; {expected}")
-    text = console.template(template).read_bytes().decode("utf-8")
-    kind = kind_of(text)
-    default = {"supar.proxy/v1": "proxy.yaml", "supar.sweep/v1": f"{template}.yaml"}.get(kind, "supar.yaml")
-    talk = console.Talk(quiet)
+        raise InputError(f"{name}: no such template; {expected}")
+    text, log = _text(name), terminal.Log(flags.quiet)
+    default, command = NEXT[next(line for line in text.splitlines() if line.startswith("kind:")).removeprefix("kind: ")]
+    out = flags.out or default or f"{name}.yaml"
     if out != "-":
-        console.persist(Path(out or default), text, force, talk)
-        found = out in (None, default) and kind != "supar.sweep/v1"  # without being named
-        talk.log(f"next: {_next(kind, '' if found else f' {out or default}')}")
+        terminal.persist(Path(out), text, flags.force, log)
+        log.log(f"next: supar {command.format('' if out == default else f' {out}')}")
     if out == "-" or not sys.stdout.isatty():
-        console.to_stdout(text)
+        terminal.to_stdout(text)
 
 
-def description(name: str) -> str:
-    """What a template is for: its first line."""
-    with console.template(name).open(encoding="utf-8") as lines:
-        return lines.readline().removeprefix("#").strip()
+def _text(name: str) -> str:
+    return template(f"{name}.yaml").read_bytes().decode("utf-8")
 
 
-def kind_of(text: str) -> str:
-    """The kind a template's own `kind:` line names."""
-    return next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("kind:")), "")
-
-
-def _next(kind: str, source: str) -> str:
-    if kind == "supar.proxy/v1":
-        return f"supar transfer{source} --sparsity 0.992"
-    if kind == "supar.sweep/v1":
-        return f"supar sweep{source}"
-    return f"supar tune-proxy{source}"
-
-
-app = single(init)
+app = command_app(init)

@@ -6,12 +6,11 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
-import typer
-
-from supar_cli.cli import console
-from supar_cli.cli.app import single
+from supar_cli.cli import terminal
+from supar_cli.cli.app import command_app
+from supar_cli.cli.options import Flags, command
 from supar_cli.planning.layout_document import Layout
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.schema import Section
@@ -19,48 +18,30 @@ from supar_cli.planning.spec import Proxy, Spec
 from supar_cli.planning.sweep import Sweep
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
+TYPES: dict[str, type[Section]] = {"spec": Spec, "proxy": Proxy, "plan": Plan, "sweep": Sweep, "layout": Layout}
 
 
-class Kind(StrEnum):
-    spec = "spec"
-    proxy = "proxy"
-    plan = "plan"
-    sweep = "sweep"
-    layout = "layout"
-
-
-_TYPES: dict[Kind, type[Section]] = {
-    Kind.spec: Spec,
-    Kind.proxy: Proxy,
-    Kind.plan: Plan,
-    Kind.sweep: Sweep,
-    Kind.layout: Layout,
-}
-
-
-def schema(
-    kind: Annotated[Kind, typer.Argument(help="Which document.")] = Kind.spec,
-    out: Annotated[
-        str | None,
-        typer.Option("--out", "-o", help="Write it to a file; - for stdout only. [default: -]", show_default=False),
-    ] = None,
-    force: console.Force = False,
-    quiet: console.Quiet = False,
-) -> None:
+@command(
+    "kind out force quiet",
+    kind={"type": StrEnum("Kind", list(TYPES))},
+    out={"help": "Write it to a file; - for stdout only. [default: -]"},
+)
+def schema(flags: Flags) -> None:
     """Print the JSON Schema of a spec, a proxy, a plan, a sweep or a layout.
 
     Editors with a YAML language server check and complete a document whose first line names the schema:
     `supar schema -o supar.schema.json`, then `# yaml-language-server: $schema=supar.schema.json`.
     What spans several keys is checked by supar only.
     """
-    text = json.dumps(json_schema(kind), indent=1, ensure_ascii=False) + "\n"
-    if out not in (None, "-"):
-        console.persist(Path(str(out)), text, force, console.Talk(quiet))
-    if out in (None, "-") or not sys.stdout.isatty():
-        console.to_stdout(text)
+    text = json.dumps(json_schema(TYPES[flags.kind]), indent=1, ensure_ascii=False) + "\n"
+    is_file = flags.out not in (None, "-")
+    if is_file:
+        terminal.persist(Path(flags.out), text, flags.force, terminal.Log(flags.quiet))
+    if not is_file or not sys.stdout.isatty():
+        terminal.to_stdout(text)
 
 
-def json_schema(kind: Kind) -> dict[str, Any]:
+def json_schema(document: type[Section]) -> dict[str, Any]:
     """JSON Schema of a document as a user may write it: what is filled in is not required."""
     from pydantic.json_schema import GenerateJsonSchema  # the only thing that needs pydantic beyond its core
 
@@ -75,9 +56,13 @@ def json_schema(kind: Kind) -> dict[str, Any]:
             title = {"title": section.__name__, "description": " ".join((section.__doc__ or "").split())}
             return {**title, **found, "additionalProperties": False}
 
-    (name,) = get_args(_TYPES[kind].keys()["kind"])
-    found = Sections().generate(_TYPES[kind].schema())
-    return {"$schema": DIALECT, "$id": f"urn:supar:{name}", **found, "title": name}
+    (name,) = get_args(document.keys()["kind"])
+    return {
+        "$schema": DIALECT,
+        "$id": f"urn:supar:{name}",
+        **Sections().generate(document.schema()),
+        "title": name,
+    }
 
 
 def _filled_in(section: type[Section]) -> set[str]:
@@ -86,4 +71,4 @@ def _filled_in(section: type[Section]) -> set[str]:
     return set(section.fill_defaults(given)) - set(given)
 
 
-app = single(schema)
+app = command_app(schema)

@@ -4,65 +4,69 @@ from __future__ import annotations
 
 import shutil
 import textwrap
+from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from supar_cli.cli import console
-from supar_cli.cli.app import single
+from supar_cli.cli import terminal
+from supar_cli.cli.app import command_app
+from supar_cli.cli.options import Flags, command
 from supar_cli.errors import InputError
+from supar_cli.planning.plan import Plan
 
 LAST = 12  # chosen: evaluations that are listed
 WIDEST, HEIGHT = 100, 12  # chosen: a curve of the terminal's width up to this, in lines that leave room for the rest
 
 
-def show(
-    run: Annotated[str, typer.Argument(help="A run directory.", show_default=False)],
-    as_json: console.Json = False,
-    quiet: console.Quiet = False,
-) -> None:
+@command("run json quiet")
+def show(flags: Flags) -> None:
     """Show a run: state, plan, environment and the curve of its losses."""
-    talk = console.Talk(quiet)
-    folder = Path(run)
+    folder = Path(flags.run)
     if not (folder / "plan.yaml").is_file():
-        raise InputError(f"{run}: no run directory; expected one that `supar runs` lists")
+        raise InputError(f"{flags.run}: no run directory; expected one that `supar runs` lists")
 
     from supar_cli.reporting import text as reading
-    from supar_cli.reporting.html import flat
 
     plan, found, records, environment = reading.details(folder)
-    if not quiet:
-        from supar_cli.cli import tables
-
-        losses = [
-            f"{what} {found[key]:.4f}"
-            for what, key in (("loss", "loss"), ("validation", "validation_loss"))
-            if found[key] is not None
-        ]
-        step = f"step {found['step']} of {found['steps']}"
-        talk.log(", ".join([f"{run}: {found['state']}", step, *losses, f"last written {found['written']}"]))
-        if found["text"]:
-            talk.log(found["text"])
-        talk.log(f"plan {plan.name}, {plan.hash()}")
-        tables.show_plan(plan)
-        for name, value in flat({key: value for key, value in environment.items() if key != "engines"}):
-            talk.log(f"{name}: {value}")
-        engines = environment.get("engines")
-        for line in tables.counted("engine", engines if isinstance(engines, dict) else {}):
-            talk.log(line)
-        width = min(shutil.get_terminal_size().columns, WIDEST)
-        lines = reading.curve(records, "loss", width, HEIGHT)
-        if lines:
-            talk.log("\n".join(["training loss", *lines]))
-        values = [f"{record['validation_loss']:.4f} at {record['step']}" for record in records if _evaluated(record)]
-        if values:
-            talk.log(textwrap.fill(f"validation loss {', '.join(values[-LAST:])}", width))
-    console.emit([found | {"environment": environment}], None, None, force=True, as_json=as_json, talk=talk)
+    if not flags.quiet:
+        _show_state(flags.run, plan, found)
+        _show_environment(environment)
+        _show_losses(records)
+    terminal.print_documents([found | {"environment": environment}], flags)
 
 
-def _evaluated(record: dict[str, Any]) -> bool:
-    return isinstance(record.get("validation_loss"), float)
+def _show_state(run: str, plan: Plan, found: dict[str, Any]) -> None:
+    log, names = terminal.Log(), {"loss": "loss", "validation_loss": "validation"}
+    losses = [f"{name} {found[key]:.4f}" for key, name in names.items() if found[key] is not None]
+    step = f"step {found['step']} of {found['steps']}"
+    log.log(", ".join([f"{run}: {found['state']}", step, *losses, f"last written {found['written']}"]))
+    if found["text"]:
+        log.log(found["text"])
+    log.log(f"plan {plan.name}, {plan.hash()}")
+    terminal.show_plan(plan)
 
 
-app = single(show)
+def _show_environment(environment: dict[str, Any]) -> None:
+    from supar_cli.reporting.html import flat
+
+    log, engines = terminal.Log(), environment.get("engines")
+    for name, value in flat({key: value for key, value in environment.items() if key != "engines"}):
+        log.log(f"{name}: {value}")
+    if isinstance(engines, dict) and engines:
+        counts = sorted(Counter(engines.values()).items())
+        log.log("engine: " + ", ".join(f"{engine} {count}" for engine, count in counts))
+
+
+def _show_losses(records: list[dict[str, Any]]) -> None:
+    from supar_cli.reporting import text as reading
+
+    log, width = terminal.Log(), min(shutil.get_terminal_size().columns, WIDEST)
+    if lines := reading.curve(records, "loss", width, HEIGHT):
+        log.log("\n".join(["training loss", *lines]))
+    losses = [(record["step"], record.get("validation_loss")) for record in records]
+    values = [f"{loss:.4f} at {step}" for step, loss in losses if isinstance(loss, float)]
+    if values:
+        log.log(textwrap.fill(f"validation loss {', '.join(values[-LAST:])}", width))
+
+
+app = command_app(show)

@@ -4,114 +4,64 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
 import typer
 
-from supar_cli.cli import console
-from supar_cli.cli.app import ARGUMENTS, single
-from supar_cli.errors import InputError, Preempted, SetupError
+from supar_cli.cli import documents, terminal
+from supar_cli.cli.app import command_app
+from supar_cli.cli.options import Flags, apply, command
+from supar_cli.errors import InputError, Preempted
 from supar_cli.planning import document
 from supar_cli.planning.document import Document
-from supar_cli.planning.estimate import duration
 from supar_cli.planning.plan import Plan, with_steps
 from supar_cli.planning.problems import parse
 from supar_cli.training.launch.environment import LAUNCH_DIR, TORCHRUN, is_worker_rank
 
 if TYPE_CHECKING:
+    from supar_cli.files import Record
     from supar_cli.training.distributed import Ranks
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A plan to run, flags and settings put in, the document it was read from, and its directory."""
+    """A plan to run, with flags and settings applied, the document it was read from, and its directory."""
 
     plan: Plan
     read: Document
     directory: Path
 
 
-def train(
-    ctx: typer.Context,
-    plan: Annotated[
-        str | None,
-        typer.Argument(help="Plan document, run directory, or - for stdin. [default: plan.yaml]", show_default=False),
-    ] = None,
-    index: Annotated[int | None, typer.Option(help="Run only this document of a stream, counted from 0.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Train this many steps instead, the warm-up the same share.")
-    ] = None,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume/--no-resume", help="Continue the directory's run from its last checkpoint, or refuse to."
-        ),
-    ] = True,
-    checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.")] = None,
-    keep: Annotated[int | None, typer.Option(min=1, help="Checkpoints that stay, the newest.")] = None,
-    max_time: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Stop with a checkpoint after 90s, 30m, 2h or 1:30:00; exit 75.")
-    ] = None,
-    data: console.DataOption = None,
-    device: console.DeviceOption = None,
-    precision: console.PrecisionOption = None,
-    compile_: Annotated[str | None, typer.Option("--compile", help="auto, on or off.")] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(help="How masked weights are computed: auto (the fastest here), dense, sparse or block."),
-    ] = None,
-    nproc: Annotated[
-        int | None,
-        typer.Option(min=1, help="Processes to train with on this machine, each on its own GPU.", show_default=False),
-    ] = None,
-    parallel: Annotated[
-        str | None,
-        typer.Option(
-            help="How processes hold the model: ddp (whole), fsdp (in shards), auto (shards where it fits none)."
-        ),
-    ] = None,
-    max_restarts: Annotated[
-        int, typer.Option(min=0, help="With --nproc: times to go on from the last checkpoint when a process dies.")
-    ] = 0,
-    tracker: Annotated[
-        list[str] | None,
-        typer.Option(help="Follow the run in tensorboard, wandb or mlflow too, offline; repeatable."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show sizes, FLOPs, memory and time; run nothing.")
-    ] = False,
-    settings: console.Set = None,
-    out: Annotated[
-        str | None, typer.Option("--out", "-o", help="Run directory. [default: runs/NAME]", show_default=False)
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Start again in a directory that holds a run.")] = False,
-    as_json: console.Json = False,
-    quiet: console.Quiet = False,
-    verbose: console.Verbose = False,
-) -> None:
+@command(
+    "plan index steps resume checkpoint_every keep max_time data device precision compile engine nproc parallel",
+    "max_restarts tracker dry_run set out force json quiet verbose",
+    steps={"help": "Train this many steps instead, the warm-up the same share.", "minimum": 1, "path": ""},
+    dry_run={"help": "Show sizes, FLOPs, memory and time; run nothing."},
+    out={"help": "Run directory. [default: runs/NAME]"},
+    force={"help": "Start again in a directory that holds a run."},
+)
+def train(flags: Flags) -> None:
     """Train every plan of a document; metrics, checkpoints and result.json go to runs/NAME/."""
-    flags = locals()
-    talk = console.Talk(quiet or is_worker_rank(), verbose)
-    if dry_run:
-        _show(flags, talk)
+    log = terminal.Log(flags.quiet or is_worker_rank())
+    if flags.dry_run:
+        for job in _jobs(flags, log):
+            terminal.show_plan(job.plan, flags.nproc or 1)
         return
-    if nproc is not None and not _is_launched():
-        raise typer.Exit(_launched(flags, talk))
-    if max_restarts and nproc is None:
+    if flags.nproc is not None and not _is_launched():
+        raise typer.Exit(_launch_processes(flags, log))
+    if flags.max_restarts and flags.nproc is None:
         raise InputError("--max-restarts: goes with --nproc; torchrun has its own")
     from supar_cli.training.distributed import init_distributed
     from supar_cli.training.launch.signals import StopSignals
 
-    limit = None if max_time is None else console.seconds("--max-time", max_time)
-    with StopSignals(limit) as signals:
+    with StopSignals(flags.max_time) as signals:
         try:
             with init_distributed() as ranks:
-                jobs = ranks.on_main(_jobs, flags, talk)
-                results = [_run(job, flags, talk, signals.reason, ranks) for job in jobs]
+                jobs = ranks.on_main(_jobs, flags, log)
+                results = [_run(job, flags, log.quiet, ranks, signals.reason) for job in jobs]
         except KeyboardInterrupt:
             if not is_worker_rank():
                 sys.stderr.write("interrupted\n")
@@ -122,53 +72,42 @@ def train(
                 raise KeyboardInterrupt from None
             raise typer.Exit(Preempted.exit_status) from None
     if ranks.is_main:
-        console.emit(results, None, None, force=True, as_json=as_json, talk=talk)
+        terminal.print_documents(results, flags)
 
 
-def _jobs(flags: dict[str, Any], talk: console.Talk) -> list[Job]:
+def _jobs(flags: Flags, log: terminal.Log) -> list[Job]:
     """The plans that the command line asks for. Raises InputError."""
-    out, source = flags["out"], flags["plan"] or "plan.yaml"
-    if source != "-" and Path(source).is_dir():
-        out, source = out or source, str(Path(source) / "plan.yaml")
-    documents = console.read_all(source, "`supar transfer` writes it")
+    source, index, out = documents.plan_file(flags.plan), flags.index, flags.out
+    if source != (flags.plan or "plan.yaml"):  # a run directory
+        out = out or flags.plan
     plans = []
-    for read in documents:
-        console.apply_settings(read, flags["settings"])
-        for path, flag in PLACES.items():
-            if flags[flag] is not None:
-                console.put(read, path, flags[flag])
-        plans.append(parse(Plan, read).beside(source))
-    index = flags["index"]
+    for read in documents.read_all(source, "`supar transfer` writes it"):
+        apply(read, flags, same_data=True)
+        plans.append((parse(Plan, read).beside(source), read))
     if index is not None:
         if not 0 <= index < len(plans):
             raise InputError(f"--index {index}: {source} holds {len(plans)} documents; expected 0 to {len(plans) - 1}")
-        plans, documents = plans[index : index + 1], documents[index : index + 1]
+        plans = [plans[index]]
     if out is not None and len(plans) > 1:
         raise InputError(f"--out: {source} holds {len(plans)} plans; expected --index with one directory")
-    plans = [_shortened(plan, flags["steps"], talk) for plan in plans]
-    return [Job(plan, read, Path(out or Path("runs") / plan.name)) for plan, read in zip(plans, documents, strict=True)]
+    jobs = []
+    for plan, read in plans:
+        wanted = plan if flags.steps is None else with_steps(plan, flags.steps)
+        before, after = plan.train, wanted.train
+        if after.steps != before.steps:
+            log.log(f"steps {before.steps} → {after.steps}, warm-up {before.warmup_steps} → {after.warmup_steps}")
+        jobs.append(Job(wanted, read, Path(out or Path("runs") / wanted.name)))
+    return jobs
 
 
-PLACES = {
-    ("run", "device"): "device",
-    ("run", "precision"): "precision",
-    ("run", "compile"): "compile_",
-    ("run", "engine"): "engine",
-    ("run", "parallel"): "parallel",
-    ("run", "checkpoint_every"): "checkpoint_every",
-    ("run", "keep"): "keep",
-    ("run", "trackers"): "tracker",
-    ("data", "source"): "data",
-}
+def _run(job: Job, flags: Flags, quiet: bool, ranks: Ranks, stop: Callable[[], str | None]) -> Record:
+    """Train a plan, this rank's part of it, and return its result."""
+    from supar_cli.training import train as training
 
-
-def _show(flags: dict[str, Any], talk: console.Talk) -> None:
-    """Sizes and estimates of what would run."""
-    from supar_cli.cli import tables
-
-    for job in _jobs(flags, talk):
-        tables.show_plan(job.plan)
-        tables.show_estimate(job.plan, flags["nproc"] or 1)
+    with terminal.Progress(job.directory.name, quiet) as progress:
+        with documents.with_locations(job.read):
+            trainer = training.make_trainer(job.plan, progress, ranks)
+        return training.run(trainer, job.directory, resume=flags.resume, force=flags.force, stop=stop)
 
 
 def _is_launched() -> bool:
@@ -178,103 +117,14 @@ def _is_launched() -> bool:
     return LAUNCH_DIR in os.environ
 
 
-def _launched(flags: dict[str, Any], talk: console.Talk) -> int:
-    """Run this very command in several processes and give its exit status."""
+def _launch_processes(flags: Flags, log: terminal.Log) -> int:
+    """Run this very command in several processes and return its exit status."""
     from supar_cli.training.launch import elastic
 
-    with elastic.launch_environment(
-        flags["nproc"], document.standard_input() if flags["plan"] == "-" else None
-    ) as folder:
-        _jobs(flags, console.Talk(quiet=True))  # bad input ends here, once
-        return elastic.launch(flags["ctx"].meta[ARGUMENTS], flags["nproc"], flags["max_restarts"], folder, talk.warn)
+    stdin = document.standard_input() if flags.plan == "-" else None
+    with elastic.launch_environment(flags.nproc, stdin) as folder:
+        _jobs(flags, terminal.Log(quiet=True))  # bad input ends here, once
+        return elastic.launch(sys.argv[1:], flags.nproc, flags.max_restarts, folder, log.warn)
 
 
-def _shortened(plan: Plan, steps: int | None, talk: console.Talk) -> Plan:
-    if steps is None or steps == plan.train.steps:
-        return plan
-    shorter = with_steps(plan, steps)
-    talk.log(f"steps {plan.train.steps} → {steps}, warm-up {plan.train.warmup_steps} → {shorter.train.warmup_steps}")
-    return shorter
-
-
-@contextmanager
-def _enough_memory() -> Iterator[None]:
-    """Turn numpy's, torch's and CUDA's ways of running out of memory into a message."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
-            raise
-        raise SetupError(
-            "out of memory; expected a smaller run.micro_batch_size or model (`--dry-run` estimates what it needs)"
-        ) from None
-
-
-def _begun_file(directory: Path) -> Path | None:
-    """What says that `--nproc`'s processes have begun a directory's run; None where it was not `--nproc` that started this.
-
-    A process of their next life goes on with the run, whatever the flags said of its first start.
-    """
-    if LAUNCH_DIR not in os.environ:
-        return None
-    return Path(os.environ[LAUNCH_DIR], "begun-" + document.content_hash(str(directory)))
-
-
-def _has_begun(directory: Path) -> bool:
-    file = _begun_file(directory)
-    return file is not None and file.exists()
-
-
-def _note_begun(directory: Path) -> None:
-    if file := _begun_file(directory):
-        file.touch()
-
-
-def _run(job: Job, flags: dict[str, Any], talk: console.Talk, stop: Any, ranks: Ranks) -> dict[str, Any]:
-    """Train a plan, this rank's part of it, and return its result; only the main rank speaks and writes."""
-    from supar_cli.training import checkpoint, run_directory, trainer
-    from supar_cli.training.distributed import collective_error
-    from supar_cli.training.reporter import NullReporter
-
-    plan, directory = job.plan, job.directory
-    goes_on = ranks.on_main(_has_begun, directory)
-    force = flags["force"] and not goes_on
-    resume = (flags["resume"] and not force) or goes_on
-    with console.Progress(directory.name, talk.quiet, talk.verbose) as progress, ExitStack() as stack:
-        with console.located(job.read), _enough_memory():
-            ready = trainer.Trainer(plan, reporter=progress if ranks.is_main else NullReporter(), ranks=ranks)
-        runtime = ready.runtime
-        try:
-            if why := ranks.on_main(run_directory.preemption_reason, directory):
-                raise collective_error(
-                    Preempted, why
-                )  # torchrun has started it again: every status but 0 is a failure to it
-            opening = run_directory.open_run(directory, plan, resume=resume, force=force)
-            changes = ranks.on_main(stack.enter_context, opening)
-            ranks.on_main(_note_begun, directory)
-            with ranks.translate_peer_errors(), _enough_memory():
-                for change in changes:
-                    ready.reporter.warn(f"{directory}: goes on otherwise than it began: {change}")
-                precision, compiled = str(runtime.precision).removeprefix("torch."), "on" if runtime.compiles else "off"
-                among = f" in {ranks.size} processes ({ready.parallel.kind})" if ranks.is_distributed else ""
-                ready.reporter.log(
-                    f"{directory}: {plan.train.steps} steps on {runtime.device}{among}, {precision}, compile {compiled}"
-                )
-                history = ready.run(directory, resume=resume, stop=stop)
-        except (KeyboardInterrupt, Preempted) as error:
-            kept = checkpoint.available(directory / "checkpoints")
-            how = f"continues from {kept[-1].name}" if kept else "starts at step 0: no checkpoint was written yet"
-            what = str(error) or f"stopped at step {ready.done} of {plan.train.steps}"
-            ready.reporter.warn(f"{what}; `supar train {directory}` {how}")
-            raise
-    if not ranks.is_main:
-        return {}
-    result: dict[str, Any] = run_directory.read_result(directory / "result.json")
-    if history.resumed_at == plan.train.steps:
-        talk.log(f"{directory}: was complete already; --force starts again")
-    took = f"after {result['steps']} steps in {duration(result['seconds'])}"
-    talk.log(f"{directory}: validation loss {result['validation_loss']:.4f} {took}")
-    return result
-
-
-app = single(train)
+app = command_app(train)

@@ -1,0 +1,121 @@
+"""A plan trained in a run directory, as `supar train` and Python do it: started or continued, reported, and its result read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from supar_cli.errors import InputError, Preempted, SetupError
+from supar_cli.files import Record
+from supar_cli.planning.document import content_hash
+from supar_cli.planning.estimate import duration
+from supar_cli.planning.plan import Plan
+from supar_cli.training import checkpoint, run_directory
+from supar_cli.training.distributed import Ranks, collective_error, init_distributed
+from supar_cli.training.launch.environment import LAUNCH_DIR
+from supar_cli.training.reporter import NullReporter, Reporter
+from supar_cli.training.trainer import Trainer
+
+
+def train(plan: Plan, directory: str | Path, *, resume: bool = True, force: bool = False) -> Record:
+    """Train a plan in a run directory, from its last checkpoint, and return its result document. Raises SuparError.
+
+    In a script that torchrun started, its processes train it together. Without `resume` a directory that holds a run is
+    refused; with `force` it starts again.
+    """
+    if not isinstance(plan, Plan):
+        raise InputError(f"{type(plan).__name__}: expected a Plan")
+    with init_distributed() as ranks:
+        return run(make_trainer(plan, NullReporter(), ranks), Path(directory), resume=resume, force=force)
+
+
+def make_trainer(plan: Plan, reporter: Reporter, ranks: Ranks) -> Trainer:
+    """The trainer of a plan in this process; only the main rank's reports. Raises SetupError where memory runs out."""
+    with _naming_lack_of_memory():
+        return Trainer(plan, reporter=reporter if ranks.is_main else NullReporter(), ranks=ranks)
+
+
+def run(
+    trainer: Trainer,
+    directory: Path,
+    *,
+    resume: bool = True,
+    force: bool = False,
+    stop: Callable[[], str | None] = lambda: None,
+) -> Record:
+    """Train in a run directory to the plan's last step and return the result document; every rank calls it.
+
+    `stop()` gives a reason to end early: the reporter is told how to continue, and Preempted raised. Raises SuparError.
+    """
+    plan, ranks, reporter = trainer.plan, trainer.ranks, trainer.reporter
+    has_begun = ranks.on_main(_has_begun, directory)
+    force = force and not has_begun
+    resume = (resume and not force) or has_begun
+    with ExitStack() as stack:
+        try:
+            if why := ranks.on_main(run_directory.preemption_reason, directory):
+                # torchrun has started it again: every status but 0 is a failure to it
+                raise collective_error(Preempted, why)
+            opening = run_directory.open_run(directory, plan, resume=resume, force=force)
+            changes = ranks.on_main(stack.enter_context, opening)
+            ranks.on_main(_note_begun, directory)
+            with ranks.translate_peer_errors(), _naming_lack_of_memory():
+                for change in changes:
+                    reporter.warn(f"{directory}: goes on otherwise than it began: {change}")
+                reporter.log(f"{directory}: {plan.train.steps} steps on {_place(trainer)}")
+                history = trainer.run(directory, resume=resume, stop=stop)
+        except (KeyboardInterrupt, Preempted) as error:
+            kept = checkpoint.available(directory / "checkpoints")
+            how = f"continues from {kept[-1].name}" if kept else "starts at step 0: no checkpoint was written yet"
+            what = str(error) or f"stopped at step {trainer.done} of {plan.train.steps}"
+            reporter.warn(f"{what}; `supar train {directory}` {how}")
+            raise
+    if history.resumed_at == plan.train.steps:
+        reporter.log(f"{directory}: was complete already; --force starts again")
+    result: Record = ranks.on_main(run_directory.read_result, directory / "result.json")
+    took = f"after {result['steps']} steps in {duration(result['seconds'])}"
+    reporter.log(f"{directory}: validation loss {result['validation_loss']:.4f} {took}")
+    return result
+
+
+def _place(trainer: Trainer) -> str:
+    """Where and how a trainer computes, in words."""
+    runtime, ranks = trainer.runtime, trainer.ranks
+    among = f" in {ranks.size} processes ({trainer.parallel.kind})" if ranks.is_distributed else ""
+    compiled = "on" if runtime.compiles else "off"
+    return f"{runtime.device}{among}, {str(runtime.precision).removeprefix('torch.')}, compile {compiled}"
+
+
+@contextmanager
+def _naming_lack_of_memory() -> Iterator[None]:
+    """Raise SetupError where numpy, torch or CUDA says in its own way that memory has run out."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        raise SetupError(
+            "out of memory; expected a smaller run.micro_batch_size or model (`--dry-run` estimates what it needs)"
+        ) from None
+
+
+def _begun_file(directory: Path) -> Path | None:
+    """The file that says that `--nproc`'s processes have begun a directory's run; None without `--nproc`.
+
+    Where a process of theirs is started again it continues the run, whatever the flags said at its first start.
+    """
+    if LAUNCH_DIR not in os.environ:
+        return None
+    return Path(os.environ[LAUNCH_DIR], "begun-" + content_hash(str(directory)))
+
+
+def _has_begun(directory: Path) -> bool:
+    file = _begun_file(directory)
+    return file is not None and file.exists()
+
+
+def _note_begun(directory: Path) -> None:
+    if file := _begun_file(directory):
+        file.touch()
