@@ -262,7 +262,7 @@ def test_masked_dense_steps_as_ours_do(plan_of: Callable[..., Plan]) -> None:
 @pytest.mark.skipif(not memory.STATUS.exists(), reason="reads Linux's /proc")
 def test_memory_follows_the_live_weights() -> None:
     """A real measurement, each arm in a process: sparse below dense below masked dense, whatever else runs here."""
-    arms = memory.measure_arms((2048, 2048), 2**-7, LayerCase(CPU, torch.float32, 64))
+    arms = memory.measure_arms((2048, 2048), 2**-7, LayerCase(CPU, torch.float32, 64))["arms"]
     peaks = {name: arm["peak_bytes"] for name, arm in arms.items()}
     assert 0 < peaks["sparse"] < peaks["dense"] < peaks["masked"], peaks
     assert arms["masked"]["bytes_per_position"] > 20  # weight, gradient and two moments in float32, and products

@@ -26,6 +26,7 @@ from supar_cli.sparse.linear import Engine
 from supar_cli.sparse.masks import Mask, RandomKeys, select
 from supar_cli.sparse.timing import interleave
 from supar_cli.training.prepare import to_dense
+from supar_cli.training.runtime import Runtime
 
 BASELINE = "masked"
 DENSE = (BASELINE, "dense", "dense_bf16", "dense_fp32")
@@ -101,21 +102,23 @@ def draw_inputs(shape: tuple[int, int], case: LayerCase, precision: torch.dtype)
     return x.to(case.device, precision).requires_grad_(), gradient.to(case.device, precision)
 
 
-def benchmark(shape: tuple[int, int], densities: list[float], case: LayerCase, rounds: int) -> Benchmark:
-    """The benchmark of a layer (out, in) at some densities. Raises InputError where it is not made of the case's blocks."""
-    if case.block is not None and case.block not in BLOCKS:
-        raise InputError(f"--block {case.block}: expected one of {', '.join(map(str, BLOCKS))}")
-    if case.block is not None and (shape[0] % case.block or shape[1] % case.block):
-        size = f"{shape[0]}×{shape[1]}"
-        raise InputError(f"--block {case.block}: {size} is not made of such blocks; expected multiples of it")
+def benchmark(
+    shape: tuple[int, int], densities: list[float], tokens: int, block: int | None, rounds: int, runtime: Runtime
+) -> Benchmark:
+    """The benchmark of a layer (out, in) at some densities. Raises InputError where it is not made of such blocks."""
+    if block is not None and block not in BLOCKS:
+        raise InputError(f"--block {block}: expected one of {', '.join(map(str, BLOCKS))}")
+    if block is not None and (shape[0] % block or shape[1] % block):
+        raise InputError(f"--block {block}: {shape[0]}×{shape[1]} is not made of such blocks; expected multiples of it")
+    case = LayerCase(runtime.device, runtime.precision, tokens, block)
 
     def measure() -> Document:
         found = [measure_density(shape, density, case, rounds) for density in densities]
         return {"rounds": rounds, "densities": found, "break_even": break_evens(found)}
 
-    settings = {"shape": list(shape), "tokens": case.tokens, "density": densities, "block": case.block}
+    settings = {"shape": list(shape), "tokens": tokens, "density": densities, "block": block}
     settings |= machine_settings(case.device, case.precision)
-    return Benchmark("layer", settings, case.device, measure, tables, readings)
+    return Benchmark("layer", settings, case.device, measure, tables, readings, figure)
 
 
 def measure_density(shape: tuple[int, int], density: float, case: LayerCase, rounds: int) -> Document:

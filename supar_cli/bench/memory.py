@@ -17,6 +17,7 @@ from supar_cli.bench.results import Benchmark, Document, Reading, machine_settin
 from supar_cli.errors import SetupError
 from supar_cli.reporting.result import Table
 from supar_cli.sparse.autotune import LayerCase
+from supar_cli.training.runtime import Runtime
 
 STEPS = 3  # chosen: the first makes the optimizer's state, so the second is the first with everything there
 WARM_SHAPE = (256, 256)  # chosen: nothing beside a layer of interest, large enough for every kernel and thread pool
@@ -24,22 +25,21 @@ WARM_DENSITY = 0.125  # chosen: any: what is compiled does not depend on it
 STATUS = Path("/proc/self/status")
 
 
-def benchmark(shape: tuple[int, int], density: float, case: LayerCase) -> Benchmark:
+def benchmark(shape: tuple[int, int], density: float, tokens: int, runtime: Runtime) -> Benchmark:
     """The benchmark of a layer (out, in)."""
-    settings = {"shape": list(shape), "tokens": case.tokens, "density": density}
+    case = LayerCase(runtime.device, runtime.precision, tokens)
+    settings = {"shape": list(shape), "tokens": tokens, "density": density}
     settings |= machine_settings(case.device, case.precision)
-    return Benchmark(
-        "memory", settings, case.device, lambda: {"arms": measure_arms(shape, density, case)}, tables, readings
-    )
+    return Benchmark("memory", settings, case.device, lambda: measure_arms(shape, density, case), tables, readings)
 
 
 def measure_arms(shape: tuple[int, int], density: float, case: LayerCase) -> Document:
-    """`measure` of every arm, masked dense first, with its share of that one's peak."""
+    """What `measure` finds of every arm, masked dense first, with its share of that one's peak."""
     names = ["masked", "dense", *(["sparse"] if case.device.type == "cpu" else [])]
     arms = {name: measure(name, shape, density, case) for name in names}
     for one in arms.values():
         one["share_of_masked"] = round(one["peak_bytes"] / arms["masked"]["peak_bytes"], 4)
-    return arms
+    return {"arms": arms}
 
 
 def measure(arm: str, shape: tuple[int, int], density: float, case: LayerCase) -> Document:

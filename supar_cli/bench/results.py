@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from supar_cli.errors import InputError
-from supar_cli.reporting.result import Table, command_line
+from supar_cli.reporting.result import Figure, Table, command_line
 from supar_cli.training.runtime import device_name, versions
 
 KIND = "supar.bench/v1"
@@ -69,6 +69,7 @@ class Benchmark:
     measure: Callable[[], Document]
     tables: Callable[[Document], list[Table]]
     readings: Callable[[Document], dict[str, Reading]]
+    figure: Callable[[Document], Figure] | None = None
     derived: tuple[str, ...] = ()
 
     def run(self) -> Document:
