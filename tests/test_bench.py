@@ -199,6 +199,8 @@ def test_memory_is_worse_when_it_rises() -> None:
         (("memory", "--density", "0.1,0.2"), "one density"),
         (("step", "--density", "0.5", "--sparsity", "0.5"), "only one of them"),
         (("step", "--engine", "fast"), "--engine"),
+        (("step", "--block", "24"), "--block: should be 16, 32, 64 or 128"),
+        (("step", "--batch-size", "0"), "--batch-size: "),
     ],
 )
 def test_bad_flags_are_named(supar_here: Callable[..., Called], flags: tuple[str, ...], what: str) -> None:
