@@ -49,6 +49,15 @@ def naming_write_errors(place: Path) -> Iterator[None]:
         raise SetupError(f"{place}: can't be written: {error.strerror or error}") from None
 
 
+@contextmanager
+def naming_read_errors(path: Path, remedy: str = "") -> Iterator[None]:
+    """Raise SetupError that names the file where it can't be read."""
+    try:
+        yield
+    except OSError as error:
+        raise SetupError(f"{path}: can't be read: {error.strerror or error}{remedy}") from None
+
+
 def read_json(path: Path) -> Any:
     """A JSON file's data; NaN and infinities are read as null. Raises SetupError that names the file."""
     try:
@@ -82,10 +91,8 @@ def _parse_json(content: bytes) -> Any:
 
 
 def _read_bytes(path: Path) -> bytes:
-    try:
+    with naming_read_errors(path):
         return path.read_bytes()
-    except OSError as error:
-        raise SetupError(f"{path}: can't be read: {error.strerror or error}") from None
 
 
 def template(name: str) -> Path:

@@ -20,7 +20,7 @@ from supar_cli.bench import layer, memory, results
 from supar_cli.bench import step as bench_step
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.sparse.autotune import LayerCase
+from supar_cli.sparse.autotune import LayerCase, draw_inputs, draw_values
 from supar_cli.sparse.masks import Mask
 from supar_cli.sparse.timing import interleave
 from supar_cli.training import checkpoint
@@ -58,15 +58,15 @@ def test_all_arms_compute_the_same_numbers(block: int | None) -> None:
     case = LayerCase(CPU, torch.float32, tokens=40, block=block)
     mask = layer.draw_mask(SHAPE, 0.25, block)
     assert mask.count == 0.25 * mask.size
-    values = layer.draw_values(mask, CPU)
+    values = draw_values(mask, CPU)
     arms, chosen = layer.make_all(mask, case)
     assert list(arms) == [*ARMS[:-1], *(["block"] if block else []), "auto"] and chosen == "dense"
-    x, gradient = (tensor.detach().double() for tensor in layer.draw_inputs(SHAPE, case, torch.float32))
+    x, gradient = (tensor.detach().double() for tensor in draw_inputs(SHAPE, case, torch.float32))
     weight = torch.zeros(SHAPE, dtype=torch.float64)
     alive = torch.from_numpy(mask.alive())
-    weight[alive] = values.double()
+    weight[alive] = values.detach().double()
     for name, arm in arms.items():
-        inputs, given = layer.draw_inputs(SHAPE, case, arm.precision)
+        inputs, given = draw_inputs(SHAPE, case, arm.precision)
         y = arm.step(inputs, given).detach()
         by_values = arm.parameter.grad
         assert inputs.grad is not None and by_values is not None
@@ -80,8 +80,8 @@ def test_all_arms_compute_the_same_numbers(block: int | None) -> None:
 def test_an_arm_of_another_mask_is_told_apart() -> None:
     case = LayerCase(CPU, torch.float32, tokens=40)
     mask = layer.draw_mask(SHAPE, 0.25)
-    values = layer.draw_values(mask, CPU)
-    inputs = layer.draw_inputs(SHAPE, case, torch.float32)
+    values = draw_values(mask, CPU)
+    inputs = draw_inputs(SHAPE, case, torch.float32)
     right, wrong = (
         layer.make("sparse", one, values, case).step(*inputs).detach()
         for one in (mask, Mask.of(np.roll(mask.alive(), 1)))

@@ -19,7 +19,7 @@ from supar_cli.errors import InputError
 from supar_cli.reporting.result import Figure, Line, Panel, Table
 from supar_cli.sparse import autotune
 from supar_cli.sparse.allocator import keep_large_blocks
-from supar_cli.sparse.autotune import LayerCase, layer_step
+from supar_cli.sparse.autotune import LayerCase, draw_inputs, draw_values, layer_step
 from supar_cli.sparse.block_structure import BLOCKS
 from supar_cli.sparse.csr import Sparse
 from supar_cli.sparse.linear import Engine
@@ -31,7 +31,6 @@ from supar_cli.training.runtime import Runtime
 BASELINE = "masked"
 DENSE = (BASELINE, "dense", "dense_bf16", "dense_fp32")
 ENGINES = ("sparse", "sparse_torch", "block")  # those whose time follows the density
-SEED = 0  # of masks and numbers
 
 
 class WholeWeight(Engine):
@@ -64,10 +63,10 @@ def make(name: str, mask: Mask, values: Tensor, case: LayerCase) -> Arm:
     """An arm by its name; each has a parameter of its own. Raises InputError for an engine that can't run here."""
     if name in ("masked", "dense_bf16", "dense_fp32"):
         precision = torch.bfloat16 if name == "dense_bf16" else torch.float32
-        weight = to_dense(values, mask).to(precision).requires_grad_()
+        weight = to_dense(values.detach(), mask).to(precision).requires_grad_()
         return Arm(WholeWeight(mask.alive() if name == "masked" else None).to(case.device), weight, precision)
     engine = Sparse(mask, "torch") if name == "sparse_torch" else autotune.make(name, mask, case)
-    return Arm(engine, values.clone().requires_grad_(), case.precision)
+    return Arm(engine, values.detach().clone().requires_grad_(), case.precision)
 
 
 def make_all(mask: Mask, case: LayerCase) -> tuple[dict[str, Arm], str]:
@@ -85,21 +84,9 @@ def make_all(mask: Mask, case: LayerCase) -> tuple[dict[str, Arm], str]:
 def draw_mask(shape: tuple[int, int], density: float, block: int | None = None) -> Mask:
     """A mask (out, in) of round(density · size) live weights, 1 at least, or of as many whole aligned blocks."""
     edge = block or 1
-    keys = RandomKeys(SEED, "mask", (shape[0] // edge, shape[1] // edge))
+    keys = RandomKeys(0, "mask", (shape[0] // edge, shape[1] // edge))
     live = max(1, round(density * keys.size)) * edge**2
     return select("block" if block else "exact", keys, live, block=block)
-
-
-def draw_values(mask: Mask, device: torch.device) -> Tensor:
-    """Normal live values (live,), float32, in row-major order."""
-    return torch.randn(mask.count, generator=torch.Generator().manual_seed(SEED)).to(device)
-
-
-def draw_inputs(shape: tuple[int, int], case: LayerCase, precision: torch.dtype) -> tuple[Tensor, Tensor]:
-    """X (tokens, in), a leaf, and the gradient of Y (tokens, out), the same numbers in any precision."""
-    random = torch.Generator().manual_seed(SEED + 1)
-    x, gradient = (torch.randn(case.tokens, width, generator=random) for width in reversed(shape))
-    return x.to(case.device, precision).requires_grad_(), gradient.to(case.device, precision)
 
 
 def benchmark(

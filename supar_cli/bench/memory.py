@@ -16,7 +16,7 @@ from supar_cli.bench import layer
 from supar_cli.bench.results import Benchmark, Document, Reading, machine_settings
 from supar_cli.errors import SetupError
 from supar_cli.reporting.result import Table
-from supar_cli.sparse.autotune import LayerCase
+from supar_cli.sparse.autotune import LayerCase, draw_inputs, draw_values
 from supar_cli.training.runtime import Runtime
 
 STEPS = 3  # chosen: the first makes the optimizer's state, so the second is the first with everything there
@@ -78,10 +78,10 @@ def _make_training(
 ) -> tuple[Callable[[int], None], int]:
     """Steps of one layer and its optimizer on a batch, and how many weights live; nothing of the making is kept."""
     mask = layer.draw_mask(shape, density)
-    values = layer.draw_values(mask, case.device)
+    values = draw_values(mask, case.device)
     arm = layer.make(name, mask, values, case)
     optimizer = torch.optim.AdamW([arm.parameter], lr=1e-3, fused=True)
-    x, gradient = layer.draw_inputs(shape, case, arm.precision)
+    x, gradient = draw_inputs(shape, case, arm.precision)
 
     def train(steps: int) -> None:
         for _ in range(steps):

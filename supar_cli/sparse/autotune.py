@@ -14,7 +14,7 @@ import json
 import os
 import statistics
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -103,17 +103,17 @@ def candidates(case: LayerCase) -> list[str]:
 def fastest(mask: Mask, case: LayerCase) -> EngineChoice:
     """The dense engine, or another that is faster by MIN_SPEEDUP at least."""
     names = candidates(case)
-    tokens = min(case.tokens, TOKENS)
-    if len(names) == 1 or mask.size * tokens < MIN_MULTIPLY_ADDS:
+    case = replace(case, tokens=min(case.tokens, TOKENS))
+    if len(names) == 1 or mask.size * case.tokens < MIN_MULTIPLY_ADDS:
         return EngineChoice("dense", {})
     rows = rows_measured(mask.shape, case.block)
-    path, key = _cache(), _key(mask, rows, case, tokens)
+    path, key = _cache(), _key(mask, rows, case)
     known = _read(path)
     seconds = known.get(key)
     measured_now = not is_valid(seconds, names)
     if measured_now or seconds is None:
         part = mask if rows == mask.shape[0] else Mask.of(mask.alive(slice(rows)))
-        seconds = times({name: make(name, part, case) for name in names}, part, case, tokens, ROUNDS)
+        seconds = times({name: make(name, part, case) for name in names}, part, case, ROUNDS)
         with suppress(OSError):  # measured again next time
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, json.dumps({**_read(path), key: seconds}, indent=1, sort_keys=True) + "\n")
@@ -128,15 +128,23 @@ def rows_measured(shape: tuple[int, ...], block: int | None) -> int:
 
 
 @torch.enable_grad()
-def times(engines: dict[str, Engine], mask: Mask, case: LayerCase, tokens: int, rounds: int) -> dict[str, float]:
+def times(engines: dict[str, Engine], mask: Mask, case: LayerCase, rounds: int) -> dict[str, float]:
     """Median seconds of a layer's step by engine."""
-    random = torch.Generator().manual_seed(0)
-    out, width = mask.shape
-    x, gradient = (torch.randn(tokens, extent, generator=random) for extent in (width, out))
-    values = torch.randn(mask.count, generator=random).to(case.device).requires_grad_()
-    x, gradient = x.to(case.device, case.precision).requires_grad_(), gradient.to(case.device, case.precision)
+    values, (x, gradient) = draw_values(mask, case.device), draw_inputs(mask.shape, case, case.precision)
     steps = {name: partial(layer_step, engine, values, x, gradient) for name, engine in engines.items()}
     return {name: statistics.median(spent) for name, spent in interleave(steps, rounds, case.device).items()}
+
+
+def draw_values(mask: Mask, device: torch.device) -> Tensor:
+    """Normal live values (live,), a leaf in float32, in row-major order."""
+    return torch.randn(mask.count, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+
+
+def draw_inputs(shape: tuple[int, ...], case: LayerCase, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+    """X (tokens, in), a leaf, and the gradient of Y (tokens, out), the same numbers in any precision."""
+    random = torch.Generator().manual_seed(1)
+    x, gradient = (torch.randn(case.tokens, width, generator=random) for width in reversed(shape))
+    return x.to(case.device, precision).requires_grad_(), gradient.to(case.device, precision)
 
 
 def layer_step(engine: Engine, values: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
@@ -148,7 +156,7 @@ def layer_step(engine: Engine, values: Tensor, x: Tensor, gradient: Tensor) -> T
     return y
 
 
-def _key(mask: Mask, rows: int, case: LayerCase, tokens: int) -> str:
+def _key(mask: Mask, rows: int, case: LayerCase) -> str:
     """Everything that the times depend on, in words."""
     cuda = case.device.type == "cuda"
     where = torch.cuda.get_device_name(case.device) if cuda else f"{_processor()}, {torch.get_num_threads()} threads"
@@ -157,7 +165,7 @@ def _key(mask: Mask, rows: int, case: LayerCase, tokens: int) -> str:
     part = "" if rows == mask.shape[0] else f"{rows} rows of "
     shape = f"{part}{mask.shape[0]}x{mask.shape[1]}, {mask.count} live, {pattern}"
     precision = str(case.precision).removeprefix("torch.") + (", sharded" if case.sharded else "")
-    return f"{where}; torch {torch.__version__}, {kernels}; {shape}; {tokens} tokens, {precision}"
+    return f"{where}; torch {torch.__version__}, {kernels}; {shape}; {case.tokens} tokens, {precision}"
 
 
 def _processor() -> str:

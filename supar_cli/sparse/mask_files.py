@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from supar_cli.errors import InputError, SetupError
-from supar_cli.files import file_hash, naming_write_errors, write_file
+from supar_cli.files import file_hash, naming_read_errors, naming_write_errors, write_file
 from supar_cli.planning.patterns import describe
 from supar_cli.sparse.masks import Mask, row_parts, select, to_matrix
 
@@ -53,10 +53,8 @@ def read_masks(path: Path, wanted_hash: str | None, wanted: Mapping[str, WantedM
     `wanted_hash` says and, naming every tensor, for a mask that is missing or not asked for, of another shape or number of
     live weights, not of its pattern, or with values that are not 0 and 1.
     """
-    try:
+    with naming_read_errors(path):
         found = file_hash(path)
-    except OSError as error:
-        raise SetupError(f"{path}: can't be read: {error.strerror or error}") from None
     if wanted_hash is not None and found != wanted_hash:
         raise InputError(f"{path}: is another file of masks ({found[:19]}…, the plan's is {wanted_hash[:19]}…)")
     problems: list[str] = []
