@@ -163,8 +163,8 @@ class TestAnyKeys:
         [
             ("exact", (4, 8), 33, "33 weights can't live of 32"),
             ("exact", (4, 8), -1, "-1 weights can't live of 32"),
-            ("fixed_fan_in", (4, 8), 9, "9 weights in equal rows: not a multiple of 4"),
-            ("block", (32, 32), 300, "300 weights in blocks: not a multiple of 256"),
+            ("fixed_fan_in", (4, 8), 9, "9 of 4×8 weights are not fixed_fan_in along the rows"),
+            ("block", (32, 32), 300, "300 weights are not made of 16×16 blocks"),
             ("block", (32, 40), 512, "32×40 weights are not made of 16×16 blocks"),
             ("2:4", (4, 8), 15, "15 of 4×8 weights are not 2:4 along the rows"),
             ("2:4", (4, 6), 12, "12 of 4×6 weights are not 2:4 along the rows"),

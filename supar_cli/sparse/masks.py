@@ -140,33 +140,25 @@ def select(pattern: str, keys: Keys, kept: int, *, block: int | None = None, den
     rows, columns = keys.shape
     if pattern == "block":
         assert block is not None
-        return _expand(select("exact", keys, _share(kept, block**2, "weights in blocks")), block)
+        if kept % block**2:
+            raise ValueError(f"{kept} weights are not made of {block}×{block} blocks")
+        return _expand(select("exact", keys, kept // block**2), block)
     if not 0 <= kept <= rows * columns:
         raise ValueError(f"{kept} weights can't live of {rows * columns}")
     if pattern == "bernoulli" and density is not None:
         below = Fraction(density)
         limit = np.uint64(below.numerator * 2**64 // below.denominator)
         return _by_rows(keys, lambda chunk: chunk < limit)
-    group = group_of(pattern)
+    group = (kept // rows, columns) if pattern == "fixed_fan_in" else group_of(pattern)
     if group is not None:
         live, length = group
         if kept * length != rows * columns * live or columns % length:
             raise ValueError(f"{kept} of {rows}×{columns} weights are not {pattern} along the rows")
         return _by_rows(keys, lambda chunk: _smallest(chunk.reshape(-1, length), live).reshape(chunk.shape))
-    if pattern == "fixed_fan_in":
-        per_row = _share(kept, rows, "weights in equal rows")
-        return _by_rows(keys, lambda chunk: _smallest(chunk, per_row))
     require_known(pattern)
     if isinstance(keys, RandomKeys):
         return _smallest_random(keys, kept)
     return Mask.of(_smallest(keys.reshape(1, -1), kept).reshape(keys.shape))
-
-
-def _share(kept: int, parts: int, what: str) -> int:
-    whole, rest = divmod(kept, parts)
-    if rest:
-        raise ValueError(f"{kept} {what}: not a multiple of {parts}")
-    return whole
 
 
 def _expand(blocks: Mask, edge: int) -> Mask:
