@@ -173,7 +173,7 @@ class TestBeforeTheFirstWindow:
             file = source / "two.txt"
         else:
             source, file = written(tmp_path, kind)
-        known = corpus.identified(Data(source=str(source)))
+        known = corpus.identify(Data(source=str(source)))
         where, name = {"hashed": (corpus, "content_hash"), "read": (batches, "_segments")}[moment]
         call, calls = getattr(where, name), list[Any]()
 

@@ -118,7 +118,7 @@ class TestRefusals:
     def test_packed_bits_of_another_shape(self, tmp_path: Path) -> None:
         bits = np.array([0xF0], np.uint8)
         for shapes, message in (
-            ([3, 3], "a: .* no packed bits of a mask of shape"),
+            ([3, 3], "a: .* not the packed bits of a mask of shape"),
             ([2, 3], None),
             ([1, 3], "a: .*beyond"),
         ):

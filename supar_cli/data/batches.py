@@ -119,13 +119,13 @@ def load(data: Data, *, vocab: int, context: int) -> Tokens:
     found = corpus.find(data)
     more = [Path(data.tokenizer)] if data.tokenizer != "bytes" and os.path.isfile(data.tokenizer) else []
     with tokens.require_unchanged([*found.files, *more]) as stamps:
-        identified = corpus.identified(data, found)
+        known = corpus.identify(data, found)
         encode, size = tokenizer(data)
         if found.kind in ("text", "jsonl") and size > vocab:
             raise InputError(f"model.vocab: {vocab} is less than the {size} tokens of the tokenizer {data.tokenizer!r}")
         tokens.raise_open_file_limit(len(found.files))
         train, validation = (_segments(found, files, data, encode, stamps) for files in (found.train, found.validation))
-    assert identified.hash is not None
+    assert known.hash is not None
     if not validation:
         longest = max(train, key=lambda segment: len(segment.tokens))
         cut = len(longest.tokens) - len(longest.tokens) // TAIL_SHARE
@@ -137,7 +137,7 @@ def load(data: Data, *, vocab: int, context: int) -> Tokens:
             raise InputError(
                 f"data.source: {data.source}: {split.total} {name} tokens hold no window of context {context} + 1"
             )
-    return Tokens(*splits, hash=identified.hash)
+    return Tokens(*splits, hash=known.hash)
 
 
 def tokenizer(data: Data) -> tuple[Encoder | None, int]:
@@ -176,11 +176,11 @@ def _segments(
         if not stamps[files[0]].size_bytes:
             raise InputError(f"{files[0]}: the file is empty")
         return [Segment(str(files[0]), TokenFile(files[0], "u1", 0, stamps[files[0]]))]
-    parts = list(encoded(found.kind, files, data, encode))
+    parts = list(encode_files(found.kind, files, data, encode))
     return [Segment(str(found.root), np.concatenate(parts) if parts else np.zeros(0, np.uint8))]
 
 
-def encoded(kind: str, files: list[Path], data: Data, encode: Encoder | None) -> Iterator[NDArray[Any]]:
+def encode_files(kind: str, files: list[Path], data: Data, encode: Encoder | None) -> Iterator[NDArray[Any]]:
     """Tokens of text or JSONL files, document by document, each with what parts it from the next."""
     texts = documents(kind, files, data)
     if encode is None:
@@ -244,7 +244,7 @@ def prepare(data: Data, directory: Path, progress: Callable[[str, int], None]) -
     with TemporaryDirectory(dir=directory, prefix=".") as aside:
         train, validation = Path(aside, "train.bin"), Path(aside, "val.bin")
         counts = [
-            _write(path, encoded(found.kind, files, data, encode), progress)
+            _write(path, encode_files(found.kind, files, data, encode), progress)
             for path, files in ((train, found.train), (validation, found.validation))
         ]
         if not found.validation:

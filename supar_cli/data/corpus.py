@@ -98,7 +98,7 @@ def content_hash(corpus: Corpus, tokenizer: str = "bytes") -> str:
     return "sha256:" + total.hexdigest()
 
 
-def identified(data: Data, corpus: Corpus | None = None) -> Data:
+def identify(data: Data, corpus: Corpus | None = None) -> Data:
     """The data section with its hash filled in, `corpus` being what it means if that is known already.
 
     Raises InputError when it has a hash and the content has another.
@@ -114,7 +114,10 @@ def identified(data: Data, corpus: Corpus | None = None) -> Data:
     return data.model_copy(update={"hash": found})
 
 
+identified = identify  # its former name
+
+
 def with_hash(document: DocumentT) -> DocumentT:
     """A document with the hash of its data filled in; one that it has stays. Raises InputError, SetupError."""
     found: Any = document
-    return document if found.data.hash is not None else found.model_copy(update={"data": identified(found.data)})
+    return document if found.data.hash is not None else found.model_copy(update={"data": identify(found.data)})

@@ -1,7 +1,7 @@
 """Tokens in files, read a window at a time, and files that must stay what they were when their hash was taken.
 
-They are read and not mapped: a mapped file that is cut ends the process without a word, and one that is written to gives
-other tokens.
+Files are read and not mapped: where a mapped file is cut, the process ends without a message, and where one is written
+to, the tokens change.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class StampedFile:
 
 
 class TokenFile:
-    """Tokens of a file from a byte on, as an array that is not in memory: a part of it is another, `np.asarray` reads.
+    """Tokens of a file from a byte on, as an array that is not in memory: a slice is another such array, `np.asarray` reads it.
 
     Reading raises SetupError where the file was cut or written to since its stamp was taken.
     """

@@ -78,7 +78,7 @@ def make(name: str, mask: Mask, case: LayerCase) -> Engine:
     if case.device.type == "cpu":
         keep_large_blocks()
     if name == "dense":
-        return Dense(mask, case.precision, kept=not case.sharded).to(case.device)
+        return Dense(mask, case.precision, keeps_weight=not case.sharded).to(case.device)
     if name == "sparse":
         if case.device.type != "cpu":
             raise InputError("run.engine: sparse runs on CPU only; expected dense, or block for a plan with blocks")

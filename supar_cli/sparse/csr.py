@@ -88,9 +88,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _torch_product(engine: Sparse, x_NI: Tensor, values_L: Tensor) -> Tensor:
-    """Products by torch's own operations, on transposed activations, and its results lie so too.
+    """Products by torch's own operations, on transposed activations; the result is transposed in memory too.
 
-    torch transposes with one thread: what comes from another such layer, through element-wise operations, needs none.
+    torch transposes with one thread: activations that come from another such layer are transposed already.
     """
     return _bags(x_NI.t().contiguous(), engine.columns_L, engine.starts, values_L)
 

@@ -51,16 +51,16 @@ def _fill(values: Tensor, live: Tensor, shape: tuple[int, int], dtype: torch.dty
 
 
 class Dense(Engine):
-    """`mask` is (out, in); `precision` that of the products; `kept`: hold the weight between passes."""
+    """`mask` is (out, in); `precision` that of the products; `keeps_weight`: hold it between passes."""
 
     weight: Tensor | None
     live: Tensor
 
-    def __init__(self, mask: Mask, precision: torch.dtype, kept: bool = True) -> None:
+    def __init__(self, mask: Mask, precision: torch.dtype, keeps_weight: bool = True) -> None:
         super().__init__(mask)
         self.shape, self.precision = mask.shape, precision
         index = mask.live(np.int32 if mask.size < 2**31 else np.int64)
-        weight = torch.zeros(mask.shape, dtype=precision) if kept else None
+        weight = torch.zeros(mask.shape, dtype=precision) if keeps_weight else None
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("live", torch.from_numpy(index), persistent=False)
 

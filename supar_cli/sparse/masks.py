@@ -40,7 +40,7 @@ class Mask:
     def __post_init__(self) -> None:
         if self.bits.dtype != np.uint8 or self.bits.shape != ((self.size + 7) // 8,):
             raise ValueError(
-                f"{self.bits.shape} of {self.bits.dtype} are no packed bits of a mask of shape {self.shape}"
+                f"{self.bits.shape} of {self.bits.dtype} are not the packed bits of a mask of shape {self.shape}"
             )
         if self.size % 8 and self.bits[-1] & (0xFF >> self.size % 8):
             raise ValueError("the packed bits of a mask are not zero beyond its last weight")
@@ -79,7 +79,7 @@ class Mask:
         return found
 
     def live_chunks(self) -> Iterator[NDArray[np.int64]]:
-        """`live`, some at a time, so that what is made of them need not be held beside them."""
+        """`live`, some at a time, so that a caller need not hold all of them."""
         for first in range(0, len(self.bits), CHUNK_BYTES):
             unpacked = np.unpackbits(self.bits[first : first + CHUNK_BYTES]).view(np.bool_)
             yield np.flatnonzero(unpacked) + 8 * first
