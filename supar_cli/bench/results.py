@@ -58,9 +58,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A measurement and how its document is read: as tables, and as the readings that are compared.
+    """A measurement and how its document is read: as tables, as a figure, and as the readings that are compared.
 
-    Documents are compared where their `settings` are equal, those named in `derived` aside.
+    Documents are compared where their `settings` are equal.
     """
 
     name: str
@@ -70,7 +70,6 @@ class Benchmark:
     tables: Callable[[Document], list[Table]]
     readings: Callable[[Document], dict[str, Reading]]
     figure: Callable[[Document], Figure] | None = None
-    derived: tuple[str, ...] = ()
 
     def run(self) -> Document:
         """Measure; the document of it."""
@@ -86,7 +85,7 @@ class Benchmark:
         different = [
             f"{name}: {key}: was {document.get(key)!r} then, is {value!r} now; expected the same settings"
             for key, value in self.settings.items()
-            if key not in self.derived and document.get(key) != value
+            if document.get(key) != value
         ]
         if different:
             raise InputError(*different)

@@ -139,9 +139,7 @@ def benchmark(plan: Plan, rounds: int) -> Benchmark:
         **machine_settings(runtime.device, runtime.precision),
         "compiled": runtime.compiles,
     }
-    return Benchmark(
-        "step", settings, runtime.device, lambda: measure(plan, rounds), tables, readings, derived=("density",)
-    )
+    return Benchmark("step", settings, runtime.device, lambda: measure(plan, rounds), tables, readings)
 
 
 def measure(plan: Plan, rounds: int) -> Document:

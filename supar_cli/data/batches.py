@@ -6,7 +6,7 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,17 +42,13 @@ class Segment:
     tokens: NDArray[Any] | TokenFile
 
 
-@dataclass(slots=True)
 class Split:
     """Training or validation tokens as segments; a window never crosses from one segment into another."""
 
-    segments: list[Segment]
-    vocab: int
-    total: int = field(init=False)
-    _ends: dict[int, list[int]] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.total = sum(len(segment.tokens) for segment in self.segments)
+    def __init__(self, segments: list[Segment], vocab: int) -> None:
+        self.segments, self.vocab = segments, vocab
+        self.total = sum(len(segment.tokens) for segment in segments)
+        self._ends: dict[int, list[int]] = {}
 
     def windows(self, length: int) -> int:
         """The number of windows of `length` tokens."""
