@@ -12,8 +12,9 @@ import jsonschema
 import numpy as np
 import pytest
 
-from supar_cli.cli import console
+from supar_cli.cli import documents
 from supar_cli.data import batches, corpus
+from supar_cli.files import template, template_names
 from supar_cli.planning import document
 from supar_cli.planning.plan import Data, Plan
 from supar_cli.planning.problems import parse
@@ -36,9 +37,13 @@ PARAMETERS = {
 }
 
 
-def proxy_of(template: str, text_file: Path) -> Proxy:
+def template_file(name: str) -> Path:
+    return template(f"{name}.yaml")
+
+
+def proxy_of(name: str, text_file: Path) -> Proxy:
     """A template as a proxy, on small data; a spec's own values stand for tuned ones."""
-    read = console.read_one(str(console.template(template)), "")
+    read = documents.read_one(str(template_file(name)), "")
     kind: Any = {"supar.proxy/v1": Proxy, "supar.spec/v1": Spec}[read.data["kind"]]
     found = parse(kind, read)
     data_ = corpus.identified(Data(source=str(text_file)))
@@ -48,12 +53,12 @@ def proxy_of(template: str, text_file: Path) -> Proxy:
 
 class TestTemplates:
     def test_are_the_ones_listed(self) -> None:
-        assert console.template_names() == sorted([*TEMPLATES, *FIGURES])
+        assert template_names() == sorted([*TEMPLATES, *FIGURES])
 
     @pytest.mark.parametrize("name", TEMPLATES)
     def test_have_the_parameters_that_their_comments_say(self, name: str, text_file: Path) -> None:
         proxy = proxy_of(name, text_file)
-        text = console.template(name).read_text("utf-8")
+        text = template_file(name).read_text("utf-8")
         as_proxy = transfer(proxy, Target(sparsity={"density": 1.0}), "supar")
         as_target = transfer(proxy, proxy.target, "supar")
         assert (as_proxy.parameters, as_target.parameters) == PARAMETERS[name]
@@ -67,7 +72,7 @@ class TestTemplates:
         assert {row.density for row in plan.tensors if row.role == "hidden"} == {0.008}
 
     def test_the_papers_iso_parameter_widths_keep_the_live_weights(self, text_file: Path) -> None:
-        text, proxy = console.template("gpt2-124m").read_text("utf-8"), proxy_of("gpt2-124m", text_file)
+        text, proxy = template_file("gpt2-124m").read_text("utf-8"), proxy_of("gpt2-124m", text_file)
         for width, sparsity in ((768, 0.0), (1088, 0.5), (1536, 0.75), (2176, 0.875)):
             target = {**proxy.target.model_dump(), "width": width, "sparsity": {"sparsity": sparsity}}
             plan = transfer(proxy, Target(**target), "supar")
@@ -84,9 +89,9 @@ class TestTemplates:
 class TestInit:
     def test_writes_the_template_and_prints_it_to_a_pipe(self, supar: Supar, tmp_path: Path) -> None:
         called = supar("init")
-        template = console.template("quickstart").read_text("utf-8")
-        assert (called.status, called.out) == (0, template)
-        assert (tmp_path / "supar.yaml").read_text("utf-8") == template
+        text = template_file("quickstart").read_text("utf-8")
+        assert (called.status, called.out) == (0, text)
+        assert (tmp_path / "supar.yaml").read_text("utf-8") == text
         assert "next: supar tune-proxy\n" in called.err
 
     def test_keeps_a_file_that_differs(self, supar_here: Supar, tmp_path: Path, unchanged: Any) -> None:
@@ -112,9 +117,9 @@ class TestSchema:
         jsonschema.Draft202012Validator.check_schema(schema)
         check = jsonschema.Draft202012Validator(schema)
         proxy = proxy_of("quickstart", text_file)
-        template = {"spec": "quickstart", "proxy": "paper-proxy", "sweep": "fig1"}.get(kind)
-        if template:
-            sound = document.read(console.template(template).read_text("utf-8"), template)[0].data
+        name = {"spec": "quickstart", "proxy": "paper-proxy", "sweep": "fig1"}.get(kind)
+        if name:
+            sound = document.read(template_file(name).read_text("utf-8"), name)[0].data
         else:
             sound = transfer(proxy, proxy.target, "supar").model_dump()
         assert list(check.iter_errors(sound)) == []

@@ -8,7 +8,7 @@ from typing import Any
 import supar_cli
 from supar_cli.cli import study, terminal
 from supar_cli.cli.app import command_app
-from supar_cli.cli.options import Flags, command, names, require_one, workers_of
+from supar_cli.cli.options import Flags, command, require_one, workers_of
 
 # one value, the transferred one; SP's search goes on from it by octaves
 DEFAULTS = {
@@ -19,17 +19,13 @@ DEFAULTS = {
 
 
 @command(
-    "source sparsity density parameterization seeds jobs executor executor_set",
-    "width layers context batch_size steps data seed device set out force json quiet verbose",
+    "source sparsity density parameterization",
+    study.OPTIONS,
     source={"metavar": "[PROXY|SPEC|-]"},
     sparsity={"help": "Levels. [default: 0,0.75,0.9375]", "read": None},
     density={"help": "Levels, instead of --sparsity.", "read": None},
-    parameterization={"metavar": "NAME[,…]", "read": names, "path": "parameterizations"},
-    width={"help": "Width of the runs. [default: the proxy's]"},
-    steps={"help": "Training steps of a run."},
-    seed={"help": "The first seed."},
     out={"help": "Folder. [default: compare/NAME]"},
-    force={"help": "Start a folder's measurements anew."},
+    **study.MEANINGS,
 )
 def compare(flags: Flags) -> None:
     """Compare SP, μP and SμPar over sparsities at a fixed budget, nothing re-tuned.

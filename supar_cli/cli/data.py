@@ -95,7 +95,7 @@ def prepare(flags: Flags) -> None:
 def _section(flags: Flags) -> Data:
     keys = {"source": flags.corpus, "format": flags.format, "tokenizer": flags.tokenizer, "field": flags.field}
     try:
-        return validate(Data, keys)
+        return validate(Data, keys, "")
     except InputError as error:
         raise InputError(*(f"--{problem}" for problem in error.problems)) from None
 

@@ -35,8 +35,7 @@ EXTRAS = {
 
 
 @command(
-    "data device steps json quiet",
-    steps={"help": "Steps timed, after two that are not.", "default": 8, "minimum": 1},
+    "data device steps json quiet", steps={"help": "Steps timed, after two that are not.", "default": 8, "minimum": 1}
 )
 def doctor(flags: Flags) -> None:
     """Show versions, devices and data, and time a training step of the quickstart's proxy. Exit 3 if something is wrong."""

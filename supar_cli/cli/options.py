@@ -172,10 +172,7 @@ OPTIONS = {
     "trials": Option(int, "Trials of the study in total, those done before included.", "search.trials"),
     "seeds": Option(int, "Seeds a point, the same for all.", "seeds", minimum=1),
     "max_seeds": Option(
-        int,
-        "Seeds are doubled up to this where a bound lies within a slope's 95 % interval.",
-        default=16,
-        minimum=1,
+        int, "Seeds are doubled up to this where a bound lies within a slope's 95 % interval.", default=16, minimum=1
     ),
     "sampler": Option(str, "random, qmc, tpe or gp.", "search.sampler"),
     "search": Option(str, "Search only these of the spec's ranges: lr,init_std,…", metavar="NAME[,…]", read=names),

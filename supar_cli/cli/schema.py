@@ -57,12 +57,7 @@ def json_schema(document: type[Section]) -> dict[str, Any]:
             return {**title, **found, "additionalProperties": False}
 
     (name,) = get_args(document.keys()["kind"])
-    return {
-        "$schema": DIALECT,
-        "$id": f"urn:supar:{name}",
-        **Sections().generate(document.schema()),
-        "title": name,
-    }
+    return {"$schema": DIALECT, "$id": f"urn:supar:{name}", **Sections().generate(document.schema()), "title": name}
 
 
 def _filled_in(section: type[Section]) -> set[str]:

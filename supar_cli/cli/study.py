@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from supar_cli.cli import documents, terminal
-from supar_cli.cli.options import Flags, apply
+from supar_cli.cli.options import Flags, apply, names
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
 from supar_cli.planning.advice import warnings
@@ -17,6 +17,14 @@ from supar_cli.planning.problems import parse
 from supar_cli.planning.sweep import LEVELS, TUNED, Sweep, checked
 
 KIND = "supar.sweep/v1"
+OPTIONS = "seeds jobs executor executor_set width layers context batch_size steps data seed device set out force json quiet verbose"
+MEANINGS: dict[str, dict[str, Any]] = {
+    "parameterization": {"metavar": "NAME[,…]", "read": names, "path": "parameterizations"},
+    "width": {"help": "Width of the runs. [default: the proxy's]"},
+    "steps": {"help": "Training steps of a run."},
+    "seed": {"help": "The first seed."},
+    "force": {"help": "Start a folder's measurements anew."},
+}
 NOT_IN_A_SWEEP = ("search", "evidence", "parents", "meta")
 KEPT_OF_TARGET = ("pattern", "block", "distribution")
 
@@ -86,9 +94,9 @@ def _set_axes(read: Document, axes: Iterable[str]) -> None:
 
 def describe(study: Sweep, log: terminal.Log) -> None:
     """Say what will be run, in a few lines."""
-    names, levels = ", ".join(study.parameterizations), study.levels
-    model, train, target = study.model, study.train, study.target
-    log.log(f"{study.title or study.name}: {names}; {study.seeds} seed{'s' if study.seeds > 1 else ''} a point")
+    levels, model, train, target = study.levels, study.model, study.train, study.target
+    arms = ", ".join(study.parameterizations)
+    log.log(f"{study.title or study.name}: {arms}; {study.seeds} seed{'s' if study.seeds > 1 else ''} a point")
     log.log(
         f"width {levels[0].width} (proxy {model.width}), {levels[0].layers} layers, context {target.context or model.context}, "
         f"batch {target.batch_size or train.batch_size}, {target.steps or train.steps} steps, data {study.data.source}"

@@ -8,28 +8,21 @@ from typing import Any
 import supar_cli
 from supar_cli.cli import study, terminal
 from supar_cli.cli.app import command_app
-from supar_cli.cli.options import Flags, command, names, workers_of
+from supar_cli.cli.options import Flags, command, workers_of
 from supar_cli.errors import CheckViolated, InputError
 from supar_cli.files import template
 
 PRESETS = ("fig1", "fig6", "fig7", "fig9", "fig10", "fig11", "fig13", "fig14")
-DEFAULTS = {
-    "over": {"lr": "x:-2..2/1", "density": [1.0, 0.25, 0.0625]},
-    "parameterizations": ["sp", "mup", "supar"],
-}
+DEFAULTS = {"over": {"lr": "x:-2..2/1", "density": [1.0, 0.25, 0.0625]}, "parameterizations": ["sp", "mup", "supar"]}
 
 
 @command(
-    "source over parameterization iso preset full seeds jobs executor executor_set",
-    "width layers context batch_size steps data seed device set out force json quiet verbose",
+    "source over parameterization iso preset full",
+    study.OPTIONS,
     source={"metavar": "[SPEC|PROXY|SWEEP|-]"},
-    parameterization={"metavar": "NAME[,…]", "read": names, "path": "parameterizations"},
     preset={"help": "A figure of the paper, small: " + ", ".join(PRESETS) + "."},
-    width={"help": "Width of the runs. [default: the proxy's]"},
-    steps={"help": "Training steps of a run."},
-    seed={"help": "The first seed."},
     out={"help": "Folder. [default: sweeps/NAME]"},
-    force={"help": "Start a folder's measurements anew."},
+    **study.MEANINGS,
 )
 def sweep(flags: Flags) -> None:
     """Sweep a hyperparameter at several densities or widths and judge whether its optimum transfers.
