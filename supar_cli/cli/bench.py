@@ -166,7 +166,7 @@ def _plan(flags: Flags, **target: Any) -> Plan:
         "run": {key: given[key] for key in ("device", "precision", "engine", "compile") if key in given},
     }
     try:
-        return supar_cli.transfer(validate(Proxy, values), allow_low_wpn=True, **target)
+        return supar_cli.transfer(validate(Proxy, values, ""), allow_low_wpn=True, **target)
     except InputError as error:
         raise InputError(*(_at_flag(str(problem), flags) for problem in error.problems)) from None
 

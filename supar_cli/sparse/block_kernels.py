@@ -18,7 +18,6 @@ from supar_cli.sparse.block_structure import Structure, blocks_of, values_of
 
 GRADIENT_PROGRAMS = 512  # chosen: about four for each multiprocessor of a large GPU
 SPLIT_TOKENS = 1024  # chosen: fewer tokens for a program cost less than a second pass over the partial sums
-INTERPRETED_TOKENS = 32  # chosen: the interpreter runs a tile as numpy would, so any size will do
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -113,6 +112,7 @@ def _gradient(  # type: ignore[no-untyped-def]
 
 
 INTERPRETED = not isinstance(_product, triton.JITFunction)  # TRITON_INTERPRET was set before the import
+UNTUNED = {"TOKENS": 32} if INTERPRETED else {}  # chosen: the interpreter runs a tile as numpy would: any size will do
 
 # chosen: tiles from few tokens up to what fills the registers, and 4 warps at least, for Hopper's matrix instructions.
 # A source's number is loaded one stage ahead, so that 2, 3 and 5 stages hold 2, 2 and 3 tiles; 4 is the same as 3.
@@ -168,24 +168,14 @@ def _launch_product(x_NI: Tensor, values_V: Tensor, structure: Structure, block:
     x_NI = x_NI.contiguous()
     y_NO = torch.empty(tokens, targets * block, dtype=x_NI.dtype, device=x_NI.device)
     kernel = tuned_product if INTERPRETED else wrap_triton(tuned_product)
-    kernel[lambda meta: (triton.cdiv(tokens, meta["TOKENS"]) * targets,)](
-        x_NI,
-        blocks_KBB,
-        y_NO,
-        pointers,
-        sources,
-        structure.transposed_numbers,
-        tokens,
-        x_NI.shape[1],
-        targets * block,
-        targets,
-        BUCKET=_bucket(tokens),
-        BLOCK=block,
-        STEP=product_step(block, x_NI.dtype),
-        TRANSPOSED=transposed,
-        WIDEN=INTERPRETED,
-        **({"TOKENS": INTERPRETED_TOKENS} if INTERPRETED else {}),
-    )
+    tensors = (x_NI, blocks_KBB, y_NO, pointers, sources, structure.transposed_numbers)
+    sizes = (tokens, x_NI.shape[1], targets * block, targets)
+    constants = {"BUCKET": _bucket(tokens), "BLOCK": block, "STEP": product_step(block, x_NI.dtype)}
+
+    def grid(meta: dict[str, int]) -> tuple[int]:
+        return (triton.cdiv(tokens, meta["TOKENS"]) * targets,)
+
+    kernel[grid](*tensors, *sizes, **constants, TRANSPOSED=transposed, WIDEN=INTERPRETED, **UNTUNED)
     return y_NO
 
 
@@ -212,22 +202,10 @@ def block_linear_grad_values(dy: Tensor, x: Tensor, structure: list[Tensor], blo
     splits = splits_of(tokens, live_blocks)
     partial_PBB = torch.empty(splits * live_blocks, block, block, dtype=torch.float32, device=x.device)
     kernel = tuned_gradient if INTERPRETED else wrap_triton(tuned_gradient)
-    kernel[(splits * live_blocks,)](
-        dy,
-        x,
-        partial_PBB,
-        found.rows,
-        found.columns,
-        tokens,
-        dy.shape[1],
-        x.shape[1],
-        live_blocks,
-        (tokens + splits - 1) // splits,
-        BUCKET=_bucket(tokens),
-        BLOCK=block,
-        WIDEN=INTERPRETED,
-        TOKENS=gradient_tokens(x.dtype),
-    )
+    tensors = (dy, x, partial_PBB, found.rows, found.columns)
+    sizes = (tokens, dy.shape[1], x.shape[1], live_blocks, (tokens + splits - 1) // splits)
+    constants = {"BUCKET": _bucket(tokens), "BLOCK": block, "TOKENS": gradient_tokens(x.dtype)}
+    kernel[(splits * live_blocks,)](*tensors, *sizes, **constants, WIDEN=INTERPRETED)
     blocks_KBB = partial_PBB if splits == 1 else partial_PBB.view(splits, live_blocks, block, block).sum(dim=0)
     return values_of(blocks_KBB, found.inverse)
 
