@@ -139,8 +139,11 @@ def test_compare_passes_and_fails(supar_here: Callable[..., Called], tmp_path: P
     assert doctored(0.001).status == 0
 
 
-def test_other_settings_are_refused_before_anything_runs(supar_here: Callable[..., Called], tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_refused_before_anything_runs(
+    supar_here: Callable[..., Called], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result, _ = run(supar_here, *LAYER, "--rounds", "3", "--density", "0.25")
+    monkeypatch.setattr(layer, "measure_density", lambda *_: pytest.fail("measured"))
     (tmp_path / "then.json").write_text(json.dumps(result))
     compare = ("--density", "0.25", "--compare", "then.json")
     other = supar_here(*LAYER[:-1], "41", *compare)
@@ -149,8 +152,11 @@ def test_other_settings_are_refused_before_anything_runs(supar_here: Callable[..
     assert supar_here("bench", "memory", *compare).err.startswith(
         "error: then.json: bench: is 'layer'; expected memory"
     )
-    (tmp_path / "then.json").write_text(json.dumps({**result, "densities": [{}]}))
-    assert supar_here(*LAYER, *compare).status == 2
+    arms = {"sparse": {"ratio": "fast", "ratio_quartiles": [1, 2]}}
+    for broken in ({}, {"density": 0.25, "arms": arms}):
+        (tmp_path / "then.json").write_text(json.dumps({**result, "densities": [broken]}))
+        called = supar_here(*LAYER, *compare)
+        assert called.status == 2 and "then.json: is not a whole document of `supar bench layer`" in called.err
     (tmp_path / "then.json").write_text("[1]")
     assert supar_here(*LAYER, *compare).status == 2
     assert supar_here(*LAYER, "--compare", "none.json").status == 2
