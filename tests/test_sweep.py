@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from supar_cli import api
-from supar_cli.cli import console, studies
+import supar_cli
+from supar_cli.cli import study
 from supar_cli.cli.sweep import DEFAULTS, PRESETS
 from supar_cli.errors import InputError
+from supar_cli.files import template
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import parse
@@ -189,7 +190,7 @@ PAPER_WIDTHS = {
 class TestPresets:
     @pytest.mark.parametrize("name", PRESETS)
     def test_both_sizes_are_sound_and_every_run_can_be_planned(self, name: str, text_file: Path) -> None:
-        small, full = document.read_file(str(console.template(name)))
+        small, full = document.read_file(str(template(f"{name}.yaml")))
         for read in (small, full):
             sweep = parse(Sweep, read)
             sweep = sweep.model_copy(update={"data": sweep.data.model_copy(update={"hash": "sha256:" + "0" * 64})})
@@ -208,7 +209,7 @@ class TestPresets:
                 assert [level.width for level in sweep.levels] == PAPER_WIDTHS.get(name, [4096] * 8)
 
     def test_fig1_at_full_size_is_the_papers(self) -> None:
-        sweep = parse(Sweep, document.read_file(str(console.template("fig1")))[1])
+        sweep = parse(Sweep, document.read_file(str(template("fig1.yaml")))[1])
         plan = sweep.plan("supar", sweep.levels[-1], 4.0, 0)
         assert (plan.train.tokens, plan.train.warmup_steps, plan.train.steps) == (306_446_336, 116, 1169)
         assert plan.hyperparameters.lr == 0.0162 and len(plan.tensors) < 30
@@ -220,12 +221,12 @@ class TestPresets:
     def test_init_writes_one_and_says_what_it_is_for(self, supar_here: Supar, tmp_path: Path) -> None:
         called = supar_here("init", "fig7")
         assert called.status == 0 and "next: supar sweep fig7.yaml" in called.err
-        assert (tmp_path / "fig7.yaml").read_text("utf-8") == console.template("fig7").read_text("utf-8")
+        assert (tmp_path / "fig7.yaml").read_text("utf-8") == template("fig7.yaml").read_text("utf-8")
 
 
 def test_the_api_loads_a_sweep(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text(document.write([sweep_fields()]))
-    assert isinstance(api.load(tmp_path / "sweep.yaml"), Sweep)
+    assert isinstance(supar_cli.load(tmp_path / "sweep.yaml"), Sweep)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,7 @@ def test_a_spec_or_proxy_becomes_a_study_of_its_own_shape(
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     elif file:
         (tmp_path / file).write_text(text)
-    sweep = parse(Sweep, studies.read(file, False, DEFAULTS))
+    sweep = parse(Sweep, study.read(file, DEFAULTS))
     assert sweep.name == name and sweep.levels[0].width == sweep.model.width  # its target's width is for something else
     assert (sweep.target.sparsity.pattern == "fixed_fan_in") == (file is not None)
     assert [level.density for level in sweep.levels] == [1.0, 0.25, 0.0625]
@@ -248,9 +249,9 @@ def test_a_spec_or_proxy_becomes_a_study_of_its_own_shape(
 
 def test_an_axis_on_the_command_line_takes_the_place_of_its_kind() -> None:
     read = document.read(document.write([sweep_fields()]), "sweep.yaml")[0]
-    studies.put_axes(read, ["init-std=x:-1..1/1"])
+    study.set_axes(read, ["init-std=x:-1..1/1"])
     assert read.data["over"] == {"density": [1.0, 0.25], "init_std": "x:-1..1/1"}
-    studies.put_axes(read, ["width=32,64", "lr=0.1"])
+    study.set_axes(read, ["width=32,64", "lr=0.1"])
     assert read.data["over"] == {"width": "32,64", "lr": "0.1"}
 
 

@@ -64,7 +64,7 @@ def _folder_name(path: str) -> str:
 
 def plan_study(read: Document, axes: Iterable[str], flags: Flags, log: terminal.Log) -> Sweep:
     """The study of a document, axes and flags, whose runs can all be planned. Raises InputError."""
-    _set_axes(read, axes)
+    set_axes(read, axes)
     apply(read, flags)
     study = parse(Sweep, read)
     with documents.with_locations(read):
@@ -75,7 +75,7 @@ def plan_study(read: Document, axes: Iterable[str], flags: Flags, log: terminal.
     return study
 
 
-def _set_axes(read: Document, axes: Iterable[str]) -> None:
+def set_axes(read: Document, axes: Iterable[str]) -> None:
     """Put `NAME=VALUES` in the place of the document's axis of the same kind. Raises InputError for an unknown name."""
     replaced: set[tuple[str, ...]] = set()
     for text in axes:

@@ -55,6 +55,7 @@ class Progress(Log):
         self._task: Any = None
         self._started = self._written = time.monotonic()
         self._first: int | None = None
+        self._step = 0
 
     def __enter__(self) -> Progress:
         if self.is_terminal and not self.quiet:
@@ -85,8 +86,9 @@ class Progress(Log):
         from supar_cli.planning.estimate import duration
 
         now = time.monotonic()
-        if self._first is None:
+        if self._first is None or step < self._step:  # it begins, or begins anew: the demo counts trials, then runs
             self._first, self._started = step, now
+        self._step = step
         done, seconds = step - self._first, max(now - self._started, 1e-9)
         rate = "" if not done else f", {done / seconds:.3g}/s" if done > seconds else f", {seconds / done:.3g} s each"
         if self._bar is not None:
