@@ -17,16 +17,17 @@ Record = dict[str, Any]
 LINES_BYTES = 2**16  # chosen: more than a line usually has
 
 
-def write_file(path: Path, text: str) -> None:
+def write_file(path: Path, content: str | bytes) -> None:
     """Write aside, flush, rename: the file is the old one or the new one, never a part. A device or a pipe is written directly."""
+    data = content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file():
-        path.write_bytes(text.encode())
+        path.write_bytes(data)
         return
     path = path.resolve()  # a link stays a link
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with aside.open("wb") as file:
-            file.write(text.encode())
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
@@ -48,6 +49,15 @@ def naming_write_errors(place: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise SetupError(f"{place}: can't be written: {error.strerror or error}") from None
+
+
+@contextmanager
+def naming_read_errors(path: Path, remedy: str = "") -> Iterator[None]:
+    """Raise SetupError that names the file where it can't be read."""
+    try:
+        yield
+    except OSError as error:
+        raise SetupError(f"{path}: can't be read: {error.strerror or error}{remedy}") from None
 
 
 def read_json(path: Path) -> Any:
@@ -111,10 +121,8 @@ def _parse_json(content: bytes) -> Any:
 
 
 def _read_bytes(path: Path) -> bytes:
-    try:
+    with naming_read_errors(path):
         return path.read_bytes()
-    except OSError as error:
-        raise SetupError(f"{path}: can't be read: {error.strerror or error}") from None
 
 
 def template(name: str) -> Path:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from math import log, nan
 from pathlib import Path
 from typing import Any
@@ -13,17 +16,17 @@ import numpy as np
 import pytest
 import torch
 
-from supar_cli.bench import layer as bench_layers
-from supar_cli.bench import memory as bench_memory
-from supar_cli.bench import results as bench_results
-from supar_cli.bench import run_costs as bench_run
-from supar_cli.bench import step as benchmark
+from supar_cli.bench import layer, memory, results
+from supar_cli.bench import step as bench_step
+from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.sparse.autotune import LayerCase
+from supar_cli.sparse.autotune import LayerCase, draw_inputs, draw_values
 from supar_cli.sparse.masks import Mask
+from supar_cli.sparse.timing import interleave
 from supar_cli.training import checkpoint
 from supar_cli.training.trainer import Trainer
-from tests.conftest import Called
+from tests import measure_run, measure_transfer
+from tests.conftest import CHECKOUT, Called, environment
 
 CPU = torch.device("cpu")
 SHAPE = (96, 64)
@@ -53,18 +56,18 @@ def largest(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_all_arms_compute_the_same_numbers(block: int | None) -> None:
     """Of Y, of X's gradient and of the live values', against float64; what is asked of bfloat16 is its rounding."""
     case = LayerCase(CPU, torch.float32, tokens=40, block=block)
-    mask = bench_layers.random_mask(SHAPE, 0.25, block)
+    mask = layer.draw_mask(SHAPE, 0.25, block)
     assert mask.count == 0.25 * mask.size
-    values = bench_layers.draw_values(mask, CPU)
-    arms, chosen = bench_layers.make_all(mask, case)
+    values = draw_values(mask, CPU)
+    arms, chosen = layer.make_all(mask, case)
     assert list(arms) == [*ARMS[:-1], *(["block"] if block else []), "auto"] and chosen == "dense"
-    x, gradient = (tensor.detach().double() for tensor in bench_layers.draw_inputs(SHAPE, case, torch.float32))
+    x, gradient = (tensor.detach().double() for tensor in draw_inputs(SHAPE, case, torch.float32))
     weight = torch.zeros(SHAPE, dtype=torch.float64)
     alive = torch.from_numpy(mask.alive())
-    weight[alive] = values.double()
+    weight[alive] = values.detach().double()
     for name, arm in arms.items():
-        inputs, given = bench_layers.draw_inputs(SHAPE, case, arm.precision)
-        y = bench_layers.step(arm, inputs, given).detach()
+        inputs, given = draw_inputs(SHAPE, case, arm.precision)
+        y = arm.step(inputs, given).detach()
         by_values = arm.parameter.grad
         assert inputs.grad is not None and by_values is not None
         by_values = by_values[alive] if by_values.shape == mask.shape else by_values
@@ -76,11 +79,11 @@ def test_all_arms_compute_the_same_numbers(block: int | None) -> None:
 
 def test_an_arm_of_another_mask_is_told_apart() -> None:
     case = LayerCase(CPU, torch.float32, tokens=40)
-    mask = bench_layers.random_mask(SHAPE, 0.25)
-    values = bench_layers.draw_values(mask, CPU)
-    inputs = bench_layers.draw_inputs(SHAPE, case, torch.float32)
+    mask = layer.draw_mask(SHAPE, 0.25)
+    values = draw_values(mask, CPU)
+    inputs = draw_inputs(SHAPE, case, torch.float32)
     right, wrong = (
-        bench_layers.step(bench_layers.make("sparse", one, values, case), *inputs).detach()
+        layer.make("sparse", one, values, case).step(*inputs).detach()
         for one in (mask, Mask.of(np.roll(mask.alive(), 1)))
     )
     assert largest(wrong, right.double()) > 0.1
@@ -89,10 +92,10 @@ def test_an_arm_of_another_mask_is_told_apart() -> None:
 def test_break_even_is_interpolated_on_logarithmic_axes() -> None:
     # a ratio that falls as density^-1/2 from 8 at 1/1024 is 1 at 1/16
     points = [(2.0**-k, 2.0 ** (k / 2 - 2)) for k in (2, 6, 10)]
-    found = bench_layers.break_even(points)["density"]
+    found = layer.break_even(points)["density"]
     assert abs(log(found * 16)) < 1e-3
     for some, word in ((points[1:], "above 0.0156"), (points[:1], "below 0.25")):
-        one = bench_layers.break_even(some)
+        one = layer.break_even(some)
         assert one["density"] is None and word in one["text"] and "not measured" in one["text"]
 
 
@@ -136,8 +139,11 @@ def test_compare_passes_and_fails(supar_here: Callable[..., Called], tmp_path: P
     assert doctored(0.001).status == 0
 
 
-def test_other_settings_are_refused_before_anything_runs(supar_here: Callable[..., Called], tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_refused_before_anything_runs(
+    supar_here: Callable[..., Called], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result, _ = run(supar_here, *LAYER, "--rounds", "3", "--density", "0.25")
+    monkeypatch.setattr(layer, "measure_density", lambda *_: pytest.fail("measured"))
     (tmp_path / "then.json").write_text(json.dumps(result))
     compare = ("--density", "0.25", "--compare", "then.json")
     other = supar_here(*LAYER[:-1], "41", *compare)
@@ -146,8 +152,11 @@ def test_other_settings_are_refused_before_anything_runs(supar_here: Callable[..
     assert supar_here("bench", "memory", *compare).err.startswith(
         "error: then.json: bench: is 'layer'; expected memory"
     )
-    (tmp_path / "then.json").write_text(json.dumps({**result, "densities": [{}]}))
-    assert supar_here(*LAYER, *compare).status == 2
+    arms = {"sparse": {"ratio": "fast", "ratio_quartiles": [1, 2]}}
+    for broken in ({}, {"density": 0.25, "arms": arms}):
+        (tmp_path / "then.json").write_text(json.dumps({**result, "densities": [broken]}))
+        called = supar_here(*LAYER, *compare)
+        assert called.status == 2 and "then.json: is not a whole document of `supar bench layer`" in called.err
     (tmp_path / "then.json").write_text("[1]")
     assert supar_here(*LAYER, *compare).status == 2
     assert supar_here(*LAYER, "--compare", "none.json").status == 2
@@ -163,24 +172,25 @@ def test_other_settings_are_refused_before_anything_runs(supar_here: Callable[..
     ],
 )
 def test_a_ratio_is_worse_by_a_tenth_and_beyond_the_spread(then: Any, now: Any, worse: bool) -> None:
-    def document(kind: str, value: float, low: float, high: float) -> dict[str, Any]:
+    def document_of(kind: str, value: float, low: float, high: float) -> dict[str, Any]:
         if kind == "step":  # there the stored ratio is of times, ours above: less is better
             own = {"ratio": 1 / value, "ratio_quartiles": [1 / high, 1 / low]}
             return {"bench": kind, **own, "masked_dense_ratio": 1.0, "masked_dense_ratio_quartiles": [1.0, 1.0]}
         arms = {"sparse": {"ratio": value, "ratio_quartiles": [low, high]}}
         return {"bench": kind, "densities": [{"density": 0.25, "arms": arms}]}
 
-    for kind in ("layer", "step"):
-        rows = bench_results.compared("then.json", document(kind, *then), document(kind, *now))
+    for kind, readings in (("layer", layer.readings), ("step", bench_step.readings)):
+        rows = results.compare(readings(document_of(kind, *then)), readings(document_of(kind, *now)))
         assert [row["worse"] for row in rows] == ([worse] if kind == "layer" else [False, worse])
 
 
 def test_memory_is_worse_when_it_rises() -> None:
-    def document(value: float) -> dict[str, Any]:
+    def document_of(value: float) -> dict[str, Any]:
         return {"bench": "memory", "arms": {"sparse": {"bytes_per_position": value}}}
 
     for value, worse in ((1.2, True), (1.05, False), (0.5, False)):
-        assert bench_results.compared("f", document(1.0), document(value))[0]["worse"] is worse
+        rows = results.compare(memory.readings(document_of(1.0)), memory.readings(document_of(value)))
+        assert rows[0]["worse"] is worse
 
 
 @pytest.mark.parametrize(
@@ -195,6 +205,8 @@ def test_memory_is_worse_when_it_rises() -> None:
         (("memory", "--density", "0.1,0.2"), "one density"),
         (("step", "--density", "0.5", "--sparsity", "0.5"), "only one of them"),
         (("step", "--engine", "fast"), "--engine"),
+        (("step", "--block", "24"), "--block: should be 16, 32, 64 or 128"),
+        (("step", "--batch-size", "0"), "--batch-size: "),
     ],
 )
 def test_bad_flags_are_named(supar_here: Callable[..., Called], flags: tuple[str, ...], what: str) -> None:
@@ -215,29 +227,13 @@ def test_step_document(supar_here: Callable[..., Called], tmp_path: Path) -> Non
     assert supar_here(*flags, "-q", "--sparsity", "0.5", "--compare", "then.json").status == 2
 
 
-def test_run_document(supar_here: Callable[..., Called], tmp_path: Path) -> None:
-    flags = ("bench", "run", *STEP[2:], "--batch-size", "2", "--steps", "3", "--density", "0.25")
-    result, done = run(supar_here, *flags)
-    assert 0 < result["checkpoint_returns_ms"] <= result["checkpoint_stall_ms"] and result["log_every"] == 10
-    assert result["checkpoint_bytes"] > 10_000 and result["checkpoint_written_ms"] > 0 and result["step_ms"] > 0
-    parallel = result["parallel"]
-    assert parallel["processes"] == 2 and min(parallel[f"{name}_ms"] for name in ("alone", "beside", "exchanging")) > 0
-    for one in (result["checkpoint"], result["metrics"], parallel["over_alone"], parallel["over_beside"]):
-        low, high = one["quartiles"]
-        assert 0 < low <= one["share"] <= high
-    assert "gradients exchanged (DDP)" in done.err and max(map(len, done.err.splitlines())) <= 80
-    rose = {**result, "checkpoint": {"share": 1e-9, "quartiles": [1e-9, 1e-9]}}
-    rows = bench_results.compared("then.json", rose, result)
-    assert [row["what"] for row in rows if row["worse"]] == ["checkpoint, of a step"]
-
-
 def test_what_slows_a_checkpoint_is_measured(
     plan_of: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A save that waits for the disk, as one without a thread would, costs as many steps as it takes."""
-    trainer = Trainer(plan_of(), benchmark.random_task(plan_of()))
+    trainer = Trainer(plan_of(), bench_step.RandomTokens(plan_of()))
     trainer.step()
-    quick = bench_run._checkpoint(trainer, tmp_path / "quick")
+    quick = measure_run.save(trainer, tmp_path / "quick")
     save = checkpoint.Writer.save
 
     def waits(writer: checkpoint.Writer, *arguments: Any) -> None:
@@ -246,8 +242,8 @@ def test_what_slows_a_checkpoint_is_measured(
         writer.wait()
 
     monkeypatch.setattr(checkpoint.Writer, "save", waits)
-    slow = bench_run._checkpoint(trainer, tmp_path / "slow")
-    assert slow["stall"] >= 0.5 > quick["stall"] and slow["returns"] >= 0.5
+    slow = measure_run.save(trainer, tmp_path / "slow")
+    assert slow["lost"] >= 0.5 > quick["lost"] and slow["returns"] >= 0.5
 
 
 def test_masked_dense_steps_as_ours_do(plan_of: Callable[..., Plan]) -> None:
@@ -258,24 +254,57 @@ def test_masked_dense_steps_as_ours_do(plan_of: Callable[..., Plan]) -> None:
         train={"schedule": "constant", "warmup_fraction": 0.0},
         run={"engine": "dense", "precision": "float32"},
     )
-    ours, other = (Trainer(plan, benchmark.random_task(plan)) for _ in range(2))
-    masked = benchmark.masked_dense(ours.sparse_model, plan.model)
-    unmasked = benchmark.masked_dense(other.sparse_model, plan.model)
+    ours, other = (Trainer(plan, bench_step.RandomTokens(plan)) for _ in range(2))
+    masked = bench_step.masked_dense(ours.sparse_model, plan.model)
+    unmasked = bench_step.masked_dense(other.sparse_model, plan.model)
     for module in unmasked.modules():
-        if isinstance(module, benchmark.MaskedLinear):
+        if isinstance(module, bench_step.MaskedLinear):
             torch.nn.init.normal_(module.weight, std=0.1)
             module.mask.fill_(True)
-    steps = [benchmark.plain_step(ours, masked), benchmark.plain_step(ours, unmasked)]
+    steps = [bench_step.plain_step(ours, masked), bench_step.plain_step(ours, unmasked)]
     losses = [(ours.step()[0], *(step() for step in steps)) for _ in range(4)]
     assert max(abs(mine - theirs) for mine, theirs, _ in losses) < 1e-4, losses
     assert max(abs(mine - theirs) for mine, _, theirs in losses) > 1e-3
 
 
-@pytest.mark.skipif(not bench_memory.STATUS.exists(), reason="reads Linux's /proc")
+@pytest.mark.skipif(not memory.STATUS.exists(), reason="reads Linux's /proc")
 def test_memory_follows_the_live_weights() -> None:
     """A real measurement, each arm in a process: sparse below dense below masked dense, whatever else runs here."""
-    arms = bench_memory.measure_all((2048, 2048), 2**-7, LayerCase(CPU, torch.float32, 64))
+    arms = memory.measure_arms((2048, 2048), 2**-7, LayerCase(CPU, torch.float32, 64))["arms"]
     peaks = {name: arm["peak_bytes"] for name, arm in arms.items()}
     assert 0 < peaks["sparse"] < peaks["dense"] < peaks["masked"], peaks
     assert arms["masked"]["bytes_per_position"] > 20  # weight, gradient and two moments in float32, and products
     assert arms["masked"]["share_of_masked"] == 1 and arms["sparse"].get("bytes_per_live", nan) > 16
+
+
+def test_runs_alternate_and_those_that_warm_up_are_not_counted() -> None:
+    made: list[str] = []
+    seconds = interleave({name: partial(made.append, name) for name in "abc"}, 3, CPU, warmup=2)
+    assert "".join(made) == "cbaabc" * 2 + "cba" and {
+        name: len(spent) for name, spent in seconds.items()
+    } == dict.fromkeys("abc", 3)
+
+
+def test_what_a_run_costs_is_measured(plan_of: Callable[..., Plan], tmp_path: Path) -> None:
+    """By the script, as its user calls it."""
+    (tmp_path / "plan.yaml").write_text(document.write([plan_of().model_dump()]))
+    run = [sys.executable, "-m", "tests.measure_run", str(tmp_path / "plan.yaml"), "3"]
+    result = json.loads(subprocess.run(run, capture_output=True, check=True, cwd=CHECKOUT, env=environment()).stdout)
+    assert 0 < result["checkpoint_returns_ms"] <= result["checkpoint_lost_ms"] and result["log_every"] == 10
+    assert result["checkpoint_bytes"] > 10_000 and result["checkpoint_written_ms"] > 0 and result["step_ms"] > 0
+    parallel = result["parallel"]
+    assert parallel["processes"] == 2 and min(parallel[f"{name}_ms"] for name in ("alone", "beside", "exchanging")) > 0
+    for found, name in (
+        (result, "checkpoint"),
+        (result, "metrics"),
+        (parallel, "over_alone"),
+        (parallel, "over_beside"),
+    ):
+        low, high = found[f"{name}_quartiles"]
+        assert 0 < low <= found[name] <= high
+
+
+def test_what_planning_costs_is_measured() -> None:
+    result = measure_transfer.measure(3)
+    assert set(result["seconds"]) == set(measure_transfer.COMMANDS) and min(result["seconds"].values()) > 0
+    assert result["transfer_over_imports"] > 1

@@ -259,7 +259,7 @@ class TestIdentity:
         assert len({one, hash_of("c", a="x", b="z"), hash_of("d", a="x", c="y"), hash_of("e", a="xy", b="")}) == 4
 
     def test_changed_data_is_refused_by_name(self, text_file: Path) -> None:
-        known = corpus.identified(Data(source=str(text_file)))
+        known = corpus.identify(Data(source=str(text_file)))
         batches.load(known, vocab=256, context=8)
         text_file.write_bytes(text_file.read_bytes()[:-1] + b"!")
         with pytest.raises(InputError, match=r"data\.hash: .*text\.txt is not the data this document was made with"):

@@ -138,7 +138,7 @@ class TestUnderTheRun:
         def unchecked(self: Any, at: int, count: int) -> bytes:
             return os.pread(self.number, count, at)
 
-        monkeypatch.setattr(tokens._Open, "read", unchecked)
+        monkeypatch.setattr(tokens.StampedFile, "read", unchecked)
         at_step(monkeypatch, 5, lambda: file.write_bytes(file.read_bytes()[::-1]))
         trained(plan, tmp_path / "run")
         with pytest.raises(AssertionError):
@@ -173,7 +173,7 @@ class TestBeforeTheFirstWindow:
             file = source / "two.txt"
         else:
             source, file = written(tmp_path, kind)
-        known = corpus.identified(Data(source=str(source)))
+        known = corpus.identify(Data(source=str(source)))
         where, name = {"hashed": (corpus, "content_hash"), "read": (batches, "_segments")}[moment]
         call, calls = getattr(where, name), list[Any]()
 
@@ -193,13 +193,13 @@ class TestBeforeTheFirstWindow:
         for turn in range(30):
             path = tmp_path / f"{turn}.txt"
             path.write_bytes(b"a" * 100)
-            with pytest.raises(SetupError), tokens.unchanged([path]):
+            with pytest.raises(SetupError), tokens.require_unchanged([path]):
                 flip(path)
 
     def test_files_that_stay_are_read(self, tmp_path: Path) -> None:
         path = tmp_path / "a.txt"
         path.write_bytes(bytes(100))
-        with tokens.unchanged([path]) as stamps:
+        with tokens.require_unchanged([path]) as stamps:
             read = tokens.TokenFile(path, "u1", 0, stamps[path])
         assert np.array_equal(np.asarray(read), np.zeros(100)) and len(read[90:200]) == 10
 

@@ -22,7 +22,7 @@ from supar_cli.planning.plan import Plan
 from supar_cli.sparse.csr import Sparse
 from supar_cli.sparse.dense import Dense
 from supar_cli.sparse.linear import Engine, Linear
-from supar_cli.sparse.masks import Mask, carry
+from supar_cli.sparse.masks import IndexMap, Mask
 from supar_cli.training import checkpoint, checkpoint_reader, run_directory
 from supar_cli.training.reporter import NullReporter
 from supar_cli.training.trainer import Trainer
@@ -267,7 +267,7 @@ class TestRemasking:
         values = torch.empty(0)
         for seed in (0, 1):
             mask = drawn((24, 40), 0.3 + 0.1 * seed, seed)
-            values = carry(values, linear.mask, mask, 0.5) if linear.mask is not None else torch.randn(mask.count)
+            values = IndexMap.between(linear.mask, mask).carry(values, 0.5) if linear.mask else torch.randn(mask.count)
             linear.remask(mask, values, KINDS[kind](mask))
             weight = torch.zeros(24, 40)
             weight[torch.from_numpy(mask.alive())] = values

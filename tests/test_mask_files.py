@@ -19,7 +19,7 @@ from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan, read_plan
 from supar_cli.planning.plan_sections import MaskSource
-from supar_cli.sparse import mask_files
+from supar_cli.sparse import masks as masks_of
 from supar_cli.sparse.mask_files import WantedMask, read_masks, write_masks
 from supar_cli.sparse.masks import Mask, draw
 from supar_cli.training import prepare
@@ -55,7 +55,7 @@ class TestFormats:
         masks, path = some_masks(), tmp_path / "masks.safetensors"
         save_file({name: mask.alive().astype(dtype) for name, mask in masks.items()}, path)
         assert read_masks(path, None, wanted(masks)) == masks
-        monkeypatch.setattr(mask_files, "CHUNK_KEYS", 64)
+        monkeypatch.setattr(masks_of, "CHUNK_KEYS", 64)
         assert read_masks(path, None, wanted(masks)) == masks
 
     def test_torchs_too(self, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ class TestRefusals:
     def test_packed_bits_of_another_shape(self, tmp_path: Path) -> None:
         bits = np.array([0xF0], np.uint8)
         for shapes, message in (
-            ([3, 3], "a: .* no packed bits of a mask of shape"),
+            ([3, 3], "a: .* not the packed bits of a mask of shape"),
             ([2, 3], None),
             ([1, 3], "a: .*beyond"),
         ):

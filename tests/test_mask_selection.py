@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from supar_cli.errors import InputError
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse import masks
-from supar_cli.sparse.masks import IndexMap, Mask, RandomKeys, carry, draw, from_matrix, select, to_matrix
+from supar_cli.sparse.masks import IndexMap, Mask, RandomKeys, draw, from_matrix, select, to_matrix
 from supar_cli.streams import stream
 from supar_cli.training import prepare
 
@@ -163,8 +163,8 @@ class TestAnyKeys:
         [
             ("exact", (4, 8), 33, "33 weights can't live of 32"),
             ("exact", (4, 8), -1, "-1 weights can't live of 32"),
-            ("fixed_fan_in", (4, 8), 9, "9 weights in equal rows: not a multiple of 4"),
-            ("block", (32, 32), 300, "300 weights in blocks: not a multiple of 256"),
+            ("fixed_fan_in", (4, 8), 9, "9 of 4×8 weights are not fixed_fan_in along the rows"),
+            ("block", (32, 32), 300, "300 weights are not made of 16×16 blocks"),
             ("block", (32, 40), 512, "32×40 weights are not made of 16×16 blocks"),
             ("2:4", (4, 8), 15, "15 of 4×8 weights are not 2:4 along the rows"),
             ("2:4", (4, 6), 12, "12 of 4×6 weights are not 2:4 along the rows"),
@@ -255,15 +255,15 @@ class TestCarrying:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(masks, "CHUNK_BYTES", 5)
             index = IndexMap.between(Mask.of(old), Mask.of(new))
-        assert np.array_equal(index.carry(whole[old], 7.5), wanted)
-        moved = carry(torch.from_numpy(whole[old]), Mask.of(old), Mask.of(new), 7.5)
+        moved = index.carry(torch.from_numpy(whole[old]), 7.5)
         assert moved.dtype == torch.float32 and np.array_equal(moved.numpy(), wanted)
         assert index.count == new.sum() and len(index.old) == len(index.new) == (old & new).sum()
 
     def test_what_grows_is_zero_unless_said(self) -> None:
         old, new = Mask.of(np.array([[True, False, True]])), Mask.of(np.array([[False, True, True]]))
-        assert carry(np.array([1.0, 2.0]), old, new).tolist() == [0.0, 2.0]
-        assert carry(torch.tensor([1, 2]), old, new, 5).tolist() == [5, 2]
+        index = IndexMap.between(old, new)
+        assert index.carry(torch.tensor([1.0, 2.0])).tolist() == [0.0, 2.0]
+        assert index.carry(torch.tensor([1, 2]), 5).tolist() == [5, 2]
 
     def test_another_shape_is_refused(self) -> None:
         with pytest.raises(ValueError, match="can't become one of shape"):

@@ -5,16 +5,19 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from supar_cli.bench import layer as bench_layers
+from supar_cli.bench import layer
+from supar_cli.bench.results import Benchmark, Document, Reading, machine_settings
 from supar_cli.errors import SetupError
-from supar_cli.sparse.autotune import LayerCase
+from supar_cli.reporting.result import Table
+from supar_cli.sparse.autotune import LayerCase, draw_inputs, draw_values
+from supar_cli.training.runtime import Runtime
 
 STEPS = 3  # chosen: the first makes the optimizer's state, so the second is the first with everything there
 WARM_SHAPE = (256, 256)  # chosen: nothing beside a layer of interest, large enough for every kernel and thread pool
@@ -22,20 +25,24 @@ WARM_DENSITY = 0.125  # chosen: any: what is compiled does not depend on it
 STATUS = Path("/proc/self/status")
 
 
-def arms_of(device: torch.device) -> list[str]:
-    """The arms that run on a device, the baseline first."""
-    return ["masked", "dense", "sparse"] if device.type == "cpu" else ["masked", "dense"]
+def benchmark(shape: tuple[int, int], density: float, tokens: int, runtime: Runtime) -> Benchmark:
+    """The benchmark of a layer (out, in)."""
+    case = LayerCase(runtime.device, runtime.precision, tokens)
+    settings = {"shape": list(shape), "tokens": tokens, "density": density}
+    settings |= machine_settings(case.device, case.precision)
+    return Benchmark("memory", settings, case.device, lambda: measure_arms(shape, density, case), tables, readings)
 
 
-def measure_all(shape: tuple[int, int], density: float, case: LayerCase) -> dict[str, Any]:
-    """`measure` of every arm, with its share of the baseline's peak."""
-    arms = {name: measure(name, shape, density, case) for name in arms_of(case.device)}
+def measure_arms(shape: tuple[int, int], density: float, case: LayerCase) -> Document:
+    """What `measure` finds of every arm, masked dense first, with its share of that one's peak."""
+    names = ["masked", "dense", *(["sparse"] if case.device.type == "cpu" else [])]
+    arms = {name: measure(name, shape, density, case) for name in names}
     for one in arms.values():
         one["share_of_masked"] = round(one["peak_bytes"] / arms["masked"]["peak_bytes"], 4)
-    return arms
+    return {"arms": arms}
 
 
-def measure(arm: str, shape: tuple[int, int], density: float, case: LayerCase) -> dict[str, Any]:
+def measure(arm: str, shape: tuple[int, int], density: float, case: LayerCase) -> Document:
     """Peak bytes above what the process had before the layer; per position and per live weight.
 
     Raises SetupError where neither Linux's /proc nor CUDA can tell.
@@ -43,49 +50,50 @@ def measure(arm: str, shape: tuple[int, int], density: float, case: LayerCase) -
     if case.device.type == "cpu" and not STATUS.exists():
         raise SetupError("bench memory: reads Linux's /proc or a CUDA device's counters; this machine has neither")
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        peak, live, reset = pool.submit(_peak, arm, shape, density, case).result()
+        peak, live, is_reset = pool.submit(_peak, arm, shape, density, case).result()
     return {
         "peak_bytes": peak,
         "bytes_per_position": round(peak / (shape[0] * shape[1]), 4),
         "bytes_per_live": round(peak / live, 4),
-        "peak_reset": reset,  # false where Linux did not allow it: then the making of the layer counts too
+        "peak_reset": is_reset,  # false where Linux did not allow it: then the making of the layer counts too
     }
 
 
 def _peak(arm: str, shape: tuple[int, int], density: float, case: LayerCase) -> tuple[int, int, bool]:
     """Peak bytes of STEPS training steps, the live weights, and whether the peak is that of the steps alone."""
-    cuda = case.device.type == "cuda"
-    _Training(arm, WARM_SHAPE, WARM_DENSITY, case).steps(1)
-    _tidy()
-    before = torch.cuda.memory_allocated(case.device) if cuda else _bytes("VmRSS")
-    training = _Training(arm, shape, density, case)
-    _tidy()
-    reset = _reset(case.device)
-    training.steps(STEPS)
-    peak = torch.cuda.max_memory_allocated(case.device) if cuda else _bytes("VmHWM")
-    return peak - before, training.live, reset
+    is_cuda = case.device.type == "cuda"
+    _make_training(arm, WARM_SHAPE, WARM_DENSITY, case)[0](1)
+    _free_memory()
+    before = torch.cuda.memory_allocated(case.device) if is_cuda else _bytes("VmRSS")
+    train, live = _make_training(arm, shape, density, case)
+    _free_memory()
+    is_reset = _reset_peak(case.device)
+    train(STEPS)
+    peak = torch.cuda.max_memory_allocated(case.device) if is_cuda else _bytes("VmHWM")
+    return peak - before, live, is_reset
 
 
-class _Training:
-    """One layer, its optimizer, and a batch; nothing of the making of them is kept."""
+def _make_training(
+    name: str, shape: tuple[int, int], density: float, case: LayerCase
+) -> tuple[Callable[[int], None], int]:
+    """Steps of one layer and its optimizer on a batch, and how many weights live; nothing of the making is kept."""
+    mask = layer.draw_mask(shape, density)
+    values = draw_values(mask, case.device)
+    arm = layer.make(name, mask, values, case)
+    optimizer = torch.optim.AdamW([arm.parameter], lr=1e-3, fused=True)
+    x, gradient = draw_inputs(shape, case, arm.precision)
 
-    def __init__(self, arm: str, shape: tuple[int, int], density: float, case: LayerCase) -> None:
-        mask = bench_layers.random_mask(shape, density)
-        values = bench_layers.draw_values(mask, case.device)
-        self.live = len(values)
-        self.arm = bench_layers.make(arm, mask, values, case)
-        self.optimizer = torch.optim.AdamW([self.arm.parameter], lr=1e-3, fused=True)
-        self.x, self.gradient = bench_layers.draw_inputs(shape, case, self.arm.precision)
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            arm.step(x, gradient)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        arm.engine.refresh(arm.parameter.detach())
 
-    def steps(self, count: int) -> None:
-        for _ in range(count):
-            bench_layers.step(self.arm, self.x, self.gradient)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-        self.arm.refresh()
+    return train, len(values)
 
 
-def _tidy() -> None:
+def _free_memory() -> None:
     """Give freed memory back to the system, so that a layer can't hide in what something else had left."""
     gc.collect()
     with suppress(OSError, AttributeError, TypeError):  # another C library keeps what it keeps
@@ -99,7 +107,7 @@ def _bytes(word: str) -> int:
     raise SetupError(f"{STATUS}: has no {word}")
 
 
-def _reset(device: torch.device) -> bool:
+def _reset_peak(device: torch.device) -> bool:
     """Let the peak start from what is there now; whether it does."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -108,3 +116,26 @@ def _reset(device: torch.device) -> bool:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set
         return True
     return False
+
+
+def tables(document: Document) -> list[Table]:
+    out, width = document["shape"]
+    title = f"peak: {out}×{width}, {document['tokens']} tokens, AdamW, density {document['density']:g}"
+    rows = [
+        [
+            name,
+            f"{one['peak_bytes'] / 2**20:.1f}",
+            f"{one['bytes_per_position']:.3g}",
+            f"{one['bytes_per_live']:.4g}",
+            f"{one['share_of_masked']:.3g}",
+        ]
+        for name, one in document["arms"].items()
+    ]
+    columns = ["arm", "MiB", "bytes a position", "bytes a live weight", "of masked"]
+    return [Table(title=title, columns=columns, rows=rows)]
+
+
+def readings(document: Document) -> dict[str, Reading]:
+    """One measurement has no spread."""
+    found = {name: float(arm["bytes_per_position"]) for name, arm in document["arms"].items()}
+    return {f"{name}, bytes per position": Reading(each, each, each, is_gain=False) for name, each in found.items()}

@@ -1,12 +1,12 @@
-"""Benchmark documents: the machine they were made on, and the comparison of one with an earlier one."""
+"""What every benchmark has: settings, a measurement, a document of both, and its comparison with an earlier document."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 import platform
-import shlex
-import sys
+import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -14,24 +14,93 @@ from typing import Any
 import torch
 
 from supar_cli.errors import InputError
+from supar_cli.reporting.result import Figure, Table, command_line
 from supar_cli.training.runtime import device_name, versions
 
+KIND = "supar.bench/v1"
 WORSE = 0.1  # chosen: a smaller loss than a tenth is not worth an alarm, even where it is certain
-# What has to be the same for two documents of a benchmark to be compared. Rounds are not: more only narrow the spread
-SETTINGS = {
-    "layer": ("shape", "tokens", "density", "block", "device", "precision"),
-    "step": ("shape", "batch_size", "sparsity", "block", "device", "precision", "compiled", "engine"),
-    "run": ("shape", "batch_size", "sparsity", "block", "device", "precision", "compiled", "engine"),
-    "memory": ("shape", "tokens", "density", "device", "precision"),
-}
+Document = dict[str, Any]
 
 
-def where(device: torch.device, precision: torch.dtype) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A measured number and the quartiles of its rounds. `is_gain`: whether more of it is better."""
+
+    value: float
+    low: float
+    high: float
+    is_gain: bool = True
+
+    @classmethod
+    def ratio(cls, above: list[float], below: list[float]) -> Reading:
+        """The median of a ratio over rounds; both numbers of a ratio are of the same round."""
+        low, middle, high = statistics.quantiles([a / b for a, b in zip(above, below, strict=True)], n=4)
+        return cls(middle, low, high)
+
+    @classmethod
+    def read(cls, found: Document, name: str) -> Reading:
+        """The reading that `fields` wrote."""
+        low, high = map(float, found[f"{name}_quartiles"])
+        return cls(float(found[name]), low, high)
+
+    def fields(self, name: str) -> Document:
+        return {name: round(self.value, 4), f"{name}_quartiles": [round(self.low, 4), round(self.high, 4)]}
+
+    def cells(self) -> list[str]:
+        return [f"{self.value:.3f}", f"{self.low:.3f} to {self.high:.3f}"]
+
+    def is_worse_than(self, then: Reading) -> bool:
+        """Whether more than WORSE is lost and the quartiles of both lie apart."""
+        if self.is_gain:
+            return self.value < then.value * (1 - WORSE) and self.high < then.low
+        return self.value > then.value * (1 + WORSE) and self.low > then.high
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A measurement and how its document is read: as tables, as a figure, and as the readings that are compared.
+
+    Documents are compared where their `settings` are equal.
+    """
+
+    name: str
+    settings: Document
+    device: torch.device
+    measure: Callable[[], Document]
+    tables: Callable[[Document], list[Table]]
+    readings: Callable[[Document], dict[str, Reading]]
+    figure: Callable[[Document], Figure] | None = None
+
+    def run(self) -> Document:
+        """Measure; the document of it."""
+        start = {"kind": KIND, "bench": self.name, **self.settings}
+        return start | self.measure() | {"environment": environment(self.device)}
+
+    def earlier(self, name: str, document: Any) -> dict[str, Reading]:
+        """The readings of a file's document. Raises InputError, naming every difference, where it can't be compared."""
+        if not isinstance(document, dict) or document.get("kind") != KIND:
+            raise InputError(f"{name}: kind: is not {KIND}; expected what `supar bench {self.name}` wrote")
+        if document.get("bench") != self.name:
+            raise InputError(f"{name}: bench: is {document.get('bench')!r}; expected {self.name}")
+        different = [
+            f"{name}: {key}: was {document.get(key)!r} then, is {value!r} now; expected the same settings"
+            for key, value in self.settings.items()
+            if document.get(key) != value
+        ]
+        if different:
+            raise InputError(*different)
+        try:
+            return self.readings(document)
+        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            raise InputError(f"{name}: is not a whole document of `supar bench {self.name}` ({error!r})") from None
+
+
+def machine_settings(device: torch.device, precision: torch.dtype) -> Document:
     """The settings that come from the machine."""
     return {"device": device_name(device), "precision": str(precision).removeprefix("torch.")}
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> Document:
     """What a measurement ran on and with, when (UTC), and the command line."""
     return {
         "device": device_name(device),
@@ -40,88 +109,32 @@ def environment(device: torch.device) -> dict[str, Any]:
         **versions(),
         "numba": importlib.metadata.version("numba") if importlib.util.find_spec("numba") else None,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["supar", *sys.argv[1:]]),
+        "command": command_line(),
     }
 
 
-def require_same(name: str, earlier: Any, settings: dict[str, Any]) -> None:
-    """Raise InputError, naming every difference, where the document `earlier` of a file is not of these settings."""
-    if not isinstance(earlier, dict) or earlier.get("kind") != "supar.bench/v1":
-        raise InputError(f"{name}: kind: is no supar.bench/v1; expected what `supar bench {settings['bench']}` wrote")
-    if earlier.get("bench") != settings["bench"]:
-        raise InputError(f"{name}: bench: is {earlier.get('bench')!r}; expected {settings['bench']}")
-    different = [
-        f"{name}: {key}: was {earlier.get(key)!r} then, is {settings[key]!r} now; expected the same settings"
-        for key in SETTINGS[settings["bench"]]
-        if earlier.get(key) != settings[key]
-    ]
-    if different:
-        raise InputError(*different)
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """A number with the quartiles of its rounds. `gain`: whether more of it is better."""
-
-    value: float
-    low: float
-    high: float
-    gain: bool = True
-
-
-def readings(result: dict[str, Any]) -> dict[str, Reading]:
-    """What a document is compared by: ratios of times as gains of ours, or bytes."""
-    if result["bench"] == "layer":
-        return {
-            f"{name} at {row['density']:g}": Reading(arm["ratio"], *arm["ratio_quartiles"])
-            for row in result["densities"]
-            for name, arm in row["arms"].items()
-            if name != "masked"
-        }
-    if result["bench"] == "step":
-        low, high = result["ratio_quartiles"]
-        return {
-            "masked dense ÷ ours": Reading(result["masked_dense_ratio"], *result["masked_dense_ratio_quartiles"]),
-            "plain dense ÷ ours": Reading(1 / result["ratio"], 1 / high, 1 / low),
-        }
-    if result["bench"] == "run":
-        found = {"checkpoint": result["checkpoint"], "metrics and monitors": result["metrics"]}
-        found |= {"two processes ÷ one beside another": result["parallel"]["over_beside"]} if result["parallel"] else {}
-        return {
-            f"{what}, of a step": Reading(one["share"], one["quartiles"][0], one["quartiles"][1], gain=False)
-            for what, one in found.items()
-        }
-    return {
-        f"{name}, bytes per position": Reading(bytes_, bytes_, bytes_, gain=False)  # one measurement has no spread
-        for name, bytes_ in ((name, arm["bytes_per_position"]) for name, arm in result["arms"].items())
-    }
-
-
-def compared(name: str, earlier: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each ratio then and now. It is worse when it lost more than WORSE and the quartiles of both runs lie apart."""
-    try:
-        before = readings(earlier)
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise InputError(f"{name}: is no whole document of `supar bench {now['bench']}` ({error!r})") from None
-    after = readings(now)
-    rows: list[dict[str, Any]] = []
-    for what, old in before.items():
-        new = after.get(what)
-        if new is None:
-            rows.append({"what": what, "then": old.value, "now": None, "change": None, "worse": False})
-            continue
-        if old.gain:
-            worse = new.value < old.value * (1 - WORSE) and new.high < old.low
-        else:
-            worse = new.value > old.value * (1 + WORSE) and new.low > old.high
-        change = new.value / old.value - 1
-        rows.append(
-            {
-                "what": what,
-                "then": round(old.value, 4),
-                "now": round(new.value, 4),
-                "change": round(change, 4),
-                "worse": worse,
-            }
-        )
+def compare(earlier: dict[str, Reading], now: dict[str, Reading]) -> list[Document]:
+    """Each earlier reading beside the present one, None where that was not measured."""
+    rows: list[Document] = []
+    for what, then in earlier.items():
+        new = now.get(what)
+        row = {"what": what, "then": round(then.value, 4), "now": None, "change": None, "worse": False}
+        if new is not None:
+            change = round(new.value / then.value - 1, 4)
+            row |= {"now": round(new.value, 4), "change": change, "worse": new.is_worse_than(then)}
+        rows.append(row)
     return rows
+
+
+def comparison_table(name: str, rows: list[Document]) -> Table:
+    """What `compare` found against the document of a file."""
+    cells = [
+        [
+            row["what"],
+            f"{row['then']:.4g}",
+            *(["–", "–"] if row["now"] is None else [f"{row['now']:.4g}", f"{100 * row['change']:+.1f} %"]),
+            "WORSE" if row["worse"] else "",
+        ]
+        for row in rows
+    ]
+    return Table(title=f"against {name}", columns=["", "then", "now", "change", ""], rows=cells)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from supar_cli.data.batches import Segment, Split, Tokens
+from supar_cli.bench.results import Benchmark, Document, Reading, machine_settings
 from supar_cli.planning.plan import Plan, PlanModel
+from supar_cli.reporting.result import Table
+from supar_cli.sparse.timing import interleave
 from supar_cli.training.prepare import SparseModel
 from supar_cli.training.runtime import Runtime
-from supar_cli.training.tasks import NextToken
+from supar_cli.training.tasks import Batch, NextToken
 from supar_cli.training.trainer import Trainer
+
+WARMUP = 3  # chosen: the first steps allocate, compile and touch memory
+SHAPE = ("family", "width", "layers", "heads", "context", "vocab")
 
 
 class MaskedLinear(nn.Linear):
@@ -40,111 +42,64 @@ class PlainBlock(nn.Module):
 
     def __init__(self, config: PlanModel, linear: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
-        self.heads = config.heads
-        self.norm_1, self.norm_2 = (nn.LayerNorm(config.width, bias=False) for _ in range(2))
-        self.qkv = linear(config.width, 3 * config.width, bias=False)
-        self.o = linear(config.width, config.width, bias=False)
-        self.up = linear(config.width, config.ffn_width, bias=False)
-        self.down = linear(config.ffn_width, config.width, bias=False)
+        self.heads, width, inner = config.heads, config.width, config.ffn_width
+        self.attn_norm, self.mlp_norm = (nn.LayerNorm(width, bias=False) for _ in range(2))
+        self.attn = nn.ModuleDict({"qkv": linear(width, 3 * width, bias=False), "o": linear(width, width, bias=False)})
+        self.mlp = nn.ModuleDict({"up": linear(width, inner, bias=False), "down": linear(inner, width, bias=False)})
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         B, T, D = x_BTD.shape
-        parts = self.qkv(self.norm_1(x_BTD)).split(D, dim=2)
+        parts = self.attn["qkv"](self.attn_norm(x_BTD)).split(D, dim=2)
         q, k, v = (part.view(B, T, self.heads, D // self.heads).transpose(1, 2) for part in parts)
         mixed_BHTE = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x_BTD = x_BTD + self.o(mixed_BHTE.transpose(1, 2).reshape(B, T, D))
-        return x_BTD + self.down(F.gelu(self.up(self.norm_2(x_BTD))))  # type: ignore[no-any-return]
+        x_BTD = x_BTD + self.attn["o"](mixed_BHTE.transpose(1, 2).reshape(B, T, D))
+        return x_BTD + self.mlp["down"](F.gelu(self.mlp["up"](self.mlp_norm(x_BTD))))  # type: ignore[no-any-return]
 
 
 class PlainGPT(nn.Module):
-    """A GPT-2 of the plan's shape that knows nothing of supar; `linear` is the class of its hidden layers."""
+    """A GPT-2 of the plan's shape, its layers named as in the plan; `linear` is the class of the hidden ones."""
 
     def __init__(self, config: PlanModel, linear: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.vocab, config.width)
         self.positions = nn.Embedding(config.context, config.width)
         self.blocks = nn.Sequential(*(PlainBlock(config, linear) for _ in range(config.layers)))
-        self.norm = nn.LayerNorm(config.width, bias=False)
+        self.final_norm = nn.LayerNorm(config.width, bias=False)
         for parameter in self.parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         x_BTD = self.embedding(tokens_BT) + self.positions.weight[: tokens_BT.shape[1]]
-        return F.linear(self.norm(self.blocks(x_BTD)), self.embedding.weight)
+        return F.linear(self.final_norm(self.blocks(x_BTD)), self.embedding.weight)
 
 
 @torch.no_grad()
 def masked_dense(sparse_model: SparseModel, config: PlanModel) -> PlainGPT:
-    """The plain model with the masks of ours and its present weights; of the gpt2 family, tied and without biases."""
+    """The plain model with the present weights of ours and its masks; of the gpt2 family, tied and without biases."""
     plain = PlainGPT(config, MaskedLinear)
-
-    def copy(layer: nn.Module, *names: str) -> None:
-        weights = [sparse_model.weight(name) for name in names]
-        layer.get_parameter("weight").copy_(torch.cat(weights))
-        if isinstance(layer, MaskedLinear):
-            masked = [sparse_model.masks.get(name) for name in names]
-            alive = [
-                np.ones(tuple(w.shape), np.bool_) if m is None else m.alive()
-                for m, w in zip(masked, weights, strict=True)
-            ]
-            layer.mask.copy_(torch.from_numpy(np.concatenate(alive)))
-
-    copy(plain.embedding, "embedding")
-    copy(plain.positions, "positions")
-    copy(plain.norm, "final_norm")
-    for number, block in enumerate(plain.blocks):
-        of = f"blocks.{number}."
-        assert isinstance(block, PlainBlock)
-        copy(block.norm_1, of + "attn_norm")
-        copy(block.norm_2, of + "mlp_norm")
-        copy(block.qkv, of + "attn.q", of + "attn.k", of + "attn.v")
-        copy(block.o, of + "attn.o")
-        copy(block.up, of + "mlp.up")
-        copy(block.down, of + "mlp.down")
+    for name, module in plain.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
+            parts = [name.replace("qkv", letter) for letter in "qkv"] if name.endswith("qkv") else [name]
+            module.weight.copy_(torch.cat([sparse_model.weight(part) for part in parts]))
+            if isinstance(module, MaskedLinear):
+                module.mask.copy_(module.weight != 0)  # normal numbers: no live one is zero
     return plain
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Medians of interleaved steps in seconds: ours, of the plain dense model, and of the plain masked one.
+class RandomTokens(NextToken):
+    """Prediction of the next of uniform tokens: which ones they are changes no step's time."""
 
-    `ratio` is the median over rounds of ours ÷ dense, `masked_dense_ratio` of masked dense ÷ ours, each with quartiles.
-    `engines` counts our masked tensors by engine.
-    """
+    def __init__(self, plan: Plan) -> None:
+        config, train = plan.decoder, plan.train
+        self._shape, self._vocab = (train.batch_size, config.context + 1), config.vocab
+        self.units_per_row, self.flops_per_unit, self.hash = config.context, plan.flops_per_token, "sha256:random"
+        self.held_out_rows = train.eval_batches * train.batch_size
 
-    masked_s: float
-    dense_s: float
-    ratio: float
-    quartiles: tuple[float, float]
-    steps: int
-    masked_dense_s: float
-    masked_dense_ratio: float
-    masked_dense_quartiles: tuple[float, float]
-    engines: dict[str, int]
-
-    def fields(self) -> dict[str, Any]:
-        """The comparison as a document has it, times in milliseconds."""
-        return {
-            "steps": self.steps,
-            "masked_ms": round(1000 * self.masked_s, 3),
-            "dense_ms": round(1000 * self.dense_s, 3),
-            "ratio": round(self.ratio, 4),
-            "ratio_quartiles": [round(value, 4) for value in self.quartiles],
-            "masked_dense_ms": round(1000 * self.masked_dense_s, 3),
-            "masked_dense_ratio": round(self.masked_dense_ratio, 4),
-            "masked_dense_ratio_quartiles": [round(value, 4) for value in self.masked_dense_quartiles],
-            "engines": self.engines,
-        }
-
-
-def random_task(plan: Plan) -> NextToken:
-    """The task on uniform tokens: what they are changes no step's time."""
-    train = Split(
-        [Segment("random", np.random.default_rng(0).integers(0, plan.decoder.vocab, 1_000_000, np.uint16))],
-        plan.decoder.vocab,
-    )
-    return NextToken(plan, Tokens(train, train, "sha256:random"))
+    def batch(self, step: int, rows: slice) -> Batch:
+        random = torch.Generator().manual_seed(step)
+        windows = torch.randint(self._vocab, self._shape, generator=random)[rows]
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
 def plain_step(trainer: Trainer, plain: PlainGPT) -> Callable[[], float]:
@@ -156,12 +111,10 @@ def plain_step(trainer: Trainer, plain: PlainGPT) -> Callable[[], float]:
     others = [parameter for parameter in plain.parameters() if parameter.ndim != 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
-    done = 0
+    steps = itertools.count()
 
     def step() -> float:
-        nonlocal done
-        inputs, targets = (tensor.to(runtime.device, non_blocking=True) for tensor in trainer.batch(done))
-        done += 1
+        inputs, targets = runtime.to_device(trainer.batch(next(steps)))
         with runtime.autocast():
             loss = F.cross_entropy(model(inputs).float().flatten(0, 1), targets.flatten())
         torch.autograd.backward(loss)
@@ -173,38 +126,63 @@ def plain_step(trainer: Trainer, plain: PlainGPT) -> Callable[[], float]:
     return step
 
 
-def compare(plan: Plan, steps: int, warmup: int = 3) -> Comparison:
-    """Time `steps` rounds of a step each, their order alternating. The plan is of the gpt2 family, without biases."""
-    trainer = Trainer(plan, random_task(plan))
+def benchmark(plan: Plan, rounds: int) -> Benchmark:
+    """The benchmark of a plan's step. The plan is of the gpt2 family, without biases."""
+    runtime, sparsity = Runtime.of(plan), plan.sparsity
+    settings: Document = {
+        "shape": {name: getattr(plan.model, name) for name in SHAPE},
+        "batch_size": plan.train.batch_size,
+        "sparsity": sparsity.sparsity,
+        "density": sparsity.density,
+        "block": sparsity.block,
+        "engine": plan.run.engine,
+        **machine_settings(runtime.device, runtime.precision),
+        "compiled": runtime.compiles,
+    }
+    return Benchmark("step", settings, runtime.device, lambda: measure(plan, rounds), tables, readings)
+
+
+def measure(plan: Plan, rounds: int) -> Document:
+    """Medians of a step in milliseconds, ours over dense and masked dense over ours, and our tensors by engine."""
+    trainer = Trainer(plan, RandomTokens(plan))
     plain, masked = PlainGPT(plan.decoder), masked_dense(trainer.sparse_model, plan.decoder)
-    runs: list[Callable[[], object]] = [trainer.step, plain_step(trainer, plain), plain_step(trainer, masked)]
-    times: list[list[float]] = [[] for _ in runs]
-    for turn in range(warmup + steps):
-        for which in range(len(runs)) if turn % 2 else reversed(range(len(runs))):
-            seconds = _timed(runs[which], trainer.runtime)
-            if turn >= warmup:
-                times[which].append(seconds)
-    ours, dense, peer = times
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(ours, dense, strict=True)], n=4)
-    peer_low, peer_middle, peer_high = statistics.quantiles([a / b for a, b in zip(peer, ours, strict=True)], n=4)
-    return Comparison(
-        masked_s=statistics.median(ours),
-        dense_s=statistics.median(dense),
-        ratio=middle,
-        quartiles=(low, high),
-        steps=steps,
-        masked_dense_s=statistics.median(peer),
-        masked_dense_ratio=peer_middle,
-        masked_dense_quartiles=(peer_low, peer_high),
-        engines=dict(Counter(choice.name for choice in trainer.engines.choices.values())),
+    steps: dict[str, Callable[[], object]] = {
+        "masked": trainer.step,
+        "dense": plain_step(trainer, plain),
+        "masked_dense": plain_step(trainer, masked),
+    }
+    seconds = interleave(steps, rounds, trainer.runtime.device, WARMUP)
+    ms = {name: round(1000 * statistics.median(spent), 3) for name, spent in seconds.items()}
+    return {
+        "steps": rounds,
+        "masked_ms": ms["masked"],
+        "dense_ms": ms["dense"],
+        **Reading.ratio(seconds["masked"], seconds["dense"]).fields("ratio"),
+        "masked_dense_ms": ms["masked_dense"],
+        **Reading.ratio(seconds["masked_dense"], seconds["masked"]).fields("masked_dense_ratio"),
+        "engines": dict(Counter(choice.name for choice in trainer.engines.choices.values())),
+    }
+
+
+def tables(document: Document) -> list[Table]:
+    dense, masked_dense = (Reading.read(document, name).cells() for name in ("ratio", "masked_dense_ratio"))
+    rows = [
+        ["masked (ours)", f"{document['masked_ms']:.1f}", "", "", ""],
+        ["plain dense", f"{document['dense_ms']:.1f}", "ours ÷ it", *dense],
+        ["plain masked dense", f"{document['masked_dense_ms']:.1f}", "it ÷ ours", *masked_dense],
+    ]
+    engines = ", ".join(f"{name} {count}" for name, count in sorted(document["engines"].items())) or "none"
+    title = (
+        f"a training step at density {document['density']:g}, {document['precision']}, {document['steps']} rounds\n"
+        f"masked tensors by engine: {engines}"
     )
+    return [Table(title=title, columns=["step", "ms", "ratio", "median", "quartiles"], rows=rows)]
 
 
-def _timed(run: Callable[[], object], runtime: Runtime) -> float:
-    if runtime.device.type == "cuda":
-        torch.cuda.synchronize(runtime.device)
-    started = time.perf_counter()
-    run()
-    if runtime.device.type == "cuda":
-        torch.cuda.synchronize(runtime.device)
-    return time.perf_counter() - started
+def readings(document: Document) -> dict[str, Reading]:
+    """Both ratios with ours below the line, so that more of it is better."""
+    dense = Reading.read(document, "ratio")
+    return {
+        "masked dense ÷ ours": Reading.read(document, "masked_dense_ratio"),
+        "plain dense ÷ ours": Reading(1 / dense.value, 1 / dense.high, 1 / dense.low),
+    }

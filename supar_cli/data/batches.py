@@ -6,9 +6,10 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from supar_cli.data import corpus, tokens
 from supar_cli.data.corpus import Corpus
 from supar_cli.data.tokens import Stamp, TokenFile
 from supar_cli.errors import InputError, SetupError
+from supar_cli.files import naming_read_errors
 from supar_cli.planning.plan import Data
 from supar_cli.streams import stream
 
@@ -40,17 +42,13 @@ class Segment:
     tokens: NDArray[Any] | TokenFile
 
 
-@dataclass(slots=True)
 class Split:
     """Training or validation tokens as segments; a window never crosses from one segment into another."""
 
-    segments: list[Segment]
-    vocab: int
-    total: int = field(init=False)
-    _ends: dict[int, list[int]] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.total = sum(len(segment.tokens) for segment in self.segments)
+    def __init__(self, segments: list[Segment], vocab: int) -> None:
+        self.segments, self.vocab = segments, vocab
+        self.total = sum(len(segment.tokens) for segment in segments)
+        self._ends: dict[int, list[int]] = {}
 
     def windows(self, length: int) -> int:
         """The number of windows of `length` tokens."""
@@ -116,14 +114,14 @@ def load(data: Data, *, vocab: int, context: int) -> Tokens:
     """
     found = corpus.find(data)
     more = [Path(data.tokenizer)] if data.tokenizer != "bytes" and os.path.isfile(data.tokenizer) else []
-    with tokens.unchanged([*found.files, *more]) as stamps:
-        identified = corpus.identified(data, found)
+    with tokens.require_unchanged([*found.files, *more]) as stamps:
+        known = corpus.identify(data, found)
         encode, size = tokenizer(data)
         if found.kind in ("text", "jsonl") and size > vocab:
             raise InputError(f"model.vocab: {vocab} is less than the {size} tokens of the tokenizer {data.tokenizer!r}")
-        tokens.allow(len(found.files))
+        tokens.raise_open_file_limit(len(found.files))
         train, validation = (_segments(found, files, data, encode, stamps) for files in (found.train, found.validation))
-    assert identified.hash is not None
+    assert known.hash is not None
     if not validation:
         longest = max(train, key=lambda segment: len(segment.tokens))
         cut = len(longest.tokens) - len(longest.tokens) // TAIL_SHARE
@@ -135,7 +133,7 @@ def load(data: Data, *, vocab: int, context: int) -> Tokens:
             raise InputError(
                 f"data.source: {data.source}: {split.total} {name} tokens hold no window of context {context} + 1"
             )
-    return Tokens(*splits, hash=identified.hash)
+    return Tokens(*splits, hash=known.hash)
 
 
 def tokenizer(data: Data) -> tuple[Encoder | None, int]:
@@ -150,21 +148,15 @@ def tokenizer(data: Data) -> tuple[Encoder | None, int]:
         loaded = Tokenizer.from_file(data.tokenizer)
     except Exception as error:  # tokenizers raises bare Exception
         raise SetupError(f"{data.tokenizer}: not a tokenizer.json: {error}") from None
-    end = next(
-        (
-            i
-            for word in ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
-            if (i := loaded.token_to_id(word)) is not None
-        ),
-        None,
-    )
+    known = (loaded.token_to_id(word) for word in ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>"))
+    end = [number for number in known if number is not None][:1]
 
     def encode(texts: list[str]) -> list[list[int]]:
         try:
             found = loaded.encode_batch(texts)
         except Exception as error:  # as above, of a tokenizer that loads and lacks what it needs
             raise SetupError(f"{data.tokenizer}: can't encode the text: {error}") from None
-        return [[*one.ids, *([] if end is None else [end])] for one in found]
+        return [[*one.ids, *end] for one in found]
 
     return encode, loaded.get_vocab_size()
 
@@ -180,11 +172,11 @@ def _segments(
         if not stamps[files[0]].size_bytes:
             raise InputError(f"{files[0]}: the file is empty")
         return [Segment(str(files[0]), TokenFile(files[0], "u1", 0, stamps[files[0]]))]
-    parts = list(encoded(found.kind, files, data, encode))
+    parts = list(encode_files(found.kind, files, data, encode))
     return [Segment(str(found.root), np.concatenate(parts) if parts else np.zeros(0, np.uint8))]
 
 
-def encoded(kind: str, files: list[Path], data: Data, encode: Encoder | None) -> Iterator[NDArray[Any]]:
+def encode_files(kind: str, files: list[Path], data: Data, encode: Encoder | None) -> Iterator[NDArray[Any]]:
     """Tokens of text or JSONL files, document by document, each with what parts it from the next."""
     texts = documents(kind, files, data)
     if encode is None:
@@ -201,7 +193,7 @@ def documents(kind: str, files: list[Path], data: Data) -> Iterator[bytes]:
     Raises InputError naming file and line of a bad JSONL record, SetupError where a file can't be read.
     """
     for path in files:
-        with corpus.opened(path) as lines:
+        with naming_read_errors(path), path.open("rb") as lines:
             if kind == "text":
                 yield lines.read()
                 continue
@@ -245,10 +237,10 @@ def prepare(data: Data, directory: Path, progress: Callable[[str, int], None]) -
     if vocab > 2**16:
         raise InputError(f"data.tokenizer: {data.tokenizer}: {vocab} tokens don't fit a .bin file's uint16")
     directory.mkdir(parents=True, exist_ok=True)
-    train, validation = (directory / f".{name}.bin.{os.getpid()}" for name in ("train", "val"))
-    try:
+    with TemporaryDirectory(dir=directory, prefix=".") as aside:
+        train, validation = Path(aside, "train.bin"), Path(aside, "val.bin")
         counts = [
-            _write(path, encoded(found.kind, files, data, encode), progress)
+            _write(path, encode_files(found.kind, files, data, encode), progress)
             for path, files in ((train, found.train), (validation, found.validation))
         ]
         if not found.validation:
@@ -258,11 +250,8 @@ def prepare(data: Data, directory: Path, progress: Callable[[str, int], None]) -
             counts = [counts[0] - tail, tail]
             validation.write_bytes(np.fromfile(train, "<u2", offset=2 * counts[0]).tobytes())
             os.truncate(train, 2 * counts[0])
-        validation.replace(directory / "val.bin")
-        train.replace(directory / "train.bin")
-    finally:
-        for path in (train, validation):
-            path.unlink(missing_ok=True)
+        for path in (validation, train):
+            path.replace(directory / path.name)
     return {"train": counts[0], "validation": counts[1], "vocab": vocab}
 
 
@@ -272,5 +261,5 @@ def _write(path: Path, parts: Iterator[NDArray[Any]], progress: Callable[[str, i
         for part in parts:
             file.write(part.astype("<u2").tobytes())
             count += len(part)
-            progress(path.name.split(".")[1], count)
+            progress(path.stem, count)
     return count

@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
 from supar_cli.errors import InputError, SetupError
+from supar_cli.files import naming_read_errors
 from supar_cli.planning.plan import Data
 
 DocumentT = TypeVar("DocumentT")
@@ -73,7 +71,7 @@ def _kind(path: Path, data: Data) -> str:
     kind = _SUFFIXES.get(path.suffix, "text")
     if kind != "bin":
         return kind
-    with opened(path) as file:
+    with naming_read_errors(path), path.open("rb") as file:
         return "llmc" if int.from_bytes(file.read(4), "little") == LLMC_MAGIC else "nanogpt"
 
 
@@ -94,23 +92,13 @@ def content_hash(corpus: Corpus, tokenizer: str = "bytes") -> str:
         named.append(("/tokenizer", Path(tokenizer)))  # no relative path begins with a slash
     total = hashlib.sha256()
     for name, path in named:
-        with opened(path) as file:
+        with naming_read_errors(path), path.open("rb") as file:
             total.update(f"{name}\0".encode())
             total.update(hashlib.file_digest(file, "sha256").digest())
     return "sha256:" + total.hexdigest()
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[BufferedReader]:
-    """A file to read. Raises SetupError, naming it, where it can't be."""
-    try:
-        with path.open("rb") as file:
-            yield file
-    except OSError as error:
-        raise SetupError(f"{path}: can't be read: {error.strerror or error}") from None
-
-
-def identified(data: Data, corpus: Corpus | None = None) -> Data:
+def identify(data: Data, corpus: Corpus | None = None) -> Data:
     """The data section with its hash filled in, `corpus` being what it means if that is known already.
 
     Raises InputError when it has a hash and the content has another.
@@ -126,7 +114,10 @@ def identified(data: Data, corpus: Corpus | None = None) -> Data:
     return data.model_copy(update={"hash": found})
 
 
+identified = identify  # its former name
+
+
 def with_hash(document: DocumentT) -> DocumentT:
     """A document with the hash of its data filled in; one that it has stays. Raises InputError, SetupError."""
     found: Any = document
-    return document if found.data.hash is not None else found.model_copy(update={"data": identified(found.data)})
+    return document if found.data.hash is not None else found.model_copy(update={"data": identify(found.data)})

@@ -1,7 +1,7 @@
 """Tokens in files, read a window at a time, and files that must stay what they were when their hash was taken.
 
-They are read and not mapped: a mapped file that is cut ends the process without a word, and one that is written to gives
-other tokens.
+Files are read and not mapped: where a mapped file is cut, the process ends without a message, and where one is written
+to, the tokens change.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from supar_cli.errors import SetupError
+from supar_cli.files import naming_read_errors
 
 TICK_S = 0.02  # chosen: two ticks of the slowest clock that a kernel stamps files with, 100 Hz
 AT_ONCE = 2**22  # chosen: tokens, a few MB, of a file that is gone through as a whole
 
-BACK = "expected the data that it began with: put them back, and the same command goes on from the last checkpoint"
+RESTORE_HINT = (
+    "; expected the data that it began with: put them back, and the same command goes on from the last checkpoint"
+)
 
 
 class Stamp(NamedTuple):
@@ -42,7 +45,7 @@ class Stamp(NamedTuple):
 
 
 @contextmanager
-def unchanged(files: list[Path]) -> Iterator[dict[Path, Stamp]]:
+def require_unchanged(files: list[Path]) -> Iterator[dict[Path, Stamp]]:
     """The stamps of files that must not change meanwhile. Raises SetupError, naming the file, where one does."""
     before = {path: _stamp(path) for path in files}
     newest_s = max((stamp.changed for stamp in before.values()), default=0) / 1e9
@@ -54,13 +57,11 @@ def unchanged(files: list[Path]) -> Iterator[dict[Path, Stamp]]:
 
 
 def _stamp(path: Path) -> Stamp:
-    try:
+    with naming_read_errors(path):
         return Stamp.of(path)
-    except OSError as error:
-        raise SetupError(f"{path}: can't be read: {error.strerror or error}") from None
 
 
-def allow(count: int) -> None:
+def raise_open_file_limit(count: int) -> None:
     """Have the system allow so many open files, where it does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if count > soft // 2:
@@ -68,30 +69,26 @@ def allow(count: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-class _Open:
+class StampedFile:
     """A file that stays open, so that one put in its place, or its removal, leaves what is read as it was."""
 
     __slots__ = ("__weakref__", "number", "path", "stamp")
 
     def __init__(self, path: Path, stamp: Stamp) -> None:
         self.path, self.stamp = path, stamp
-        try:
+        with naming_read_errors(path):
             self.number = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise SetupError(f"{path}: can't be read: {error.strerror or error}") from None
         weakref.finalize(self, os.close, self.number)
         if Stamp.of(self.number) != stamp:
             raise self._changed()
 
     def read(self, at: int, count: int) -> bytes:
         """So many bytes from there on. Raises SetupError where the file is not what it was, or can't be read."""
-        try:
+        with naming_read_errors(self.path, RESTORE_HINT):
             found = os.pread(self.number, count, at)
             while 0 < len(found) < count and (more := os.pread(self.number, count - len(found), at + len(found))):
                 found += more
             now = os.fstat(self.number)  # after reading: what was written before it shows
-        except OSError as error:
-            raise SetupError(f"{self.path}: can't be read: {error.strerror or error}; {BACK}") from None
         if now.st_mtime_ns != self.stamp.changed or now.st_size != self.stamp.size_bytes or len(found) < count:
             raise self._changed()
         return found
@@ -100,11 +97,11 @@ class _Open:
         now, size = Stamp.of(self.number), self.stamp.size_bytes
         cut = now.size_bytes < size
         what = f"was cut to {now.size_bytes:,} of its {size:,} bytes" if cut else "was written to"
-        return SetupError(f"{self.path}: {what} since its hash was taken; {BACK}")
+        return SetupError(f"{self.path}: {what} since its hash was taken{RESTORE_HINT}")
 
 
 class TokenFile:
-    """Tokens of a file from a byte on, as an array that is not in memory: a part of it is another, `np.asarray` reads.
+    """Tokens of a file from a byte on, as an array that is not in memory: a slice is another such array, `np.asarray` reads it.
 
     Reading raises SetupError where the file was cut or written to since its stamp was taken.
     """
@@ -112,7 +109,7 @@ class TokenFile:
     __slots__ = ("_dtype", "_file", "_length", "_start")
 
     def __init__(self, path: Path, dtype: str, start: int, stamp: Stamp) -> None:
-        self._file, self._dtype, self._start = _Open(path, stamp), np.dtype(dtype), start
+        self._file, self._dtype, self._start = StampedFile(path, stamp), np.dtype(dtype), start
         self._length = (stamp.size_bytes - start) // self._dtype.itemsize
 
     def __len__(self) -> int:

@@ -6,6 +6,8 @@ A parameter's name without `.weight` is its name in the plan.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -83,9 +85,9 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, bias_HTT: Tensor | None) -> Tensor:
         B, T, _ = x_BTD.shape
-        q_BHTE = self.q(x_BTD).view(B, T, self.heads, self.head_width).transpose(1, 2)
-        k_BKTE = self.k(x_BTD).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)
-        v_BKTE = self.v(x_BTD).view(B, T, self.kv_heads, self.head_width).transpose(1, 2)
+        q_BHTE, k_BKTE, v_BKTE = (
+            project(x_BTD).view(B, T, -1, self.head_width).transpose(1, 2) for project in (self.q, self.k, self.v)
+        )
         if rope is not None:
             q_BHTE, k_BKTE = rotate(q_BHTE, *rope), rotate(k_BKTE, *rope)
         mask = None if bias_HTT is None else bias_HTT.to(q_BHTE.dtype)
@@ -177,18 +179,10 @@ def chunked_loss(
     """
     x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
     tokens = len(targets_N)
-    sums = [
-        checkpoint(
-            _loss_sum,
-            x_ND[first : first + (chunk or tokens)],
-            weight_VD,
-            targets_N[first : first + (chunk or tokens)],
-            multiplier,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        for first in range(0, tokens, chunk or tokens)
-    ]
+    step = chunk or tokens
+    parts = [slice(first, first + step) for first in range(0, tokens, step)]
+    recomputed = partial(checkpoint, _loss_sum, use_reentrant=False, preserve_rng_state=False)
+    sums = [recomputed(x_ND[part], weight_VD, targets_N[part], multiplier) for part in parts]
     return torch.stack(sums).sum() / tokens
 
 

@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep large blocks: a layer's activations are freed and asked for again each step.
+"""Tells the C library's allocator to keep large blocks: each step frees a layer's activations and asks for them again.
 
 By default glibc returns blocks of 32 MiB and more to the system and gets them back as pages that fault one by one.
 """

@@ -13,13 +13,13 @@ import importlib.util
 import json
 import os
 import statistics
-import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
+from torch import Tensor
 
 from supar_cli.errors import InputError
 from supar_cli.files import write_file
@@ -29,8 +29,7 @@ from supar_cli.sparse.csr import Sparse
 from supar_cli.sparse.dense import Dense
 from supar_cli.sparse.linear import Engine
 from supar_cli.sparse.masks import Mask
-
-EngineName = Literal["dense", "sparse", "block"]
+from supar_cli.sparse.timing import interleave
 
 TOKENS = 1024  # chosen: more change the ratio of the engines little and make the measurement long
 ROUNDS = 5  # chosen: interleaved; their median decides
@@ -60,7 +59,7 @@ class EngineChoice:
     `rows` is how many of the layer's were measured where that were not all.
     """
 
-    name: EngineName
+    name: str
     seconds: dict[str, float]
     measured_now: bool = False
     rows: int | None = None
@@ -74,12 +73,12 @@ class EngineChoice:
         return f"{self.name} ({times} {what}, {'measured now' if self.measured_now else 'as measured before'})"
 
 
-def make(name: EngineName, mask: Mask, case: LayerCase) -> Engine:
+def make(name: str, mask: Mask, case: LayerCase) -> Engine:
     """An engine for a mask (out, in), on the case's device. Raises InputError where it can't be."""
     if case.device.type == "cpu":
         keep_large_blocks()
     if name == "dense":
-        return Dense(mask, case.precision, kept=not case.sharded).to(case.device)
+        return Dense(mask, case.precision, keeps_weight=not case.sharded).to(case.device)
     if name == "sparse":
         if case.device.type != "cpu":
             raise InputError("run.engine: sparse runs on CPU only; expected dense, or block for a plan with blocks")
@@ -91,9 +90,9 @@ def make(name: EngineName, mask: Mask, case: LayerCase) -> Engine:
     raise AssertionError(name)
 
 
-def candidates(case: LayerCase) -> list[EngineName]:
+def candidates(case: LayerCase) -> list[str]:
     """Engines that can run under a case, the dense one first."""
-    found: list[EngineName] = ["dense"]
+    found: list[str] = ["dense"]
     if case.device.type == "cpu":
         found.append("sparse")
     if case.block is not None:
@@ -104,17 +103,17 @@ def candidates(case: LayerCase) -> list[EngineName]:
 def fastest(mask: Mask, case: LayerCase) -> EngineChoice:
     """The dense engine, or another that is faster by MIN_SPEEDUP at least."""
     names = candidates(case)
-    tokens = min(case.tokens, TOKENS)
-    if len(names) == 1 or mask.size * tokens < MIN_MULTIPLY_ADDS:
+    case = replace(case, tokens=min(case.tokens, TOKENS))
+    if len(names) == 1 or mask.size * case.tokens < MIN_MULTIPLY_ADDS:
         return EngineChoice("dense", {})
     rows = rows_measured(mask.shape, case.block)
-    path, key = _cache(), _key(mask, rows, case, tokens)
+    path, key = _cache(), _key(mask, rows, case)
     known = _read(path)
     seconds = known.get(key)
     measured_now = not is_valid(seconds, names)
     if measured_now or seconds is None:
         part = mask if rows == mask.shape[0] else Mask.of(mask.alive(slice(rows)))
-        seconds = times({name: make(name, part, case) for name in names}, part, case, tokens, ROUNDS)
+        seconds = times({name: make(name, part, case) for name in names}, part, case, ROUNDS)
         with suppress(OSError):  # measured again next time
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, json.dumps({**_read(path), key: seconds}, indent=1, sort_keys=True) + "\n")
@@ -129,36 +128,35 @@ def rows_measured(shape: tuple[int, ...], block: int | None) -> int:
 
 
 @torch.enable_grad()
-def times(engines: dict[EngineName, Engine], mask: Mask, case: LayerCase, tokens: int, rounds: int) -> dict[str, float]:
-    """Median seconds of a layer's step by engine: forward, both gradients, and taking over new values."""
-    random = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.randn(*shape, generator=random).to(case.device, dtype)
-
-    out, width = mask.shape
-    x = normal(tokens, width, dtype=case.precision).requires_grad_()
-    gradient = normal(tokens, out, dtype=case.precision)
-    values = normal(mask.count, dtype=torch.float32).requires_grad_()
-    found: dict[str, list[float]] = {name: [] for name in engines}
-    for turn in range(rounds + 1):
-        for name, engine in engines.items():
-            x.grad = values.grad = None
-            started = _now(case.device)
-            engine.refresh(values.detach())
-            torch.autograd.backward(engine(x, values), gradient)
-            if turn:  # the first compiles and touches memory
-                found[name].append(_now(case.device) - started)
-    return {name: statistics.median(spent) for name, spent in found.items()}
+def times(engines: dict[str, Engine], mask: Mask, case: LayerCase, rounds: int) -> dict[str, float]:
+    """Median seconds of a layer's step by engine."""
+    values, (x, gradient) = draw_values(mask, case.device), draw_inputs(mask.shape, case, case.precision)
+    steps = {name: partial(layer_step, engine, values, x, gradient) for name, engine in engines.items()}
+    return {name: statistics.median(spent) for name, spent in interleave(steps, rounds, case.device).items()}
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def draw_values(mask: Mask, device: torch.device) -> Tensor:
+    """Normal live values (live,), a leaf in float32, in row-major order."""
+    return torch.randn(mask.count, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
 
 
-def _key(mask: Mask, rows: int, case: LayerCase, tokens: int) -> str:
+def draw_inputs(shape: tuple[int, ...], case: LayerCase, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+    """X (tokens, in), a leaf, and the gradient of Y (tokens, out), the same numbers in any precision."""
+    random = torch.Generator().manual_seed(1)
+    x, gradient = (torch.randn(case.tokens, width, generator=random) for width in reversed(shape))
+    return x.to(case.device, precision).requires_grad_(), gradient.to(case.device, precision)
+
+
+def layer_step(engine: Engine, values: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
+    """A training step of one layer: take over new values, Y of X, and the gradients of both leaves, `values` and `x`."""
+    x.grad = values.grad = None
+    engine.refresh(values.detach())
+    y: Tensor = engine(x, values)
+    torch.autograd.backward(y, gradient)
+    return y
+
+
+def _key(mask: Mask, rows: int, case: LayerCase) -> str:
     """Everything that the times depend on, in words."""
     cuda = case.device.type == "cuda"
     where = torch.cuda.get_device_name(case.device) if cuda else f"{_processor()}, {torch.get_num_threads()} threads"
@@ -167,7 +165,7 @@ def _key(mask: Mask, rows: int, case: LayerCase, tokens: int) -> str:
     part = "" if rows == mask.shape[0] else f"{rows} rows of "
     shape = f"{part}{mask.shape[0]}x{mask.shape[1]}, {mask.count} live, {pattern}"
     precision = str(case.precision).removeprefix("torch.") + (", sharded" if case.sharded else "")
-    return f"{where}; torch {torch.__version__}, {kernels}; {shape}; {tokens} tokens, {precision}"
+    return f"{where}; torch {torch.__version__}, {kernels}; {shape}; {case.tokens} tokens, {precision}"
 
 
 def _processor() -> str:
@@ -183,7 +181,7 @@ def _cache() -> Path:
     return (Path(folder) if folder else Path.home() / ".cache") / "supar" / "engines.json"
 
 
-def is_valid(seconds: object, names: list[EngineName]) -> bool:
+def is_valid(seconds: object, names: list[str]) -> bool:
     """Whether a cached measurement is one of these engines."""
     if not isinstance(seconds, dict) or set(seconds) != set(names):
         return False

@@ -6,6 +6,7 @@ S block rows or columns of a source, V live values. Blocks are numbered by block
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, Literal
 
@@ -44,9 +45,6 @@ class Block(Engine):
         if self.has_triton:
             import_module("supar_cli.sparse.block_kernels")  # not first within a compiled forward pass
 
-    def extra_repr(self) -> str:
-        return f"{self.d_in} → {self.d_out}, block={self.block}, live={self.live}, kernels={self.kernels}"
-
     def forward(self, x: Tensor, values: Tensor) -> Tensor:
         """(…, in) and (live,) → (…, out), of autocast's dtype where it is on, else of x's.
 
@@ -74,13 +72,9 @@ class Block(Engine):
 
 def _importable() -> bool:
     """Whether Triton is worth its import: it is installed and there is a device to run it."""
-    if not torch.cuda.is_available():
-        return False
-    try:
-        import_module("triton")
-    except ImportError:
-        return False
-    return True
+    with suppress(ImportError):
+        return torch.cuda.is_available() and bool(import_module("triton"))
+    return False
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -18,7 +18,6 @@ from supar_cli.sparse.block_structure import Structure, blocks_of, values_of
 
 GRADIENT_PROGRAMS = 512  # chosen: about four for each multiprocessor of a large GPU
 SPLIT_TOKENS = 1024  # chosen: fewer tokens for a program cost less than a second pass over the partial sums
-INTERPRETED_TOKENS = 32  # chosen: the interpreter runs a tile as numpy would, so any size will do
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -113,6 +112,7 @@ def _gradient(  # type: ignore[no-untyped-def]
 
 
 INTERPRETED = not isinstance(_product, triton.JITFunction)  # TRITON_INTERPRET was set before the import
+UNTUNED = {"TOKENS": 32} if INTERPRETED else {}  # chosen: the interpreter runs a tile as numpy would: any size will do
 
 # chosen: tiles from few tokens up to what fills the registers, and 4 warps at least, for Hopper's matrix instructions.
 # A source's number is loaded one stage ahead, so that 2, 3 and 5 stages hold 2, 2 and 3 tiles; 4 is the same as 3.
@@ -157,94 +157,57 @@ def _bucket(tokens: int) -> int:
     return 0 if tokens <= 512 else 1 if tokens <= 8192 else 2
 
 
-def forward_(x_NI: Tensor, blocks_KBB: Tensor, structure: Structure) -> Tensor:
-    """y (N, out) of x's dtype, zero in dead block rows."""
-    return _launch_product(x_NI, blocks_KBB, structure.pointers, structure.columns, structure.transposed_numbers, False)
-
-
-def grad_input_(dy_NO: Tensor, blocks_KBB: Tensor, structure: Structure) -> Tensor:
-    """dx (N, in) of dy's dtype, zero in dead block columns."""
-    pointers, rows, numbers = structure.transposed_pointers, structure.transposed_rows, structure.transposed_numbers
-    return _launch_product(dy_NO, blocks_KBB, pointers, rows, numbers, True)
-
-
-def _launch_product(
-    x_NI: Tensor, blocks_KBB: Tensor, pointers: Tensor, sources: Tensor, numbers: Tensor, transposed: bool
-) -> Tensor:
-    tokens, block, targets = x_NI.shape[0], blocks_KBB.shape[-1], pointers.numel() - 1
+def _launch_product(x_NI: Tensor, values_V: Tensor, structure: Structure, block: int, transposed: bool) -> Tensor:
+    """x times the live blocks, of x's dtype; zero in the result where a whole block row (column) is dead."""
+    blocks_KBB = blocks_of(values_V, structure.order, block, x_NI.dtype)
+    pointers = structure.transposed_pointers if transposed else structure.pointers
+    sources = structure.transposed_rows if transposed else structure.columns
+    tokens, targets = x_NI.shape[0], pointers.numel() - 1
     if tokens == 0 or targets == 0:
         return x_NI.new_zeros(tokens, targets * block)
     x_NI = x_NI.contiguous()
     y_NO = torch.empty(tokens, targets * block, dtype=x_NI.dtype, device=x_NI.device)
     kernel = tuned_product if INTERPRETED else wrap_triton(tuned_product)
-    kernel[lambda meta: (triton.cdiv(tokens, meta["TOKENS"]) * targets,)](
-        x_NI,
-        blocks_KBB,
-        y_NO,
-        pointers,
-        sources,
-        numbers,
-        tokens,
-        x_NI.shape[1],
-        targets * block,
-        targets,
-        BUCKET=_bucket(tokens),
-        BLOCK=block,
-        STEP=product_step(block, x_NI.dtype),
-        TRANSPOSED=transposed,
-        WIDEN=INTERPRETED,
-        **({"TOKENS": INTERPRETED_TOKENS} if INTERPRETED else {}),
-    )
+    tensors = (x_NI, blocks_KBB, y_NO, pointers, sources, structure.transposed_numbers)
+    sizes = (tokens, x_NI.shape[1], targets * block, targets)
+    constants = {"BUCKET": _bucket(tokens), "BLOCK": block, "STEP": product_step(block, x_NI.dtype)}
+
+    def grid(meta: dict[str, int]) -> tuple[int]:
+        return (triton.cdiv(tokens, meta["TOKENS"]) * targets,)
+
+    kernel[grid](*tensors, *sizes, **constants, TRANSPOSED=transposed, WIDEN=INTERPRETED, **UNTUNED)
     return y_NO
-
-
-def grad_values_(dy_NO: Tensor, x_NI: Tensor, structure: Structure, block: int) -> Tensor:
-    """Gradient of the live blocks (K, b, b), float32."""
-    tokens, live_blocks = x_NI.shape[0], structure.rows.numel()
-    if tokens == 0 or live_blocks == 0:
-        return x_NI.new_zeros(live_blocks, block, block, dtype=torch.float32)
-    dy_NO, x_NI = dy_NO.contiguous(), x_NI.contiguous()
-    splits, step = splits_of(tokens, live_blocks), gradient_tokens(x_NI.dtype)
-    partial_PBB = torch.empty(splits * live_blocks, block, block, dtype=torch.float32, device=x_NI.device)
-    kernel = tuned_gradient if INTERPRETED else wrap_triton(tuned_gradient)
-    kernel[(splits * live_blocks,)](
-        dy_NO,
-        x_NI,
-        partial_PBB,
-        structure.rows,
-        structure.columns,
-        tokens,
-        dy_NO.shape[1],
-        x_NI.shape[1],
-        live_blocks,
-        (tokens + splits - 1) // splits,
-        BUCKET=_bucket(tokens),
-        BLOCK=block,
-        WIDEN=INTERPRETED,
-        TOKENS=step,
-    )
-    return partial_PBB if splits == 1 else partial_PBB.view(splits, live_blocks, block, block).sum(dim=0)
 
 
 @triton_op("supar::block_linear", mutates_args=())
 def block_linear(x: Tensor, values: Tensor, structure: list[Tensor], block: int) -> Tensor:
     """y (N, out) of x's dtype, from x (N, in) and live values (V,) in row-major order. Differentiable in both."""
-    found = Structure(*structure)
-    return forward_(x, blocks_of(values, found.order, block, x.dtype), found)
+    return _launch_product(x, values, Structure(*structure), block, transposed=False)
 
 
 @triton_op("supar::block_linear_grad_input", mutates_args=())
 def block_linear_grad_input(dy: Tensor, values: Tensor, structure: list[Tensor], block: int) -> Tensor:
     """dx (N, in) of dy's dtype, from dy (N, out) and live values (V,)."""
-    found = Structure(*structure)
-    return grad_input_(dy, blocks_of(values, found.order, block, dy.dtype), found)
+    return _launch_product(dy, values, Structure(*structure), block, transposed=True)
 
 
 @triton_op("supar::block_linear_grad_values", mutates_args=())
 def block_linear_grad_values(dy: Tensor, x: Tensor, structure: list[Tensor], block: int) -> Tensor:
     """Gradient of the live values (V,) in row-major order, float32, from dy (N, out) and x (N, in)."""
     found = Structure(*structure)
-    return values_of(grad_values_(dy, x, found, block), found.inverse)
+    tokens, live_blocks = x.shape[0], found.rows.numel()
+    if tokens == 0 or live_blocks == 0:
+        return x.new_zeros(live_blocks * block**2, dtype=torch.float32)
+    dy, x = dy.contiguous(), x.contiguous()
+    splits = splits_of(tokens, live_blocks)
+    partial_PBB = torch.empty(splits * live_blocks, block, block, dtype=torch.float32, device=x.device)
+    kernel = tuned_gradient if INTERPRETED else wrap_triton(tuned_gradient)
+    tensors = (dy, x, partial_PBB, found.rows, found.columns)
+    sizes = (tokens, dy.shape[1], x.shape[1], live_blocks, (tokens + splits - 1) // splits)
+    constants = {"BUCKET": _bucket(tokens), "BLOCK": block, "TOKENS": gradient_tokens(x.dtype)}
+    kernel[(splits * live_blocks,)](*tensors, *sizes, **constants, WIDEN=INTERPRETED)
+    blocks_KBB = partial_PBB if splits == 1 else partial_PBB.view(splits, live_blocks, block, block).sum(dim=0)
+    return values_of(blocks_KBB, found.inverse)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, list[Tensor], int], output: Tensor) -> None:

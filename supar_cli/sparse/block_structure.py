@@ -5,16 +5,19 @@ Shape suffixes: B edge of a block, K live blocks, V live values. Blocks are numb
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from supar_cli.planning import patterns
 from supar_cli.sparse.masks import Mask
 
-BLOCKS = (16, 32, 64, 128)  # chosen: from the smallest tile of a tensor core up to what one program can accumulate
+BLOCKS: tuple[int, ...] = get_args(
+    patterns.Block
+)  # chosen: from the smallest tile of a tensor core up to what one program can accumulate
 
 
 class Structure(NamedTuple):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -70,16 +71,14 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, values_L: Tensor, engine: Sparse) -> Tensor:
         ctx.save_for_backward(x, values_L)
         ctx.engine = engine
-        y_NO = KERNELS[engine.kernels].product(engine, _rows(x), values_L.detach())
+        y_NO = PRODUCT[engine.kernels](engine, _rows(x), values_L.detach())
         return y_NO.to(x.dtype).view(*x.shape[:-1], engine.shape[0])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, values_L = ctx.saved_tensors
-        found = KERNELS[ctx.engine.kernels].gradients(
-            ctx.engine, _rows(x), _rows(gradient), values_L.detach(), *ctx.needs_input_grad[:2]
-        )
-        by_x, by_values = found
+        gradients, wanted = GRADIENTS[ctx.engine.kernels], ctx.needs_input_grad[:2]
+        by_x, by_values = gradients(ctx.engine, _rows(x), _rows(gradient), values_L.detach(), *wanted)
         return None if by_x is None else by_x.to(x.dtype).view(x.shape), by_values, None
 
 
@@ -88,29 +87,26 @@ def _rows(x: Tensor) -> Tensor:
     return x.detach().reshape(-1, x.shape[-1]).float()
 
 
-class Torch:
-    """Products by torch's own operations, on transposed activations, and its results lie so too.
+def _torch_product(engine: Sparse, x_NI: Tensor, values_L: Tensor) -> Tensor:
+    """Products by torch's own operations, on transposed activations; the result is transposed in memory too.
 
-    torch transposes with one thread: what comes from another such layer, through element-wise operations, needs none.
+    torch transposes with one thread: activations that come from another such layer are transposed already.
     """
+    return _bags(x_NI.t().contiguous(), engine.columns_L, engine.starts, values_L)
 
-    @staticmethod
-    def product(engine: Sparse, x_NI: Tensor, values_L: Tensor) -> Tensor:
-        return _bags(x_NI.t().contiguous(), engine.columns_L, engine.starts, values_L)
 
-    @staticmethod
-    def gradients(
-        engine: Sparse, x_NI: Tensor, gradient_NO: Tensor, values_L: Tensor, by_x: bool, by_values: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        gradient_ON = gradient_NO.t().contiguous()
-        x_gradient = values_gradient = None
-        if by_x:
-            x_gradient = _bags(gradient_ON, engine.rows_L, engine.starts_by_column, values_L[engine.order_L])
-        if by_values:
-            # measured: with both factors lying by weight, not by token, it is three times as fast
-            x_IN = x_NI.t().contiguous()
-            values_gradient = torch.sparse.sampled_addmm(_pattern(engine), gradient_ON, x_IN.t(), beta=0.0).values()
-        return x_gradient, values_gradient
+def _torch_gradients(
+    engine: Sparse, x_NI: Tensor, gradient_NO: Tensor, values_L: Tensor, by_x: bool, by_values: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    gradient_ON = gradient_NO.t().contiguous()
+    x_gradient = values_gradient = None
+    if by_x:
+        x_gradient = _bags(gradient_ON, engine.rows_L, engine.starts_by_column, values_L[engine.order_L])
+    if by_values:
+        # measured: with both factors lying by weight, not by token, it is three times as fast
+        x_IN = x_NI.t().contiguous()
+        values_gradient = torch.sparse.sampled_addmm(_pattern(engine), gradient_ON, x_IN.t(), beta=0.0).values()
+    return x_gradient, values_gradient
 
 
 def _pattern(engine: Sparse) -> Tensor:
@@ -124,47 +120,36 @@ def _bags(x_IN: Tensor, index_L: Tensor, starts: Tensor, values_L: Tensor) -> Te
     """(N, O): each output a bag of rows of Xᵀ, summed with the values as weights."""
     if not len(index_L) or not x_IN.numel():
         return x_IN.new_zeros(x_IN.shape[1], len(starts) - 1)
-    y_ON = F.embedding_bag(index_L, x_IN, starts[:-1], mode="sum", per_sample_weights=values_L)
-    return y_ON.t()
+    return F.embedding_bag(index_L, x_IN, starts[:-1], mode="sum", per_sample_weights=values_L).t()
 
 
-class Numba:
-    """Products by compiled loops over tiles of tokens, as `sparse_kernels` has them."""
+def _numba_product(engine: Sparse, x_NI: Tensor, values_L: Tensor) -> Tensor:
+    """Products by compiled loops over tiles of tokens."""
+    from supar_cli.sparse import csr_kernels
 
-    @staticmethod
-    def product(engine: Sparse, x_NI: Tensor, values_L: Tensor) -> Tensor:
-        from supar_cli.sparse import csr_kernels as sparse_kernels
-
-        x_NI = x_NI.contiguous()
-        y_NO = x_NI.new_empty(len(x_NI), engine.shape[0])
-        columns, starts = engine.columns_L.numpy(), engine.starts.numpy()
-        threads = sparse_kernels.use_threads()
-        values = values_L.clone().numpy()  # FSDP frees the original between passes, which a view of it would forbid
-        sparse_kernels.product(x_NI.numpy(), starts, columns, values, y_NO.numpy(), threads)
-        return y_NO
-
-    @staticmethod
-    def gradients(
-        engine: Sparse, x_NI: Tensor, gradient_NO: Tensor, values_L: Tensor, by_x: bool, by_values: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        from supar_cli.sparse import csr_kernels as sparse_kernels
-
-        x_NI, gradient_NO = x_NI.contiguous(), gradient_NO.contiguous()
-        # what is not asked for is an empty array, of which there is nothing to compute
-        by_x_NI = torch.empty_like(x_NI) if by_x else x_NI.new_empty(0, 0)
-        parts = values_L.new_zeros(sparse_kernels.use_threads(), len(values_L) if by_values else 0)
-        sparse_kernels.gradients(
-            x_NI.numpy(),
-            gradient_NO.numpy(),
-            engine.starts.numpy(),
-            engine.columns_L.numpy(),
-            engine.starts_by_column.numpy(),
-            engine.rows_L.numpy(),
-            values_L[engine.order_L].numpy(),
-            by_x_NI.numpy(),
-            parts.numpy(),
-        )
-        return by_x_NI if by_x else None, parts.sum(0) if by_values else None
+    x_NI = x_NI.contiguous()
+    y_NO = x_NI.new_empty(len(x_NI), engine.shape[0])
+    threads = csr_kernels.use_threads()
+    values_L = values_L.clone()  # FSDP frees the original between passes, which a view of it would forbid
+    arrays = (tensor.numpy() for tensor in (x_NI, engine.starts, engine.columns_L, values_L, y_NO))
+    csr_kernels.product(*arrays, threads)
+    return y_NO
 
 
-KERNELS: dict[str, type[Torch] | type[Numba]] = {"torch": Torch, "numba": Numba}
+def _numba_gradients(
+    engine: Sparse, x_NI: Tensor, gradient_NO: Tensor, values_L: Tensor, by_x: bool, by_values: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    from supar_cli.sparse import csr_kernels
+
+    x_NI, gradient_NO = x_NI.contiguous(), gradient_NO.contiguous()
+    # what is not asked for is an empty array, of which there is nothing to compute
+    by_x_NI = torch.empty_like(x_NI) if by_x else x_NI.new_empty(0, 0)
+    parts = values_L.new_zeros(csr_kernels.use_threads(), len(values_L) if by_values else 0)
+    by_row, by_column = (engine.starts, engine.columns_L), (engine.starts_by_column, engine.rows_L)
+    tensors = (x_NI, gradient_NO, *by_row, *by_column, values_L[engine.order_L], by_x_NI, parts)
+    csr_kernels.gradients(*(tensor.numpy() for tensor in tensors))
+    return by_x_NI if by_x else None, parts.sum(0) if by_values else None
+
+
+PRODUCT: dict[str, Callable[..., Tensor]] = {"torch": _torch_product, "numba": _numba_product}
+GRADIENTS: dict[str, Callable[..., Any]] = {"torch": _torch_gradients, "numba": _numba_gradients}

@@ -19,45 +19,29 @@ from supar_cli.sparse.masks import Mask
 
 
 class _Product(torch.autograd.Function):
-    """Y = X·Wᵀ with W as a constant; its gradient goes to the live values by gathering."""
+    """Y = X·Wᵀ with W as a constant; its gradient goes to the live values by gathering.
+
+    Without a weight (None) it is filled for one pass, and what is kept for the backward one is the values.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, weight: Tensor, live: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, live)
-        ctx.dtype = values.dtype
-        return F.linear(x, weight)
+    def forward(
+        ctx: Any, x: Tensor, values: Tensor, live: Tensor, weight: Tensor | None, shape: tuple[int, int]
+    ) -> Tensor:
+        ctx.save_for_backward(x, live, values if weight is None else weight)
+        ctx.is_kept, ctx.shape, ctx.dtype = weight is not None, shape, values.dtype
+        return F.linear(x, _fill(values, live, shape, x.dtype) if weight is None else weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, weight, live = ctx.saved_tensors
+        x, live, weight = ctx.saved_tensors
         by_x = by_values = None
         if ctx.needs_input_grad[0]:
-            by_x = gradient @ weight
+            by_x = gradient @ (weight if ctx.is_kept else _fill(weight, live, ctx.shape, x.dtype))
         if ctx.needs_input_grad[1]:
             dense = gradient.flatten(0, -2).t() @ x.flatten(0, -2)
             by_values = dense.view(-1).index_select(0, live).to(ctx.dtype)
-        return by_x, by_values, None, None
-
-
-class _Filled(torch.autograd.Function):
-    """The same product with a weight that lasts for one pass; what is kept for the backward one is the values."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, live: Tensor, shape: tuple[int, int]) -> Tensor:
-        ctx.save_for_backward(x, values, live)
-        ctx.shape = shape
-        return F.linear(x, _fill(values, live, shape, x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, values, live = ctx.saved_tensors
-        by_x = by_values = None
-        if ctx.needs_input_grad[0]:
-            by_x = gradient @ _fill(values, live, ctx.shape, x.dtype)
-        if ctx.needs_input_grad[1]:
-            dense = gradient.flatten(0, -2).t() @ x.flatten(0, -2)
-            by_values = dense.view(-1).index_select(0, live).to(values.dtype)
-        return by_x, by_values, None, None
+        return by_x, by_values, None, None, None
 
 
 def _fill(values: Tensor, live: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -67,25 +51,24 @@ def _fill(values: Tensor, live: Tensor, shape: tuple[int, int], dtype: torch.dty
 
 
 class Dense(Engine):
-    """`mask` is (out, in); `precision` that of the products; `kept`: hold the weight between passes."""
+    """`mask` is (out, in); `precision` that of the products; `keeps_weight`: hold it between passes."""
 
-    weight: Tensor
+    weight: Tensor | None
     live: Tensor
 
-    def __init__(self, mask: Mask, precision: torch.dtype, kept: bool = True) -> None:
+    def __init__(self, mask: Mask, precision: torch.dtype, keeps_weight: bool = True) -> None:
         super().__init__(mask)
-        self.shape, self.precision, self.kept = mask.shape, precision, kept
+        self.shape, self.precision = mask.shape, precision
         index = mask.live(np.int32 if mask.size < 2**31 else np.int64)
-        if kept:
-            self.register_buffer("weight", torch.zeros(mask.shape, dtype=precision), persistent=False)
+        weight = torch.zeros(mask.shape, dtype=precision) if keeps_weight else None
+        self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("live", torch.from_numpy(index), persistent=False)
 
     def forward(self, x: Tensor, values: Tensor) -> Tensor:
-        if not self.kept:
-            return _Filled.apply(x.to(self.precision), values, self.live, self.shape)  # type: ignore[no-any-return,no-untyped-call]
-        return _Product.apply(x.to(self.weight.dtype), values, self.weight, self.live)  # type: ignore[no-any-return,no-untyped-call]
+        x = x.to(self.precision)
+        return _Product.apply(x, values, self.live, self.weight, self.shape)  # type: ignore[no-any-return,no-untyped-call]
 
     @torch.no_grad()
     def refresh(self, values: Tensor) -> None:
-        if self.kept:
+        if self.weight is not None:
             self.weight.view(-1)[self.live] = values.to(self.precision)

@@ -7,21 +7,20 @@ bytes a tensor. Any other file has a tensor of booleans or bytes 0 and 1 in each
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from supar_cli.errors import InputError, SetupError
-from supar_cli.files import file_hash, naming_write_errors
-from supar_cli.planning.patterns import describe, group_of, require_known
-from supar_cli.sparse.masks import CHUNK_KEYS, Mask, to_matrix
+from supar_cli.files import file_hash, naming_read_errors, naming_write_errors, write_file
+from supar_cli.planning.patterns import describe
+from supar_cli.sparse.masks import Mask, row_parts, select, to_matrix
 
 
 @dataclass(frozen=True)
@@ -42,16 +41,9 @@ def write_masks(path: Path, masks: Mapping[str, Mask]) -> str:
     """
     names = sorted(masks)
     shapes = json.dumps({name: masks[name].shape for name in names})
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with naming_write_errors(path):
-            save_file({name: masks[name].bits for name in names}, aside, metadata={"shapes": shapes})
-            aside.replace(path)
-            return file_hash(path)
-    except SafetensorError as error:
-        raise SetupError(f"{path}: can't be written: {error}") from None
-    finally:
-        aside.unlink(missing_ok=True)
+    with naming_write_errors(path):
+        write_file(path, save({name: masks[name].bits for name in names}, metadata={"shapes": shapes}))
+        return file_hash(path)
 
 
 def read_masks(path: Path, wanted_hash: str | None, wanted: Mapping[str, WantedMask]) -> dict[str, Mask]:
@@ -61,10 +53,8 @@ def read_masks(path: Path, wanted_hash: str | None, wanted: Mapping[str, WantedM
     `wanted_hash` says and, naming every tensor, for a mask that is missing or not asked for, of another shape or number of
     live weights, not of its pattern, or with values that are not 0 and 1.
     """
-    try:
+    with naming_read_errors(path):
         found = file_hash(path)
-    except OSError as error:
-        raise SetupError(f"{path}: can't be read: {error.strerror or error}") from None
     if wanted_hash is not None and found != wanted_hash:
         raise InputError(f"{path}: is another file of masks ({found[:19]}…, the plan's is {wanted_hash[:19]}…)")
     problems: list[str] = []
@@ -103,14 +93,14 @@ def _read_plain(stored: Any) -> Mask:
     shape = tuple(stored.get_shape())
     if stored.get_dtype() not in ("BOOL", "U8") or not shape:
         raise ValueError(f"holds {stored.get_dtype()} of shape {shape}; expected booleans, or bytes 0 and 1")
-    step = 8 * max(1, CHUNK_KEYS // 8 // max(1, prod(shape[1:])))  # rows of whole bytes
-    bits = []
-    for first in range(0, shape[0], step):
-        alive = stored[first : min(first + step, shape[0])].view(np.uint8)
-        if alive.size and alive.max() > 1:
-            raise ValueError(f"holds the value {alive.max()}; expected 0 and 1")
-        bits.append(np.packbits(alive))
-    return Mask(shape, np.concatenate(bits) if bits else np.zeros(0, np.uint8))
+
+    def alive(part: slice) -> NDArray[np.uint8]:
+        rows: NDArray[np.uint8] = stored[part].view(np.uint8)
+        if rows.size and rows.max() > 1:
+            raise ValueError(f"holds the value {rows.max()}; expected 0 and 1")
+        return rows
+
+    return Mask.of_parts(shape, map(alive, row_parts(shape)))
 
 
 def _require(mask: Mask, wanted: WantedMask | None) -> None:
@@ -123,17 +113,11 @@ def _require(mask: Mask, wanted: WantedMask | None) -> None:
         raise ValueError(f"has the shape {list(mask.shape)}; the plan's is {list(wanted.shape)}")
     if mask.count != wanted.kept:
         raise ValueError(f"{mask.count} weights live; the plan keeps {wanted.kept}")
-    group = group_of(wanted.pattern)
-    if group is None and wanted.pattern not in ("fixed_fan_in", "block"):
-        require_known(wanted.pattern)
+    if wanted.pattern in ("exact", "bernoulli"):
         return
-    matrix = to_matrix(mask.alive(), wanted.fan_in_axes)
-    if wanted.pattern == "block":
-        edge = wanted.block or 1
-        live = np.count_nonzero(matrix.reshape(len(matrix) // edge, edge, -1, edge), axis=(1, 3))
-        holds = bool(np.isin(live, (0, edge * edge)).all())
-    else:
-        size, count = (group[1], group[0]) if group else (matrix.shape[1], wanted.kept // len(matrix))
-        holds = bool((np.count_nonzero(matrix.reshape(-1, size), axis=1) == count).all())
-    if not holds:
+    dead = ~to_matrix(mask.alive(), wanted.fan_in_axes)  # as keys: what lives is selected first
+    edge = wanted.block or 1
+    keys: NDArray[np.bool_] = np.all(dead.reshape(len(dead) // edge, edge, -1, edge), axis=(1, 3))
+    selected = select(wanted.pattern, keys, wanted.kept, block=wanted.block)
+    if not np.array_equal(selected.alive(), ~dead):
         raise ValueError(f"is not {describe(wanted.pattern, wanted.block)} along the fan-in, as the plan says")

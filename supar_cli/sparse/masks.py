@@ -6,16 +6,17 @@ A pattern goes along the fan-in. It sees a tensor as its matrix (fan-out, fan-in
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from math import gcd, isqrt, prod
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from supar_cli.errors import InputError
 from supar_cli.planning.patterns import group_of, require_known
@@ -23,7 +24,6 @@ from supar_cli.streams import stream
 
 CHUNK_BYTES = 2**18  # chosen: packed bytes looked at at once; unpacked they and their positions take 2 to 18 MiB
 CHUNK_KEYS = 2**17  # measured: keys drawn and compared at once; 1 MiB stays in a core's cache
-ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.int64)  # set bits of a byte
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,17 +40,22 @@ class Mask:
     def __post_init__(self) -> None:
         if self.bits.dtype != np.uint8 or self.bits.shape != ((self.size + 7) // 8,):
             raise ValueError(
-                f"{self.bits.shape} of {self.bits.dtype} are no packed bits of a mask of shape {self.shape}"
+                f"{self.bits.shape} of {self.bits.dtype} are not the packed bits of a mask of shape {self.shape}"
             )
         if self.size % 8 and self.bits[-1] & (0xFF >> self.size % 8):
             raise ValueError("the packed bits of a mask are not zero beyond its last weight")
         chunks = (self.bits[first : first + CHUNK_BYTES] for first in range(0, len(self.bits), CHUNK_BYTES))
-        object.__setattr__(self, "count", sum(int(np.bincount(chunk, minlength=256) @ ONES) for chunk in chunks))
+        object.__setattr__(self, "count", sum(int.from_bytes(chunk.tobytes(), "big").bit_count() for chunk in chunks))
 
     @classmethod
     def of(cls, alive: NDArray[np.bool_]) -> Mask:
         """The mask of an array that is True where the weight lives."""
-        return cls(alive.shape, np.packbits(alive))
+        return cls.of_parts(alive.shape, [alive])
+
+    @classmethod
+    def of_parts(cls, shape: Sequence[int], parts: Iterable[NDArray[np.bool_ | np.uint8]]) -> Mask:
+        """The mask of an array given some rows at a time, those of `row_parts`, so that it is never held whole."""
+        return cls(tuple(shape), np.concatenate([np.zeros(0, np.uint8), *map(np.packbits, parts)]))
 
     @property
     def size(self) -> int:
@@ -74,7 +79,7 @@ class Mask:
         return found
 
     def live_chunks(self) -> Iterator[NDArray[np.int64]]:
-        """`live`, some at a time, so that what is made of them need not be held beside them."""
+        """`live`, some at a time, so that a caller need not hold all of them."""
         for first in range(0, len(self.bits), CHUNK_BYTES):
             unpacked = np.unpackbits(self.bits[first : first + CHUNK_BYTES]).view(np.bool_)
             yield np.flatnonzero(unpacked) + 8 * first
@@ -91,6 +96,19 @@ class Mask:
 
     def __hash__(self) -> int:
         return hash((self.shape, self.fingerprint))
+
+
+def row_step(shape: Sequence[int]) -> int:
+    """So many rows, along the first axis, as hold about CHUNK_KEYS weights and fill whole packed bytes."""
+    width = max(1, prod(shape[1:]))
+    unit = 8 // gcd(width, 8)
+    return max(unit, CHUNK_KEYS // width // unit * unit)
+
+
+def row_parts(shape: Sequence[int]) -> Iterator[slice]:
+    """All rows, `row_step` at a time."""
+    step = row_step(shape)
+    return (slice(first, min(first + step, shape[0])) for first in range(0, shape[0], step))
 
 
 class RandomKeys:
@@ -122,33 +140,25 @@ def select(pattern: str, keys: Keys, kept: int, *, block: int | None = None, den
     rows, columns = keys.shape
     if pattern == "block":
         assert block is not None
-        return _expand(select("exact", keys, _share(kept, block**2, "weights in blocks")), block)
+        if kept % block**2:
+            raise ValueError(f"{kept} weights are not made of {block}×{block} blocks")
+        return _expand(select("exact", keys, kept // block**2), block)
     if not 0 <= kept <= rows * columns:
         raise ValueError(f"{kept} weights can't live of {rows * columns}")
     if pattern == "bernoulli" and density is not None:
         below = Fraction(density)
         limit = np.uint64(below.numerator * 2**64 // below.denominator)
         return _by_rows(keys, lambda chunk: chunk < limit)
-    group = group_of(pattern)
+    group = (kept // rows, columns) if pattern == "fixed_fan_in" else group_of(pattern)
     if group is not None:
         live, length = group
         if kept * length != rows * columns * live or columns % length:
             raise ValueError(f"{kept} of {rows}×{columns} weights are not {pattern} along the rows")
         return _by_rows(keys, lambda chunk: _smallest(chunk.reshape(-1, length), live).reshape(chunk.shape))
-    if pattern == "fixed_fan_in":
-        per_row = _share(kept, rows, "weights in equal rows")
-        return _by_rows(keys, lambda chunk: _smallest(chunk, per_row))
     require_known(pattern)
     if isinstance(keys, RandomKeys):
         return _smallest_random(keys, kept)
     return Mask.of(_smallest(keys.reshape(1, -1), kept).reshape(keys.shape))
-
-
-def _share(kept: int, parts: int, what: str) -> int:
-    whole, rest = divmod(kept, parts)
-    if rest:
-        raise ValueError(f"{kept} {what}: not a multiple of {parts}")
-    return whole
 
 
 def _expand(blocks: Mask, edge: int) -> Mask:
@@ -160,15 +170,13 @@ def _expand(blocks: Mask, edge: int) -> Mask:
 
 def _by_rows(keys: Keys, alive_of: Callable[[NDArray[Any]], NDArray[np.bool_]]) -> Mask:
     """The mask that `alive_of` gives for some rows of keys at a time."""
-    rows, columns = keys.shape
-    unit = 8 // gcd(columns, 8)  # rows that fill whole bytes
-    step = max(unit, CHUNK_KEYS // columns // unit * unit)
-    chunks: Iterator[NDArray[Any]]
+    parts: Iterable[NDArray[Any]]
     if isinstance(keys, RandomKeys):
-        chunks = (chunk.reshape(-1, columns) for chunk in keys.chunks(step * columns))
+        columns = keys.shape[1]
+        parts = (chunk.reshape(-1, columns) for chunk in keys.chunks(row_step(keys.shape) * columns))
     else:
-        chunks = (keys[first : first + step] for first in range(0, rows, step))
-    return Mask((rows, columns), np.concatenate([np.packbits(alive_of(chunk)) for chunk in chunks]))
+        parts = (keys[part] for part in row_parts(keys.shape))
+    return Mask.of_parts(keys.shape, map(alive_of, parts))
 
 
 def _smallest(keys: NDArray[Any], count: int) -> NDArray[np.bool_]:
@@ -238,9 +246,7 @@ def from_matrix(mask: Mask, shape: Sequence[int], fan_in_axes: Sequence[int]) ->
     if order == tuple(range(len(shape))):
         return Mask(tuple(shape), mask.bits)
     alive = mask.alive().reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
-    step = 8 * max(1, CHUNK_KEYS // 8 // prod(shape[1:]))  # rows of whole bytes, so that no second array is as large
-    rows = (alive[first : first + step] for first in range(0, shape[0], step))
-    return Mask(tuple(shape), np.concatenate([np.packbits(part) for part in rows]))
+    return Mask.of_parts(shape, (alive[part] for part in row_parts(shape)))
 
 
 def draw(
@@ -273,9 +279,6 @@ def draw(
     return from_matrix(mask, shape, axes)
 
 
-Values = TypeVar("Values", NDArray[Any], torch.Tensor)
-
-
 @dataclass(frozen=True)
 class IndexMap:
     """Where the weights that live under two masks are among the live ones of each: `old` and `new`, in row-major order.
@@ -303,18 +306,9 @@ class IndexMap:
             passed_new += int(np.count_nonzero(after))
         return cls(np.concatenate([one for one, _ in pairs]), np.concatenate([two for _, two in pairs]), new.count)
 
-    def carry(self, values: Values, grown: float = 0.0) -> Values:
+    def carry(self, values: Tensor, grown: float = 0.0) -> Tensor:
         """Live values under the new mask: those of survivors as they were, `grown` where a weight came to life."""
-        if isinstance(values, torch.Tensor):
-            moved = torch.full((self.count,), grown, dtype=values.dtype, device=values.device)
-            old, new = (torch.from_numpy(index).to(values.device) for index in (self.old, self.new))
-            moved[new] = values[old]
-            return moved
-        found = np.full(self.count, grown, values.dtype)
-        found[self.new] = values[self.old]
-        return found
-
-
-def carry(values: Values, old: Mask, new: Mask, grown: float = 0.0) -> Values:
-    """`IndexMap.carry` of one tensor's live values (live,), an array or a torch tensor."""
-    return IndexMap.between(old, new).carry(values, grown)
+        moved = torch.full((self.count,), grown, dtype=values.dtype, device=values.device)
+        old, new = (torch.from_numpy(index).to(values.device) for index in (self.old, self.new))
+        moved[new] = values[old]
+        return moved
