@@ -50,7 +50,7 @@ def write_spec(folder: Path, trials: int, steps: int, further: bool = True) -> S
         text = text.replace("finalists: 2, seeds: 2", "finalists: 1, seeds: 1").replace("[-1.0, 1.0]", "[]")
     (folder / "supar.yaml").write_text(text)
     spec = parse(Spec, document.read(text, "supar.yaml")[0])
-    data = corpus.identified(spec.data.model_copy(update={"source": str(folder / "text.txt")}))
+    data = corpus.identify(spec.data.model_copy(update={"source": str(folder / "text.txt")}))
     return spec.model_copy(update={"data": data.model_copy(update={"source": "text.txt"})})
 
 

@@ -62,7 +62,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "training": ("sparse", "models", "data", *PLANNING_OF_TRAINING),
     "jobs": ("training", "planning"),
     "reporting": ("planning", "training.run_directory"),
-    "experiments": ("jobs", "training", "models", "data.corpus", "planning", "reporting.result"),
+    "experiments": ("jobs", "training", "models", "data.corpus", "planning", "reporting.result", "reporting.figures"),
     "bench": ("training", "sparse", "jobs", "planning.plan", "reporting.result"),
     "cli": ("", "planning", "reporting", "data", "training", "experiments", "bench"),  # the first: the face
 }

@@ -42,7 +42,7 @@ def proxy_of(name: str, text_file: Path) -> Proxy:
     read = documents.read_one(str(template(f"{name}.yaml")), "")
     kind: Any = {"supar.proxy/v1": Proxy, "supar.spec/v1": Spec}[read.data["kind"]]
     found = parse(kind, read)
-    data_ = corpus.identified(Data(source=str(text_file)))
+    data_ = corpus.identify(Data(source=str(text_file)))
     fields = found.model_dump(include=set(Proxy.keys()))
     return Proxy(**{**fields, "kind": "supar.proxy/v1", "data": data_.model_dump()})
 

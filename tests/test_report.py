@@ -15,6 +15,7 @@ import pytest
 
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
+from supar_cli.reporting import figures
 from supar_cli.reporting.result import Figure, Line, Panel, Result, Table, Verdict
 from supar_cli.training import run_directory
 from supar_cli.training.trainer import Trainer
@@ -189,7 +190,7 @@ def test_a_result_is_written_as_given_and_read_as_written(tmp_path: Path) -> Non
         kind="k", title="t", verdicts=[verdict], tables=[table], figures=[figure], parents={}, environment={}, own=[1]
     )
     said: list[str] = []
-    result.write(tmp_path, said.append)
+    figures.write_result(result, tmp_path, said.append)
     found = json.loads((tmp_path / "result.json").read_text())
     assert list(found) == [*list(Result.model_fields), "own"] and found["command"].startswith("supar ")
     assert found["verdicts"] == [{"what": "mark", "passed": True}] and found["tables"][0]["rows"] == [[1], [None]]

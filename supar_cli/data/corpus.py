@@ -114,9 +114,6 @@ def identify(data: Data, corpus: Corpus | None = None) -> Data:
     return data.model_copy(update={"hash": found})
 
 
-identified = identify  # its former name
-
-
 def with_hash(document: DocumentT) -> DocumentT:
     """A document with the hash of its data filled in; one that it has stays. Raises InputError, SetupError."""
     found: Any = document

@@ -29,6 +29,7 @@ from supar_cli.planning.density import Share
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.spec import Proxy, Spec
+from supar_cli.reporting import figures
 from supar_cli.reporting.result import TITLES, Figure, Line, Panel, Result, Table, Verdict
 from supar_cli.training.reporter import NullReporter, Reporter
 
@@ -228,8 +229,7 @@ def check(
     """
     if not isinstance(subject, Spec | Proxy | Plan):
         raise InputError(f"{type(subject).__name__}: expected a Spec or Proxy or Plan")
-    if subject.data.hash is None:
-        subject = subject.model_copy(update={"data": corpus.identified(subject.data)})
+    subject = corpus.with_hash(subject)
     folder, reporter = Path(out), reporter or NullReporter()
     sizes: dict[str, Any] = {"widths": width, "densities": density, "steps": steps, "batch_size": batch_size}
     sweeps_at = partial(sweeps_of, subject, parameterization, seeds=seeds, **sizes)
@@ -258,7 +258,7 @@ def check(
         environment=runs.environment(workers),
         **more,
     )
-    result.write(folder, reporter.log)
+    figures.write_result(result, folder, reporter.log)
     return result.document()
 
 

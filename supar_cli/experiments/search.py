@@ -86,7 +86,7 @@ def tune(
     """
     if not isinstance(spec, Spec):
         raise InputError(f"{type(spec).__name__}: expected a Spec")
-    spec = spec.model_copy(update={"data": corpus.identified(spec.data)})
+    spec = spec.model_copy(update={"data": corpus.identify(spec.data)})
     folder = Path("proxy" if "://" in str(study) else study).with_suffix(".slurm")
     with make_workers(
         executor, jobs=jobs, settings=executor_set, device=spec.run.device, folder=folder, verbose=verbose

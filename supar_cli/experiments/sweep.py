@@ -21,6 +21,7 @@ from supar_cli.planning import document
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy, Spec
 from supar_cli.planning.sweep import Sweep, plan_all, require_comparison
+from supar_cli.reporting import figures
 from supar_cli.reporting.result import Result, finite, fraction
 from supar_cli.training.reporter import NullReporter, Reporter
 
@@ -103,7 +104,7 @@ def _run(
         environment=runs.environment(ready),
         **{"sweep": study.model_dump(), **preset.views(study, curves)},
     )
-    result.write(folder, reporter.log)
+    figures.write_result(result, folder, reporter.log)
     return result.document()
 
 
@@ -152,7 +153,7 @@ def demo(
         best = f"best at η·2^{_octave(curve.best)}, loss {curve.mean(curve.best):.4f} ({len(curve.losses)} rates)"
         reporter.log(f"   {SHORT[curve.name]} at density {fraction(curve.level.density)}: {best}")
     regrets = [_regret(curve, first_of(curve, curves)) for curve in curves]
-    curves_figure(study, curves).save(folder / "lr_transfer.png")
+    figures.save(curves_figure(study, curves), folder / "lr_transfer.png")
     result = {
         "kind": "supar.demo/v1",
         "proxy": proxy.hash(),

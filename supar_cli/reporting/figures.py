@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
-from supar_cli.reporting.result import Figure
+from supar_cli.files import write_file
+from supar_cli.reporting.result import Figure, Result
 
 # Okabe and Ito: told apart with any colour vision
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
@@ -54,9 +57,19 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def save(figure: Figure | dict[str, Any], path: Path) -> None:
-    """Draw a figure into a file of the kind its name says."""
-    drawn = draw(Figure.model_validate(figure))
+def save(figure: Figure, path: Path) -> None:
+    """Draw a figure into a file of the kind that its name says."""
+    drawn = draw(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn.savefig(path, dpi=150)
     plt.close(drawn)
+
+
+def write_result(result: Result, folder: Path, log: Callable[[str], None]) -> None:
+    """Write result.json and a PNG of each figure."""
+    text = json.dumps(result.document(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_file(folder / "result.json", text)
+    for figure in result.figures:
+        save(figure, folder / f"{figure.name}.png")
+    names = ", ".join(["result.json", *(f"{figure.name}.png" for figure in result.figures), "records.jsonl"])
+    log(f"wrote {folder}/: {names}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -18,7 +18,6 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from supar_cli.errors import SetupError
-from supar_cli.files import write_file
 from supar_cli.planning.document import dotted
 
 NAMES = {"lr": "learning rate", "init_std": "init std", "weight_decay": "weight decay"}
@@ -121,12 +120,6 @@ class Figure(Data):
     y_limits: Annotated[list[Number], Field(min_length=2, max_length=2)] | None = None
     panels: list[Panel] = Field(min_length=1)
 
-    def save(self, path: Path) -> None:
-        """Draw it into a file of the kind that its name says."""
-        from supar_cli.reporting import figures
-
-        figures.save(self, path)
-
     @property
     def lines(self) -> list[Line]:
         return [line for panel in self.panels for line in panel.lines]
@@ -191,15 +184,6 @@ class Result(Data):
     def document(self) -> dict[str, Any]:
         """The data of result.json."""
         return self.model_copy(update={"command": self.command or command_line()}).model_dump(exclude_unset=True)
-
-    def write(self, folder: Path, log: Callable[[str], None]) -> None:
-        """Write result.json and a PNG of each figure."""
-        text = json.dumps(self.document(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        write_file(folder / "result.json", text)
-        for figure in self.figures:
-            figure.save(folder / f"{figure.name}.png")
-        names = ", ".join(["result.json", *(f"{figure.name}.png" for figure in self.figures), "records.jsonl"])
-        log(f"wrote {folder}/: {names}")
 
 
 class Curve(Data):
