@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
-from supar_cli.files import template, write_file
 from supar_cli.planning import document
 from supar_cli.planning.density import Share
 from supar_cli.planning.explain import Explained
@@ -117,51 +116,18 @@ def check(
     return found.result
 
 
-def sweep(
-    study: Sweep,
-    out: str | Path | None = None,
-    *,
-    jobs: int | None = None,
-    executor: str = "local",
-    executor_set: dict[str, Any] | None = None,
-    force: bool = False,
-    reporter: Any = None,
-) -> dict[str, Any]:
-    """Sweep a hyperparameter at the study's sizes and judge whether its optimum transfers: the result document.
+def sweep(study: Sweep, out: str | Path | None = None, **how: Any) -> dict[str, Any]:
+    """Sweep a hyperparameter: see `supar_cli.experiments.sweep.sweep`. Raises SuparError."""
+    from supar_cli.experiments import sweep
 
-    `out` is the folder of its records, by default `sweeps/NAME`; no finished run is made again. Raises SuparError.
-    """
-    from supar_cli.experiments import sweep as sweep_run
-    from supar_cli.planning.sweep import checked
-
-    study, folder = _identified(_require(study, Sweep)), Path(out or f"sweeps/{study.name}")
-    checked(study)
-    workers = _workers(executor, jobs, executor_set, study.run.device, folder / "slurm")
-    return sweep_run.run_sweep(study, folder, workers, reporter or NullReporter(), force=force)[0]
+    return sweep.sweep(study, out, **how)
 
 
-def compare(
-    study: Sweep,
-    out: str | Path | None = None,
-    *,
-    jobs: int | None = None,
-    executor: str = "local",
-    executor_set: dict[str, Any] | None = None,
-    force: bool = False,
-    reporter: Any = None,
-) -> dict[str, Any]:
-    """Compare parameterizations at one value of a hyperparameter, and SP re-tuned at every size: the result document.
+def compare(study: Sweep, out: str | Path | None = None, **how: Any) -> dict[str, Any]:
+    """Compare parameterizations: see `supar_cli.experiments.sweep.compare`. Raises SuparError."""
+    from supar_cli.experiments import sweep
 
-    `out` is the folder of its records, by default `compare/NAME`. Raises SuparError.
-    """
-    from supar_cli.experiments import sweep as sweep_run
-    from supar_cli.planning.sweep import checked
-
-    sweep_run.require_comparison(_require(study, Sweep), study.name)
-    study, folder = _identified(study), Path(out or f"compare/{study.name}")
-    checked(study)
-    workers = _workers(executor, jobs, executor_set, study.run.device, folder / "slurm")
-    return sweep_run.run_comparison(study, folder, workers, reporter or NullReporter(), force=force)
+    return sweep.compare(study, out, **how)
 
 
 def report(paths: Sequence[str | Path], out: str | Path | None = None) -> str:
@@ -169,15 +135,9 @@ def report(paths: Sequence[str | Path], out: str | Path | None = None) -> str:
 
     Raises InputError for a path that is none of these.
     """
-    from supar_cli.reporting import html as page
     from supar_cli.reporting import read as reading
 
-    text = page.render(
-        [part for path in paths for part in reading.read(str(path))], template("report.html.j2").read_text("utf-8")
-    )
-    if out is not None:
-        write_file(Path(out), text)
-    return text
+    return reading.report(paths, out)
 
 
 def train(plan: Plan, directory: str | Path, *, resume: bool = True, force: bool = False) -> dict[str, Any]:

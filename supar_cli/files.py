@@ -122,8 +122,3 @@ def template(name: str) -> Path:
     package = Path(__file__).resolve().parent
     inside = package / "templates" / name
     return inside if inside.exists() else package.parent / "templates" / name
-
-
-def template_names() -> list[str]:
-    """The documents among the templates, without their ending."""
-    return sorted(path.stem for path in template("quickstart.yaml").parent.glob("*.yaml"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -283,6 +284,12 @@ def test_light_commands_import_nothing_heavy(arguments: list[str], tmp_path: Pat
     # JSON is YAML, so the document needs no writer
     (tmp_path / "proxy.yaml").write_text(json.dumps(proxy_fields(str(text_file))))
     assert heavy_after(tmp_path, *arguments) == set()
+
+
+@pytest.mark.parametrize("arguments", [["runs"], ["show", "runs/finished"]])
+def test_runs_are_shown_without_what_trains_or_draws(arguments: list[str], tmp_path: Path) -> None:
+    shutil.copytree(CHECKOUT / "tests/released/v0.1.0/runs", tmp_path / "runs")
+    assert heavy_after(tmp_path, *arguments) == {"rich"}
 
 
 def test_the_probe_sees_what_is_imported(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from supar_cli.cli import console
 from supar_cli.data import batches, corpus
-from supar_cli.planning import document
+from supar_cli.planning import document, templates
 from supar_cli.planning.plan import Data, Plan
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy, Spec, Target
@@ -48,7 +48,7 @@ def proxy_of(template: str, text_file: Path) -> Proxy:
 
 class TestTemplates:
     def test_are_the_ones_listed(self) -> None:
-        assert console.template_names() == sorted([*TEMPLATES, *FIGURES])
+        assert templates.names() == sorted([*TEMPLATES, *FIGURES])
 
     @pytest.mark.parametrize("name", TEMPLATES)
     def test_have_the_parameters_that_their_comments_say(self, name: str, text_file: Path) -> None:
@@ -114,7 +114,7 @@ class TestSchema:
         proxy = proxy_of("quickstart", text_file)
         template = {"spec": "quickstart", "proxy": "paper-proxy", "sweep": "fig1"}.get(kind)
         if template:
-            sound = document.read(console.template(template).read_text("utf-8"), template)[0].data
+            sound = document.read(templates.text(template), template)[0].data
         else:
             sound = transfer(proxy, proxy.target, "supar").model_dump()
         assert list(check.iter_errors(sound)) == []

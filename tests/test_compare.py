@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 
-from supar_cli.errors import UnusableResult
-from supar_cli.experiments import comparison
+import supar_cli
+from supar_cli.errors import InputError, UnusableResult
+from supar_cli.experiments import statistics
+from supar_cli.experiments.sweep_views import DENSE, RETUNED
 from supar_cli.jobs import runs
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
 
 from .conftest import Called
+from .test_sweep import sweep_of
 
 Supar = Callable[..., Called]
 RUN = ("--jobs", "1", "--device", "cpu", "--json")
@@ -54,16 +57,16 @@ class TestKnownAnswers:
         dense, sparse = result["levels"]
         cells = sparse["cells"]
         assert {name: cell["loss"] for name, cell in cells.items()} == pytest.approx(
-            {SP: 2.11, MUP: 2.11, SUPAR: 2.01, comparison.DENSE: 2.41, comparison.RETUNED: 2.01}
+            {SP: 2.11, MUP: 2.11, SUPAR: 2.01, DENSE: 2.41, RETUNED: 2.01}
         )
         assert all(cell["standard_error"] == pytest.approx(0.01) for cell in cells.values())  # 0.02 / 2
-        assert cells[comparison.RETUNED]["octaves"] == 1 and cells[comparison.RETUNED]["bracketed"]
+        assert cells[RETUNED]["octaves"] == 1 and cells[RETUNED]["bracketed"]
         assert sparse["gains"] == pytest.approx(
-            {SP: 0.1 / 2.11, MUP: 0.1 / 2.11, SUPAR: 0.0, comparison.DENSE: 0.4 / 2.41, comparison.RETUNED: 0.0},
+            {SP: 0.1 / 2.11, MUP: 0.1 / 2.11, SUPAR: 0.0, DENSE: 0.4 / 2.41, RETUNED: 0.0},
             abs=1e-9,
         )
-        assert dense["cells"][comparison.RETUNED] == {
-            **dense["cells"][comparison.DENSE],
+        assert dense["cells"][RETUNED] == {
+            **dense["cells"][DENSE],
             "octaves": -1,
             "bracketed": True,
         }
@@ -102,22 +105,39 @@ class TestKnownAnswers:
         assert sparse["cells"][MUP]["loss"] is None and sparse["cells"][MUP]["diverged"] == 1
         assert sparse["gains"][MUP] is None and "1 diverged" in called.err
 
+    def test_over_layers_a_figure_has_their_numbers(
+        self, proxy_file: Path, trained: list[Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        study = sweep_of(over={"lr": "0.01", "layers": "4,2"}, parameterizations=["sp", "supar"], seeds=1)
+        result = supar_cli.compare(study, jobs=1)
+        assert [level["level"] for level in result["levels"]] == ["2", "4"] and result["verdicts"] == []
+        assert result["tables"][0]["columns"] == ["layers", "SP", "SμPar", DENSE, RETUNED]
+        (panel,) = result["figures"][0]["panels"]
+        assert {tuple(line["x"]) for line in panel["lines"]} == {(2.0, 4.0)}
+
+    def test_what_is_no_comparison_is_refused_in_python_too(self, text_file: Path, unchanged: Any) -> None:
+        unchanged()
+        for over in ({"lr": "x:-1..1/1", "density": "1,0.5"}, {"lr": "0.01"}):
+            with pytest.raises(InputError, match=r"^over: is not of a comparison"):
+                supar_cli.compare(sweep_of(over=over), text_file.parent / "out")
+
     def test_standard_error_is_the_textbooks(self) -> None:
         values = [2.0, 2.1, 2.4]
         mean = sum(values) / 3
-        assert comparison.standard_error(values) == pytest.approx(
+        assert statistics.standard_error(values) == pytest.approx(
             sqrt(sum((v - mean) ** 2 for v in values) / 2) / sqrt(3)
         )
-        assert comparison.standard_error([2.0]) is None and comparison.standard_error([2.0, float("inf")]) is None
+        assert statistics.standard_error([2.0]) is None and statistics.standard_error([2.0, float("inf")]) is None
 
 
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
         (["--sparsity", "0.5", "--density", "0.5"], "expected only one of them"),
-        (["--sparsity", "0.5,1"], "over.sparsity: 1 is no sparsity"),
-        (["--density", "half"], "over.density: 'half' can't be read"),
-        (["-s", "over.lr=x:-1..1/1"], "over: not of a comparison"),
+        (["--sparsity", "0.5,1"], "over.sparsity: '0.5,1': 1 is not a valid sparsity"),
+        (["--density", "half"], "over.density: 'half': 'half' is not a number"),
+        (["-s", "over.lr=x:-1..1/1"], "proxy.yaml:1: over: is not of a comparison"),
         (["none.yaml"], "none.yaml: no such file"),
     ],
 )

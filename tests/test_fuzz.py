@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from supar_cli.cli.app import app
 from supar_cli.errors import SuparError
-from supar_cli.planning import document
+from supar_cli.planning import document, templates
 from supar_cli.planning.spec import Proxy
 from supar_cli.training.result import RunHistory
 from supar_cli.training.trainer import Trainer
-from tests.conftest import CHECKOUT, TEXT_BYTES, plan_from, proxy_fields, real_text
+from tests.conftest import TEXT_BYTES, plan_from, proxy_fields, real_text
 from tests.fuzzing import MORE, tries
 from tests.mutation import changed, garbled, garbled_bytes
 
@@ -43,7 +43,6 @@ class Ends:
             erk = {"sparsity": {"density": 0.25, "distribution": "erk", "overrides": {"attn.q": 0.5}}}
             block = {"width": 64, "sparsity": {"density": 0.5, "pattern": "block", "block": 16}}
             plan = plan_from(fields)
-            sweep = CHECKOUT / "templates" / "fig6.yaml"
             self.documents: dict[str, Any] = {
                 "plan": plan.model_dump(),
                 "llama": plan_from(
@@ -56,7 +55,7 @@ class Ends:
                     "kind": "supar.spec/v1",
                     "search": {"trials": 2, "lr": [0.001, 0.1]},
                 },
-                "sweep": document.read_file(str(sweep))[0].data,
+                "sweep": document.read(templates.text("fig6"), "fig6")[0].data,
             }
         self.texts = {name: document.write([data]) for name, data in self.documents.items()}
 
@@ -172,7 +171,7 @@ def test_a_sweep(ends: Ends, draw: st.DataObject) -> None:
             raise SuparErrorOfTests("enough")
 
         patch.setattr(records, "open_study_folder", enough)
-        patch.setattr("supar_cli.jobs.runs.require_runnable", lambda *_, **__: None)
+        patch.setattr(records, "require_runnable", lambda *_, **__: None)
         ends.call("sweep", name, "--data", "text.txt", "-q")
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from matplotlib import image
 
-from supar_cli.cli import console
 from supar_cli.reporting import html as page
 from supar_cli.reporting import read as report
 from tests.test_report import EVIL, study
@@ -103,8 +102,7 @@ def made(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     sources = (str(study(folder / "sweep", title=EVIL)), str(trained))
     parts = [part for source in sources for part in report.read(source)]
-    template = console.template("quickstart").parent / "report.html.j2"
-    (folder / "report.html").write_text(page.render(parts, template.read_text("utf-8")), "utf-8")
+    (folder / "report.html").write_text(page.render(parts), "utf-8")
     return folder / "report.html"
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from supar_cli import api
-from supar_cli.cli import console, studies
+from supar_cli.cli import studies
 from supar_cli.cli.sweep import DEFAULTS, PRESETS
 from supar_cli.errors import InputError
-from supar_cli.planning import document
+from supar_cli.planning import document, templates
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import parse
-from supar_cli.planning.sweep import Grid, Sweep, axis_values, checked
+from supar_cli.planning.sweep import Grid, Sweep, axis_values, plan_all
 
 from .conftest import Called, proxy_fields
 
@@ -56,26 +56,28 @@ class TestGrammar:
     @pytest.mark.parametrize(
         ("name", "given", "what"),
         [
-            ("lr", "log2:-4..-12/0.5", "is no range"),
-            ("lr", "log2:-4..-2/0", "is no range"),
+            ("lr", "log2:-4..-12/0.5", "not a range"),
+            ("lr", "log2:-4..-2/0", "not a range"),
             ("lr", "log2:-4..-2/0.001", "at most 200 values"),
-            ("lr", "log2:-4", "can't be read"),
-            ("lr", "log2:a..b", "can't be read"),
-            ("lr", "x:nan..1", "is no range"),
-            ("lr", "log10:-4..-2", "'log10' is no scale"),
-            ("lr", "0.1;0.2", "can't be read"),
-            ("lr", "", "can't be read"),
-            ("lr", "0.1,,0.2", "can't be read"),
+            ("lr", "log2:-4", "'' is not a number"),
+            ("lr", "log2:a..b", "'a' is not a number"),
+            ("lr", "x:nan..1", "'nan' is not finite"),
+            ("lr", "log10:-4..-2", "'log10' is not a scale"),
+            ("lr", "0.1;0.2", "'0.1;0.2' is not a number"),
+            ("lr", "", "'' is not a number"),
+            ("lr", "0.1,,0.2", "'' is not a number"),
             ("lr", "0.1,0.1", "each once"),
-            ("lr", "0", "0 is no lr"),
-            ("lr", "nan", "can't be read"),
-            ("lr", True, "is no axis"),
-            ("lr", {"a": 1}, "is no axis"),
-            ("lr", [[1]], "can't be read"),
-            ("sparsity", "log2:-3..-1", "is in octaves"),
-            ("sparsity", "0,1", "1 is no sparsity"),
-            ("density", "0,1", "0 is no density"),
-            ("width", "64.5", "64.5 is no width"),
+            ("lr", "0", "0 is not a valid lr"),
+            ("lr", "nan", "'nan' is not finite"),
+            ("lr", True, "not an axis"),
+            ("lr", {"a": 1}, "not an axis"),
+            ("lr", [[1]], "'[1]' is not a number"),
+            ("lr", [True, 0.5], "'True' is not a number"),
+            ("lr", "1/0", "divides by zero"),
+            ("sparsity", "log2:-3..-1", "sparsity takes a list"),
+            ("sparsity", "0,1", "1 is not a valid sparsity"),
+            ("density", "0,1", "0 is not a valid density"),
+            ("width", "64.5", "64.5 is not a valid width"),
         ],
     )
     def test_refusals_name_the_axis(self, name: str, given: Any, what: str) -> None:
@@ -85,10 +87,10 @@ class TestGrammar:
 
     def test_a_grid_goes_on_by_its_own_step_and_halves_it(self) -> None:
         grid = Grid((1.0, 2.0, 4.0))
-        assert [grid.at(p) for p in (-2, -0.5, 0, 0.5, 1, 1.5, 2, 2.5, 4)] == pytest.approx(
+        assert [grid.value(p) for p in (-2, -0.5, 0, 0.5, 1, 1.5, 2, 2.5, 4)] == pytest.approx(
             [0.25, 2**-0.5, 1, 2**0.5, 2, 2**1.5, 4, 2**2.5, 16]
         )
-        assert Grid((1.0, 3.0, 30.0)).at(3) == pytest.approx(300) and Grid((5.0,)).at(-1) == pytest.approx(2.5)
+        assert Grid((1.0, 3.0, 30.0)).value(3) == pytest.approx(300) and Grid((5.0,)).value(-1) == pytest.approx(2.5)
         assert grid.octaves(3) == 3
 
 
@@ -99,13 +101,13 @@ class TestDocument:
             ({"over": {"lr": "0.1", "init_std": "0.1"}}, "over: 2 axes of a hyperparameter"),
             ({"over": {"density": "1"}}, "over: 0 axes of a hyperparameter"),
             ({"over": {"lr": "0.1", "width": "32", "density": "1"}}, "over: 2 axes of a size"),
-            ({"over": {"lr": "0.1", "depth": "1"}}, "over.depth: no axis"),
-            ({"over": {"lr": "log2:3..1"}}, "over.lr: 'log2:3..1' is no range"),
+            ({"over": {"lr": "0.1", "depth": "1"}}, "over.depth: not an axis"),
+            ({"over": {"lr": "log2:3..1"}}, "over.lr: 'log2:3..1': not a range"),
             ({"parameterizations": ["sp", "ntk"]}, "parameterizations[1]: "),
-            ({"parameterizations": ["sp", "sp"]}, "parameterizations: one stands twice"),
-            ({"own": {"ntk": {"lr": 0.1}}}, "own.ntk: no parameterization"),
+            ({"parameterizations": ["sp", "sp"]}, "parameterizations: one appears twice"),
+            ({"own": {"ntk": {"lr": 0.1}}}, "own.ntk: not a parameterization"),
             ({"own": {"sp": {"lrs": 0.1}}}, "own.sp.lrs: "),
-            ({"iso": "wpn", "over": {"lr": "0.1", "width": "32"}}, "iso: wpn wants levels of sparsity or density"),
+            ({"iso": "wpn", "over": {"lr": "0.1", "width": "32"}}, "iso: wpn needs levels of sparsity or density"),
             ({"name": "../x"}, "name: '../x' names a folder"),
             ({"seeds": 0}, "seeds: should be greater than 0"),
             ({"widne": 3}, "did you mean 'widen'?"),
@@ -137,8 +139,8 @@ class TestDocument:
         assert [level.density for level in sweep_of(over={"lr": "0.1"}).levels] == [1]
 
     def test_a_width_without_whole_heads_is_refused_before_anything_runs(self) -> None:
-        with pytest.raises(InputError, match="width 40 is no multiple of the proxy's head width 16"):
-            checked(sweep_of(over={"lr": "0.1", "width": "32,40"}))
+        with pytest.raises(InputError, match="width 40 is not a multiple of the proxy's head width 16"):
+            plan_all(sweep_of(over={"lr": "0.1", "width": "32,40"}))
 
     def test_identity_is_what_is_measured(self) -> None:
         one = sweep_of()
@@ -172,11 +174,11 @@ class TestIso:
 
     def test_plans_keep_the_live_parameters_within_the_rounding(self) -> None:
         sweep = sweep_of(**self.WIDE, iso="parameters", over={"lr": "0.1", "sparsity": "0,0.5,0.75,0.875"})
-        live = [hidden_live(plan) for plan in checked(sweep)[:4]]
+        live = [hidden_live(plan) for plan in plan_all(sweep)[:4]]
         # whole heads of 64: 362 becomes 384, 724 becomes 704
         assert [round(count / live[0], 3) for count in live] == [1, 1.125, 1, 0.945]
         without = sweep_of(**self.WIDE, over={"lr": "0.1", "sparsity": "0,0.5,0.75,0.875"})
-        assert hidden_live(checked(without)[3]) == live[0] / 8  # the comparison sees a width that was left alone
+        assert hidden_live(plan_all(without)[3]) == live[0] / 8  # the comparison sees a width that was left alone
 
 
 PAPER_WIDTHS = {
@@ -186,14 +188,27 @@ PAPER_WIDTHS = {
 }
 
 
+# of each figure's small and full document, from the time when it had a file of its own
+PRESET_HASHES = {
+    "fig1": ["363512b6fa7e", "ab94bad9ccfd"],
+    "fig6": ["afba0a73e81e", "e074fecc2891"],
+    "fig7": ["f0851f2bd33f", "72f5d8dfb7c6"],
+    "fig9": ["db99eae842ff", "c4d9db2de16e"],
+    "fig10": ["cd98f1ed3d94", "bfcaea2d3f6f"],
+    "fig11": ["7abef3d04767", "cb077a0e6238"],
+    "fig13": ["fb15e26d9279", "48466fb96544"],
+    "fig14": ["a4551d2d9463", "df1e726461b1"],
+}
+
+
 class TestPresets:
     @pytest.mark.parametrize("name", PRESETS)
     def test_both_sizes_are_sound_and_every_run_can_be_planned(self, name: str, text_file: Path) -> None:
-        small, full = document.read_file(str(console.template(name)))
+        small, full = document.read(templates.text(name), name)
         for read in (small, full):
             sweep = parse(Sweep, read)
             sweep = sweep.model_copy(update={"data": sweep.data.model_copy(update={"hash": "sha256:" + "0" * 64})})
-            checked(sweep)
+            plan_all(sweep)
             assert len(sweep.levels) >= 3 and sweep.seeds >= 2
             if read is small:
                 seen = set()
@@ -208,7 +223,7 @@ class TestPresets:
                 assert [level.width for level in sweep.levels] == PAPER_WIDTHS.get(name, [4096] * 8)
 
     def test_fig1_at_full_size_is_the_papers(self) -> None:
-        sweep = parse(Sweep, document.read_file(str(console.template("fig1")))[1])
+        sweep = parse(Sweep, document.read(templates.text("fig1"), "fig1")[1])
         plan = sweep.plan("supar", sweep.levels[-1], 4.0, 0)
         assert (plan.train.tokens, plan.train.warmup_steps, plan.train.steps) == (306_446_336, 116, 1169)
         assert plan.hyperparameters.lr == 0.0162 and len(plan.tensors) < 30
@@ -217,10 +232,23 @@ class TestPresets:
         sp = sweep.plan("sp", sweep.levels[0], 4.0, 0)
         assert next(row for row in sp.tensors if row.role == "hidden").init_std == pytest.approx(0.08665602 / 4)
 
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_ask_what_they_asked_when_each_had_a_file(self, name: str) -> None:
+        sweeps = [parse(Sweep, read) for read in document.read(templates.text(name), name)]
+        assert [document.content_hash(sweep.identity())[7:19] for sweep in sweeps] == PRESET_HASHES[name]
+
+    def test_are_all_the_figures_there_are(self) -> None:
+        assert {name for name in templates.names() if name.startswith("fig")} == set(PRESETS) == set(PRESET_HASHES)
+
     def test_init_writes_one_and_says_what_it_is_for(self, supar_here: Supar, tmp_path: Path) -> None:
         called = supar_here("init", "fig7")
         assert called.status == 0 and "next: supar sweep fig7.yaml" in called.err
-        assert (tmp_path / "fig7.yaml").read_text("utf-8") == console.template("fig7").read_text("utf-8")
+        text = (tmp_path / "fig7.yaml").read_text("utf-8")
+        assert text == templates.text("fig7") and text.startswith("# The paper's Figure 7, small: ")
+        # its own comments, and those of the figure that it shares its other lines with
+        assert "# measured: at the small size" in text and "#   supar sweep --preset fig7 --full" in text
+        assert text.count("# ours") == 11 and "Figure 6" not in text and "fig6" not in text and "NAME" not in text
+        assert "like:" not in text and text.count("eval_every: 100\n") == 2
 
 
 def test_the_api_loads_a_sweep(tmp_path: Path) -> None:
@@ -260,15 +288,15 @@ class TestRefusedFlags:
         [
             (["--over", "lr"], "--over lr: expected NAME=VALUES"),
             (["--over", "eta=0.1"], "--over eta=0.1: expected NAME=VALUES"),
-            (["--over", "lr=log2:1"], "over.lr: 'log2:1' can't be read"),
-            (["--over", "sparsity=0,1"], "over.sparsity: 1 is no sparsity"),
+            (["--over", "lr=log2:1"], "over.lr: 'log2:1': '' is not a number"),
+            (["--over", "sparsity=0,1"], "over.sparsity: '0,1': 1 is not a valid sparsity"),
             (["--over", "lr=0.1", "--over", "init_std=0.1"], "over: 2 axes of a hyperparameter"),
             (["--parameterization", "sp,ntk"], "parameterizations[1]"),
             (["--iso", "flops"], "iso: "),
             (["--preset", "fig2"], "--preset fig2: expected fig1"),
             (["--preset", "fig1", "proxy.yaml"], "--preset fig1: given beside a document"),
             (["--full"], "expected a second one for --full"),
-            (["--width", "40"], "width 40 is no multiple"),
+            (["--width", "40"], "width 40 is not a multiple"),
             (["--data", "none.txt"], "data.source: none.txt: no such file"),
             (["--out", "text.txt"], "text.txt: is a file"),
             (["none.yaml"], "none.yaml: no such file"),

@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from supar_cli.cli import demo
 from supar_cli.errors import SetupError, UnusableResult
-from supar_cli.experiments import transfer_study
+from supar_cli.experiments import optima, statistics
 from supar_cli.experiments.curves import Curve
 from supar_cli.jobs import runs
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.planning.spec import Proxy, Spec
 
 from .conftest import Called
 from .test_sweep import sweep_fields, sweep_of
@@ -267,23 +265,24 @@ class TestOptimum:
     def test_the_interval_covers_seeds_that_disagree(self) -> None:
         """Three seeds with optima at -1.2, -1.0 and -0.8: their mean is -1, and means of resamples span that range."""
         losses = {float(p): [(p - 2 - best) ** 2 for best in (-1.2, -1.0, -0.8)] for p in range(4)}
-        found = transfer_study.optimum(curve_of(losses), self.DRAWS)
-        assert found.octaves == pytest.approx(-1.0) and found.fitted
-        low, high = found.interval or (0, 0)
+        found = optima.find_optimum(curve_of(losses), self.DRAWS)
+        assert found.octaves == pytest.approx(-1.0) and not found.why
+        low, high = statistics.interval(found.resampled) or (0, 0)
         assert -1.2001 < low < -1.1 and -0.9 < high < -0.7999
         same = {float(p): [(p - 2 + 1.0) ** 2] * 3 for p in range(4)}
-        assert transfer_study.optimum(curve_of(same), self.DRAWS).interval == pytest.approx((-1, -1))
+        again = optima.find_optimum(curve_of(same), self.DRAWS)
+        assert statistics.interval(again.resampled) == pytest.approx((-1, -1))
 
     def test_far_losses_don_t_bend_the_parabola(self) -> None:
         losses = {float(p): [0.1 * (p - 2 + 1.2) ** 2] * 3 for p in range(3)}
-        near = transfer_study.optimum(curve_of(losses), self.DRAWS).octaves
+        near = optima.find_optimum(curve_of(losses), self.DRAWS).octaves
         assert near == pytest.approx(-1.2)
-        assert transfer_study.optimum(curve_of({**losses, 3.0: [50.0] * 3}), self.DRAWS).octaves == near
+        assert optima.find_optimum(curve_of({**losses, 3.0: [50.0] * 3}), self.DRAWS).octaves == near
 
     def test_where_the_next_rate_diverges_the_best_measured_stands(self) -> None:
         curve = curve_of({0.0: [2.2] * 3, 1.0: [2.1] * 3, 2.0: [2.0] * 3, 3.0: [2.0, inf, 2.0]})
-        found = transfer_study.optimum(curve, self.DRAWS)
-        assert curve.bracketed and not found.fitted and found.octaves == 0.0 and curve.diverged == 1
+        found = optima.find_optimum(curve, self.DRAWS)
+        assert curve.bracketed and found.why and found.octaves == 0.0 and curve.diverged == 1
 
     @pytest.mark.parametrize(
         ("losses", "bracketed"),
@@ -301,7 +300,7 @@ class TestOptimum:
 
     def test_slope_of_a_line_and_of_noise(self) -> None:
         x = np.array([0.0, -2.0, -4.0])
-        assert transfer_study.slope(x, np.array([[1.0, 0], [2.0, 0], [3.0, 0]])) == pytest.approx([-0.5, 0])
+        assert statistics.slope(x, np.array([[1.0, 0], [2.0, 0], [3.0, 0]])) == pytest.approx([-0.5, 0])
 
 
 class TestPromises:
@@ -316,7 +315,7 @@ class TestPromises:
     def test_who_is_a_control(self, over: dict[str, str], held: set[str]) -> None:
         sweep = sweep_of(over=over)
         names = ("sp", "mup", "supar", "supar-init-only")
-        assert {name for name in names if transfer_study.promised(sweep, name)} == held
+        assert {name for name in names if optima.is_subject(sweep, name)} == held
 
 
 def test_a_real_sweep_as_a_process(supar: Supar, proxy_file: Path, tmp_path: Path) -> None:
@@ -330,27 +329,3 @@ def test_a_real_sweep_as_a_process(supar: Supar, proxy_file: Path, tmp_path: Pat
     assert {record["lr"] for record in records} == {0.005, 0.02}
     assert "left" in called.err or "4/4" in called.err
     assert max(len(line) for line in called.err.splitlines() if line.startswith(" ")) <= 80
-
-
-def test_the_demo_sweeps_with_the_same_engine(
-    supar_here: Supar, text_file: Path, trained: list[Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def tuned(spec: Spec, *_: Any) -> Proxy:
-        return Proxy(kind="supar.proxy/v1", model=spec.model, hyperparameters=spec.hyperparameters, **common(spec))
-
-    def common(spec: Spec) -> dict[str, Any]:
-        return {name: getattr(spec, name) for name in ("data", "train", "run")}
-
-    monkeypatch.setattr(demo, "_tuned", tuned)
-    called = supar_here("demo", "--data", "text.txt", *RUN)
-    result = result_of(called)
-    rows = {(row["parameterization"], row["density"]): row for row in result["regrets"]}
-    assert [rows["sp", density]["optimum_octaves"] for density in DENSITIES] == [0, 1, 3]  # at -0.3, 1.3, 2.9
-    assert [rows["supar", density]["regret"] for density in DENSITIES] == [0, 0, 0]
-    # the dense optimum lies at -0.3 octaves of the proxy's 2^-6, the sparsest's at 2.9
-    assert rows["sp", 0.0625]["regret"] == pytest.approx(0.04 * (2.9**2 - 0.1**2))
-    losses = {c["parameterization"]: c["losses"] for c in result["curves"] if c["density"] == 0.0625}
-    assert list(losses["sp"]) == ["-2", "-1", "0", "1", "2", "3", "4"] and list(losses["supar"])[-1] == "2"
-    files = sorted(path.name for path in (tmp_path / "demo").iterdir())
-    assert files == ["lr_transfer.png", "proxy.yaml", "records.jsonl", "results.json"]
-    assert "SP at density 1/16: best at η·2^3" in called.err

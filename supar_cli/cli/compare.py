@@ -10,6 +10,7 @@ import typer
 from supar_cli.cli import console, studies
 from supar_cli.cli.app import single
 from supar_cli.errors import InputError
+from supar_cli.planning.sweep import require_comparison
 
 # one value, the transferred one; SP's search goes on from it by octaves
 DEFAULTS = {
@@ -68,14 +69,14 @@ def compare(
     console.apply_settings(read, settings)
     studies.put_flags(read, flags)
     study = studies.study(read, talk)
+    with console.located(read):
+        require_comparison(study)
     folder = Path(out or f"compare/{study.name}")
-    from supar_cli.experiments import sweep as sweep_run
+    from supar_cli.experiments import sweep as experiment
 
-    sweep_run.require_comparison(study, read.name)
     studies.describe(study, talk)
-    workers = studies.workers(flags, study.run.device, folder)
     with studies.progress_of("compare", folder, quiet, verbose) as progress:
-        result = sweep_run.run_comparison(study, folder, workers, progress, force=force)
+        result = experiment.compare(study, folder, **studies.how(flags), reporter=progress)
     if not quiet:
         studies.show(result["tables"])
         _explain(result["levels"], talk)

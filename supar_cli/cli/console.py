@@ -15,7 +15,6 @@ import typer
 
 from supar_cli import files
 from supar_cli.errors import InputError, Problem, SetupError
-from supar_cli.files import template_names as template_names
 from supar_cli.files import write_file
 from supar_cli.planning import document, spec
 
@@ -92,6 +91,7 @@ class Progress(Talk):
         self._task: Any = None
         self._started = self._said = time.monotonic()
         self._first: int | None = None
+        self._step = 0
 
     def __enter__(self) -> Progress:
         if self.terminal and not self.quiet:
@@ -120,8 +120,9 @@ class Progress(Talk):
         from supar_cli.planning.estimate import duration
 
         now = time.monotonic()
-        if self._first is None:
+        if self._first is None or step < self._step:  # it begins, or begins anew: the demo counts trials, then runs
             self._first, self._started = step, now
+        self._step = step
         done, seconds = step - self._first, max(now - self._started, 1e-9)
         rate = "" if not done else f", {done / seconds:.3g}/s" if done > seconds else f", {seconds / done:.3g} s each"
         if self._bar is not None:

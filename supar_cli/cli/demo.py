@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import time
-from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,22 +9,12 @@ import typer
 
 from supar_cli.cli import console, studies
 from supar_cli.cli.app import single
-from supar_cli.data import corpus
-from supar_cli.errors import SetupError, UnusableResult
-from supar_cli.files import write_file
-from supar_cli.planning import document
-from supar_cli.planning.problems import parse
-from supar_cli.planning.spec import Proxy, Spec
-from supar_cli.planning.sweep import Sweep
-
-DENSITIES = (1.0, 1 / 4, 1 / 16)
-STEPS = 120
-FIRST_OCTAVE, LAST_OCTAVE, WIDEN = -2, 2, 8  # of the sweep; the last: a factor of a thousand from the transferred rate
+from supar_cli.reporting.result import fraction
 
 
 def demo(
     data: console.DataOption = None,
-    steps: Annotated[int, typer.Option(min=8, help="Training steps of every run.")] = STEPS,
+    steps: Annotated[int, typer.Option(min=8, help="Training steps of every run.")] = 120,
     trials: Annotated[int, typer.Option(min=1, help="Trials of the proxy's search.")] = 6,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds averaged at every point of the sweep.")] = 1,
     jobs: Annotated[
@@ -44,191 +29,47 @@ def demo(
     verbose: console.Verbose = False,
 ) -> None:
     """See what SμPar keeps and SP loses as weights go sparse: a few minutes on two CPU cores, no download."""
-    started = time.monotonic()
-    spec = _spec(data, steps, trials, device)
-    folder = Path(out)
-    workers = studies.workers({"jobs": jobs, "verbose": verbose}, spec.run.device, folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SetupError(f"{folder}: can't be written: {error.strerror or error}") from None
-    with workers, console.Progress("demo", quiet, verbose) as progress:
-        progress.log(
-            f"1. Tuning a dense proxy: width {spec.model.width}, {spec.model.layers} layers, {steps} steps on {spec.data.source}."
-        )
-        proxy = _tuned(spec, folder, workers, progress)
-        write_file(folder / "proxy.yaml", document.write([proxy.model_dump()]))
-        progress.log(
-            "2. Transferring it to densities 1, 1/4, 1/16 under SP and SμPar; at each, the learning rate is swept\n"
-            "   by factors of 2 around the transferred one."
-        )
-    study = _study(proxy, seeds)
-    with workers, console.Progress("demo", quiet, verbose) as progress:
-        curves = _sweep(study, folder, workers, progress)
-    from supar_cli.experiments import study_views
-    from supar_cli.reporting import figures
+    from supar_cli.experiments import sweep as experiment
 
-    rows = _regrets(curves)
-    figures.save(study_views.loss_figure(study, curves), folder / "lr_transfer.png")
-    result = {
-        "kind": "supar.demo/v1",
-        "proxy": proxy.hash(),
-        "lr": proxy.hyperparameters.lr,
-        "seeds": seeds,
-        "steps": steps,
-        "regrets": rows,
-        "curves": [
-            {
-                "parameterization": c.name,
-                "density": c.level.density,
-                "losses": {_octave(place): study_views.finite(c.mean(place)) for place in c.places},
-            }
-            for c in curves
-        ],
-        "meta": {
-            "seconds": round(time.monotonic() - started, 1),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {workers.jobs} jobs",
-        },
-    }
-    write_file(folder / "results.json", json.dumps(result, indent=1) + "\n")
+    how: dict[str, Any] = {"steps": steps, "trials": trials, "seeds": seeds, "jobs": jobs, "device": device}
+    with console.Progress("demo", quiet, verbose) as progress:
+        result = experiment.demo(data, **how, out=out, verbose=verbose, reporter=progress)
     talk = console.Talk(quiet, verbose)
     if not quiet:
-        _show(rows)
-        talk.log(_meaning(rows, folder, seeds))
+        studies.show([_table(result["regrets"])])
+        talk.log(_explanation(result, Path(out)))
     console.emit([result], None, None, force=True, as_json=as_json, talk=talk)
 
 
-def _spec(data: str | None, steps: int, trials: int, device: str | None) -> Spec:
-    """The quickstart's spec on a demo's budget: shorter runs, of fewer tokens."""
-    read = console.read_one(str(console.template("quickstart")), "the installation lacks its templates")
-    changes: dict[tuple[str, ...], Any] = {
-        ("model", "context"): 64,
-        ("train", "steps"): steps,
-        ("train", "batch_size"): 16,
-        ("train", "eval_every"): max(1, steps // 4),
-        ("train", "eval_batches"): 8,
-        ("search", "trials"): trials,
-        ("search", "finalists"): 1,
-        ("search", "seeds"): 1,
-        ("search", "lr_fit_octaves"): [],
-        ("data", "source"): data,
-        ("run", "device"): device,
-    }
-    for path, value in changes.items():
-        if value is not None:
-            console.put(read, path, value)
-    spec = parse(Spec, read)
-    return spec.model_copy(update={"data": corpus.identified(spec.data)})
+RULES = {"sp": "SP", "supar": "SμPar"}
 
 
-def _tuned(spec: Spec, folder: Path, workers: Any, progress: console.Progress) -> Proxy:
-    from supar_cli.experiments import search
-
-    return search.search(spec, str(folder / "proxy.journal"), workers=workers, reporter=progress)
-
-
-def _study(proxy: Proxy, seeds: int) -> Sweep:
-    keys = {"model", "hyperparameters", "parameterization", "sparsity", "data", "train", "run"}
-    return Sweep(
-        kind="supar.sweep/v1",
-        name="demo",
-        over={"lr": f"x:{FIRST_OCTAVE}..{LAST_OCTAVE}/1", "density": list(DENSITIES)},
-        parameterizations=["sp", "supar"],
-        seeds=seeds,
-        widen=WIDEN,
-        **proxy.model_dump(include=keys),
-    )
-
-
-def _octave(place: float) -> int:
-    """Octaves from the proxy's rate, of a place in the sweep's grid."""
-    return FIRST_OCTAVE + round(place)
-
-
-def _sweep(study: Sweep, folder: Path, workers: Any, progress: console.Progress) -> list[Any]:
-    from supar_cli.experiments import curves as measuring
-    from supar_cli.reporting.result import fraction
-
-    measured = measuring.Measurements(study, folder, workers, progress)
-    curves = measured.curves()
-    measured.bracket(curves)
-    measured.share(curves)
-    for curve in curves:
-        label = f"{_LABELS[curve.name]} at density {fraction(curve.level.density)}"
-        loss, rates = curve.mean(curve.best), len(curve.losses)
-        progress.log(f"   {label}: best at η·2^{_octave(curve.best)}, loss {loss:.4f} ({rates} rates)")
-    return curves
-
-
-def _regrets(curves: list[Any]) -> list[dict[str, Any]]:
-    """For each curve: where its optimum lies against the dense one's of its parameterization, and the regret there.
-
-    None stands for a loss that is not finite. Raises UnusableResult when a curve's training diverged at every rate.
-    """
-    from supar_cli.experiments.curves import first_of
-    from supar_cli.experiments.study_views import finite
-
-    rows = []
-    for curve in curves:
-        dense, loss = first_of(curve, curves), curve.mean(curve.best)
-        if not isfinite(loss):
-            raise UnusableResult(
-                f"{curve.name} at density {curve.level.density:g}: training diverged at every rate tried"
-            )
-        there = curve.mean(dense.best)
-        rows.append(
-            {
-                "parameterization": curve.name,
-                "density": curve.level.density,
-                "optimum_octaves": round(curve.best - dense.best),
-                "loss_at_optimum": loss,
-                "loss_at_dense_rate": finite(there),
-                "regret": finite(there - loss),
-            }
-        )
-    return rows
-
-
-_LABELS = {"sp": "SP", "supar": "SμPar"}
-
-
-def _show(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from supar_cli.reporting.result import fraction
-
-    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
-    table.add_column("rules")
-    for heading in ("density", "best rate ÷ dense", "loss at best", "loss at dense rate", "regret"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
-            _LABELS[row["parameterization"]],
+def _table(regrets: list[dict[str, Any]]) -> dict[str, Any]:
+    rows = [
+        [
+            RULES[row["parameterization"]],
             fraction(row["density"]),
             f"2^{row['optimum_octaves']}",
             f"{row['loss_at_optimum']:.3f}",
             *("diverged" if row[key] is None else f"{row[key]:.3f}" for key in ("loss_at_dense_rate", "regret")),
-        )
-    Console(stderr=True).print(table)
+        ]
+        for row in regrets
+    ]
+    columns = ["rules", "density", "best rate ÷ dense", "loss at best", "loss at dense rate", "regret"]
+    return {"title": "regret of re-using the dense model's rate", "columns": columns, "rows": rows}
 
 
-def _meaning(rows: list[dict[str, Any]], folder: Path, seeds: int) -> str:
-    worst = {
-        name: max(
-            (row["regret"] for row in rows if row["parameterization"] == name),
-            key=lambda r: float("inf") if r is None else r,
-        )
-        for name in _LABELS
-    }
-    words = {
-        name: "diverges" if value is None else f"loses up to {value:.3f} nats a token" for name, value in worst.items()
-    }
+def _explanation(result: dict[str, Any], folder: Path) -> str:
+    worst = {}
+    for name in RULES:
+        regrets = [row["regret"] for row in result["regrets"] if row["parameterization"] == name]
+        worst[name] = "diverges" if None in regrets else f"loses up to {max(regrets):.3f} nats a token"
+    seeds = result["seeds"]
     return f"""\
 best rate ÷ dense: a density's best learning rate over the dense model's best.
 regret: nats a token lost by re-using the dense model's.
-Shown: with the dense model's rate, sparse SP training {words["sp"]},
-  sparse SμPar training {words["supar"]}. Nothing to re-tune is what SμPar is for.
+Shown: with the dense model's rate, sparse SP training {worst["sp"]},
+  sparse SμPar training {worst["supar"]}. Nothing to re-tune is what SμPar is for.
 Not shown: that SμPar beats an SP whose rate is re-tuned at every density. That can be as
   good; compare the losses at their own best. The models are tiny, trained for seconds,
   {seeds} seed{"s" if seeds > 1 else ""} a point.

@@ -12,6 +12,7 @@ import typer
 from supar_cli.cli import console
 from supar_cli.cli.app import single
 from supar_cli.errors import InputError, SetupError
+from supar_cli.planning import templates
 
 
 def init(
@@ -30,7 +31,7 @@ def init(
     quiet: console.Quiet = False,
 ) -> None:
     """Write a template to start from, comments and all."""
-    names = console.template_names()
+    names = templates.names()
     if not names:
         raise SetupError(
             f"{console.template('quickstart').parent}: the installation lacks its templates; install again"
@@ -43,7 +44,7 @@ def init(
         close = difflib.get_close_matches(template, names, 1, 0.5)
         expected = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(names)}"
         raise InputError(f"{template}: no such template; {expected}")
-    text = console.template(template).read_bytes().decode("utf-8")
+    text = templates.text(template)
     kind = kind_of(text)
     default = {"supar.proxy/v1": "proxy.yaml", "supar.sweep/v1": f"{template}.yaml"}.get(kind, "supar.yaml")
     talk = console.Talk(quiet)
@@ -57,8 +58,7 @@ def init(
 
 def description(name: str) -> str:
     """What a template is for: its first line."""
-    with console.template(name).open(encoding="utf-8") as lines:
-        return lines.readline().removeprefix("#").strip()
+    return templates.text(name).partition("\n")[0].removeprefix("#").strip()
 
 
 def kind_of(text: str) -> str:

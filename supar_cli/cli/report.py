@@ -11,7 +11,6 @@ import typer
 from supar_cli.cli import console
 from supar_cli.cli.app import single
 from supar_cli.errors import InputError
-from supar_cli.files import template
 
 DEFAULT = "report.html"
 
@@ -49,17 +48,19 @@ def report(
             *(f"{path}: no such file or folder; expected what `supar train` or `sweep` wrote" for path in missing)
         )
 
+    from pydantic_core import to_jsonable_python
+
     from supar_cli.reporting import html as page
     from supar_cli.reporting import read as reading
 
     parts = [part for path in paths for part in reading.read(path)]
-    text = page.render(parts, template("report.html.j2").read_text("utf-8"))
+    text = page.render(parts)
     if out != "-":
         console.persist(Path(out or DEFAULT), text, force, talk)
         for part in parts:
             talk.log(f"  {part.source}: {part.state}; {page.summary(part.verdicts)}")
     if as_json:
-        data = {"kind": "supar.report/v1", "parts": [part.as_json() for part in parts]}
+        data = {"kind": "supar.report/v1", "parts": to_jsonable_python(parts)}
         console.to_stdout(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     elif out == "-":
         console.to_stdout(text)

@@ -29,7 +29,7 @@ def show(
         raise InputError(f"{run}: no run directory; expected one that `supar runs` lists")
 
     from supar_cli.reporting import text as reading
-    from supar_cli.reporting.html import flat
+    from supar_cli.reporting.result import flatten
 
     plan, found, records, environment = reading.details(folder)
     if not quiet:
@@ -46,7 +46,7 @@ def show(
             talk.log(found["text"])
         talk.log(f"plan {plan.name}, {plan.hash()}")
         tables.show_plan(plan)
-        for name, value in flat({key: value for key, value in environment.items() if key != "engines"}):
+        for name, value in flatten({key: value for key, value in environment.items() if key != "engines"}).items():
             talk.log(f"{name}: {value}")
         engines = environment.get("engines")
         for line in tables.counted("engine", engines if isinstance(engines, dict) else {}):

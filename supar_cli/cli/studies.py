@@ -11,24 +11,27 @@ from typing import Any
 from supar_cli.cli import console
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
-from supar_cli.planning import document
+from supar_cli.planning import document, templates
 from supar_cli.planning.advice import warnings
 from supar_cli.planning.problems import parse
-from supar_cli.planning.sweep import LEVELS, TUNED, Sweep, checked
+from supar_cli.planning.sweep import LEVELS, TUNED, Sweep, plan_all
 
 TARGET_FLAGS = ("width", "layers", "context", "batch_size", "steps", "seed")
 NOT_IN_A_SWEEP = ("search", "evidence", "parents", "meta")
 
 
-def read(source: str | None, full: bool, words: dict[str, Any]) -> document.Document:
+def read(source: str | None, full: bool, words: dict[str, Any], preset: str | None = None) -> document.Document:
     """The document asked for as that of a study. A spec or a proxy becomes one with the keys of `words`.
 
     Of a stream of two, the second is the one at full size. Raises InputError when there is no such document.
     """
     if source is None:
         source = next((name for name in ("proxy.yaml", "supar.yaml") if Path(name).exists()), None)
-    name = source or "quickstart template"
-    found = console.read_all(source or str(console.template("quickstart")), "`supar tune-proxy` writes a proxy")
+    name = f"--preset {preset}" if preset else source or "quickstart template"
+    if preset:
+        found = document.read(templates.text(preset), name)
+    else:
+        found = console.read_all(source or str(console.template("quickstart")), "`supar tune-proxy` writes a proxy")
     if full and len(found) != 2:
         raise InputError(f"{name}: holds {len(found)} document; expected a second one for --full")
     if len(found) > 2:
@@ -96,7 +99,7 @@ def study(read: document.Document, talk: console.Talk) -> Sweep:
     with console.located(read):
         if sweep.data.hash is None:
             sweep = sweep.model_copy(update={"data": corpus.identified(sweep.data)})
-        plans = checked(sweep)
+        plans = plan_all(sweep)
     for message in dict.fromkeys(message for plan in plans for message in warnings(plan)[:1]):
         talk.warn(message)
     return sweep
@@ -137,6 +140,12 @@ def workers(flags: dict[str, Any], device: str, folder: Path) -> Any:
         folder=folder / "slurm",
         verbose=flags["verbose"],
     )
+
+
+def how(flags: dict[str, Any]) -> dict[str, Any]:
+    """How a study's runs are made, as flags say."""
+    settings = console.executor_settings(flags["executor_set"])
+    return {**{name: flags[name] for name in ("jobs", "executor", "verbose", "force")}, "executor_set": settings}
 
 
 @contextmanager

@@ -76,9 +76,7 @@ def sweep(
         what = "given beside a document" if source is not None else f"expected {', '.join(PRESETS)}"
         raise InputError(f"--preset {preset}: {what}")
     talk = console.Talk(quiet, verbose)
-    read = studies.read(str(console.template(preset)) if preset else source, full, DEFAULTS)
-    if preset:
-        read.name = f"--preset {preset}"
+    read = studies.read(source, full, DEFAULTS, preset)
     studies.put_axes(read, over or [])
     console.apply_settings(read, settings)
     studies.put_flags(read, flags)
@@ -86,44 +84,42 @@ def sweep(
     folder = Path(out or f"sweeps/{study.name}")
     studies.describe(study, talk)
 
-    from supar_cli.experiments import sweep as sweep_run
-    from supar_cli.experiments import transfer_study
+    from supar_cli.experiments import sweep as experiment
 
-    workers = studies.workers(flags, study.run.device, folder)
     with studies.progress_of("sweep", folder, quiet, verbose) as progress:
-        result, arms = sweep_run.run_sweep(study, folder, workers, progress, force=force)
+        result = experiment.sweep(study, folder, **studies.how(flags), reporter=progress)
     if not quiet:
         studies.show(result["tables"])
-        _explain(study, arms, talk)
+        _explain(result, talk)
         studies.show_verdicts(result["verdicts"])
     console.emit([result], None, None, force=True, as_json=as_json, talk=talk)
-    if missed := transfer_study.violated(result["verdicts"]):
-        raise CheckViolated("\n".join(missed))
+    missed = [one for one in result["verdicts"] if one["passed"] is False and not one["control"]]
+    if missed:
+        raise CheckViolated("\n".join(f"{one['what']}: {one['text']}" for one in missed))
 
 
-def _explain(study: Any, arms: list[Any], talk: console.Talk) -> None:
-    from supar_cli.experiments import transfer_study
-
-    open_ = [curve for arm in arms for curve in arm.unknown]
+def _explain(result: dict[str, Any], talk: console.Talk) -> None:
     talk.log(
         "octaves: the best value against the first row's\n"
         "re-used: loss at the first row's best of the values measured\n"
         "γ: slope of log2(best value) on log2(size); best values are a parabola's through\n"
         "  the losses within 2 steps and 1.5 octaves of the best one measured"
     )
-    for arm in arms:
-        counts = {word: sum(getattr(curve, word) for curve in arm.curves) for word in ("diverged", "failed")}
+    for arm in result["arms"]:
+        counts = {word: sum(level[word] for level in arm["levels"]) for word in ("diverged", "failed")}
         if any(counts.values()):
-            runs = sum(curve.count(lambda _: True) for curve in arm.curves)
+            runs = sum(len(point["by_seed"]) for level in arm["levels"] for point in level["losses"])
             said = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-            talk.log(f"{arm.name}: of {runs} runs {said}; a diverged one counts as worse than any loss")
-    if study.seeds == 1:
+            talk.log(f"{arm['parameterization']}: of {runs} runs {said}; a diverged one counts as worse than any loss")
+    if result["sweep"]["seeds"] == 1:
         talk.log("one seed: no interval; what it shows may be chance")
     else:
-        talk.log(f"95 % intervals: {transfer_study.RESAMPLES} resamples of the {study.seeds} seeds")
-    if open_:
+        talk.log(f"95 % intervals: {result['resamples']} resamples of the {result['sweep']['seeds']} seeds")
+    outer = sum(not level["bracketed"] for arm in result["arms"] for level in arm["levels"])
+    if outer:
+        widen = result["sweep"]["widen"]
         talk.warn(
-            f"{len(open_)} optima lie at the end of their axis, extended by at most {study.widen} steps; -s widen=N allows more"
+            f"{outer} optima lie at the end of their axis, extended by at most {widen} steps; -s widen=N allows more"
         )
 
 

@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from typing import Any, TypeVar
 
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning.plan import Data
+
+DocumentT = TypeVar("DocumentT")
 
 LLMC_MAGIC = 20240520  # llm.c, dev/data/data_common.py: first int32 of a shard's 256-int32 header
 _NOT_CORPUS = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "idle_test"}
@@ -121,3 +124,9 @@ def identified(data: Data, corpus: Corpus | None = None) -> Data:
             f"data.hash: {data.source} is not the data this document was made with: {found[:19]}…, not {data.hash[:19]}…{why}"
         )
     return data.model_copy(update={"hash": found})
+
+
+def with_hash(document: DocumentT) -> DocumentT:
+    """A document with the hash of its data filled in; one that it has stays. Raises InputError, SetupError."""
+    found: Any = document
+    return document if found.data.hash is not None else found.model_copy(update={"data": identified(found.data)})

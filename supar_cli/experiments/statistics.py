@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, nan, sqrt
 from typing import Any
 
 import numpy as np
@@ -76,3 +77,45 @@ def student_t975(freedom: int) -> float:
     second = (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
     return z + first + second + third
+
+
+RESAMPLES = 2000  # chosen: the 2.5 % quantile then rests on 50 of them
+
+Interval = tuple[float, float]
+
+
+def resample(count: int) -> np.ndarray:
+    """RESAMPLES rows of `count` indices drawn with replacement, always the same ones; no row for a single index."""
+    rows = RESAMPLES if count > 1 else 0
+    return np.random.default_rng(0).integers(count, size=(rows, count))
+
+
+def interval(resampled: np.ndarray) -> Interval | None:
+    """95 % of the resampled values; None of no values."""
+    if not len(resampled):
+        return None
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def vertices(x: np.ndarray, y_XB: np.ndarray) -> np.ndarray:
+    """Lowest point of the parabola through each column of `y_XB`; nan where it has none within `x`."""
+    scale = float(np.abs(x).max()) or 1.0
+    a_B, b_B, _ = np.polyfit(x / scale, y_XB, 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found_B = -b_B / (2 * a_B) * scale
+    return np.where((a_B > 0) & (found_B >= x.min()) & (found_B <= x.max()), found_B, nan)
+
+
+def slope(x: np.ndarray, y_XB: np.ndarray) -> np.ndarray:
+    """Least-squares slope of each column of `y_XB` against `x`."""
+    centred = x - x.mean()
+    return np.asarray(centred @ y_XB / (centred @ centred))
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Standard error of the mean; None for one value or where one isn't finite."""
+    if len(values) < 2 or not all(map(isfinite, values)):
+        return None
+    mean = sum(values) / len(values)
+    return sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))

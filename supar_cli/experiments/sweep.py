@@ -1,96 +1,212 @@
-"""Sweeps and comparisons from a study to its result: the runs made or read, judged, drawn and written."""
+"""Sweeps, comparisons and the demo: a study's runs, measured, judged, drawn and written. One mechanism, three presets."""
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from supar_cli.errors import InputError
-from supar_cli.experiments import comparison, curves, study_views, transfer_study
-from supar_cli.experiments.transfer_study import Arm
-from supar_cli.jobs import runs as records
-from supar_cli.jobs import workers as execute
-from supar_cli.planning.sweep import Sweep
-from supar_cli.training.reporter import Reporter
+from supar_cli.data import corpus
+from supar_cli.errors import InputError, UnusableResult
+from supar_cli.experiments.curves import Curve, first_of, measure_curves
+from supar_cli.experiments.optima import SHORT
+from supar_cli.experiments.sweep_views import comparison, curves_figure, transfer
+from supar_cli.files import Record, naming_write_errors, template, write_file
+from supar_cli.jobs import runs
+from supar_cli.jobs.workers import CPU_JOBS, Workers, make_workers
+from supar_cli.planning import document
+from supar_cli.planning.problems import parse
+from supar_cli.planning.spec import Proxy, Spec
+from supar_cli.planning.sweep import Sweep, plan_all, require_comparison
+from supar_cli.reporting.result import Result, finite, fraction
+from supar_cli.training.reporter import NullReporter, Reporter
 
 
-def _measurements(
-    study: Sweep, folder: Path, workers: execute.Workers, reporter: Reporter, force: bool
-) -> curves.Measurements:
-    """The runs of a study's folder. Raises InputError where it holds another study and `force` is not set."""
-    first = study.plan(study.parameterizations[0], study.levels[0], 0, study.run_seeds[0])
-    records.require_runnable(first, device=workers.is_local)
-    records.open_study_folder(folder, study.identity(exclude={"run", "meta"}), force)
-    return curves.Measurements(study, folder, workers, reporter)
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """What a command asks of a study: whose optima are searched (by default all), and what its result shows."""
+
+    kind: str
+    folder: str
+    views: Callable[[Sweep, list[Curve]], Record]
+    searched: tuple[str, ...] = ()
+    title: str = ""  # after the study's own
 
 
-def run_sweep(
-    study: Sweep, folder: Path, workers: execute.Workers, reporter: Reporter, *, force: bool = False
-) -> tuple[dict[str, Any], list[Arm]]:
-    """Run what the folder has no record of yet, bracket every optimum, judge, draw and write: the result and its arms."""
-    with workers:
-        measured = _measurements(study, folder, workers, reporter, force)
-        found = measured.curves()
-        measured.bracket(found)
-        measured.share(found)
-    arms = transfer_study.analyse(study, found)
-    result = records.result(
-        "supar.sweep-result/v1",
-        study.title or study.name,
-        verdicts=transfer_study.verdicts(arms),
-        tables=[study_views.table(study, arm) for arm in arms],
-        figures=[
-            study_views.loss_figure(study, [curve for arm in arms for curve in arm.curves]),
-            study_views.optimum_figure(study, arms),
-        ],
+SWEEP = Preset("supar.sweep-result/v1", "sweeps", transfer)
+COMPARED = ": SP, μP and SμPar at transferred hyperparameters"
+COMPARE = Preset("supar.compare-result/v1", "compare", comparison, searched=("sp",), title=COMPARED)
+
+
+def sweep(
+    study: Sweep,
+    out: str | Path | None = None,
+    *,
+    jobs: int | None = None,
+    executor: str = "local",
+    executor_set: dict[str, Any] | None = None,
+    verbose: bool = False,
+    force: bool = False,
+    reporter: Reporter | None = None,
+) -> Record:
+    """Sweep a hyperparameter at the study's sizes and judge whether its optimum transfers: the result document.
+
+    `out` is the folder of its records, by default `sweeps/NAME`; no finished run is made again. Raises SuparError.
+    """
+    how = {"executor": executor, "jobs": jobs, "settings": executor_set, "verbose": verbose}
+    return _run(SWEEP, study, out, force, reporter or NullReporter(), how)
+
+
+def compare(
+    study: Sweep,
+    out: str | Path | None = None,
+    *,
+    jobs: int | None = None,
+    executor: str = "local",
+    executor_set: dict[str, Any] | None = None,
+    verbose: bool = False,
+    force: bool = False,
+    reporter: Reporter | None = None,
+) -> Record:
+    """Compare parameterizations at one value of a hyperparameter, and SP re-tuned at every size: the result document.
+
+    SP has three lines: the proxy's value as the others have it; the value that is best for SP at the first size, re-used
+    (what people do); and its value re-tuned at every size (what nobody can afford, and the fair comparison of what is
+    possible). `out` is the folder of its records, by default `compare/NAME`. Raises SuparError.
+    """
+    how = {"executor": executor, "jobs": jobs, "settings": executor_set, "verbose": verbose}
+    return _run(COMPARE, study, out, force, reporter or NullReporter(), how)
+
+
+def _run(
+    preset: Preset, study: Sweep, out: str | Path | None, force: bool, reporter: Reporter, how: dict[str, Any]
+) -> Record:
+    """Make the runs that the folder has no record of yet, judge, draw and write."""
+    if not isinstance(study, Sweep):
+        raise InputError(f"{type(study).__name__}: expected a Sweep")
+    if preset is COMPARE:
+        require_comparison(study)
+    study = corpus.with_hash(study)
+    first, *_ = plan_all(study)
+    folder = Path(out or f"{preset.folder}/{study.name}")
+    with _workers(study.run.device, folder, **how) as ready:
+        runs.require_runnable(first, device=ready.is_local)
+        runs.open_study_folder(folder, study.identity(exclude={"run", "meta"}), force)
+        curves = measure_curves(study, folder, ready, reporter, preset.searched)
+    result = Result(
+        kind=preset.kind,
+        title=(study.title or study.name) + preset.title,
         parents={"sweep": study.hash()},
-        environment=records.environment(workers),
-        sweep=study.model_dump(),
-        arms=[
-            {
-                "parameterization": arm.name,
-                "control": arm.control,
-                "drift": arm.drift,
-                "drift_ci95": None if arm.drift_interval is None else list(arm.drift_interval),
-                "shift_octaves": arm.shift_octaves,
-                "levels": study_views.rows(study, arm),
-            }
-            for arm in arms
-        ],
+        environment=runs.environment(ready),
+        **{"sweep": study.model_dump(), **preset.views(study, curves)},
     )
-    records.write_result(folder, result, reporter.log)
-    return result, arms
+    result.write(folder, reporter.log)
+    return result.document()
 
 
-def require_comparison(study: Sweep, name: str) -> None:
-    """Raise InputError unless a study is a comparison: one value of the hyperparameter at several sizes."""
-    if any(len(study.grid(one).values) != 1 for one in study.parameterizations) or not study.level_axis:
-        raise InputError(f"{name}: over: not of a comparison; expected a spec or a proxy, or `supar sweep`")
+def _workers(device: str, folder: Path, executor: str = "local", **how: Any) -> Workers:
+    return make_workers(executor, device=device, on_cpu=CPU_JOBS, folder=folder / "slurm", **how)
 
 
-def run_comparison(
-    study: Sweep, folder: Path, workers: execute.Workers, reporter: Reporter, *, force: bool = False
-) -> dict[str, Any]:
-    """Run every parameterization at the proxy's hyperparameters, and SP re-tuned at every size; write the result."""
-    with workers:
-        measured = _measurements(study, folder, workers, reporter, force)
-        found = measured.curves()
-        measured.add((curve, 0.0) for curve in found)
-        own = [curve for curve in found if curve.name == "sp"]
-        measured.bracket(own)
-        measured.share(own)
-    rows = comparison.rows(found)
-    axis = study.level_axis if study.level_axis in ("width", "layers") else "density"
-    result = records.result(
-        "supar.compare-result/v1",
-        f"{study.title or study.name}: SP, μP and SμPar at transferred hyperparameters",
-        verdicts=[],
-        tables=comparison.tables(rows, axis),
-        figures=[comparison.figure(rows, axis)],
-        parents={"sweep": study.hash()},
-        environment=records.environment(workers),
-        sweep=study.model_dump(),
-        levels=rows,
-    )
-    records.write_result(folder, result, reporter.log)
+# octaves from the proxy's rate; WIDEN: beyond them, a factor of a thousand from the transferred rate
+FIRST_OCTAVE, LAST_OCTAVE, WIDEN = -2, 2, 8
+
+
+def demo(
+    data: str | None = None,
+    *,
+    steps: int = 120,
+    trials: int = 6,
+    seeds: int = 1,
+    jobs: int | None = None,
+    device: str | None = None,
+    out: str | Path = "demo",
+    verbose: bool = False,
+    reporter: Reporter | None = None,
+) -> Record:
+    """Tune a tiny dense proxy, transfer it to lower densities under SP and SμPar, and sweep the learning rate there.
+
+    Returns the document that it writes to results.json in the folder `out`. Raises SuparError.
+    """
+    from supar_cli.experiments import search  # and with it Optuna, which no sweep needs
+
+    started, folder, reporter = time.monotonic(), Path(out), reporter or NullReporter()
+    spec = _demo_spec(data, steps, trials, device)
+    with naming_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with _workers(spec.run.device, folder, jobs=jobs, verbose=verbose) as ready:
+        shape = f"width {spec.model.width}, {spec.model.layers} layers, {steps} steps on {spec.data.source}"
+        reporter.log(f"1. Tuning a dense proxy: {shape}.")
+        proxy = search.search(spec, str(folder / "proxy.journal"), workers=ready, reporter=reporter)
+        write_file(folder / "proxy.yaml", document.write([proxy.model_dump()]))
+        reporter.log(
+            "2. Transferring it to densities 1, 1/4, 1/16 under SP and SμPar; at each, the learning rate is swept\n"
+            "   by factors of 2 around the transferred one."
+        )
+        study = _demo_study(proxy, seeds)
+        curves = measure_curves(study, folder, ready, reporter)
+    for curve in curves:
+        best = f"best at η·2^{_octave(curve.best)}, loss {curve.mean(curve.best):.4f} ({len(curve.losses)} rates)"
+        reporter.log(f"   {SHORT[curve.name]} at density {fraction(curve.level.density)}: {best}")
+    regrets = [_regret(curve, first_of(curve, curves)) for curve in curves]
+    curves_figure(study, curves).save(folder / "lr_transfer.png")
+    result = {
+        "kind": "supar.demo/v1",
+        "proxy": proxy.hash(),
+        "lr": proxy.hyperparameters.lr,
+        "seeds": seeds,
+        "steps": steps,
+        "regrets": regrets,
+        "curves": [_losses(curve) for curve in curves],
+        "meta": {"seconds": round(time.monotonic() - started, 1), "machine": runs.environment(ready)["machine"]},
+    }
+    write_file(folder / "results.json", json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _demo_spec(data: str | None, steps: int, trials: int, device: str | None) -> Spec:
+    """The quickstart's spec on a demo's budget: shorter runs, of fewer tokens."""
+    (read,) = document.read_file(str(template("quickstart.yaml")))
+    read.data["model"] |= {"context": 64}
+    read.data["train"] |= {"steps": steps, "batch_size": 16, "eval_every": max(1, steps // 4), "eval_batches": 8}
+    read.data["search"] |= {"trials": trials, "finalists": 1, "seeds": 1, "lr_fit_octaves": []}
+    read.data |= {"data": {"source": data or "stdlib"}, "run": {"device": device or "auto"}}
+    return corpus.with_hash(parse(Spec, read))
+
+
+def _demo_study(proxy: Proxy, seeds: int) -> Sweep:
+    over = {"lr": f"x:{FIRST_OCTAVE}..{LAST_OCTAVE}/1", "density": [1.0, 1 / 4, 1 / 16]}
+    keys = {"model", "hyperparameters", "parameterization", "sparsity", "data", "train", "run"}
+    own: Record = {"name": "demo", "over": over, "parameterizations": ["sp", "supar"], "seeds": seeds, "widen": WIDEN}
+    return Sweep(kind="supar.sweep/v1", **own, **proxy.model_dump(include=keys))
+
+
+def _octave(index: float) -> int:
+    """Octaves from the proxy's rate, of an index of the demo's grid."""
+    return FIRST_OCTAVE + round(index)
+
+
+def _losses(curve: Curve) -> Record:
+    losses = {_octave(index): finite(curve.mean(index)) for index in curve.indices}
+    return {"parameterization": curve.name, "density": curve.level.density, "losses": losses}
+
+
+def _regret(curve: Curve, dense: Curve) -> Record:
+    """Where a curve's optimum lies against the dense one's, and the regret of the dense one's rate; None: not finite.
+
+    Raises UnusableResult when training diverged at every rate.
+    """
+    loss, reused = curve.mean(curve.best), curve.mean(dense.best)
+    if finite(loss) is None:
+        raise UnusableResult(f"{curve.name} at density {curve.level.density:g}: training diverged at every rate tried")
+    return {
+        "parameterization": curve.name,
+        "density": curve.level.density,
+        "optimum_octaves": round(curve.best - dense.best),
+        "loss_at_optimum": loss,
+        "loss_at_dense_rate": finite(reused),
+        "regret": finite(reused - loss),
+    }

@@ -12,105 +12,106 @@ from supar_cli.planning import rules
 from supar_cli.planning.density import Share
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.plan import Plan
+from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.schema import Field, Section
-from supar_cli.planning.spec import Data, Hyperparameters, Model, Options, Proxy, Run, Sparsity, Target, Train, override
+from supar_cli.planning.spec import Data, Hyperparameters, Model, Options, Proxy, Run, Search, Sparsity, Target, Train
 from supar_cli.planning.transfer import transfer
 
-TUNED = ("lr", "init_std", "alpha_input", "alpha_output", "weight_decay")
+TUNED = Search.SEARCHED
 SHARES = ("sparsity", "density")
 LEVELS = (*SHARES, "width", "layers")
-MOST_VALUES = 200  # chosen: a grid with more values is a slip of the pen
+MAX_VALUES = 200  # chosen: a grid with more values is a slip of the pen
 
 GRAMMAR = "log2:-12..-4/0.5, x:-3..3/1 (the proxy's times 2^k) or a list as 0,0.5,0.75"
 
 
 def axis_values(name: str, given: Any, centre: float = 1.0) -> tuple[float, ...]:
     """The values of an axis, rising: a list, or text of GRAMMAR. Raises ValueError that begins with the key."""
-    where = f"over.{name}"
+    try:
+        return tuple(sorted(_values(name, given, centre)))
+    except ValueError as error:
+        raise ValueError(f"over.{name}: {given!r}: {error}; expected {GRAMMAR}") from None
+
+
+def _values(name: str, given: Any, centre: float) -> list[float]:
     if isinstance(given, bool) or not isinstance(given, str | list | int | float):
-        raise ValueError(f"{where}: {given!r} is no axis; expected {GRAMMAR}")
-    scale, colon, span = given.partition(":") if isinstance(given, str) else ("", "", "")
-    if colon:
+        raise ValueError("not an axis")
+    if isinstance(given, str) and ":" in given:
         if name in LEVELS:
-            raise ValueError(f"{where}: {given!r} is in octaves; expected a list as 0,0.5,0.75 for {name}")
-        values = _octaves(f"{where}: {given!r}", scale.strip(), span, centre)
+            raise ValueError(f"{name} takes a list, not octaves")
+        values = _octaves(given, centre)
     else:
-        try:
-            values = [shares.number(part) for part in _parts(given)]
-        except (TypeError, ValueError):
-            raise ValueError(f"{where}: {given!r} can't be read; expected {GRAMMAR}") from None
-    if not values or len(set(values)) < len(values) or len(values) > MOST_VALUES:
-        raise ValueError(f"{where}: {given!r} is no axis; expected 1 to {MOST_VALUES} values, each once")
+        values = [shares.number(part) for part in _parts(given)]
+    if not 1 <= len(values) == len(set(values)) <= MAX_VALUES:
+        raise ValueError(f"not an axis of 1 to {MAX_VALUES} values, each once")
     for value in values:
-        sound = {"sparsity": 0 <= value < 1, "density": 0 < value <= 1}.get(name, 0 < value < float("inf"))
-        if not sound or (name in ("width", "layers") and value != int(value)):
-            raise ValueError(f"{where}: {value:g} is no {name.replace('_', ' ')}; expected {GRAMMAR}")
-    return tuple(sorted(values))
+        is_valid = {"sparsity": 0 <= value < 1, "density": 0 < value <= 1}.get(name, value > 0)
+        if not is_valid or (name in ("width", "layers") and value != int(value)):
+            raise ValueError(f"{value:g} is not a valid {name.replace('_', ' ')}")
+    return values
 
 
 def _parts(given: Any) -> list[str]:
     """The texts of an axis that is a list of values."""
     parts = given.split(",") if isinstance(given, str) else given if isinstance(given, list) else [given]
-    return [str(part).strip() for part in parts if not isinstance(part, bool)]
+    return [str(part).strip() for part in parts]
 
 
-def _octaves(what: str, scale: str, span: str, centre: float) -> list[float]:
+def _octaves(text: str, centre: float) -> list[float]:
+    """The values of SCALE:LOW..HIGH/STEP, or without a step in whole octaves."""
+    scale, span = (part.strip() for part in text.split(":", 1))
     ends, slash, step_text = span.partition("/")
-    low_text, _, high_text = ends.partition("..")
-    try:
-        low, high, step = float(low_text), float(high_text), float(step_text if slash else 1)
-    except ValueError:
-        raise ValueError(f"{what} can't be read; expected {GRAMMAR}") from None
+    low, high, step = (shares.number(part) for part in (*ends.partition("..")[::2], step_text if slash else "1"))
     if scale not in ("log2", "x"):
-        raise ValueError(f"{what}: {scale!r} is no scale; expected {GRAMMAR}")
-    if not (0 < step <= 100 and -100 <= low <= high <= 100) or (high - low) / step > MOST_VALUES:
-        raise ValueError(f"{what} is no range; expected LOW..HIGH/STEP, at most {MOST_VALUES} values")
+        raise ValueError(f"{scale!r} is not a scale")
+    if not (0 < step <= 100 and -100 <= low <= high <= 100) or (high - low) / step > MAX_VALUES:
+        raise ValueError(f"not a range LOW..HIGH/STEP of at most {MAX_VALUES} values")
     count = int((high - low) / step + 1e-9) + 1
     return [(centre if scale == "x" else 1.0) * rules.power(2.0, low + i * step) for i in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Values of the tuned hyperparameter by place: 0, 1, … are those asked for, others lie beyond or between them."""
+    """Values of the tuned hyperparameter by index: 0, 1, … are those of the axis, others lie beyond or between them."""
 
     values: tuple[float, ...]
 
-    def at(self, place: float) -> float:
-        """The value at a place, in equal steps of its logarithm; beyond the ends in steps as the last ones there."""
+    def value(self, index: float) -> float:
+        """The value at an index, in equal steps of its logarithm; beyond the ends in steps as the last ones there."""
         last = len(self.values) - 1
-        if place == int(place) and 0 <= place <= last:
-            return self.values[int(place)]
-        start = min(max(int(place // 1), 0), max(last - 1, 0))
+        if index == int(index) and 0 <= index <= last:
+            return self.values[int(index)]
+        start = min(max(int(index // 1), 0), max(last - 1, 0))
         step = self.values[start + 1] / self.values[start] if last else 2.0
-        return self.values[start] * rules.power(step, place - start)
+        return self.values[start] * rules.power(step, index - start)
 
-    def octaves(self, place: float) -> float:
-        return log2(self.at(place))
+    def octaves(self, index: float) -> float:
+        return log2(self.value(index))
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A size that runs are transferred to. `scale` is what drift is measured against: its density, width or depth.
-
-    `share` is the density as documents have it: exact where `density` is the nearest float of it.
-    """
+    """A size that runs are transferred to. `share` is its density as documents have it, exactly."""
 
     axis: str
     value: float
-    density: float
     share: Share
     width: int
     layers: int
 
     @property
+    def density(self) -> float:
+        return float(shares.literal(self.share))
+
+    @property
+    def measure(self) -> str:
+        """What drift is measured against: `density`, `width` or `layers`."""
+        return "density" if self.axis == "sparsity" else self.axis
+
+    @property
     def scale(self) -> float:
-        return {"width": float(self.width), "layers": float(self.layers)}.get(self.axis, self.density)
-
-
-def _share(axis: str, text: str) -> Share:
-    """A density as documents have it, from the text of a sparsity or a density."""
-    exact = shares.density_from(**{axis: text})
-    return str(exact) if "/" in text else float(exact)
+        """Its density, width or number of layers."""
+        return float(getattr(self, self.measure))
 
 
 class Sweep(Section):
@@ -127,7 +128,7 @@ class Sweep(Section):
     train: Train
     target: Target = Field(default_factory=Target)
     over: dict[str, Any]
-    parameterizations: list[rules.ParameterizationName] = Field(min_length=1)
+    parameterizations: list[ParameterizationName] = Field(min_length=1)
     own: dict[str, dict[str, float]] = Field(default_factory=dict)  # hyperparameters of one parameterization
     iso: Literal["none", "parameters", "wpn"] = "none"
     seeds: int = Field(default=2, gt=0, le=1000)
@@ -137,29 +138,26 @@ class Sweep(Section):
     meta: dict[str, Any] = Field(default_factory=dict)
 
     def check(self) -> None:
+        known = get_args(ParameterizationName)
         for name in self.over:
             if name not in (*TUNED, *LEVELS):
-                raise ValueError(f"over.{name}: no axis; expected some of {', '.join((*TUNED, *LEVELS))}")
-        for what, names in (("hyperparameter", TUNED), ("size", LEVELS)):
-            found = [name for name in self.over if name in names]
-            if len(found) > 1 or (what == "hyperparameter" and not found):
-                raise ValueError(f"over: {len(found)} axes of a {what}; expected one of {', '.join(names)}")
+                raise ValueError(f"over.{name}: not an axis; expected some of {', '.join((*TUNED, *LEVELS))}")
+        for what, names, least in (("hyperparameter", TUNED, 1), ("size", LEVELS, 0)):
+            count = sum(name in names for name in self.over)
+            if not least <= count <= 1:
+                raise ValueError(f"over: {count} axes of a {what}; expected one of {', '.join(names)}")
         if not self.name.replace("-", "").replace("_", "").replace(".", "").isalnum() or self.name.startswith("."):
             raise ValueError(f"name: {self.name!r} names a folder; expected letters, digits, dots, - and _")
         if len(set(self.parameterizations)) < len(self.parameterizations):
-            raise ValueError("parameterizations: one stands twice; expected each once")
+            raise ValueError("parameterizations: one appears twice; expected each once")
         for name, values in self.own.items():
-            if name not in get_args(rules.ParameterizationName):
-                raise ValueError(
-                    f"own.{name}: no parameterization; expected {', '.join(get_args(rules.ParameterizationName))}"
-                )
+            if name not in known:
+                raise ValueError(f"own.{name}: not a parameterization; expected {', '.join(known)}")
             for key, value in values.items():
                 if key not in TUNED or value <= 0:
                     raise ValueError(f"own.{name}.{key}: {value:g}; expected values above 0 of {', '.join(TUNED)}")
         if self.iso != "none" and self.level_axis not in SHARES:
-            raise ValueError(
-                f"iso: {self.iso} wants levels of sparsity or density, not of {self.level_axis or 'nothing'}"
-            )
+            raise ValueError(f"iso: {self.iso} needs levels of sparsity or density")
         for parameterization in self.parameterizations:
             self.grid(parameterization)
         _ = self.levels
@@ -183,50 +181,36 @@ class Sweep(Section):
     @property
     def levels(self) -> list[Level]:
         """Sizes from the densest, narrowest or shallowest on: the first is the one whose optimum is re-used."""
-        axis, width = self.level_axis, self.target.width or self.model.width
-        layers, own = self.target.layers or self.model.layers, self._own_share()
+        axis, own = self.level_axis, self.target.sparsity
+        share = _share("sparsity", str(own.sparsity)) if own.sparsity is not None else own.density or 1.0
+        shape = {"width": self.target.width or self.model.width, "layers": self.target.layers or self.model.layers}
         if not axis:
-            return [Level("density", float(shares.literal(own)), float(shares.literal(own)), own, width, layers)]
-        values, found = axis_values(axis, self.over[axis]), []
-        exact = {shares.number(part): part for part in _parts(self.over[axis])} if axis in SHARES else {}
-        for value in values:
-            share = _share(axis, exact[value]) if axis in SHARES else own
-            wide, deep = (
-                int(value) if axis == name else other for name, other in (("width", width), ("layers", layers))
-            )
-            found.append(Level(axis, value, float(shares.literal(share)), share, wide, deep))
-        found.sort(key=lambda level: -level.density if axis in SHARES else level.scale)
-        if self.iso == "none":
-            return found
-        first, head = found[0].density, self.model.head_width
-        exponent = 0.5 if self.iso == "parameters" else 1.0
-        widths = [max(1, round(width * rules.power(first / level.density, exponent) / head)) * head for level in found]
-        return [replace(level, width=width) for level, width in zip(found, widths, strict=True)]
+            return [Level("density", float(shares.literal(share)), share, **shape)]
+        axis_values(axis, self.over[axis])  # refuses what is wrong with it
+        values = {part: shares.number(part) for part in _parts(self.over[axis])}
+        if axis not in SHARES:
+            found = [Level(axis, value, share, **{**shape, axis: int(value)}) for value in values.values()]
+            return sorted(found, key=lambda level: level.scale)
+        found = [Level(axis, value, _share(axis, part), **shape) for part, value in values.items()]
+        found.sort(key=lambda level: -level.density)
+        return found if self.iso == "none" else [self._widened(level, found[0]) for level in found]
 
-    def _own_share(self) -> Share:
-        own = self.target.sparsity
-        if own.sparsity is None and own.density is None:
-            return 1.0
-        return own.density if own.density is not None else _share("sparsity", str(own.sparsity))
+    def _widened(self, level: Level, first: Level) -> Level:
+        """A level at the width, in whole heads, that keeps the first one's live parameters or weights per neuron."""
+        head = self.model.head_width
+        ratio = rules.power(first.density / level.density, 0.5 if self.iso == "parameters" else 1.0)
+        return replace(level, width=max(1, round(level.width * ratio / head)) * head)
 
-    def proxy(self, name: rules.ParameterizationName, place: float | None = None) -> Proxy:
-        """The proxy as a parameterization has it, the swept hyperparameter at a place of its grid."""
-        values = self.centre(name)
-        if place is not None:
-            values[self.tuned] = self.grid(name).at(place)
+    def plan(self, name: ParameterizationName, level: Level, index: float, seed: int) -> Plan:
+        """The plan of one run, its hyperparameter at an index of the grid. Raises InputError for a size that can't be."""
         keys = ("model", "parameterization", "sparsity", "data", "train", "target", "run")
-        parts: dict[str, Any] = {key: getattr(self, key).model_dump() for key in keys}
-        parts["hyperparameters"] = values
-        return Proxy(kind="supar.proxy/v1", **parts)
-
-    def plan(self, name: rules.ParameterizationName, level: Level, place: float | None, seed: int) -> Plan:
-        """The plan of one run. Raises InputError for a size that can't be."""
-        target = self.target.model_dump()
-        if self.iso != "none" or level.axis == "width":
-            target = override(target, {"width": level.width})
-        target |= {"width": level.width, "layers": level.layers, "seed": seed}
-        target["sparsity"] |= {"sparsity": None, "density": level.share}
-        return transfer(self.proxy(name, place), Target(**target), name, allow_low_wpn=True)
+        values = {**self.centre(name), self.tuned: self.grid(name).value(index)}
+        sections = {key: getattr(self, key) for key in keys}
+        proxy = Proxy(kind="supar.proxy/v1", hyperparameters=values, **sections)  # type: ignore[arg-type]
+        swept_width = level.width if self.iso != "none" or level.axis == "width" else None
+        target = self.target.override(width=swept_width, density=level.share)
+        target = target.model_copy(update={"width": level.width, "layers": level.layers, "seed": seed})
+        return transfer(proxy, target, name, allow_low_wpn=True)
 
     @property
     def run_seeds(self) -> list[int]:
@@ -239,13 +223,24 @@ class Sweep(Section):
         return content_hash(self.identity(exclude={"run", "meta"}))
 
 
-def checked(sweep: Sweep) -> list[Plan]:
+def _share(axis: str, text: str) -> Share:
+    """A density as documents have it, from the text of a sparsity or a density."""
+    exact = shares.density_from(**{axis: text})
+    return str(exact) if "/" in text else float(exact)
+
+
+def require_comparison(sweep: Sweep) -> None:
+    """Raise InputError unless a study has one value of the hyperparameter, and several sizes."""
+    if not sweep.level_axis or any(len(sweep.grid(name).values) > 1 for name in sweep.parameterizations):
+        expected = "expected one value of a hyperparameter at several sizes, or `supar sweep`"
+        raise InputError(f"over: is not of a comparison; {expected}")
+
+
+def plan_all(sweep: Sweep) -> list[Plan]:
     """A plan of each parameterization at each size, as a trial of what will be run. Raises InputError."""
     for level in sweep.levels:
         if level.width % sweep.model.head_width and not sweep.target.heads:
-            raise InputError(
-                f"over.{level.axis}: width {level.width} is no multiple of the proxy's head width {sweep.model.head_width}; "
-                "expected one that is"
-            )
+            what = f"width {level.width} is not a multiple of the proxy's head width {sweep.model.head_width}"
+            raise InputError(f"over.{level.axis}: {what}; expected one that is")
     first = sweep.run_seeds[0]
     return [sweep.plan(name, level, 0, first) for name in sweep.parameterizations for level in sweep.levels]

@@ -2,227 +2,172 @@
 
 from __future__ import annotations
 
-import shlex
-from collections import Counter
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from pydantic import TypeAdapter, ValidationError
 
 from supar_cli.errors import InputError, SetupError
-from supar_cli.files import read_json, read_jsonl
+from supar_cli.files import Record, read_json, read_jsonl, write_file
 from supar_cli.planning import document
-from supar_cli.planning.kinds import kinds_of
-from supar_cli.planning.plan import Plan
 from supar_cli.planning.sweep import TUNED
-from supar_cli.reporting import result as figures
-from supar_cli.reporting.html import Part, flat
-from supar_cli.reporting.result import Figure, Table, Verdict
-from supar_cli.reporting.run_parts import last_written, plan_part, proxy_part, run_part
+from supar_cli.reporting.documents import document_part, run_part
+from supar_cli.reporting.result import NAMES, TITLES, Demo, Line, Panel, ReportPart, Result, Table, flatten, loss_figure
+from supar_cli.reporting.text import time_written
 
+QUIET_S = 600.0  # chosen: a job that has written nothing for so long may not be running any more
 STUDIES = {"supar.check-result/v1": "check", "supar.sweep-result/v1": "sweep", "supar.compare-result/v1": "comparison"}
 FILES = ("plan.yaml", "result.json", "question.json", "records.jsonl", "results.json")
 EXPECTED = "expected a run directory, a folder of a sweep, check, comparison or demo, a plan or a proxy"
 
 
-def read(source: str) -> list[Part]:
+def report(paths: Sequence[str | Path], out: str | Path | None = None) -> str:
+    """One self-contained HTML page of runs, sweeps, checks, comparisons, plans and proxies; written to `out` if given.
+
+    Raises InputError for a path that is none of these.
+    """
+    from supar_cli.reporting import html
+
+    text = html.render([part for path in paths for part in read(str(path))])
+    if out is not None:
+        write_file(Path(out), text)
+    return text
+
+
+def read(source: str) -> list[ReportPart]:
     """The parts of one path: one, or one a document of a stream. `-` reads plans and proxies from standard input.
 
-    Raises InputError for what is not there or is none of supar's, SetupError for what can't be read.
+    Raises InputError for a path that is missing or that supar did not write, SetupError for one that can't be read.
     """
     path = Path(source)
-    if source == "-":
-        return _documents(source)
-    if path.is_dir():
+    if source != "-" and path.is_dir():
         return [_folder(path)]
-    if not path.exists():
+    if source != "-" and not path.exists():
         raise InputError(f"{source}: no such file or folder; {EXPECTED}")
     if path.suffix == ".json":
-        return [_result(path, path.parent, str(path))]
-    return _documents(source)
-
-
-def _documents(source: str) -> list[Part]:
-    parts = []
+        return [_result(path, str(path))]
     found = document.read_file(source)
-    for index, one in enumerate(found, 1):
-        name = f"{one.name}, document {index} of {len(found)}" if len(found) > 1 else one.name
-        kind = one.data.get("kind") if isinstance(one.data, dict) else None
-        if isinstance(kind, str) and kind in kinds_of(Plan):
-            parts.append(plan_part(one, name))
-        elif kind == "supar.proxy/v1":
-            parts.append(proxy_part(one, name))
-        else:
-            what = "holds no document of supar's" if kind is None else f"is {kind!r}"
-            raise InputError(one.problem(("kind",), what, f"expected {next(iter(kinds_of(Plan)))} or supar.proxy/v1"))
-    return parts
+    if len(found) == 1:
+        return [document_part(found[0], found[0].name)]
+    return [document_part(one, f"{one.name}, document {at} of {len(found)}") for at, one in enumerate(found, 1)]
 
 
-def _folder(folder: Path) -> Part:
-    plan, result, records, demo = (
-        folder / name for name in ("plan.yaml", "result.json", "records.jsonl", "results.json")
-    )
-    if plan.is_file() and not (folder / "question.json").is_file():
+def _folder(folder: Path) -> ReportPart:
+    has = {name for name in FILES if (folder / name).is_file()}
+    if "plan.yaml" in has and "question.json" not in has:
         return run_part(folder)
-    if result.is_file():
-        part = _result(result, folder, str(folder))
-        return _with_records(part, folder, records.is_file() and records.stat().st_mtime > result.stat().st_mtime)
-    if demo.is_file():
-        return _result(demo, folder, str(folder))
-    if records.is_file() or (folder / "question.json").is_file():
-        return _running(folder)
-    raise InputError(f"{folder}: is none of supar's folders (no {', '.join(FILES[:-1])} or {FILES[-1]}); {EXPECTED}")
+    if "results.json" in has and "result.json" not in has:
+        return _result(folder / "results.json", str(folder))
+    if has - {"plan.yaml"}:
+        return _study(folder)
+    raise InputError(f"{folder}: not a folder that supar wrote (holds none of {', '.join(FILES)}); {EXPECTED}")
 
 
-def _result(path: Path, folder: Path, source: str) -> Part:
+def _result(path: Path, source: str) -> ReportPart:
     """A result file of a sweep, check, comparison or demo."""
     found = read_json(path)
     kind = found.get("kind") if isinstance(found, dict) else None
     if kind == "supar.demo/v1":
-        return _demo(found, path, source)
+        return _demo(Demo.parse(found, path), source)
     if kind == "supar.result/v1":
-        if (folder / "plan.yaml").is_file():
-            return run_part(folder)
-        raise SetupError(f"{path}: the result of a run whose plan.yaml is not beside it")
+        if (path.parent / "plan.yaml").is_file():
+            return run_part(path.parent)
+        raise SetupError(f"{path}: the result of a run, without its plan.yaml beside it; expected a run directory")
     if not isinstance(kind, str) or kind not in STUDIES:
         raise InputError(f"{path}: kind: is {kind!r}; expected {', '.join(STUDIES)} or supar.demo/v1")
-    part = Part(source, STUDIES[kind], str(found.get("title") or folder.name), "finished")
-    part.verdicts = _typed(list[Verdict], found, "verdicts", path)
-    part.figures = _typed(list[Figure], found, "figures", path)
-    part.tables = _typed(list[Table], found, "tables", path)
-    for table in part.tables:
-        if any(len(row) != len(table.columns) for row in table.rows):
-            raise SetupError(
-                f"{path}: tables: {table.title}: a row has not the {len(table.columns)} cells of its columns"
-            )
+    result = Result.parse(found, path)
+    part = ReportPart(source, STUDIES[kind], result.title or path.parent.name, "finished")
+    part.verdicts, part.figures, part.tables = result.verdicts, result.figures, result.tables
     if not part.verdicts:
-        part.notes.append(f"This {part.kind} gives no verdicts; see its tables.")
-    command = found.get("command")
-    command = shlex.join(map(str, command)) if isinstance(command, list) else command
-    part.facts = [
-        ("Command", [("command line", str(command))] if command else []),
-        ("Environment", flat(found.get("environment") or {})),
-        ("Hashes", flat(found.get("parents") or {})),
-    ]
+        part.notes.append(f"This {part.kind} has no verdicts; see its tables.")
+    part.facts = {
+        "Command": {"command line": result.command} if result.command else {},
+        "Environment": flatten(result.environment),
+        "Hashes": flatten(result.parents),
+    }
     return part
 
 
-def _typed(kind: Any, found: dict[str, Any], name: str, path: Path) -> Any:
-    """A checked part of a result. Raises SetupError that names file and place."""
-    try:
-        return TypeAdapter(kind).validate_python(found.get(name) or [])
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = document.dotted((name, *first["loc"]))
-        raise SetupError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
-
-
-def _counts(records: list[dict[str, Any]]) -> list[Table]:
-    """How many runs are done, diverged and failed, and why the last ones that are not done are not."""
-    states = Counter(str(record.get("state", "unknown")) for record in records)
-    order = [*(name for name in ("done", "diverged", "failed") if name in states), *states]
-    rows: list[list[Any]] = [[name, states[name]] for name in dict.fromkeys(order)]
-    tables = [Table(title="Runs recorded", columns=["state", "runs"], rows=rows)] if rows else []
-    missed = [record for record in records if record.get("state") != "done"]
-    if missed:
-        reasons = [[str(one["run"])[:19], str(one.get("state")), str(one.get("why") or "–")] for one in missed]
-        title = "Runs that are not done, and why"
-        tables.append(Table(title=title, columns=["run", "state", "why"], rows=reasons, folded=len(missed) > 10))
-    return tables
-
-
-def _said(records: list[dict[str, Any]]) -> str:
-    states = Counter(str(record.get("state", "unknown")) for record in records)
-    return ", ".join(f"{count} {state}" for state, count in states.items()) or "none yet"
-
-
-def _with_records(part: Part, folder: Path, newer: bool) -> Part:
-    """Add a folder's records to what its result says."""
-    records = read_jsonl(folder / "records.jsonl", "run")
-    part.tables += _counts(records)
-    if newer:
-        when, _ = last_written(folder / "records.jsonl")
-        part.state = f"running again: {len(records)} runs recorded ({_said(records)}), last written {when}"
-        part.notes.append("Runs were recorded after result.json was written: verdicts and figures are of before.")
-    return part
-
-
-def _running(folder: Path) -> Part:
-    """A sweep, check or comparison that has no result yet."""
-    path = folder / "records.jsonl"
+def _study(folder: Path) -> ReportPart:
+    """A folder of a sweep, check or comparison: its records, and its result or, before there is one, its question."""
+    path, asked, ended = (folder / name for name in ("records.jsonl", "question.json", "result.json"))
     records = read_jsonl(path, "run")
-    question = read_json(folder / "question.json") if (folder / "question.json").is_file() else {}
-    when, live = last_written(path if path.is_file() else folder / "question.json")
-    word = "running" if live else "not finished, and silent for a while: running or stopped"
-    own = question if isinstance(question, dict) else {}
-    part = Part(str(folder), "unfinished measurement", str(own.get("title") or own.get("name") or folder.name), "")
-    part.state = f"{word}: {len(records)} runs recorded ({_said(records)}), last written {when}"
-    part.notes.append("No result.json yet: verdicts come when all runs have ended.")
-    part.figures = _typed(list[Figure], {"figures": list(filter(None, [_losses_so_far(records)]))}, "figures", path)
-    part.tables = _counts(records)
-    part.facts = [("Question", flat(question) if question else [])]
+    if ended.is_file():
+        part = _result(ended, str(folder))
+        if path.is_file() and path.stat().st_mtime > ended.stat().st_mtime:
+            part.state = f"running again: {_progress(records, path)}"
+            part.notes.append("Runs were recorded after result.json was written; its verdicts and figures lack them.")
+    else:
+        last = path if path.is_file() else asked
+        is_quiet = time.time() - last.stat().st_mtime >= QUIET_S
+        word = f"nothing written for {QUIET_S / 60:.0f} minutes, running or stopped" if is_quiet else "running"
+        question = read_json(asked) if asked.is_file() else {}
+        own = question if isinstance(question, dict) else {}
+        title, state = own.get("title") or own.get("name") or folder.name, f"{word}: {_progress(records, last)}"
+        part = ReportPart(str(folder), "unfinished measurement", str(title), state)
+        part.notes.append("No result.json yet: the verdicts follow when all runs have ended.")
+        part.facts = {"Question": flatten(question)}
+        _draw_losses(part, records)
+    _add_records(part, records)
     return part
 
 
-def _losses_so_far(records: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The means of what a sweep that still runs has measured; None of other records or too few."""
-    means: dict[str, dict[str, dict[float, list[float]]]] = {}
+def _states(records: list[Record]) -> list[tuple[str, int]]:
+    return Counter(str(record.get("state", "unknown")) for record in records).most_common()
+
+
+def _progress(records: list[Record], path: Path) -> str:
+    counts = ", ".join(f"{count} {state}" for state, count in _states(records)) or "none yet"
+    return f"{len(records)} runs recorded ({counts}), last written {time_written(path)}"
+
+
+def _add_records(part: ReportPart, records: list[Record]) -> None:
+    """Add how many runs are done, diverged and failed, and why those that are not done are not."""
+    missed = [one for one in records if one.get("state") != "done"]
+    why = [[str(one["run"])[:19], str(one.get("state")), str(one.get("why") or "–")] for one in missed]
+    title, columns = "Runs that are not done, and why", ["run", "state", "why"]
+    if records:
+        part.tables.append(Table(title="Runs recorded", columns=["state", "runs"], rows=_states(records)))
+    if missed:
+        part.tables.append(Table(title=title, columns=columns, rows=why, folded=len(why) > 10))
+
+
+def _draw_losses(part: ReportPart, records: list[Record]) -> None:
+    """Add a figure of what a sweep has measured so far, means over seeds; other measurements have none."""
+    losses: dict[str, dict[str, dict[float, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     word = ""
     for one in records:
-        tuned = next((name for name in TUNED if name in one), "")
-        level = next((name for name in ("sparsity", "density", "layers", "width") if name in one), "")
-        if "arm" not in one or not tuned or not level or not isinstance(one.get("loss"), int | float):
-            continue
-        at = means.setdefault(str(one["arm"]), {}).setdefault(f"{level} {one[level]}", {})
-        at.setdefault(float(one[tuned]), []).append(float(one["loss"]))
-        word = figures.NAMES.get(tuned, tuned)
-    panels: list[dict[str, Any]] = []
-    for arm, levels in means.items():
-        lines = [figures.line(name, {x: sum(y) / len(y) for x, y in at.items()}) for name, at in levels.items()]
-        panels.append({"title": figures.TITLES.get(arm, arm), "vertical": None, "lines": lines})
-    losses = [y for panel in panels for one in panel["lines"] for y in one["y"] if y is not None]
-    if not losses:
-        return None
-    return {
-        "name": "loss",
-        "title": f"Loss over {word} so far, over the seeds that have ended",
-        "x": f"{word} of the proxy",
-        "y": "validation loss (nats per token)",
-        "x_log2": True,
-        "y_log2": False,
-        "y_limits": figures.loss_limits(losses),
-        "panels": panels,
-    }
+        tuned = next((name for name in TUNED if name in one), None)
+        level = next((name for name in ("sparsity", "density", "layers", "width") if name in one), None)
+        if "arm" in one and tuned and level and isinstance(one.get("loss"), int | float):
+            word = NAMES.get(tuned, tuned)
+            losses[str(one["arm"])][f"{level} {one[level]}"][float(one[tuned])].append(float(one["loss"]))
+    panels = []
+    for arm, levels in losses.items():
+        lines = [Line.through(name, {x: sum(y) / len(y) for x, y in at.items()}) for name, at in levels.items()]
+        panels.append(Panel(title=TITLES.get(arm, arm), lines=lines))
+    if panels:
+        title = f"Loss over {word} so far, means over the seeds that have ended"
+        part.figures.append(loss_figure(title, f"{word} of the proxy", panels))
 
 
-def _demo(found: dict[str, Any], path: Path, source: str) -> Part:
+def _demo(demo: Demo, source: str) -> ReportPart:
     """The demo's curves and regrets."""
-    try:
-        panels: dict[str, list[dict[str, Any]]] = {}
-        for curve in found["curves"]:
-            losses = {2.0 ** float(octave): loss for octave, loss in curve["losses"].items()}
-            one = {"label": f"density {curve['density']:g}", "x": sorted(losses)}
-            panels.setdefault(curve["parameterization"], []).append({**one, "y": [losses[x] for x in one["x"]]})
-        figure = {
-            "name": "lr_transfer",
-            "title": "Loss over learning rate",
-            "x": "learning rate ÷ the proxy's",
-            "y": "validation loss (nats per token)",
-            "x_log2": True,
-            "panels": [{"title": name, "lines": lines} for name, lines in panels.items()],
-        }
-        rows = [
-            [one if isinstance(one, str | int | float) else None for one in row.values()] for row in found["regrets"]
-        ]
-        columns = [name.replace("_", " ") for name in found["regrets"][0]] if rows else []
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise SetupError(f"{path}: is corrupt: {type(error).__name__}: {error}") from None
-    part = Part(source, "demo", "Demo: does the dense model's learning rate transfer?", "finished")
-    part.figures = _typed(list[Figure], {"figures": [figure] if panels else []}, "figures", path)
-    part.tables = [Table(title="Regret of re-using the dense model's rate", columns=columns, rows=rows)]
-    part.facts = [
-        ("Demo", flat({name: found.get(name) for name in ("lr", "seeds", "steps")})),
-        ("Environment", flat(found.get("meta") or {})),
-        ("Hashes", [("proxy", str(found.get("proxy")))]),
-    ]
+    part = ReportPart(source, "demo", "Demo: does the dense model's learning rate transfer?", "finished")
+    panels: dict[str, Panel] = {}
+    for curve in demo.curves:
+        panel = panels.setdefault(curve.parameterization, Panel(title=curve.parameterization, lines=[]))
+        points = {2.0**octave: loss for octave, loss in curve.losses.items()}
+        panel.lines.append(Line.through(f"density {curve.density:g}", points))
+    if panels:
+        x, lines = "learning rate ÷ the proxy's", list(panels.values())
+        part.figures.append(loss_figure("Loss over learning rate", x, lines, "lr_transfer"))
+    columns = [name.replace("_", " ") for name in (demo.regrets or [{}])[0]]
+    rows = [list(row.values()) for row in demo.regrets]
+    part.tables.append(Table(title="Regret of reusing the dense model's learning rate", columns=columns, rows=rows))
+    part.facts = {
+        "Demo": flatten({name: getattr(demo, name, None) for name in ("lr", "seeds", "steps")}),
+        "Environment": flatten(demo.meta),
+        "Hashes": {"proxy": demo.proxy},
+    }
     return part

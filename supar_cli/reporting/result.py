@@ -11,13 +11,15 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from math import isfinite
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from supar_cli.errors import SetupError
 from supar_cli.files import write_file
+from supar_cli.planning.document import dotted
 
 NAMES = {"lr": "learning rate", "init_std": "init std", "weight_decay": "weight decay"}
 TITLES = {
@@ -29,22 +31,55 @@ TITLES = {
 }
 
 
-class _Data(BaseModel):
-    """Unknown keys of a file are kept; values of another type are refused."""
+def finite(value: Any) -> float | None:
+    """A number that JSON and a figure can hold, else None."""
+    return value if isinstance(value, int | float) and abs(value) <= sys.float_info.max else None
+
+
+def fraction(density: float) -> str:
+    """1/16 for 0.0625; a density that is not such a fraction stays a decimal."""
+    if density == 1:
+        return "1"
+    whole = round(1 / density)
+    return f"1/{whole}" if whole * density == 1 else f"{density:g}"
+
+
+def loss_limits(losses: list[float]) -> list[float] | None:
+    """Limits of a loss axis: a diverging end of a curve would flatten the rest. None without losses."""
+    return [min(losses) - 0.05, min(max(losses), min(losses) + 1.5) + 0.05] if losses else None
+
+
+def line(label: str, points: dict[float, float | None], *, ring: float | None = None) -> dict[str, Any]:
+    """`Line.through` as data."""
+    return Line.through(label, points, ring=ring).model_dump(exclude_unset=True)
+
+
+def command_line() -> str:
+    """The command that runs, as a shell reads it."""
+    return shlex.join(["supar", *sys.argv[1:]])
+
+
+class Data(BaseModel):
+    """Part of a file that supar wrote: unknown keys are kept, values of another type are refused."""
 
     model_config = ConfigDict(extra="allow")
 
-
-def _drawable(y: float | None) -> float | None:
-    """JSON has no NaN; Python's reader lets it and infinities through."""
-    return y if y is not None and abs(y) < float("inf") else None
+    @classmethod
+    def parse(cls, found: dict[str, Any], path: Path) -> Self:
+        """A file's data as this type; a null is read as a missing key. Raises SetupError that names file and place."""
+        try:
+            return cls.model_validate({key: value for key, value in found.items() if value is not None})
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise SetupError(f"{path}: {dotted(first['loc'])}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 Number = int | Annotated[float, Field(allow_inf_nan=False)]
-Gap = Annotated[int | float | None, AfterValidator(_drawable)]
+Gap = Annotated[int | float | None, AfterValidator(finite)]
+Cell = str | bool | Number | None
 
 
-class Line(_Data):
+class Line(Data):
     label: str = ""
     x: list[Number]
     y: list[Gap]
@@ -53,7 +88,7 @@ class Line(_Data):
     high: list[Gap] | None = None
 
     @model_validator(mode="after")
-    def _fits(self) -> Line:
+    def _require_equal_lengths(self) -> Line:
         lengths = {len(values) for values in (self.x, self.y, self.low, self.high) if values is not None}
         if len(lengths) > 1 or (self.low is None) != (self.high is None):
             raise ValueError("x, y, low and high are of different lengths")
@@ -68,13 +103,13 @@ class Line(_Data):
         return cls(label=label, x=xs, y=[points[x] for x in xs], ring=None if ring is None else xs.index(ring))
 
 
-class Panel(_Data):
+class Panel(Data):
     title: str = ""
-    vertical: float | None = None
+    vertical: Number | None = None
     lines: list[Line]
 
 
-class Figure(_Data):
+class Figure(Data):
     """A row of panels with common axes."""
 
     name: str
@@ -83,12 +118,34 @@ class Figure(_Data):
     y: str
     x_log2: bool = False
     y_log2: bool = False
-    y_limits: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    y_limits: Annotated[list[Number], Field(min_length=2, max_length=2)] | None = None
     panels: list[Panel] = Field(min_length=1)
 
+    def save(self, path: Path) -> None:
+        """Draw it into a file of the kind that its name says."""
+        from supar_cli.reporting import figures
 
-class Verdict(_Data):
-    """`passed` is None where nothing could be decided. A control is to fail, and its text says so."""
+        figures.save(self, path)
+
+    @property
+    def lines(self) -> list[Line]:
+        return [line for panel in self.panels for line in panel.lines]
+
+    @property
+    def gaps(self) -> int:
+        """Points that have no finite value."""
+        return sum(y is None for line in self.lines for y in line.y)
+
+
+def loss_figure(title: str, x: str, panels: list[Panel], name: str = "loss") -> Figure:
+    """Validation loss over `x`, as sweeps and the demo show it."""
+    losses = [y for panel in panels for line in panel.lines for y in line.y if y is not None]
+    y, limits = "validation loss (nats per token)", loss_limits(losses)
+    return Figure(name=name, title=title, x=x, y=y, x_log2=True, y_log2=False, y_limits=limits, panels=panels)
+
+
+class Verdict(Data):
+    """`passed` is None where nothing could be decided. A control is expected to fail, and its text says so."""
 
     what: str
     passed: bool | None
@@ -101,71 +158,86 @@ class Verdict(_Data):
         return self.passed is False and not self.control
 
 
-class Table(_Data):
-    """Cells are texts or numbers. `folded`: shown when asked for."""
+class Table(Data):
+    """Cells are texts or numbers. A `folded` table is shown when the reader opens it."""
 
     title: str
     columns: list[str]
-    rows: Sequence[Sequence[str | float | int | bool | None]]
+    rows: Sequence[Sequence[Cell]]
     folded: bool = False
 
+    @model_validator(mode="after")
+    def _require_whole_rows(self) -> Table:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"{self.title}: a row has {len(row)} cells; expected {len(self.columns)}, one a column"
+                )
+        return self
 
-class Result(_Data):
+
+class Result(Data):
     """result.json of a check, sweep or comparison, as `supar report` reads it; further keys are the measurement's own."""
 
     kind: str
-    title: str
-    verdicts: list[Verdict]
-    tables: list[Table]
-    figures: list[Figure]
-    command: str = Field(default_factory=lambda: command_line())
-    parents: dict[str, str]
-    environment: dict[str, Any]
+    title: str = ""
+    verdicts: list[Verdict] = []
+    tables: list[Table] = []
+    figures: list[Figure] = []
+    command: str = ""
+    parents: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
 
     def document(self) -> dict[str, Any]:
         """The data of result.json."""
-        found = self.model_dump(exclude_unset=True)
-        return {
-            **{key: found[key] for key in ("kind", "title", "verdicts", "tables", "figures")},
-            "command": self.command,
-            **found,
-        }
+        return self.model_copy(update={"command": self.command or command_line()}).model_dump(exclude_unset=True)
 
     def write(self, folder: Path, log: Callable[[str], None]) -> None:
         """Write result.json and a PNG of each figure."""
-        from supar_cli.reporting import figures
-
         text = json.dumps(self.document(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         write_file(folder / "result.json", text)
         for figure in self.figures:
-            figures.save(figure, folder / f"{figure.name}.png")
+            figure.save(folder / f"{figure.name}.png")
         names = ", ".join(["result.json", *(f"{figure.name}.png" for figure in self.figures), "records.jsonl"])
         log(f"wrote {folder}/: {names}")
 
 
-def line(label: str, points: dict[float, float | None], *, ring: float | None = None) -> dict[str, Any]:
-    """`Line.through` as data."""
-    return Line.through(label, points, ring=ring).model_dump(exclude_unset=True)
+class Curve(Data):
+    """A demo's losses by octaves from the proxy's learning rate."""
+
+    parameterization: str
+    density: float
+    losses: dict[Annotated[float, Field(gt=-1000, lt=1000)], Gap]
 
 
-def command_line() -> str:
-    """The command that runs, as a shell reads it."""
-    return shlex.join(["supar", *sys.argv[1:]])
+class Demo(Data):
+    """results.json of a demo."""
+
+    curves: list[Curve]
+    regrets: list[dict[str, Cell]]
+    proxy: str = "–"
+    meta: dict[str, Any] = Field(default_factory=dict)
 
 
-def finite(value: float | None) -> float | None:
-    """A number that JSON and a figure can hold, else None."""
-    return value if value is not None and isfinite(value) else None
+@dataclass
+class ReportPart:
+    """What a report shows of one input. `state` says how far it is; `facts` are texts by group and name."""
+
+    source: str
+    kind: str
+    title: str
+    state: str
+    notes: list[str] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    facts: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
-def fraction(density: float) -> str:
-    """1/16 for 0.0625; a density that is not such a fraction stays a decimal."""
-    if density == 1:
-        return "1"
-    whole = round(1 / density)
-    return f"1/{whole}" if whole * density == 1 else f"{density:g}"
-
-
-def loss_limits(losses: list[float]) -> list[float] | None:
-    """Limits of a loss axis: a diverging end of a curve would flatten the rest. None without losses."""
-    return [min(losses) - 0.05, min(max(losses), min(losses) + 1.5) + 0.05] if losses else None
+def flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    """Nested data as texts by dotted name: a text as it is, nothing as a dash, other data as JSON."""
+    if isinstance(value, dict):
+        parts = [flatten(one, f"{prefix}.{key}" if prefix else str(key)) for key, one in value.items()]
+        return {name: text for part in parts for name, text in part.items()}
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return {prefix or "value": "–" if value is None else text}

@@ -1,57 +1,118 @@
-"""What a run directory tells of its run: state, progress, last losses, and a curve drawn in text."""
+"""A run directory as data and text: its state, how far it is, its last losses, and a curve drawn in characters."""
 
 from __future__ import annotations
 
+import math
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from supar_cli.errors import SetupError, SuparError
-from supar_cli.files import Record
-from supar_cli.planning.plan import Plan
-from supar_cli.reporting.run_parts import finite, last_written, points, run_files, state, thinned
+from supar_cli.files import Record, read_json, read_jsonl
+from supar_cli.planning.plan import Plan, read_plan
+from supar_cli.reporting.result import finite
+from supar_cli.training import run_directory
 
+LOSSES = {"loss": "training", "validation_loss": "validation"}
+POINTS = 200  # chosen: more than a figure of this size shows
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a Unicode braille cell: 4 rows of 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory holds. `result` is None before the run's end; `summary` is what `supar runs` lists."""
+
+    plan: Plan
+    records: list[Record]
+    result: Record | None
+    summary: dict[str, Any]
+
+
+def read_run(folder: Path) -> Run:
+    """A run directory as it stands. Raises SuparError that names the file."""
+    plan, path = read_plan(folder / "plan.yaml"), folder / "metrics.jsonl"
+    records = read_jsonl(path, "step")
+    for at, record in enumerate(records, 1):
+        if not isinstance(record["step"], int) or not isinstance(record.get("grad_norm_by_role", {}), dict):
+            raise SetupError(f"{path}:{at}: not the record of a step; expected a whole `step` and norms by role")
+    result = run_directory.read_result(folder / "result.json") if (folder / "result.json").exists() else None
+    state, text = _state(folder, result is not None)
+    summary = {
+        "run": str(folder),
+        "state": state,
+        "step": records[-1]["step"] if records else 0,
+        "steps": plan.train.steps,
+        **{name: next(reversed(series(records, name).values()), None) for name in LOSSES},
+        "written": time_written(_last_file(folder)),
+        "text": text,
+    }
+    return Run(plan, records, result, summary)
+
+
+def _state(folder: Path, is_finished: bool) -> tuple[str, str]:
+    """(running, finished, preempted, failed or killed; why it ended)."""
+    if run_directory.is_open(folder):
+        return "running", ""
+    if is_finished:
+        return "finished", ""
+    path = folder / run_directory.STATUS_FILE
+    ended = read_json(path) if path.exists() else {}
+    if not isinstance(ended, dict):
+        raise SetupError(f"{path}: is corrupt; expected a state and a text")
+    return str(ended.get("state", "killed")), str(ended.get("text", ""))
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """One run as plain data. A directory that can't be read has the state `unreadable` and says why."""
+    try:
+        return read_run(folder).summary
+    except SuparError as error:
+        return {"run": str(folder), "state": "unreadable", "text": str(error).splitlines()[0]}
+
+
+def details(folder: Path) -> tuple[Plan, dict[str, Any], list[Record], dict[str, Any]]:
+    """(plan, summary, metrics, environment) of a run; the environment is empty before its end. Raises SetupError."""
+    found = summary(folder)
+    if found["state"] == "unreadable":
+        raise SetupError(found["text"])
+    run = read_run(folder)
+    environment = (run.result or {}).get("environment")
+    return run.plan, run.summary, run.records, environment if isinstance(environment, dict) else {}
 
 
 def folders(root: Path) -> list[Path]:
     """Run directories in a folder or one below it, the last written first."""
     found = [path.parent for pattern in ("plan.yaml", "*/plan.yaml", "*/*/plan.yaml") for path in root.glob(pattern)]
     runs = [path for path in found if any((path / name).exists() for name in ("lock", "metrics.jsonl", "checkpoints"))]
-    return sorted(runs, key=lambda path: _latest(path).stat().st_mtime, reverse=True)
+    return sorted(runs, key=lambda path: _last_file(path).stat().st_mtime, reverse=True)
 
 
-def summary(folder: Path) -> dict[str, Any]:
-    """One run as plain data. A directory that can't be read has the state `unreadable` and says why."""
-    try:
-        plan, records, result = run_files(folder)
-        word, text = state(folder, result)
-    except SuparError as error:
-        return {"run": str(folder), "state": "unreadable", "text": str(error).splitlines()[0]}
-    return {
-        "run": str(folder),
-        "state": word,
-        "step": records[-1]["step"] if records else 0,
-        "steps": plan.train.steps,
-        "loss": _last(records, "loss"),
-        "validation_loss": _last(records, "validation_loss"),
-        "written": last_written(_latest(folder))[0],
-        "text": text,
-    }
+def _last_file(folder: Path) -> Path:
+    return next(path for name in ("result.json", "metrics.jsonl", "plan.yaml") if (path := folder / name).exists())
 
 
-def details(folder: Path) -> tuple[Plan, dict[str, Any], list[Record], dict[str, Any]]:
-    """(plan, summary, metrics, environment) of a run; the environment is empty before its end. Raises SuparError."""
-    found = summary(folder)
-    if found["state"] == "unreadable":
-        raise SetupError(found["text"])
-    plan, records, result = run_files(folder)
-    environment = (result or {}).get("environment")
-    return plan, found, records, environment if isinstance(environment, dict) else {}
+def time_written(path: Path) -> str:
+    """When a file was last written, UTC."""
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(path.stat().st_mtime))
+
+
+def series(records: list[Record], name: str) -> dict[float, float | None]:
+    """A quantity by step; None where it is there and not finite."""
+    return {one["step"]: finite(one[name]) for one in records if name in one}
+
+
+def downsample(by_step: dict[float, float | None]) -> tuple[dict[float, float | None], int]:
+    """(means of equal numbers of neighbours, at their last step; how many each). A gap inside makes a gap."""
+    each = max(1, math.ceil(len(by_step) / POINTS))
+    items = [(step, math.nan if y is None else y) for step, y in sorted(by_step.items())]
+    groups = [items[at : at + each] for at in range(0, len(items), each)]
+    return {group[-1][0]: finite(sum(y for _, y in group) / len(group)) for group in groups}, each
 
 
 def curve(records: list[Record], name: str, width: int, height: int) -> list[str]:
     """A quantity over steps in `height` lines of braille, `width` characters wide with its axis; none without numbers."""
-    known = {step: y for step, y in thinned(points(records, name))[0].items() if y is not None}
+    known = {step: y for step, y in downsample(series(records, name))[0].items() if y is not None}
     if not known:
         return []
     low, high = min(known.values()), max(known.values())
@@ -67,11 +128,3 @@ def curve(records: list[Record], name: str, width: int, height: int) -> list[str
     left = [labels[0], *[""] * (height - 2), labels[1]]
     steps = f"{'':{margin}}{first:g}{f'step {last:g}':>{width - margin - len(f'{first:g}')}}"
     return [f"{label:>{margin - 2}} ┤{line}" for label, line in zip(left, lines, strict=True)] + [steps]
-
-
-def _last(records: list[Record], name: str) -> float | None:
-    return next((finite(record[name]) for record in reversed(records) if name in record), None)
-
-
-def _latest(folder: Path) -> Path:
-    return next(path for name in ("result.json", "metrics.jsonl", "plan.yaml") if (path := folder / name).exists())

@@ -1,0 +1,164 @@
+"""Plans, their runs, and proxies as parts of a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from supar_cli.files import Record
+from supar_cli.planning.document import Document
+from supar_cli.planning.kinds import parse_any
+from supar_cli.planning.overview import COLUMNS, number, plan_rows, start_text
+from supar_cli.planning.plan import Plan, PlanModel
+from supar_cli.planning.spec import Proxy
+from supar_cli.reporting.result import Figure, Line, Panel, ReportPart, Table, Verdict, flatten
+from supar_cli.reporting.text import LOSSES, downsample, read_run, series
+
+MEASURED = ("steps", "seconds", "resumed_at", "parameters", "live_parameters")
+TENSOR_COLUMNS = ("name", "role", "shape", "density", "kept", "start", "lr", "weight_decay", "eps", "because")
+
+
+def run_part(folder: Path) -> ReportPart:
+    """A run directory, finished or not."""
+    run = read_run(folder)
+    found, result, plan = run.summary, run.result, run.plan
+    done = found["step"] if result is None else result.get("steps")
+    step, why = f"step {done} of {found['steps']}", f": {found['text']}" if found["text"] else ""
+    state = f"{found['state']}: {step}, last written {found['written']}{why}"
+    part = ReportPart(str(folder), "run", f"Run {plan.name}", state, facts=_plan_facts(plan))
+    part.verdicts = [Verdict(what="finished", passed=None if result is None else done == found["steps"], text=step)]
+    losses = {label: series(run.records, name) for name, label in LOSSES.items()}
+    _add_losses(part, losses, is_final=result is not None)
+    part.tables += _plan_tables(plan)
+    part.figures = _run_figures(run.records, losses)
+    if result is not None:
+        measured = flatten({name: result.get(name) for name in MEASURED})
+        part.facts = {"Environment": flatten(result.get("environment") or {}), "Run": measured} | part.facts
+        part.facts["Hashes"] |= flatten({"data as read": result.get("data")})
+        masks, title = list(flatten(result.get("masks") or {}).items()), "Fingerprints of the masks"
+        part.tables.append(Table(title=title, columns=["tensor", "mask"], rows=masks, folded=True))
+        if result.get("plan") != plan.hash():
+            part.notes.append(f"result.json belongs to another plan, {result.get('plan')}, not to plan.yaml beside it.")
+    return part
+
+
+Series = dict[float, float | None]
+
+
+def _add_losses(part: ReportPart, losses: dict[str, Series], is_final: bool) -> None:
+    """Add the losses a run ended with, or has so far, and whether they are numbers."""
+    rows, steps, bad = [], 0, list[str]()
+    for label, by_step in losses.items():
+        found = list(by_step.items())
+        known = [(loss, step) for step, loss in found if loss is not None]
+        bad += [str(step) for step, loss in found if loss is None]
+        steps += len(found)
+        if found:
+            rows.append([label, found[0][1], *reversed(found[-1]), *min(known, default=(None, None))])
+    if not rows:
+        part.notes.append("No step is recorded yet.")
+        return
+    text = f"not at step {', '.join(bad[:5])}; gaps in figures" if bad else f"all {steps} are"
+    part.verdicts.append(Verdict(what="losses finite", passed=not bad, text=text))
+    title = f"{'Final losses' if is_final else 'Losses so far'}, nats per token"
+    columns = ["", "first", "last", "at step", "lowest", "at step"]
+    part.tables.append(Table(title=title, columns=columns, rows=rows))
+
+
+def _run_figures(records: list[Record], losses: dict[str, Series]) -> list[Figure]:
+    """Losses, gradient norms by role, learning rate and speed over steps, as far as they are recorded."""
+    by_role = [{**one.get("grad_norm_by_role", {}), "step": one["step"]} for one in records]
+    roles = dict.fromkeys(role for one in by_role for role in one if role != "step")
+    norms = {"all": series(records, "grad_norm"), **{role: series(by_role, role) for role in roles}}
+    figures = []
+    for name, title, y, by_label in (
+        ("loss", "Loss", "loss (nats per token)", losses),
+        ("grad_norm", "Gradient norm by role", "norm before clipping", norms),
+        ("lr", "Learning rate of the proxy, as scheduled", "learning rate", {"": series(records, "lr")}),
+        ("tokens_per_s", "Speed", "tokens per second", {"": series(records, "tokens_per_s")}),
+    ):
+        lines = [_line(label, by_step) for label, by_step in by_label.items() if set(by_step.values()) - {None}]
+        if lines:
+            panels = [Panel(lines=lines)]
+            figures.append(Figure(name=name, title=title, x="step", y=y, y_log2=name == "grad_norm", panels=panels))
+    return figures
+
+
+def _line(label: str, by_step: dict[float, float | None]) -> Line:
+    means, each = downsample(by_step)
+    return Line.through(f"{label} (means of {each})".strip() if each > 1 else label, means)
+
+
+def document_part(found: Document, source: str) -> ReportPart:
+    """A plan or a proxy. Raises InputError with every problem in it."""
+    parsed = parse_any(found, Plan, Proxy)
+    if isinstance(parsed, Proxy):
+        return _proxy_part(parsed, source)
+    assert isinstance(parsed, Plan)
+    part = ReportPart(source, "plan", f"Plan {parsed.name}", "a plan; nothing was measured")
+    part.tables, part.facts = _plan_tables(parsed), _plan_facts(parsed)
+    return part
+
+
+def _plan_tables(plan: Plan) -> list[Table]:
+    """Sets of equal tensors, and each tensor's own row, folded."""
+    rows = []
+    for one in plan.tensors:
+        because = ", ".join(f"{key} {number(value)}" for key, value in one.because.items())
+        row = {**one.model_dump(), "shape": "×".join(map(str, one.shape)), "start": start_text(one), "because": because}
+        rows.append([row[name] for name in TENSOR_COLUMNS])
+    return [
+        Table(title="The plan's tensors, equal ones in one row", columns=list(COLUMNS), rows=plan_rows(plan)),
+        Table(title="The plan, tensor by tensor", columns=list(TENSOR_COLUMNS), rows=rows, folded=True),
+    ]
+
+
+def _plan_facts(plan: Plan) -> dict[str, dict[str, str]]:
+    """Model, rules, data and hashes of a plan."""
+    model, multipliers, shape = plan.model, dict[str, Any](), plan.model.label
+    if isinstance(model, PlanModel):
+        multipliers, layers = model.multipliers.model_dump(), f"{model.layers} layers, {model.heads} heads"
+        shape = f"{model.family}, width {model.width}, {layers}, context {model.context}"
+    length = "" if plan.train.tokens is None else f", {plan.train.tokens:,} tokens"
+    sizes = {
+        "shape": shape,
+        "parameters": f"{plan.parameters:,}; live {plan.live:,}",
+        "sparsity": f"{plan.sparsity.sparsity:g} ({plan.sparsity.pattern_text}, {plan.sparsity.distribution})",
+        "training": f"{plan.train.steps:,} steps of {plan.train.batch_size} sequences{length}",
+        "data": plan.data.source,
+    }
+    return {
+        "Model": sizes,
+        "Parameterization": flatten(plan.parameterization.model_dump()),
+        "Hyperparameters": flatten(plan.hyperparameters.model_dump()),
+        "Multipliers of the forward pass": flatten(multipliers),
+        "Notes of the plan": flatten(plan.meta),
+        "Hashes": flatten({"plan": plan.hash(), **plan.parents, "data": plan.data.hash}),
+    }
+
+
+def _proxy_part(proxy: Proxy, source: str) -> ReportPart:
+    """A proxy: what it is, and the evidence of its tuning."""
+    model, evidence = proxy.model, dict(proxy.evidence)
+    state = "tuned" if evidence else "a proxy without evidence of tuning"
+    part = ReportPart(source, "proxy", f"Proxy of width {model.width}, {model.layers} layers", state)
+    finalists = evidence.pop("finalists", None)
+    if isinstance(finalists, list) and finalists and all(isinstance(one, dict) for one in finalists):
+        columns = list(finalists[0])
+        rows = [[_cell(one.get(name)) for name in columns] for one in finalists]
+        part.tables = [Table(title="Finalists, losses by seed", columns=columns, rows=rows)]
+    part.facts = {
+        "Hyperparameters": flatten(proxy.hyperparameters.model_dump()),
+        "Evidence": flatten(evidence),
+        "Model": flatten(model.model_dump()),
+        "Training": flatten(proxy.train.model_dump()),
+        "Notes of the proxy": flatten(proxy.meta),
+        "Hashes": flatten({"proxy": proxy.hash(), **proxy.parents, "data": proxy.data.hash}),
+    }
+    return part
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list):
+        return ", ".join(f"{one:.4f}" if isinstance(one, float) else str(one) for one in value)
+    return "yes" if value is True else "" if value is False else value
