@@ -126,6 +126,14 @@ def test_a_queued_run_is_taken_only_by_who_waits_for_it(journal: Made) -> None:
     assert trial is not None and trial.user_attrs["run"] == "a"
 
 
+def test_a_run_that_two_processes_have_queued_is_made_once_and_no_trial_of_it_is_left(journal: Made) -> None:
+    study = journal()
+    for _ in range(2):
+        study.queue({}, run="a")
+    assert study.claim({"a"}) is not None and study.claim({"a"}) is None
+    assert [trial.state.name for trial in study.trials()] == ["RUNNING", "FAIL"]
+
+
 @pytest.mark.parametrize("sampler", ["random", "qmc", "tpe", "gp"])
 def test_no_two_trials_that_run_at_the_same_time_draw_the_same(sampler: str, url: str) -> None:
     if sampler in ("qmc", "gp"):

@@ -130,15 +130,15 @@ class SharedStudy:
         return len(left), [trial for trial in running if run_of(trial) in left]
 
     def claim(self, wanted: Wanted) -> optuna.Trial | None:
-        """A trial for this process to run; None where what is wanted has ended or runs, or no wanted run waits."""
+        """A trial for this process to run; None where as many as wanted have ended or run, or no wanted run waits."""
         self.requeue_abandoned()
-        missing, running = self.missing(wanted)
-        if missing <= len(running):
+        trials = self.trials()
+        if isinstance(wanted, int):
+            is_left = sum(is_counted(t) or t.state == TrialState.RUNNING for t in trials) < wanted
+        else:
+            is_left = any(t.state == TrialState.WAITING and run_of(t) in wanted for t in trials)
+        if not is_left:
             return None
-        if not isinstance(wanted, int):
-            waiting = [trial for trial in self.trials() if trial.state == TrialState.WAITING]
-            if not any(run_of(trial) in wanted for trial in waiting):
-                return None
         trial = self.study.ask()
         try:
             trial.set_user_attr("process", [socket.gethostname(), os.getpid(), machine()])
