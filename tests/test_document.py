@@ -197,6 +197,12 @@ def test_text_that_looks_like_something_else_is_quoted(word: str) -> None:
     assert read(text) == yaml.safe_load(text) == {"key": word, word: "value"}
 
 
+@pytest.mark.parametrize("word", ["off", "a b: c", "1e-3", "~"])
+def test_a_key_of_many_plain_rows_is_quoted_too(word: str) -> None:
+    text = document.write([{word: [{"name": "a"}] * 9}])
+    assert read(text) == yaml.safe_load(text) == {word: [{"name": "a"}] * 9}
+
+
 @pytest.mark.parametrize(
     ("value", "written"), [(1e-8, "1.0e-08"), (1e22, "1.0e+22"), (1.5e-7, "1.5e-07"), (0.1, "0.1"), (math.inf, ".inf")]
 )
