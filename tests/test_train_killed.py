@@ -98,7 +98,7 @@ def seen_after_a_kill(directory: Path, plan: Plan) -> str:
     kept = checkpoint_reader.available(folder)
     for path in folder.glob("step-*"):
         assert path in kept, f"{path.name} has no manifest"
-        checkpoint_reader.weights(path, plan)  # raises where a hash does not fit
+        checkpoint_reader.weights(path)  # raises where a hash does not fit
     done = [json.loads(line)["step"] for line in rundir_lines(directory)]
     newest = int(kept[-1].name.removeprefix("step-")) if kept else 0
     assert max(done, default=0) - newest < 3 * EVERY, "a checkpoint is missing: the next one waits for it"

@@ -146,21 +146,21 @@ class CheckpointReader:
             state_dict_loader.load(targets, storage_reader=self._reader, no_dist=True)
 
     def masks(self, plan: Plan) -> dict[str, Mask]:
-        """The masks by name. Raises SetupError if they don't fit the plan's shapes or the manifest."""
+        """The masks by name. Raises SetupError if they don't fit the plan's shapes."""
         rows = [row for row in plan.tensors if f"mask/{row.name}" in self.shapes]
         bits = {f"mask/{row.name}": torch.zeros((row.size + 7) // 8, dtype=torch.uint8) for row in rows}
         self.read(bits)
         with _naming_read_errors(self.path):
-            found = {row.name: Mask(tuple(row.shape), bits[f"mask/{row.name}"].numpy()) for row in rows}
-        if self.manifest["masks"] != {name: mask.fingerprint for name, mask in found.items()}:
-            raise SetupError(f"{self.path}: a corrupt checkpoint: its masks are not those of its manifest")
-        return found
+            return {row.name: Mask(tuple(row.shape), bits[f"mask/{row.name}"].numpy()) for row in rows}
 
     def fill(self, state: State) -> None:
         """Fill the values and moments of a state, whose masks are the checkpoint's, in place.
 
-        Raises InputError for tensors of other shapes, SetupError if the optimizer's counters show another step.
+        Raises InputError for tensors of other shapes, SetupError if the masks are not those of the manifest or the optimizer's
+        counters show another step.
         """
+        if self.manifest["masks"] != {name: mask.fingerprint for name, mask in state.masks.items()}:
+            raise SetupError(f"{self.path}: a corrupt checkpoint: its masks are not those of its manifest")
         self.read(keyed(state))
         counters = [float(moments["step"]) for moments in state.moments.values() if "step" in moments]
         if any(counter != self.step for counter in counters):
