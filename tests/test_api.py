@@ -113,10 +113,10 @@ class TestWords:
             ({"density": 2.0}, r"^target\.sparsity\.density: 2\.0; expected 0 < density <= 1$"),
             (
                 {"density": 0.5, "sparsity": 0.5},
-                r"^target\.sparsity\.density: given beside sparsity; expected only one",
+                r"^target\.sparsity\.density: sparsity is given too; expected only one",
             ),
             ({"width": "wide"}, r"^target\.width: should be a valid integer, not 'wide'$"),
-            ({"width": 100}, r"^target\.width: 100 is no multiple of the proxy's head width"),
+            ({"width": 100}, r"^target\.width: 100 is not a multiple of the proxy's head width"),
         ],
     )
     def test_are_the_command_lines(self, text_file: Path, changes: dict[str, Any], words: str) -> None:
@@ -135,7 +135,7 @@ class TestWords:
             (lambda p: supar_cli.check(p, density=["1/0"]), "^density: '1/0' divides by zero"),
             (lambda p: supar_cli.check(p, density=["x", 1]), "^density: 'x' is not a number"),
             (lambda p: supar_cli.check(p, density=[2]), "^density: 2; expected 0 < density <= 1"),
-            (lambda p: supar_cli.check(p, width=[0]), "^width: 0; expected widths above 0"),
+            (lambda p: supar_cli.check(p, width=[0]), "^width: 0; expected a number above 0"),
             (lambda p: supar_cli.check(p, steps=0), "^steps: 0; expected a number above 0"),
             (lambda p: supar_cli.check(supar_cli.transfer(p), width=[3]), "^a plan is checked as it stands"),
             (lambda p: supar_cli.explain(p), "^Proxy: expected a Plan$"),

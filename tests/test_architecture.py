@@ -201,7 +201,7 @@ CHECKS: dict[Callable[[str, str], list[str]], list[tuple[str, str]]] = {
         ("supar_cli.jobs.runs", "from supar_cli.reporting import figures"),
         ("supar_cli.jobs.runs", "from supar_cli.experiments.curves import measure"),
         ("supar_cli.reporting.read", "from supar_cli.training.trainer import Trainer"),
-        ("supar_cli.experiments.sweep", "from supar_cli.reporting import figures"),
+        ("supar_cli.experiments.sweep", "from supar_cli.reporting import html"),
         ("supar_cli.experiments.sweep", "def f():\n    from supar_cli.sparse import masks"),
         ("supar_cli.bench.step", "from supar_cli.experiments import search"),
         ("supar_cli.cli.train", "from supar_cli.jobs import workers"),

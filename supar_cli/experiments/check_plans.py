@@ -99,7 +99,10 @@ def _proxy_sweeps(
     """The parameterization over density, at the second largest width, and over width, dense; then the controls."""
     drawn, pattern_density = proxy.target.sparsity, density_of(proxy.target.sparsity.pattern)  # N:M has its own density
     densities = densities or (DENSITIES if pattern_density is None else (1.0, str(pattern_density)))
-    densities = sorted(set(densities), key=lambda share: density_from("density", share), reverse=True)
+    try:
+        densities = sorted(set(densities), key=lambda share: density_from("density", share), reverse=True)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     widths = sorted(set(widths or [proxy.model.width * factor for factor in WIDTHS]))
     kept = ("model", "hyperparameters", "parameterization", "sparsity", "data", "run")
     fields = {key: getattr(proxy, key) for key in kept}
