@@ -339,3 +339,8 @@ def test_lists_of_mappings_are_written_as_pyyaml_writes_them(many: list[Any], se
         explicit_start=several,
     )
     assert repr([found.data for found in document.read(text, "f")]) == repr(documents)
+
+
+def test_keys_may_be_numbers() -> None:
+    data = {"curves": [{"density": 1.0, "losses": {-1: 2.5, 0: None}}] * 9}
+    assert yaml.safe_load(document.write([data])) == data

@@ -229,7 +229,7 @@ def _dump(value: Any) -> str:
     return str(yaml.dump(value, Dumper=_Dumper, width=1_000_000, **keywords))
 
 
-def _entry(key: str, value: Any) -> str:
+def _entry(key: Any, value: Any) -> str:
     """A key of a document. Lists of plain mappings are written without PyYAML, which takes several times as long."""
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
         with suppress(_NotPlainError):
@@ -258,9 +258,13 @@ def _flow_text(value: Any) -> str:
 
 
 @cache
-def _plain_text(text: str) -> str:
+def _plain_text(text: Any) -> str:
     """A text that needs no quotes. Raises _NotPlainError."""
-    if not _PLAIN_WORD.fullmatch(text) or _DUMPER.resolve(yaml.ScalarNode, text, (True, False)) != _TAG + "str":
+    if (
+        not isinstance(text, str)
+        or not _PLAIN_WORD.fullmatch(text)
+        or _DUMPER.resolve(yaml.ScalarNode, text, (True, False)) != _TAG + "str"
+    ):
         raise _NotPlainError
     return text
 
