@@ -27,7 +27,7 @@ import supar_cli
 from supar_cli.bench.results import Reading
 from supar_cli.bench.step import WARMUP, RandomTokens
 from supar_cli.planning.plan import Plan
-from supar_cli.sparse.timing import interleave, timed
+from supar_cli.sparse.autotune import interleave, timed
 from supar_cli.training import checkpoint, run_directory
 from supar_cli.training.distributed import Ranks
 from supar_cli.training.runtime import Runtime
@@ -80,7 +80,7 @@ def save(trainer: Trainer, folder: Path) -> dict[str, float]:
     """
     device = trainer.runtime.device
     step_s = statistics.median(timed(trainer.step, device) for _ in range(BEFORE))
-    writer = checkpoint.Writer(folder / "checkpoints", trainer.plan, trainer.task.hash, device=device)
+    writer = checkpoint.Writer(folder / "checkpoints", trainer.plan, trainer.task.hash, trainer.parallel)
     started_s = time.perf_counter()
     writer.save(trainer.done, trainer.capture)
     lost_s = returns_s = time.perf_counter() - started_s

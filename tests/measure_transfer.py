@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from supar_cli.sparse.timing import interleave
+from supar_cli.sparse.autotune import interleave
 
 PROXY = """\
 kind: supar.proxy/v1

@@ -41,8 +41,8 @@ def planned(plan: Plan, **run: Any) -> Plan:
 def other_mask(plan: Plan, ranks: Ranks) -> list[Any]:
     """Rank 1 draws the mask of one tensor from another seed."""
     draw = masks.draw
-    masks.draw = lambda name, shape, kept, density, seed, *rest: draw(
-        name, shape, kept, density, seed + (name == "blocks.1.attn.k") * ranks.rank, *rest
+    masks.draw = lambda name, wanted, density, seed: draw(
+        name, wanted, density, seed + (name == "blocks.1.attn.k") * ranks.rank
     )
     try:
         return error_of(lambda: Trainer(plan, ranks=ranks))

@@ -182,9 +182,9 @@ CHECKS: dict[Callable[[str, str], list[str]], list[tuple[str, str]]] = {
         ("supar_cli.planning.plan", "from ..experiments.search import tune"),
         ("supar_cli.planning.plan", "from .. import experiments"),
         ("supar_cli.planning.plan", "def f():\n    from supar_cli.cli.terminal import emit"),
-        ("supar_cli.sparse.dense", "from supar_cli.planning.plan import Plan"),
-        ("supar_cli.sparse.dense", "if TYPE_CHECKING:\n    from supar_cli.training.runtime import Runtime"),
-        ("supar_cli.sparse.dense", "import supar_cli.models.transformer"),
+        ("supar_cli.sparse.csr", "from supar_cli.planning.plan import Plan"),
+        ("supar_cli.sparse.csr", "if TYPE_CHECKING:\n    from supar_cli.training.runtime import Runtime"),
+        ("supar_cli.sparse.csr", "import supar_cli.models.transformer"),
         ("supar_cli.models.transformer", "from supar_cli.data import batches"),
         ("supar_cli.models.transformer", "from supar_cli.planning import spec"),
         ("supar_cli.data.batches", "from supar_cli.planning.spec import Data"),
@@ -248,15 +248,15 @@ def test_a_planted_offence_is_found(check: Callable[[str, str], list[str]], modu
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     assert circle(SOURCES) == []
-    planted = {"supar_cli.sparse.linear": "def f():\n    from supar_cli.sparse.dense import Dense"}
-    planted |= {"supar_cli.sparse.dense": "if TYPE_CHECKING:\n    from supar_cli.sparse import linear"}
-    assert set(circle(SOURCES | planted)) == {"supar_cli.sparse.linear", "supar_cli.sparse.dense"}
+    planted = {"supar_cli.sparse.linear": "def f():\n    from supar_cli.sparse.csr import Sparse"}
+    planted |= {"supar_cli.sparse.csr": "if TYPE_CHECKING:\n    from supar_cli.sparse import linear"}
+    assert set(circle(SOURCES | planted)) == {"supar_cli.sparse.linear", "supar_cli.sparse.csr"}
 
 
 def test_all_packages_are_walked() -> None:
     packages = {name.split(".")[1] for name in SOURCES if name.count(".") >= 2}
     assert packages == set(MAY_IMPORT)
-    assert "supar_cli.planning.rules" in SOURCES and "supar_cli.sparse.dense" in SOURCES
+    assert "supar_cli.planning.rules" in SOURCES and "supar_cli.sparse.csr" in SOURCES
 
 
 def too_long(sources: dict[str, str]) -> list[str]:

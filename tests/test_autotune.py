@@ -153,7 +153,7 @@ def test_a_wrong_engine_ends_with_2(
 
 
 def test_large_blocks_are_kept_unless_switched_off() -> None:
-    code = "from supar_cli.sparse.allocator import keep_large_blocks; print(keep_large_blocks())"
+    code = "from supar_cli.sparse.autotune import keep_large_blocks; print(keep_large_blocks())"
     for value, kept in (("1", str(sys.platform == "linux")), ("0", "False")):
         run = [sys.executable, "-c", code]
         done = subprocess.run(run, capture_output=True, text=True, env=environment(SUPAR_KEEP_MEMORY=value), check=True)

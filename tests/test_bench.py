@@ -20,9 +20,9 @@ from supar_cli.bench import layer, memory, results
 from supar_cli.bench import step as bench_step
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.sparse.autotune import LayerCase, draw_inputs, draw_values
+from supar_cli.sparse.autotune import LayerCase, draw_inputs, draw_values, interleave
+from supar_cli.sparse.linear import Linear
 from supar_cli.sparse.masks import Mask
-from supar_cli.sparse.timing import interleave
 from supar_cli.training import checkpoint
 from supar_cli.training.trainer import Trainer
 from tests import measure_run, measure_transfer
@@ -258,9 +258,9 @@ def test_masked_dense_steps_as_ours_do(plan_of: Callable[..., Plan]) -> None:
     masked = bench_step.masked_dense(ours.sparse_model, plan.model)
     unmasked = bench_step.masked_dense(other.sparse_model, plan.model)
     for module in unmasked.modules():
-        if isinstance(module, bench_step.MaskedLinear):
+        if isinstance(module, Linear):
             torch.nn.init.normal_(module.weight, std=0.1)
-            module.mask.fill_(True)
+            module.engine = layer.WholeWeight(None)
     steps = [bench_step.plain_step(ours, masked), bench_step.plain_step(ours, unmasked)]
     losses = [(ours.step()[0], *(step() for step in steps)) for _ in range(4)]
     assert max(abs(mine - theirs) for mine, theirs, _ in losses) < 1e-4, losses

@@ -20,8 +20,7 @@ import supar_cli
 from supar_cli.errors import InputError
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.csr import Sparse
-from supar_cli.sparse.dense import Dense
-from supar_cli.sparse.linear import Engine, Linear
+from supar_cli.sparse.linear import Dense, Engine, Linear
 from supar_cli.sparse.masks import IndexMap, Mask
 from supar_cli.training import checkpoint, checkpoint_reader, run_directory
 from supar_cli.training.reporter import NullReporter

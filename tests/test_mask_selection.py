@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from supar_cli.errors import InputError
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse import masks
-from supar_cli.sparse.masks import IndexMap, Mask, RandomKeys, draw, from_matrix, select, to_matrix
+from supar_cli.sparse.masks import IndexMap, Mask, RandomKeys, WantedMask, draw, from_matrix, select, to_matrix
 from supar_cli.streams import stream
 from supar_cli.training import prepare
 
@@ -68,14 +68,14 @@ class TestDrawing:
             kept = rows * data.draw(st.integers(1, columns - 1))
         else:
             kept = block**2 * data.draw(st.integers(1, rows * columns - 1))
-        case = ("w", shape, kept, kept / size, seed, pattern, block)
-        mask = draw(*case)
-        assert mask is not None and np.array_equal(mask.alive(), drawn_whole(*case))
+        wanted = WantedMask(shape, kept, (1,), pattern, block if pattern == "block" else None)
+        mask = draw("w", wanted, kept / size, seed)
+        assert np.array_equal(mask.alive(), drawn_whole("w", shape, kept, kept / size, seed, pattern, block))
 
     @pytest.mark.parametrize("kept", [1, 700, 128 * 96 // 2, 128 * 96 - 1])
     def test_counts_from_one_to_all_but_one(self, kept: int) -> None:
-        mask = draw("w", (128, 96), kept, kept / (128 * 96), 0, "exact")
-        assert mask is not None and mask.count == kept
+        mask = draw("w", WantedMask((128, 96), kept, (1,)), kept / (128 * 96), 0)
+        assert mask.count == kept
         assert np.array_equal(mask.alive(), drawn_whole("w", (128, 96), kept, 0.5, 0, "exact"))
 
 
@@ -174,7 +174,7 @@ class TestAnyKeys:
         self, pattern: str, shape: tuple[int, int], kept: int, message: str
     ) -> None:
         with pytest.raises(InputError, match=f"^w: kept: {message}"):
-            draw("w", shape, kept, 0.5, 0, pattern, 16 if pattern == "block" else None)
+            draw("w", WantedMask(shape, kept, (1,), pattern, 16 if pattern == "block" else None), 0.5, 0)
 
 
 def per_neuron(alive: Array, fan_in_axes: Sequence[int]) -> set[int]:
@@ -199,17 +199,17 @@ class TestAxes:
     def test_every_neuron_has_as_many(self, case: str, pattern: str) -> None:
         shape, axes = AXES[case]
         fan_in, size = int(np.prod([shape[axis] for axis in axes])), int(np.prod(shape))
-        mask = draw("w", shape, size // 2, 0.5, 0, pattern, None, axes)
-        assert mask is not None and mask.shape == shape and mask.count == size // 2
+        mask = draw("w", WantedMask(shape, size // 2, axes, pattern), 0.5, 0)
+        assert mask.shape == shape and mask.count == size // 2
         assert per_neuron(mask.alive(), axes) == {fan_in // 2}
 
     @pytest.mark.parametrize("case", AXES)
     def test_a_wrong_axis_is_seen(self, case: str) -> None:
         """Planted: fan-out taken for fan-in, as if every weight were stored the other way round."""
         shape, axes = AXES[case]
-        wrong_axes = [axis for axis in range(len(shape)) if axis not in axes]
-        wrong = draw("w", shape, int(np.prod(shape)) // 2, 0.5, 0, "fixed_fan_in", None, wrong_axes)
-        assert wrong is not None and len(per_neuron(wrong.alive(), axes)) > 1
+        wrong_axes = tuple(axis for axis in range(len(shape)) if axis not in axes)
+        wrong = draw("w", WantedMask(shape, int(np.prod(shape)) // 2, wrong_axes, "fixed_fan_in"), 0.5, 0)
+        assert len(per_neuron(wrong.alive(), axes)) > 1
 
     def test_prepare_follows_the_rows_axes(self, plan_of: Callable[..., Plan]) -> None:
         plan = plan_of(target={"sparsity": {"density": 0.25, "pattern": "fixed_fan_in"}})
@@ -227,9 +227,8 @@ class TestAxes:
         ):
             size = int(np.prod(one))
             for pattern, kept in (("exact", 77), ("fixed_fan_in", size // 8), ("2:4", size // 2), ("bernoulli", 77)):
-                first = draw("w", one, kept, kept / size, 3, pattern, None, axes)
-                second = draw("w", other, kept, kept / size, 3, pattern, None, other_axes)
-                assert first is not None and second is not None
+                first = draw("w", WantedMask(one, kept, axes, pattern), kept / size, 3)
+                second = draw("w", WantedMask(other, kept, other_axes, pattern), kept / size, 3)
                 assert np.array_equal(to_matrix(first.alive(), axes), to_matrix(second.alive(), other_axes))
                 assert np.array_equal(first.alive().transpose(order), second.alive())
 

@@ -29,13 +29,13 @@ from supar_cli.sparse import masks
 from supar_cli.streams import stream
 
 shape, kept = (8192, 8192), 8192 * 64
-masks.draw("w", (64, 64), 64, 1 / 64, 0, "exact")
+masks.draw("w", masks.WantedMask((64, 64), 64, (1,)), 1 / 64, 0)
 before = peak_kib()
 if sys.argv[1] == "whole":
     keys = stream(0, "mask:w").random_raw(shape[0] * shape[1])
     mask = masks.Mask.of(keys <= np.partition(keys, kept - 1)[kept - 1])
 else:
-    mask = masks.draw("w", shape, kept, kept / 2**26, 0, sys.argv[1])
+    mask = masks.draw("w", masks.WantedMask(shape, kept, (1,), sys.argv[1]), kept / 2**26, 0)
 assert mask.count == kept
 print(peak_kib() - before)
 """

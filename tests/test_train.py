@@ -16,7 +16,7 @@ from supar_cli.errors import InputError, SetupError, UnusableResult
 from supar_cli.models.transformer import loss_of
 from supar_cli.planning import schedule
 from supar_cli.planning.plan import Plan
-from supar_cli.sparse.dense import Dense
+from supar_cli.sparse.linear import Dense
 from supar_cli.training import optimizer, run_directory
 from supar_cli.training.monitor import LIMIT, Monitor
 from supar_cli.training.prepare import to_dense

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from supar_cli.planning.plan import Plan
-from supar_cli.sparse.dense import Dense
+from supar_cli.sparse.linear import Dense
 from supar_cli.training import run_directory
 from supar_cli.training.trainer import Trainer
 from tests.test_train import trained

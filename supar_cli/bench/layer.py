@@ -8,23 +8,19 @@ from functools import partial
 from itertools import pairwise
 from math import exp, log
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from supar_cli.bench.results import Benchmark, Document, Reading, machine_settings
 from supar_cli.errors import InputError
 from supar_cli.reporting.result import Figure, Line, Panel, Table
 from supar_cli.sparse import autotune
-from supar_cli.sparse.allocator import keep_large_blocks
-from supar_cli.sparse.autotune import LayerCase, draw_inputs, draw_values, layer_step
+from supar_cli.sparse.autotune import LayerCase, draw_inputs, draw_values, interleave, keep_large_blocks, layer_step
 from supar_cli.sparse.block_structure import BLOCKS
 from supar_cli.sparse.csr import Sparse
 from supar_cli.sparse.linear import Engine
 from supar_cli.sparse.masks import Mask, RandomKeys, select
-from supar_cli.sparse.timing import interleave
 from supar_cli.training.prepare import to_dense
 from supar_cli.training.runtime import Runtime
 
@@ -38,9 +34,9 @@ class WholeWeight(Engine):
 
     alive: Tensor | None
 
-    def __init__(self, alive: NDArray[np.bool_] | None) -> None:
+    def __init__(self, alive: Tensor | None) -> None:
         nn.Module.__init__(self)  # a packed mask would be memory that peers have not
-        self.register_buffer("alive", None if alive is None else torch.from_numpy(alive), persistent=False)
+        self.register_buffer("alive", alive, persistent=False)
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight if self.alive is None else weight * self.alive)
@@ -64,15 +60,16 @@ def make(name: str, mask: Mask, values: Tensor, case: LayerCase) -> Arm:
     if name in ("masked", "dense_bf16", "dense_fp32"):
         precision = torch.bfloat16 if name == "dense_bf16" else torch.float32
         weight = to_dense(values.detach(), mask).to(precision).requires_grad_()
-        return Arm(WholeWeight(mask.alive() if name == "masked" else None).to(case.device), weight, precision)
+        alive = torch.from_numpy(mask.alive()).to(case.device) if name == "masked" else None
+        return Arm(WholeWeight(alive), weight, precision)
     engine = Sparse(mask, "torch") if name == "sparse_torch" else autotune.make(name, mask, case)
     return Arm(engine, values.detach().clone().requires_grad_(), case.precision)
 
 
 def make_all(mask: Mask, case: LayerCase) -> tuple[dict[str, Arm], str]:
     """Every arm that can run under a case, and which engine `auto` is."""
-    names = [*DENSE, *(["sparse", "sparse_torch"] if case.device.type == "cpu" else [])]
-    names += ["block"] if case.block else []
+    engines = autotune.candidates(case)[1:]
+    names = [*DENSE, *(name for name in ENGINES if name.removesuffix("_torch") in engines)]
     if case.device.type == "cpu":
         keep_large_blocks()  # for dense arms too, so that no arm owes its ratio to the allocator
     chosen = autotune.fastest(mask, case).name
@@ -93,10 +90,9 @@ def benchmark(
     shape: tuple[int, int], densities: list[float], tokens: int, block: int | None, rounds: int, runtime: Runtime
 ) -> Benchmark:
     """The benchmark of a layer (out, in) at some densities. Raises InputError where it is not made of such blocks."""
-    if block is not None and block not in BLOCKS:
-        raise InputError(f"--block {block}: expected one of {', '.join(map(str, BLOCKS))}")
-    if block is not None and (shape[0] % block or shape[1] % block):
-        raise InputError(f"--block {block}: {shape[0]}×{shape[1]} is not made of such blocks; expected multiples of it")
+    if block is not None and (block not in BLOCKS or shape[0] % block or shape[1] % block):
+        edges = ", ".join(map(str, BLOCKS))
+        raise InputError(f"--block {block}: expected one of {edges} that divides both of {shape[0]}×{shape[1]}")
     case = LayerCase(runtime.device, runtime.precision, tokens, block)
 
     def measure() -> Document:
@@ -120,11 +116,10 @@ def measure_density(shape: tuple[int, int], density: float, case: LayerCase, rou
 
     seconds = interleave({name: partial(step, arm) for name, arm in arms.items()}, rounds, case.device)
     median = {name: statistics.median(spent) for name, spent in seconds.items()}
+    by_time = sorted(DENSE, key=lambda name: median[name])
     rows: Document = {}
     for name, arm in arms.items():
-        best = min(
-            (other for other in DENSE if arms[other].precision == arm.precision), key=lambda other: median[other]
-        )
+        best = next(dense for dense in by_time if arms[dense].precision == arm.precision)
         rows[name] = {
             "precision": str(arm.precision).removeprefix("torch."),
             "ms": round(1000 * median[name], 4),

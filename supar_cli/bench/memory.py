@@ -50,17 +50,11 @@ def measure(arm: str, shape: tuple[int, int], density: float, case: LayerCase) -
     if case.device.type == "cpu" and not STATUS.exists():
         raise SetupError("bench memory: reads Linux's /proc or a CUDA device's counters; this machine has neither")
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        peak, live, is_reset = pool.submit(_peak, arm, shape, density, case).result()
-    return {
-        "peak_bytes": peak,
-        "bytes_per_position": round(peak / (shape[0] * shape[1]), 4),
-        "bytes_per_live": round(peak / live, 4),
-        "peak_reset": is_reset,  # false where Linux did not allow it: then the making of the layer counts too
-    }
+        return pool.submit(_measure_here, arm, shape, density, case).result()
 
 
-def _peak(arm: str, shape: tuple[int, int], density: float, case: LayerCase) -> tuple[int, int, bool]:
-    """Peak bytes of STEPS training steps, the live weights, and whether the peak is that of the steps alone."""
+def _measure_here(arm: str, shape: tuple[int, int], density: float, case: LayerCase) -> Document:
+    """The peak of STEPS training steps in this process."""
     is_cuda = case.device.type == "cuda"
     _make_training(arm, WARM_SHAPE, WARM_DENSITY, case)[0](1)
     _free_memory()
@@ -69,8 +63,13 @@ def _peak(arm: str, shape: tuple[int, int], density: float, case: LayerCase) -> 
     _free_memory()
     is_reset = _reset_peak(case.device)
     train(STEPS)
-    peak = torch.cuda.max_memory_allocated(case.device) if is_cuda else _bytes("VmHWM")
-    return peak - before, live, is_reset
+    peak = (torch.cuda.max_memory_allocated(case.device) if is_cuda else _bytes("VmHWM")) - before
+    return {
+        "peak_bytes": peak,
+        "bytes_per_position": round(peak / (shape[0] * shape[1]), 4),
+        "bytes_per_live": round(peak / live, 4),
+        "peak_reset": is_reset,  # false where Linux did not allow it: then the making of the layer counts too
+    }
 
 
 def _make_training(
@@ -101,10 +100,8 @@ def _free_memory() -> None:
 
 
 def _bytes(word: str) -> int:
-    for line in STATUS.read_text("utf-8").splitlines():
-        if line.startswith(word + ":"):
-            return 1024 * int(line.split()[1])
-    raise SetupError(f"{STATUS}: has no {word}")
+    stated = dict(line.split(":", 1) for line in STATUS.read_text("utf-8").splitlines())
+    return 1024 * int(stated[word].split()[0])  # in kB
 
 
 def _reset_peak(device: torch.device) -> bool:
@@ -121,14 +118,9 @@ def _reset_peak(device: torch.device) -> bool:
 def tables(document: Document) -> list[Table]:
     out, width = document["shape"]
     title = f"peak: {out}×{width}, {document['tokens']} tokens, AdamW, density {document['density']:g}"
+    formats = {"bytes_per_position": ".3g", "bytes_per_live": ".4g", "share_of_masked": ".3g"}
     rows = [
-        [
-            name,
-            f"{one['peak_bytes'] / 2**20:.1f}",
-            f"{one['bytes_per_position']:.3g}",
-            f"{one['bytes_per_live']:.4g}",
-            f"{one['share_of_masked']:.3g}",
-        ]
+        [name, f"{one['peak_bytes'] / 2**20:.1f}", *(format(one[key], digits) for key, digits in formats.items())]
         for name, one in document["arms"].items()
     ]
     columns = ["arm", "MiB", "bytes a position", "bytes a live weight", "of masked"]

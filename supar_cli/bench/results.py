@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import platform
 import statistics
 from collections.abc import Callable
@@ -15,6 +13,7 @@ import torch
 
 from supar_cli.errors import InputError
 from supar_cli.reporting.result import Figure, Table, command_line
+from supar_cli.sparse.csr import numba_version
 from supar_cli.training.runtime import device_name, versions
 
 KIND = "supar.bench/v1"
@@ -49,11 +48,13 @@ class Reading:
     def cells(self) -> list[str]:
         return [f"{self.value:.3f}", f"{self.low:.3f} to {self.high:.3f}"]
 
-    def is_worse_than(self, then: Reading) -> bool:
-        """Whether more than WORSE is lost and the quartiles of both lie apart."""
-        if self.is_gain:
-            return self.value < then.value * (1 - WORSE) and self.high < then.low
-        return self.value > then.value * (1 + WORSE) and self.low > then.high
+    def change_to(self, now: Reading | None) -> Document:
+        """The present reading beside this one; it is worse if more than WORSE is lost and the quartiles lie apart."""
+        if now is None:
+            return {"now": None, "change": None, "worse": False}
+        change = now.value / self.value - 1
+        is_worse = change < -WORSE and now.high < self.low if self.is_gain else change > WORSE and now.low > self.high
+        return {"now": round(now.value, 4), "change": round(change, 4), "worse": is_worse}
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def environment(device: torch.device) -> Document:
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         **versions(),
-        "numba": importlib.metadata.version("numba") if importlib.util.find_spec("numba") else None,
+        "numba": numba_version(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(),
     }
@@ -115,15 +116,9 @@ def environment(device: torch.device) -> Document:
 
 def compare(earlier: dict[str, Reading], now: dict[str, Reading]) -> list[Document]:
     """Each earlier reading beside the present one, None where that was not measured."""
-    rows: list[Document] = []
-    for what, then in earlier.items():
-        new = now.get(what)
-        row = {"what": what, "then": round(then.value, 4), "now": None, "change": None, "worse": False}
-        if new is not None:
-            change = round(new.value / then.value - 1, 4)
-            row |= {"now": round(new.value, 4), "change": change, "worse": new.is_worse_than(then)}
-        rows.append(row)
-    return rows
+    return [
+        {"what": what, "then": round(then.value, 4)} | then.change_to(now.get(what)) for what, then in earlier.items()
+    ]
 
 
 def comparison_table(name: str, rows: list[Document]) -> Table:

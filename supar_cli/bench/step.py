@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from supar_cli.bench.layer import WholeWeight
 from supar_cli.bench.results import Benchmark, Document, Reading, machine_settings
 from supar_cli.planning.plan import Plan, PlanModel
 from supar_cli.reporting.result import Table
-from supar_cli.sparse.timing import interleave
+from supar_cli.sparse.autotune import interleave
+from supar_cli.sparse.linear import Linear
 from supar_cli.training.prepare import SparseModel
 from supar_cli.training.runtime import Runtime
 from supar_cli.training.tasks import Batch, NextToken
@@ -24,28 +26,15 @@ WARMUP = 3  # chosen: the first steps allocate, compile and touch memory
 SHAPE = ("family", "width", "layers", "heads", "context", "vocab")
 
 
-class MaskedLinear(nn.Linear):
-    """A linear layer whose weight is stored dense and multiplied with its mask (out, in) in every forward pass."""
-
-    mask: Tensor
-
-    def __init__(self, d_in: int, d_out: int, bias: bool) -> None:
-        super().__init__(d_in, d_out, bias)
-        self.register_buffer("mask", torch.ones(d_out, d_in, dtype=torch.bool))
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight * self.mask, self.bias)
-
-
 class PlainBlock(nn.Module):
-    """A GPT-2 block as usually written: fused q/k/v, SDPA, nn.Linear."""
+    """A GPT-2 block as usually written: fused q/k/v, SDPA, and linear layers of one dense weight each."""
 
-    def __init__(self, config: PlanModel, linear: type[nn.Linear] = nn.Linear) -> None:
+    def __init__(self, config: PlanModel) -> None:
         super().__init__()
         self.heads, width, inner = config.heads, config.width, config.ffn_width
         self.attn_norm, self.mlp_norm = (nn.LayerNorm(width, bias=False) for _ in range(2))
-        self.attn = nn.ModuleDict({"qkv": linear(width, 3 * width, bias=False), "o": linear(width, width, bias=False)})
-        self.mlp = nn.ModuleDict({"up": linear(width, inner, bias=False), "down": linear(inner, width, bias=False)})
+        self.attn = nn.ModuleDict({"qkv": Linear(width, 3 * width, bias=False), "o": Linear(width, width, bias=False)})
+        self.mlp = nn.ModuleDict({"up": Linear(width, inner, bias=False), "down": Linear(inner, width, bias=False)})
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         B, T, D = x_BTD.shape
@@ -57,13 +46,13 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """A GPT-2 of the plan's shape, its layers named as in the plan; `linear` is the class of the hidden ones."""
+    """A GPT-2 of the plan's shape, its layers named as in the plan."""
 
-    def __init__(self, config: PlanModel, linear: type[nn.Linear] = nn.Linear) -> None:
+    def __init__(self, config: PlanModel) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.vocab, config.width)
         self.positions = nn.Embedding(config.context, config.width)
-        self.blocks = nn.Sequential(*(PlainBlock(config, linear) for _ in range(config.layers)))
+        self.blocks = nn.Sequential(*(PlainBlock(config) for _ in range(config.layers)))
         self.final_norm = nn.LayerNorm(config.width, bias=False)
         for parameter in self.parameters():
             if parameter.ndim == 2:
@@ -76,14 +65,17 @@ class PlainGPT(nn.Module):
 
 @torch.no_grad()
 def masked_dense(sparse_model: SparseModel, config: PlanModel) -> PlainGPT:
-    """The plain model with the present weights of ours and its masks; of the gpt2 family, tied and without biases."""
-    plain = PlainGPT(config, MaskedLinear)
-    for name, module in plain.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding | nn.LayerNorm):
+    """The plain model with the present weights of ours, multiplied with their masks in every forward pass.
+
+    Of the gpt2 family, tied and without biases.
+    """
+    plain = PlainGPT(config)
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, Linear | nn.Embedding | nn.LayerNorm):
             parts = [name.replace("qkv", letter) for letter in "qkv"] if name.endswith("qkv") else [name]
             module.weight.copy_(torch.cat([sparse_model.weight(part) for part in parts]))
-            if isinstance(module, MaskedLinear):
-                module.mask.copy_(module.weight != 0)  # normal numbers: no live one is zero
+            if isinstance(module, Linear):
+                module.engine = WholeWeight(module.weight != 0)  # normal numbers: no live one is zero
     return plain
 
 

@@ -8,14 +8,16 @@ weights do.
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
+import ctypes
 import json
 import os
 import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -23,19 +25,19 @@ from torch import Tensor
 
 from supar_cli.errors import InputError
 from supar_cli.files import write_file
-from supar_cli.sparse.allocator import keep_large_blocks
 from supar_cli.sparse.block import Block
-from supar_cli.sparse.csr import Sparse
-from supar_cli.sparse.dense import Dense
-from supar_cli.sparse.linear import Engine
+from supar_cli.sparse.csr import Sparse, numba_version
+from supar_cli.sparse.linear import Dense, Engine
 from supar_cli.sparse.masks import Mask
-from supar_cli.sparse.timing import interleave
 
 TOKENS = 1024  # chosen: more change the ratio of the engines little and make the measurement long
 ROUNDS = 5  # chosen: interleaved; their median decides
 MIN_SPEEDUP = 1.1  # chosen: by how much another engine has to beat the dense one, so that noise does not choose
 MIN_MULTIPLY_ADDS = 2**25  # chosen: a layer of fewer is dense unmeasured: a few milliseconds at most
 MOST_POSITIONS = 2**24  # chosen: of a mask that are measured: 64 MiB of a dense weight, as much of its gradient
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's names for them, from malloc.h
+LARGEST_BYTES = 2**30  # chosen: a tensor above this goes back to the system when it is freed
+KEPT_BYTES = 2**31 - 1  # chosen: the most that mallopt's int can say
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +92,28 @@ def make(name: str, mask: Mask, case: LayerCase) -> Engine:
     raise AssertionError(name)
 
 
+@cache
+def keep_large_blocks() -> bool:
+    """Let freed memory stay with this process, up to KEPT_BYTES; whether it does. For glibc on Linux, once a process.
+
+    Each step frees a layer's activations and asks for them again. By default glibc returns blocks of 32 MiB and more to
+    the system and gets them back as pages that fault one by one. SUPAR_KEEP_MEMORY=0 leaves it so.
+    measured: a sparse layer 1024→4096 of 4096 tokens at density 1/128 takes 35 ms instead of 56 (2 cores of EPYC);
+    transparent huge pages brought 4 % more and are left to the system.
+    """
+    if sys.platform != "linux" or os.environ.get("SUPAR_KEEP_MEMORY") == "0":
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return False
+    return bool(mallopt(MMAP_THRESHOLD, LARGEST_BYTES) and mallopt(TRIM_THRESHOLD, KEPT_BYTES))
+
+
 def candidates(case: LayerCase) -> list[str]:
     """Engines that can run under a case, the dense one first."""
-    found: list[str] = ["dense"]
-    if case.device.type == "cpu":
-        found.append("sparse")
-    if case.block is not None:
-        found.append("block")
-    return found
+    can_run = {"dense": True, "sparse": case.device.type == "cpu", "block": case.block is not None}
+    return [name for name, can in can_run.items() if can]
 
 
 def fastest(mask: Mask, case: LayerCase) -> EngineChoice:
@@ -108,10 +124,9 @@ def fastest(mask: Mask, case: LayerCase) -> EngineChoice:
         return EngineChoice("dense", {})
     rows = rows_measured(mask.shape, case.block)
     path, key = _cache(), _key(mask, rows, case)
-    known = _read(path)
-    seconds = known.get(key)
+    seconds = _read(path).get(key, {})
     measured_now = not is_valid(seconds, names)
-    if measured_now or seconds is None:
+    if measured_now:
         part = mask if rows == mask.shape[0] else Mask.of(mask.alive(slice(rows)))
         seconds = times({name: make(name, part, case) for name in names}, part, case, ROUNDS)
         with suppress(OSError):  # measured again next time
@@ -133,6 +148,33 @@ def times(engines: dict[str, Engine], mask: Mask, case: LayerCase, rounds: int) 
     values, (x, gradient) = draw_values(mask, case.device), draw_inputs(mask.shape, case, case.precision)
     steps = {name: partial(layer_step, engine, values, x, gradient) for name, engine in engines.items()}
     return {name: statistics.median(spent) for name, spent in interleave(steps, rounds, case.device).items()}
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each run by round, after `warmup` rounds that do not count; the order alternates between rounds.
+
+    So whatever else the machine does falls on all of them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(warmup + rounds):
+        for name in runs if turn % 2 else reversed(list(runs)):
+            seconds[name].append(timed(runs[name], device))
+    return {name: spent[warmup:] for name, spent in seconds.items()}  # earlier ones compile and touch memory
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call, all that it put on a CUDA device included."""
+    started_s = _now(device)
+    run()
+    return _now(device) - started_s
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def draw_values(mask: Mask, device: torch.device) -> Tensor:
@@ -160,7 +202,8 @@ def _key(mask: Mask, rows: int, case: LayerCase) -> str:
     """Everything that the times depend on, in words."""
     cuda = case.device.type == "cuda"
     where = torch.cuda.get_device_name(case.device) if cuda else f"{_processor()}, {torch.get_num_threads()} threads"
-    kernels = f"numba {importlib.metadata.version('numba')}" if importlib.util.find_spec("numba") else "no numba"
+    numba = numba_version()
+    kernels = f"numba {numba}" if numba else "no numba"
     pattern = f"blocks of {case.block}" if case.block else "single weights"
     part = "" if rows == mask.shape[0] else f"{rows} rows of "
     shape = f"{part}{mask.shape[0]}x{mask.shape[1]}, {mask.count} live, {pattern}"

@@ -33,8 +33,6 @@ class Block(Engine):
 
     def __init__(self, mask: Mask, block: int, kernels: Literal["auto", "triton", "torch"] = "auto") -> None:
         super().__init__(mask)
-        if kernels not in ("auto", "triton", "torch"):
-            raise ValueError(f"kernels are {kernels!r}; the block engine has 'auto', 'triton' and 'torch'")
         self.block, self.kernels = block, kernels
         structure = structure_of(mask, block)
         for name, numbers in structure._asdict().items():

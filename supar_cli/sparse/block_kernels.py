@@ -30,7 +30,6 @@ def _product(  # type: ignore[no-untyped-def]
     numbers,
     n_tokens,
     x_width,
-    y_width,
     n_targets,
     BUCKET: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -69,7 +68,7 @@ def _product(  # type: ignore[no-untyped-def]
         if WIDEN:
             x_tile, weight = x_tile.to(tl.float32), weight.to(tl.float32)
         total = tl.dot(x_tile, weight, total, input_precision="ieee")
-    place = y + token[:, None] * y_width + (target * BLOCK + outer)[None, :]
+    place = y + token[:, None] * (n_targets * BLOCK) + (target * BLOCK + outer)[None, :]
     tl.store(place, total.to(y.dtype.element_ty), mask=present)
 
 
@@ -117,17 +116,10 @@ UNTUNED = {"TOKENS": 32} if INTERPRETED else {}  # chosen: the interpreter runs 
 # chosen: tiles from few tokens up to what fills the registers, and 4 warps at least, for Hopper's matrix instructions.
 # A source's number is loaded one stage ahead, so that 2, 3 and 5 stages hold 2, 2 and 3 tiles; 4 is the same as 3.
 PRODUCT_CONFIGS = [
-    triton.Config({"TOKENS": 32}, num_warps=4, num_stages=5),
-    triton.Config({"TOKENS": 64}, num_warps=4, num_stages=2),
-    triton.Config({"TOKENS": 64}, num_warps=4, num_stages=5),
-    triton.Config({"TOKENS": 128}, num_warps=4, num_stages=3),
-    triton.Config({"TOKENS": 128}, num_warps=8, num_stages=5),
+    triton.Config({"TOKENS": tokens}, num_warps=warps, num_stages=stages)
+    for tokens, warps, stages in ((32, 4, 5), (64, 4, 2), (64, 4, 5), (128, 4, 3), (128, 8, 5))
 ]
-GRADIENT_CONFIGS = [
-    triton.Config({}, num_warps=4, num_stages=2),
-    triton.Config({}, num_warps=4, num_stages=4),
-    triton.Config({}, num_warps=8, num_stages=3),
-]
+GRADIENT_CONFIGS = [triton.Config({}, warps, stages) for warps, stages in ((4, 2), (4, 4), (8, 3))]
 _KEY = ["BUCKET", "BLOCK"]  # Triton adds the dtypes of the tensors
 tuned_product: Any = (
     _product if INTERPRETED else triton.autotune(configs=PRODUCT_CONFIGS, key=[*_KEY, "TRANSPOSED"])(_product)
@@ -135,13 +127,11 @@ tuned_product: Any = (
 tuned_gradient: Any = _gradient if INTERPRETED else triton.autotune(configs=GRADIENT_CONFIGS, key=_KEY)(_gradient)
 
 
-def product_step(block: int, dtype: torch.dtype) -> int:
-    """Inputs of one step of a product. chosen: float32 multiplies without tensor cores, so a short step compiles fast."""
-    return min(block, 32 if dtype == torch.float32 else 64)
+def step_length(dtype: torch.dtype) -> int:
+    """Inputs of one step of a product, tokens of one of a gradient. Not tuned: the step is part of the sum's order.
 
-
-def gradient_tokens(dtype: torch.dtype) -> int:
-    """Tokens of one step of a gradient. Not tuned: the step is part of the sum's order."""
+    chosen: float32 multiplies without tensor cores, so a short step compiles fast.
+    """
     return 32 if dtype == torch.float32 else 64
 
 
@@ -169,8 +159,8 @@ def _launch_product(x_NI: Tensor, values_V: Tensor, structure: Structure, block:
     y_NO = torch.empty(tokens, targets * block, dtype=x_NI.dtype, device=x_NI.device)
     kernel = tuned_product if INTERPRETED else wrap_triton(tuned_product)
     tensors = (x_NI, blocks_KBB, y_NO, pointers, sources, structure.transposed_numbers)
-    sizes = (tokens, x_NI.shape[1], targets * block, targets)
-    constants = {"BUCKET": _bucket(tokens), "BLOCK": block, "STEP": product_step(block, x_NI.dtype)}
+    sizes = (tokens, x_NI.shape[1], targets)
+    constants = {"BUCKET": _bucket(tokens), "BLOCK": block, "STEP": min(block, step_length(x_NI.dtype))}
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (triton.cdiv(tokens, meta["TOKENS"]) * targets,)
@@ -204,7 +194,7 @@ def block_linear_grad_values(dy: Tensor, x: Tensor, structure: list[Tensor], blo
     kernel = tuned_gradient if INTERPRETED else wrap_triton(tuned_gradient)
     tensors = (dy, x, partial_PBB, found.rows, found.columns)
     sizes = (tokens, dy.shape[1], x.shape[1], live_blocks, (tokens + splits - 1) // splits)
-    constants = {"BUCKET": _bucket(tokens), "BLOCK": block, "TOKENS": gradient_tokens(x.dtype)}
+    constants = {"BUCKET": _bucket(tokens), "BLOCK": block, "TOKENS": step_length(x.dtype)}
     kernel[(splits * live_blocks,)](*tensors, *sizes, **constants, WIDEN=INTERPRETED)
     blocks_KBB = partial_PBB if splits == 1 else partial_PBB.view(splits, live_blocks, block, block).sum(dim=0)
     return values_of(blocks_KBB, found.inverse)

@@ -15,9 +15,8 @@ from torch import Tensor
 from supar_cli.planning import patterns
 from supar_cli.sparse.masks import Mask
 
-BLOCKS: tuple[int, ...] = get_args(
-    patterns.Block
-)  # chosen: from the smallest tile of a tensor core up to what one program can accumulate
+# chosen: from the smallest tile of a tensor core up to what one program can accumulate
+BLOCKS: tuple[int, ...] = get_args(patterns.Block)
 
 
 class Structure(NamedTuple):

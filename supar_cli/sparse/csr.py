@@ -8,6 +8,7 @@ Shape suffixes: N tokens, I in, O out, L live weights in row-major order.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -21,7 +22,10 @@ from torch import Tensor
 from supar_cli.sparse.linear import Engine
 from supar_cli.sparse.masks import Mask
 
-Kernels = Literal["auto", "numba", "torch"]
+
+def numba_version() -> str | None:
+    """The version of the numba installed, None where there is none."""
+    return importlib.metadata.version("numba") if importlib.util.find_spec("numba") else None
 
 
 class Sparse(Engine):
@@ -33,11 +37,11 @@ class Sparse(Engine):
     starts_by_column: Tensor  # (in + 1,)
     rows_L: Tensor  # in that order
 
-    def __init__(self, mask: Mask, kernels: Kernels = "auto") -> None:
+    def __init__(self, mask: Mask, kernels: Literal["auto", "numba", "torch"] = "auto") -> None:
         super().__init__(mask)
         self.shape = mask.shape
         if kernels == "auto":
-            kernels = "numba" if importlib.util.find_spec("numba") else "torch"
+            kernels = "torch" if numba_version() is None else "numba"
         self.kernels = kernels
         out, width = mask.shape
         rows_L, columns_L = np.divmod(mask.live(), width)
@@ -52,18 +56,13 @@ class Sparse(Engine):
         for name, value in buffers.items():
             self.register_buffer(name, torch.from_numpy(value.astype(np.int32)), persistent=False)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor, values: Tensor) -> Tensor:
-        y: Tensor = _apply(x, values, self)
-        return y
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _apply(x: Tensor, values: Tensor, engine: Sparse) -> Tensor:
-    if torch.is_autocast_enabled("cpu"):
-        x = x.to(torch.get_autocast_dtype("cpu"))
-    if engine.kernels == "torch":  # transposed once, here, for both passes
-        x = x.reshape(-1, x.shape[-1]).t().contiguous().t().view(x.shape)
-    return _Product.apply(x, values, engine)  # type: ignore[no-any-return,no-untyped-call]
+        if torch.is_autocast_enabled("cpu"):
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        if self.kernels == "torch":  # transposed once, here, for both passes
+            x = x.reshape(-1, x.shape[-1]).t().contiguous().t().view(x.shape)
+        return _Product.apply(x, values, self)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Product(torch.autograd.Function):

@@ -48,12 +48,9 @@ def _turn(x: Any, first: int, count: int, turned: Any) -> None:
                 four[1] = x[first + t + 1, i]
                 four[2] = x[first + t + 2, i]
                 four[3] = x[first + t + 3, i]
-        for t in range(whole, count):
+        for t in range(whole, TILE):
             for i in range(start, stop):
-                turned[i, t] = x[first + t, i]
-        for t in range(count, TILE):
-            for i in range(start, stop):
-                turned[i, t] = 0.0
+                turned[i, t] = x[first + t, i] if t < count else 0.0
 
 
 @njit(fastmath=FAST, inline="always")  # type: ignore[untyped-decorator]

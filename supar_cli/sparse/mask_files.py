@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,7 @@ from safetensors.numpy import save
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import file_hash, naming_read_errors, naming_write_errors, write_file
 from supar_cli.planning.patterns import describe
-from supar_cli.sparse.masks import Mask, row_parts, select, to_matrix
-
-
-@dataclass(frozen=True)
-class WantedMask:
-    """What a plan says of a tensor's mask: shape as stored, live weights, and along which axes it has which pattern."""
-
-    shape: tuple[int, ...]
-    kept: int
-    fan_in_axes: tuple[int, ...]
-    pattern: str = "exact"
-    block: int | None = None
+from supar_cli.sparse.masks import Mask, WantedMask, row_parts, select, to_matrix
 
 
 def write_masks(path: Path, masks: Mapping[str, Mask]) -> str:

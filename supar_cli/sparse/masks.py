@@ -39,9 +39,7 @@ class Mask:
 
     def __post_init__(self) -> None:
         if self.bits.dtype != np.uint8 or self.bits.shape != ((self.size + 7) // 8,):
-            raise ValueError(
-                f"{self.bits.shape} of {self.bits.dtype} are not the packed bits of a mask of shape {self.shape}"
-            )
+            raise ValueError(f"{self.bits.shape} of {self.bits.dtype} are not the packed bits of shape {self.shape}")
         if self.size % 8 and self.bits[-1] & (0xFF >> self.size % 8):
             raise ValueError("the packed bits of a mask are not zero beyond its last weight")
         chunks = (self.bits[first : first + CHUNK_BYTES] for first in range(0, len(self.bits), CHUNK_BYTES))
@@ -73,16 +71,11 @@ class Mask:
     def live(self, dtype: type[np.signedinteger] = np.int64) -> NDArray[np.signedinteger]:
         """Row-major positions of the live weights, ascending, (count,)."""
         found, filled = np.empty(self.count, dtype), 0
-        for positions in self.live_chunks():
-            found[filled : filled + len(positions)] = positions
+        for first in range(0, len(self.bits), CHUNK_BYTES):
+            positions = np.flatnonzero(np.unpackbits(self.bits[first : first + CHUNK_BYTES]).view(np.bool_))
+            found[filled : filled + len(positions)] = positions + 8 * first
             filled += len(positions)
         return found
-
-    def live_chunks(self) -> Iterator[NDArray[np.int64]]:
-        """`live`, some at a time, so that a caller need not hold all of them."""
-        for first in range(0, len(self.bits), CHUNK_BYTES):
-            unpacked = np.unpackbits(self.bits[first : first + CHUNK_BYTES]).view(np.bool_)
-            yield np.flatnonzero(unpacked) + 8 * first
 
     @cached_property
     def fingerprint(self) -> str:
@@ -249,34 +242,32 @@ def from_matrix(mask: Mask, shape: Sequence[int], fan_in_axes: Sequence[int]) ->
     return Mask.of_parts(shape, (alive[part] for part in row_parts(shape)))
 
 
-def draw(
-    name: str,
-    shape: Sequence[int],
-    kept: int,
-    density: float,
-    seed: int,
-    pattern: str,
-    block: int | None = None,
-    fan_in_axes: Sequence[int] | None = None,
-) -> Mask | None:
-    """A tensor's random mask, a function of (seed, name) and its matrix alone. None where every weight lives.
+@dataclass(frozen=True)
+class WantedMask:
+    """What a plan says of a tensor's mask: shape as stored, live weights, and along which axes it has which pattern."""
 
-    `fan_in_axes` are the last axis unless given. Raises InputError, naming the tensor, where `kept` does not fit the
-    pattern.
+    shape: tuple[int, ...]
+    kept: int
+    fan_in_axes: tuple[int, ...]
+    pattern: str = "exact"
+    block: int | None = None
+
+
+def draw(name: str, wanted: WantedMask, density: float, seed: int) -> Mask:
+    """A tensor's random mask, a function of (seed, name) and its matrix alone.
+
+    Raises InputError, naming the tensor, where the number of live weights does not fit the pattern.
     """
-    if kept == prod(shape):
-        return None
-    axes = (len(shape) - 1,) if fan_in_axes is None else tuple(fan_in_axes)
-    _, (rows, columns) = matrix_axes(shape, axes)
-    edge = block if pattern == "block" and block is not None else 1
+    _, (rows, columns) = matrix_axes(wanted.shape, wanted.fan_in_axes)
+    edge = wanted.block or 1
     keys = RandomKeys(seed, f"mask:{name}", (rows // edge, columns // edge))
     try:
         if rows % edge or columns % edge:
             raise ValueError(f"{rows}×{columns} weights are not made of {edge}×{edge} blocks")
-        mask = select(pattern, keys, kept, block=block, density=density)
+        mask = select(wanted.pattern, keys, wanted.kept, block=wanted.block, density=density)
     except ValueError as error:
         raise InputError(f"{name}: kept: {error}") from None
-    return from_matrix(mask, shape, axes)
+    return from_matrix(mask, wanted.shape, wanted.fan_in_axes)
 
 
 @dataclass(frozen=True)
@@ -295,16 +286,8 @@ class IndexMap:
         """The map from one mask to another of the same shape. Raises ValueError for another shape."""
         if old.shape != new.shape:
             raise ValueError(f"a mask of shape {old.shape} can't become one of shape {new.shape}")
-        pairs: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
-        passed_old = passed_new = 0
-        for first in range(0, len(old.bits), CHUNK_BYTES):
-            part = slice(first, first + CHUNK_BYTES)
-            before, after = (np.unpackbits(mask.bits[part]).view(np.bool_) for mask in (old, new))
-            both = before & after
-            pairs.append((passed_old + np.flatnonzero(both[before]), passed_new + np.flatnonzero(both[after])))
-            passed_old += int(np.count_nonzero(before))
-            passed_new += int(np.count_nonzero(after))
-        return cls(np.concatenate([one for one, _ in pairs]), np.concatenate([two for _, two in pairs]), new.count)
+        _, by_old, by_new = np.intersect1d(old.live(), new.live(), assume_unique=True, return_indices=True)
+        return cls(by_old, by_new, new.count)
 
     def carry(self, values: Tensor, grown: float = 0.0) -> Tensor:
         """Live values under the new mask: those of survivors as they were, `grown` where a weight came to life."""

@@ -18,10 +18,9 @@ from supar_cli.errors import InputError
 from supar_cli.models.transformer import Transformer, named_tensors
 from supar_cli.planning.plan import Plan, PlanTensor
 from supar_cli.sparse import masks
-from supar_cli.sparse.dense import Dense
-from supar_cli.sparse.linear import Engine, Linear
-from supar_cli.sparse.mask_files import WantedMask, read_masks
-from supar_cli.sparse.masks import Mask
+from supar_cli.sparse.linear import Dense, Engine, Linear
+from supar_cli.sparse.mask_files import read_masks
+from supar_cli.sparse.masks import Mask, WantedMask
 from supar_cli.streams import stream
 
 DRAWN_AT_ONCE = 2**16  # chosen: positions drawn at once, in whole rows, to keep the live ones
@@ -106,25 +105,25 @@ def make_masks(plan: Plan) -> dict[str, Mask]:
 
     Raises InputError for masks that don't fit the plan, SetupError if the file can't be read.
     """
-    sparsity = plan.sparsity
-    if sparsity.source.path is None:
+    source = plan.sparsity.source
+    if source.path is None:
         return draw_masks(plan)
-    wanted = {
-        row.name: WantedMask(tuple(row.shape), row.kept, tuple(row.fan_in_axes), sparsity.pattern, sparsity.block)
-        for row in plan.tensors
-        if row.kept < row.size
-    }
-    return read_masks(Path(sparsity.source.path), sparsity.source.hash, wanted)
+    wanted = {row.name: _wanted_mask(plan, row) for row in plan.tensors if row.kept < row.size}
+    return read_masks(Path(source.path), source.hash, wanted)
 
 
 def draw_masks(plan: Plan) -> dict[str, Mask]:
     """The random masks of all sparse tensors by name. Another layer in the plan changes no mask of the others."""
-    seed, pattern, block = plan.train.seed, plan.sparsity.pattern, plan.sparsity.block
-    drawn = {
-        row.name: masks.draw(row.name, row.shape, row.kept, row.density, seed, pattern, block, row.fan_in_axes)
+    return {
+        row.name: masks.draw(row.name, _wanted_mask(plan, row), row.density, plan.train.seed)
         for row in plan.tensors
+        if row.kept < row.size
     }
-    return {name: mask for name, mask in drawn.items() if mask is not None}
+
+
+def _wanted_mask(plan: Plan, row: PlanTensor) -> WantedMask:
+    sparsity = plan.sparsity
+    return WantedMask(tuple(row.shape), row.kept, tuple(row.fan_in_axes), sparsity.pattern, sparsity.block)
 
 
 def require_same_tensors(plan: Plan, build_model: Callable[[Plan], nn.Module] = transformer) -> None:
