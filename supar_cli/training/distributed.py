@@ -166,6 +166,31 @@ def init_distributed() -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
+class StopRequest:
+    """Decides between two steps whether all ranks stop, even if only one was asked to.
+
+    `own_reason()` is this rank's reason. The ranks exchange reasons only after a step whose votes say that there is one:
+    each adds its `vote` to the step's loss, which is summed over them in any case, and sets `votes` to the sum.
+    """
+
+    def __init__(self, ranks: Ranks, own_reason: Callable[[], str | None] = lambda: None) -> None:
+        self._ranks, self._own_reason = ranks, own_reason
+        self.votes = 1.0  # there are no votes before the first step: exchange reasons
+
+    def vote(self) -> float:
+        """1 if this rank was asked to stop, else 0."""
+        return float(self._ranks.is_distributed and self._own_reason() is not None)
+
+    def reason(self) -> str | None:
+        """Why to stop now, the same in every rank; None to go on."""
+        if not self._ranks.is_distributed:
+            return self._own_reason()
+        if not self.votes:
+            return None
+        self.votes = 0.0
+        return next((reason for reason in self._ranks.gather(self._own_reason()) if reason), None)
+
+
 def local_shard(tensor: Tensor) -> Tensor:
     """This rank's shard of a tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -18,15 +18,26 @@ from supar_cli.files import Record
 from supar_cli.models.transformer import named_tensors
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.masks import Mask
-from supar_cli.training import checkpoint, checkpoint_reader, optimizer, prepare, result, tasks, trackers
-from supar_cli.training.distributed import ALONE, Parallel, Parallelism, Ranks, collective_error, local_shard
-from supar_cli.training.engine_selector import EngineSelector
-from supar_cli.training.launch.signals import StopRequest
+from supar_cli.training import checkpoint, checkpoint_reader, optimizer, prepare, run_directory, tasks, trackers
+from supar_cli.training.distributed import (
+    ALONE,
+    Parallel,
+    Parallelism,
+    Ranks,
+    StopRequest,
+    collective_error,
+    local_shard,
+)
 from supar_cli.training.monitor import Monitor, activation_sizes, first_not_finite
 from supar_cli.training.reporter import NullReporter, Reporter
-from supar_cli.training.result import RunHistory
-from supar_cli.training.run_directory import Metrics, is_finished
-from supar_cli.training.runtime import Runtime, choose_parallelism, peak_share, require_host_memory
+from supar_cli.training.runtime import (
+    Runtime,
+    choose_parallelism,
+    device_name,
+    peak_share,
+    require_host_memory,
+    versions,
+)
 from supar_cli.training.state import State
 from supar_cli.training.tasks import Batch, Task
 
@@ -61,7 +72,7 @@ class Trainer:
         if why:
             self.reporter.log(why)
         units = self.runtime.micro_batch * self.task.units_per_row
-        self.engines = EngineSelector(plan, self.runtime, self.ranks, units, sharded=kind == "fsdp")
+        self.engines = prepare.EngineSelector(plan, self.runtime, self.ranks, units, sharded=kind == "fsdp")
         self._build_model(kind)
         for line in self.engines.lines():
             self.reporter.log(line)
@@ -87,7 +98,7 @@ class Trainer:
         resume: bool = False,
         on_evaluation: Callable[[int, float], None] | None = None,
         stop: Callable[[], str | None] = lambda: None,
-    ) -> RunHistory:
+    ) -> run_directory.RunHistory:
         """Train to the plan's last step. In a directory, write metrics, checkpoints and at last result.json.
 
         Every rank calls it; rank 0 writes all files but the shards of checkpoints. `on_evaluation(step, loss)` may raise to
@@ -99,11 +110,15 @@ class Trainer:
             self._restore_newest(directory)
         self._stop, started_s = StopRequest(self.ranks, stop), time.perf_counter()
         own, folder = directory if self.ranks.is_main else None, directory and directory / "checkpoints"
-        with Metrics(own, self.done) as metrics:
-            history = RunHistory.of(metrics.before, self.done)
+        with run_directory.Metrics(own, self.done) as metrics:
+            history = metrics.history
             if metrics.damage:
                 self.reporter.warn(metrics.damage)
-            if directory is not None and self.done == steps and self.ranks.on_main(is_finished, directory, plan):
+            if (
+                directory is not None
+                and self.done == steps
+                and self.ranks.on_main(run_directory.is_finished, directory, plan)
+            ):
                 return history
             with (
                 trackers.Trackers(plan, own, self.done, self.reporter.warn) as tracked,
@@ -121,7 +136,6 @@ class Trainer:
                         record |= self._measurements(step, found, self.done - marked, time.perf_counter() - mark_s)
                     if self.done % plan.train.eval_every == 0 or self.done == steps:
                         record |= self.evaluate()
-                    history.add(record)
                     metrics.write(record)
                     tracked.log(record)
                     if self.done % plan.run.checkpoint_every == 0 and self.done < steps:
@@ -136,7 +150,7 @@ class Trainer:
                 checkpoints.wait()
         history.seconds = time.perf_counter() - started_s
         if own is not None:
-            result.write(own, self.result_document(history))
+            run_directory.write_result(own, self.result_document(history))
         return history
 
     def step(self, diagnose: bool = False) -> StepResult:
@@ -250,11 +264,31 @@ class Trainer:
         state.load_moments(self.sparse_model, self.optimizer)
         self.done = reader.step
 
-    def result_document(self, history: RunHistory) -> Record:
-        """The result document of a run."""
-        engines = {name: choice.name for name, choice in self.engines.choices.items()}
-        environment = result.environment(self.runtime, self.parallel, engines)
-        return result.document(self.plan, self.task.hash, self.sparse_model.masks, history, environment)
+    def result_document(self, history: run_directory.RunHistory) -> Record:
+        """The result document of a run: losses, sizes, environment and the hashes that identify the run."""
+        plan, runtime, masks, losses = self.plan, self.runtime, self.sparse_model.masks, history.losses
+        return {
+            "kind": "supar.result/v1",
+            "plan": plan.hash(),
+            "data": self.task.hash,
+            "masks": {name: mask.fingerprint for name, mask in masks.items()},
+            "steps": len(losses),
+            "train_loss": losses[-1] if losses and math.isfinite(losses[-1]) else None,
+            "validation_loss": history.evaluations[-1][1] if history.evaluations else None,
+            "parameters": plan.parameters,
+            "live_parameters": sum(tensor.numel() for tensor in self.sparse_model.tensors.values()),
+            "resumed_at": history.resumed_at,
+            "seconds": history.seconds,
+            "environment": {
+                **versions(),
+                "device": device_name(runtime.device),
+                "processes": self.ranks.size,
+                "parallel": self.parallel.kind,
+                "precision": str(runtime.precision).removeprefix("torch."),
+                "compiled": runtime.compiles,
+                "engines": {name: choice.name for name, choice in self.engines.choices.items()},
+            },
+        }
 
     def _restore_newest(self, directory: Path) -> None:
         """Continue from the newest checkpoint in a run's directory, if there is one."""

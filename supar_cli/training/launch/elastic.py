@@ -25,8 +25,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from supar_cli.errors import Preempted, SetupError
 from supar_cli.files import write_file
-from supar_cli.training.launch.environment import LAUNCH_DIR, LAUNCHER, SIGNAL_FILE, STDIN
-from supar_cli.training.launch.signals import handle_signals
+from supar_cli.training.launch.environment import LAUNCH_DIR, LAUNCHER, SIGNAL_FILE, STDIN, handle_signals
 
 # Exit statuses that a restart would not change: bad input, environment, unusable result, violated check, stopped
 FINAL = (2, 3, 4, 5, Preempted.exit_status, 130)
