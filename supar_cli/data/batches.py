@@ -6,11 +6,10 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +33,7 @@ ALL = slice(None)
 Encoder = Callable[[list[str]], list[list[int]]]
 
 
-@dataclass(slots=True)
-class Segment:
+class Segment(NamedTuple):
     """One run of tokens and the file it came from."""
 
     name: str
@@ -75,10 +73,8 @@ class Split:
         tokens = np.asarray(segment.tokens[start : start + length]).astype(np.int64)
         if tokens.max() >= self.vocab:
             wrong = int(np.argmax(tokens >= self.vocab))
-            raise SetupError(
-                f"{segment.name}: token {start + wrong} is {tokens.max()}, the vocabulary has {self.vocab}: a corrupt token file, "
-                "or one made with another tokenizer"
-            )
+            what = f"token {start + wrong} is {tokens.max()}, the vocabulary has {self.vocab}"
+            raise SetupError(f"{segment.name}: {what}: a corrupt token file, or one made with another tokenizer")
         return tokens
 
     def batch(self, seed: int, step: int, rows: int, context: int, share: slice = ALL) -> tuple[Tensor, Tensor]:
@@ -100,8 +96,7 @@ class Split:
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
-@dataclass(slots=True)
-class Tokens:
+class Tokens(NamedTuple):
     train: Split
     validation: Split
     hash: str
@@ -130,9 +125,8 @@ def load(data: Data, *, vocab: int, context: int) -> Tokens:
     splits = Split(train, vocab), Split(validation, vocab)
     for name, split in zip(("training", "validation"), splits, strict=True):
         if split.windows(context + 1) < 1:
-            raise InputError(
-                f"data.source: {data.source}: {split.total} {name} tokens hold no window of context {context} + 1"
-            )
+            what = f"{split.total} {name} tokens hold no window of context {context} + 1"
+            raise InputError(f"data.source: {data.source}: {what}")
     return Tokens(*splits, hash=known.hash)
 
 
@@ -203,9 +197,8 @@ def documents(kind: str, files: list[Path], data: Data) -> Iterator[bytes]:
                 try:
                     yield json.loads(line)[data.field].encode()
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    raise InputError(
-                        f"{path}:{number}: no text under {data.field!r} in this line; expected data.field"
-                    ) from None
+                    what = f"no text under {data.field!r} in this line; expected data.field"
+                    raise InputError(f"{path}:{number}: {what}") from None
 
 
 def _token_file(path: Path, kind: str, stamp: Stamp) -> TokenFile:
@@ -217,9 +210,8 @@ def _token_file(path: Path, kind: str, stamp: Stamp) -> TokenFile:
             raise SetupError(f"{path}: not an llm.c shard of version 1")
         start = LLMC_HEADER_BYTES
         if size != start + 2 * int(header[2]):
-            raise SetupError(
-                f"{path}: a corrupt token file: its header counts {header[2]} tokens, it holds {(size - start) / 2:g}"
-            )
+            what = f"its header counts {header[2]} tokens, it holds {(size - start) / 2:g}"
+            raise SetupError(f"{path}: a corrupt token file: {what}")
     if (size - start) % 2 or size == start:
         raise SetupError(f"{path}: a corrupt token file: {size} bytes are not uint16 tokens")
     return TokenFile(path, "<u2", start, stamp)

@@ -24,9 +24,8 @@ from supar_cli.files import naming_read_errors
 TICK_S = 0.02  # chosen: two ticks of the slowest clock that a kernel stamps files with, 100 Hz
 AT_ONCE = 2**22  # chosen: tokens, a few MB, of a file that is gone through as a whole
 
-RESTORE_HINT = (
-    "; expected the data that it began with: put them back, and the same command goes on from the last checkpoint"
-)
+GOES_ON = "put them back, and the same command goes on from the last checkpoint"
+RESTORE_HINT = f"; expected the data that it began with: {GOES_ON}"
 
 
 class Stamp(NamedTuple):
@@ -88,8 +87,8 @@ class StampedFile:
             found = os.pread(self.number, count, at)
             while 0 < len(found) < count and (more := os.pread(self.number, count - len(found), at + len(found))):
                 found += more
-            now = os.fstat(self.number)  # after reading: what was written before it shows
-        if now.st_mtime_ns != self.stamp.changed or now.st_size != self.stamp.size_bytes or len(found) < count:
+            now = Stamp.of(self.number)  # after reading: what was written before it shows
+        if now != self.stamp or len(found) < count:
             raise self._changed()
         return found
 

@@ -79,14 +79,9 @@ class Attention(nn.Module):
         if rope is not None:
             q_BHTE, k_BKTE = rotate(q_BHTE, *rope), rotate(k_BKTE, *rope)
         mask = None if bias_HTT is None else bias_HTT.to(q_BHTE.dtype)
+        is_grouped = self.kv_heads != self.heads
         mixed_BHTE = F.scaled_dot_product_attention(
-            q_BHTE,
-            k_BKTE,
-            v_BKTE,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.scale,
-            enable_gqa=self.kv_heads != self.heads,
+            q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=is_grouped
         )
         return self.o(mixed_BHTE.transpose(1, 2).reshape(B, T, self.heads * self.head_width))  # type: ignore[no-any-return]
 

@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint import state_dict_loader
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint import api, hf_storage, state_dict_loader
 
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import file_hash
@@ -112,7 +110,7 @@ def _naming_read_errors(file: Path) -> Iterator[None]:
         yield
     except SetupError:
         raise
-    except (Exception, CheckpointException) as error:  # the readers raise anything for a broken header
+    except (Exception, api.CheckpointException) as error:  # the readers raise anything for a broken header
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SetupError(f"{file}: a corrupt checkpoint: {text}; delete its folder to use the one before") from None
 
@@ -128,7 +126,7 @@ class CheckpointReader:
             if name.endswith(".safetensors"):
                 with _naming_read_errors(path / name), safe_open(path / name, framework="pt"):
                     pass
-        self._reader = HuggingFaceStorageReader(str(path))
+        self._reader = hf_storage.HuggingFaceStorageReader(str(path))
         with _naming_read_errors(path):
             found: dict[str, Any] = dict(self._reader.read_metadata().state_dict_metadata)
             for key, entry in found.items():  # torch would leave a missing part as it was

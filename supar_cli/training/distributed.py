@@ -32,6 +32,7 @@ from supar_cli.training.launch.environment import LAUNCH_DIR, SIGNAL_FILE, is_ra
 T = TypeVar("T")
 P = ParamSpec("P")
 Parallelism = Literal["alone", "ddp", "fsdp"]
+StopReason = Callable[[], str | None]  # says why to stop now; None to go on
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +80,8 @@ class Ranks:
 
     def on_main(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function in rank 0 only; return its result, or raise its SuparError, in every rank."""
-        box: list[Any] = [self.run_on_all(function, *args, **kwargs) if self.is_main else self.run_on_all(lambda: None)]
-        if self.is_distributed:
-            dist.broadcast_object_list(box, src=0, group=self.group, device=torch.device("cpu"))
-        return box[0]  # type: ignore[no-any-return]
+        result = self.run_on_all(function, *args, **kwargs) if self.is_main else self.run_on_all(lambda: None)
+        return self.gather(result)[0]  # type: ignore[return-value]
 
     def require_equal(self, values: dict[str, str]) -> None:
         """Raise SetupError unless every rank has these values: the ranks would train different runs."""
@@ -173,7 +172,7 @@ class StopRequest:
     each adds its `vote` to the step's loss, which is summed over them in any case, and sets `votes` to the sum.
     """
 
-    def __init__(self, ranks: Ranks, own_reason: Callable[[], str | None] = lambda: None) -> None:
+    def __init__(self, ranks: Ranks, own_reason: StopReason = lambda: None) -> None:
         self._ranks, self._own_reason = ranks, own_reason
         self.votes = 1.0  # there are no votes before the first step: exchange reasons
 
