@@ -6,6 +6,7 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import accumulate, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from supar_cli.data import corpus, tokens
 from supar_cli.data.corpus import Corpus
-from supar_cli.data.tokens import Stamp, TokenFile
+from supar_cli.data.tokens import Stamp, StampedFile, TokenFile
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import naming_read_errors
 from supar_cli.planning.plan import Data
@@ -45,20 +46,15 @@ class Split:
 
     def __init__(self, segments: list[Segment], vocab: int) -> None:
         self.segments, self.vocab = segments, vocab
-        self.total = sum(len(segment.tokens) for segment in segments)
-        self._ends: dict[int, list[int]] = {}
+        lengths = [len(segment.tokens) for segment in segments]
+        self.total = sum(lengths)
+        # by a window's length: the number of windows up to the end of each segment
+        self._ends_of = cache(lambda length: list(accumulate(max(0, tokens - length + 1) for tokens in lengths)))
 
     def windows(self, length: int) -> int:
         """The number of windows of `length` tokens."""
         ends = self._ends_of(length)
         return ends[-1] if ends else 0
-
-    def _ends_of(self, length: int) -> list[int]:
-        """Number of windows up to the end of each segment."""
-        if length not in self._ends:
-            counts = (max(0, len(segment.tokens) - length + 1) for segment in self.segments)
-            self._ends[length] = list(accumulate(counts))
-        return self._ends[length]
 
     def window(self, index: int, length: int) -> NDArray[np.int64]:
         """Window number `index` of `length` tokens.
@@ -165,7 +161,7 @@ def _segments(
     if encode is None and found.kind == "text" and len(files) == 1:
         if not stamps[files[0]].size_bytes:
             raise InputError(f"{files[0]}: the file is empty")
-        return [Segment(str(files[0]), TokenFile(files[0], "u1", 0, stamps[files[0]]))]
+        return [Segment(str(files[0]), TokenFile(StampedFile(files[0], stamps[files[0]]), "u1"))]
     parts = list(encode_files(found.kind, files, data, encode))
     return [Segment(str(found.root), np.concatenate(parts) if parts else np.zeros(0, np.uint8))]
 
@@ -203,9 +199,9 @@ def documents(kind: str, files: list[Path], data: Data) -> Iterator[bytes]:
 
 def _token_file(path: Path, kind: str, stamp: Stamp) -> TokenFile:
     """A file of uint16 tokens. nanoGPT: raw; llm.c: a header of 256 int32 (magic, version, count), then tokens."""
-    size, start = stamp.size_bytes, 0
+    file, size, start = StampedFile(path, stamp), stamp.size_bytes, 0
     if kind == "llmc":
-        header = np.asarray(TokenFile(path, "<i4", 0, stamp)[:256])
+        header = np.asarray(TokenFile(file, "<i4")[:256])
         if len(header) < 256 or header[0] != corpus.LLMC_MAGIC or header[1] != 1:
             raise SetupError(f"{path}: not an llm.c shard of version 1")
         start = LLMC_HEADER_BYTES
@@ -214,7 +210,7 @@ def _token_file(path: Path, kind: str, stamp: Stamp) -> TokenFile:
             raise SetupError(f"{path}: a corrupt token file: {what}")
     if (size - start) % 2 or size == start:
         raise SetupError(f"{path}: a corrupt token file: {size} bytes are not uint16 tokens")
-    return TokenFile(path, "<u2", start, stamp)
+    return TokenFile(file, "<u2", start)
 
 
 def prepare(data: Data, directory: Path, progress: Callable[[str, int], None]) -> dict[str, int]:

@@ -90,19 +90,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(path: Path, manifest: dict[str, Any], ranks: Ranks) -> None:
-    """Compare a checkpoint's files with the manifest's hashes, each rank its share. Raises SetupError that names the file."""
-    files = manifest["files"]
-    if others := {file.name for file in path.glob("*.safetensors")} - set(files):  # torch would read them too
-        raise SetupError(f"{path / min(others)}: is not part of the checkpoint; delete it")
-    for name in sorted(files)[ranks.rank :: ranks.size]:
-        with _naming_read_errors(path / name):
-            if not (path / name).is_file():
-                raise SafetensorError("it is missing")
-            if file_hash(path / name) != files[name]:
-                raise SafetensorError("its content is not what was written")
-
-
 @contextmanager
 def _naming_read_errors(file: Path) -> Iterator[None]:
     """Turn a failure to read into a SetupError that names the file."""
@@ -116,16 +103,26 @@ def _naming_read_errors(file: Path) -> Iterator[None]:
 
 
 class CheckpointReader:
-    """The verified files of a checkpoint written after `step` steps. `shapes` are those of its tensors by key."""
+    """The verified files of a checkpoint written after `step` steps. `shapes` are those of its tensors by key.
+
+    Raises SetupError that names the file which is not what the manifest says.
+    """
 
     def __init__(self, path: Path, ranks: Ranks = ALONE) -> None:
         self.path, self.manifest = path, read_manifest(path)
         self.step: int = self.manifest["step"]
-        verify(path, self.manifest, ranks)
-        for name in self.manifest["files"]:
-            if name.endswith(".safetensors"):
-                with _naming_read_errors(path / name), safe_open(path / name, framework="pt"):
-                    pass
+        files: dict[str, str] = self.manifest["files"]
+        if others := {file.name for file in path.glob("*.safetensors")} - set(files):  # torch would read them too
+            raise SetupError(f"{path / min(others)}: is not part of the checkpoint; delete it")
+        for name in sorted(files)[ranks.rank :: ranks.size]:  # each rank its share
+            with _naming_read_errors(path / name):
+                if not (path / name).is_file():
+                    raise SafetensorError("it is missing")
+                if file_hash(path / name) != files[name]:
+                    raise SafetensorError("its content is not what was written")
+                if name.endswith(".safetensors"):
+                    with safe_open(path / name, framework="pt"):  # raises for a broken header
+                        pass
         self._reader = hf_storage.HuggingFaceStorageReader(str(path))
         with _naming_read_errors(path):
             found: dict[str, Any] = dict(self._reader.read_metadata().state_dict_metadata)

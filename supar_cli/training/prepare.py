@@ -199,12 +199,9 @@ class EngineSelector:
         """Choose an engine for every mask (out, in). Every rank calls it with the same masks."""
         for name, mask in masks.items():
             named, alike = self.plan.engine(self._rows[name]), (mask.shape, mask.count)
-            if named != "auto":
-                self.choices[name] = EngineChoice(named, {})
-                continue
-            if alike not in self._fastest:
+            if named == "auto" and alike not in self._fastest:
                 self._fastest[alike] = self._ranks.on_main(autotune.fastest, mask, self.case)
-            self.choices[name] = self._fastest[alike]
+            self.choices[name] = self._fastest[alike] if named == "auto" else EngineChoice(named, {})
 
     def make(self, name: str, mask: Mask) -> Engine:
         """Make the chosen engine of a tensor."""

@@ -148,12 +148,11 @@ def begin_run(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list
 
 def is_finished(directory: Path, plan: Plan) -> bool:
     """Whether the directory holds the whole result of this plan's run."""
-    try:
+    with suppress(SetupError):
         found = read_result(directory / "result.json")
-    except SetupError:
-        return False
-    numbers = [found.get(name) for name in ("steps", "seconds", "validation_loss")]
-    return found.get("plan") == plan.hash() and all(isinstance(number, int | float) for number in numbers)
+        numbers = [found.get(name) for name in ("steps", "seconds", "validation_loss")]
+        return found.get("plan") == plan.hash() and all(isinstance(number, int | float) for number in numbers)
+    return False
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
