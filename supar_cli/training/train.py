@@ -47,8 +47,9 @@ def run(
     """
     plan, ranks, reporter = trainer.plan, trainer.ranks, trainer.reporter
     # a process of `--nproc` that is started again continues its run, whatever the flags said at its first start
-    begun = Path(os.environ.get(LAUNCH_DIR, directory), "begun-" + content_hash(str(directory)))
-    has_begun = ranks.on_main(begun.exists)
+    is_launched = LAUNCH_DIR in os.environ
+    begun = Path(os.environ.get(LAUNCH_DIR, ""), "begun-" + content_hash(str(directory)))
+    has_begun = ranks.on_main(lambda: is_launched and begun.exists())
     force = force and not has_begun
     resume = (resume and not force) or has_begun
     with ExitStack() as stack:
@@ -58,7 +59,7 @@ def run(
                 raise collective_error(Preempted, why)
             opening = run_directory.open_run(directory, plan, resume=resume, force=force)
             changes = ranks.on_main(stack.enter_context, opening)
-            if LAUNCH_DIR in os.environ:
+            if is_launched:
                 begun.touch()
             with ranks.translate_peer_errors(), _naming_lack_of_memory():
                 for change in changes:
