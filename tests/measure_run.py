@@ -84,7 +84,7 @@ def save(trainer: Trainer, folder: Path) -> dict[str, float]:
     started_s = time.perf_counter()
     writer.save(trainer.done, trainer.capture)
     lost_s = returns_s = time.perf_counter() - started_s
-    while writer.is_writing:
+    while writer._pending is not None and not writer._pending.done():
         lost_s += max(0.0, timed(trainer.step, device) - step_s)
     written_s = time.perf_counter() - started_s
     writer.wait()

@@ -196,7 +196,7 @@ CHECKS: dict[Callable[[str, str], list[str]], list[tuple[str, str]]] = {
         ("supar_cli.training.trainer", "from supar_cli.planning.folding import fold"),
         ("supar_cli.training.trainer", "import supar_cli"),
         ("supar_cli.training.trainer", "from supar_cli.experiments import search"),
-        ("supar_cli.training.result", "from supar_cli import __version__"),
+        ("supar_cli.training.runtime", "from supar_cli import __version__"),
         ("supar_cli.training.trainer", "if TYPE_CHECKING:\n    from supar_cli.planning.folding import fold"),
         ("supar_cli.jobs.runs", "from supar_cli.reporting import figures"),
         ("supar_cli.jobs.runs", "from supar_cli.experiments.curves import measure"),

@@ -200,7 +200,7 @@ class TestBeforeTheFirstWindow:
         path = tmp_path / "a.txt"
         path.write_bytes(bytes(100))
         with tokens.require_unchanged([path]) as stamps:
-            read = tokens.TokenFile(path, "u1", 0, stamps[path])
+            read = tokens.TokenFile(tokens.StampedFile(path, stamps[path]), "u1")
         assert np.array_equal(np.asarray(read), np.zeros(100)) and len(read[90:200]) == 10
 
     def test_a_file_that_is_no_more_what_was_stamped_is_not_opened(self, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ class TestBeforeTheFirstWindow:
         os.utime(other, ns=(stamp.changed, stamp.changed))  # the same size and time: another file all the same
         other.replace(path)
         with pytest.raises(SetupError, match=r"a\.txt: was written to"):
-            tokens.TokenFile(path, "u1", 0, stamp)
+            tokens.TokenFile(tokens.StampedFile(path, stamp), "u1")
 
 
 class TestTokenFile:
@@ -220,7 +220,7 @@ class TestTokenFile:
         path = tmp_path / "a.bin"
         path.write_bytes(b"head" + values.tobytes())
         monkeypatch.setattr(tokens, "AT_ONCE", 64)
-        read = tokens.TokenFile(path, "<u2", 4, tokens.Stamp.of(path))
+        read = tokens.TokenFile(tokens.StampedFile(path, tokens.Stamp.of(path)), "<u2", 4)
         assert len(read) == 1000 and read.max() == values.max() and np.array_equal(np.asarray(read), values)
         for part in (slice(10, 20), slice(None, 7), slice(990, None), slice(400, 400), slice(5, 3), slice(-5, None)):
             assert np.array_equal(np.asarray(read[part]), values[part])
@@ -229,7 +229,7 @@ class TestTokenFile:
     def test_reads_that_come_in_pieces_are_whole(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path, pread = tmp_path / "a.bin", os.pread
         path.write_bytes(bytes(range(256)))
-        read = tokens.TokenFile(path, "u1", 0, tokens.Stamp.of(path))
+        read = tokens.TokenFile(tokens.StampedFile(path, tokens.Stamp.of(path)), "u1")
         monkeypatch.setattr(os, "pread", lambda number, count, at: pread(number, min(count, 100), at))
         assert np.asarray(read).tolist() == list(range(256))
 
@@ -262,7 +262,7 @@ class TestTokenFile:
         try:
             with pytest.raises(SetupError, match=r"000\.bin: can't be read: Too many open files"):
                 for _ in range(120):
-                    opened.append(tokens.TokenFile(path, "u1", 0, stamp))
+                    opened.append(tokens.TokenFile(tokens.StampedFile(path, stamp), "u1"))
         finally:
             opened.clear()
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

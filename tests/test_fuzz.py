@@ -20,7 +20,7 @@ from supar_cli.cli.app import app
 from supar_cli.errors import SuparError
 from supar_cli.planning import document, templates
 from supar_cli.planning.spec import Proxy
-from supar_cli.training.result import RunHistory
+from supar_cli.training.run_directory import RunHistory
 from supar_cli.training.trainer import Trainer
 from tests.conftest import TEXT_BYTES, plan_from, proxy_fields, real_text
 from tests.fuzzing import MORE, tries

@@ -176,7 +176,8 @@ class TestDamaged:
         self, kept: Kept, tried: Tried, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """That the test above can fail."""
-        monkeypatch.setattr(checkpoint_reader, "verify", lambda *_: None)
+        hashes = json.loads(kept.files["manifest.json"])["files"]
+        monkeypatch.setattr(checkpoint_reader, "file_hash", lambda path: hashes[path.name])
         name = next(name for name in kept.files if name.endswith(".safetensors"))
         for at in range(1, 200):
             content = bytearray(kept.files[name])

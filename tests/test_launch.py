@@ -18,10 +18,10 @@ import torch
 from supar_cli.errors import InputError, PeerLost
 from supar_cli.planning.plan import Plan
 from supar_cli.training import checkpoint, checkpoint_reader, run_directory, runtime
-from supar_cli.training.distributed import Ranks
-from supar_cli.training.launch import elastic, signals
+from supar_cli.training.distributed import Ranks, StopRequest
+from supar_cli.training.launch import elastic
 from supar_cli.training.launch import environment as launch
-from supar_cli.training.launch.signals import StopRequest, StopSignals
+from supar_cli.training.launch.environment import StopSignals
 from supar_cli.training.trainer import Trainer
 from tests.conftest import Called, environment
 from tests.test_train import trained
@@ -73,7 +73,7 @@ class TestSignals:
     def test_a_repeat_is_a_second_request_only_later_and_alone_at_once(
         self, of_torchrun: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(signals, "ONE_REQUEST_S", 0.5)
+        monkeypatch.setattr(launch, "ONE_REQUEST_S", 0.5)
         with StopSignals() as asked:
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGINT)

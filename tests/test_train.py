@@ -21,7 +21,7 @@ from supar_cli.training import optimizer, run_directory
 from supar_cli.training.monitor import LIMIT, Monitor
 from supar_cli.training.prepare import to_dense
 from supar_cli.training.reporter import NullReporter
-from supar_cli.training.result import RunHistory
+from supar_cli.training.run_directory import RunHistory
 from supar_cli.training.trainer import Trainer
 
 MakePlan = Callable[..., Plan]

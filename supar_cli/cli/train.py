@@ -19,7 +19,7 @@ from supar_cli.planning import document
 from supar_cli.planning.document import Document
 from supar_cli.planning.plan import Plan, with_steps
 from supar_cli.planning.problems import parse
-from supar_cli.training.launch.environment import LAUNCH_DIR, TORCHRUN, is_worker_rank
+from supar_cli.training.launch.environment import LAUNCH_DIR, TORCHRUN, StopSignals, is_worker_rank
 
 if TYPE_CHECKING:
     from supar_cli.files import Record
@@ -55,7 +55,6 @@ def train(flags: Flags) -> None:
     if flags.max_restarts and flags.nproc is None:
         raise InputError("--max-restarts: goes with --nproc; torchrun has its own")
     from supar_cli.training.distributed import init_distributed
-    from supar_cli.training.launch.signals import StopSignals
 
     with StopSignals(flags.max_time) as signals:
         try:

@@ -6,11 +6,11 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from supar_cli.data import corpus, tokens
 from supar_cli.data.corpus import Corpus
-from supar_cli.data.tokens import Stamp, TokenFile
+from supar_cli.data.tokens import Stamp, StampedFile, TokenFile
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import naming_read_errors
 from supar_cli.planning.plan import Data
@@ -34,8 +34,7 @@ ALL = slice(None)
 Encoder = Callable[[list[str]], list[list[int]]]
 
 
-@dataclass(slots=True)
-class Segment:
+class Segment(NamedTuple):
     """One run of tokens and the file it came from."""
 
     name: str
@@ -47,20 +46,15 @@ class Split:
 
     def __init__(self, segments: list[Segment], vocab: int) -> None:
         self.segments, self.vocab = segments, vocab
-        self.total = sum(len(segment.tokens) for segment in segments)
-        self._ends: dict[int, list[int]] = {}
+        lengths = [len(segment.tokens) for segment in segments]
+        self.total = sum(lengths)
+        # by a window's length: the number of windows up to the end of each segment
+        self._ends_of = cache(lambda length: list(accumulate(max(0, tokens - length + 1) for tokens in lengths)))
 
     def windows(self, length: int) -> int:
         """The number of windows of `length` tokens."""
         ends = self._ends_of(length)
         return ends[-1] if ends else 0
-
-    def _ends_of(self, length: int) -> list[int]:
-        """Number of windows up to the end of each segment."""
-        if length not in self._ends:
-            counts = (max(0, len(segment.tokens) - length + 1) for segment in self.segments)
-            self._ends[length] = list(accumulate(counts))
-        return self._ends[length]
 
     def window(self, index: int, length: int) -> NDArray[np.int64]:
         """Window number `index` of `length` tokens.
@@ -75,10 +69,8 @@ class Split:
         tokens = np.asarray(segment.tokens[start : start + length]).astype(np.int64)
         if tokens.max() >= self.vocab:
             wrong = int(np.argmax(tokens >= self.vocab))
-            raise SetupError(
-                f"{segment.name}: token {start + wrong} is {tokens.max()}, the vocabulary has {self.vocab}: a corrupt token file, "
-                "or one made with another tokenizer"
-            )
+            what = f"token {start + wrong} is {tokens.max()}, the vocabulary has {self.vocab}"
+            raise SetupError(f"{segment.name}: {what}: a corrupt token file, or one made with another tokenizer")
         return tokens
 
     def batch(self, seed: int, step: int, rows: int, context: int, share: slice = ALL) -> tuple[Tensor, Tensor]:
@@ -100,8 +92,7 @@ class Split:
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
-@dataclass(slots=True)
-class Tokens:
+class Tokens(NamedTuple):
     train: Split
     validation: Split
     hash: str
@@ -130,9 +121,8 @@ def load(data: Data, *, vocab: int, context: int) -> Tokens:
     splits = Split(train, vocab), Split(validation, vocab)
     for name, split in zip(("training", "validation"), splits, strict=True):
         if split.windows(context + 1) < 1:
-            raise InputError(
-                f"data.source: {data.source}: {split.total} {name} tokens hold no window of context {context} + 1"
-            )
+            what = f"{split.total} {name} tokens hold no window of context {context} + 1"
+            raise InputError(f"data.source: {data.source}: {what}")
     return Tokens(*splits, hash=known.hash)
 
 
@@ -171,7 +161,7 @@ def _segments(
     if encode is None and found.kind == "text" and len(files) == 1:
         if not stamps[files[0]].size_bytes:
             raise InputError(f"{files[0]}: the file is empty")
-        return [Segment(str(files[0]), TokenFile(files[0], "u1", 0, stamps[files[0]]))]
+        return [Segment(str(files[0]), TokenFile(StampedFile(files[0], stamps[files[0]]), "u1"))]
     parts = list(encode_files(found.kind, files, data, encode))
     return [Segment(str(found.root), np.concatenate(parts) if parts else np.zeros(0, np.uint8))]
 
@@ -203,26 +193,24 @@ def documents(kind: str, files: list[Path], data: Data) -> Iterator[bytes]:
                 try:
                     yield json.loads(line)[data.field].encode()
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    raise InputError(
-                        f"{path}:{number}: no text under {data.field!r} in this line; expected data.field"
-                    ) from None
+                    what = f"no text under {data.field!r} in this line; expected data.field"
+                    raise InputError(f"{path}:{number}: {what}") from None
 
 
 def _token_file(path: Path, kind: str, stamp: Stamp) -> TokenFile:
     """A file of uint16 tokens. nanoGPT: raw; llm.c: a header of 256 int32 (magic, version, count), then tokens."""
-    size, start = stamp.size_bytes, 0
+    file, size, start = StampedFile(path, stamp), stamp.size_bytes, 0
     if kind == "llmc":
-        header = np.asarray(TokenFile(path, "<i4", 0, stamp)[:256])
+        header = np.asarray(TokenFile(file, "<i4")[:256])
         if len(header) < 256 or header[0] != corpus.LLMC_MAGIC or header[1] != 1:
             raise SetupError(f"{path}: not an llm.c shard of version 1")
         start = LLMC_HEADER_BYTES
         if size != start + 2 * int(header[2]):
-            raise SetupError(
-                f"{path}: a corrupt token file: its header counts {header[2]} tokens, it holds {(size - start) / 2:g}"
-            )
+            what = f"its header counts {header[2]} tokens, it holds {(size - start) / 2:g}"
+            raise SetupError(f"{path}: a corrupt token file: {what}")
     if (size - start) % 2 or size == start:
         raise SetupError(f"{path}: a corrupt token file: {size} bytes are not uint16 tokens")
-    return TokenFile(path, "<u2", start, stamp)
+    return TokenFile(file, "<u2", start)
 
 
 def prepare(data: Data, directory: Path, progress: Callable[[str, int], None]) -> dict[str, int]:

@@ -56,9 +56,8 @@ def find(data: Data) -> Corpus:
         raise InputError(f"data.source: {data.source}: no {', '.join(_SUFFIXES)} files in it")
     kinds = {_kind(p, data) for p in found}
     if len(kinds) > 1:
-        raise InputError(
-            f"data.source: {data.source}: holds files of several formats ({', '.join(sorted(kinds))}); expected data.format"
-        )
+        what = f"holds files of several formats ({', '.join(sorted(kinds))}); expected data.format"
+        raise InputError(f"data.source: {data.source}: {what}")
     held_out = [p for p in found if _VALIDATION & set(p.stem.lower().replace("-", "_").replace(".", "_").split("_"))]
     if held_out and len(held_out) < len(found):
         return Corpus(kinds.pop(), path, [p for p in found if p not in held_out], held_out)
@@ -108,9 +107,8 @@ def identify(data: Data, corpus: Corpus | None = None) -> Data:
     found = content_hash(corpus or find(data), data.tokenizer)
     if data.hash is not None and data.hash != found:
         why = " (the standard library's sources differ between Python versions)" if data.source == "stdlib" else ""
-        raise InputError(
-            f"data.hash: {data.source} is not the data this document was made with: {found[:19]}…, not {data.hash[:19]}…{why}"
-        )
+        what = f"{data.source} is not the data this document was made with"
+        raise InputError(f"data.hash: {what}: {found[:19]}…, not {data.hash[:19]}…{why}")
     return data.model_copy(update={"hash": found})
 
 

@@ -24,9 +24,7 @@ from supar_cli.files import naming_read_errors
 TICK_S = 0.02  # chosen: two ticks of the slowest clock that a kernel stamps files with, 100 Hz
 AT_ONCE = 2**22  # chosen: tokens, a few MB, of a file that is gone through as a whole
 
-RESTORE_HINT = (
-    "; expected the data that it began with: put them back, and the same command goes on from the last checkpoint"
-)
+REMEDY = "; expected the data that it began with: put them back, and the same command goes on from the last checkpoint"
 
 
 class Stamp(NamedTuple):
@@ -84,12 +82,12 @@ class StampedFile:
 
     def read(self, at: int, count: int) -> bytes:
         """So many bytes from there on. Raises SetupError where the file is not what it was, or can't be read."""
-        with naming_read_errors(self.path, RESTORE_HINT):
+        with naming_read_errors(self.path, REMEDY):
             found = os.pread(self.number, count, at)
             while 0 < len(found) < count and (more := os.pread(self.number, count - len(found), at + len(found))):
                 found += more
-            now = os.fstat(self.number)  # after reading: what was written before it shows
-        if now.st_mtime_ns != self.stamp.changed or now.st_size != self.stamp.size_bytes or len(found) < count:
+            now = Stamp.of(self.number)  # after reading: what was written before it shows
+        if now != self.stamp or len(found) < count:
             raise self._changed()
         return found
 
@@ -97,7 +95,7 @@ class StampedFile:
         now, size = Stamp.of(self.number), self.stamp.size_bytes
         cut = now.size_bytes < size
         what = f"was cut to {now.size_bytes:,} of its {size:,} bytes" if cut else "was written to"
-        return SetupError(f"{self.path}: {what} since its hash was taken{RESTORE_HINT}")
+        return SetupError(f"{self.path}: {what} since its hash was taken{REMEDY}")
 
 
 class TokenFile:
@@ -108,19 +106,18 @@ class TokenFile:
 
     __slots__ = ("_dtype", "_file", "_length", "_start")
 
-    def __init__(self, path: Path, dtype: str, start: int, stamp: Stamp) -> None:
-        self._file, self._dtype, self._start = StampedFile(path, stamp), np.dtype(dtype), start
-        self._length = (stamp.size_bytes - start) // self._dtype.itemsize
+    def __init__(
+        self, file: StampedFile, dtype: str | np.dtype[Any], start: int = 0, length: int | None = None
+    ) -> None:
+        self._file, self._dtype, self._start = file, np.dtype(dtype), start
+        self._length = (file.stamp.size_bytes - start) // self._dtype.itemsize if length is None else length
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, part: slice) -> TokenFile:
         start, stop, _ = part.indices(self._length)
-        made = object.__new__(TokenFile)
-        made._file, made._dtype = self._file, self._dtype
-        made._start, made._length = self._start + start * self._dtype.itemsize, max(0, stop - start)
-        return made
+        return TokenFile(self._file, self._dtype, self._start + start * self._dtype.itemsize, max(0, stop - start))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         read = np.frombuffer(self._file.read(self._start, self._length * self._dtype.itemsize), self._dtype)

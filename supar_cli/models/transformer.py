@@ -17,28 +17,16 @@ from supar_cli.planning.plan import PlanModel
 from supar_cli.sparse.linear import Linear
 
 
-class Norm(nn.Module):
-    """LayerNorm (gain, bias if the model has biases) or RMSNorm (gain) over D."""
-
-    def __init__(self, config: PlanModel) -> None:
-        super().__init__()
-        self.eps, self.rms = config.norm_eps, config.norm == "rmsnorm"
-        self.weight = nn.Parameter(torch.empty(config.width))
-        self.bias = nn.Parameter(torch.empty(config.width)) if config.bias and not self.rms else None
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        if self.rms:
-            return F.rms_norm(x_BTD, self.weight.shape, self.weight, self.eps)
-        return F.layer_norm(x_BTD, self.weight.shape, self.weight, self.bias, self.eps)
+def norm(config: PlanModel) -> nn.Module:
+    """RMSNorm (gain) or LayerNorm (gain, bias if the model has biases) over D."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.width, config.norm_eps)
+    return nn.LayerNorm(config.width, config.norm_eps, bias=config.bias)
 
 
-class Embedding(nn.Module):
-    def __init__(self, rows: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, width))
-
-    def forward(self, index: Tensor) -> Tensor:
-        return F.embedding(index, self.weight)
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """An embedding (rows, D) without initial values: torch's own would draw some and move its random stream."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def rope_tables(context: int, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -91,14 +79,9 @@ class Attention(nn.Module):
         if rope is not None:
             q_BHTE, k_BKTE = rotate(q_BHTE, *rope), rotate(k_BKTE, *rope)
         mask = None if bias_HTT is None else bias_HTT.to(q_BHTE.dtype)
+        is_grouped = self.kv_heads != self.heads
         mixed_BHTE = F.scaled_dot_product_attention(
-            q_BHTE,
-            k_BKTE,
-            v_BKTE,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=self.scale,
-            enable_gqa=self.kv_heads != self.heads,
+            q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=is_grouped
         )
         return self.o(mixed_BHTE.transpose(1, 2).reshape(B, T, self.heads * self.head_width))  # type: ignore[no-any-return]
 
@@ -122,8 +105,8 @@ class Block(nn.Module):
     def __init__(self, config: PlanModel) -> None:
         super().__init__()
         self.residual = config.multipliers.residual
-        self.attn_norm, self.attn = Norm(config), Attention(config)
-        self.mlp_norm, self.mlp = Norm(config), FeedForward(config)
+        self.attn_norm, self.attn = norm(config), Attention(config)
+        self.mlp_norm, self.mlp = norm(config), FeedForward(config)
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, bias_HTT: Tensor | None) -> Tensor:
         # add's own factor costs nothing, where a product would be one more pass over memory
@@ -141,10 +124,10 @@ class Transformer(nn.Module):
     def __init__(self, config: PlanModel) -> None:
         super().__init__()
         self.config = config
-        self.embedding = Embedding(config.vocab, config.width)
-        self.positions = Embedding(config.context, config.width) if config.positions == "learned" else None
+        self.embedding = embedding(config.vocab, config.width)
+        self.positions = embedding(config.context, config.width) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.final_norm = Norm(config)
+        self.final_norm = norm(config)
         self.unembedding = None if config.tied else Linear(config.width, config.vocab, bias=False)
         cos_TE, sin_TE = rope_tables(config.context, config.head_width, config.rope_theta)
         self.register_buffer("cos_TE", cos_TE if config.positions == "rope" else None, persistent=False)

@@ -13,8 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
-from dataclasses import InitVar, dataclass
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -22,9 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint import api, hf_storage, state_dict_saver
 
 from supar_cli.errors import SetupError
 from supar_cli.files import file_hash, write_file
@@ -38,8 +35,7 @@ from supar_cli.training.state import State
 UNSHARDED = "state.safetensors"
 
 
-@dataclass
-class Writer:
+class Writer(AbstractContextManager["Writer"]):
     """Writes a run's checkpoints one at a time while training goes on, and keeps the newest `run.keep`.
 
     Without a folder it writes nothing. Each rank writes its shard of a sharded model; otherwise the main rank writes all.
@@ -47,16 +43,17 @@ class Writer:
     SetupError at the next call.
     """
 
-    folder: Path | None
-    plan: Plan
-    data_hash: str
-    parallel: InitVar[Parallel]  # not stored: it would keep the model in memory
-    before_publish: Callable[[], None] = lambda: None
-    saved_step: int | None = None
-
-    def __post_init__(self, parallel: Parallel) -> None:
-        if not parallel.ranks.is_main and not parallel.is_sharded:
-            self.folder = None
+    def __init__(
+        self,
+        folder: Path | None,
+        plan: Plan,
+        data_hash: str,
+        parallel: Parallel,  # not stored: it would keep the model in memory
+        before_publish: Callable[[], None] = lambda: None,
+        saved_step: int | None = None,
+    ) -> None:
+        self.folder = folder if parallel.ranks.is_main or parallel.is_sharded else None
+        self._plan, self._data_hash, self._before_publish, self.saved_step = plan, data_hash, before_publish, saved_step
         self._ranks = parallel.ranks.new_group() if parallel.is_sharded else ALONE
         self._thread, self._publish_lock = device_thread(parallel.device, "checkpoints"), Lock()
         self._pending: Future[None] | None = None
@@ -72,19 +69,11 @@ class Writer:
         self.saved_step = step
         self._pending = self._thread.submit(self._write, self.folder / f"step-{step:08d}", capture())
 
-    @property
-    def is_writing(self) -> bool:
-        """Whether a checkpoint is being written now."""
-        return self._pending is not None and not self._pending.done()
-
     def wait(self) -> None:
         """Return when the last checkpoint is on disk."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
-
-    def __enter__(self) -> Writer:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
@@ -114,12 +103,12 @@ class Writer:
         missing = [name for name in hashes if not (staging / name).is_file()]
         if missing:
             raise OSError(f"{missing[0]} is missing; expected a folder that all machines of the run share")
-        write_file(staging / "plan.yaml", document.write([self.plan.model_dump()]))
+        write_file(staging / "plan.yaml", document.write([self._plan.model_dump()]))
         manifest: dict[str, Any] = {
             "kind": KIND,
             "step": state.step,
-            "plan": self.plan.hash(),
-            "data": self.data_hash,
+            "plan": self._plan.hash(),
+            "data": self._data_hash,
             "masks": {name: mask.fingerprint for name, mask in state.masks.items()},
             "files": {**dict(sorted(hashes.items())), "plan.yaml": file_hash(staging / "plan.yaml")},
         }
@@ -129,7 +118,7 @@ class Writer:
 
     def _publish(self, staging: Path, final: Path) -> None:
         """Give a checkpoint its name and remove the oldest ones beyond `run.keep`."""
-        self.before_publish()
+        self._before_publish()
         if not self._publish_lock.acquire(blocking=False):
             raise SetupError(f"{final}: the checkpoint was cancelled")
         try:
@@ -138,7 +127,7 @@ class Writer:
         finally:
             self._publish_lock.release()
         _flush(final.parent)
-        dropped += [_move_aside(old) for old in available(final.parent)[: -self.plan.run.keep]]
+        dropped += [_move_aside(old) for old in available(final.parent)[: -self._plan.run.keep]]
         for path in dropped:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -148,8 +137,8 @@ def _naming_write_errors(folder: Path) -> Iterator[None]:
     """Turn a failure to write into a SetupError that names the folder."""
     try:
         yield
-    except (OSError, SafetensorError, CheckpointException) as error:
-        failures = error.failures.values() if isinstance(error, CheckpointException) else ()
+    except (OSError, SafetensorError, api.CheckpointException) as error:
+        failures = error.failures.values() if isinstance(error, api.CheckpointException) else ()
         why = next((failure for failure, _ in failures), error)
         text = getattr(why, "strerror", None) or str(why)
         raise SetupError(f"{folder}: the checkpoint can't be written: {text}") from None
@@ -168,7 +157,7 @@ def _write_tensors(staging: Path, state: State, ranks: Ranks) -> dict[str, str]:
     """Write this rank's file of tensors and flush it to disk; return its hash by its name."""
     tensors = keyed(state) | {f"mask/{name}": torch.from_numpy(mask.bits) for name, mask in state.masks.items()}
     if ranks.is_distributed:
-        storage = HuggingFaceStorageWriter(str(staging), save_distributed=True)
+        storage = hf_storage.HuggingFaceStorageWriter(str(staging), save_distributed=True)
         state_dict_saver.save(tensors, storage_writer=storage, process_group=ranks.group)
         return {path.name: file_hash(path) for path in staging.glob(f"shard-{ranks.rank + 1:05d}-*")}
     save_file(tensors, staging / UNSHARDED)

@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint import state_dict_loader
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint import api, hf_storage, state_dict_loader
 
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import file_hash
@@ -92,19 +90,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(path: Path, manifest: dict[str, Any], ranks: Ranks) -> None:
-    """Compare a checkpoint's files with the manifest's hashes, each rank its share. Raises SetupError that names the file."""
-    files = manifest["files"]
-    if others := {file.name for file in path.glob("*.safetensors")} - set(files):  # torch would read them too
-        raise SetupError(f"{path / min(others)}: is not part of the checkpoint; delete it")
-    for name in sorted(files)[ranks.rank :: ranks.size]:
-        with _naming_read_errors(path / name):
-            if not (path / name).is_file():
-                raise SafetensorError("it is missing")
-            if file_hash(path / name) != files[name]:
-                raise SafetensorError("its content is not what was written")
-
-
 @contextmanager
 def _naming_read_errors(file: Path) -> Iterator[None]:
     """Turn a failure to read into a SetupError that names the file."""
@@ -112,23 +97,33 @@ def _naming_read_errors(file: Path) -> Iterator[None]:
         yield
     except SetupError:
         raise
-    except (Exception, CheckpointException) as error:  # the readers raise anything for a broken header
+    except (Exception, api.CheckpointException) as error:  # the readers raise anything for a broken header
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SetupError(f"{file}: a corrupt checkpoint: {text}; delete its folder to use the one before") from None
 
 
 class CheckpointReader:
-    """The verified files of a checkpoint written after `step` steps. `shapes` are those of its tensors by key."""
+    """The verified files of a checkpoint written after `step` steps. `shapes` are those of its tensors by key.
+
+    Raises SetupError that names the file which is not what the manifest says.
+    """
 
     def __init__(self, path: Path, ranks: Ranks = ALONE) -> None:
         self.path, self.manifest = path, read_manifest(path)
         self.step: int = self.manifest["step"]
-        verify(path, self.manifest, ranks)
-        for name in self.manifest["files"]:
-            if name.endswith(".safetensors"):
-                with _naming_read_errors(path / name), safe_open(path / name, framework="pt"):
-                    pass
-        self._reader = HuggingFaceStorageReader(str(path))
+        files: dict[str, str] = self.manifest["files"]
+        if others := {file.name for file in path.glob("*.safetensors")} - set(files):  # torch would read them too
+            raise SetupError(f"{path / min(others)}: is not part of the checkpoint; delete it")
+        for name in sorted(files)[ranks.rank :: ranks.size]:  # each rank its share
+            with _naming_read_errors(path / name):
+                if not (path / name).is_file():
+                    raise SafetensorError("it is missing")
+                if file_hash(path / name) != files[name]:
+                    raise SafetensorError("its content is not what was written")
+                if name.endswith(".safetensors"):
+                    with safe_open(path / name, framework="pt"):  # raises for a broken header
+                        pass
+        self._reader = hf_storage.HuggingFaceStorageReader(str(path))
         with _naming_read_errors(path):
             found: dict[str, Any] = dict(self._reader.read_metadata().state_dict_metadata)
             for key, entry in found.items():  # torch would leave a missing part as it was

@@ -32,6 +32,7 @@ from supar_cli.training.launch.environment import LAUNCH_DIR, SIGNAL_FILE, is_ra
 T = TypeVar("T")
 P = ParamSpec("P")
 Parallelism = Literal["alone", "ddp", "fsdp"]
+StopReason = Callable[[], str | None]  # says why to stop now; None to go on
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +80,8 @@ class Ranks:
 
     def on_main(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function in rank 0 only; return its result, or raise its SuparError, in every rank."""
-        box: list[Any] = [self.run_on_all(function, *args, **kwargs) if self.is_main else self.run_on_all(lambda: None)]
-        if self.is_distributed:
-            dist.broadcast_object_list(box, src=0, group=self.group, device=torch.device("cpu"))
-        return box[0]  # type: ignore[no-any-return]
+        result = self.run_on_all(function, *args, **kwargs) if self.is_main else self.run_on_all(lambda: None)
+        return self.gather(result)[0]  # type: ignore[return-value]
 
     def require_equal(self, values: dict[str, str]) -> None:
         """Raise SetupError unless every rank has these values: the ranks would train different runs."""
@@ -164,6 +163,31 @@ def init_distributed() -> Iterator[Ranks]:
         if is_ours:
             gc.collect()  # release DDP's models first: one that outlives the group deadlocks when it is freed
             dist.destroy_process_group()
+
+
+class StopRequest:
+    """Decides between two steps whether all ranks stop, even if only one was asked to.
+
+    `own_reason()` is this rank's reason. The ranks exchange reasons only after a step whose votes say that there is one:
+    each adds its `vote` to the step's loss, which is summed over them in any case, and sets `votes` to the sum.
+    """
+
+    def __init__(self, ranks: Ranks, own_reason: StopReason = lambda: None) -> None:
+        self._ranks, self._own_reason = ranks, own_reason
+        self.votes = 1.0  # there are no votes before the first step: exchange reasons
+
+    def vote(self) -> float:
+        """1 if this rank was asked to stop, else 0."""
+        return float(self._ranks.is_distributed and self._own_reason() is not None)
+
+    def reason(self) -> str | None:
+        """Why to stop now, the same in every rank; None to go on."""
+        if not self._ranks.is_distributed:
+            return self._own_reason()
+        if not self.votes:
+            return None
+        self.votes = 0.0
+        return next((reason for reason in self._ranks.gather(self._own_reason()) if reason), None)
 
 
 def local_shard(tensor: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,16 +24,13 @@ def activation_sizes(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, 
     """Mean |Y| of every linear's output, by the linear's name."""
     sizes: dict[str, Tensor] = {}
 
-    def size_recorder(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def record(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            sizes[name] = output.detach().abs().float().mean()
-
-        return record
+    def record(name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        sizes[name] = output.detach().abs().float().mean()
 
     with ExitStack() as hooks:
         for name, module in model.named_modules():
             if isinstance(module, Linear):
-                hooks.enter_context(module.register_forward_hook(size_recorder(name)))
+                hooks.enter_context(module.register_forward_hook(partial(record, name)))
         model(*inputs)
     return {name: float(size) for name, size in sizes.items()}
 

@@ -18,19 +18,18 @@ def build(plan: Plan, tensors: Mapping[str, nn.Parameter]) -> torch.optim.Optimi
 
     Each group has its `peak_lr` and the `names` of its tensors. The plan and `tensors` must name the same tensors.
     """
-    grouped: dict[tuple[float, float, float], list[str]] = {}
+    grouped: dict[tuple[float, ...], dict[str, Any]] = {}
     for row in plan.tensors:
-        grouped.setdefault((row.lr, row.weight_decay, row.eps), []).append(row.name)
-    adam = plan.train.optimizer == "adamw"
-    groups: list[dict[str, Any]] = []
-    for (lr, decay, eps), names in grouped.items():
-        params = [tensors[name] for name in names]
-        group = {"params": params, "lr": lr, "weight_decay": decay, "peak_lr": lr, "names": names}
-        groups.append({**group, "eps": eps} if adam else group)
-    if sorted(name for group in groups for name in group["names"]) != sorted(tensors):
+        numbers = {"lr": row.lr, "weight_decay": row.weight_decay, "eps": row.eps}
+        new = {**numbers, "peak_lr": row.lr, "names": [], "params": []}
+        group = grouped.setdefault(tuple(numbers.values()), new)
+        group["names"].append(row.name)
+        group["params"].append(tensors[row.name])
+    if sorted(row.name for row in plan.tensors) != sorted(tensors):
         raise AssertionError("a tensor is in no parameter group or in two")
+    groups = list(grouped.values())
     fused = next(iter(tensors.values())).device.type in ("cpu", "cuda")
-    if adam:
+    if plan.train.optimizer == "adamw":
         return torch.optim.AdamW(groups, betas=(plan.train.betas[0], plan.train.betas[1]), fused=fused)
     is_sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())  # fused SGD can't update them
     return torch.optim.SGD(groups, lr=0.0, momentum=plan.train.momentum, fused=fused and not is_sharded)

@@ -1,10 +1,12 @@
-"""Preparing a plan's model for training: build it, draw masks and initial values, and check them against the plan.
+"""Preparing a plan's model for training: build it, draw masks and initial values, choose engines, check against the plan.
 
 A masked tensor is stored as its live values in row-major order, whichever engine multiplies with them.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
@@ -17,11 +19,14 @@ from torch import Tensor, nn
 from supar_cli.errors import InputError
 from supar_cli.models.transformer import Transformer, named_tensors
 from supar_cli.planning.plan import Plan, PlanTensor
-from supar_cli.sparse import masks
+from supar_cli.sparse import autotune, masks
+from supar_cli.sparse.autotune import EngineChoice, LayerCase
 from supar_cli.sparse.linear import Dense, Engine, Linear
 from supar_cli.sparse.mask_files import read_masks
 from supar_cli.sparse.masks import Mask, WantedMask
 from supar_cli.streams import stream
+from supar_cli.training.distributed import Ranks
+from supar_cli.training.runtime import Runtime
 
 DRAWN_AT_ONCE = 2**16  # chosen: positions drawn at once, in whole rows, to keep the live ones
 CHECKED_AT_ONCE = 2**20  # chosen: 8 MiB in double precision
@@ -175,3 +180,37 @@ def check_init(row: PlanTensor, tensor: Tensor, pattern: str, mask: Mask | None)
     measured = sqrt(squares / alive)
     if abs(measured - wanted) > wanted * (6 / sqrt(2 * alive) + 1e-6):
         raise InputError(f"{row.name}: measured init std {measured:.6g}, the plan says {wanted:.6g}")
+
+
+class EngineSelector:
+    """The engines of a plan's masked tensors: `choose` all of them, then `make` each while the model is built.
+
+    Only rank 0 measures, and all ranks take its choice. `units` is the number of tokens, or other units, in a micro-batch.
+    """
+
+    def __init__(self, plan: Plan, runtime: Runtime, ranks: Ranks, units: int, sharded: bool) -> None:
+        self.plan, self.choices, self._ranks = plan, dict[str, EngineChoice](), ranks
+        self.case = LayerCase(runtime.device, runtime.precision, units, plan.sparsity.block, sharded)
+        self._rows = {row.name: row for row in plan.tensors}
+        self._fastest: dict[tuple[object, ...], EngineChoice] = {}  # layers of one shape and size share a measurement
+
+    def choose(self, masks: Mapping[str, Mask]) -> None:
+        """Choose an engine for every mask (out, in). Every rank calls it with the same masks."""
+        for name, mask in masks.items():
+            named, alike = self.plan.engine(self._rows[name]), (mask.shape, mask.count)
+            if named == "auto" and alike not in self._fastest:
+                self._fastest[alike] = self._ranks.on_main(autotune.fastest, mask, self.case)
+            self.choices[name] = self._fastest[alike] if named == "auto" else EngineChoice(named, {})
+
+    def make(self, name: str, mask: Mask) -> Engine:
+        """Make the chosen engine of a tensor."""
+        return autotune.make(self.choices[name].name, mask, self.case)
+
+    def lines(self) -> list[str]:
+        """The measurements, one line for each shape, and a hint at what would be faster."""
+        measured = [(self._rows[name], choice.text()) for name, choice in self.choices.items() if choice.seconds]
+        texts = [f"{'×'.join(map(str, row.shape))} at density {row.density:.3g}: {text}" for row, text in measured]
+        lines = [f"engine of {count} tensors {text}" for text, count in Counter(texts).items()]
+        if lines and self.case.device.type == "cpu" and not importlib.util.find_spec("numba"):
+            lines.append("numba is not installed: `pip install numba` makes the sparse engine faster")
+        return lines

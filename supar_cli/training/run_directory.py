@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -146,12 +148,11 @@ def begin_run(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list
 
 def is_finished(directory: Path, plan: Plan) -> bool:
     """Whether the directory holds the whole result of this plan's run."""
-    try:
+    with suppress(SetupError):
         found = read_result(directory / "result.json")
-    except SetupError:
-        return False
-    numbers = [found.get(name) for name in ("steps", "seconds", "validation_loss")]
-    return found.get("plan") == plan.hash() and all(isinstance(number, int | float) for number in numbers)
+        numbers = [found.get(name) for name in ("steps", "seconds", "validation_loss")]
+        return found.get("plan") == plan.hash() and all(isinstance(number, int | float) for number in numbers)
+    return False
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -174,32 +175,52 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from _leaves(f"{path}.{key}" if path else str(key), part)
 
 
-class Metrics:
-    """Writes metrics.jsonl. Keeps the records of the `done` steps, as `before`, and drops those of steps to be repeated.
+@dataclass(slots=True)
+class RunHistory:
+    """The losses of a run: `losses[i]` is the training loss of step i before its update, `evaluations` are (step, loss).
 
-    `damage` is a warning if records of steps done are lost; the run does not depend on them. Without a directory it writes
-    nothing.
+    Only rank 0 knows those of steps before `resumed_at`; a loss is nan if its record is lost.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    resumed_at: int = 0
+
+    def add(self, record: Record) -> None:
+        """Add the losses in a step's record."""
+        if "loss" in record:
+            at = record["step"] - 1
+            self.losses[at : at + 1] = [record["loss"]]  # at their end, or in place of nan
+        if "validation_loss" in record:
+            self.evaluations.append((record["step"], record["validation_loss"]))
+
+
+class Metrics(AbstractContextManager["Metrics"]):
+    """Writes metrics.jsonl. Keeps the records of the `done` steps, and drops those of steps to be repeated.
+
+    `history` has the losses of all steps so far. `damage` is a warning if records of steps done are lost; the run does not
+    depend on them. Without a directory it writes nothing.
     """
 
     def __init__(self, directory: Path | None, done: int) -> None:
         self._file: TextIO | None = None
-        self.before: list[dict[str, Any]] = []
+        self.history = RunHistory([math.nan] * done, resumed_at=done)
         self.damage = ""
         if directory is None:
             return
         self._directory, path, damaged = directory, directory / "metrics.jsonl", directory / DAMAGED_METRICS
         with naming_write_errors(directory):
-            self.before = list(_records(path, done))
-            if lost := done - len(self.before):
+            before = list(_records(path, done))
+            if lost := done - len(before):
                 self.damage = f"{path}: the records of {lost} of the {done} steps done are missing or damaged"
                 if path.exists() and not damaged.exists():  # the first copy has the most records
                     path.replace(damaged)
                     self.damage += f"; {DAMAGED_METRICS} is the file as it was"
-            write_file(path, "".join(json.dumps(record) + "\n" for record in self.before))
+            write_file(path, "".join(json.dumps(record) + "\n" for record in before))
             self._file = path.open("a", encoding="utf-8")
-
-    def __enter__(self) -> Metrics:
-        return self
+        for record in before:
+            self.history.add(record)
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
@@ -207,6 +228,7 @@ class Metrics:
                 self._file.close()
 
     def write(self, record: Record) -> None:
+        self.history.add(record)
         if self._file is not None:
             with naming_write_errors(self._directory):
                 self._file.write(json.dumps(record) + "\n")
@@ -231,6 +253,12 @@ def _records(path: Path, done: int) -> Iterator[dict[str, Any]]:
         if type(step) is int and last < step <= done and all(isinstance(loss, int | float) for loss in losses):
             last = step
             yield record
+
+
+def write_result(directory: Path, result: Record) -> None:
+    """Write a run's result.json. Raises SetupError if it can't be written."""
+    with naming_write_errors(directory):
+        write_file(directory / "result.json", json.dumps(result, indent=1) + "\n")
 
 
 def read_result(path: Path) -> Record:

@@ -36,18 +36,6 @@ def device_name(device: torch.device) -> str:
     return f"cpu ({torch.get_num_threads()} threads)"
 
 
-def peak_share(device: torch.device, flops_per_unit: float | None, units_per_s: float) -> float | None:
-    """The FLOP/s of one process divided by its device's dense bf16 peak; None if one of them is unknown.
-
-    Masked weights count as dense: that is what is computed.
-    """
-    if device.type != "cuda" or flops_per_unit is None:
-        return None
-    name = torch.cuda.get_device_name(device)
-    peak = next((1e12 * value for word, value in PEAK_TFLOPS.items() if word in name), None)
-    return None if peak is None else units_per_s * flops_per_unit / peak
-
-
 def device_of(plan: Plan, ranks: Ranks) -> torch.device:
     """The device of this process. Raises SetupError if the machine lacks it, InputError for an unknown word."""
     word = plan.run.device
@@ -111,6 +99,17 @@ class Runtime:
     def to_device(self, batch: tuple[torch.Tensor, ...], rows: slice = slice(None)) -> tuple[torch.Tensor, ...]:
         """These rows of a batch's tensors on the device."""
         return tuple(tensor[rows].to(self.device, non_blocking=True) for tensor in batch)
+
+    def peak_share(self, flops_per_unit: float | None, units_per_s: float) -> float | None:
+        """The FLOP/s of this process divided by its device's dense bf16 peak; None if one of them is unknown.
+
+        Masked weights count as dense: that is what is computed.
+        """
+        if self.device.type != "cuda" or flops_per_unit is None:
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        peak = next((1e12 * value for word, value in PEAK_TFLOPS.items() if word in name), None)
+        return None if peak is None else units_per_s * flops_per_unit / peak
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.precision == torch.float32:

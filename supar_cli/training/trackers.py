@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,10 +23,10 @@ IDS = "trackers.json"  # the run's names at its trackers, by which a continued r
 
 
 class Tracker(NamedTuple):
-    """A tracker that is open for a run. `identity` is the run's name there, None if the tracker needs none."""
+    """An open tracker: `log(name, value, step)`, `close(finished)`, and the run's name there, None if it needs none."""
 
-    log: Callable[[int, dict[str, float]], None]
-    close: Callable[[bool], None]
+    log: Callable[[str, float, int], object]
+    close: Callable[[bool], object]
     identity: str | None = None
 
 
@@ -38,11 +38,7 @@ def open_tensorboard(plan: Plan, directory: Path, done: int, identity: str | Non
     if not done:
         writer.add_text("plan", "    " + json.dumps(settings(plan), indent=1).replace("\n", "\n    "))
 
-    def log(step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
-
-    return Tracker(log, lambda finished: writer.close())
+    return Tracker(writer.add_scalar, lambda finished: writer.close())
 
 
 def open_wandb(plan: Plan, directory: Path, done: int, identity: str | None) -> Tracker:
@@ -60,10 +56,11 @@ def open_wandb(plan: Plan, directory: Path, done: int, identity: str | None) -> 
         settings=wandb.Settings(silent=True, console="off"),
     )
 
-    def log(step: int, values: dict[str, float]) -> None:
-        run.log(values, step=step)
-
-    return Tracker(log, lambda finished: run.finish(exit_code=0 if finished else 1), run.id)
+    return Tracker(
+        lambda name, value, step: run.log({name: value}, step=step),  # wandb joins those of one step
+        lambda finished: run.finish(exit_code=0 if finished else 1),
+        run.id,
+    )
 
 
 def open_mlflow(plan: Plan, directory: Path, done: int, identity: str | None) -> Tracker:
@@ -89,12 +86,10 @@ def open_mlflow(plan: Plan, directory: Path, done: int, identity: str | None) ->
         for key, value in settings(plan).items():
             client.log_param(identity, key, value)
 
-    def log(step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            client.log_metric(identity, name, value, step=step)
-
     return Tracker(
-        log, lambda finished: client.set_terminated(identity, status="FINISHED" if finished else "KILLED"), identity
+        lambda name, value, step: client.log_metric(identity, name, value, step=step),
+        lambda finished: client.set_terminated(identity, status="FINISHED" if finished else "KILLED"),
+        identity,
     )
 
 
@@ -118,7 +113,7 @@ def settings(plan: Plan) -> dict[str, Any]:
     return {"plan": plan.hash(), **scalars}
 
 
-class Trackers:
+class Trackers(AbstractContextManager["Trackers"]):
     """The trackers of a run, as a context. If one fails, it is dropped with a warning and training goes on."""
 
     def __init__(self, plan: Plan, directory: Path | None, done: int, warn: Callable[[str], None]) -> None:
@@ -156,14 +151,11 @@ class Trackers:
     def log(self, record: dict[str, Any]) -> None:
         """Log a step's record if it has more than a loss, as every `run.log_every` steps and at evaluations."""
         if "lr" in record or "validation_loss" in record:
-            numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
-            values = {name: float(value) for name, value in numbers.items() if name not in UNTRACKED}
+            values = {k: float(v) for k, v in record.items() if isinstance(v, int | float) and k not in UNTRACKED}
             for name, tracker in list(self._open.items()):
                 with self._guarded(name):
-                    tracker.log(record["step"], values)
-
-    def __enter__(self) -> Trackers:
-        return self
+                    for key, value in values.items():
+                        tracker.log(key, value, record["step"])
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for name, tracker in list(self._open.items()):

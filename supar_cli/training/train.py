@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from supar_cli.planning.estimate import duration
 from supar_cli.planning.plan import Plan
 from supar_cli.training import run_directory
 from supar_cli.training.checkpoint_reader import available
-from supar_cli.training.distributed import Ranks, collective_error, init_distributed
+from supar_cli.training.distributed import Ranks, StopReason, collective_error, init_distributed
 from supar_cli.training.launch.environment import LAUNCH_DIR
 from supar_cli.training.reporter import NullReporter, Reporter
 from supar_cli.training.trainer import Trainer
@@ -39,19 +39,17 @@ def make_trainer(plan: Plan, reporter: Reporter, ranks: Ranks) -> Trainer:
 
 
 def run(
-    trainer: Trainer,
-    directory: Path,
-    *,
-    resume: bool = True,
-    force: bool = False,
-    stop: Callable[[], str | None] = lambda: None,
+    trainer: Trainer, directory: Path, *, resume: bool = True, force: bool = False, stop: StopReason = lambda: None
 ) -> Record:
     """Train in a run directory to the plan's last step and return the result document; every rank calls it.
 
     `stop()` gives a reason to end early: the reporter is told how to continue, and Preempted raised. Raises SuparError.
     """
     plan, ranks, reporter = trainer.plan, trainer.ranks, trainer.reporter
-    has_begun = ranks.on_main(_has_begun, directory)
+    # a process of `--nproc` that is started again continues its run, whatever the flags said at its first start
+    is_launched = LAUNCH_DIR in os.environ
+    begun = Path(os.environ.get(LAUNCH_DIR, ""), "begun-" + content_hash(str(directory)))
+    has_begun = ranks.on_main(lambda: is_launched and begun.exists())
     force = force and not has_begun
     resume = (resume and not force) or has_begun
     with ExitStack() as stack:
@@ -61,7 +59,8 @@ def run(
                 raise collective_error(Preempted, why)
             opening = run_directory.open_run(directory, plan, resume=resume, force=force)
             changes = ranks.on_main(stack.enter_context, opening)
-            ranks.on_main(_note_begun, directory)
+            if is_launched:
+                begun.touch()
             with ranks.translate_peer_errors(), _naming_lack_of_memory():
                 for change in changes:
                     reporter.warn(f"{directory}: goes on otherwise than it began: {change}")
@@ -97,26 +96,5 @@ def _naming_lack_of_memory() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
-        raise SetupError(
-            "out of memory; expected a smaller run.micro_batch_size or model (`--dry-run` estimates what it needs)"
-        ) from None
-
-
-def _begun_file(directory: Path) -> Path | None:
-    """The file that says that `--nproc`'s processes have begun a directory's run; None without `--nproc`.
-
-    Where a process of theirs is started again it continues the run, whatever the flags said at its first start.
-    """
-    if LAUNCH_DIR not in os.environ:
-        return None
-    return Path(os.environ[LAUNCH_DIR], "begun-" + content_hash(str(directory)))
-
-
-def _has_begun(directory: Path) -> bool:
-    file = _begun_file(directory)
-    return file is not None and file.exists()
-
-
-def _note_begun(directory: Path) -> None:
-    if file := _begun_file(directory):
-        file.touch()
+        what = "expected a smaller run.micro_batch_size or model (`--dry-run` estimates what it needs)"
+        raise SetupError(f"out of memory; {what}") from None

@@ -18,17 +18,13 @@ from supar_cli.files import Record
 from supar_cli.models.transformer import named_tensors
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.masks import Mask
-from supar_cli.training import checkpoint, checkpoint_reader, optimizer, prepare, result, tasks, trackers
-from supar_cli.training.distributed import ALONE, Parallel, Parallelism, Ranks, collective_error, local_shard
-from supar_cli.training.engine_selector import EngineSelector
-from supar_cli.training.launch.signals import StopRequest
+from supar_cli.training import checkpoint, checkpoint_reader, distributed, optimizer, prepare, tasks, trackers
+from supar_cli.training.distributed import ALONE, Ranks, StopReason, collective_error
 from supar_cli.training.monitor import Monitor, activation_sizes, first_not_finite
 from supar_cli.training.reporter import NullReporter, Reporter
-from supar_cli.training.result import RunHistory
-from supar_cli.training.run_directory import Metrics, is_finished
-from supar_cli.training.runtime import Runtime, choose_parallelism, peak_share, require_host_memory
+from supar_cli.training.run_directory import Metrics, RunHistory, is_finished, write_result
+from supar_cli.training.runtime import Runtime, choose_parallelism, device_name, require_host_memory, versions
 from supar_cli.training.state import State
-from supar_cli.training.tasks import Batch, Task
 
 
 class StepResult(NamedTuple):
@@ -46,10 +42,12 @@ class Trainer:
     `sparse.linear.Linear` for masked ones; by default it is the plan's transformer.
     """
 
+    moves_masks = False  # whether masks change in training; if not, a checkpoint's must be those that the plan draws
+
     def __init__(
         self,
         plan: Plan,
-        task: Task | None = None,
+        task: tasks.Task | None = None,
         reporter: Reporter | None = None,
         ranks: Ranks = ALONE,
         build_model: Callable[[Plan], nn.Module] = prepare.transformer,
@@ -61,24 +59,14 @@ class Trainer:
         if why:
             self.reporter.log(why)
         units = self.runtime.micro_batch * self.task.units_per_row
-        self.engines = EngineSelector(plan, self.runtime, self.ranks, units, sharded=kind == "fsdp")
+        self.engines = prepare.EngineSelector(plan, self.runtime, self.ranks, units, sharded=kind == "fsdp")
         self._build_model(kind)
         for line in self.engines.lines():
             self.reporter.log(line)
         self.done = 0
-        self._stop = StopRequest(self.ranks)
+        self._stop = distributed.StopRequest(self.ranks)
         self._monitor = Monitor()
         self.batch = tasks.BatchLoader(self.task, self.runtime, self.ranks).get
-
-    @property
-    def moves_masks(self) -> bool:
-        """Whether masks change in training. If not, a checkpoint's masks must be those that the plan draws."""
-        return self.plan.sparsity.updates is not None
-
-    @property
-    def model(self) -> nn.Module:
-        """The model that a training step calls."""
-        return self.parallel.model
 
     def run(
         self,
@@ -86,7 +74,7 @@ class Trainer:
         *,
         resume: bool = False,
         on_evaluation: Callable[[int, float], None] | None = None,
-        stop: Callable[[], str | None] = lambda: None,
+        stop: StopReason = lambda: None,
     ) -> RunHistory:
         """Train to the plan's last step. In a directory, write metrics, checkpoints and at last result.json.
 
@@ -97,10 +85,10 @@ class Trainer:
         plan, steps = self.plan, self.plan.train.steps
         if directory is not None and resume:
             self._restore_newest(directory)
-        self._stop, started_s = StopRequest(self.ranks, stop), time.perf_counter()
+        self._stop, started_s = distributed.StopRequest(self.ranks, stop), time.perf_counter()
         own, folder = directory if self.ranks.is_main else None, directory and directory / "checkpoints"
         with Metrics(own, self.done) as metrics:
-            history = RunHistory.of(metrics.before, self.done)
+            history = metrics.history
             if metrics.damage:
                 self.reporter.warn(metrics.damage)
             if directory is not None and self.done == steps and self.ranks.on_main(is_finished, directory, plan):
@@ -121,7 +109,6 @@ class Trainer:
                         record |= self._measurements(step, found, self.done - marked, time.perf_counter() - mark_s)
                     if self.done % plan.train.eval_every == 0 or self.done == steps:
                         record |= self.evaluate()
-                    history.add(record)
                     metrics.write(record)
                     tracked.log(record)
                     if self.done % plan.run.checkpoint_every == 0 and self.done < steps:
@@ -136,7 +123,7 @@ class Trainer:
                 checkpoints.wait()
         history.seconds = time.perf_counter() - started_s
         if own is not None:
-            result.write(own, self.result_document(history))
+            write_result(own, self.result_document(history))
         return history
 
     def step(self, diagnose: bool = False) -> StepResult:
@@ -155,7 +142,7 @@ class Trainer:
                     loss = self.task.loss(self.model, part, self.plan.run.loss_chunk_tokens) * (micro_batch / rows)
                 torch.autograd.backward(loss)
             own_loss += loss.detach()
-        gradients = [local_shard(t.grad) for t in self.sparse_model.tensors.values() if t.grad is not None]
+        gradients = [distributed.local_shard(t.grad) for t in self.sparse_model.tensors.values() if t.grad is not None]
         # with a multiplier a folded into it a parameter is a·w, and its gradient is that of w divided by a
         norms = self.parallel.norms(gradients) * self._folds
         own = torch.stack((own_loss / self.ranks.size, torch.full_like(own_loss, self._stop.vote())))
@@ -181,7 +168,7 @@ class Trainer:
             raise collective_error(UnusableResult, text)
         return record
 
-    def _load_inputs(self, task: Task | None) -> tuple[Runtime, Task]:
+    def _load_inputs(self, task: tasks.Task | None) -> tuple[Runtime, tasks.Task]:
         """Find the device, load the task and check what could fail, before ranks wait for each other."""
         runtime, plan = Runtime.of(self.plan, self.ranks), self.plan
         if self.ranks.is_main:
@@ -194,20 +181,21 @@ class Trainer:
         prepare.require_same_tensors(plan, self._model_maker)
         return runtime, task
 
-    def _build_model(self, kind: Parallelism, state: State | None = None) -> None:
+    def _build_model(self, kind: distributed.Parallelism, state: State | None = None) -> None:
         """Make the model, its wrapper and its optimizer, with initial values or from a state of whole tensors."""
-        plan, runtime = self.plan, self.runtime
+        plan, runtime, ranks = self.plan, self.runtime, self.ranks
         home = torch.device("cpu") if kind == "fsdp" else runtime.device  # FSDP2 moves the shards to the device
-        masks = state.masks if state else self.ranks.run_on_all(prepare.make_masks, plan)
+        masks = state.masks if state else ranks.run_on_all(prepare.make_masks, plan)
         fingerprints = {f"the mask of {name}": mask.fingerprint for name, mask in masks.items()}
         machine = {"device": runtime.device.type, "precision": str(runtime.precision)}
-        self.ranks.require_equal({**machine, "plan": plan.hash(), "data": self.task.hash, **fingerprints})
+        ranks.require_equal({**machine, "plan": plan.hash(), "data": self.task.hash, **fingerprints})
         self.engines.choose(masks)  # collective: not inside `run_on_all`, where one rank may fail alone
         values, make = state.values if state else None, self.engines.make
-        self.sparse_model = self.ranks.run_on_all(prepare.prepare, plan, home, make, self._model_maker, masks, values)
+        self.sparse_model = ranks.run_on_all(prepare.prepare, plan, home, make, self._model_maker, masks, values)
         if runtime.compiles:
             torch.compiler.reset()  # graphs of earlier models count towards the limit of recompilations
-        self.parallel = Parallel(kind, self.sparse_model.model, runtime.device, runtime.compiles, self.ranks)
+        self.parallel = distributed.Parallel(kind, self.sparse_model.model, runtime.device, runtime.compiles, ranks)
+        self.model = self.parallel.model
         self.sparse_model.tensors = named_tensors(self.sparse_model.model)
         self.optimizer = optimizer.build(plan, self.sparse_model.tensors)
         self._folds = optimizer.folds(plan, self.sparse_model.tensors).to(runtime.device)
@@ -228,7 +216,7 @@ class Trainer:
 
     def _rebuild(self, state: State) -> None:
         kind = self.parallel.kind
-        del self.parallel, self.sparse_model, self.optimizer
+        del self.model, self.parallel, self.sparse_model, self.optimizer
         gc.collect()  # hooks of DDP and FSDP2 keep a model in cycles; free its memory for the next one
         self._build_model(kind, state)
 
@@ -251,10 +239,30 @@ class Trainer:
         self.done = reader.step
 
     def result_document(self, history: RunHistory) -> Record:
-        """The result document of a run."""
-        engines = {name: choice.name for name, choice in self.engines.choices.items()}
-        environment = result.environment(self.runtime, self.parallel, engines)
-        return result.document(self.plan, self.task.hash, self.sparse_model.masks, history, environment)
+        """The result document of a run: losses, sizes, environment and the hashes that identify the run."""
+        plan, runtime, masks, losses = self.plan, self.runtime, self.sparse_model.masks, history.losses
+        return {
+            "kind": "supar.result/v1",
+            "plan": plan.hash(),
+            "data": self.task.hash,
+            "masks": {name: mask.fingerprint for name, mask in masks.items()},
+            "steps": len(losses),
+            "train_loss": losses[-1] if losses and math.isfinite(losses[-1]) else None,
+            "validation_loss": history.evaluations[-1][1] if history.evaluations else None,
+            "parameters": plan.parameters,
+            "live_parameters": sum(tensor.numel() for tensor in self.sparse_model.tensors.values()),
+            "resumed_at": history.resumed_at,
+            "seconds": history.seconds,
+            "environment": {
+                **versions(),
+                "device": device_name(runtime.device),
+                "processes": self.ranks.size,
+                "parallel": self.parallel.kind,
+                "precision": str(runtime.precision).removeprefix("torch."),
+                "compiled": runtime.compiles,
+                "engines": {name: choice.name for name, choice in self.engines.choices.items()},
+            },
+        }
 
     def _restore_newest(self, directory: Path) -> None:
         """Continue from the newest checkpoint in a run's directory, if there is one."""
@@ -283,10 +291,10 @@ class Trainer:
             "grad_norm": found.grad_norm,
             "grad_norm_by_role": found.grad_norm_by_role,
             f"{self.task.unit}_per_s": rate,
-            "peak_share": peak_share(self.runtime.device, self.task.flops_per_unit, rate / self.ranks.size),
+            "peak_share": self.runtime.peak_share(self.task.flops_per_unit, rate / self.ranks.size),
         }
 
-    def diagnostics(self, batch: Batch, norms: Tensor) -> dict[str, float]:
+    def diagnostics(self, batch: tasks.Batch, norms: Tensor) -> dict[str, float]:
         """Watch the activations on a batch's first row and the tensors' gradient norms; return those norms by role."""
         by_tensor = dict(zip(self.sparse_model.tensors, norms.tolist(), strict=True))
         inputs = self.runtime.to_device(self.task.inputs(batch), slice(1))
@@ -300,7 +308,7 @@ class Trainer:
             squares[self._roles[name]] += value * value
         return {role: math.sqrt(value) for role, value in squares.items()}
 
-    def _not_finite(self, loss: float, own_loss: float, norms: Tensor, batch: Batch) -> str:
+    def _not_finite(self, loss: float, own_loss: float, norms: Tensor, batch: tasks.Batch) -> str:
         """A sentence that says which value is not finite. Every rank calls it."""
         if not math.isfinite(loss):
             model, is_own = self.sparse_model.model, not math.isfinite(own_loss)

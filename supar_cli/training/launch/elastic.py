@@ -12,8 +12,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for
+from concurrent import futures
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,8 +24,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from supar_cli.errors import Preempted, SetupError
 from supar_cli.files import write_file
-from supar_cli.training.launch.environment import LAUNCH_DIR, LAUNCHER, SIGNAL_FILE, STDIN
-from supar_cli.training.launch.signals import handle_signals
+from supar_cli.training.launch.environment import LAUNCH_DIR, LAUNCHER, SIGNAL_FILE, STDIN, handle_signals
 
 # Exit statuses that a restart would not change: bad input, environment, unusable result, violated check, stopped
 FINAL = (2, 3, 4, 5, Preempted.exit_status, 130)
@@ -95,10 +93,12 @@ def _run(arguments: list[str], processes: int, folder: Path) -> dict[int, int]:
         logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
     )
     # in the main thread torch would handle signals itself, and end the processes 30 s after the first one
-    with ThreadPoolExecutor(1, "launcher") as pool:
-        future: Future[object] = pool.submit(elastic_launch(config, sys.executable), "-m", "supar_cli", *arguments)
+    with futures.ThreadPoolExecutor(1, "launcher") as pool:
+        future: futures.Future[object] = pool.submit(
+            elastic_launch(config, sys.executable), "-m", "supar_cli", *arguments
+        )
         while not future.done():
-            wait_for([future], timeout=0.1)  # short, to pass signals on soon
+            futures.wait([future], timeout=0.1)  # short, to pass signals on soon
         try:
             future.result()
         except ChildFailedError as error:
