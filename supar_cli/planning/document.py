@@ -12,11 +12,8 @@ import os
 import re
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
-from io import StringIO
-from math import isfinite
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -230,43 +227,25 @@ def _dump(value: Any) -> str:
 
 
 def _entry(key: str, value: Any) -> str:
-    """A key of a document. Lists of plain mappings are written without PyYAML, which takes several times as long."""
+    """A key of a document. PyYAML would take several times as long for a list of mappings."""
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-        with suppress(_NotPlainError):
-            return f"{_plain_text(key)}:\n" + "".join(f"- {_flow_text(row)}\n" for row in value)
+        return f"{_scalar_text(key)}:\n" + "".join(f"- {_flow_text(row)}\n" for row in value)
     return _dump({key: value})
 
 
-class _NotPlainError(Exception):
-    """A value that only PyYAML knows how to write."""
-
-
 def _flow_text(value: Any) -> str:
-    """A value on one line, as PyYAML writes it. Raises _NotPlainError."""
-    if isinstance(value, str):
-        return _plain_text(value)
+    """A value on one line, as PyYAML writes it."""
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{_plain_text(key)}: {_flow_text(item)}' for key, item in value.items())}}}"
+        return f"{{{', '.join(f'{_scalar_text(key)}: {_flow_text(item)}' for key, item in value.items())}}}"
     if isinstance(value, list):
         return f"[{', '.join(map(_flow_text, value))}]"
-    if isinstance(value, float) and isfinite(value):
-        text = repr(value)
-        return text if "." in text else text.replace("e", ".0e")
-    if value is None or isinstance(value, int):
-        return json.dumps(value)
-    raise _NotPlainError
+    return _scalar_text(value)
 
 
-@cache
-def _plain_text(text: str) -> str:
-    """A text that needs no quotes. Raises _NotPlainError."""
-    if not _PLAIN_WORD.fullmatch(text) or _DUMPER.resolve(yaml.ScalarNode, text, (True, False)) != _TAG + "str":
-        raise _NotPlainError
-    return text
-
-
-_PLAIN_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,99}")
-_DUMPER = _Dumper(StringIO())
+@lru_cache(maxsize=4096, typed=True)  # chosen: the words and numbers of the rows of a hundred blocks
+def _scalar_text(value: Any) -> str:
+    """A text, a number or null, as PyYAML writes it within a list."""
+    return _dump([value])[1:-2]
 
 
 def content_hash(data: Any) -> str:
