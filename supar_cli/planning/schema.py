@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from types import NoneType, UnionType
@@ -47,11 +48,12 @@ class _Field:
         """The default itself."""
         return self.default() if callable(self.default) else self.default
 
-    def schema(self, schema: core_schema.CoreSchema) -> core_schema.CoreSchema:
-        """The key's schema with its default."""
+    def schema(self, hint: Any) -> core_schema.CoreSchema:
+        """The schema of a key of a type: within its bounds, and with its default."""
+        found = _typed(hint, self.bounds)
         if callable(self.default):
-            return core_schema.with_default_schema(schema, default_factory=self.default)
-        return schema if self.default is _UNSET else core_schema.with_default_schema(schema, default=self.default)
+            return core_schema.with_default_schema(found, default_factory=self.default)
+        return found if self.default is _UNSET else core_schema.with_default_schema(found, default=self.default)
 
 
 def Field(
@@ -113,7 +115,7 @@ class Section:
     @cache
     def schema(cls) -> core_schema.CoreSchema:
         """The section in pydantic's core schema."""
-        fields = {name: core_schema.model_field(_keyed(cls, name, hint)) for name, hint in cls.keys().items()}
+        fields = {name: core_schema.model_field(cls.fields()[name].schema(hint)) for name, hint in cls.keys().items()}
         known = core_schema.model_fields_schema(fields, model_name=cls.__name__, extra_behavior="forbid")
         config = core_schema.CoreConfig(strict=True, allow_inf_nan=False)
         found = core_schema.model_schema(cls, known, config=config)
@@ -139,10 +141,10 @@ class Section:
 
     @classmethod
     @cache
-    def neutral_fields(cls) -> dict[str, _Field]:
-        """The keys that older documents don't have, each with its neutral value."""
-        fields = {name: getattr(cls, name, None) for name in cls.keys()}  # noqa: SIM118
-        return {name: one for name, one in fields.items() if isinstance(one, _Field) and one.is_neutral}
+    def fields(cls) -> dict[str, _Field]:
+        """What the class says of each key beside its type."""
+        given = {name: getattr(cls, name, _UNSET) for name in cls.keys()}  # noqa: SIM118
+        return {name: one if isinstance(one, _Field) else _Field(one) for name, one in given.items()}
 
     def model_dump(
         self, *, include: Collection[str] | None = None, exclude: Collection[str] = (), identity: bool = False
@@ -151,11 +153,12 @@ class Section:
 
         `identity`: what hashes are taken of, without the keys of UNHASHED and those that have their neutral value.
         """
-        found, neutral = {}, self.neutral_fields()
+        found, fields = {}, self.fields()
         for name, value in vars(self).items():
             if name in exclude or (include is not None and name not in include) or (identity and name in self.UNHASHED):
                 continue
-            if name in neutral and (identity or neutral[name].is_omitted) and value == neutral[name].value:
+            own = fields[name]
+            if own.is_neutral and (identity or own.is_omitted) and value == own.value:
                 continue
             found[name] = _plain(value, identity)
         return found
@@ -166,7 +169,9 @@ class Section:
 
     def model_copy(self, *, update: dict[str, Any]) -> Self:
         """A copy with some keys replaced, not validated again."""
-        return _restored(type(self), {**vars(self), **update})  # type: ignore[no-any-return]
+        found = copy(self)
+        vars(found).update(update)
+        return found
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{type(self).__name__} is frozen: {name} can't be set")
@@ -177,14 +182,8 @@ class Section:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (type(self), vars(self))
-
-
-def _restored(cls: type[Section], values: dict[str, Any]) -> Any:
-    made = object.__new__(cls)
-    vars(made).update(values)
-    return made
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self)
 
 
 def _plain(value: Any, identity: bool) -> Any:
@@ -195,13 +194,6 @@ def _plain(value: Any, identity: bool) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item, identity) for key, item in value.items()}
     return value
-
-
-def _keyed(cls: type[Section], name: str, hint: Any) -> core_schema.CoreSchema:
-    """The schema of one key: its type within its bounds, and its default."""
-    given = getattr(cls, name, _UNSET)
-    known = given if isinstance(given, _Field) else _Field(given)
-    return known.schema(_typed(hint, known.bounds))
 
 
 def _words(hint: Any) -> str:
