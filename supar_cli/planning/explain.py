@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, groupby
@@ -47,8 +46,7 @@ class Number:
 
     @classmethod
     def of(cls, what: str, stored: float, rule: rules.Rule, symbols: dict[str, float], note: str = "") -> Number:
-        any_symbol = "|".join(sorted(symbols, key=len, reverse=True))  # of two that begin alike the longer one counts
-        worked = re.sub(any_symbol, lambda found: short(symbols[found[0]]), rule.formula)
+        worked = _substitute(rule.formula, symbols)
         return cls(what, stored, rule, worked, "; ".join(filter(None, (rule.why, note))))
 
     @property
@@ -66,6 +64,16 @@ class Number:
     def as_json(self) -> dict[str, Any]:
         worked = {"formula": self.rule.formula, "worked": self.worked, "source": self.rule.source, "note": self.note}
         return {"plan": self.stored, "rule": self.rule.value, "edited": self.is_edited, **worked}
+
+
+def _substitute(formula: str, symbols: dict[str, float]) -> str:
+    """A formula with numbers in place of its symbols; of two symbols that begin alike the longer one counts."""
+    longest_first, worked = sorted(symbols, key=len, reverse=True), ""
+    while formula:
+        symbol = next((symbol for symbol in longest_first if formula.startswith(symbol)), None)
+        worked += formula[0] if symbol is None else short(symbols[symbol])
+        formula = formula[len(symbol or formula[0]) :]
+    return worked
 
 
 @dataclass(frozen=True, slots=True)

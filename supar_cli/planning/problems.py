@@ -63,7 +63,7 @@ def validate(kind: type[SectionT], values: dict[str, Any], where: str) -> Sectio
         return kind.model_validate(values)
     except ValidationError as error:
         place = Document(values, name="")
-        found = (place.problem((where, *path), *words) for path, *words in problems(kind, error))
+        found = (place.problem((where, *path), what, expected) for path, what, expected in problems(kind, error))
         raise InputError(*map(str, found)) from None
 
 

@@ -18,7 +18,9 @@ from pydantic_core import SchemaValidator, core_schema
 
 _UNSET: Any = object()
 LARGEST = 2**63 - 1  # what readers in other languages, numpy and torch hold of an integer
-_PLAIN: dict[type, Callable[..., Any]] = {
+_PLAIN: dict[Any, Callable[..., Any]] = {
+    Any: core_schema.any_schema,
+    None: core_schema.none_schema,
     int: lambda **bounds: core_schema.int_schema(**{"le": LARGEST, **bounds}),
     float: core_schema.float_schema,
     str: core_schema.str_schema,
@@ -211,8 +213,6 @@ def _typed(hint: Any, bounds: dict[str, Any]) -> core_schema.CoreSchema:
     origin, inner = get_origin(hint), get_args(hint)
     if hint in _PLAIN:
         return _PLAIN[hint](**bounds)  # type: ignore[no-any-return]
-    if hint is Any:
-        return core_schema.any_schema()
     if origin is Annotated:
         return core_schema.str_schema(pattern=hint.__metadata__[0].pattern)
     if origin is Literal:
@@ -223,8 +223,6 @@ def _typed(hint: Any, bounds: dict[str, Any]) -> core_schema.CoreSchema:
         return core_schema.list_schema(_typed(inner[0], {}), **bounds)
     if origin is dict:
         return core_schema.dict_schema(core_schema.str_schema(), _typed(inner[1], {}), **bounds)
-    if hint in (None, NoneType):
-        return core_schema.none_schema()
     if is_section(hint):
         return hint.schema()  # type: ignore[no-any-return]
     raise TypeError(f"{hint!r}: no document has such a key")
@@ -244,7 +242,7 @@ def _union(types: tuple[Any, ...], bounds: dict[str, Any]) -> core_schema.CoreSc
     if len(types) == 2 and NoneType in types:
         return core_schema.nullable_schema(_typed(types[types[0] is NoneType], bounds))
     message = f"Input should be {' or '.join(map(_words, types))}"
-    choices: list[Any] = [_typed(one, bounds) for one in types]
+    choices: list[Any] = [_typed(None if one is NoneType else one, bounds) for one in types]
     return core_schema.union_schema(choices, custom_error_type="union", custom_error_message=message)
 
 
