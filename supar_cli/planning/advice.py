@@ -95,12 +95,6 @@ def _label(name: str) -> str:
     return f"*.{rest.partition('.')[2]}" if head == "blocks" else name
 
 
-def _joined(names: list[str]) -> str:
-    """Names in one word while that fits the column, in several, which wrap, otherwise."""
-    text = ",".join(names)
-    return text if len(text) <= 16 else ", ".join(names)
-
-
 def number(value: float) -> str:
     """Four significant digits, short."""
     return f"{value:.4g}"
@@ -122,7 +116,8 @@ def plan_rows(plan: Plan) -> list[list[str]]:
         first, hidden, decay = members[0], members[0].role == "hidden", timescale_steps(members[0])
         names = list(dict.fromkeys(_label(row.name) for row in members))
         prefix = names[0].rpartition(".")[0] + "."
-        label = _joined([names[0], *(name.removeprefix(prefix) for name in names[1:])])
+        short_names = [names[0], *(name.removeprefix(prefix) for name in names[1:])]
+        label = (", " if len(",".join(short_names)) > 16 else ",").join(short_names)  # wraps where it doesn't fit
         m_rho, wpn = (first.because.get("m_rho"), first.wpn) if hidden else (None, None)
         sizes = ["" if value is None else number(value) for value in (first.because.get("m_d"), m_rho, wpn)]
         numbers = [start_text(first), number(first.lr), number(first.weight_decay), f"{decay:.0f}" if decay else "–"]
