@@ -68,7 +68,7 @@ def grown(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """`grown(Section, key, type, **field)` adds a key to a section and to those made of it, until the test ends."""
 
     def forget() -> None:
-        for cached in (Section.keys, Section.schema, Section.validator, Section.neutral_fields):
+        for cached in (Section.keys, Section.schema, Section.validator, Section.fields):
             cached.cache_clear()  # type: ignore[attr-defined]
 
     def add(section: type[Section], key: str, hint: str, **field: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from supar_cli.cli import terminal
 from supar_cli.cli.app import command_app
 from supar_cli.cli.options import Flags, command
-from supar_cli.planning.layout_document import Layout
+from supar_cli.planning.layout import Layout
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.schema import Section
 from supar_cli.planning.spec import Proxy, Spec

@@ -150,7 +150,7 @@ def show_verdicts(verdicts: Sequence[dict[str, Any]]) -> None:
 def show_plan(plan: Plan, processes: int | None = None) -> None:
     """The numbers of a plan by role; with a number of processes also estimates of size, memory and time, from arithmetic."""
     from supar_cli.planning import estimate
-    from supar_cli.planning.overview import COLUMNS, number, plan_rows
+    from supar_cli.planning.advice import COLUMNS, number, plan_rows
 
     numeric = range(1, len(COLUMNS))
     show_table(COLUMNS, plan_rows(plan), right=numeric, whole=[i for i in numeric if COLUMNS[i] != "shape"])

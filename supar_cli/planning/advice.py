@@ -1,4 +1,4 @@
-"""What a person should know of a plan before spending time on it, and what would help."""
+"""A plan at a glance: a row of texts for each set of equal tensors, what a person should know of it, and what would help."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from supar_cli.planning.plan import Plan, PlanModel, PlanTensor
 
 # [P §3.1]: the smallest weights-per-neuron count the paper trained; below 4, Bernoulli rows are empty with P ≈ e^-WPN
 WPN_TRAINED, WPN_EMPTY_ROWS, WPN_IMPOSSIBLE = 16, 4, 1
+COLUMNS = ("tensor", "shape", "m_d", "m_ρ", "WPN", "init std", "peak lr", "λ", "decay")  # of `plan_rows`
 
 
 def timescale_steps(row: PlanTensor) -> float | None:
@@ -86,3 +87,39 @@ def _asked_density(plan: Plan, row: PlanTensor) -> Fraction:
     if plan.sparsity.block:
         return Fraction(row.kept, row.size)
     return (Fraction(row.kept * row.fan_in, row.size) - Fraction(1, 2)) / row.fan_in
+
+
+def _label(name: str) -> str:
+    """`blocks.3.attn.q` as `*.attn.q`: what equal rows of all blocks are shown under."""
+    head, _, rest = name.partition(".")
+    return f"*.{rest.partition('.')[2]}" if head == "blocks" else name
+
+
+def number(value: float) -> str:
+    """Four significant digits, short."""
+    return f"{value:.4g}"
+
+
+def start_text(row: PlanTensor) -> str:
+    """Where a tensor starts: its deviation, or the number."""
+    return number(row.init_std if row.init_std is not None else row.init_constant or 0.0)
+
+
+def plan_rows(plan: Plan) -> list[list[str]]:
+    """One row for each set of equal tensors: name, shape, m_d, m_ρ, WPN, init std, lr, λ, decay timescale in steps."""
+    groups: dict[tuple[object, ...], list[PlanTensor]] = {}
+    for row in plan.tensors:
+        key = (row.role, tuple(row.shape), row.kept, row.init_std, row.init_constant, row.lr, row.weight_decay, row.eps)
+        groups.setdefault(key, []).append(row)
+    rows = []
+    for members in groups.values():
+        first, hidden, decay = members[0], members[0].role == "hidden", timescale_steps(members[0])
+        names = list(dict.fromkeys(_label(row.name) for row in members))
+        prefix = names[0].rpartition(".")[0] + "."
+        short_names = [names[0], *(name.removeprefix(prefix) for name in names[1:])]
+        label = (", " if len(",".join(short_names)) > 16 else ",").join(short_names)  # wraps where it doesn't fit
+        m_rho, wpn = (first.because.get("m_rho"), first.wpn) if hidden else (None, None)
+        sizes = ["" if value is None else number(value) for value in (first.because.get("m_d"), m_rho, wpn)]
+        numbers = [start_text(first), number(first.lr), number(first.weight_decay), f"{decay:.0f}" if decay else "–"]
+        rows.append([label, "×".join(map(str, first.shape)), *sizes, *numbers])
+    return rows

@@ -11,12 +11,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache
-from io import StringIO
-from math import isfinite
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +38,13 @@ _CORE = [
     ("float", _FLOAT, [*"-+.0123456789"]),
     ("null", r"~|null|Null|NULL|", [*"~nN", ""]),
 ]
+_VALUES: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "null": lambda _: None,
+    "bool": lambda text: text.lower() == "true",
+    "int": lambda text: int(text, 0 if text.startswith(("0o", "0x")) else 10),
+    "float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
+}
 
 
 class _Loader(_BaseLoader):  # type: ignore[misc, valid-type]
@@ -81,8 +85,8 @@ class Document:
             path = path[:-1]
         return self.lines.get(path)
 
-    def problem(self, path: Path_, what: str, expected: str = "") -> Problem:
-        return Problem(self.name, what, expected, line=self.line(path), where=dotted(path))
+    def problem(self, path: Path_, what: str, expected: str = "", line: int | None = None) -> Problem:
+        return Problem(self.name, what, expected, line=line or self.line(path), where=dotted(path))
 
 
 def dotted(path: Path_) -> str:
@@ -144,10 +148,11 @@ class _Reader:
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [self._value(item, (*path, i)) for i, item in enumerate(node.value)]
+        tag = node.tag.rpartition(":")[2]
         try:
-            return _scalar(node.value, node.tag.rpartition(":")[2])
-        except ValueError as error:
-            self._report(path, str(error))
+            return _VALUES[tag](node.value)
+        except (KeyError, ValueError):
+            self._report(path, f"{node.value!r} can't be read as {tag}")
 
     def _mapping(self, node: yaml.MappingNode, path: Path_) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
@@ -164,27 +169,7 @@ class _Reader:
         return mapping
 
     def _report(self, path: Path_, what: str, expected: str = "", line: int | None = None) -> None:
-        line = line or self._found.line(path)
-        self._problems.append(Problem(self._found.name, what, expected, line=line, where=dotted(path)))
-
-
-def _scalar(text: str, tag: str) -> Any:
-    """The value of a scalar. Raises ValueError."""
-    try:
-        match tag:
-            case "str":
-                return text
-            case "null":
-                return None
-            case "bool":
-                return text.lower() == "true"
-            case "int":
-                return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
-            case "float":
-                return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-    except ValueError:
-        pass
-    raise ValueError(f"{text!r} can't be read as {tag}")
+        self._problems.append(self._found.problem(path, what, expected, line))
 
 
 def standard_input() -> bytes:
@@ -220,7 +205,7 @@ def write(documents: Iterable[Any]) -> str:
 
 def _text(document: Any) -> str:
     if isinstance(document, dict) and document:
-        return "".join(_entry(key, value) for key, value in document.items())
+        return "".join(map(_entry, document, document.values()))
     return _dump(document)
 
 
@@ -229,48 +214,28 @@ def _dump(value: Any) -> str:
     return str(yaml.dump(value, Dumper=_Dumper, width=1_000_000, **keywords))
 
 
-def _entry(key: Any, value: Any) -> str:
-    """A key of a document. Lists of plain mappings are written without PyYAML, which takes several times as long."""
+def _entry(key: str, value: Any) -> str:
+    """A key of a document. PyYAML would take several times as long for a list of mappings."""
     if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-        with suppress(_NotPlainError):
-            return f"{_plain_text(key)}:\n" + "".join(f"- {_flow_text(row)}\n" for row in value)
+        return f"{_scalar_text(key)}:\n" + "".join(f"- {_flow_text(row)}\n" for row in value)
     return _dump({key: value})
 
 
-class _NotPlainError(Exception):
-    """A value that only PyYAML knows how to write."""
-
-
 def _flow_text(value: Any) -> str:
-    """A value on one line, as PyYAML writes it. Raises _NotPlainError."""
-    if isinstance(value, str):
-        return _plain_text(value)
+    """A value on one line, as PyYAML writes it."""
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{_plain_text(key)}: {_flow_text(item)}' for key, item in value.items())}}}"
+        return f"{{{', '.join(f'{_scalar_text(key)}: {_flow_text(item)}' for key, item in value.items())}}}"
     if isinstance(value, list):
         return f"[{', '.join(map(_flow_text, value))}]"
-    if isinstance(value, float) and isfinite(value):
-        text = repr(value)
-        return text if "." in text else text.replace("e", ".0e")
-    if value is None or isinstance(value, int):
-        return json.dumps(value)
-    raise _NotPlainError
+    if value == 0:
+        return _scalar_text.__wrapped__(value)  # a cache takes -0.0 for 0.0
+    return _scalar_text(value)
 
 
-@cache
-def _plain_text(text: Any) -> str:
-    """A text that needs no quotes. Raises _NotPlainError."""
-    if (
-        not isinstance(text, str)
-        or not _PLAIN_WORD.fullmatch(text)
-        or _DUMPER.resolve(yaml.ScalarNode, text, (True, False)) != _TAG + "str"
-    ):
-        raise _NotPlainError
-    return text
-
-
-_PLAIN_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,99}")
-_DUMPER = _Dumper(StringIO())
+@lru_cache(maxsize=4096, typed=True)  # chosen: the words and numbers of the rows of a hundred blocks
+def _scalar_text(value: Any) -> str:
+    """A text, a number or null, as PyYAML writes it within a list."""
+    return _dump([value])[1:-2]
 
 
 def content_hash(data: Any) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
+from textwrap import wrap
 from typing import Any, get_args
 
 from supar_cli.errors import InputError
@@ -14,6 +15,8 @@ from supar_cli.planning.advice import timescale_steps
 from supar_cli.planning.plan import Plan, PlanModel, PlanTensor, base_model, decoder_base
 
 COLUMNS, INDENT = 79, 16
+WRAPPING: dict[str, Any] = {"width": COLUMNS, "break_long_words": False, "break_on_hyphens": False}
+UNBROKEN = "\N{NO-BREAK SPACE}"
 
 SOURCES = {
     "P": "Dey, Bergsma, Hestness 2024 (SμPar), arXiv 2405.15743",
@@ -27,6 +30,7 @@ TITLES = {"sp": "SP", "mup": "μP", "supar": "SμPar", "adamw": "AdamW", "sgd": 
 TITLES |= {"supar-init-only": "SμPar's init only", "supar-lr-only": "SμPar's rate only"}
 FACTORS = {"input": "embeddings ×", "output": "logits ×", "attention": "q·k ×", "residual": "residual ×"}
 SYMBOLS = {"init_std": "σ", "lr": "η", "weight_decay": "λ", "eps": "ε"}
+NOT_OF_MODEL = "the model has no such tensor: explained as if it were outside the blocks"
 RATIOS = {"m_d": "width", "m_fan_out": "fan-out", "m_out": "output", "m_rho": "density", "m_L": "depth"}
 
 
@@ -42,33 +46,32 @@ class Number:
 
     @classmethod
     def of(cls, what: str, stored: float, rule: rules.Rule, symbols: dict[str, float], note: str = "") -> Number:
-        worked = _substitute(rule.formula, {symbol: short(value) for symbol, value in symbols.items()})
+        worked = _substitute(rule.formula, symbols)
         return cls(what, stored, rule, worked, "; ".join(filter(None, (rule.why, note))))
 
     @property
-    def edited(self) -> str:
-        if self.stored == self.rule.value:
-            return ""
-        return f"edited: the plan has {self.stored!r}, the rule gives {self.rule.value!r}"
+    def is_edited(self) -> bool:
+        return self.stored != self.rule.value
 
     def lines(self) -> list[str]:
         first, *others = (part for part, _ in groupby((self.rule.formula, self.worked, short(self.rule.value))))
         source = [] if self.rule.source == "–" else [f"[{self.rule.source}]"]
         note = f"({self.note})".split() if self.note else []
         lines = wrapped(self.what, [first, *(f"= {part}" for part in others), *source, *note])
-        return lines + (wrapped("", self.edited.split()) if self.edited else [])
+        edited = f"edited: the plan has {self.stored!r}, the rule gives {self.rule.value!r}"
+        return lines + (wrapped("", edited.split()) if self.is_edited else [])
 
     def as_json(self) -> dict[str, Any]:
         worked = {"formula": self.rule.formula, "worked": self.worked, "source": self.rule.source, "note": self.note}
-        return {"plan": self.stored, "rule": self.rule.value, "edited": bool(self.edited), **worked}
+        return {"plan": self.stored, "rule": self.rule.value, "edited": self.is_edited, **worked}
 
 
-def _substitute(formula: str, texts: dict[str, str]) -> str:
-    """A formula with texts in place of its symbols; of two symbols that begin alike the longer one counts."""
-    symbols, worked = sorted(texts, key=len, reverse=True), ""
+def _substitute(formula: str, symbols: dict[str, float]) -> str:
+    """A formula with numbers in place of its symbols; of two symbols that begin alike the longer one counts."""
+    longest_first, worked = sorted(symbols, key=len, reverse=True), ""
     while formula:
-        symbol = next((symbol for symbol in symbols if formula.startswith(symbol)), None)
-        worked += formula[0] if symbol is None else texts[symbol]
+        symbol = next((symbol for symbol in longest_first if formula.startswith(symbol)), None)
+        worked += formula[0] if symbol is None else short(symbols[symbol])
         formula = formula[len(symbol or formula[0]) :]
     return worked
 
@@ -176,9 +179,7 @@ def _rows(plan: Plan, scheme: rules.Scheme) -> list[Row]:
             in_block=row.block is not None,
             writes_residual=tensor is not None and tensor.writes_residual,
         )
-        remarks = (
-            ["the model has no such tensor: explained as if it were outside the blocks"] if known and not tensor else []
-        )
+        remarks = [NOT_OF_MODEL] if known and not tensor else []
         remarks += [
             f"edited: the plan has {key} {given[key]!r}, the shapes give {value!r}"
             for key, value in shapes.items()
@@ -276,9 +277,7 @@ def _listed(parts: list[str]) -> list[str]:
 
 def legend(explained: Iterable[Explained]) -> list[str]:
     """What the letters in brackets mean, for those that were used."""
-    numbers = [
-        number for one in explained for group in (one.factors, *(r.numbers for r in one.rows)) for number in group
-    ]
+    numbers = chain.from_iterable(chain(one.factors, *(row.numbers for row in one.rows)) for one in explained)
     used = {source.split()[0] for number in numbers for source in number.rule.source.split(", ")}
     return ["sources", *(f"  {key:2}  {text}" for key, text in SOURCES.items() if key in used)]
 
@@ -291,10 +290,7 @@ def short(value: float) -> str:
 def wrapped(label: str | None, parts: Iterable[str]) -> list[str]:
     """Parts on as few lines as hold them, after a label; no part is broken. None: flush left, for a title."""
     indent = 4 if label is None else INDENT
-    lines, line, bare = [], "" if label is None else f"  {label:<{INDENT - 2}}", True
-    for part in parts:
-        if not bare and len(line) + 1 + len(part) > COLUMNS:
-            lines.append(line)
-            line, bare = " " * indent, True
-        line, bare = line + ("" if bare else " ") + part, False
-    return [*lines, line.rstrip()]
+    first = "" if label is None else f"  {label:<{INDENT - 2}}"
+    text = " ".join(part.replace(" ", UNBROKEN) for part in parts)
+    lines = wrap(text, initial_indent=first, subsequent_indent=" " * indent, **WRAPPING) or [first.rstrip()]
+    return [line.replace(UNBROKEN, " ") for line in lines]

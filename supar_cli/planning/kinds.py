@@ -7,7 +7,7 @@ from typing import get_args
 
 from supar_cli.errors import InputError
 from supar_cli.planning.document import Document, read_file
-from supar_cli.planning.layout_document import Layout
+from supar_cli.planning.layout import Layout
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy, Spec
@@ -16,15 +16,11 @@ from supar_cli.planning.sweep import Sweep
 AnyDocument = Spec | Proxy | Plan | Sweep | Layout
 
 
-def kinds_of(*types: type[AnyDocument]) -> dict[str, type[AnyDocument]]:
-    """The types by the `kind` of the documents that they are read from, today's kinds first."""
-    today = {get_args(one.keys()["kind"])[0]: one for one in types}
-    return today | {kind: one for one in types for kind in one.EARLIER}
-
-
 def parse_any(document: Document, *types: type[AnyDocument]) -> AnyDocument:
     """A document of one of the types, of any by default. Raises InputError with every problem in it."""
-    known = kinds_of(*(types or get_args(AnyDocument)))
+    types = types or get_args(AnyDocument)
+    known = {get_args(one.keys()["kind"])[0]: one for one in types}
+    known |= {kind: one for one in types for kind in one.EARLIER}
     kind = document.data.get("kind") if isinstance(document.data, dict) else None
     if not isinstance(kind, str) or kind not in known:
         raise InputError(document.problem(("kind",), f"is {kind!r}", f"expected one of {', '.join(known)}"))

@@ -25,7 +25,7 @@ Block = Literal[16, 32, 64, 128]  # edges of blocks, as the block engine has the
 class PatternKeys(Section):
     """The keys `pattern` and `block` of a section. `block`, the edge of a block, is written with that pattern only."""
 
-    def check_pattern(self) -> None:
+    def check(self) -> None:
         """Raise ValueError where the two contradict each other, or N:M has no such N."""
         pattern, block = vars(self)["pattern"], vars(self)["block"]
         if pattern == "block" and block is None:

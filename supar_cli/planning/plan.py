@@ -9,18 +9,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from supar_cli.errors import InputError
-from supar_cli.planning import layout
+from supar_cli.planning import layout, plan_sections
 from supar_cli.planning.document import content_hash, read_file
-from supar_cli.planning.plan_sections import (
-    Base,
-    DecoderBase,
-    OwnModel,
-    Parameterization,
-    PlanSparsity,
-    PlanTask,
-    Values,
-    derived_keys,
-)
+from supar_cli.planning.plan_sections import DecoderBase, OwnModel, Parameterization, PlanSparsity, PlanTask, Values
 from supar_cli.planning.plan_sections import PlanModel as PlanModel
 from supar_cli.planning.plan_sections import PlanTensor as PlanTensor
 from supar_cli.planning.plan_sections import PlanTrain as PlanTrain
@@ -64,7 +55,7 @@ class Plan(Section):
         layout.check_names(self.tensors)
         if isinstance(self.model, PlanModel):
             self._check_decoder(self.model)
-        known = {key for row in self.tensors if row.role == "hidden" for key in row.setting_names}
+        known = {key for row in self.tensors if row.role == "hidden" for key in layout.setting_names(row)}
         for name in self.run.engine if isinstance(self.run.engine, dict) else ():
             if name not in known:
                 raise ValueError(
@@ -85,7 +76,7 @@ class Plan(Section):
                 raise ValueError(f"parameterization.base.{key}: is missing")
         if model.layers > len(self.tensors):
             raise ValueError(f"model.layers: {model.layers} layers need more than the {len(self.tensors)} tensors here")
-        derived = derived_keys(model, base)
+        derived = plan_sections.derived_keys(model, base)
         for at, row in enumerate(self.tensors):
             for key, value in derived.get(row.name, {}).items():
                 given = vars(row)[key]
@@ -113,7 +104,7 @@ class Plan(Section):
         engine = self.run.engine
         if not isinstance(engine, dict):
             return engine
-        return next((engine[key] for key in row.setting_names if key in engine), "auto")
+        return next((engine[key] for key in layout.setting_names(row) if key in engine), "auto")
 
     def hash(self) -> str:
         """Identity of the experiment: everything but `run`, `meta` and the place of the data, which have a hash of their own."""
@@ -189,7 +180,8 @@ def _from_v1(data: dict[str, Any]) -> dict[str, Any]:
         with suppress(ValueError, KeyError, TypeError, AttributeError):
             shape = Model.model_validate({key: value for key, value in model.items() if key != "multipliers"})  # type: ignore[union-attr]
             if shape.layers <= len(tensors):
-                derived = derived_keys(shape, Base.model_validate(parameterization["base"]))  # type: ignore[index]
+                base = plan_sections.Base.model_validate(parameterization["base"])  # type: ignore[index]
+                derived = plan_sections.derived_keys(shape, base)
         found["tensors"] = [_row_from_v1(row, derived) if isinstance(row, dict) else row for row in tensors]
     return found
 

@@ -131,9 +131,6 @@ class PlanSparsity(PatternKeys):
     source: MaskSource = Field(default_factory=MaskSource, neutral=True)
     updates: None = Field(default=None, neutral=True)
 
-    def check(self) -> None:
-        self.check_pattern()
-
     @property
     def pattern_text(self) -> str:
         """The pattern in words."""
@@ -197,10 +194,6 @@ class PlanTensor(Section):
         return prod(self.shape)
 
     @property
-    def setting_names(self) -> tuple[str, ...]:
-        return layout.setting_names(self)
-
-    @property
     def wpn(self) -> float:
         """Weights per neuron: expected live weights feeding one output."""
         return self.fan_in * self.density
@@ -208,11 +201,9 @@ class PlanTensor(Section):
     def check(self) -> None:
         if min(self.shape) < 1:
             raise ValueError(f"shape: {self.shape}; expected extents of 1 or more")
-        layout.check_axes(self.fan_in_axes, len(self.shape))
+        layout.check_axes(self.fan_in_axes, len(self.shape), self.role)
         if self.fan_in != prod(self.shape[axis] for axis in self.fan_in_axes):
             raise ValueError(f"fan_in: {self.fan_in} is not the product of the extents at axes {self.fan_in_axes}")
-        if self.role == "hidden" and not self.fan_in_axes:
-            raise ValueError("fan_in_axes: none; expected the axes that a hidden weight's product sums over")
         if abs(self.kept - self.density * self.size) > 0.51:
             raise ValueError(f"kept: {self.kept} is not density {self.density} of {self.size} weights")
         if (self.init_std is None) == (self.init_constant is None):

@@ -51,7 +51,7 @@ def parse(kind: type[SectionT], document: Document) -> SectionT:
 
 def required_keys(kind: type[Section]) -> list[str]:
     """The keys that a document which supar wrote must have: all but those that were added since."""
-    return [key for key in kind.keys() if key not in kind.neutral_fields()]  # noqa: SIM118
+    return [key for key, own in kind.fields().items() if not own.is_neutral]
 
 
 def validate(kind: type[SectionT], values: dict[str, Any], where: str) -> SectionT:
@@ -63,7 +63,7 @@ def validate(kind: type[SectionT], values: dict[str, Any], where: str) -> Sectio
         return kind.model_validate(values)
     except ValidationError as error:
         place = Document(values, name="")
-        found = (place.problem((where, *path), *words) for path, *words in problems(kind, error))
+        found = (place.problem((where, *path), what, expected) for path, what, expected in problems(kind, error))
         raise InputError(*map(str, found)) from None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from types import NoneType, UnionType
@@ -17,7 +18,9 @@ from pydantic_core import SchemaValidator, core_schema
 
 _UNSET: Any = object()
 LARGEST = 2**63 - 1  # what readers in other languages, numpy and torch hold of an integer
-_PLAIN: dict[type, Callable[..., Any]] = {
+_PLAIN: dict[Any, Callable[..., Any]] = {
+    Any: core_schema.any_schema,
+    None: core_schema.none_schema,
     int: lambda **bounds: core_schema.int_schema(**{"le": LARGEST, **bounds}),
     float: core_schema.float_schema,
     str: core_schema.str_schema,
@@ -47,11 +50,12 @@ class _Field:
         """The default itself."""
         return self.default() if callable(self.default) else self.default
 
-    def schema(self, schema: core_schema.CoreSchema) -> core_schema.CoreSchema:
-        """The key's schema with its default."""
+    def schema(self, hint: Any) -> core_schema.CoreSchema:
+        """The schema of a key of a type: within its bounds, and with its default."""
+        found = _typed(hint, self.bounds)
         if callable(self.default):
-            return core_schema.with_default_schema(schema, default_factory=self.default)
-        return schema if self.default is _UNSET else core_schema.with_default_schema(schema, default=self.default)
+            return core_schema.with_default_schema(found, default_factory=self.default)
+        return found if self.default is _UNSET else core_schema.with_default_schema(found, default=self.default)
 
 
 def Field(
@@ -113,7 +117,7 @@ class Section:
     @cache
     def schema(cls) -> core_schema.CoreSchema:
         """The section in pydantic's core schema."""
-        fields = {name: core_schema.model_field(_keyed(cls, name, hint)) for name, hint in cls.keys().items()}
+        fields = {name: core_schema.model_field(cls.fields()[name].schema(hint)) for name, hint in cls.keys().items()}
         known = core_schema.model_fields_schema(fields, model_name=cls.__name__, extra_behavior="forbid")
         config = core_schema.CoreConfig(strict=True, allow_inf_nan=False)
         found = core_schema.model_schema(cls, known, config=config)
@@ -139,10 +143,10 @@ class Section:
 
     @classmethod
     @cache
-    def neutral_fields(cls) -> dict[str, _Field]:
-        """The keys that older documents don't have, each with its neutral value."""
-        fields = {name: getattr(cls, name, None) for name in cls.keys()}  # noqa: SIM118
-        return {name: one for name, one in fields.items() if isinstance(one, _Field) and one.is_neutral}
+    def fields(cls) -> dict[str, _Field]:
+        """What the class says of each key beside its type."""
+        given = {name: getattr(cls, name, _UNSET) for name in cls.keys()}  # noqa: SIM118
+        return {name: one if isinstance(one, _Field) else _Field(one) for name, one in given.items()}
 
     def model_dump(
         self, *, include: Collection[str] | None = None, exclude: Collection[str] = (), identity: bool = False
@@ -151,11 +155,12 @@ class Section:
 
         `identity`: what hashes are taken of, without the keys of UNHASHED and those that have their neutral value.
         """
-        found, neutral = {}, self.neutral_fields()
+        found, fields = {}, self.fields()
         for name, value in vars(self).items():
             if name in exclude or (include is not None and name not in include) or (identity and name in self.UNHASHED):
                 continue
-            if name in neutral and (identity or neutral[name].is_omitted) and value == neutral[name].value:
+            own = fields[name]
+            if own.is_neutral and (identity or own.is_omitted) and value == own.value:
                 continue
             found[name] = _plain(value, identity)
         return found
@@ -166,7 +171,9 @@ class Section:
 
     def model_copy(self, *, update: dict[str, Any]) -> Self:
         """A copy with some keys replaced, not validated again."""
-        return _restored(type(self), {**vars(self), **update})  # type: ignore[no-any-return]
+        found = copy(self)
+        vars(found).update(update)
+        return found
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{type(self).__name__} is frozen: {name} can't be set")
@@ -177,14 +184,8 @@ class Section:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (type(self), vars(self))
-
-
-def _restored(cls: type[Section], values: dict[str, Any]) -> Any:
-    made = object.__new__(cls)
-    vars(made).update(values)
-    return made
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self)
 
 
 def _plain(value: Any, identity: bool) -> Any:
@@ -195,13 +196,6 @@ def _plain(value: Any, identity: bool) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item, identity) for key, item in value.items()}
     return value
-
-
-def _keyed(cls: type[Section], name: str, hint: Any) -> core_schema.CoreSchema:
-    """The schema of one key: its type within its bounds, and its default."""
-    given = getattr(cls, name, _UNSET)
-    known = given if isinstance(given, _Field) else _Field(given)
-    return known.schema(_typed(hint, known.bounds))
 
 
 def _words(hint: Any) -> str:
@@ -219,8 +213,6 @@ def _typed(hint: Any, bounds: dict[str, Any]) -> core_schema.CoreSchema:
     origin, inner = get_origin(hint), get_args(hint)
     if hint in _PLAIN:
         return _PLAIN[hint](**bounds)  # type: ignore[no-any-return]
-    if hint is Any:
-        return core_schema.any_schema()
     if origin is Annotated:
         return core_schema.str_schema(pattern=hint.__metadata__[0].pattern)
     if origin is Literal:
@@ -231,8 +223,6 @@ def _typed(hint: Any, bounds: dict[str, Any]) -> core_schema.CoreSchema:
         return core_schema.list_schema(_typed(inner[0], {}), **bounds)
     if origin is dict:
         return core_schema.dict_schema(core_schema.str_schema(), _typed(inner[1], {}), **bounds)
-    if hint in (None, NoneType):
-        return core_schema.none_schema()
     if is_section(hint):
         return hint.schema()  # type: ignore[no-any-return]
     raise TypeError(f"{hint!r}: no document has such a key")
@@ -252,7 +242,7 @@ def _union(types: tuple[Any, ...], bounds: dict[str, Any]) -> core_schema.CoreSc
     if len(types) == 2 and NoneType in types:
         return core_schema.nullable_schema(_typed(types[types[0] is NoneType], bounds))
     message = f"Input should be {' or '.join(map(_words, types))}"
-    choices: list[Any] = [_typed(one, bounds) for one in types]
+    choices: list[Any] = [_typed(None if one is NoneType else one, bounds) for one in types]
     return core_schema.union_schema(choices, custom_error_type="union", custom_error_message=message)
 
 

@@ -148,13 +148,12 @@ class Sparsity(PatternKeys):
     overrides: dict[str, Share] = Field(default_factory=dict)
 
     def check(self) -> None:
-        self.check_pattern()
+        super().check()
         if self.sparsity is not None and self.density is not None:
             raise ValueError("density: sparsity is given too; expected only one of them")
-        if self.sparsity is not None:
-            density_from("sparsity", self.sparsity)
-        if self.density is not None:
-            density_from("density", self.density)
+        for word, given in (("sparsity", self.sparsity), ("density", self.density)):
+            if given is not None:
+                density_from(word, given)
         for key, value in self.overrides.items():
             density_from("density", value, f"overrides.{key}")
 

@@ -9,10 +9,8 @@ from typing import Any, Literal, get_args
 from supar_cli.errors import InputError
 from supar_cli.planning import density as shares
 from supar_cli.planning import rules
-from supar_cli.planning.density import Share
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.plan import Plan
-from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.schema import Field, Section
 from supar_cli.planning.spec import Data, Hyperparameters, Model, Options, Proxy, Run, Search, Sparsity, Target, Train
 from supar_cli.planning.transfer import transfer
@@ -95,7 +93,7 @@ class Level:
 
     axis: str
     value: float
-    share: Share
+    share: shares.Share
     width: int
     layers: int
 
@@ -128,7 +126,7 @@ class Sweep(Section):
     train: Train
     target: Target = Field(default_factory=Target)
     over: dict[str, Any]
-    parameterizations: list[ParameterizationName] = Field(min_length=1)
+    parameterizations: list[rules.ParameterizationName] = Field(min_length=1)
     own: dict[str, dict[str, float]] = Field(default_factory=dict)  # hyperparameters of one parameterization
     iso: Literal["none", "parameters", "wpn"] = "none"
     seeds: int = Field(default=2, gt=0, le=1000)
@@ -138,7 +136,7 @@ class Sweep(Section):
     meta: dict[str, Any] = Field(default_factory=dict)
 
     def check(self) -> None:
-        known = get_args(ParameterizationName)
+        known = get_args(rules.ParameterizationName)
         for name in self.over:
             if name not in (*TUNED, *LEVELS):
                 raise ValueError(f"over.{name}: not an axis; expected some of {', '.join((*TUNED, *LEVELS))}")
@@ -186,12 +184,10 @@ class Sweep(Section):
         shape = {"width": self.target.width or self.model.width, "layers": self.target.layers or self.model.layers}
         if not axis:
             return [Level("density", float(shares.literal(share)), share, **shape)]
-        axis_values(axis, self.over[axis])  # refuses what is wrong with it
-        values = {part: shares.number(part) for part in _parts(self.over[axis])}
+        values = axis_values(axis, self.over[axis])  # rising; refuses what is wrong with them
         if axis not in SHARES:
-            found = [Level(axis, value, share, **{**shape, axis: int(value)}) for value in values.values()]
-            return sorted(found, key=lambda level: level.scale)
-        found = [Level(axis, value, _share(axis, part), **shape) for part, value in values.items()]
+            return [Level(axis, value, share, **{**shape, axis: int(value)}) for value in values]
+        found = [Level(axis, shares.number(part), _share(axis, part), **shape) for part in _parts(self.over[axis])]
         found.sort(key=lambda level: -level.density)
         return found if self.iso == "none" else [self._widened(level, found[0]) for level in found]
 
@@ -201,7 +197,7 @@ class Sweep(Section):
         ratio = rules.power(first.density / level.density, 0.5 if self.iso == "parameters" else 1.0)
         return replace(level, width=max(1, round(level.width * ratio / head)) * head)
 
-    def plan(self, name: ParameterizationName, level: Level, index: float, seed: int) -> Plan:
+    def plan(self, name: rules.ParameterizationName, level: Level, index: float, seed: int) -> Plan:
         """The plan of one run, its hyperparameter at an index of the grid. Raises InputError for a size that can't be."""
         keys = ("model", "parameterization", "sparsity", "data", "train", "target", "run")
         values = {**self.centre(name), self.tuned: self.grid(name).value(index)}
@@ -223,7 +219,7 @@ class Sweep(Section):
         return content_hash(self.identity(exclude={"run", "meta"}))
 
 
-def _share(axis: str, text: str) -> Share:
+def _share(axis: str, text: str) -> shares.Share:
     """A density as documents have it, from the text of a sparsity or a density."""
     exact = shares.density_from(axis, text)
     return str(exact) if "/" in text else float(exact)

@@ -34,8 +34,7 @@ def transfer(
     if scheme.depth_rule == "completep" and scheme.optimizer == "sgd":
         raise InputError("parameterization.depth_rule: completep has no rule for SGD; expected the optimizer adamw")
     wanted, hyper, base = target.sparsity, proxy.hyperparameters, _base(proxy)
-    share = _density(wanted)
-    rows = _rows(proxy, scheme, model, base, wanted, share)
+    share, rows = _density(wanted), _rows(proxy, scheme, model, base, wanted)
     m_width, m_L = model.width / proxy.model.width, model.layers / proxy.model.layers
     factors = rules.forward_rules(scheme, hyper.alpha_input, hyper.alpha_output, m_width, m_L, model.head_width)
     multipliers = Multipliers(**{name: rule.value for name, rule in factors.items()})
@@ -61,11 +60,9 @@ def transfer(
     return plan
 
 
-def _rows(
-    proxy: Proxy, scheme: rules.Scheme, model: Model, base: Base, wanted: Sparsity, share: Fraction
-) -> list[PlanTensor]:
+def _rows(proxy: Proxy, scheme: rules.Scheme, model: Model, base: Base, wanted: Sparsity) -> list[PlanTensor]:
     """Every tensor of `model` with its numbers."""
-    kept = _live_counts(model, share, wanted, "target.sparsity.overrides")
+    kept = _live_counts(model, wanted, "target.sparsity.overrides")
     narrow, base_density = {tensor.site: tensor for tensor in layout.tensors(proxy.model)}, _base_density(proxy)
     derived, hyper = derived_keys(model, base), proxy.hyperparameters
     tuned = rules.ProxyValues(hyper.init_std, hyper.lr, hyper.weight_decay, hyper.eps)
@@ -148,17 +145,44 @@ def target_model(proxy: Model, target: Target) -> Model:
     return validate(Model, {**proxy.model_dump(), **changes}, "target")
 
 
-def _live_counts(
-    model: Model, share: Fraction, wanted: Sparsity, where: str = "sparsity.overrides"
-) -> dict[str, patterns.LiveCount]:
-    """The live weights of the hidden tensors by name; `where` is the place of the overrides in the document."""
+def _live_counts(model: Model, wanted: Sparsity, where: str) -> dict[str, patterns.LiveCount]:
+    """Density and kept count of every hidden tensor, by name.
+
+    Of the overrides, the most specific wins, and tensors without one share the target. Raises InputError for an override that
+    matches nothing (`where` is their place in the document) and for a tensor that can have no mask of the pattern.
+    """
+    share, overrides = _density(wanted), wanted.overrides
     hidden = [tensor for tensor in layout.tensors(model) if tensor.role == "hidden"]
-    return density.distribute(hidden, share, wanted.distribution, wanted.pattern, wanted.overrides, where, wanted.block)
+    names = {tensor.name: layout.setting_names(tensor) for tensor in hidden}
+    keys = {name: next((key for key in known if key in overrides), None) for name, known in names.items()}
+    unused = sorted(set(overrides) - set(keys.values()))
+    if unused:
+        sites = sorted({tensor.site for tensor in hidden})
+        raise InputError(f"{where}: {', '.join(unused)} matches no hidden tensor; sites are {', '.join(sites)}")
+    free = [tensor for tensor in hidden if keys[tensor.name] is None]
+    shares = dict.fromkeys(keys, share) if wanted.distribution == "uniform" else _erk(free, share)
+    shares |= {name: density.literal(overrides[key]) for name, key in keys.items() if key is not None}
+    how = wanted.pattern, wanted.block
+    return {one.name: patterns.live_count(one.name, one.size, one.fan_in, shares[one.name], *how) for one in hidden}
+
+
+def _erk(tensors: list[layout.Tensor], target: Fraction) -> dict[str, Fraction]:
+    """Erdős–Rényi-Kernel shares, density ∝ (in + out)/(in·out), capped at 1 (Evci et al. 2020, arXiv 1911.11134)."""
+    shares = {tensor.name: Fraction(1) for tensor in tensors}
+    left, open_ = target * sum(tensor.size for tensor in tensors), tensors
+    while open_:
+        scale = left / sum(sum(tensor.shape) for tensor in open_)
+        full = {tensor for tensor in open_ if scale * sum(tensor.shape) > tensor.size}
+        if not full:
+            return shares | {tensor.name: scale * sum(tensor.shape) / tensor.size for tensor in open_}
+        left -= sum(tensor.size for tensor in full)
+        open_ = [tensor for tensor in open_ if tensor not in full]
+    return shares
 
 
 def _base_density(proxy: Proxy) -> dict[str, float]:
     """The proxy's density by site. Raises InputError where its blocks differ."""
-    kept = _live_counts(proxy.model, _density(proxy.sparsity), proxy.sparsity)
+    kept = _live_counts(proxy.model, proxy.sparsity, "sparsity.overrides")
     densities: dict[str, float] = {}
     for tensor in layout.tensors(proxy.model):
         own = kept.get(tensor.name)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from supar_cli.files import Record
+from supar_cli.planning.advice import COLUMNS, number, plan_rows, start_text
 from supar_cli.planning.document import Document
 from supar_cli.planning.kinds import parse_any
-from supar_cli.planning.overview import COLUMNS, number, plan_rows, start_text
 from supar_cli.planning.plan import Plan, PlanModel
 from supar_cli.planning.spec import Proxy
 from supar_cli.reporting.result import Figure, Line, Panel, ReportPart, Table, Verdict, flatten
