@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import supar_cli
 from supar_cli.cli import documents, terminal
-from supar_cli.cli.app import command_app
+from supar_cli.cli.app import application
 from supar_cli.cli.options import Flags, command, flag_of, numbers, require_one
 from supar_cli.errors import CheckViolated, InputError
 from supar_cli.planning.density import literal
@@ -178,4 +178,4 @@ def _at_flag(problem: str, flags: Flags) -> str:
     return f"{flag_of(key)}: {what}" if key in vars(flags) else problem
 
 
-app = command_app(step, layer, memory, help="Measure what supar does against what it replaces.")
+bench = application(step, layer, memory, help="Measure what supar does against what it replaces.")

@@ -7,7 +7,6 @@ from typing import Any
 
 import supar_cli
 from supar_cli.cli import documents, terminal
-from supar_cli.cli.app import command_app
 from supar_cli.cli.options import Flags, apply, command, flag_of, numbers, parameterization, workers_of
 from supar_cli.errors import CheckViolated, InputError, UnusableResult
 from supar_cli.planning.density import Share, literal
@@ -108,6 +107,3 @@ def _read(flags: Flags) -> tuple[Document, Any]:
         flag = flag_of(given[0])
         raise InputError(f"{flag}: a plan is checked as it stands; expected a proxy or a spec for {flag}")
     return read, subject.beside(path)
-
-
-app = command_app(check)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from supar_cli.cli import terminal
-from supar_cli.cli.app import command_app
+from supar_cli.cli.app import application
 from supar_cli.cli.options import Flags, command
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
@@ -100,4 +100,4 @@ def _section(flags: Flags) -> Data:
         raise InputError(*(f"--{problem}" for problem in error.problems)) from None
 
 
-app = command_app(inspect, prepare, help="Inspect a corpus, or prepare one as token files.")
+data = application(inspect, prepare, help="Inspect a corpus, or prepare one as token files.")

@@ -13,7 +13,6 @@ from typing import Any
 
 import supar_cli
 from supar_cli.cli import documents, terminal
-from supar_cli.cli.app import command_app
 from supar_cli.cli.options import Flags, command
 from supar_cli.data import corpus
 from supar_cli.errors import SetupError, SuparError
@@ -150,6 +149,3 @@ def _quickstart(source: str, device: str) -> Plan:
     )
     level = spec.target.sparsity.model_dump()
     return supar_cli.transfer(proxy, allow_low_wpn=True, **level)
-
-
-app = command_app(doctor)

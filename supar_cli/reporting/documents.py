@@ -33,7 +33,7 @@ def run_part(folder: Path) -> ReportPart:
     part.figures = _run_figures(run.records, losses)
     if result is not None:
         measured = flatten({name: result.get(name) for name in MEASURED})
-        part.facts = {"Environment": flatten(result.get("environment") or {}), "Run": measured} | part.facts
+        part.facts = {"Environment": flatten(run.environment), "Run": measured} | part.facts
         part.facts["Hashes"] |= flatten({"data as read": result.get("data")})
         masks, title = list(flatten(result.get("masks") or {}).items()), "Fingerprints of the masks"
         part.tables.append(Table(title=title, columns=["tensor", "mask"], rows=masks, folded=True))

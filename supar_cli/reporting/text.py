@@ -28,6 +28,12 @@ class Run:
     result: Record | None
     summary: dict[str, Any]
 
+    @property
+    def environment(self) -> Record:
+        """What it ran on and with; empty before its end."""
+        found = (self.result or {}).get("environment")
+        return found if isinstance(found, dict) else {}
+
 
 def read_run(folder: Path) -> Run:
     """A run directory as it stands. Raises SuparError that names the file."""
@@ -71,14 +77,12 @@ def summary(folder: Path) -> dict[str, Any]:
         return {"run": str(folder), "state": "unreadable", "text": str(error).splitlines()[0]}
 
 
-def details(folder: Path) -> tuple[Plan, dict[str, Any], list[Record], dict[str, Any]]:
-    """(plan, summary, metrics, environment) of a run; the environment is empty before its end. Raises SetupError."""
-    found = summary(folder)
-    if found["state"] == "unreadable":
-        raise SetupError(found["text"])
-    run = read_run(folder)
-    environment = (run.result or {}).get("environment")
-    return run.plan, run.summary, run.records, environment if isinstance(environment, dict) else {}
+def details(folder: Path) -> Run:
+    """A run directory to be shown. Raises SetupError."""
+    try:
+        return read_run(folder)
+    except SuparError as error:
+        raise SetupError(str(error).splitlines()[0]) from None
 
 
 def folders(root: Path) -> list[Path]:
