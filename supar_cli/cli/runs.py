@@ -26,7 +26,7 @@ def runs(flags: Flags) -> None:
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; `supar train` writes runs/NAME")
 
-    from supar_cli.reporting import text as reading
+    from supar_cli.reporting import runs as reading
 
     found = [reading.summary(path) for path in reading.folders(root)]
     if not found:
@@ -53,7 +53,7 @@ def show(flags: Flags) -> None:
     if not (folder / "plan.yaml").is_file():
         raise InputError(f"{flags.run}: no run directory; expected one that `supar runs` lists")
 
-    from supar_cli.reporting import text as reading
+    from supar_cli.reporting import runs as reading
     from supar_cli.reporting.result import flatten
 
     run = reading.details(folder)
@@ -77,7 +77,7 @@ def show(flags: Flags) -> None:
 
 
 def _show_losses(records: list[dict[str, Any]], log: terminal.Log) -> None:
-    from supar_cli.reporting import text as reading
+    from supar_cli.reporting import runs as reading
 
     width = min(shutil.get_terminal_size().columns, WIDEST)
     if lines := reading.curve(records, "loss", width, HEIGHT):

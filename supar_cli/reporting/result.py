@@ -43,16 +43,6 @@ def fraction(density: float) -> str:
     return f"1/{whole}" if whole * density == 1 else f"{density:g}"
 
 
-def loss_limits(losses: list[float]) -> list[float] | None:
-    """Limits of a loss axis: a diverging end of a curve would flatten the rest. None without losses."""
-    return [min(losses) - 0.05, min(max(losses), min(losses) + 1.5) + 0.05] if losses else None
-
-
-def line(label: str, points: dict[float, float | None], *, ring: float | None = None) -> dict[str, Any]:
-    """`Line.through` as data."""
-    return Line.through(label, points, ring=ring).model_dump(exclude_unset=True)
-
-
 def command_line() -> str:
     """The command that runs, as a shell reads it."""
     return shlex.join(["supar", *sys.argv[1:]])
@@ -131,9 +121,10 @@ class Figure(Data):
 
 
 def loss_figure(title: str, x: str, panels: list[Panel], name: str = "loss") -> Figure:
-    """Validation loss over `x`, as sweeps and the demo show it."""
+    """Validation loss over `x`, as sweeps and the demo show it: a diverging end of a curve would flatten the rest."""
     losses = [y for panel in panels for line in panel.lines for y in line.y if y is not None]
-    y, limits = "validation loss (nats per token)", loss_limits(losses)
+    limits = [min(losses) - 0.05, min(max(losses), min(losses) + 1.5) + 0.05] if losses else None
+    y = "validation loss (nats per token)"
     return Figure(name=name, title=title, x=x, y=y, x_log2=True, y_log2=False, y_limits=limits, panels=panels)
 
 
@@ -144,11 +135,6 @@ class Verdict(Data):
     passed: bool | None
     control: bool = False
     text: str = ""
-
-    @property
-    def is_violated(self) -> bool:
-        """Whether a check ends with status 5 for it."""
-        return self.passed is False and not self.control
 
 
 class Table(Data):
