@@ -293,7 +293,7 @@ class TestRefusedFlags:
             (["--parameterization", "sp,ntk"], "parameterizations[1]"),
             (["--iso", "flops"], "iso: "),
             (["--preset", "fig2"], "--preset fig2: expected fig1"),
-            (["--preset", "fig1", "proxy.yaml"], "--preset fig1: given beside a document"),
+            (["--preset", "fig1", "proxy.yaml"], "--preset fig1: cannot be combined with a document"),
             (["--full"], "expected a second one for --full"),
             (["--width", "40"], "width 40 is not a multiple"),
             (["--data", "none.txt"], "data.source: none.txt: no such file"),

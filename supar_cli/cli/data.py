@@ -8,7 +8,7 @@ from typing import Any
 
 from supar_cli.cli import terminal
 from supar_cli.cli.app import application
-from supar_cli.cli.options import Flags, command
+from supar_cli.cli.options import Flags, at_flags, command
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
 from supar_cli.files import naming_write_errors
@@ -94,10 +94,8 @@ def prepare(flags: Flags) -> None:
 
 def _section(flags: Flags) -> Data:
     keys = {"source": flags.corpus, "format": flags.format, "tokenizer": flags.tokenizer, "field": flags.field}
-    try:
+    with at_flags(flags):
         return validate(Data, keys, "")
-    except InputError as error:
-        raise InputError(*(f"--{problem}" for problem in error.problems)) from None
 
 
 data = application(inspect, prepare, help="Inspect a corpus, or prepare one as token files.")

@@ -35,11 +35,6 @@ def read_one(source: str, missing: str, name: str | None = None) -> Document:
     return found[0]
 
 
-def kind_of(read: Document) -> Any:
-    """The kind that a document names, None where it is not a mapping."""
-    return read.data.get("kind") if isinstance(read.data, dict) else None
-
-
 def plan_file(source: str | None) -> str:
     """The file of a plan: that of a run directory, by default plan.yaml."""
     source = source or "plan.yaml"

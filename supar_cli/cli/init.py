@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import sys
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, get_args
 
 from supar_cli.cli import terminal
@@ -52,17 +50,15 @@ def init(flags: Flags) -> None:
     text, log = templates.text(name), terminal.Log(flags.quiet)
     default, command = NEXT[next(line for line in text.splitlines() if line.startswith("kind:")).removeprefix("kind: ")]
     out = flags.out or default or f"{name}.yaml"
+    terminal.write_text(text, out, flags.force, log)
     if out != "-":
-        terminal.persist(Path(out), text, flags.force, log)
         log.log(f"next: supar {command.format('' if out == default else f' {out}')}")
-    if out == "-" or not sys.stdout.isatty():
-        terminal.to_stdout(text)
 
 
 @command(
     "kind out force quiet",
     kind={"type": StrEnum("Kind", list(TYPES))},
-    out={"help": "Write it to a file; - for stdout only. [default: -]"},
+    out={"help": "Write it to a file; - for stdout only.", "default": "-"},
 )
 def schema(flags: Flags) -> None:
     """Print the JSON Schema of a spec, a proxy, a plan, a sweep or a layout.
@@ -72,11 +68,7 @@ def schema(flags: Flags) -> None:
     What spans several keys is checked by supar only.
     """
     text = json.dumps(json_schema(TYPES[flags.kind]), indent=1, ensure_ascii=False) + "\n"
-    is_file = flags.out not in (None, "-")
-    if is_file:
-        terminal.persist(Path(flags.out), text, flags.force, terminal.Log(flags.quiet))
-    if not is_file or not sys.stdout.isatty():
-        terminal.to_stdout(text)
+    terminal.write_text(text, flags.out, flags.force, terminal.Log(flags.quiet))
 
 
 def json_schema(document: type[Section]) -> dict[str, Any]:

@@ -9,9 +9,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from supar_cli.cli import terminal
 from supar_cli.cli.options import Flags, command
 from supar_cli.errors import InputError
+from supar_cli.reporting import runs as reading
+from supar_cli.reporting.read import read
+from supar_cli.reporting.result import flatten
 
 COLUMNS = ("run", "state", "step", "loss", "validation", "last written, UTC")
 LAST = 12  # chosen: evaluations that are listed
@@ -25,8 +30,6 @@ def runs(flags: Flags) -> None:
     log, root = terminal.Log(flags.quiet), Path(flags.folder)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; `supar train` writes runs/NAME")
-
-    from supar_cli.reporting import runs as reading
 
     found = [reading.summary(path) for path in reading.folders(root)]
     if not found:
@@ -53,9 +56,6 @@ def show(flags: Flags) -> None:
     if not (folder / "plan.yaml").is_file():
         raise InputError(f"{flags.run}: no run directory; expected one that `supar runs` lists")
 
-    from supar_cli.reporting import runs as reading
-    from supar_cli.reporting.result import flatten
-
     run = reading.details(folder)
     plan, found, environment = run.plan, run.summary, run.environment
     if not flags.quiet:
@@ -77,8 +77,6 @@ def show(flags: Flags) -> None:
 
 
 def _show_losses(records: list[dict[str, Any]], log: terminal.Log) -> None:
-    from supar_cli.reporting import runs as reading
-
     width = min(shutil.get_terminal_size().columns, WIDEST)
     if lines := reading.curve(records, "loss", width, HEIGHT):
         log.log("\n".join(["training loss", *lines]))
@@ -105,13 +103,10 @@ def report(flags: Flags) -> None:
         what = "no such file or folder; expected what `supar train` or `sweep` wrote"
         raise InputError(*(f"{path}: {what}" for path in missing))
 
-    from pydantic_core import to_jsonable_python
-
     from supar_cli.reporting import html as page
-    from supar_cli.reporting import read as reading
 
     log = terminal.Log(flags.quiet)
-    parts = [part for path in flags.paths for part in reading.read(path)]
+    parts = [part for path in flags.paths for part in read(path)]
     text = page.render(parts)
     if flags.out != "-":
         terminal.persist(Path(flags.out or PAGE), text, flags.force, log)

@@ -183,6 +183,14 @@ def persist(path: Path, text: str, force: bool, log: Log) -> None:
     log.log(f"wrote {path}")
 
 
+def write_text(text: str, out: str, force: bool, log: Log) -> None:
+    """Write a text to a file, then to stdout where that is read: a pipe, a file, or an `out` of -."""
+    if out != "-":
+        persist(Path(out), text, force, log)
+    if out == "-" or not sys.stdout.isatty():
+        to_stdout(text)
+
+
 def emit(documents: list[Any], flags: Flags, log: Log, default: str | None) -> None:
     """Write the documents to `--out` or the default, then print them where stdout is read: a pipe, a file, or `-o -`."""
     text = document.write(documents)
