@@ -1,7 +1,5 @@
 """The `supar` command: its subcommands by name, each imported only when called, and how errors end the process."""
 
-from __future__ import annotations
-
 import gc
 import importlib
 import os

@@ -1,7 +1,5 @@
 """`supar check`: the coordinate check, with a verdict, for a proxy's shape or for a plan as it stands."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`supar data`: see how a corpus is read, or turn one into token files."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any

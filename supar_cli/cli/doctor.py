@@ -1,7 +1,5 @@
 """`supar doctor`: what this machine can run: versions, devices, corpus, and a timed step."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

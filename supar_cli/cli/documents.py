@@ -1,7 +1,5 @@
 """Documents that commands read: found, changed by `--set` and flags, and their problems given a file and line."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`supar init` and `schema`: a template to start from, and the JSON Schema by which editors check what it becomes."""
 
-from __future__ import annotations
-
 import difflib
 import json
 from enum import StrEnum

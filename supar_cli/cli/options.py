@@ -13,8 +13,6 @@ Keywords change columns of the table for this command alone. `flags.width` is th
 command does not take is None. `apply` puts `--set` and every flag that has a path into the document.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace

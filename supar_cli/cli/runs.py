@@ -1,7 +1,5 @@
 """`supar runs`, `show` and `report`: what was measured, as far as it is."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import textwrap

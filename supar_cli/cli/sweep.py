@@ -1,7 +1,5 @@
 """`supar sweep`, `compare` and `demo`: does a hyperparameter that was tuned dense still hold where weights are sparse?"""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable
 from pathlib import Path

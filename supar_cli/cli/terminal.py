@@ -1,7 +1,5 @@
 """What commands show: messages, progress and tables on stderr, and one document on stdout or in a file."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys
@@ -9,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from supar_cli.cli.options import Flags
 from supar_cli.errors import InputError
@@ -57,7 +55,7 @@ class Progress(Log):
         self._first: int | None = None
         self._step = 0
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         if self.is_terminal and not self.quiet:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn

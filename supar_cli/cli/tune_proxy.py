@@ -1,7 +1,5 @@
 """`supar tune-proxy`: a spec becomes a tuned proxy."""
 
-from __future__ import annotations
-
 import sys
 from math import ceil
 from pathlib import Path

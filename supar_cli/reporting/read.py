@@ -1,7 +1,5 @@
 """What a report shows of a path: a run, a sweep, check or comparison, a demo, a plan or a proxy, finished or not."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ gap; `ring` is the index of a point with a ring around it; `vertical` is the x o
 interval. JSON files keep the keys that were given, in this order.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys
@@ -77,7 +75,7 @@ class Line(Data):
     high: list[Gap] | None = None
 
     @model_validator(mode="after")
-    def _require_equal_lengths(self) -> Line:
+    def _require_equal_lengths(self) -> Self:
         lengths = {len(values) for values in (self.x, self.y, self.low, self.high) if values is not None}
         if len(lengths) > 1 or (self.low is None) != (self.high is None):
             raise ValueError("x, y, low and high are of different lengths")
@@ -86,7 +84,7 @@ class Line(Data):
         return self
 
     @classmethod
-    def through(cls, label: str, points: dict[float, float | None], *, ring: float | None = None) -> Line:
+    def through(cls, label: str, points: dict[float, float | None], *, ring: float | None = None) -> Self:
         """A line through points by their x, in order; `ring` is the x of the point to ring."""
         xs = sorted(points)
         return cls(label=label, x=xs, y=[points[x] for x in xs], ring=None if ring is None else xs.index(ring))
@@ -146,7 +144,7 @@ class Table(Data):
     folded: bool = False
 
     @model_validator(mode="after")
-    def _require_whole_rows(self) -> Table:
+    def _require_whole_rows(self) -> Self:
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise ValueError(

@@ -1,7 +1,5 @@
 """Runs, plans and proxies: how far a run is, its losses, a curve drawn in characters, and each as part of a report."""
 
-from __future__ import annotations
-
 import math
 import time
 from dataclasses import dataclass
