@@ -11,8 +11,6 @@ from supar_cli.planning.kinds import parse_any
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Proxy, Spec
 
-VIOLATED, UNJUDGED = "FAILED", "NOT JUDGED"
-
 
 def _widths(flag: str, text: str) -> list[int]:
     """Whole numbers with commas between them. Raises InputError."""
@@ -52,34 +50,24 @@ def check(flags: Flags) -> None:
     subject: Any = parse_any(read, Spec, Proxy, Plan)
     if isinstance(subject, Plan):
         subject = subject.beside(path)
-    folder, log = Path(flags.out), terminal.Log(flags.quiet)
-    asked = ("parameterization", "seeds", "max_seeds", "steps", "batch_size", "force")
-    progress = terminal.Progress("check", flags.quiet, folder / "records.jsonl")
+    asked = ("parameterization", "seeds", "max_seeds", "steps", "batch_size", "force", "out")
+    progress = terminal.Progress("check", flags.quiet, Path(flags.out, "records.jsonl"))
     with progress, documents.with_locations(read), at_flags(flags):
         result = supar_cli.check(
             subject,
             width=flags.width or [],
             density=flags.density or [],
             **{name: getattr(flags, name) for name in asked},
-            out=folder,
             reporter=progress,
             **workers_of(flags),
         )
     verdicts = result["verdicts"]
     if not flags.quiet:
         terminal.show_tables(table for table in result["tables"] if not table["folded"])
-        for one in verdicts:
-            log.log(f"{_word(one)}: {one['what']}: {one['text']}")
+        terminal.show_verdicts(verdicts)
     terminal.print_documents([result], flags)
-    for words, error in ((VIOLATED, CheckViolated), (UNJUDGED, UnusableResult)):
-        if found := [f"{one['what']}: {one['text']}" for one in verdicts if _word(one) == words]:
-            raise error("\n".join(found))
-
-
-def _word(verdict: dict[str, Any]) -> str:
-    """How a verdict stands; a control is not to pass."""
-    if verdict["passed"] is None:
-        return UNJUDGED
-    if verdict["passed"] == verdict["control"]:
-        return VIOLATED
-    return "control" if verdict["control"] else "passed"
+    violated = [one for one in verdicts if one["passed"] == one["control"]]  # a control is not to pass
+    unjudged = [one for one in verdicts if one["passed"] is None]
+    for found, error in ((violated, CheckViolated), (unjudged, UnusableResult)):
+        if found:
+            raise error("\n".join(f"{one['what']}: {one['text']}" for one in found))

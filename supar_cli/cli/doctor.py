@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from typing import Any
@@ -49,12 +49,8 @@ def doctor(flags: Flags) -> None:
             "free_disk_gib": round(shutil.disk_usage(".").free / 2**30, 1),
         },
     }
-    examined: dict[str, Callable[[], dict[str, Any]]] = {
-        "devices": _devices,
-        "data": lambda: _data(source),
-        "step": lambda: _step(source, device, flags.steps),
-    }
-    for name, examine in examined.items():
+    step = partial(_step, source, device, flags.steps)
+    for name, examine in (("devices", _devices), ("data", partial(_data, source)), ("step", step)):
         try:
             result[name] = examine()
         except (SuparError, ImportError) as error:

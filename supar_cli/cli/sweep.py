@@ -14,7 +14,7 @@ from supar_cli.planning import document, templates
 from supar_cli.planning.advice import warnings
 from supar_cli.planning.document import Document
 from supar_cli.planning.problems import parse
-from supar_cli.planning.sweep import LEVELS, TUNED, Sweep, plan_all, require_comparison
+from supar_cli.planning.sweep import LEVELS, TUNED, Sweep, plan_all
 from supar_cli.reporting.result import fraction
 
 KIND = "supar.sweep/v1"
@@ -87,7 +87,7 @@ def compare(flags: Flags) -> None:
     require_one(flags, "density", "sparsity")
     read = read_study(flags.source, COMPARED)
     axes = [f"{name}={getattr(flags, name)}" for name in ("sparsity", "density") if getattr(flags, name) is not None]
-    result = _measure(supar_cli.compare, "compare", read, axes, flags, require_comparison)
+    result = _measure(supar_cli.compare, "compare", read, axes, flags)
     if not flags.quiet:
         _explain_comparison(result["levels"], terminal.Log())
     terminal.print_documents([result], flags)
@@ -167,17 +167,9 @@ def set_axes(read: Document, axes: Iterable[str]) -> None:
 
 
 def _measure(
-    function: Callable[..., dict[str, Any]],
-    folders: str,
-    read: Document,
-    axes: Iterable[str],
-    flags: Flags,
-    require: Callable[[Sweep], None] = lambda _: None,
+    function: Callable[..., dict[str, Any]], folders: str, read: Document, axes: Iterable[str], flags: Flags
 ) -> dict[str, Any]:
-    """Plan every run of the study of a document, axes and flags; say what will be run, run it and show its tables.
-
-    Raises InputError, also what `require` raises.
-    """
+    """Plan the study of a document, axes and flags; say what will be run, run it and show its tables. Raises InputError."""
     log = terminal.Log(flags.quiet)
     set_axes(read, axes)
     apply(read, flags)
@@ -185,12 +177,12 @@ def _measure(
     with documents.with_locations(read):
         study = corpus.with_hash(study)
         plans = plan_all(study)
-        require(study)
     for message in dict.fromkeys(message for plan in plans for message in warnings(plan)[:1]):
         log.warn(message)
     _describe(study, log)
     folder = Path(flags.out or f"{folders}/{study.name}")
-    with terminal.Progress(function.__name__, flags.quiet, folder / "records.jsonl") as progress:
+    progress = terminal.Progress(function.__name__, flags.quiet, folder / "records.jsonl")
+    with progress, documents.with_locations(read):
         result = function(study, folder, force=flags.force, reporter=progress, **workers_of(flags))
     if not flags.quiet:
         terminal.show_tables(result["tables"])
