@@ -7,8 +7,6 @@ A command names the options that it takes, in the order of its help, and gets th
         read = documents.read_one(flags.proxy or "proxy.yaml", "`supar tune-proxy` writes it")
         apply(read, flags)
 
-    app = command_app(transfer)  # of cli/app.py
-
 Keywords change columns of the table for this command alone. `flags.width` is the value of `--width`; an option that the
 command does not take is None. `apply` puts `--set` and every flag that has a path into the document.
 """
