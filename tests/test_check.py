@@ -486,10 +486,11 @@ class TestCommand:
         ("arguments", "message"),
         [
             (("--width", "32,x"), "--width 32,x: expected numbers"),
-            (("--density", "1,2"), "--density 1,2: expected 0 < density <= 1"),
+            (("--width", "0,32"), "--width: 0; expected a number above 0"),
+            (("--density", "1,2"), "--density: 2; expected 0 < density <= 1"),
             (("--width", "32", "--density", "1"), "one of them needs at least two sizes"),
             (("--parameterization", "ntk"), "--parameterization ntk: expected one of supar"),
-            (("--width", "32,50"), "target.width: 50 is not a multiple"),
+            (("--width", "32,50"), "--width: 50 is not a multiple"),
             (("nothing.yaml",), "nothing.yaml: no such file"),
         ],
     )

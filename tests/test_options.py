@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import typer.main
 
-from supar_cli.cli.app import COMMANDS
+from supar_cli.cli.app import COMMANDS, app
 from supar_cli.cli.options import OPTIONS, Flags, Option, apply, command, flag_of, require_one
 from supar_cli.errors import InputError
 from supar_cli.planning.document import Document
@@ -19,14 +18,15 @@ from supar_cli.planning.spec import Proxy, Spec
 from supar_cli.planning.sweep import Sweep
 
 
-def callbacks() -> Iterator[Any]:
-    for name in COMMANDS:
-        app = importlib.import_module(f"supar_cli.cli.{name.replace('-', '_')}").app
-        yield from (registered.callback for registered in app.registered_commands)
+def parameters(command: Any) -> set[str]:
+    """The names of what a command and the commands below it take."""
+    below = getattr(command, "commands", {}).values()
+    return {one.name for one in command.params}.union(*map(parameters, below))
 
 
 def test_every_option_is_of_a_command() -> None:
-    taken = {name for callback in callbacks() for name in inspect.signature(callback).parameters}
+    group: Any = typer.main.get_command(app)
+    taken = {name for one in COMMANDS for name in parameters(group.get_command(None, one))}
     assert set(OPTIONS) - taken == set()
 
 

@@ -164,7 +164,7 @@ def test_losses_that_are_not_finite_are_gaps_and_said(supar_here: Supar, cut: Pa
 
 
 def test_long_curves_are_downsampled_and_keep_their_gaps() -> None:
-    from supar_cli.reporting.text import downsample
+    from supar_cli.reporting.runs import downsample
 
     by_step: dict[float, float | None] = {float(step): float(step) for step in range(1, 401)}
     by_step[7.0] = None

@@ -13,7 +13,7 @@ import pytest
 
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.reporting import text as runs
+from supar_cli.reporting import runs
 from supar_cli.training import run_directory
 from supar_cli.training.trainer import Trainer
 from tests.conftest import Called

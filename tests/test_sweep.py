@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 import supar_cli
-from supar_cli.cli import study
-from supar_cli.cli.sweep import DEFAULTS, PRESETS
+from supar_cli.cli.sweep import PRESETS, SWEPT, read_study, set_axes
 from supar_cli.errors import InputError
 from supar_cli.planning import document, templates
 from supar_cli.planning.plan import Plan
@@ -268,7 +267,7 @@ def test_a_spec_or_proxy_becomes_a_study_of_its_own_shape(
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     elif file:
         (tmp_path / file).write_text(text)
-    sweep = parse(Sweep, study.read(file, False, DEFAULTS))
+    sweep = parse(Sweep, read_study(file, SWEPT))
     assert sweep.name == name and sweep.levels[0].width == sweep.model.width  # its target's width is for something else
     assert (sweep.target.sparsity.pattern == "fixed_fan_in") == (file is not None)
     assert [level.density for level in sweep.levels] == [1.0, 0.25, 0.0625]
@@ -276,9 +275,9 @@ def test_a_spec_or_proxy_becomes_a_study_of_its_own_shape(
 
 def test_an_axis_on_the_command_line_takes_the_place_of_its_kind() -> None:
     read = document.read(document.write([sweep_fields()]), "sweep.yaml")[0]
-    study.put_axes(read, ["init-std=x:-1..1/1"])
+    set_axes(read, ["init-std=x:-1..1/1"])
     assert read.data["over"] == {"density": [1.0, 0.25], "init_std": "x:-1..1/1"}
-    study.put_axes(read, ["width=32,64", "lr=0.1"])
+    set_axes(read, ["width=32,64", "lr=0.1"])
     assert read.data["over"] == {"width": "32,64", "lr": "0.1"}
 
 
@@ -294,7 +293,7 @@ class TestRefusedFlags:
             (["--parameterization", "sp,ntk"], "parameterizations[1]"),
             (["--iso", "flops"], "iso: "),
             (["--preset", "fig2"], "--preset fig2: expected fig1"),
-            (["--preset", "fig1", "proxy.yaml"], "--preset fig1: given beside a document"),
+            (["--preset", "fig1", "proxy.yaml"], "--preset fig1: cannot be combined with a document"),
             (["--full"], "expected a second one for --full"),
             (["--width", "40"], "width 40 is not a multiple"),
             (["--data", "none.txt"], "data.source: none.txt: no such file"),

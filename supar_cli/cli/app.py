@@ -1,7 +1,5 @@
 """The `supar` command: its subcommands by name, each imported only when called, and how errors end the process."""
 
-from __future__ import annotations
-
 import gc
 import importlib
 import os
@@ -39,6 +37,25 @@ COMMANDS = {
     "schema": "Print the JSON Schema of a document, for editors.",
     "doctor": "Show versions, devices and data, and time one step.",
 }
+# the modules of commands that have none of their own name
+MODULES = {
+    "explain": "transfer",
+    "show": "runs",
+    "report": "runs",
+    "compare": "sweep",
+    "demo": "sweep",
+    "schema": "init",
+}
+
+
+def application(*functions: Callable[..., None], help: str | None = None) -> typer.Typer:
+    """A Typer application of one command, or with `help` of several by their names."""
+    made = typer.Typer(**SETTINGS, no_args_is_help=help is not None, help=help)
+    if help is not None:
+        made.callback()(lambda: None)
+    for function in functions:
+        made.command(context_settings=HELP_NAMES)(function)
+    return made
 
 
 class LazyGroup(typer.core.TyperGroup):
@@ -51,9 +68,10 @@ class LazyGroup(typer.core.TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         if cmd_name not in self.commands:
-            module = importlib.import_module(f"supar_cli.cli.{cmd_name.replace('-', '_')}")
+            name = cmd_name.replace("-", "_")
+            found = getattr(importlib.import_module(f"supar_cli.cli.{MODULES.get(name, name)}"), name)
             gc.enable()
-            command = typer.main.get_command(module.app)
+            command = typer.main.get_command(found if isinstance(found, typer.Typer) else application(found))
             command.name = cmd_name
             self.commands[cmd_name] = command
         return self.commands[cmd_name]
@@ -124,13 +142,3 @@ def main() -> None:
             stream.flush()
     # torch's threads may want the interpreter while it ends, which would end the process by SIGABRT whatever it has done
     os._exit(status if isinstance(status, int) else 1)
-
-
-def command_app(*functions: Callable[..., None], help: str | None = None) -> typer.Typer:
-    """A Typer application of one command, or with `help` of several by their names; a command's module has it as `app`."""
-    made = typer.Typer(**SETTINGS, no_args_is_help=help is not None, help=help)
-    if help is not None:
-        made.callback()(lambda: None)
-    for function in functions:
-        made.command(context_settings=HELP_NAMES)(function)
-    return made

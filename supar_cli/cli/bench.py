@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import supar_cli
 from supar_cli.cli import documents, terminal
-from supar_cli.cli.app import command_app
-from supar_cli.cli.options import Flags, command, flag_of, numbers, require_one
+from supar_cli.cli.app import application
+from supar_cli.cli.options import Flags, at_flags, command, numbers, require_one
 from supar_cli.errors import CheckViolated, InputError
 from supar_cli.planning.density import literal
 from supar_cli.planning.plan import Plan
@@ -165,17 +165,8 @@ def _plan(flags: Flags, **target: Any) -> Plan:
         "data": {"source": "stdlib", "hash": "sha256:random"},
         "run": {key: given[key] for key in ("device", "precision", "engine", "compile") if key in given},
     }
-    try:
+    with at_flags(flags):
         return supar_cli.transfer(validate(Proxy, values, ""), allow_low_wpn=True, **target)
-    except InputError as error:
-        raise InputError(*(_at_flag(str(problem), flags) for problem in error.problems)) from None
 
 
-def _at_flag(problem: str, flags: Flags) -> str:
-    """The problem at the flag that set the value, where one did."""
-    place, _, what = problem.partition(": ")
-    key = place.rpartition(".")[2]
-    return f"{flag_of(key)}: {what}" if key in vars(flags) else problem
-
-
-app = command_app(step, layer, memory, help="Measure what supar does against what it replaces.")
+bench = application(step, layer, memory, help="Measure what supar does against what it replaces.")

@@ -1,39 +1,23 @@
 """`supar check`: the coordinate check, with a verdict, for a proxy's shape or for a plan as it stands."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import supar_cli
 from supar_cli.cli import documents, terminal
-from supar_cli.cli.app import command_app
-from supar_cli.cli.options import Flags, apply, command, flag_of, numbers, parameterization, workers_of
+from supar_cli.cli.options import Flags, apply, at_flags, command, parameterization, workers_of
 from supar_cli.errors import CheckViolated, InputError, UnusableResult
-from supar_cli.planning.density import Share, literal
-from supar_cli.planning.document import Document
 from supar_cli.planning.kinds import parse_any
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Proxy, Spec
 
-VIOLATED, UNJUDGED = "FAILED", "NOT JUDGED"
-NOT_OF_A_PLAN = ("pattern", "block", "distribution", "width", "density")
-
 
 def _widths(flag: str, text: str) -> list[int]:
-    """Widths with commas between them, the narrowest first. Raises InputError."""
+    """Whole numbers with commas between them. Raises InputError."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+    if not all(part.isdecimal() for part in parts):
         raise InputError(f"{flag} {text}: expected numbers above 0 with commas between them")
-    return sorted({int(part) for part in parts})
-
-
-def _densities(flag: str, text: str) -> list[Share]:
-    """Densities with commas between them, the densest first. Raises InputError."""
-    found = sorted(set(numbers(flag, text)), key=literal, reverse=True)
-    if any(not 0 < literal(density) <= 1 for density in found):
-        raise InputError(f"{flag} {text}: expected 0 < density <= 1")
-    return found
+    return [int(part) for part in parts]
 
 
 @command(
@@ -47,7 +31,7 @@ def _densities(flag: str, text: str) -> list[Share]:
         "read": parameterization,
     },
     width={"type": str, "help": "Widths. [default: 1, 2, 4, 8 times the proxy's]", "path": "", "read": _widths},
-    density={"help": "Densities. [default: 1,0.25,0.0625]", "read": _densities},
+    density={"help": "Densities. [default: 1,0.25,0.0625]"},
     seeds={"help": "Seeds; fewer than 4 are noisy.", "default": 4, "path": ""},
     steps={"help": "Training steps measured.", "default": 10, "minimum": 1, "path": ""},
     batch_size={"help": "Sequences a step. [default: 512 tokens of them]", "minimum": 1, "path": ""},
@@ -60,54 +44,30 @@ def check(flags: Flags) -> None:
     Trains a few steps at each size and exits with status 5 when a slope exceeds its bound. A proxy is swept, beside SP and
     μP as controls that are to fail. A plan is taken as it stands and held against its proxy, dense.
     """
-    read, subject = _read(flags)
-    folder, log = Path(flags.out), terminal.Log(flags.quiet)
-    asked = ("parameterization", "seeds", "max_seeds", "steps", "batch_size", "force")
-    with terminal.Progress("check", flags.quiet, folder / "records.jsonl") as progress, documents.with_locations(read):
+    path, name = documents.find(flags.source, "proxy.yaml", "supar.yaml")
+    read = documents.read_one(path, "`supar tune-proxy` writes a proxy", name)
+    apply(read, flags)
+    subject: Any = parse_any(read, Spec, Proxy, Plan)
+    if isinstance(subject, Plan):
+        subject = subject.beside(path)
+    asked = ("parameterization", "seeds", "max_seeds", "steps", "batch_size", "force", "out")
+    progress = terminal.Progress("check", flags.quiet, Path(flags.out, "records.jsonl"))
+    with progress, documents.with_locations(read), at_flags(flags):
         result = supar_cli.check(
             subject,
             width=flags.width or [],
             density=flags.density or [],
             **{name: getattr(flags, name) for name in asked},
-            out=folder,
             reporter=progress,
             **workers_of(flags),
         )
     verdicts = result["verdicts"]
     if not flags.quiet:
         terminal.show_tables(table for table in result["tables"] if not table["folded"])
-        for one in verdicts:
-            log.log(f"{_word(one)}: {one['what']}: {one['text']}")
+        terminal.show_verdicts(verdicts)
     terminal.print_documents([result], flags)
-    for words, error in ((VIOLATED, CheckViolated), (UNJUDGED, UnusableResult)):
-        if found := [f"{one['what']}: {one['text']}" for one in verdicts if _word(one) == words]:
-            raise error("\n".join(found))
-
-
-def _word(verdict: dict[str, Any]) -> str:
-    """How a verdict stands; a control is not to pass."""
-    if verdict["passed"] is None:
-        return UNJUDGED
-    if verdict["passed"] == verdict["control"]:
-        return VIOLATED
-    return "control" if verdict["control"] else "passed"
-
-
-def _read(flags: Flags) -> tuple[Document, Any]:
-    """The document to check, as read and as a proxy, a spec or a plan. Raises InputError."""
-    path, name = documents.find(flags.source, "proxy.yaml", "supar.yaml")
-    read = documents.read_one(path, "`supar tune-proxy` writes a proxy", name)
-    apply(read, flags)
-    subject = parse_any(read, Spec, Proxy, Plan)
-    if not isinstance(subject, Plan):
-        return read, subject
-    given = [option for option in NOT_OF_A_PLAN if getattr(flags, option) is not None]
-    if flags.parameterization != "supar":
-        given.append("parameterization")
-    if given:
-        flag = flag_of(given[0])
-        raise InputError(f"{flag}: a plan is checked as it stands; expected a proxy or a spec for {flag}")
-    return read, subject.beside(path)
-
-
-app = command_app(check)
+    violated = [one for one in verdicts if one["passed"] == one["control"]]  # a control is not to pass
+    unjudged = [one for one in verdicts if one["passed"] is None]
+    for found, error in ((violated, CheckViolated), (unjudged, UnusableResult)):
+        if found:
+            raise error("\n".join(f"{one['what']}: {one['text']}" for one in found))

@@ -1,14 +1,12 @@
 """`supar data`: see how a corpus is read, or turn one into token files."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any
 
 from supar_cli.cli import terminal
-from supar_cli.cli.app import command_app
-from supar_cli.cli.options import Flags, command
+from supar_cli.cli.app import application
+from supar_cli.cli.options import Flags, at_flags, command
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
 from supar_cli.files import naming_write_errors
@@ -94,10 +92,8 @@ def prepare(flags: Flags) -> None:
 
 def _section(flags: Flags) -> Data:
     keys = {"source": flags.corpus, "format": flags.format, "tokenizer": flags.tokenizer, "field": flags.field}
-    try:
+    with at_flags(flags):
         return validate(Data, keys, "")
-    except InputError as error:
-        raise InputError(*(f"--{problem}" for problem in error.problems)) from None
 
 
-app = command_app(inspect, prepare, help="Inspect a corpus, or prepare one as token files.")
+data = application(inspect, prepare, help="Inspect a corpus, or prepare one as token files.")

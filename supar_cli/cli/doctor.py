@@ -1,19 +1,16 @@
 """`supar doctor`: what this machine can run: versions, devices, corpus, and a timed step."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from typing import Any
 
 import supar_cli
 from supar_cli.cli import documents, terminal
-from supar_cli.cli.app import command_app
 from supar_cli.cli.options import Flags, command
 from supar_cli.data import corpus
 from supar_cli.errors import SetupError, SuparError
@@ -52,12 +49,8 @@ def doctor(flags: Flags) -> None:
             "free_disk_gib": round(shutil.disk_usage(".").free / 2**30, 1),
         },
     }
-    examined: dict[str, Callable[[], dict[str, Any]]] = {
-        "devices": _devices,
-        "data": lambda: _data(source),
-        "step": lambda: _step(source, device, flags.steps),
-    }
-    for name, examine in examined.items():
+    step = partial(_step, source, device, flags.steps)
+    for name, examine in (("devices", _devices), ("data", partial(_data, source)), ("step", step)):
         try:
             result[name] = examine()
         except (SuparError, ImportError) as error:
@@ -150,6 +143,3 @@ def _quickstart(source: str, device: str) -> Plan:
     )
     level = spec.target.sparsity.model_dump()
     return supar_cli.transfer(proxy, allow_low_wpn=True, **level)
-
-
-app = command_app(doctor)

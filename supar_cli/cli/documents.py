@@ -1,7 +1,5 @@
 """Documents that commands read: found, changed by `--set` and flags, and their problems given a file and line."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,11 +31,6 @@ def read_one(source: str, missing: str, name: str | None = None) -> Document:
         raise InputError(f"{source}: holds {len(found)} documents; expected one")
     found[0].name = name or found[0].name
     return found[0]
-
-
-def kind_of(read: Document) -> Any:
-    """The kind that a document names, None where it is not a mapping."""
-    return read.data.get("kind") if isinstance(read.data, dict) else None
 
 
 def plan_file(source: str | None) -> str:

@@ -1,16 +1,19 @@
-"""`supar init`: a shipped template becomes a file to start from."""
-
-from __future__ import annotations
+"""`supar init` and `schema`: a template to start from, and the JSON Schema by which editors check what it becomes."""
 
 import difflib
-import sys
-from pathlib import Path
+import json
+from enum import StrEnum
+from typing import Any, get_args
 
 from supar_cli.cli import terminal
-from supar_cli.cli.app import command_app
 from supar_cli.cli.options import Flags, command
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import templates
+from supar_cli.planning.layout import Layout
+from supar_cli.planning.plan import Plan
+from supar_cli.planning.schema import Section
+from supar_cli.planning.spec import Proxy, Spec
+from supar_cli.planning.sweep import Sweep
 
 # of a template's kind: the file that it becomes by default, and what to do next; None: a file of the template's name
 NEXT = {
@@ -18,6 +21,9 @@ NEXT = {
     "supar.proxy/v1": ("proxy.yaml", "transfer{} --sparsity 0.992"),
     "supar.sweep/v1": (None, "sweep{}"),
 }
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+TYPES: dict[str, type[Section]] = {"spec": Spec, "proxy": Proxy, "plan": Plan, "sweep": Sweep, "layout": Layout}
 
 
 @command(
@@ -42,11 +48,47 @@ def init(flags: Flags) -> None:
     text, log = templates.text(name), terminal.Log(flags.quiet)
     default, command = NEXT[next(line for line in text.splitlines() if line.startswith("kind:")).removeprefix("kind: ")]
     out = flags.out or default or f"{name}.yaml"
+    terminal.write_text(text, out, flags.force, log)
     if out != "-":
-        terminal.persist(Path(out), text, flags.force, log)
         log.log(f"next: supar {command.format('' if out == default else f' {out}')}")
-    if out == "-" or not sys.stdout.isatty():
-        terminal.to_stdout(text)
 
 
-app = command_app(init)
+@command(
+    "kind out force quiet",
+    kind={"type": StrEnum("Kind", list(TYPES))},
+    out={"help": "Write it to a file; - for stdout only.", "default": "-"},
+)
+def schema(flags: Flags) -> None:
+    """Print the JSON Schema of a spec, a proxy, a plan, a sweep or a layout.
+
+    Editors with a YAML language server check and complete a document whose first line names the schema:
+    `supar schema -o supar.schema.json`, then `# yaml-language-server: $schema=supar.schema.json`.
+    What spans several keys is checked by supar only.
+    """
+    text = json.dumps(json_schema(TYPES[flags.kind]), indent=1, ensure_ascii=False) + "\n"
+    terminal.write_text(text, flags.out, flags.force, terminal.Log(flags.quiet))
+
+
+def json_schema(document: type[Section]) -> dict[str, Any]:
+    """JSON Schema of a document as a user may write it: what is filled in is not required."""
+    from pydantic.json_schema import GenerateJsonSchema  # the only thing that needs pydantic beyond its core
+
+    class Sections(GenerateJsonSchema):
+        """pydantic's generator, taught what a `Section` is: it asks a model's class for what only BaseModel has."""
+
+        def model_schema(self, schema: Any) -> dict[str, Any]:
+            found = self.generate_inner(schema["schema"])
+            section: type[Section] = schema["cls"]
+            required = [key for key in found.pop("required", []) if key not in _filled_in(section)]
+            found |= {"required": required} if required else {}
+            title = {"title": section.__name__, "description": " ".join((section.__doc__ or "").split())}
+            return {**title, **found, "additionalProperties": False}
+
+    (name,) = get_args(document.keys()["kind"])
+    return {"$schema": DIALECT, "$id": f"urn:supar:{name}", **Sections().generate(document.schema()), "title": name}
+
+
+def _filled_in(section: type[Section]) -> set[str]:
+    """Keys that a section fills in before it is checked, so that a document may leave them out."""
+    given = {"family": "gpt2", "width": 1, "heads": 1}
+    return set(section.fill_defaults(given)) - set(given)

@@ -7,15 +7,12 @@ A command names the options that it takes, in the order of its help, and gets th
         read = documents.read_one(flags.proxy or "proxy.yaml", "`supar tune-proxy` writes it")
         apply(read, flags)
 
-    app = command_app(transfer)  # of cli/app.py
-
 Keywords change columns of the table for this command alone. `flags.width` is the value of `--width`; an option that the
 command does not take is None. `apply` puts `--set` and every flag that has a path into the document.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from inspect import Parameter, Signature
 from types import SimpleNamespace
@@ -24,7 +21,7 @@ from typing import Any, get_args
 import typer
 
 from supar_cli.cli import documents
-from supar_cli.errors import InputError
+from supar_cli.errors import InputError, Problem
 from supar_cli.planning import document
 from supar_cli.planning.density import Share, share
 from supar_cli.planning.document import Document
@@ -157,9 +154,7 @@ OPTIONS = {
     "batch_size": Option(int, "Sequences per step.", "target.batch_size"),
     "steps": Option(int, "Training steps.", "target.steps"),
     "tokens": Option(int, "Training tokens, instead of --steps.", "target.tokens"),
-    "tokens_per_parameter": Option(
-        float, "Training tokens per live parameter, instead.", "target.tokens_per_parameter"
-    ),
+    "tokens_per_parameter": Option(float, "Training tokens a live parameter, instead.", "target.tokens_per_parameter"),
     "parameterization": Option(str, "Some of sp, mup, supar, supar-init-only, supar-lr-only.", metavar="NAME"),
     "pattern": Option(str, "exact, fixed_fan_in, bernoulli, block, or N:M such as 2:4.", "target.sparsity.pattern"),
     "block": Option(int, "Edge of a block: 16, 32, 64 or 128.", "target.sparsity.block"),
@@ -242,9 +237,7 @@ OPTIONS = {
     "shape": Option(str, "Shape of the weight.", metavar="OUTxIN"),
     "rounds": Option(int, "Rounds timed, after one that warms up.", minimum=3),
     "picture": Option(str, "Draw the ratios over density.", metavar="FILE.png"),
-    "compare": Option(
-        str, "An earlier result of the same command; exit 5 where a ratio fell by a tenth.", metavar="FILE"
-    ),
+    "compare": Option(str, "An earlier result of this command; exit 5 where a ratio fell by a tenth.", metavar="FILE"),
     # corpora
     "format": Option(str, "auto (by suffix and first bytes), text, jsonl, nanogpt or llmc.", default="auto"),
     "tokenizer": Option(str, "bytes, or a tokenizer.json (needs the package tokenizers).", default="bytes"),
@@ -319,6 +312,21 @@ def apply(read: Document, flags: Flags, same_data: bool = False) -> None:
         documents.set_path(read, ("data", "source"), sections.pop(("data",))["source"])
     for at, changes in sections.items():
         documents.override(read, at, changes)
+
+
+@contextmanager
+def at_flags(flags: Flags) -> Iterator[None]:
+    """Name the flag in a problem raised inside as `a.b: what is wrong`, where `--b` was given."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(*(_at_flag(problem, flags) for problem in error.problems)) from None
+
+
+def _at_flag(problem: Problem | str, flags: Flags) -> Problem | str:
+    place, _, what = str(problem).partition(": ")
+    key = place.rpartition(".")[2]
+    return f"{flag_of(key)}: {what}" if getattr(flags, key, None) is not None else problem
 
 
 def workers_of(flags: Flags) -> dict[str, Any]:

@@ -1,16 +1,25 @@
-"""`supar runs`: the runs of a folder, as far as they are."""
+"""`supar runs`, `show` and `report`: what was measured, as far as it is."""
 
-from __future__ import annotations
-
+import json
+import shutil
+import textwrap
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from supar_cli.cli import terminal
-from supar_cli.cli.app import command_app
 from supar_cli.cli.options import Flags, command
 from supar_cli.errors import InputError
+from supar_cli.reporting import runs as reading
+from supar_cli.reporting.read import read
+from supar_cli.reporting.result import flatten
 
 COLUMNS = ("run", "state", "step", "loss", "validation", "last written, UTC")
+LAST = 12  # chosen: evaluations that are listed
+WIDEST, HEIGHT = 100, 12  # chosen: a curve of the terminal's width up to this, in lines that leave room for the rest
+PAGE = "report.html"
 
 
 @command("folder json quiet")
@@ -19,8 +28,6 @@ def runs(flags: Flags) -> None:
     log, root = terminal.Log(flags.quiet), Path(flags.folder)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; `supar train` writes runs/NAME")
-
-    from supar_cli.reporting import text as reading
 
     found = [reading.summary(path) for path in reading.folders(root)]
     if not found:
@@ -40,4 +47,71 @@ def _row(one: dict[str, Any], root: Path) -> list[str]:
     return [str(Path(one["run"]).relative_to(root)), one["state"], steps, *losses, written]
 
 
-app = command_app(runs)
+@command("run json quiet")
+def show(flags: Flags) -> None:
+    """Show a run: state, plan, environment and the curve of its losses."""
+    folder, log = Path(flags.run), terminal.Log(flags.quiet)
+    if not (folder / "plan.yaml").is_file():
+        raise InputError(f"{flags.run}: no run directory; expected one that `supar runs` lists")
+
+    run = reading.details(folder)
+    plan, found, environment = run.plan, run.summary, run.environment
+    if not flags.quiet:
+        losses = [f"{key.removesuffix('_loss')} {found[key]:.4f}" for key in reading.LOSSES if found[key] is not None]
+        step = f"step {found['step']} of {found['steps']}"
+        log.log(", ".join([f"{flags.run}: {found['state']}", step, *losses, f"last written {found['written']}"]))
+        if found["text"]:
+            log.log(found["text"])
+        log.log(f"plan {plan.name}, {plan.hash()}")
+        terminal.show_plan(plan)
+        for name, value in flatten({key: value for key, value in environment.items() if key != "engines"}).items():
+            log.log(f"{name}: {value}")
+        engines = environment.get("engines")
+        if isinstance(engines, dict) and engines:
+            counts = sorted(Counter(engines.values()).items())
+            log.log("engine: " + ", ".join(f"{engine} {count}" for engine, count in counts))
+        _show_losses(run.records, log)
+    terminal.print_documents([found | {"environment": environment}], flags)
+
+
+def _show_losses(records: list[dict[str, Any]], log: terminal.Log) -> None:
+    width = min(shutil.get_terminal_size().columns, WIDEST)
+    if lines := reading.curve(records, "loss", width, HEIGHT):
+        log.log("\n".join(["training loss", *lines]))
+    losses = [(record["step"], record.get("validation_loss")) for record in records]
+    values = [f"{loss:.4f} at {step}" for step, loss in losses if isinstance(loss, float)]
+    if values:
+        log.log(textwrap.fill(f"validation loss {', '.join(values[-LAST:])}", width))
+
+
+@command(
+    "paths out force json quiet verbose",
+    out={"help": f"The page; - for stdout only. [default: {PAGE}]"},
+    json={"help": "Write verdicts, figures' data and tables as JSON to stdout."},
+)
+def report(flags: Flags) -> None:
+    """Show what was measured on one HTML page: verdicts first, then figures, tables, environment and hashes.
+
+    A job that still runs is shown as far as it is.
+    """
+    if flags.out == "":
+        raise InputError("--out: is empty; expected a file or -")
+    missing = [path for path in flags.paths if path != "-" and not Path(path).exists()]
+    if missing:
+        what = "no such file or folder; expected what `supar train` or `sweep` wrote"
+        raise InputError(*(f"{path}: {what}" for path in missing))
+
+    from supar_cli.reporting import html as page
+
+    log = terminal.Log(flags.quiet)
+    parts = [part for path in flags.paths for part in read(path)]
+    text = page.render(parts)
+    if flags.out != "-":
+        terminal.persist(Path(flags.out or PAGE), text, flags.force, log)
+        for part in parts:
+            log.log(f"  {part.source}: {part.state}; {page.summary(part.verdicts)}")
+    if flags.json:
+        data = {"kind": "supar.report/v1", "parts": to_jsonable_python(parts)}
+        terminal.to_stdout(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    elif flags.out == "-":
+        terminal.to_stdout(text)

@@ -1,27 +1,54 @@
-"""`supar sweep`: does a hyperparameter's optimum stay where it is over density or width? Measured, with a verdict."""
+"""`supar sweep`, `compare` and `demo`: does a hyperparameter that was tuned dense still hold where weights are sparse?"""
 
-from __future__ import annotations
-
+import copy
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import supar_cli
-from supar_cli.cli import study, terminal
-from supar_cli.cli.app import command_app
-from supar_cli.cli.options import Flags, command, workers_of
+from supar_cli.cli import documents, terminal
+from supar_cli.cli.options import Flags, apply, command, names, require_one, workers_of
+from supar_cli.data import corpus
 from supar_cli.errors import CheckViolated, InputError
+from supar_cli.planning import document, templates
+from supar_cli.planning.advice import warnings
+from supar_cli.planning.document import Document
+from supar_cli.planning.problems import parse
+from supar_cli.planning.sweep import LEVELS, TUNED, Sweep, plan_all
+from supar_cli.reporting.result import fraction
 
+KIND = "supar.sweep/v1"
 PRESETS = ("fig1", "fig6", "fig7", "fig9", "fig10", "fig11", "fig13", "fig14")
-DEFAULTS = {"over": {"lr": "x:-2..2/1", "density": [1.0, 0.25, 0.0625]}, "parameterizations": ["sp", "mup", "supar"]}
+PARAMETERIZATIONS = ["sp", "mup", "supar"]
+# what a spec or a proxy lacks to be a study
+SWEPT = {"over": {"lr": "x:-2..2/1", "density": [1.0, 0.25, 0.0625]}, "parameterizations": PARAMETERIZATIONS}
+# one value, the transferred one; SP's search goes on from it by octaves
+COMPARED = {
+    "over": {"lr": "x:0..0/1", "sparsity": [0.0, 0.75, 0.9375]},
+    "parameterizations": PARAMETERIZATIONS,
+    "widen": 8,
+}
+NOT_IN_A_SWEEP = ("search", "evidence", "parents", "meta")
+KEPT_OF_TARGET = ("pattern", "block", "distribution")
+RULES = {"sp": "SP", "supar": "SμPar"}  # of the demo
+
+OPTIONS = "seeds jobs executor executor_set width layers context batch_size steps data seed device set out force json quiet verbose"
+MEANINGS: dict[str, dict[str, Any]] = {
+    "parameterization": {"metavar": "NAME[,…]", "read": names, "path": "parameterizations"},
+    "width": {"help": "Width of the runs. [default: the proxy's]"},
+    "steps": {"help": "Training steps of a run."},
+    "seed": {"help": "The first seed."},
+    "force": {"help": "Start a folder's measurements anew."},
+}
 
 
 @command(
     "source over parameterization iso preset full",
-    study.OPTIONS,
+    OPTIONS,
     source={"metavar": "[SPEC|PROXY|SWEEP|-]"},
     preset={"help": "A figure of the paper, small: " + ", ".join(PRESETS) + "."},
     out={"help": "Folder. [default: sweeps/NAME]"},
-    **study.MEANINGS,
+    **MEANINGS,
 )
 def sweep(flags: Flags) -> None:
     """Sweep a hyperparameter at several densities or widths and judge whether its optimum transfers.
@@ -29,27 +56,159 @@ def sweep(flags: Flags) -> None:
     An optimum at the end of the axis extends it, by its own step. The same command again repeats no finished run. Ends
     with 5 when SμPar misses a pass mark: |γ| < 0.15, largest shift < 0.5 octave, regret < 0.5 %.
     """
-    preset, log = flags.preset, terminal.Log(flags.quiet)
+    preset = flags.preset
     if preset is not None and flags.source is not None:
         raise InputError(f"--preset {preset}: cannot be combined with a document; expected only one of them")
     if preset is not None and preset not in PRESETS:
         raise InputError(f"--preset {preset}: expected {', '.join(PRESETS)}")
-    read = study.read(flags.source, DEFAULTS, flags.full, preset)
-    wanted = study.plan_study(read, flags.over or [], flags, log)
-    study.describe(wanted, log)
-    folder = Path(flags.out or f"sweeps/{wanted.name}")
-    with terminal.Progress("sweep", flags.quiet, folder / "records.jsonl") as progress:
-        result = supar_cli.sweep(wanted, folder, force=flags.force, reporter=progress, **workers_of(flags))
+    read = read_study(flags.source, SWEPT, flags.full, preset)
+    result = _measure(supar_cli.sweep, "sweeps", read, flags.over or [], flags)
     if not flags.quiet:
-        terminal.show_tables(result["tables"])
-        _explain(result, log)
+        _explain_sweep(result, terminal.Log())
         terminal.show_verdicts(result["verdicts"])
     terminal.print_documents([result], flags)
     if missed := [one for one in result["verdicts"] if one["passed"] is False and not one["control"]]:
         raise CheckViolated("\n".join(f"{one['what']}: {one['text']}" for one in missed))
 
 
-def _explain(result: dict[str, Any], log: terminal.Log) -> None:
+@command(
+    "source sparsity density parameterization",
+    OPTIONS,
+    source={"metavar": "[PROXY|SPEC|-]"},
+    sparsity={"help": "Levels. [default: 0,0.75,0.9375]", "read": None},
+    density={"help": "Levels, instead of --sparsity.", "read": None},
+    out={"help": "Folder. [default: compare/NAME]"},
+    **MEANINGS,
+)
+def compare(flags: Flags) -> None:
+    """Compare SP, μP and SμPar over sparsities at a fixed budget, nothing re-tuned.
+
+    Beside it SP with a learning rate of its own, tuned when dense or at every size."""
+    require_one(flags, "density", "sparsity")
+    read = read_study(flags.source, COMPARED)
+    axes = [f"{name}={getattr(flags, name)}" for name in ("sparsity", "density") if getattr(flags, name) is not None]
+    result = _measure(supar_cli.compare, "compare", read, axes, flags)
+    if not flags.quiet:
+        _explain_comparison(result["levels"], terminal.Log())
+    terminal.print_documents([result], flags)
+
+
+@command(
+    "data steps trials seeds jobs device out json quiet verbose",
+    steps={"help": "Training steps of every run.", "default": 120, "minimum": 8},
+    trials={"help": "Trials of the proxy's search.", "default": 6, "minimum": 1},
+    seeds={"help": "Seeds averaged at every point of the sweep.", "default": 1},
+    jobs={"help": "Processes. [default: one a CPU core, at most 8]"},
+    out={"help": "Folder for proxy.yaml, results.json and lr_transfer.png.", "default": "demo"},
+)
+def demo(flags: Flags) -> None:
+    """See what SμPar keeps and SP loses as weights go sparse: a few minutes on two CPU cores, no download."""
+    how = {name: getattr(flags, name) for name in ("steps", "trials", "seeds", "jobs", "device", "out", "verbose")}
+    with terminal.Progress("demo", flags.quiet) as progress:
+        result = supar_cli.demo(flags.data, **how, reporter=progress)
+    if not flags.quiet:
+        terminal.show_tables([_regret_table(result["regrets"])])
+        terminal.Log().log(_explain_demo(result, Path(flags.out)))
+    terminal.print_documents([result], flags)
+
+
+def read_study(source: str | None, defaults: dict[str, Any], full: bool = False, preset: str | None = None) -> Document:
+    """The document of a study, or a preset's. A spec or a proxy becomes one with the keys of `defaults`.
+
+    Of a stream of two, the second is the one at full size. Raises InputError when there is no such document.
+    """
+    path, name = documents.find(source, "proxy.yaml", "supar.yaml")
+    if preset is not None:
+        name = f"--preset {preset}"
+        found = document.read(templates.text(preset), name)
+    else:
+        found = documents.read_all(path, "`supar tune-proxy` writes a proxy")
+    if full and len(found) != 2:
+        raise InputError(f"{name}: holds {len(found)} document; expected a second one for --full")
+    if len(found) > 2:
+        raise InputError(f"{name}: holds {len(found)} documents; expected one, or a small and a full one")
+    one = found[1 if full else 0]
+    one.name = name
+    if not isinstance(one.data, dict) or one.data.get("kind") == KIND:
+        return one
+    kind = one.data.get("kind")
+    if kind not in ("supar.spec/v1", "supar.proxy/v1"):
+        raise InputError(one.problem(("kind",), f"is {kind!r}", f"expected supar.spec/v1, supar.proxy/v1 or {KIND}"))
+    target = one.data.get("target")
+    own = target.get("sparsity") if isinstance(target, dict) else None
+    one.data = {key: value for key, value in one.data.items() if key not in NOT_IN_A_SWEEP}
+    one.data |= {"kind": KIND, "name": _folder_name(path), **copy.deepcopy(defaults)}
+    # the proxy's shape is the one to run: its target's may not fit here
+    kept = {key: own[key] for key in KEPT_OF_TARGET if key in own} if isinstance(own, dict) else {}
+    one.data["target"] = {"sparsity": kept}
+    return one
+
+
+def _folder_name(path: str) -> str:
+    """A file's name without its ending and without what a folder's name should not have."""
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(path).stem).strip("-") or "sweep"
+
+
+def set_axes(read: Document, axes: Iterable[str]) -> None:
+    """Put `NAME=VALUES` in the place of the document's axis of the same kind. Raises InputError for an unknown name."""
+    replaced: set[tuple[str, ...]] = set()
+    for text in axes:
+        name, equals, values = text.partition("=")
+        name = name.strip().replace("-", "_")
+        kind = next((kind for kind in (TUNED, LEVELS) if name in kind), None)
+        if not equals or kind is None:
+            raise InputError(f"--over {text}: expected NAME=VALUES, NAME one of {', '.join((*TUNED, *LEVELS))}")
+        over = read.data.get("over") if isinstance(read.data, dict) else None
+        if isinstance(over, dict) and kind not in replaced:
+            for other in kind:
+                over.pop(other, None)
+        replaced.add(kind)
+        documents.set_path(read, ("over", name), values.strip())
+
+
+def _measure(
+    function: Callable[..., dict[str, Any]], folders: str, read: Document, axes: Iterable[str], flags: Flags
+) -> dict[str, Any]:
+    """Plan the study of a document, axes and flags; say what will be run, run it and show its tables. Raises InputError."""
+    log = terminal.Log(flags.quiet)
+    set_axes(read, axes)
+    apply(read, flags)
+    study = parse(Sweep, read)
+    with documents.with_locations(read):
+        study = corpus.with_hash(study)
+        plans = plan_all(study)
+    for message in dict.fromkeys(message for plan in plans for message in warnings(plan)[:1]):
+        log.warn(message)
+    _describe(study, log)
+    folder = Path(flags.out or f"{folders}/{study.name}")
+    progress = terminal.Progress(function.__name__, flags.quiet, folder / "records.jsonl")
+    with progress, documents.with_locations(read):
+        result = function(study, folder, force=flags.force, reporter=progress, **workers_of(flags))
+    if not flags.quiet:
+        terminal.show_tables(result["tables"])
+    return result
+
+
+def _describe(study: Sweep, log: terminal.Log) -> None:
+    """Say what will be run, in a few lines."""
+    levels, model, train, target = study.levels, study.model, study.train, study.target
+    arms = ", ".join(study.parameterizations)
+    log.log(f"{study.title or study.name}: {arms}; {study.seeds} seed{'s' if study.seeds > 1 else ''} a point")
+    log.log(
+        f"width {levels[0].width} (proxy {model.width}), {levels[0].layers} layers, context {target.context or model.context}, "
+        f"batch {target.batch_size or train.batch_size}, {target.steps or train.steps} steps, data {study.data.source}"
+    )
+    if study.iso != "none":
+        keeps, power = {"parameters": ("live hidden parameters", 2), "wpn": ("weights per neuron", 1)}[study.iso]
+        first = levels[0]
+        log.log(f"widths that keep the {keeps} of density {first.density:g}, to whole heads of {model.head_width}:")
+        for level in levels:
+            share = level.width**power * level.density / (first.width**power * first.density)
+            live = f"{level.width * level.density:g} weights per neuron"
+            log.log(f"  density {level.density:g}: width {level.width}, {live}, {100 * share:.1f} % of it")
+
+
+def _explain_sweep(result: dict[str, Any], log: terminal.Log) -> None:
     """Say what the columns of the tables mean, and what was left open."""
     log.log(
         "octaves: the best value against the first row's\n"
@@ -75,4 +234,50 @@ def _explain(result: dict[str, Any], log: terminal.Log) -> None:
         )
 
 
-app = command_app(sweep)
+def _explain_comparison(rows: list[dict[str, Any]], log: terminal.Log) -> None:
+    """Say what the columns of the tables mean."""
+    log.log(
+        "tuned dense: SP at the learning rate that is its best in the first row, re-used\n"
+        "re-tuned: SP at its best for that row, found by octaves and judged by the same\n"
+        "  runs, which flatters it a little. SμPar is for not having to do that.\n"
+        "the others: at the proxy's learning rate"
+    )
+    if rows[0]["cells"] and all(cell["standard_error"] is None for row in rows for cell in row["cells"].values()):
+        log.log("one seed: no standard errors; what it shows may be chance")
+
+
+def _regret_table(regrets: list[dict[str, Any]]) -> dict[str, Any]:
+    rows = [
+        [
+            RULES[row["parameterization"]],
+            fraction(row["density"]),
+            f"2^{row['optimum_octaves']}",
+            f"{row['loss_at_optimum']:.3f}",
+            *("diverged" if row[key] is None else f"{row[key]:.3f}" for key in ("loss_at_dense_rate", "regret")),
+        ]
+        for row in regrets
+    ]
+    columns = ["rules", "density", "best rate ÷ dense", "loss at best", "loss at dense rate", "regret"]
+    return {"title": "regret of re-using the dense model's rate", "columns": columns, "rows": rows}
+
+
+def _explain_demo(result: dict[str, Any], folder: Path) -> str:
+    worst = {}
+    for name in RULES:
+        regrets = [row["regret"] for row in result["regrets"] if row["parameterization"] == name]
+        worst[name] = "diverges" if None in regrets else f"loses up to {max(regrets):.3f} nats a token"
+    seeds = result["seeds"]
+    return f"""\
+best rate ÷ dense: a density's best learning rate over the dense model's best.
+regret: nats a token lost by re-using the dense model's.
+Shown: with the dense model's rate, sparse SP training {worst["sp"]},
+  sparse SμPar training {worst["supar"]}. Nothing to re-tune is what SμPar is for.
+Not shown: that SμPar beats an SP whose rate is re-tuned at every density. That can be as
+  good; compare the losses at their own best. The models are tiny, trained for seconds,
+  {seeds} seed{"s" if seeds > 1 else ""} a point.
+Figure: {folder / "lr_transfer.png"}
+
+Next, with a proxy that is tuned for longer:
+  supar tune-proxy
+  supar transfer --sparsity 0.992
+  supar train"""

@@ -1,7 +1,5 @@
 """What commands show: messages, progress and tables on stderr, and one document on stdout or in a file."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys
@@ -9,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from supar_cli.cli.options import Flags
 from supar_cli.errors import InputError
@@ -57,7 +55,7 @@ class Progress(Log):
         self._first: int | None = None
         self._step = 0
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         if self.is_terminal and not self.quiet:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -181,6 +179,14 @@ def persist(path: Path, text: str, force: bool, log: Log) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, text)
     log.log(f"wrote {path}")
+
+
+def write_text(text: str, out: str, force: bool, log: Log) -> None:
+    """Write a text to a file, then to stdout where that is read: a pipe, a file, or an `out` of -."""
+    if out != "-":
+        persist(Path(out), text, force, log)
+    if out == "-" or not sys.stdout.isatty():
+        to_stdout(text)
 
 
 def emit(documents: list[Any], flags: Flags, log: Log, default: str | None) -> None:

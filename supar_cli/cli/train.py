@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import typer
 
 from supar_cli.cli import documents, terminal
-from supar_cli.cli.app import command_app
 from supar_cli.cli.options import Flags, apply, command
 from supar_cli.errors import InputError, Preempted
 from supar_cli.planning import document
@@ -124,6 +123,3 @@ def _launch_processes(flags: Flags, log: terminal.Log) -> int:
     with elastic.launch_environment(flags.nproc, stdin) as folder:
         _jobs(flags, terminal.Log(quiet=True))  # bad input ends here, once
         return elastic.launch(sys.argv[1:], flags.nproc, flags.max_restarts, folder, log.warn)
-
-
-app = command_app(train)

@@ -1,14 +1,11 @@
 """`supar tune-proxy`: a spec becomes a tuned proxy."""
 
-from __future__ import annotations
-
 import sys
 from math import ceil
 from pathlib import Path
 
 import supar_cli
 from supar_cli.cli import documents, terminal
-from supar_cli.cli.app import command_app
 from supar_cli.cli.options import Flags, apply, command, require_one, workers_of
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
@@ -118,6 +115,3 @@ def _summarize(proxy: Proxy, log: terminal.Log) -> None:
         low, high = fit["lr_ci95"]
         log.log(f"lr fit over {fit['points']} runs: {fit['lr']:.4g}, 95 % interval {low:.4g} to {high:.4g}")
     log.log(", ".join(f"{name} {values[name]:.4g}" for name in Search.SEARCHED))
-
-
-app = command_app(tune_proxy)

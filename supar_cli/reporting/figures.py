@@ -1,7 +1,5 @@
 """Figures drawn by matplotlib: into PNG files, and for a report's inline SVG."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from itertools import cycle

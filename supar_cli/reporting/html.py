@@ -1,7 +1,5 @@
 """One self-contained HTML page of parts: what a part holds, its figures as inline SVG, the page around them."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """What a report shows of a path: a run, a sweep, check or comparison, a demo, a plan or a proxy, finished or not."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -11,9 +9,8 @@ from supar_cli.errors import InputError, SetupError
 from supar_cli.files import Record, read_json, read_jsonl, write_file
 from supar_cli.planning import document
 from supar_cli.planning.sweep import TUNED
-from supar_cli.reporting.documents import document_part, run_part
 from supar_cli.reporting.result import NAMES, TITLES, Demo, Line, Panel, ReportPart, Result, Table, flatten, loss_figure
-from supar_cli.reporting.text import time_written
+from supar_cli.reporting.runs import document_part, run_part, time_written
 
 QUIET_S = 600.0  # chosen: a job that has written nothing for so long may not be running any more
 STUDIES = {"supar.check-result/v1": "check", "supar.sweep-result/v1": "sweep", "supar.compare-result/v1": "comparison"}

@@ -5,8 +5,6 @@ gap; `ring` is the index of a point with a ring around it; `vertical` is the x o
 interval. JSON files keep the keys that were given, in this order.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys
@@ -43,16 +41,6 @@ def fraction(density: float) -> str:
     return f"1/{whole}" if whole * density == 1 else f"{density:g}"
 
 
-def loss_limits(losses: list[float]) -> list[float] | None:
-    """Limits of a loss axis: a diverging end of a curve would flatten the rest. None without losses."""
-    return [min(losses) - 0.05, min(max(losses), min(losses) + 1.5) + 0.05] if losses else None
-
-
-def line(label: str, points: dict[float, float | None], *, ring: float | None = None) -> dict[str, Any]:
-    """`Line.through` as data."""
-    return Line.through(label, points, ring=ring).model_dump(exclude_unset=True)
-
-
 def command_line() -> str:
     """The command that runs, as a shell reads it."""
     return shlex.join(["supar", *sys.argv[1:]])
@@ -87,7 +75,7 @@ class Line(Data):
     high: list[Gap] | None = None
 
     @model_validator(mode="after")
-    def _require_equal_lengths(self) -> Line:
+    def _require_equal_lengths(self) -> Self:
         lengths = {len(values) for values in (self.x, self.y, self.low, self.high) if values is not None}
         if len(lengths) > 1 or (self.low is None) != (self.high is None):
             raise ValueError("x, y, low and high are of different lengths")
@@ -96,7 +84,7 @@ class Line(Data):
         return self
 
     @classmethod
-    def through(cls, label: str, points: dict[float, float | None], *, ring: float | None = None) -> Line:
+    def through(cls, label: str, points: dict[float, float | None], *, ring: float | None = None) -> Self:
         """A line through points by their x, in order; `ring` is the x of the point to ring."""
         xs = sorted(points)
         return cls(label=label, x=xs, y=[points[x] for x in xs], ring=None if ring is None else xs.index(ring))
@@ -131,9 +119,10 @@ class Figure(Data):
 
 
 def loss_figure(title: str, x: str, panels: list[Panel], name: str = "loss") -> Figure:
-    """Validation loss over `x`, as sweeps and the demo show it."""
+    """Validation loss over `x`, as sweeps and the demo show it: a diverging end of a curve would flatten the rest."""
     losses = [y for panel in panels for line in panel.lines for y in line.y if y is not None]
-    y, limits = "validation loss (nats per token)", loss_limits(losses)
+    limits = [min(losses) - 0.05, min(max(losses), min(losses) + 1.5) + 0.05] if losses else None
+    y = "validation loss (nats per token)"
     return Figure(name=name, title=title, x=x, y=y, x_log2=True, y_log2=False, y_limits=limits, panels=panels)
 
 
@@ -145,11 +134,6 @@ class Verdict(Data):
     control: bool = False
     text: str = ""
 
-    @property
-    def is_violated(self) -> bool:
-        """Whether a check ends with status 5 for it."""
-        return self.passed is False and not self.control
-
 
 class Table(Data):
     """Cells are texts or numbers. A `folded` table is shown when the reader opens it."""
@@ -160,7 +144,7 @@ class Table(Data):
     folded: bool = False
 
     @model_validator(mode="after")
-    def _require_whole_rows(self) -> Table:
+    def _require_whole_rows(self) -> Self:
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise ValueError(
