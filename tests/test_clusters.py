@@ -12,11 +12,11 @@ import pytest
 
 from supar_cli.errors import InputError, SetupError, SuparError
 from supar_cli.experiments import search as tuning
-from supar_cli.jobs import calls as jobs_calls
 from supar_cli.jobs import clusters
-from supar_cli.jobs.calls import WorkerFailure
+from supar_cli.jobs import workers as jobs_workers
+from supar_cli.jobs.clusters import make_workers
 from supar_cli.jobs.queue import is_counted
-from supar_cli.jobs.workers import make_workers
+from supar_cli.jobs.workers import WorkerFailure
 
 from . import studies
 from .conftest import environment
@@ -81,7 +81,7 @@ class TestRay:
         self, cluster: str, tmp_path: Path, monkeypatch
     ) -> None:
         calls = [(str(tmp_path), 0, 0), (str(tmp_path), 1, 1), (str(tmp_path), 2, 9)]
-        monkeypatch.setattr(jobs_calls, "RETRIES", 1)
+        monkeypatch.setattr(jobs_workers, "RETRIES", 1)
         with make_workers("ray", settings={"address": cluster}) as workers:
             assert workers.jobs == 2 and not workers.is_local
             found = dict(workers.results(dies, calls))

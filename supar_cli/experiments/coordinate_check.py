@@ -23,7 +23,8 @@ from supar_cli.experiments.coordinates import LINEAR, SHARE, log_sizes, why_too_
 from supar_cli.experiments.statistics import Slopes
 from supar_cli.files import Record
 from supar_cli.jobs import runs
-from supar_cli.jobs.workers import CPU_JOBS, Workers, make_workers
+from supar_cli.jobs.clusters import CPU_JOBS, make_workers
+from supar_cli.jobs.workers import Workers
 from supar_cli.planning import layout
 from supar_cli.planning.density import Share
 from supar_cli.planning.plan import Plan

@@ -19,10 +19,10 @@ from supar_cli.errors import InputError, SetupError, UnusableResult
 from supar_cli.experiments import samplers
 from supar_cli.experiments.statistics import Fit, fit_quadratic
 from supar_cli.jobs import runs
-from supar_cli.jobs.local import Local
+from supar_cli.jobs.clusters import make_workers
 from supar_cli.jobs.queue import SharedStudy, Wanted, state_of
 from supar_cli.jobs.storage import RetryPolicy, absolute, redact_url
-from supar_cli.jobs.workers import Workers, make_workers
+from supar_cli.jobs.workers import Local, Workers
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Proxy, Search, Spec

@@ -16,7 +16,8 @@ from supar_cli.experiments.optima import SHORT
 from supar_cli.experiments.sweep_views import comparison, curves_figure, transfer
 from supar_cli.files import Record, naming_write_errors, template, write_file
 from supar_cli.jobs import runs
-from supar_cli.jobs.workers import CPU_JOBS, Workers, make_workers
+from supar_cli.jobs.clusters import CPU_JOBS, make_workers
+from supar_cli.jobs.workers import Workers
 from supar_cli.planning import document
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy, Spec

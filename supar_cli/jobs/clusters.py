@@ -1,4 +1,4 @@
-"""Calls made on other machines: as tasks of a Ray cluster, or as jobs of Slurm by way of submitit."""
+"""Who makes the runs: processes of this machine, tasks of a Ray cluster, or jobs of Slurm by way of submitit."""
 
 from __future__ import annotations
 
@@ -15,14 +15,26 @@ import time
 from collections.abc import Collection
 from contextlib import ExitStack, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import naming_write_errors
-from supar_cli.jobs.calls import POLL_S, Answer, Call, Function, WorkerDied, Workers, capture_call
+from supar_cli.jobs.workers import (
+    POLL_S,
+    Answer,
+    Call,
+    Function,
+    Local,
+    WorkerDied,
+    Workers,
+    capture_call,
+    visible_devices,
+)
 
+EXECUTORS = ("local", "ray", "slurm")
+CPU_JOBS = min(8, os.cpu_count() or 1)  # chosen: of a study's runs on a CPU, one a core; more than 8 are rarely meant
 SLURM_JOBS = 8  # chosen: a search's trials in a few rounds, and no more than most sites let one user run
 LARGEST_ARRAY = 1000  # chosen: what Slurm takes unless its MaxArraySize says otherwise
 SLURM_MINUTES = 60  # chosen: a trial takes minutes; Slurm ends what takes longer than it said
@@ -55,8 +67,6 @@ class Ray(Workers):
 
     Where none of them runs one is started here, for as long as this process lives.
     """
-
-    is_local: ClassVar[bool] = False
 
     def __init__(self, jobs: int | None, settings: dict[str, Any], device: str, verbose: bool) -> None:
         _require_package("ray", "ray")
@@ -122,12 +132,12 @@ class Slurm(Workers):
     for where the device is `cuda`. For tests, `cluster` is `local`: submitit runs the jobs on this machine.
     """
 
-    is_local: ClassVar[bool] = False
-
     def __init__(
         self, jobs: int | None, settings: dict[str, Any], device: str, folder: Path, cluster: str = "slurm"
     ) -> None:
         super().__init__(jobs or SLURM_JOBS)
+        if cluster == "slurm":
+            self.max_in_flight = LARGEST_ARRAY  # Slurm has them wait
         _require_package("slurm", "submitit")
         import submitit
 
@@ -136,9 +146,8 @@ class Slurm(Workers):
         minutes = options.pop("time", SLURM_MINUTES)
         if not isinstance(minutes, int) or minutes < 1:
             raise InputError(f"--executor-set time={minutes}: expected minutes, as a whole number")
-        if _wants_gpu(device, torch.cuda.is_available()) and not {"gres", "gpus_per_node", "gpus_per_task"} & set(
-            options
-        ):
+        is_gpu_asked = options.keys() & {"gres", "gpus_per_node", "gpus_per_task"}
+        if _wants_gpu(device, torch.cuda.is_available()) and not is_gpu_asked:
             options["gpus_per_node"] = 1
         if cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
             raise SetupError("--executor slurm: no sbatch and srun here; expected a machine that submits to Slurm")
@@ -147,10 +156,6 @@ class Slurm(Workers):
         self._errors = submitit.core.utils
         self._executor = submitit.AutoExecutor(folder=folder.absolute(), cluster=cluster)
         self._executor.update_parameters(timeout_min=minutes, **{f"slurm_{key}": options[key] for key in options})
-
-    @property
-    def max_in_flight(self) -> int:
-        return self.jobs if self._executor.cluster == "local" else LARGEST_ARRAY  # Slurm has them wait
 
     def submit(self, function: Function, calls: list[Call]) -> list[Any]:
         columns = zip(*((os.getcwd(), function, call) for call in calls), strict=True)
@@ -206,3 +211,30 @@ def _call_in_folder(folder: str, function: Function, call: Call) -> Answer:
     with suppress(OSError):
         os.chdir(folder)
     return capture_call(function, call)
+
+
+def make_workers(
+    executor: str = "local",
+    *,
+    jobs: int | None = None,
+    settings: dict[str, Any] | None = None,
+    device: str = "auto",
+    on_cpu: int = 1,
+    folder: Path = Path("."),
+    verbose: bool = False,
+) -> Workers:
+    """Workers of an executor. `device` is the plans'; `folder`, for Slurm's files, must be shared with its nodes.
+
+    Default of `jobs`: one a GPU on CUDA, else `on_cpu` here, one a core of a Ray cluster, `clusters.SLURM_JOBS` of Slurm.
+    Raises InputError for an unknown executor or setting, SetupError for a missing package or cluster.
+    """
+    if executor == "ray":
+        return Ray(jobs, settings or {}, device, verbose)
+    if executor == "slurm":
+        return Slurm(jobs, settings or {}, device, folder)
+    if executor != "local":
+        raise InputError(f"--executor {executor}: expected {', '.join(EXECUTORS[:-1])} or {EXECUTORS[-1]}")
+    for key in settings or {}:
+        raise InputError(f"--executor-set {key}: the local executor has no settings")
+    devices = visible_devices(device)
+    return Local(jobs or len(devices) or (1 if device.startswith("cuda") else on_cpu), devices)

@@ -22,8 +22,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from supar_cli.errors import SetupError, SuparError, UnusableResult
-from supar_cli.jobs.calls import POLL_S, WorkerFailure, Workers
 from supar_cli.jobs.storage import RetryPolicy, open_study
+from supar_cli.jobs.workers import POLL_S, WorkerFailure, Workers
 from supar_cli.training.reporter import Reporter
 
 HEARTBEAT_S = 15.0  # chosen: a line in a journal or a row updated four times a minute costs nothing beside training

@@ -15,7 +15,7 @@ import torch
 
 from supar_cli.errors import InputError, SetupError, UnusableResult
 from supar_cli.files import Record, append_lines, naming_write_errors, read_jsonl, write_file
-from supar_cli.jobs.calls import Call, Function, WorkerFailure, Workers
+from supar_cli.jobs.workers import Call, Function, WorkerFailure, Workers
 from supar_cli.planning.plan import Plan
 from supar_cli.training.runtime import Runtime, versions
 from supar_cli.training.tasks import load_task
