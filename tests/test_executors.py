@@ -216,14 +216,14 @@ def test_an_executor_or_setting_that_is_not_known_is_bad_input() -> None:
     with pytest.raises(InputError, match="--executor lokal: expected local, ray or slurm"):
         make_workers("lokal")
     with pytest.raises(InputError, match="--executor-set gpus: the local executor has no settings"):
-        make_workers("local", settings={"gpus": 1})
+        make_workers("local", executor_set={"gpus": 1})
     with pytest.raises(InputError, match="--executor-set adress: no setting of ray; did you mean 'address'"):
-        make_workers("ray", settings={"adress": "x"})
+        make_workers("ray", executor_set={"adress": "x"})
     with pytest.raises(InputError, match="--executor-set partion: no setting of slurm; did you mean 'partition'"):
-        make_workers("slurm", settings={"partion": "x"})
+        make_workers("slurm", executor_set={"partion": "x"})
     for name, setting in (("ray", {"cpus": "many"}), ("slurm", {"time": "1:00"})):
         with pytest.raises(InputError, match="whole number"):
-            make_workers(name, settings=setting)
+            make_workers(name, executor_set=setting)
     for name in ("ray", "slurm"):
         with pytest.raises(InputError, match="sees its own device only"):
             make_workers(name, device="cuda:1")

@@ -11,7 +11,7 @@ from functools import partial
 from itertools import product
 from math import inf, isfinite, log2, nan
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from supar_cli.experiments.coordinates import LINEAR, SHARE, log_sizes, why_too_
 from supar_cli.experiments.statistics import Slopes
 from supar_cli.files import Record
 from supar_cli.jobs import runs
-from supar_cli.jobs.clusters import CPU_JOBS, make_workers
+from supar_cli.jobs.clusters import WorkerOptions, make_workers
 from supar_cli.jobs.workers import Workers
 from supar_cli.planning import layout
 from supar_cli.planning.density import Share
@@ -214,13 +214,10 @@ def check(
     max_seeds: int = 16,
     steps: int = 10,
     batch_size: int | None = None,
-    jobs: int | None = None,
-    executor: str = "local",
-    executor_set: dict[str, Any] | None = None,
-    verbose: bool = False,
     out: str | Path = "check",
     force: bool = False,
     reporter: Reporter | None = None,
+    **workers: Unpack[WorkerOptions],
 ) -> dict[str, Any]:
     """The coordinate check of a proxy's or spec's shape, or of a plan as it stands: its result document.
 
@@ -238,12 +235,11 @@ def check(
     first, hashes = sweeps[0].base[0], {plan.hash() for sweep in sweeps for plans in sweep.plans for plan in plans}
     batch = f"{first.train.batch_size} sequences of {first.decoder.context} tokens"
     reporter.log(f"{len(hashes)} runs of {steps} steps, {batch}, {subject.data.source}")
-    options: dict[str, Any] = {"jobs": jobs, "settings": executor_set, "device": first.run.device, "verbose": verbose}
-    workers = make_workers(executor, on_cpu=CPU_JOBS, folder=folder / "slurm", **options)
-    runs.require_runnable(first, device=workers.is_local)
+    ready = make_workers(device=first.run.device, folder=folder / "slurm", **workers)
+    runs.require_runnable(first, device=ready.is_local)
     runs.open_study_folder(folder, _question(sweeps), force)
-    check_runs = _Runs(folder, workers, reporter)
-    with workers:
+    check_runs = _Runs(folder, ready, reporter)
+    with ready:
         lr_factor, results = check_runs.lower_rates(sweeps_at)
         if not any(one.unjudged for one in results):
             results = check_runs.judge_all([one.sweep for one in results], max_seeds)
@@ -256,7 +252,7 @@ def check(
         tables=[one.table for one in results if one.findings],
         figures=list(_figures([one.sweep for one in results if not one.unjudged], check_runs.by_run, steps)),
         parents={},
-        environment=runs.environment(workers),
+        environment=runs.environment(ready),
         **more,
     )
     figures.write_result(result, folder, reporter.log)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Unpack
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -19,7 +19,7 @@ from supar_cli.errors import InputError, SetupError, UnusableResult
 from supar_cli.experiments import samplers
 from supar_cli.experiments.statistics import Fit, fit_quadratic
 from supar_cli.jobs import runs
-from supar_cli.jobs.clusters import make_workers
+from supar_cli.jobs.clusters import WorkerOptions, make_workers
 from supar_cli.jobs.queue import SharedStudy, Wanted, state_of
 from supar_cli.jobs.storage import RetryPolicy, absolute, redact_url
 from supar_cli.jobs.workers import Local, Workers
@@ -74,11 +74,8 @@ def tune(
     spec: Spec,
     study: str | Path = "proxy.journal",
     *,
-    jobs: int | None = None,
-    executor: str = "local",
-    executor_set: dict[str, Any] | None = None,
-    verbose: bool = False,
     reporter: Reporter | None = None,
+    **workers: Unpack[WorkerOptions],
 ) -> Proxy:
     """Tune a spec up to its number of trials, in a study that the same call continues; the proxy with its evidence.
 
@@ -88,10 +85,8 @@ def tune(
         raise InputError(f"{type(spec).__name__}: expected a Spec")
     spec = spec.model_copy(update={"data": corpus.identify(spec.data)})
     folder = Path("proxy" if "://" in str(study) else study).with_suffix(".slurm")
-    with make_workers(
-        executor, jobs=jobs, settings=executor_set, device=spec.run.device, folder=folder, verbose=verbose
-    ) as workers:
-        return search(spec, str(study), workers=workers, reporter=reporter or NullReporter())
+    with make_workers(device=spec.run.device, on_cpu=1, folder=folder, **workers) as ready:
+        return search(spec, str(study), workers=ready, reporter=reporter or NullReporter())
 
 
 def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter: Reporter) -> Proxy:

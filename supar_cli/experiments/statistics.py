@@ -82,7 +82,7 @@ def student_t975(freedom: int) -> float:
 
 RESAMPLES = 2000  # chosen: the 2.5 % quantile then rests on 50 of them
 
-Interval = tuple[float, float]
+Interval = list[float]  # low, high
 
 
 def resample(count: int) -> np.ndarray:
@@ -93,10 +93,7 @@ def resample(count: int) -> np.ndarray:
 
 def interval(resampled: np.ndarray) -> Interval | None:
     """95 % of the resampled values; None of no values."""
-    if not len(resampled):
-        return None
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return float(low), float(high)
+    return np.quantile(resampled, [0.025, 0.975]).tolist() if len(resampled) else None
 
 
 def vertices(x: np.ndarray, y_XB: np.ndarray) -> np.ndarray:

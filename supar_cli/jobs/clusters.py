@@ -15,23 +15,14 @@ import time
 from collections.abc import Collection
 from contextlib import ExitStack, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import naming_write_errors
-from supar_cli.jobs.workers import (
-    POLL_S,
-    Answer,
-    Call,
-    Function,
-    Local,
-    WorkerDied,
-    Workers,
-    capture_call,
-    visible_devices,
-)
+from supar_cli.jobs import workers
+from supar_cli.jobs.workers import Answer, Call, Function, Workers
 
 EXECUTORS = ("local", "ray", "slurm")
 CPU_JOBS = min(8, os.cpu_count() or 1)  # chosen: of a study's runs on a CPU, one a core; more than 8 are rarely meant
@@ -40,6 +31,18 @@ LARGEST_ARRAY = 1000  # chosen: what Slurm takes unless its MaxArraySize says ot
 SLURM_MINUTES = 60  # chosen: a trial takes minutes; Slurm ends what takes longer than it said
 ANSWER_S = 5.0  # chosen: for a cluster's head to accept a connection
 CANCEL_S = 5.0  # chosen: for tasks that were interrupted to requeue their trials
+
+
+class WorkerOptions(TypedDict, total=False):
+    """Who makes the runs, as every function that makes some takes it: `jobs` at a time, by `executor` with its settings.
+
+    By default by processes of this machine. `verbose`: show what a Ray cluster says.
+    """
+
+    jobs: int | None
+    executor: str
+    executor_set: dict[str, Any] | None
+    verbose: bool
 
 
 def _require_package(executor: str, package: str) -> None:
@@ -104,14 +107,14 @@ class Ray(Workers):
         return [self._task.remote(os.getcwd(), function, call) for call in calls]
 
     def wait(self, handles: list[Any]) -> list[Any]:
-        ready: list[Any] = self._ray.wait(handles, timeout=POLL_S)[0]
+        ready: list[Any] = self._ray.wait(handles, timeout=workers.POLL_S)[0]
         return ready
 
     def answer(self, handle: Any) -> Answer:
         try:
             found: Answer = self._ray.get(handle)
         except self._ray.exceptions.RayError as error:
-            raise WorkerDied(" ".join(str(error).split())) from None
+            raise workers.WorkerDied(" ".join(str(error).split())) from None
         return found
 
     def cancel(self, handles: list[Any]) -> None:
@@ -165,7 +168,7 @@ class Slurm(Workers):
             raise SetupError(f"--executor slurm: sbatch refuses: {' '.join(str(error).split())}") from None
 
     def wait(self, handles: list[Any]) -> list[Any]:
-        time.sleep(POLL_S)
+        time.sleep(workers.POLL_S)
         return [job for job in handles if job.done()]  # submitit asks Slurm itself at most once a minute
 
     def answer(self, handle: Any) -> Answer:
@@ -177,7 +180,7 @@ class Slurm(Workers):
             raise SetupError(f"--executor slurm: {what}; see {handle.paths.stderr}") from None
         except self._errors.UncompletedJobError:
             how = f"job {handle.job_id} ended without an answer ({handle.state})"
-            raise WorkerDied(f"{how}; see {handle.paths.stderr}") from None
+            raise workers.WorkerDied(f"{how}; see {handle.paths.stderr}") from None
         return found
 
     def cancel(self, handles: list[Any]) -> None:
@@ -210,31 +213,32 @@ def _call_in_folder(folder: str, function: Function, call: Call) -> Answer:
     """Make a call in the folder of the process that asks for it, where this machine has it: paths may be relative."""
     with suppress(OSError):
         os.chdir(folder)
-    return capture_call(function, call)
+    return workers.capture_call(function, call)
 
 
 def make_workers(
     executor: str = "local",
     *,
     jobs: int | None = None,
-    settings: dict[str, Any] | None = None,
-    device: str = "auto",
-    on_cpu: int = 1,
-    folder: Path = Path("."),
+    executor_set: dict[str, Any] | None = None,
     verbose: bool = False,
+    device: str = "auto",
+    on_cpu: int = CPU_JOBS,
+    folder: Path = Path("."),
 ) -> Workers:
     """Workers of an executor. `device` is the plans'; `folder`, for Slurm's files, must be shared with its nodes.
 
     Default of `jobs`: one a GPU on CUDA, else `on_cpu` here, one a core of a Ray cluster, `clusters.SLURM_JOBS` of Slurm.
     Raises InputError for an unknown executor or setting, SetupError for a missing package or cluster.
     """
+    settings = executor_set or {}
     if executor == "ray":
-        return Ray(jobs, settings or {}, device, verbose)
+        return Ray(jobs, settings, device, verbose)
     if executor == "slurm":
-        return Slurm(jobs, settings or {}, device, folder)
+        return Slurm(jobs, settings, device, folder)
     if executor != "local":
         raise InputError(f"--executor {executor}: expected {', '.join(EXECUTORS[:-1])} or {EXECUTORS[-1]}")
-    for key in settings or {}:
+    for key in settings:
         raise InputError(f"--executor-set {key}: the local executor has no settings")
-    devices = visible_devices(device)
-    return Local(jobs or len(devices) or (1 if device.startswith("cuda") else on_cpu), devices)
+    devices = workers.visible_devices(device)
+    return workers.Local(jobs or len(devices) or (1 if device.startswith("cuda") else on_cpu), devices)
