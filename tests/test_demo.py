@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from supar_cli.cli import console
+from supar_cli.cli import terminal
 from supar_cli.errors import InputError, UnusableResult
 from supar_cli.experiments import search
 from supar_cli.experiments import sweep as experiment
@@ -55,8 +55,8 @@ def test_the_demo_sweeps_with_the_same_engine(
 def test_progress_counts_time_anew_where_steps_do(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """The demo's trials take longer than its runs: what is left is told from the runs alone."""
     now = [0.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
-    progress = console.Progress("demo")
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+    progress = terminal.Progress("demo")
     for seconds, step, steps in ((0, 1, 2), (100, 2, 2), (101, 1, 41), (112, 12, 41)):
         now[0] = seconds
         progress.progress(step, steps, 2.0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import warnings
 from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,12 +13,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Unpack
 
+import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from supar_cli.data import corpus
 from supar_cli.errors import InputError, SetupError, UnusableResult
-from supar_cli.experiments import samplers
 from supar_cli.experiments.statistics import Fit, fit_quadratic
 from supar_cli.jobs import runs
 from supar_cli.jobs.clusters import WorkerOptions, make_workers
@@ -100,7 +102,7 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
     ranges, workers = spec.search.ranges(), workers or Local()
     if not ranges:
         raise InputError("search: no range is given; expected one of " + ", ".join(Search.SEARCHED))
-    samplers.SeededByTrialNumber(spec.search)
+    SeededByTrialNumber(spec.search)
     runs.require_runnable(_plan(spec, {}, spec.train.seed), device=workers.is_local)  # before a study is made
     tuning = _Tuning(spec, storage, workers, reporter)
     trials = tuning.run_trials()
@@ -117,7 +119,7 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
         values["lr"] = winner.values["lr"] * 2.0**fit.octaves
         if not fit.usable:
             reporter.warn(f"lr fit: {fit.why}; the best rate measured is taken, {values['lr']:.4g}")
-    evidence = _evidence(spec, storage, trials, finalists, winner, fit)
+    evidence = tuning.evidence(trials, finalists, winner, fit)
     update = {"evidence": evidence, "meta": {**spec.meta, "tuned_with": versions()}}
     return proxy_of(spec, values).model_copy(update=update)
 
@@ -148,7 +150,7 @@ def run_next(spec: Spec, storage: str, wanted: Wanted) -> FrozenTrial | None:
     None when none was left, or it was taken away. Raises what a bad spec raises.
     """
     study = SharedStudy(storage, study_name(spec) + ("" if isinstance(wanted, int) else RUNS), join=True)
-    study.study.sampler, study.study.pruner = samplers.SeededByTrialNumber(spec.search), samplers.make_pruner(spec)
+    study.study.sampler, study.study.pruner = SeededByTrialNumber(spec.search), _make_pruner(spec)
     trial = study.claim(wanted)
 
     def try_values(trial: optuna.Trial) -> float:
@@ -244,20 +246,68 @@ class _Tuning:
             points += [(x, seed, loss) for seed, loss in zip(seeds, row, strict=True) if loss is not None]
         return fit_quadratic(points)
 
+    def evidence(
+        self, trials: list[FrozenTrial], finalists: list[Finalist], winner: Finalist, fit: Fit | None
+    ) -> dict[str, Any]:
+        """How the values were found, as proxy.yaml has it."""
+        search, states = self.spec.search, [state_of(trial) for trial in trials]
+        return {
+            "study": {"storage": redact_url(self.storage), "name": study_name(self.spec)},
+            **search.model_dump(include={"sampler", "pruner", "seed"}),
+            "ranges": {name: list(bounds) for name, bounds in search.ranges().items()},
+            "trials": {state: states.count(state) for state in ("complete", "pruned", "diverged")},
+            "finalists": [
+                {"trial": f.trial, **f.values, "losses": f.losses, "mean": f.mean, "chosen": f is winner}
+                for f in finalists
+            ],
+            "lr_fit": fit and fit.evidence(winner.values["lr"]),
+        }
 
-def _evidence(
-    spec: Spec, storage: str, trials: list[FrozenTrial], finalists: list[Finalist], winner: Finalist, fit: Fit | None
-) -> dict[str, Any]:
-    states = [state_of(trial) for trial in trials]
-    return {
-        "study": {"storage": redact_url(storage), "name": study_name(spec)},
-        "sampler": spec.search.sampler,
-        "pruner": spec.search.pruner,
-        "seed": spec.search.seed,
-        "ranges": {name: list(bounds) for name, bounds in spec.search.ranges().items()},
-        "trials": {state: states.count(state) for state in ("complete", "pruned", "diverged")},
-        "finalists": [
-            {"trial": f.trial, **f.values, "losses": f.losses, "mean": f.mean, "chosen": f is winner} for f in finalists
-        ],
-        "lr_fit": None if fit is None else fit.evidence(winner.values["lr"]),
-    }
+
+class SeededByTrialNumber(optuna.samplers.RandomSampler):  # type: ignore[misc]
+    """A search's sampler, made anew for each trial from (search seed, trial number).
+
+    Numbers are given out once by the study's storage, so no two processes draw the same proposal, and a study that is
+    continued draws what it would have drawn. Raises SetupError when the sampler needs a package that is missing.
+    """
+
+    def __init__(self, search: Search) -> None:
+        if search.sampler in ("qmc", "gp") and importlib.util.find_spec("scipy") is None:
+            raise SetupError(f"search.sampler: {search.sampler} needs scipy: pip install scipy")
+        super().__init__()
+        self._search = search
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = _make_sampler(self._search, trial.number)
+        sampler.before_trial(study, trial)
+        for asked in ("infer_relative_search_space", "sample_relative", "sample_independent", "after_trial"):
+            setattr(self, asked, getattr(sampler, asked))
+
+
+def _make_sampler(search: Search, number: int) -> optuna.samplers.BaseSampler:
+    seed = int(np.random.SeedSequence([search.seed, number]).generate_state(1)[0])
+    if search.sampler == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    if search.sampler == "qmc":
+        # one sequence for the study; Optuna's own place in it, an attribute of the study, is not safe from races
+        first = optuna.samplers.RandomSampler(seed=seed)
+        sampler = optuna.samplers.QMCSampler(
+            seed=search.seed, scramble=True, independent_sampler=first, warn_independent_sampling=False
+        )
+        sampler._find_sample_id = lambda study, space: number
+        return sampler
+    if search.sampler == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+    return optuna.samplers.GPSampler(seed=seed)
+
+
+def _make_pruner(spec: Spec) -> optuna.pruners.BasePruner:
+    """Stops a trial at an evaluation that is worse than the others' were at that step."""
+    if spec.search.pruner == "median":
+        # chosen: five trials to compare with, and a quarter of the run before the learning rates can be told apart
+        return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=spec.train.steps // 4)
+    if spec.search.pruner == "halving":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, spec.train.steps // 8), reduction_factor=2)
+    return optuna.pruners.NopPruner()
