@@ -95,9 +95,8 @@ class _Measurements:
 
     def __init__(self, sweep: Sweep, folder: Path, workers: Workers, reporter: Reporter) -> None:
         self.sweep, self.workers, self.reporter = sweep, workers, reporter
-        self.records = Records(folder)
         # a run that failed is tried again by the next command; its new record is added and counts
-        self.records.by_run = {run: r for run, r in self.records.by_run.items() if r.get("state") != "failed"}
+        self.records = Records(folder, lambda record: record.get("state") != "failed")
         self.asked = self.ended = 0
 
     def add(self, points: Iterable[Point]) -> None:
