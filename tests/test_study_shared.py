@@ -119,7 +119,7 @@ def test_of_equal_queued_trials_one_is_run(url: str, rule: bool, monkeypatch) ->
 
 def test_a_queued_run_is_taken_only_by_who_waits_for_it(journal: Made) -> None:
     study = journal()
-    study.queue({}, run="a")
+    study.queue("a")
     assert study.claim({"b"}) is None
     assert [trial.state.name for trial in study.trials()] == ["WAITING"]
     trial = study.claim({"a", "b"})
@@ -129,7 +129,7 @@ def test_a_queued_run_is_taken_only_by_who_waits_for_it(journal: Made) -> None:
 def test_a_run_that_two_processes_have_queued_is_made_once_and_no_trial_of_it_is_left(journal: Made) -> None:
     study = journal()
     for _ in range(2):
-        study.queue({}, run="a")
+        study.queue("a")
     assert study.claim({"a"}) is not None and study.claim({"a"}) is None
     assert [trial.state.name for trial in study.trials()] == ["RUNNING", "FAIL"]
 

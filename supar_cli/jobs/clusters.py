@@ -107,8 +107,7 @@ class Ray(Workers):
         return [self._task.remote(os.getcwd(), function, call) for call in calls]
 
     def wait(self, handles: list[Any]) -> list[Any]:
-        ready: list[Any] = self._ray.wait(handles, timeout=workers.POLL_S)[0]
-        return ready
+        return list(self._ray.wait(handles, timeout=workers.POLL_S)[0])
 
     def answer(self, handle: Any) -> Answer:
         try:
