@@ -138,8 +138,7 @@ class CheckResult:
 
     @property
     def verdict(self) -> Verdict:
-        what, control = self.sweep.label, self.sweep.is_control
-        return Verdict(what=what, passed=self.passed, control=control, text=self.text)
+        return Verdict(what=self.sweep.label, passed=self.passed, control=self.sweep.is_control, text=self.text)
 
     @property
     def table(self) -> Table:
@@ -240,16 +239,14 @@ def check(
     first, hashes = sweeps[0].base[0], {plan.hash() for sweep in sweeps for plans in sweep.plans for plan in plans}
     batch = f"{first.train.batch_size} sequences of {first.decoder.context} tokens"
     reporter.log(f"{len(hashes)} runs of {steps} steps, {batch}, {subject.data.source}")
-    ready = make_workers(device=first.run.device, folder=folder / "slurm", **workers)
-    runs.require_runnable(first, device=ready.is_local)
-    runs.open_study_folder(folder, _question(sweeps), force)
-    check_runs = _Runs(folder, ready, reporter)
-    with ready:
+    with make_workers(device=first.run.device, folder=folder / "slurm", **workers) as ready:
+        runs.require_runnable(first, device=ready.is_local)
+        runs.open_study_folder(folder, _question(sweeps), force)
+        check_runs = _Runs(folder, ready, reporter)
         lr_factor, results = check_runs.lower_rates(sweeps_at)
         if not any(one.unjudged for one in results):
             results = check_runs.judge_all([one.sweep for one in results], max_seeds)
     check_runs.notes += [f"{one.sweep.label}: {note}" for one in results for note in one.notes]
-    more: dict[str, Any] = {"notes": check_runs.notes, "lr_factor": lr_factor}
     result = Result(
         kind="supar.check-result/v1",
         title="Coordinate check: sizes over density and width",
@@ -258,7 +255,7 @@ def check(
         figures=list(_figures([one.sweep for one in results if not one.unjudged], check_runs.by_run, steps)),
         parents={},
         environment=runs.environment(ready),
-        **more,
+        **Record(notes=check_runs.notes, lr_factor=lr_factor),
     )
     figures.write_result(result, folder, reporter.log)
     return result.document()

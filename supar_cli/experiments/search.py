@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 import optuna
@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from supar_cli.data import corpus
 from supar_cli.errors import InputError, SetupError, UnusableResult
 from supar_cli.experiments.statistics import Fit, fit_quadratic
+from supar_cli.files import Record
 from supar_cli.jobs import runs
 from supar_cli.jobs.clusters import WorkerOptions, make_workers
 from supar_cli.jobs.queue import SharedStudy, Wanted, state_of
@@ -34,19 +35,6 @@ from supar_cli.training.runtime import versions
 
 Values = dict[str, float]
 RUNS = "-runs"  # of the name of the study that keeps a study's extra runs
-
-
-@dataclass(slots=True)
-class Finalist:
-    """One of the best trials, run with several seeds; `losses` are validation losses in nats per token."""
-
-    trial: int
-    values: Values
-    losses: list[float]
-
-    @property
-    def mean(self) -> float:
-        return fmean(self.losses)
 
 
 def study_name(spec: Spec) -> str:
@@ -112,11 +100,11 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
             f"all {len(trials)} trials diverged or were pruned; expected lower learning rates or init scales in search"
         )
     finalists = tuning.run_finalists(complete[: spec.search.finalists])
-    winner = min(finalists, key=lambda finalist: (finalist.mean, finalist.trial))
-    values, fit = dict(winner.values), None
+    winner = min(finalists, key=lambda finalist: (finalist["mean"], finalist["trial"]))
+    values, fit = {name: winner[name] for name in ranges}, None
     if "lr" in ranges and spec.search.lr_fit_octaves:
-        fit = tuning.fit_lr(winner)
-        values["lr"] = winner.values["lr"] * 2.0**fit.octaves
+        fit = tuning.fit_lr(values, winner["losses"])
+        values["lr"] = winner["lr"] * 2.0**fit.octaves
         if not fit.usable:
             reporter.warn(f"lr fit: {fit.why}; the best rate measured is taken, {values['lr']:.4g}")
     evidence = tuning.evidence(trials, finalists, winner, fit)
@@ -220,15 +208,18 @@ class _Tuning:
         found = {trial.user_attrs["run"]: trial.value for trial in study.counted()}
         return [[found[key] for key in row] for row in keys]
 
-    def run_finalists(self, best: list[FrozenTrial]) -> list[Finalist]:
-        """Run the best trials with further seeds. Raises UnusableResult when each diverges with one."""
+    def run_finalists(self, best: list[FrozenTrial]) -> list[Record]:
+        """Run the best trials with further seeds: trial, values, losses in nats a token, their mean.
+
+        Raises UnusableResult when each diverges with one.
+        """
         first = self.spec.train.seed
         seeds = range(first + 1, first + self.spec.search.seeds)
         finalists = []
         for trial, losses in zip(best, self.losses([t.params for t in best], seeds, "finalist run"), strict=True):
             finite = [loss for loss in (trial.value, *losses) if loss is not None]
             if len(finite) == self.spec.search.seeds:
-                finalists.append(Finalist(trial.number, trial.params, finite))
+                finalists.append({"trial": trial.number, **trial.params, "losses": finite, "mean": fmean(finite)})
             else:
                 self.reporter.warn(f"trial {trial.number} diverges with another seed; it is not a finalist")
         if not finalists:
@@ -236,19 +227,17 @@ class _Tuning:
             raise UnusableResult(f"{what}; expected lower learning rates in search.lr")
         return finalists
 
-    def fit_lr(self, winner: Finalist) -> Fit:
-        """Run the winner at other learning rates, and fit the losses over the rate."""
-        first, lr, octaves = self.spec.train.seed, winner.values["lr"], self.spec.search.lr_fit_octaves
+    def fit_lr(self, winner: Values, known: list[float]) -> Fit:
+        """Run the winner at other learning rates, and fit the losses over the rate; at its own they are known."""
+        first, octaves = self.spec.train.seed, self.spec.search.lr_fit_octaves
         seeds = range(first, first + self.spec.search.seeds)
-        losses = self.losses([{**winner.values, "lr": lr * 2.0**x} for x in octaves], seeds, "lr fit run")
-        points = [(0.0, seed, loss) for seed, loss in zip(seeds, winner.losses, strict=True)]
+        losses = self.losses([{**winner, "lr": winner["lr"] * 2.0**x} for x in octaves], seeds, "lr fit run")
+        points = [(0.0, seed, loss) for seed, loss in zip(seeds, known, strict=True)]
         for x, row in zip(octaves, losses, strict=True):
             points += [(x, seed, loss) for seed, loss in zip(seeds, row, strict=True) if loss is not None]
         return fit_quadratic(points)
 
-    def evidence(
-        self, trials: list[FrozenTrial], finalists: list[Finalist], winner: Finalist, fit: Fit | None
-    ) -> dict[str, Any]:
+    def evidence(self, trials: list[FrozenTrial], finalists: list[Record], winner: Record, fit: Fit | None) -> Record:
         """How the values were found, as proxy.yaml has it."""
         search, states = self.spec.search, [state_of(trial) for trial in trials]
         return {
@@ -256,11 +245,8 @@ class _Tuning:
             **search.model_dump(include={"sampler", "pruner", "seed"}),
             "ranges": {name: list(bounds) for name, bounds in search.ranges().items()},
             "trials": {state: states.count(state) for state in ("complete", "pruned", "diverged")},
-            "finalists": [
-                {"trial": f.trial, **f.values, "losses": f.losses, "mean": f.mean, "chosen": f is winner}
-                for f in finalists
-            ],
-            "lr_fit": fit and fit.evidence(winner.values["lr"]),
+            "finalists": [{**finalist, "chosen": finalist is winner} for finalist in finalists],
+            "lr_fit": fit and fit.evidence(winner["lr"]),
         }
 
 

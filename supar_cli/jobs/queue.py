@@ -31,7 +31,6 @@ STALE_AFTER_S = 90.0  # chosen: six beats missed; a machine that swaps or a disk
 MAX_REQUEUES = 3  # chosen: a trial that takes its process down each time is not what killed a whole cluster three times
 REPORT_EVERY_S = 60.0  # chosen: rare enough for a log, often enough to see what a command waits for
 
-PENDING = (TrialState.WAITING, TrialState.RUNNING)
 Asked = dict[str, float] | str  # the values of a trial, or the name of a run
 Wanted = int | Collection[str]
 
@@ -57,7 +56,7 @@ def describe_trial(trial: FrozenTrial) -> str:
 
 
 def _is_pending_or_counted(trial: FrozenTrial) -> bool:
-    return trial.state in PENDING or is_counted(trial)
+    return not trial.state.is_finished() or is_counted(trial)
 
 
 def _identity(trial: FrozenTrial) -> Any:
