@@ -104,11 +104,10 @@ class _Measurements:
         calls: dict[str, tuple[Plan, Record]] = {}
         wanted: list[tuple[Curve, float, int, str]] = []
         for curve, index in points:
-            name, level = curve.name, curve.level
-            about = {"arm": name, level.axis: level.value, "width": level.width}
-            about[self.sweep.tuned] = curve.grid.value(index)
+            level, value = curve.level, curve.grid.value(index)
+            about = {"arm": curve.name, level.axis: level.value, "width": level.width, self.sweep.tuned: value}
             for seed in self.sweep.run_seeds:
-                plan = self.sweep.plan(name, level, index, seed)
+                plan = self.sweep.plan(curve.name, level, index, seed)
                 run = plan.hash()
                 calls[run] = (plan, {**about, "seed": seed})
                 wanted.append((curve, index, seed, run))

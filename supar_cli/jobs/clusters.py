@@ -24,7 +24,6 @@ from supar_cli.files import naming_write_errors
 from supar_cli.jobs import workers
 from supar_cli.jobs.workers import Answer, Call, Function, Workers
 
-EXECUTORS = ("local", "ray", "slurm")
 CPU_JOBS = min(8, os.cpu_count() or 1)  # chosen: of a study's runs on a CPU, one a core; more than 8 are rarely meant
 SLURM_JOBS = 8  # chosen: a search's trials in a few rounds, and no more than most sites let one user run
 LARGEST_ARRAY = 1000  # chosen: what Slurm takes unless its MaxArraySize says otherwise
@@ -236,7 +235,7 @@ def make_workers(
     if executor == "slurm":
         return Slurm(jobs, settings, device, folder)
     if executor != "local":
-        raise InputError(f"--executor {executor}: expected {', '.join(EXECUTORS[:-1])} or {EXECUTORS[-1]}")
+        raise InputError(f"--executor {executor}: expected local, ray or slurm")
     for key in settings:
         raise InputError(f"--executor-set {key}: the local executor has no settings")
     devices = workers.visible_devices(device)
