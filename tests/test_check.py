@@ -14,7 +14,7 @@ import torch
 
 from supar_cli.experiments import check_plans, coordinates
 from supar_cli.experiments import coordinate_check as check
-from supar_cli.experiments.statistics import Slopes
+from supar_cli.experiments.statistics import half_widths
 from supar_cli.files import Record
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.plan_sections import Multipliers
@@ -271,10 +271,10 @@ class TestJudge:
         assert finding.limit == (0.03 if tensor.endswith("q") else 0.05)
 
     def test_the_interval_is_of_the_seeds(self) -> None:
-        slopes = Slopes(np.array([[[0.0, 0.25]], [[0.0, 0.5]]]))
-        assert slopes.half_width(0, 0) == 0.0
-        assert slopes.half_width(0, 1) == pytest.approx(12.706 * 0.125, rel=1e-3)
-        assert Slopes(np.zeros((1, 1, 1))).half_width(0, 0) == float("inf")
+        found_SN = half_widths(np.array([[[0.0, 0.25]], [[0.0, 0.5]]]))
+        assert found_SN[0, 0] == 0.0
+        assert found_SN[0, 1] == pytest.approx(12.706 * 0.125, rel=1e-3)
+        assert half_widths(np.zeros((1, 1, 1)))[0, 0] == float("inf")
 
     @pytest.mark.parametrize(
         ("slope", "noise", "inconclusive"), [(0.31, 0.1, True), (0.31, 0.0, False), (0.0, 0.0, False)]

@@ -12,11 +12,11 @@ import pytest
 
 from supar_cli.errors import InputError, SetupError, SuparError
 from supar_cli.experiments import search as tuning
-from supar_cli.jobs import calls as jobs_calls
 from supar_cli.jobs import clusters
-from supar_cli.jobs.calls import WorkerFailure
+from supar_cli.jobs import workers as jobs_workers
+from supar_cli.jobs.clusters import make_workers
 from supar_cli.jobs.queue import is_counted
-from supar_cli.jobs.workers import make_workers
+from supar_cli.jobs.workers import WorkerFailure
 
 from . import studies
 from .conftest import environment
@@ -81,8 +81,8 @@ class TestRay:
         self, cluster: str, tmp_path: Path, monkeypatch
     ) -> None:
         calls = [(str(tmp_path), 0, 0), (str(tmp_path), 1, 1), (str(tmp_path), 2, 9)]
-        monkeypatch.setattr(jobs_calls, "RETRIES", 1)
-        with make_workers("ray", settings={"address": cluster}) as workers:
+        monkeypatch.setattr(jobs_workers, "RETRIES", 1)
+        with make_workers("ray", executor_set={"address": cluster}) as workers:
             assert workers.jobs == 2 and not workers.is_local
             found = dict(workers.results(dies, calls))
             assert found[0] == 0 and found[1] == 2 and isinstance(found[2], WorkerFailure)
@@ -93,7 +93,7 @@ class TestRay:
 
     def test_a_cluster_that_does_not_answer_is_said_at_once(self) -> None:
         with pytest.raises(SetupError, match=r"no cluster answers at 127\.0\.0\.1:1: Connection refused"):
-            make_workers("ray", settings={"address": "127.0.0.1:1"})
+            make_workers("ray", executor_set={"address": "127.0.0.1:1"})
 
 
 FAKE_SBATCH = """\
@@ -140,7 +140,7 @@ class TestSlurm:
 
     def test_a_round_is_a_job_array_with_what_was_asked_for(self, fake_slurm: None, tmp_path: Path) -> None:
         settings = {"partition": "gpu", "account": "me", "time": 30, "qos": "low"}
-        workers = make_workers("slurm", jobs=2, settings=settings, device="cuda", folder=tmp_path / "proxy.slurm")
+        workers = make_workers("slurm", jobs=2, executor_set=settings, device="cuda", folder=tmp_path / "proxy.slurm")
         found = dict(workers.results(double, [(value,) for value in range(3)]))
         assert found == {0: 0, 1: 2, 2: 4}
         lines = set((tmp_path / "script.sh").read_text().splitlines())
@@ -166,7 +166,7 @@ class TestSlurm:
     def test_a_gpu_is_asked_for_where_the_device_is_cuda(
         self, device: str, settings: dict[str, Any], asked: str | None, fake_slurm: None, tmp_path: Path
     ) -> None:
-        workers = make_workers("slurm", settings=settings, device=device, folder=tmp_path / "slurm")
+        workers = make_workers("slurm", executor_set=settings, device=device, folder=tmp_path / "slurm")
         assert isinstance(workers, clusters.Slurm)
         text = workers._executor._executor._make_submission_file_text("true", "1")
         assert [line for line in text.splitlines() if line.startswith("#SBATCH --g")] == ([asked] if asked else [])

@@ -15,12 +15,11 @@ import pytest
 import torch
 
 from supar_cli.errors import InputError, SetupError
-from supar_cli.jobs import calls as jobs_calls
-from supar_cli.jobs.calls import WorkerFailure
-from supar_cli.jobs.local import Local, visible_devices
+from supar_cli.jobs import workers as jobs_workers
+from supar_cli.jobs.clusters import make_workers
 from supar_cli.jobs.queue import _is_alive, is_counted
 from supar_cli.jobs.runs import Records
-from supar_cli.jobs.workers import make_workers
+from supar_cli.jobs.workers import Local, WorkerFailure, visible_devices
 
 from . import studies
 from .conftest import environment
@@ -111,7 +110,7 @@ class TestLocal:
         self, pair: Local, tmp_path: Path, monkeypatch
     ) -> None:
         calls = [(str(tmp_path), 0, 0), (str(tmp_path), 1, 1), (str(tmp_path), 2, 0), (str(tmp_path), 3, 9)]
-        monkeypatch.setattr(jobs_calls, "RETRIES", 1)
+        monkeypatch.setattr(jobs_workers, "RETRIES", 1)
         found = dict(pair.results(dies, calls))
         assert [found[n] for n in range(3)] == [0, 2, 4]
         assert found[3] == WorkerFailure("its process was killed by SIGKILL, as when memory runs out")
@@ -135,7 +134,7 @@ class TestLocal:
 
     def test_workers_end_with_their_parent(self, tmp_path: Path) -> None:
         script = (
-            "from supar_cli.jobs.local import Local; import os, signal, time; from tests.test_executors import process\n"
+            "from supar_cli.jobs.workers import Local; import os, signal, time; from tests.test_executors import process\n"
             "if __name__ == '__main__':\n"
             "    found = [it for _, it in Local(2).results(process, [(1,), (2,)])]; print(*found, flush=True)\n"
             "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -217,14 +216,14 @@ def test_an_executor_or_setting_that_is_not_known_is_bad_input() -> None:
     with pytest.raises(InputError, match="--executor lokal: expected local, ray or slurm"):
         make_workers("lokal")
     with pytest.raises(InputError, match="--executor-set gpus: the local executor has no settings"):
-        make_workers("local", settings={"gpus": 1})
+        make_workers("local", executor_set={"gpus": 1})
     with pytest.raises(InputError, match="--executor-set adress: no setting of ray; did you mean 'address'"):
-        make_workers("ray", settings={"adress": "x"})
+        make_workers("ray", executor_set={"adress": "x"})
     with pytest.raises(InputError, match="--executor-set partion: no setting of slurm; did you mean 'partition'"):
-        make_workers("slurm", settings={"partion": "x"})
+        make_workers("slurm", executor_set={"partion": "x"})
     for name, setting in (("ray", {"cpus": "many"}), ("slurm", {"time": "1:00"})):
         with pytest.raises(InputError, match="whole number"):
-            make_workers(name, settings=setting)
+            make_workers(name, executor_set=setting)
     for name in ("ray", "slurm"):
         with pytest.raises(InputError, match="sees its own device only"):
             make_workers(name, device="cuda:1")

@@ -16,7 +16,7 @@ import optuna
 import pytest
 
 from supar_cli.errors import SetupError, UnusableResult
-from supar_cli.experiments import samplers
+from supar_cli.experiments.search import SeededByTrialNumber
 from supar_cli.jobs import queue
 from supar_cli.jobs.queue import SharedStudy, is_counted
 from supar_cli.planning.spec import Search
@@ -119,7 +119,7 @@ def test_of_equal_queued_trials_one_is_run(url: str, rule: bool, monkeypatch) ->
 
 def test_a_queued_run_is_taken_only_by_who_waits_for_it(journal: Made) -> None:
     study = journal()
-    study.queue({}, run="a")
+    study.queue("a")
     assert study.claim({"b"}) is None
     assert [trial.state.name for trial in study.trials()] == ["WAITING"]
     trial = study.claim({"a", "b"})
@@ -129,7 +129,7 @@ def test_a_queued_run_is_taken_only_by_who_waits_for_it(journal: Made) -> None:
 def test_a_run_that_two_processes_have_queued_is_made_once_and_no_trial_of_it_is_left(journal: Made) -> None:
     study = journal()
     for _ in range(2):
-        study.queue({}, run="a")
+        study.queue("a")
     assert study.claim({"a"}) is not None and study.claim({"a"}) is None
     assert [trial.state.name for trial in study.trials()] == ["RUNNING", "FAIL"]
 
@@ -140,7 +140,7 @@ def test_no_two_trials_that_run_at_the_same_time_draw_the_same(sampler: str, url
         pytest.importorskip("scipy", reason=f"the {sampler} sampler needs scipy")
 
     def draw(study: SharedStudy) -> tuple[int, float]:
-        study.study.sampler = samplers.SeededByTrialNumber(Search(sampler=sampler, seed=3))
+        study.study.sampler = SeededByTrialNumber(Search(sampler=sampler, seed=3))
         trial = study.claim(WORKERS)
         assert trial is not None
         return trial.number, trial.suggest_float("x", 1e-3, 1.0, log=True)
@@ -152,7 +152,7 @@ def test_no_two_trials_that_run_at_the_same_time_draw_the_same(sampler: str, url
 def test_a_proposal_is_the_numbers_own(tmp_path: Path) -> None:
     def drawn(name: str, seed: int) -> list[float]:
         study = SharedStudy(str(tmp_path / name), "s")
-        study.study.sampler = samplers.SeededByTrialNumber(Search(seed=seed))
+        study.study.sampler = SeededByTrialNumber(Search(seed=seed))
         return [study.study.ask().suggest_float("x", 0, 1) for _ in range(3)]
 
     assert drawn("a", 3) == drawn("b", 3) != drawn("c", 4)

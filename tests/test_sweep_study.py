@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from math import inf, log2, nan
+from math import inf, isinf, log2, nan
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from supar_cli.errors import SetupError, UnusableResult
-from supar_cli.experiments import optima, statistics
-from supar_cli.experiments.curves import Curve
+from supar_cli.experiments import statistics, sweep_views
+from supar_cli.experiments.curves import Curve, find_optimum
 from supar_cli.jobs import runs
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
@@ -265,24 +265,24 @@ class TestOptimum:
     def test_the_interval_covers_seeds_that_disagree(self) -> None:
         """Three seeds with optima at -1.2, -1.0 and -0.8: their mean is -1, and means of resamples span that range."""
         losses = {float(p): [(p - 2 - best) ** 2 for best in (-1.2, -1.0, -0.8)] for p in range(4)}
-        found = optima.find_optimum(curve_of(losses), self.DRAWS)
+        found = find_optimum(curve_of(losses), self.DRAWS)
         assert found.octaves == pytest.approx(-1.0) and not found.why
         low, high = statistics.interval(found.resampled) or (0, 0)
         assert -1.2001 < low < -1.1 and -0.9 < high < -0.7999
         same = {float(p): [(p - 2 + 1.0) ** 2] * 3 for p in range(4)}
-        again = optima.find_optimum(curve_of(same), self.DRAWS)
+        again = find_optimum(curve_of(same), self.DRAWS)
         assert statistics.interval(again.resampled) == pytest.approx((-1, -1))
 
     def test_far_losses_don_t_bend_the_parabola(self) -> None:
         losses = {float(p): [0.1 * (p - 2 + 1.2) ** 2] * 3 for p in range(3)}
-        near = optima.find_optimum(curve_of(losses), self.DRAWS).octaves
+        near = find_optimum(curve_of(losses), self.DRAWS).octaves
         assert near == pytest.approx(-1.2)
-        assert optima.find_optimum(curve_of({**losses, 3.0: [50.0] * 3}), self.DRAWS).octaves == near
+        assert find_optimum(curve_of({**losses, 3.0: [50.0] * 3}), self.DRAWS).octaves == near
 
     def test_where_the_next_rate_diverges_the_best_measured_stands(self) -> None:
         curve = curve_of({0.0: [2.2] * 3, 1.0: [2.1] * 3, 2.0: [2.0] * 3, 3.0: [2.0, inf, 2.0]})
-        found = optima.find_optimum(curve, self.DRAWS)
-        assert curve.bracketed and found.why and found.octaves == 0.0 and curve.diverged == 1
+        found = find_optimum(curve, self.DRAWS)
+        assert curve.bracketed and found.why and found.octaves == 0.0 and curve.count_runs(isinf) == 1
 
     @pytest.mark.parametrize(
         ("losses", "bracketed"),
@@ -315,7 +315,7 @@ class TestPromises:
     def test_who_is_a_control(self, over: dict[str, str], held: set[str]) -> None:
         sweep = sweep_of(over=over)
         names = ("sp", "mup", "supar", "supar-init-only")
-        assert {name for name in names if optima.is_subject(sweep, name)} == held
+        assert {name for name in names if sweep_views.is_subject(sweep, name)} == held
 
 
 def test_a_real_sweep_as_a_process(supar: Supar, proxy_file: Path, tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from supar_cli.errors import InputError, UnusableResult
 from supar_cli.experiments import search as tuning
 from supar_cli.experiments.statistics import fit_quadratic, student_t975
 from supar_cli.jobs import runs
-from supar_cli.jobs.local import Local
 from supar_cli.jobs.queue import machine
 from supar_cli.jobs.storage import open_study
+from supar_cli.jobs.workers import Local
 from supar_cli.planning import document
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy, Spec

@@ -11,19 +11,21 @@ from functools import partial
 from itertools import product
 from math import inf, isfinite, log2, nan
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
+from numpy.typing import NDArray
 
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
 from supar_cli.experiments import coordinates
 from supar_cli.experiments.check_plans import SlopeSweep, sweeps_of
 from supar_cli.experiments.coordinates import LINEAR, SHARE, log_sizes, why_too_hot
-from supar_cli.experiments.statistics import Slopes
+from supar_cli.experiments.statistics import half_widths, log_slopes
 from supar_cli.files import Record
 from supar_cli.jobs import runs
-from supar_cli.jobs.workers import CPU_JOBS, Workers, make_workers
+from supar_cli.jobs.clusters import WorkerOptions, make_workers
+from supar_cli.jobs.workers import Workers
 from supar_cli.planning import layout
 from supar_cli.planning.density import Share
 from supar_cli.planning.plan import Plan
@@ -136,8 +138,7 @@ class CheckResult:
 
     @property
     def verdict(self) -> Verdict:
-        what, control = self.sweep.label, self.sweep.is_control
-        return Verdict(what=what, passed=self.passed, control=control, text=self.text)
+        return Verdict(what=self.sweep.label, passed=self.passed, control=self.sweep.is_control, text=self.text)
 
     @property
     def table(self) -> Table:
@@ -164,27 +165,31 @@ def judge(sweep: SlopeSweep, by_run: dict[str, Record]) -> CheckResult:
         if first:
             zero = f"{quantity} is zero everywhere at step {first}"
             result.notes.append(f"{zero}, so it is fitted from step {first + 1} on")
-        slopes = Slopes.fit(log_RZSN[:, :, first:], sweep.sizes)
         names = list(records[0][0]["steps"][0][quantity])
-        result.findings += _findings(sweep, quantity, names, slopes, first + 1)
+        slope_RSN = log_slopes(log_RZSN[:, :, first:], sweep.sizes)
+        result.findings += _findings(sweep, quantity, names, slope_RSN, first + 1)
     return result
 
 
-def _findings(sweep: SlopeSweep, quantity: str, names: list[str], slopes: Slopes, first_step: int) -> Iterator[Finding]:
+def _findings(
+    sweep: SlopeSweep, quantity: str, names: list[str], slope_RSN: NDArray[np.float64], first_step: int
+) -> Iterator[Finding]:
     each = EACH[sweep.axis]
+    if quantity == "logits":
+        slope_RSN = slope_RSN - sweep.logits_slope
+    if quantity == SHARE:  # the mean over the steps that have numbers
+        slope_RSN = np.ma.masked_invalid(slope_RSN).mean(axis=1, keepdims=True).filled(nan)
+    mean_SN, half_SN = slope_RSN.mean(axis=0), half_widths(slope_RSN)
 
-    def finding(bound: str, limit: float, slopes: Slopes, name: int, step: int = 0) -> Finding:
-        value, half_width = float(slopes.mean_SN[step, name]), slopes.half_width(step, name)
+    def finding(bound: str, limit: float, name: int, step: int = 0) -> Finding:
+        value, half_width = float(mean_SN[step, name]), float(half_SN[step, name])
         shown_step = None if bound == "mean" else first_step + step
         return Finding(quantity, bound, limit, value, half_width, shown_step, names[name])
 
     if quantity == SHARE:
-        for name, limit in enumerate((HEAD, each)):
-            yield finding("mean", limit, slopes.over_steps(), name)
+        yield from (finding("mean", limit, name) for name, limit in enumerate((HEAD, each)))
         return
-    if quantity == "logits":
-        slopes = Slopes(slopes.slope_RSN - sweep.logits_slope)
-    size_SN = np.nan_to_num(np.abs(slopes.mean_SN), nan=inf)
+    size_SN = np.nan_to_num(np.abs(mean_SN), nan=inf)
     if quantity in STEP_1 and first_step == 1:
         writers = {tensor.name for tensor in layout.tensors(sweep.base[0].decoder) if tensor.writes_residual}
         limits = [WRITERS if quantity == "activation" and name in writers else STEP_1[quantity] for name in names]
@@ -192,11 +197,11 @@ def _findings(sweep: SlopeSweep, quantity: str, names: list[str], slopes: Slopes
             at = [n for n in range(len(names)) if limits[n] == limit]
             # what is wrong in a tensor shows, then, in those after it too, and may be larger there: the first is named
             exceeded, largest = [n for n in at if size_SN[0, n] > limit], max(at, key=size_SN[0].__getitem__)
-            yield finding("step 1", limit, slopes, (exceeded or [largest])[0])
+            yield finding("step 1", limit, (exceeded or [largest])[0])
     if quantity != "logits":
         # attention and all of Δlogits are shown: they have no bound in the paper's sense, and are noisy where linears are not
         step, name = divmod(int(size_SN.argmax()), len(names))
-        yield finding("each", each if quantity in LINEAR else inf, slopes, name, step)
+        yield finding("each", each if quantity in LINEAR else inf, name, step)
     if quantity in LINEAR:
         median_S = np.median(size_SN, axis=1)
         step = int(median_S.argmax())
@@ -213,13 +218,10 @@ def check(
     max_seeds: int = 16,
     steps: int = 10,
     batch_size: int | None = None,
-    jobs: int | None = None,
-    executor: str = "local",
-    executor_set: dict[str, Any] | None = None,
-    verbose: bool = False,
     out: str | Path = "check",
     force: bool = False,
     reporter: Reporter | None = None,
+    **workers: Unpack[WorkerOptions],
 ) -> dict[str, Any]:
     """The coordinate check of a proxy's or spec's shape, or of a plan as it stands: its result document.
 
@@ -237,17 +239,14 @@ def check(
     first, hashes = sweeps[0].base[0], {plan.hash() for sweep in sweeps for plans in sweep.plans for plan in plans}
     batch = f"{first.train.batch_size} sequences of {first.decoder.context} tokens"
     reporter.log(f"{len(hashes)} runs of {steps} steps, {batch}, {subject.data.source}")
-    options: dict[str, Any] = {"jobs": jobs, "settings": executor_set, "device": first.run.device, "verbose": verbose}
-    workers = make_workers(executor, on_cpu=CPU_JOBS, folder=folder / "slurm", **options)
-    runs.require_runnable(first, device=workers.is_local)
-    runs.open_study_folder(folder, _question(sweeps), force)
-    check_runs = _Runs(folder, workers, reporter)
-    with workers:
+    with make_workers(device=first.run.device, folder=folder / "slurm", **workers) as ready:
+        runs.require_runnable(first, device=ready.is_local)
+        runs.open_study_folder(folder, _question(sweeps), force)
+        check_runs = _Runs(folder, ready, reporter)
         lr_factor, results = check_runs.lower_rates(sweeps_at)
         if not any(one.unjudged for one in results):
             results = check_runs.judge_all([one.sweep for one in results], max_seeds)
     check_runs.notes += [f"{one.sweep.label}: {note}" for one in results for note in one.notes]
-    more: dict[str, Any] = {"notes": check_runs.notes, "lr_factor": lr_factor}
     result = Result(
         kind="supar.check-result/v1",
         title="Coordinate check: sizes over density and width",
@@ -255,8 +254,8 @@ def check(
         tables=[one.table for one in results if one.findings],
         figures=list(_figures([one.sweep for one in results if not one.unjudged], check_runs.by_run, steps)),
         parents={},
-        environment=runs.environment(workers),
-        **more,
+        environment=runs.environment(ready),
+        **Record(notes=check_runs.notes, lr_factor=lr_factor),
     )
     figures.write_result(result, folder, reporter.log)
     return result.document()
@@ -272,15 +271,14 @@ class _Runs:
     """The runs of a check, each made once, and their records by the plan's hash."""
 
     def __init__(self, folder: Path, workers: Workers, reporter: Reporter) -> None:
-        self._store, self._workers, self._reporter = runs.Records(folder), workers, reporter
-        self.notes: list[str] = []
+        self._workers, self._reporter = workers, reporter
         # a folder of an earlier version has records without the newer quantities
-        whole = {run: one for run, one in self._store.by_run.items() if not one["steps"] or SHARE in one["steps"][0]}
-        self.by_run = self._store.by_run = whole
+        self._records = runs.Records(folder, lambda record: not record["steps"] or SHARE in record["steps"][0])
+        self.by_run, self.notes = self._records.by_run, list[str]()
 
     def _make(self, plans: Iterable[Plan]) -> None:
         calls = {plan.hash(): (plan,) for plan in sorted(plans, key=lambda plan: -plan.parameters)}
-        for done, total, record in self._store.complete(coordinates.measure, calls, self._workers):
+        for done, total, record in self._records.complete(coordinates.measure, calls, self._workers):
             self._reporter.progress(done, total, record["losses"][-1] if record["losses"] else nan)
 
     def lower_rates(self, sweeps_at: Callable[..., list[SlopeSweep]]) -> tuple[float, list[CheckResult]]:
@@ -320,24 +318,13 @@ def _figures(sweeps: list[SlopeSweep], by_run: dict[str, Record], steps: int) ->
     shown = sorted({1, 2, 1 + steps // 2, steps})
     units = {"activation": "mean |Y|", "gain": "|dL/dX| ÷ |dL/dY|", "update": "mean |ΔY|"}
     for axis, quantity in product(dict.fromkeys(sweep.axis for sweep in sweeps), LINEAR):
-        panels = [
-            Panel(
-                title=TITLES.get(one.name, one.name),
-                vertical=None,
-                lines=[_line(one, by_run, quantity, n) for n in shown],
-            )
-            for one in sweeps
-            if one.axis == axis
-        ]
+        panels = []
+        for one in (sweep for sweep in sweeps if sweep.axis == axis):
+            lines = [_line(one, by_run, quantity, step) for step in shown]
+            panels.append(Panel(title=TITLES.get(one.name, one.name), vertical=None, lines=lines))
+        name, x, y = f"{quantity}_over_{axis}", UNITS[axis], units[quantity]
         title = f"Mean |{quantity}| of the hidden linears over {axis}, geometric mean over linears and seeds"
-        axes: dict[str, Any] = {
-            "x": UNITS[axis],
-            "y": units[quantity],
-            "x_log2": True,
-            "y_log2": True,
-            "y_limits": None,
-        }
-        yield Figure(name=f"{quantity}_over_{axis}", title=title, panels=panels, **axes)
+        yield Figure(name=name, title=title, x=x, y=y, x_log2=True, y_log2=True, y_limits=None, panels=panels)
 
 
 def _line(sweep: SlopeSweep, by_run: dict[str, Record], quantity: str, step: int) -> Line:

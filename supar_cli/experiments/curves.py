@@ -1,12 +1,15 @@
-"""Loss over a hyperparameter at several sizes: the runs that bracket each optimum, and the curves they make."""
+"""Loss over a hyperparameter at several sizes: the runs that bracket each optimum, the curves they make, and the optima."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from math import inf, isfinite, isnan, nan
 from pathlib import Path
 
+import numpy as np
+
+from supar_cli.experiments.statistics import Interval, fit_quadratic, interval, vertices
 from supar_cli.files import Record
 from supar_cli.jobs.runs import Records, failed_record, measure_loss
 from supar_cli.jobs.workers import Workers
@@ -14,6 +17,9 @@ from supar_cli.planning.plan import Plan
 from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.sweep import Grid, Level, Sweep
 from supar_cli.training.reporter import Reporter
+
+# chosen: a loss curve is a parabola near its optimum only; on the far side of it training soon breaks down
+WINDOW_STEPS, WINDOW_OCTAVES = 2, 1.5
 
 
 @dataclass(slots=True)
@@ -50,18 +56,13 @@ class Curve:
         around = [self.mean(index) for index in self.indices[max(at - 1, 0) : at + 2]]
         return isfinite(self.mean(self.best)) and len(around) == 3 and not any(map(isnan, around))
 
-    @property
-    def runs(self) -> list[float]:
-        """The losses of all runs."""
-        return [loss for by_seed in self.losses.values() for loss in by_seed.values()]
+    def regret(self, index: float) -> float:
+        """The share of the best loss that is lost at an index; nan where it isn't known."""
+        best = self.mean(self.best)
+        return (self.mean(index) - best) / best if isfinite(best) else nan
 
-    @property
-    def diverged(self) -> int:
-        return self.runs.count(inf)
-
-    @property
-    def failed(self) -> int:
-        return sum(map(isnan, self.runs))
+    def count_runs(self, is_counted: Callable[[float], bool]) -> int:
+        return sum(is_counted(loss) for by_seed in self.losses.values() for loss in by_seed.values())
 
 
 def first_of(curve: Curve, curves: list[Curve]) -> Curve:
@@ -94,9 +95,8 @@ class _Measurements:
 
     def __init__(self, sweep: Sweep, folder: Path, workers: Workers, reporter: Reporter) -> None:
         self.sweep, self.workers, self.reporter = sweep, workers, reporter
-        self.records = Records(folder)
         # a run that failed is tried again by the next command; its new record is added and counts
-        self.records.by_run = {run: r for run, r in self.records.by_run.items() if r.get("state") != "failed"}
+        self.records = Records(folder, lambda record: record.get("state") != "failed")
         self.asked = self.ended = 0
 
     def add(self, points: Iterable[Point]) -> None:
@@ -104,11 +104,10 @@ class _Measurements:
         calls: dict[str, tuple[Plan, Record]] = {}
         wanted: list[tuple[Curve, float, int, str]] = []
         for curve, index in points:
-            name, level = curve.name, curve.level
-            about = {"arm": name, level.axis: level.value, "width": level.width}
-            about[self.sweep.tuned] = curve.grid.value(index)
+            level, value = curve.level, curve.grid.value(index)
+            about = {"arm": curve.name, level.axis: level.value, "width": level.width, self.sweep.tuned: value}
             for seed in self.sweep.run_seeds:
-                plan = self.sweep.plan(name, level, index, seed)
+                plan = self.sweep.plan(curve.name, level, index, seed)
                 run = plan.hash()
                 calls[run] = (plan, {**about, "seed": seed})
                 wanted.append((curve, index, seed, run))
@@ -149,3 +148,53 @@ class _Measurements:
         widen, last = self.sweep.widen, len(curve.grid.values) - 1
         around = () if isnan(curve.mean(curve.best)) else (curve.best - step, curve.best + step)
         return [(curve, i) for i in around if i not in curve.losses and -widen <= i <= last + widen]
+
+
+@dataclass(slots=True)
+class Optimum:
+    """A curve's optimum in octaves: a parabola's, or the best value measured where none is usable (`why`)."""
+
+    octaves: float
+    why: str
+    resampled: np.ndarray  # optima of resampled seeds; empty with one seed
+
+    @property
+    def bounds(self) -> Interval | None:
+        """The 95 % interval of its value over seeds."""
+        octaves = interval(self.resampled)
+        return octaves and [2.0**end for end in octaves]
+
+
+def find_optimum(curve: Curve, draws: np.ndarray) -> Optimum:
+    """The lowest point of a parabola through the finite losses near the best value; `draws` are resampled seeds."""
+    x0 = curve.grid.octaves(curve.best)
+    window = _near_best(curve)
+    if not window:
+        return Optimum(x0, "no run gave a finite loss", np.empty(0))
+    seeds = sorted(curve.losses[curve.best])
+    x = np.array([curve.grid.octaves(index) - x0 for index in window])
+    losses_XS = np.array([[curve.losses[index][seed] for seed in seeds] for index in window])
+    fit = fit_quadratic([(float(x[i]), seeds[s], float(loss)) for (i, s), loss in np.ndenumerate(losses_XS)])
+    shift, why = (fit.octaves, "") if fit.usable else (0.0, fit.why)
+    if not fit.usable and len(window) >= 3:  # one seed and three values: a parabola, though nothing to judge it by
+        vertex = float(vertices(x, losses_XS.mean(1, keepdims=True))[0])
+        shift, why = (vertex, "") if isfinite(vertex) else (0.0, why)
+    resampled = np.empty(0)
+    if len(draws):
+        means_XB = losses_XS[:, draws].mean(2)
+        found_B = vertices(x, means_XB) if len(x) >= 3 else np.full(len(draws), nan)
+        resampled = x0 + np.where(np.isfinite(found_B), found_B, x[means_XB.argmin(0)])
+    return Optimum(x0 + shift, why, resampled)
+
+
+def _near_best(curve: Curve) -> list[float]:
+    """Indices near the best whose losses are all finite: within WINDOW_STEPS of the finest step and WINDOW_OCTAVES.
+
+    At least the next ones on both sides, however far, if their losses are finite.
+    """
+    at, x0 = curve.indices.index(curve.best), curve.grid.octaves(curve.best)
+    distances = [abs(curve.grid.octaves(index) - x0) for index in curve.indices]
+    step = min((distance for distance in distances if distance > 1e-9), default=0.0)
+    reach = min(WINDOW_STEPS * step, WINDOW_OCTAVES) + 1e-9
+    near = [index for i, index in enumerate(curve.indices) if abs(i - at) <= 1 or distances[i] <= reach]
+    return [index for index in near if isfinite(curve.mean(index))]

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import warnings
 from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Unpack
 
+import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from supar_cli.data import corpus
 from supar_cli.errors import InputError, SetupError, UnusableResult
-from supar_cli.experiments import samplers
 from supar_cli.experiments.statistics import Fit, fit_quadratic
+from supar_cli.files import Record
 from supar_cli.jobs import runs
-from supar_cli.jobs.local import Local
+from supar_cli.jobs.clusters import WorkerOptions, make_workers
 from supar_cli.jobs.queue import SharedStudy, Wanted, state_of
 from supar_cli.jobs.storage import RetryPolicy, absolute, redact_url
-from supar_cli.jobs.workers import Workers, make_workers
+from supar_cli.jobs.workers import Local, Workers
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Proxy, Search, Spec
@@ -32,19 +35,6 @@ from supar_cli.training.runtime import versions
 
 Values = dict[str, float]
 RUNS = "-runs"  # of the name of the study that keeps a study's extra runs
-
-
-@dataclass(slots=True)
-class Finalist:
-    """One of the best trials, run with several seeds; `losses` are validation losses in nats per token."""
-
-    trial: int
-    values: Values
-    losses: list[float]
-
-    @property
-    def mean(self) -> float:
-        return fmean(self.losses)
 
 
 def study_name(spec: Spec) -> str:
@@ -74,11 +64,8 @@ def tune(
     spec: Spec,
     study: str | Path = "proxy.journal",
     *,
-    jobs: int | None = None,
-    executor: str = "local",
-    executor_set: dict[str, Any] | None = None,
-    verbose: bool = False,
     reporter: Reporter | None = None,
+    **workers: Unpack[WorkerOptions],
 ) -> Proxy:
     """Tune a spec up to its number of trials, in a study that the same call continues; the proxy with its evidence.
 
@@ -88,10 +75,8 @@ def tune(
         raise InputError(f"{type(spec).__name__}: expected a Spec")
     spec = spec.model_copy(update={"data": corpus.identify(spec.data)})
     folder = Path("proxy" if "://" in str(study) else study).with_suffix(".slurm")
-    with make_workers(
-        executor, jobs=jobs, settings=executor_set, device=spec.run.device, folder=folder, verbose=verbose
-    ) as workers:
-        return search(spec, str(study), workers=workers, reporter=reporter or NullReporter())
+    with make_workers(device=spec.run.device, on_cpu=1, folder=folder, **workers) as ready:
+        return search(spec, str(study), workers=ready, reporter=reporter or NullReporter())
 
 
 def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter: Reporter) -> Proxy:
@@ -105,7 +90,7 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
     ranges, workers = spec.search.ranges(), workers or Local()
     if not ranges:
         raise InputError("search: no range is given; expected one of " + ", ".join(Search.SEARCHED))
-    samplers.SeededByTrialNumber(spec.search)
+    SeededByTrialNumber(spec.search)
     runs.require_runnable(_plan(spec, {}, spec.train.seed), device=workers.is_local)  # before a study is made
     tuning = _Tuning(spec, storage, workers, reporter)
     trials = tuning.run_trials()
@@ -115,14 +100,14 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
             f"all {len(trials)} trials diverged or were pruned; expected lower learning rates or init scales in search"
         )
     finalists = tuning.run_finalists(complete[: spec.search.finalists])
-    winner = min(finalists, key=lambda finalist: (finalist.mean, finalist.trial))
-    values, fit = dict(winner.values), None
+    winner = min(finalists, key=lambda finalist: (finalist["mean"], finalist["trial"]))
+    values, fit = {name: winner[name] for name in ranges}, None
     if "lr" in ranges and spec.search.lr_fit_octaves:
-        fit = tuning.fit_lr(winner)
-        values["lr"] = winner.values["lr"] * 2.0**fit.octaves
+        fit = tuning.fit_lr(values, winner["losses"])
+        values["lr"] = winner["lr"] * 2.0**fit.octaves
         if not fit.usable:
             reporter.warn(f"lr fit: {fit.why}; the best rate measured is taken, {values['lr']:.4g}")
-    evidence = _evidence(spec, storage, trials, finalists, winner, fit)
+    evidence = tuning.evidence(trials, finalists, winner, fit)
     update = {"evidence": evidence, "meta": {**spec.meta, "tuned_with": versions()}}
     return proxy_of(spec, values).model_copy(update=update)
 
@@ -153,7 +138,7 @@ def run_next(spec: Spec, storage: str, wanted: Wanted) -> FrozenTrial | None:
     None when none was left, or it was taken away. Raises what a bad spec raises.
     """
     study = SharedStudy(storage, study_name(spec) + ("" if isinstance(wanted, int) else RUNS), join=True)
-    study.study.sampler, study.study.pruner = samplers.SeededByTrialNumber(spec.search), samplers.make_pruner(spec)
+    study.study.sampler, study.study.pruner = SeededByTrialNumber(spec.search), _make_pruner(spec)
     trial = study.claim(wanted)
 
     def try_values(trial: optuna.Trial) -> float:
@@ -223,15 +208,18 @@ class _Tuning:
         found = {trial.user_attrs["run"]: trial.value for trial in study.counted()}
         return [[found[key] for key in row] for row in keys]
 
-    def run_finalists(self, best: list[FrozenTrial]) -> list[Finalist]:
-        """Run the best trials with further seeds. Raises UnusableResult when each diverges with one."""
+    def run_finalists(self, best: list[FrozenTrial]) -> list[Record]:
+        """Run the best trials with further seeds: trial, values, losses in nats a token, their mean.
+
+        Raises UnusableResult when each diverges with one.
+        """
         first = self.spec.train.seed
         seeds = range(first + 1, first + self.spec.search.seeds)
         finalists = []
         for trial, losses in zip(best, self.losses([t.params for t in best], seeds, "finalist run"), strict=True):
             finite = [loss for loss in (trial.value, *losses) if loss is not None]
             if len(finite) == self.spec.search.seeds:
-                finalists.append(Finalist(trial.number, trial.params, finite))
+                finalists.append({"trial": trial.number, **trial.params, "losses": finite, "mean": fmean(finite)})
             else:
                 self.reporter.warn(f"trial {trial.number} diverges with another seed; it is not a finalist")
         if not finalists:
@@ -239,30 +227,73 @@ class _Tuning:
             raise UnusableResult(f"{what}; expected lower learning rates in search.lr")
         return finalists
 
-    def fit_lr(self, winner: Finalist) -> Fit:
-        """Run the winner at other learning rates, and fit the losses over the rate."""
-        first, lr, octaves = self.spec.train.seed, winner.values["lr"], self.spec.search.lr_fit_octaves
+    def fit_lr(self, winner: Values, known: list[float]) -> Fit:
+        """Run the winner at other learning rates, and fit the losses over the rate; at its own they are known."""
+        first, octaves = self.spec.train.seed, self.spec.search.lr_fit_octaves
         seeds = range(first, first + self.spec.search.seeds)
-        losses = self.losses([{**winner.values, "lr": lr * 2.0**x} for x in octaves], seeds, "lr fit run")
-        points = [(0.0, seed, loss) for seed, loss in zip(seeds, winner.losses, strict=True)]
+        losses = self.losses([{**winner, "lr": winner["lr"] * 2.0**x} for x in octaves], seeds, "lr fit run")
+        points = [(0.0, seed, loss) for seed, loss in zip(seeds, known, strict=True)]
         for x, row in zip(octaves, losses, strict=True):
             points += [(x, seed, loss) for seed, loss in zip(seeds, row, strict=True) if loss is not None]
         return fit_quadratic(points)
 
+    def evidence(self, trials: list[FrozenTrial], finalists: list[Record], winner: Record, fit: Fit | None) -> Record:
+        """How the values were found, as proxy.yaml has it."""
+        search, states = self.spec.search, [state_of(trial) for trial in trials]
+        return {
+            "study": {"storage": redact_url(self.storage), "name": study_name(self.spec)},
+            **search.model_dump(include={"sampler", "pruner", "seed"}),
+            "ranges": {name: list(bounds) for name, bounds in search.ranges().items()},
+            "trials": {state: states.count(state) for state in ("complete", "pruned", "diverged")},
+            "finalists": [{**finalist, "chosen": finalist is winner} for finalist in finalists],
+            "lr_fit": fit and fit.evidence(winner["lr"]),
+        }
 
-def _evidence(
-    spec: Spec, storage: str, trials: list[FrozenTrial], finalists: list[Finalist], winner: Finalist, fit: Fit | None
-) -> dict[str, Any]:
-    states = [state_of(trial) for trial in trials]
-    return {
-        "study": {"storage": redact_url(storage), "name": study_name(spec)},
-        "sampler": spec.search.sampler,
-        "pruner": spec.search.pruner,
-        "seed": spec.search.seed,
-        "ranges": {name: list(bounds) for name, bounds in spec.search.ranges().items()},
-        "trials": {state: states.count(state) for state in ("complete", "pruned", "diverged")},
-        "finalists": [
-            {"trial": f.trial, **f.values, "losses": f.losses, "mean": f.mean, "chosen": f is winner} for f in finalists
-        ],
-        "lr_fit": None if fit is None else fit.evidence(winner.values["lr"]),
-    }
+
+class SeededByTrialNumber(optuna.samplers.RandomSampler):  # type: ignore[misc]
+    """A search's sampler, made anew for each trial from (search seed, trial number).
+
+    Numbers are given out once by the study's storage, so no two processes draw the same proposal, and a study that is
+    continued draws what it would have drawn. Raises SetupError when the sampler needs a package that is missing.
+    """
+
+    def __init__(self, search: Search) -> None:
+        if search.sampler in ("qmc", "gp") and importlib.util.find_spec("scipy") is None:
+            raise SetupError(f"search.sampler: {search.sampler} needs scipy: pip install scipy")
+        super().__init__()
+        self._search = search
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = _make_sampler(self._search, trial.number)
+        sampler.before_trial(study, trial)
+        for asked in ("infer_relative_search_space", "sample_relative", "sample_independent", "after_trial"):
+            setattr(self, asked, getattr(sampler, asked))
+
+
+def _make_sampler(search: Search, number: int) -> optuna.samplers.BaseSampler:
+    seed = int(np.random.SeedSequence([search.seed, number]).generate_state(1)[0])
+    if search.sampler == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    if search.sampler == "qmc":
+        # one sequence for the study; Optuna's own place in it, an attribute of the study, is not safe from races
+        first = optuna.samplers.RandomSampler(seed=seed)
+        sampler = optuna.samplers.QMCSampler(
+            seed=search.seed, scramble=True, independent_sampler=first, warn_independent_sampling=False
+        )
+        sampler._find_sample_id = lambda study, space: number
+        return sampler
+    if search.sampler == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+    return optuna.samplers.GPSampler(seed=seed)
+
+
+def _make_pruner(spec: Spec) -> optuna.pruners.BasePruner:
+    """Stops a trial at an evaluation that is worse than the others' were at that step."""
+    if spec.search.pruner == "median":
+        # chosen: five trials to compare with, and a quarter of the run before the learning rates can be told apart
+        return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=spec.train.steps // 4)
+    if spec.search.pruner == "halving":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, spec.train.steps // 8), reduction_factor=2)
+    return optuna.pruners.NopPruner()

@@ -82,7 +82,7 @@ def student_t975(freedom: int) -> float:
 
 RESAMPLES = 2000  # chosen: the 2.5 % quantile then rests on 50 of them
 
-Interval = tuple[float, float]
+Interval = list[float]  # low, high
 
 
 def resample(count: int) -> np.ndarray:
@@ -93,10 +93,7 @@ def resample(count: int) -> np.ndarray:
 
 def interval(resampled: np.ndarray) -> Interval | None:
     """95 % of the resampled values; None of no values."""
-    if not len(resampled):
-        return None
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return float(low), float(high)
+    return np.quantile(resampled, [0.025, 0.975]).tolist() if len(resampled) else None
 
 
 def vertices(x: np.ndarray, y_XB: np.ndarray) -> np.ndarray:
@@ -122,30 +119,16 @@ def standard_error(values: Sequence[float]) -> float | None:
     return sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
-@dataclass(frozen=True, slots=True)
-class Slopes:
-    """Least-squares slopes of log2(size) against log2 of what it may depend on, for R seeds, S steps and N names: (R, S, N)."""
+def log_slopes(log_RZSN: NDArray[np.float64], at: list[float]) -> NDArray[np.float64]:
+    """Least-squares slopes of log2(size) at Z points against log2 of the points, for R seeds, S steps and N names: (R, S, N)."""
+    x_Z = np.log2(at) - np.mean(np.log2(at))
+    return np.tensordot(log_RZSN, x_Z / (x_Z @ x_Z), axes=(1, 0))
 
-    slope_RSN: NDArray[np.float64]
 
-    @classmethod
-    def fit(cls, log_RZSN: NDArray[np.float64], at: list[float]) -> Slopes:
-        """From the sizes' logs at Z points."""
-        x_Z = np.log2(at) - np.mean(np.log2(at))
-        return cls(np.tensordot(log_RZSN, x_Z / (x_Z @ x_Z), axes=(1, 0)))
-
-    @property
-    def mean_SN(self) -> NDArray[np.float64]:
-        return np.asarray(self.slope_RSN.mean(axis=0))
-
-    def over_steps(self) -> Slopes:
-        """Their means over the steps that have numbers, as those of a single step."""
-        return Slopes(np.ma.masked_invalid(self.slope_RSN).mean(axis=1, keepdims=True).filled(np.nan))
-
-    def half_width(self, step: int, name: int) -> float:
-        """Half the width of a slope's 95 % interval over seeds; infinite for one seed."""
-        freedom = len(self.slope_RSN) - 1
-        if not freedom:
-            return inf
-        quantile = {1: 12.706, 2: 4.303}.get(freedom) or student_t975(freedom)
-        return quantile * float(self.slope_RSN[:, step, name].std(ddof=1)) / sqrt(freedom + 1)
+def half_widths(values_RSN: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Half the widths of the 95 % intervals of means over R seeds: (S, N); infinite for one seed."""
+    freedom = len(values_RSN) - 1
+    if not freedom:
+        return np.full(values_RSN.shape[1:], inf)
+    quantile = {1: 12.706, 2: 4.303}.get(freedom) or student_t975(freedom)
+    return np.asarray(quantile * values_RSN.std(axis=0, ddof=1) / sqrt(freedom + 1))

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from supar_cli.data import corpus
 from supar_cli.errors import InputError, UnusableResult
 from supar_cli.experiments.curves import Curve, first_of, measure_curves
-from supar_cli.experiments.optima import SHORT
-from supar_cli.experiments.sweep_views import comparison, curves_figure, transfer
+from supar_cli.experiments.sweep_views import SHORT, comparison, curves_figure, transfer
 from supar_cli.files import Record, naming_write_errors, template, write_file
 from supar_cli.jobs import runs
-from supar_cli.jobs.workers import CPU_JOBS, Workers, make_workers
+from supar_cli.jobs.clusters import WorkerOptions, make_workers
 from supar_cli.planning import document
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy, Spec
@@ -26,51 +23,28 @@ from supar_cli.reporting.result import Result, finite, fraction
 from supar_cli.training.reporter import NullReporter, Reporter
 
 
-@dataclass(frozen=True, slots=True)
-class Preset:
-    """What a command asks of a study: whose optima are searched (by default all), and what its result shows."""
-
-    kind: str
-    folder: str
-    views: Callable[[Sweep, list[Curve]], Record]
-    searched: tuple[str, ...] = ()
-    title: str = ""  # after the study's own
-
-
-SWEEP = Preset("supar.sweep-result/v1", "sweeps", transfer)
-COMPARED = ": SP, μP and SμPar at transferred hyperparameters"
-COMPARE = Preset("supar.compare-result/v1", "compare", comparison, searched=("sp",), title=COMPARED)
-
-
 def sweep(
     study: Sweep,
     out: str | Path | None = None,
     *,
-    jobs: int | None = None,
-    executor: str = "local",
-    executor_set: dict[str, Any] | None = None,
-    verbose: bool = False,
     force: bool = False,
     reporter: Reporter | None = None,
+    **workers: Unpack[WorkerOptions],
 ) -> Record:
     """Sweep a hyperparameter at the study's sizes and judge whether its optimum transfers: the result document.
 
     `out` is the folder of its records, by default `sweeps/NAME`; no finished run is made again. Raises SuparError.
     """
-    how = {"executor": executor, "jobs": jobs, "settings": executor_set, "verbose": verbose}
-    return _run(SWEEP, study, out, force, reporter or NullReporter(), how)
+    return _run("sweep", study, out, force, reporter, workers)
 
 
 def compare(
     study: Sweep,
     out: str | Path | None = None,
     *,
-    jobs: int | None = None,
-    executor: str = "local",
-    executor_set: dict[str, Any] | None = None,
-    verbose: bool = False,
     force: bool = False,
     reporter: Reporter | None = None,
+    **workers: Unpack[WorkerOptions],
 ) -> Record:
     """Compare parameterizations at one value of a hyperparameter, and SP re-tuned at every size: the result document.
 
@@ -78,38 +52,32 @@ def compare(
     (what people do); and its value re-tuned at every size (what nobody can afford, and the fair comparison of what is
     possible). `out` is the folder of its records, by default `compare/NAME`. Raises SuparError.
     """
-    how = {"executor": executor, "jobs": jobs, "settings": executor_set, "verbose": verbose}
-    return _run(COMPARE, study, out, force, reporter or NullReporter(), how)
+    return _run("compare", study, out, force, reporter, workers)
 
 
 def _run(
-    preset: Preset, study: Sweep, out: str | Path | None, force: bool, reporter: Reporter, how: dict[str, Any]
+    kind: str, study: Sweep, out: str | Path | None, force: bool, reporter: Reporter | None, options: WorkerOptions
 ) -> Record:
     """Make the runs that the folder has no record of yet, judge, draw and write."""
     if not isinstance(study, Sweep):
         raise InputError(f"{type(study).__name__}: expected a Sweep")
-    if preset is COMPARE:
+    if is_comparison := kind == "compare":
         require_comparison(study)
-    study = corpus.with_hash(study)
+    study, reporter = corpus.with_hash(study), reporter or NullReporter()
     first, *_ = plan_all(study)
-    folder = Path(out or f"{preset.folder}/{study.name}")
-    with _workers(study.run.device, folder, **how) as ready:
-        runs.require_runnable(first, device=ready.is_local)
+    folder = Path(out or f"{'compare' if is_comparison else 'sweeps'}/{study.name}")
+    with make_workers(device=study.run.device, folder=folder / "slurm", **options) as workers:
+        runs.require_runnable(first, device=workers.is_local)
         runs.open_study_folder(folder, study.identity(exclude={"run", "meta"}), force)
-        curves = measure_curves(study, folder, ready, reporter, preset.searched)
+        curves = measure_curves(study, folder, workers, reporter, ("sp",) if is_comparison else study.parameterizations)
     result = Result(
-        kind=preset.kind,
-        title=(study.title or study.name) + preset.title,
+        kind=f"supar.{kind}-result/v1",
         parents={"sweep": study.hash()},
-        environment=runs.environment(ready),
-        **{"sweep": study.model_dump(), **preset.views(study, curves)},
+        environment=runs.environment(workers),
+        **{"sweep": study.model_dump(), **(comparison if is_comparison else transfer)(study, curves)},
     )
     figures.write_result(result, folder, reporter.log)
     return result.document()
-
-
-def _workers(device: str, folder: Path, executor: str = "local", **how: Any) -> Workers:
-    return make_workers(executor, device=device, on_cpu=CPU_JOBS, folder=folder / "slurm", **how)
 
 
 # octaves from the proxy's rate; WIDEN: beyond them, a factor of a thousand from the transferred rate
@@ -138,7 +106,7 @@ def demo(
     spec = _demo_spec(data, steps, trials, device)
     with naming_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with _workers(spec.run.device, folder, jobs=jobs, verbose=verbose) as ready:
+    with make_workers(device=spec.run.device, jobs=jobs, verbose=verbose) as ready:
         shape = f"width {spec.model.width}, {spec.model.layers} layers, {steps} steps on {spec.data.source}"
         reporter.log(f"1. Tuning a dense proxy: {shape}.")
         proxy = search.search(spec, str(folder / "proxy.journal"), workers=ready, reporter=reporter)

@@ -1,16 +1,20 @@
-"""What the results of sweeps and comparisons show of measured curves: data, tables and figures."""
+"""What the results of sweeps and comparisons show of measured curves: data, verdicts, tables and figures."""
 
 from __future__ import annotations
 
-from math import inf, isfinite
+from math import inf, isfinite, isinf, isnan, log2
 from typing import Any
 
-from supar_cli.experiments.curves import Curve, first_of
-from supar_cli.experiments.optima import ParameterizationResult, summarize, verdicts
-from supar_cli.experiments.statistics import RESAMPLES, Interval, standard_error
-from supar_cli.planning.sweep import Level, Sweep
-from supar_cli.reporting.result import NAMES, TITLES, Figure, Line, Panel, Table, finite, fraction, loss_figure
+import numpy as np
 
+from supar_cli.experiments.curves import Curve, Optimum, find_optimum, first_of
+from supar_cli.experiments.statistics import Interval, interval, resample, slope, standard_error
+from supar_cli.planning.sweep import Level, Sweep
+from supar_cli.reporting.result import NAMES, TITLES, Figure, Line, Panel, Table, Verdict, finite, fraction, loss_figure
+
+MAX_DRIFT, MAX_SHIFT_OCTAVES, MAX_REGRET = 0.15, 0.5, 0.005  # the pass marks, of SPEC and README
+
+SHORT = {**TITLES, "sp": "SP", "supar-lr-only": "SμPar's rate only"}
 SUPAR = TITLES["supar"]
 DENSE, RETUNED = "SP, tuned dense", "SP, re-tuned"  # SP's loss at its best value of the first size, and of each size
 
@@ -19,14 +23,16 @@ Data = dict[str, Any]
 
 def transfer(sweep: Sweep, curves: list[Curve]) -> Data:
     """The parts of a sweep's result: does the optimum of each parameterization stay where it is?"""
-    found = summarize(sweep, curves)
-    arms = [_arm(one, sweep.tuned) for one in found]
+    draws = resample(sweep.seeds)  # common to all, as their seeds are
+    by_name = [[curve for curve in curves if curve.name == name] for name in sweep.parameterizations]
+    arms = [_arm(sweep, own, draws) for own in by_name]
     return {
-        "verdicts": [verdict for one in found for verdict in verdicts(one)],
-        "tables": [_optimum_table(sweep, one, arm["levels"]) for one, arm in zip(found, arms, strict=True)],
-        "figures": [curves_figure(sweep, curves), _optimum_figure(sweep, found)],
+        "title": sweep.title or sweep.name,
+        "verdicts": [verdict for arm, own in zip(arms, by_name, strict=True) for verdict in _verdicts(arm, own)],
+        "tables": [_optimum_table(sweep, arm) for arm in arms],
+        "figures": [curves_figure(sweep, curves), _optimum_figure(sweep, arms)],
         "arms": arms,
-        "resamples": RESAMPLES if sweep.seeds > 1 else 0,
+        "resamples": len(draws),
     }
 
 
@@ -34,43 +40,89 @@ def comparison(sweep: Sweep, curves: list[Curve]) -> Data:
     """The parts of a comparison's result: losses at the proxy's value of the hyperparameter, and SP's at its own."""
     rows = [_compare([curve for curve in curves if curve.level == level], curves) for level in sweep.levels]
     tables, figures = _comparison_tables(rows, sweep.levels[0].measure), [_comparison_figure(rows, sweep.levels)]
-    return {"verdicts": [], "tables": tables, "figures": figures, "levels": rows}
+    title = f"{sweep.title or sweep.name}: SP, μP and SμPar at transferred hyperparameters"
+    return {"title": title, "verdicts": [], "tables": tables, "figures": figures, "levels": rows}
 
 
-def _arm(one: ParameterizationResult, tuned: str) -> Data:
-    """A parameterization as result.json has it."""
+def _arm(sweep: Sweep, curves: list[Curve], draws: np.ndarray) -> Data:
+    """A parameterization as result.json has it, its sizes in order; drift is the slope of log2(optimum) on log2(size)."""
+    optima = [find_optimum(curve, draws) for curve in curves]
+    octaves, resampled = [optimum.octaves for optimum in optima], [optimum.resampled for optimum in optima]
+    drift = drift_interval = None
+    if len(curves) > 1:
+        sizes = np.array([log2(curve.level.scale) for curve in curves])
+        drift = float(slope(sizes, np.array(octaves)[:, None])[0])
+        drift_interval = interval(slope(sizes, np.array(resampled))) if all(map(len, resampled)) else None
     return {
-        "parameterization": one.name,
-        "control": one.is_control,
-        "drift": one.drift,
-        "drift_ci95": one.drift_interval and list(one.drift_interval),
-        "shift_octaves": one.shift_octaves,
-        "levels": [_level(one, i, tuned) for i in range(len(one.curves))],
+        "parameterization": curves[0].name,
+        "control": not is_subject(sweep, curves[0].name),
+        "drift": drift,
+        "drift_ci95": drift_interval,
+        "shift_octaves": max(octaves) - min(octaves),
+        "levels": [
+            _level(sweep.tuned, curve, optimum, curves[0].best, octaves[0])
+            for curve, optimum in zip(curves, optima, strict=True)
+        ],
     }
 
 
-def _level(one: ParameterizationResult, i: int, tuned: str) -> Data:
-    """A size: its optimum and interval, its losses in nats a token, the regret of the first size's value."""
-    curve, optimum = one.curves[i], one.optima[i]
-    loss, reused = curve.mean(curve.best), curve.mean(one.curves[0].best)
+def is_subject(sweep: Sweep, name: str) -> bool:
+    """Whether a parameterization's optimum is to hold over the study's sizes; if not, it is a control."""
+    if sweep.level_axis == "layers" and sweep.parameterization.depth_rule == "none":
+        return False
+    if any(level.density != sweep.levels[0].density for level in sweep.levels):
+        return name == "supar"
+    return name != "sp"
+
+
+def _verdicts(arm: Data, curves: list[Curve]) -> list[Verdict]:
+    """Three of a parameterization at several sizes; `passed` is None where an optimum isn't bracketed."""
+    drift, shift, is_control = arm["drift"], arm["shift_octaves"], arm["control"]
+    if drift is None:
+        return []
+    regrets = [curve.regret(curves[0].best) for curve in curves]
+    worst = max(regrets, key=lambda value: inf if isnan(value) else value)
+    between = "" if arm["drift_ci95"] is None else " [{:+.3f}, {:+.3f}]".format(*arm["drift_ci95"])
+    lost = "diverged" if worst == inf else "unknown" if isnan(worst) else f"{100 * worst:.2f} %"
+    marks = {
+        "drift": (abs(drift) < MAX_DRIFT, f"γ = {drift:+.3f}{between}; |γ| < {MAX_DRIFT:g}"),
+        "shift": (shift < MAX_SHIFT_OCTAVES, f"at most {shift:.2f} octaves; < {MAX_SHIFT_OCTAVES:g}"),
+        "regret": (worst < MAX_REGRET, f"at most {lost}; < {100 * MAX_REGRET:g} %"),
+    }
+    outer = [f"{curve.level.axis} {curve.level.value:g}" for curve in curves if not curve.bracketed]
+    found = []
+    for what, (is_met, text) in marks.items():
+        passed: bool | None = is_met
+        if outer or (what == "regret" and isnan(worst)):
+            passed = None
+            text += f" (unknown: no inner optimum at {', '.join(outer)})" if outer else " (unknown: a run failed)"
+        elif is_control:
+            text += " (a control, yet it holds here)" if is_met else " (a control, misses it as it should)"
+        found.append(Verdict(what=f"{SHORT[curves[0].name]}: {what}", passed=passed, control=is_control, text=text))
+    return found
+
+
+def _level(tuned: str, curve: Curve, optimum: Optimum, first_best: float, first_octaves: float) -> Data:
+    """A size: its optimum and interval, its losses in nats a token, the regret of the first size's best value."""
+    loss, reused = curve.mean(curve.best), curve.mean(first_best)
     return {
-        "parameterization": one.name,
+        "parameterization": curve.name,
         "density": curve.level.density,
         "width": curve.level.width,
         "layers": curve.level.layers,
         "optimum": 2.0**optimum.octaves,
-        "optimum_ci95": optimum.bounds and list(optimum.bounds),
+        "optimum_ci95": optimum.bounds,
         "fitted": not optimum.why,
         "why": optimum.why,
-        "shift_octaves": optimum.octaves - one.optima[0].octaves,
+        "shift_octaves": optimum.octaves - first_octaves,
         "best_measured": curve.grid.value(curve.best),
         "bracketed": curve.bracketed,
         "loss_at_best": finite(loss),
         "loss_at_first": finite(reused),
         "regret_nats": finite(reused - loss),
-        "regret": finite(one.regrets[i]),
-        "diverged": curve.diverged,
-        "failed": curve.failed,
+        "regret": finite(curve.regret(first_best)),
+        "diverged": curve.count_runs(isinf),
+        "failed": curve.count_runs(isnan),
         "losses": [
             {tuned: curve.grid.value(index), "mean": finite(curve.mean(index)), "by_seed": _by_seed(curve, index)}
             for index in curve.indices
@@ -86,16 +138,16 @@ def _table(title: str, rows: list[dict[str, str]]) -> Table:
     return Table(title=title, columns=list(rows[0]), rows=[list(row.values()) for row in rows])
 
 
-def _optimum_table(sweep: Sweep, one: ParameterizationResult, levels: list[Data]) -> Table:
+def _optimum_table(sweep: Sweep, arm: Data) -> Table:
     """Optima and losses by size; at most 80 columns wide."""
     rows = []
-    for curve, level in zip(one.curves, levels, strict=True):
+    for size, level in zip(sweep.levels, arm["levels"], strict=True):
         between = level["optimum_ci95"]
         notes = [f"{level['width']} wide" if sweep.iso != "none" else ""]
         notes += ["" if level["bracketed"] else "at the edge", "" if level["fitted"] else "no fit"]
         notes += [f"{level[key]} {key}" for key in ("diverged", "failed") if level[key]]
         row = {
-            curve.level.measure: _size(curve.level),
+            size.measure: _size(size),
             f"best {sweep.tuned}": f"{level['optimum']:.3g}",
             "95 % interval": "one seed" if between is None else "{:.3g} … {:.3g}".format(*between),
             "octaves": f"{level['shift_octaves']:+.2f}",
@@ -105,7 +157,7 @@ def _optimum_table(sweep: Sweep, one: ParameterizationResult, levels: list[Data]
             "": ", ".join(filter(None, notes)),
         }
         rows.append(row)
-    return _table(TITLES[one.name] + (", control" if one.is_control else ""), rows)
+    return _table(TITLES[arm["parameterization"]] + (", control" if arm["control"] else ""), rows)
 
 
 def _size(level: Level) -> str:
@@ -132,13 +184,12 @@ def curves_figure(sweep: Sweep, curves: list[Curve]) -> Figure:
     return loss_figure(title, f"{word} of the proxy", panels)
 
 
-def _optimum_figure(sweep: Sweep, found: list[ParameterizationResult]) -> Figure:
+def _optimum_figure(sweep: Sweep, arms: list[Data]) -> Figure:
     """The optimum over density (or width, or depth), with its interval over seeds: level where it transfers."""
-    lines = []
-    for one in found:
-        scales = [curve.level.scale for curve in one.curves]
-        points = [(2.0**optimum.octaves, optimum.bounds) for optimum in one.optima]
-        lines.append(_banded(TITLES[one.name], dict(zip(scales, points, strict=True))))
+    lines, scales = [], [level.scale for level in sweep.levels]
+    for arm in arms:
+        points = [(level["optimum"], level["optimum_ci95"]) for level in arm["levels"]]
+        lines.append(_banded(TITLES[arm["parameterization"]], dict(zip(scales, points, strict=True))))
     measure, best = sweep.levels[0].measure, f"best {NAMES.get(sweep.tuned, sweep.tuned)}"
     title = f"{best.capitalize()} over {measure}; bands are 95 % intervals over seeds"
     panel = Panel(title=best, vertical=None, lines=lines)
@@ -215,7 +266,7 @@ def _comparison_figure(rows: list[Data], levels: list[Level]) -> Figure:
         points: dict[float, tuple[float | None, Interval | None]] = {}
         for level, row in zip(levels, rows, strict=True):
             loss, error = row["cells"][name]["loss"], row["cells"][name]["standard_error"]
-            points[level.scale] = loss, None if error is None else (loss - error, loss + error)
+            points[level.scale] = loss, None if error is None else [loss - error, loss + error]
         lines.append(_banded(name, points))
     title = "Loss at transferred hyperparameters, and SP's with its rate re-tuned at every size"
     panel = Panel(title="the same hyperparameters at every size", vertical=None, lines=lines)

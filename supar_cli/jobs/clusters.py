@@ -1,4 +1,4 @@
-"""Calls made on other machines: as tasks of a Ray cluster, or as jobs of Slurm by way of submitit."""
+"""Who makes the runs: processes of this machine, tasks of a Ray cluster, or jobs of Slurm by way of submitit."""
 
 from __future__ import annotations
 
@@ -15,19 +15,33 @@ import time
 from collections.abc import Collection
 from contextlib import ExitStack, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, TypedDict
 
 import torch
 
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import naming_write_errors
-from supar_cli.jobs.calls import POLL_S, Answer, Call, Function, WorkerDied, Workers, capture_call
+from supar_cli.jobs import workers
+from supar_cli.jobs.workers import Answer, Call, Function, Workers
 
+CPU_JOBS = min(8, os.cpu_count() or 1)  # chosen: of a study's runs on a CPU, one a core; more than 8 are rarely meant
 SLURM_JOBS = 8  # chosen: a search's trials in a few rounds, and no more than most sites let one user run
 LARGEST_ARRAY = 1000  # chosen: what Slurm takes unless its MaxArraySize says otherwise
 SLURM_MINUTES = 60  # chosen: a trial takes minutes; Slurm ends what takes longer than it said
 ANSWER_S = 5.0  # chosen: for a cluster's head to accept a connection
 CANCEL_S = 5.0  # chosen: for tasks that were interrupted to requeue their trials
+
+
+class WorkerOptions(TypedDict, total=False):
+    """Who makes the runs, as every function that makes some takes it: `jobs` at a time, by `executor` with its settings.
+
+    By default by processes of this machine. `verbose`: show what a Ray cluster says.
+    """
+
+    jobs: int | None
+    executor: str
+    executor_set: dict[str, Any] | None
+    verbose: bool
 
 
 def _require_package(executor: str, package: str) -> None:
@@ -55,8 +69,6 @@ class Ray(Workers):
 
     Where none of them runs one is started here, for as long as this process lives.
     """
-
-    is_local: ClassVar[bool] = False
 
     def __init__(self, jobs: int | None, settings: dict[str, Any], device: str, verbose: bool) -> None:
         _require_package("ray", "ray")
@@ -94,14 +106,13 @@ class Ray(Workers):
         return [self._task.remote(os.getcwd(), function, call) for call in calls]
 
     def wait(self, handles: list[Any]) -> list[Any]:
-        ready: list[Any] = self._ray.wait(handles, timeout=POLL_S)[0]
-        return ready
+        return list(self._ray.wait(handles, timeout=workers.POLL_S)[0])
 
     def answer(self, handle: Any) -> Answer:
         try:
             found: Answer = self._ray.get(handle)
         except self._ray.exceptions.RayError as error:
-            raise WorkerDied(" ".join(str(error).split())) from None
+            raise workers.WorkerDied(" ".join(str(error).split())) from None
         return found
 
     def cancel(self, handles: list[Any]) -> None:
@@ -122,12 +133,12 @@ class Slurm(Workers):
     for where the device is `cuda`. For tests, `cluster` is `local`: submitit runs the jobs on this machine.
     """
 
-    is_local: ClassVar[bool] = False
-
     def __init__(
         self, jobs: int | None, settings: dict[str, Any], device: str, folder: Path, cluster: str = "slurm"
     ) -> None:
         super().__init__(jobs or SLURM_JOBS)
+        if cluster == "slurm":
+            self.max_in_flight = LARGEST_ARRAY  # Slurm has them wait
         _require_package("slurm", "submitit")
         import submitit
 
@@ -136,9 +147,8 @@ class Slurm(Workers):
         minutes = options.pop("time", SLURM_MINUTES)
         if not isinstance(minutes, int) or minutes < 1:
             raise InputError(f"--executor-set time={minutes}: expected minutes, as a whole number")
-        if _wants_gpu(device, torch.cuda.is_available()) and not {"gres", "gpus_per_node", "gpus_per_task"} & set(
-            options
-        ):
+        is_gpu_asked = options.keys() & {"gres", "gpus_per_node", "gpus_per_task"}
+        if _wants_gpu(device, torch.cuda.is_available()) and not is_gpu_asked:
             options["gpus_per_node"] = 1
         if cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
             raise SetupError("--executor slurm: no sbatch and srun here; expected a machine that submits to Slurm")
@@ -148,10 +158,6 @@ class Slurm(Workers):
         self._executor = submitit.AutoExecutor(folder=folder.absolute(), cluster=cluster)
         self._executor.update_parameters(timeout_min=minutes, **{f"slurm_{key}": options[key] for key in options})
 
-    @property
-    def max_in_flight(self) -> int:
-        return self.jobs if self._executor.cluster == "local" else LARGEST_ARRAY  # Slurm has them wait
-
     def submit(self, function: Function, calls: list[Call]) -> list[Any]:
         columns = zip(*((os.getcwd(), function, call) for call in calls), strict=True)
         try:
@@ -160,7 +166,7 @@ class Slurm(Workers):
             raise SetupError(f"--executor slurm: sbatch refuses: {' '.join(str(error).split())}") from None
 
     def wait(self, handles: list[Any]) -> list[Any]:
-        time.sleep(POLL_S)
+        time.sleep(workers.POLL_S)
         return [job for job in handles if job.done()]  # submitit asks Slurm itself at most once a minute
 
     def answer(self, handle: Any) -> Answer:
@@ -172,7 +178,7 @@ class Slurm(Workers):
             raise SetupError(f"--executor slurm: {what}; see {handle.paths.stderr}") from None
         except self._errors.UncompletedJobError:
             how = f"job {handle.job_id} ended without an answer ({handle.state})"
-            raise WorkerDied(f"{how}; see {handle.paths.stderr}") from None
+            raise workers.WorkerDied(f"{how}; see {handle.paths.stderr}") from None
         return found
 
     def cancel(self, handles: list[Any]) -> None:
@@ -205,4 +211,32 @@ def _call_in_folder(folder: str, function: Function, call: Call) -> Answer:
     """Make a call in the folder of the process that asks for it, where this machine has it: paths may be relative."""
     with suppress(OSError):
         os.chdir(folder)
-    return capture_call(function, call)
+    return workers.capture_call(function, call)
+
+
+def make_workers(
+    executor: str = "local",
+    *,
+    jobs: int | None = None,
+    executor_set: dict[str, Any] | None = None,
+    verbose: bool = False,
+    device: str = "auto",
+    on_cpu: int = CPU_JOBS,
+    folder: Path = Path("."),
+) -> Workers:
+    """Workers of an executor. `device` is the plans'; `folder`, for Slurm's files, must be shared with its nodes.
+
+    Default of `jobs`: one a GPU on CUDA, else `on_cpu` here, one a core of a Ray cluster, `clusters.SLURM_JOBS` of Slurm.
+    Raises InputError for an unknown executor or setting, SetupError for a missing package or cluster.
+    """
+    settings = executor_set or {}
+    if executor == "ray":
+        return Ray(jobs, settings, device, verbose)
+    if executor == "slurm":
+        return Slurm(jobs, settings, device, folder)
+    if executor != "local":
+        raise InputError(f"--executor {executor}: expected local, ray or slurm")
+    for key in settings:
+        raise InputError(f"--executor-set {key}: the local executor has no settings")
+    devices = workers.visible_devices(device)
+    return workers.Local(jobs or len(devices) or (1 if device.startswith("cuda") else on_cpu), devices)

@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from supar_cli.errors import SetupError, SuparError, UnusableResult
-from supar_cli.jobs.calls import POLL_S, WorkerFailure, Workers
 from supar_cli.jobs.storage import RetryPolicy, open_study
+from supar_cli.jobs.workers import POLL_S, WorkerFailure, Workers
 from supar_cli.training.reporter import Reporter
 
 HEARTBEAT_S = 15.0  # chosen: a line in a journal or a row updated four times a minute costs nothing beside training
@@ -31,7 +31,7 @@ STALE_AFTER_S = 90.0  # chosen: six beats missed; a machine that swaps or a disk
 MAX_REQUEUES = 3  # chosen: a trial that takes its process down each time is not what killed a whole cluster three times
 REPORT_EVERY_S = 60.0  # chosen: rare enough for a log, often enough to see what a command waits for
 
-PENDING = (TrialState.WAITING, TrialState.RUNNING)
+Asked = dict[str, float] | str  # the values of a trial, or the name of a run
 Wanted = int | Collection[str]
 
 
@@ -56,12 +56,17 @@ def describe_trial(trial: FrozenTrial) -> str:
 
 
 def _is_pending_or_counted(trial: FrozenTrial) -> bool:
-    return trial.state in PENDING or is_counted(trial)
+    return not trial.state.is_finished() or is_counted(trial)
 
 
 def _identity(trial: FrozenTrial) -> Any:
     """What a trial was queued for, None of one that a sampler fills in."""
     return run_of(trial) or trial.system_attrs.get("fixed_params")
+
+
+def _known(trials: Iterable[FrozenTrial]) -> list[Any]:
+    """What trials were queued for, and their values."""
+    return [one for trial in trials for one in (_identity(trial), trial.params)]
 
 
 def machine() -> str:
@@ -98,27 +103,22 @@ class SharedStudy:
         self._seen: dict[int, tuple[Any, float, float]] = {}
 
     def trials(self) -> list[FrozenTrial]:
-        found: list[FrozenTrial] = self.study.get_trials(deepcopy=False)
-        return found
+        return list(self.study.get_trials(deepcopy=False))
 
     def counted(self) -> list[FrozenTrial]:
         return [trial for trial in self.trials() if is_counted(trial)]
 
-    def queue(self, params: dict[str, float], **attributes: Any) -> None:
-        """Let the next process that claims a trial take this one. A second one of the same will be withdrawn."""
-        self.study.enqueue_trial(params, attributes)
+    def queue(self, asked: Asked, **attributes: Any) -> None:
+        """Let the next process that claims a trial take these values or this run. A second one of the same is withdrawn."""
+        params, run = ({}, {"run": asked}) if isinstance(asked, str) else (asked, {})
+        self.study.enqueue_trial(params, {**run, **attributes})
 
-    def queue_once(self, params: dict[str, float]) -> None:
-        """Queue a trial unless an equal one has counted or still may."""
-        if not any(params in (_identity(t), t.params) for t in self.trials() if _is_pending_or_counted(t)):
-            self.queue(params)
-
-    def queue_runs(self, runs: Collection[str]) -> None:
-        """Queue the runs that have not ended and that nobody has queued or makes."""
-        known = {run_of(trial) for trial in self.trials() if _is_pending_or_counted(trial)}
-        for run in runs:
-            if run not in known:
-                self.queue({}, run=run)
+    def queue_once(self, *asked: Asked) -> None:
+        """Queue values and runs of which no trial has ended, runs or waits."""
+        known = _known(filter(_is_pending_or_counted, self.trials()))
+        for one in asked:
+            if one not in known:
+                self.queue(one)
 
     def missing(self, wanted: Wanted) -> tuple[int, list[FrozenTrial]]:
         """How many trials or runs have not ended, and the trials that are some of them and run."""
@@ -155,7 +155,7 @@ class SharedStudy:
         trials = self.trials()
         own = _identity(trials[trial.number])
         earlier = [t for t in trials[: trial.number] if _is_pending_or_counted(t)]
-        if own is not None and any(own in (_identity(t), t.params) for t in earlier):
+        if own is not None and own in _known(earlier):
             return "an earlier trial is the same"
         if isinstance(wanted, int):
             return "the study has its trials" if len(earlier) >= wanted else ""
@@ -213,10 +213,9 @@ class SharedStudy:
             self.study.tell(trial.number, state=TrialState.FAIL)
         except (optuna.exceptions.UpdateFinishedTrialError, ValueError):
             return False
-        run, again = run_of(trial), trial.user_attrs.get("again", 0) + died
-        params = {} if run else _identity(trial) or trial.params
-        if not is_counted(trial) and (run or params) and again <= MAX_REQUEUES:
-            self.queue(params, again=again, **({"run": run} if run else {}))
+        asked, again = _identity(trial) or trial.params, trial.user_attrs.get("again", 0) + died
+        if not is_counted(trial) and asked and again <= MAX_REQUEUES:
+            self.queue(asked, again=again)
         return True
 
     def run_until_complete(
@@ -232,7 +231,7 @@ class SharedStudy:
             while True:
                 self._report_requeued(reporter)
                 if not isinstance(wanted, int):
-                    self.queue_runs(wanted)
+                    self.queue_once(*wanted)
                 missing, running = self.missing(wanted)
                 if missing <= 0:
                     return

@@ -15,7 +15,7 @@ import torch
 
 from supar_cli.errors import InputError, SetupError, UnusableResult
 from supar_cli.files import Record, append_lines, naming_write_errors, read_jsonl, write_file
-from supar_cli.jobs.calls import Call, Function, WorkerFailure, Workers
+from supar_cli.jobs.workers import Call, Function, WorkerFailure, Workers
 from supar_cli.planning.plan import Plan
 from supar_cli.training.runtime import Runtime, versions
 from supar_cli.training.tasks import load_task
@@ -61,14 +61,15 @@ def failed_record(plan: Plan, about: Record, why: str) -> Record:
 class Records:
     """Records of a folder's records.jsonl by their `run`, the hash of what was run; a line that a kill has cut is none.
 
-    Raises SetupError when the file can't be read or written.
+    A run whose last record is not `usable` is made again. Raises SetupError when the file can't be read or written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, usable: Callable[[Record], bool] = bool) -> None:
         self.path = folder / "records.jsonl"
         with naming_write_errors(self.path):
             folder.mkdir(parents=True, exist_ok=True)
-        self.by_run: dict[str, Record] = {str(record["run"]): record for record in read_jsonl(self.path, "run")}
+        last = {str(record["run"]): record for record in read_jsonl(self.path, "run")}
+        self.by_run: dict[str, Record] = {run: record for run, record in last.items() if usable(record)}
 
     def add(self, record: Record) -> None:
         """Append a record and flush it to disk."""

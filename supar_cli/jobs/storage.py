@@ -73,23 +73,24 @@ class RetryPolicy:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
-def _hides_interrupt(error: BaseException | None) -> bool:
-    """Whether an error came up while Ctrl-C was handled, and so hides it."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__context__
-    return error is not None
-
-
-def is_connection_error(error: BaseException | None) -> bool:
-    """Whether an error means that the database can't be reached now, rather than that it refuses what was asked."""
+def _chain(error: BaseException | None, link: str) -> Iterator[BaseException]:
+    """An error and, by their `__cause__` or `__context__`, those behind it."""
     while error is not None:
-        # the last of these: Optuna reads on in a transaction that was cut off
-        if isinstance(error, exc.OperationalError | exc.InterfaceError | exc.PendingRollbackError):
-            return True
-        if getattr(error, "connection_invalidated", False):
-            return True
-        error = error.__cause__
-    return False
+        yield error
+        error = getattr(error, link)
+
+
+def _hides_interrupt(error: BaseException) -> bool:
+    """Whether an error came up while Ctrl-C was handled, and so hides it."""
+    return any(isinstance(one, KeyboardInterrupt) for one in _chain(error, "__context__"))
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether an error means that the database can't be reached now, rather than that it refuses what was asked."""
+    # the last of these: Optuna reads on in a transaction that was cut off
+    lost = exc.OperationalError | exc.InterfaceError | exc.PendingRollbackError
+    causes = _chain(error, "__cause__")
+    return any(isinstance(one, lost) or getattr(one, "connection_invalidated", False) for one in causes)
 
 
 def _is_written(operation: Callable[..., Any], trial_id: int, *args: Any, **named: Any) -> bool:
@@ -165,14 +166,15 @@ def _backend(storage: str, join: bool) -> Any:
     if url.drivername.startswith("postgresql+psycopg"):
         options["connect_args"] = {key: value for key, value in _POSTGRESQL.items() if key not in url.query}
     text = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")  # Optuna formats it
-    for attempt in range(1, CREATE_ATTEMPTS + 1):
+    attempts = CREATE_ATTEMPTS
+    while True:
         try:
             return optuna.storages.get_storage(optuna.storages.RDBStorage(text, options))
         except (exc.ProgrammingError, exc.IntegrityError, optuna.exceptions.StorageInternalError) as error:
-            if attempt == CREATE_ATTEMPTS or is_connection_error(error):
+            attempts -= 1
+            if not attempts or is_connection_error(error):
                 raise  # else another process made the same tables at the same time
             time.sleep(0.1)
-    raise AssertionError
 
 
 def _url(storage: str) -> sqlalchemy.URL:
@@ -209,8 +211,8 @@ def redact_url(storage: str) -> str:
 
 def error_text(error: BaseException, storage: str) -> str:
     """What a storage's error says, in one line and without the password."""
-    while not isinstance(error, exc.DBAPIError) and error.__cause__ is not None:
-        error = error.__cause__
+    causes = list(_chain(error, "__cause__"))
+    error = next((one for one in causes if isinstance(one, exc.DBAPIError)), causes[-1])
     if isinstance(error, exc.PendingRollbackError):
         return "the connection was cut"
     text = " ".join(str(getattr(error, "orig", None) or error).split()) or type(error).__name__
