@@ -142,4 +142,4 @@ def test_grids_have_the_bytes_they_always_had() -> None:
     assert digest([value for values in eighths for value in values]) == "fda7a8fd87a0e211"
     grids = [Grid(axis_values("lr", f"x:-3..3/{step}", 0.0111583)) for step in ("0.5", "1", "0.25")]
     grids += [Grid((1e-4, 3e-4, 1e-3, 3e-3, 1e-2)), Grid((0.02,))]
-    assert digest([grid.at(place / 4) for grid in grids for place in range(-24, 60)]) == "92cb7c5cc60b6901"
+    assert digest([grid.value(place / 4) for grid in grids for place in range(-24, 60)]) == "92cb7c5cc60b6901"

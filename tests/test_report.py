@@ -192,7 +192,7 @@ def test_a_result_is_written_as_given_and_read_as_written(tmp_path: Path) -> Non
     said: list[str] = []
     figures.write_result(result, tmp_path, said.append)
     found = json.loads((tmp_path / "result.json").read_text())
-    assert list(found) == [*list(Result.model_fields), "own"] and found["command"].startswith("supar ")
+    assert list(found) == [*list(Result.model_fields), "own"] and found["command"].startswith("supar")
     assert found["verdicts"] == [{"what": "mark", "passed": True}] and found["tables"][0]["rows"] == [[1], [None]]
     assert found["figures"][0]["panels"] == [{"lines": [{"label": "one", "x": [1, 2.0], "y": [3.0, None], "ring": 0}]}]
     assert Result.parse(found, tmp_path).document() == found

@@ -152,7 +152,7 @@ class TestDocuments:
             assert (called.status, called.out) == (2, "") and "Traceback" not in called.err
             assert "run/plan.yaml" in called.err
             if source == "plan.yaml":
-                assert "expected this run's plan, of which each checkpoint has a copy, or --force" in called.err
+                assert "expected this run's plan (each checkpoint has a copy), or --force" in called.err
         assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
         (directory / "plan.yaml").write_bytes((directory / "checkpoints/step-00000006/plan.yaml").read_bytes())
         assert supar_here("train", "run", "-q").status == 0
