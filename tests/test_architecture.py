@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -353,3 +354,22 @@ def test_the_package_itself_imports_nothing_heavy(tmp_path: Path) -> None:
 def test_listing_runs_draws_no_figure_and_renders_no_page(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     assert not heavy_after(tmp_path, "runs") & {"matplotlib", "jinja2", "torch"}
+
+
+def unmapped(text: str, paths: set[str]) -> set[str]:
+    """Modules that a map doesn't list, and names of files on it that are not there."""
+    tree = text.partition("## The tree")[2].partition("\n## ")[0]
+    listed, package = set[str](), ""
+    for line in tree.splitlines():
+        if line.startswith("    ") and not line.startswith("     "):
+            package = line.split()[0] if line.split()[0].endswith("/") else ""
+        subfolder = "launch/" if line.strip().startswith("launch/") else ""
+        listed |= {package + subfolder + name for name in re.findall(r"[a-z_/]+\.py\b", line)}
+    return listed ^ paths
+
+
+def test_the_map_lists_every_module() -> None:
+    paths = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if path.stat().st_size}
+    text = (PACKAGE / "README.md").read_text("utf-8")
+    assert unmapped(text, paths) == set()
+    assert unmapped(text, {*paths, "jobs/new.py"} - {"jobs/queue.py"}) == {"jobs/new.py", "jobs/queue.py"}
