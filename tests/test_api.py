@@ -137,7 +137,7 @@ class TestWords:
             (lambda p: supar_cli.check(p, density=[2]), "^density: 2; expected 0 < density <= 1"),
             (lambda p: supar_cli.check(p, width=[0]), "^width: 0; expected a number above 0"),
             (lambda p: supar_cli.check(p, steps=0), "^steps: 0; expected a number above 0"),
-            (lambda p: supar_cli.check(supar_cli.transfer(p), width=[3]), "^a plan is checked as it stands"),
+            (lambda p: supar_cli.check(supar_cli.transfer(p), width=[3]), "^a plan is checked as written"),
             (lambda p: supar_cli.explain(p), "^Proxy: expected a Plan$"),
             (lambda p: supar_cli.train(p, "x"), "^Proxy: expected a Plan$"),
             (lambda p: supar_cli.tune(p), "^Proxy: expected a Spec$"),

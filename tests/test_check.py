@@ -290,7 +290,7 @@ class TestJudge:
                 step["update"]["c"] = step["update"]["d"] = 1.0
         result = check.judge(sweep, records)
         assert result.inconclusive is inconclusive
-        assert ("of 2 seeds: more would tell" in result.text) is inconclusive
+        assert ("of 2 seeds: more may decide" in result.text) is inconclusive
 
     def test_a_control_that_keeps_still_is_no_control(self, plan: Plan) -> None:
         sweep, plans = self.sweep(plan, control=True)
@@ -388,12 +388,12 @@ class TestCommand:
 
         monkeypatch.setattr(coordinates, "measure", sizes)
         ended = supar_here("check", *SMALL)
-        assert ended.status == 0 and "of 2 seeds: more would tell; going on to 4" in ended.err
+        assert ended.status == 0 and "of 2 seeds: more may decide; continuing with 4 seeds" in ended.err
         # of its own, four seeds over density and two at the other width; SP at all three, μP over density
         count = 2 * 4 + 1 * 2 + 3 * 2 + 2 * 2
         assert len((tmp_path / "check/records.jsonl").read_text().splitlines()) == count
         ended = supar_here("check", *SMALL, "--max-seeds", "2", "-o", "fewer")
-        assert ended.status == 5 and "going on" not in ended.err
+        assert ended.status == 5 and "continuing with" not in ended.err
         # the same folder takes more seeds, and repeats none
         ended = supar_here("check", *SMALL[:4], "--seeds", "4", *SMALL[6:], "-o", "fewer")
         assert ended.status == 0
@@ -422,14 +422,17 @@ class TestCommand:
         result = json.loads((tmp_path / "check/result.json").read_text())
         assert ended.status == 0 and result["lr_factor"] == coolest[0]
         assert (
-            ended.err.count("is too hot to judge (supar over density: at its base activation of a grows 11-fold)") == 4
+            ended.err.count(
+                "is too high for slopes to be judged (supar over density: at its base activation of a grows 11-fold)"
+            )
+            == 4
         )
         assert [note for note in result["notes"] if "all rates are divided by 4" in note] == result["notes"][:4]
         # two seeds of the base at each of four rates, and then those of two densities under SμPar, SP and μP
         assert len((tmp_path / "check/records.jsonl").read_text().splitlines()) == 4 * 2 + 3 * 2 * 2
         coolest[0] = 2**-10
         ended = supar_here("check", "--width", "64", *SMALL[2:], "--force", "--json")
-        assert (ended.status, ended.out) == (4, ended.out) and "can't be judged: lr 3.91e-05 is too hot" in ended.err
+        assert (ended.status, ended.out) == (4, ended.out) and "can't be judged: lr 3.91e-05 is too high" in ended.err
         result = json.loads((tmp_path / "check/result.json").read_text())
         assert [(one["passed"], one["control"]) for one in result["verdicts"]] == [(None, False)]
         assert result["lr_factor"] == 2**-8 and result["figures"] == result["tables"] == []
@@ -488,7 +491,7 @@ class TestCommand:
             (("--width", "32,x"), "--width 32,x: expected numbers"),
             (("--width", "0,32"), "--width: 0; expected a number above 0"),
             (("--density", "1,2"), "--density: 2; expected 0 < density <= 1"),
-            (("--width", "32", "--density", "1"), "one of them needs at least two sizes"),
+            (("--width", "32", "--density", "1"), "expected at least two sizes of one of them"),
             (("--parameterization", "ntk"), "--parameterization ntk: expected one of supar"),
             (("--width", "32,50"), "--width: 50 is not a multiple"),
             (("nothing.yaml",), "nothing.yaml: no such file"),

@@ -134,7 +134,7 @@ class TestSlurm:
 
     def test_without_slurm_it_is_said_at_once(self, tmp_path: Path, monkeypatch) -> None:
         monkeypatch.setattr(clusters.shutil, "which", lambda _: None)
-        with pytest.raises(SetupError, match="no sbatch and srun here"):
+        with pytest.raises(SetupError, match="sbatch and srun not found"):
             make_workers("slurm", folder=tmp_path / "slurm")
         assert not (tmp_path / "slurm").exists()
 

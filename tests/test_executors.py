@@ -217,13 +217,13 @@ def test_an_executor_or_setting_that_is_not_known_is_bad_input() -> None:
         make_workers("lokal")
     with pytest.raises(InputError, match="--executor-set gpus: the local executor has no settings"):
         make_workers("local", executor_set={"gpus": 1})
-    with pytest.raises(InputError, match="--executor-set adress: no setting of ray; did you mean 'address'"):
+    with pytest.raises(InputError, match="--executor-set adress: not a setting of ray; did you mean 'address'"):
         make_workers("ray", executor_set={"adress": "x"})
-    with pytest.raises(InputError, match="--executor-set partion: no setting of slurm; did you mean 'partition'"):
+    with pytest.raises(InputError, match="--executor-set partion: not a setting of slurm; did you mean 'partition'"):
         make_workers("slurm", executor_set={"partion": "x"})
     for name, setting in (("ray", {"cpus": "many"}), ("slurm", {"time": "1:00"})):
         with pytest.raises(InputError, match="whole number"):
             make_workers(name, executor_set=setting)
     for name in ("ray", "slurm"):
-        with pytest.raises(InputError, match="sees its own device only"):
+        with pytest.raises(InputError, match="sees only its own GPU"):
             make_workers(name, device="cuda:1")

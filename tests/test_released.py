@@ -273,7 +273,7 @@ class TestSearch:
         before = complete()
         assert len(before) == 3
         said = release.supar("tune-proxy", "spec.yaml", "-o", f"{kind}.yaml", "--study", study)
-        assert "3 of 5 trials are there already" in said
+        assert "3 trials done, 5 wanted" in said
         assert complete()[:3] == before and len(complete()) == 5
         # further runs: two finalists with a second seed, two rates for the fit with two seeds
         assert set(optuna.get_all_study_names(storage)) == {expected["study"], expected["study"] + "-runs"}

@@ -79,7 +79,7 @@ class TestRuns:
         ended = supar_here("runs")
         assert (ended.status, ended.err) == (2, "error: runs: no such folder; `supar train` writes runs/NAME\n")
         (tmp_path / "runs").mkdir()
-        assert supar_here("runs").err == "warning: runs: holds no run\n"
+        assert supar_here("runs").err == "warning: runs: no run directory found\n"
 
 
 class TestShow:

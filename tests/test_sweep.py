@@ -294,7 +294,7 @@ class TestRefusedFlags:
             (["--iso", "flops"], "iso: "),
             (["--preset", "fig2"], "--preset fig2: expected fig1"),
             (["--preset", "fig1", "proxy.yaml"], "--preset fig1: cannot be combined with a document"),
-            (["--full"], "expected a second one for --full"),
+            (["--full"], "expected a second one, at full size"),
             (["--width", "40"], "width 40 is not a multiple"),
             (["--data", "none.txt"], "data.source: none.txt: no such file"),
             (["--out", "text.txt"], "text.txt: is a file"),

@@ -133,7 +133,7 @@ class TestKnownAnswers:
         result = result_of(called)  # not known, so not violated
         own = [one for one in result["verdicts"] if one["what"].startswith("SμPar")]
         assert [one["passed"] for one in own] == [None] * 3 and all("unknown" in one["text"] for one in own)
-        assert "lie at the end of their axis" in called.err and "at the edge" in called.err
+        assert "lie at an end of their axis" in called.err and "at the edge" in called.err
 
     def test_a_drifting_supar_ends_with_5_after_all_is_written(
         self,
@@ -184,7 +184,7 @@ class TestRecords:
 
         monkeypatch.setattr(runs, "validation_loss", stopping)
         called = supar_here("sweep", "study.yaml", *RUN)
-        assert called.status == 130 and "the same command goes on" in called.err and called.out == ""
+        assert called.status == 130 and "the same command continues" in called.err and called.out == ""
         monkeypatch.setattr(runs, "validation_loss", done)
         result_of(supar_here("sweep", "study.yaml", *RUN))
         hashes = [plan.hash() for plan in trained]
@@ -193,7 +193,7 @@ class TestRecords:
     def test_another_question_is_refused(self, supar_here: Supar, document_file: Path, trained: list[Plan]) -> None:
         result_of(supar_here("sweep", "study.yaml", *RUN))
         called = supar_here("sweep", "study.yaml", *RUN, "--steps", "20")
-        assert called.status == 2 and "another question" in called.err
+        assert called.status == 2 and "another measurement" in called.err
 
     def test_more_seeds_go_on_with_what_is_there(
         self, supar_here: Supar, document_file: Path, trained: list[Plan], tmp_path: Path

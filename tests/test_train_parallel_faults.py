@@ -83,7 +83,10 @@ class TestKilled:
 class TestRefused:
     def test_restarts_without_a_launcher(self, plan: Plan, supar_here: Supar) -> None:
         done = supar_here("train", "-o", "run", "--max-restarts", "2")
-        assert (done.status, done.err) == (2, "error: --max-restarts: goes with --nproc; torchrun has its own\n")
+        assert (done.status, done.err) == (
+            2,
+            "error: --max-restarts: needs --nproc; expected torchrun's own --max-restarts under torchrun\n",
+        )
 
     def test_bad_input_is_said_once_and_nothing_starts(self, plan: Plan, supar: Supar, tmp_path: Path) -> None:
         done = supar("train", "none.yaml", "--nproc", "2")

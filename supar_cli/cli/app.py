@@ -25,15 +25,15 @@ COMMANDS = {
     "train": "Train a plan; write runs/NAME/.",
     "runs": "List runs: state, progress, last losses.",
     "show": "Show a run: state, plan, environment, curve.",
-    "demo": "See in minutes what SμPar keeps and SP loses; write demo/.",
-    "check": "Check that sizes keep still over density and width; exit 5 if not.",
-    "sweep": "Measure whether optima hold over density or width; write sweeps/NAME/.",
-    "compare": "Compare SP, μP and SμPar over sparsities, nothing re-tuned; write compare/NAME/.",
-    "report": "Show runs, sweeps, checks and plans on one HTML page; write report.html.",
+    "demo": "Show in minutes whether a dense learning rate holds when sparse, under SP and SμPar; write demo/.",
+    "check": "Check that activations and updates keep their size over density and width; exit 5 if not.",
+    "sweep": "Measure whether the best hyperparameter stays the same over density or width; write sweeps/NAME/.",
+    "compare": "Compare SP, μP and SμPar over sparsities without re-tuning; write compare/NAME/.",
+    "report": "Put runs, sweeps, checks and plans on one HTML page; write report.html.",
     "init": "Write a template to start from.",
     "explain": "Show the formula, numbers and source behind a plan's values.",
     "data": "Inspect a corpus, or prepare one as a token file.",
-    "bench": "Time a masked training step against a plain dense one.",
+    "bench": "Benchmark time and memory of masked training against plain dense training.",
     "schema": "Print the JSON Schema of a document, for editors.",
     "doctor": "Show versions, devices and data, and time one step.",
 }
@@ -49,7 +49,7 @@ MODULES = {
 
 
 def application(*functions: Callable[..., None], help: str | None = None) -> typer.Typer:
-    """A Typer application of one command, or with `help` of several by their names."""
+    """A Typer application of one command, or, with `help`, of several named commands."""
     made = typer.Typer(**SETTINGS, no_args_is_help=help is not None, help=help)
     if help is not None:
         made.callback()(lambda: None)
@@ -84,13 +84,13 @@ class LazyGroup(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except SuparError as error:
-            # an error of all processes, or of a process that another has left, is the main one's to tell
+            # the main process reports errors that all processes share, and errors that only follow from a lost process
             if not is_worker_rank() or not (error.is_collective or isinstance(error, PeerLost)):
                 rank = f"rank {os.environ['RANK']}: " if is_worker_rank() else ""
                 for line in (rank + str(error)).splitlines():
                     sys.stderr.write(line + "\n" if line.startswith(("  ", "error:")) else f"error: {line}\n")
             raise SystemExit(error.exit_status) from None
-        except OSError as error:  # of the environment: a name that is too long, a folder that may not be read
+        except OSError as error:  # the environment's, such as a name that is too long or a folder that may not be read
             if error.filename is None:
                 raise
             sys.stderr.write(f"error: {error.filename}: {error.strerror}\n")
@@ -127,7 +127,7 @@ def _top(
 
 def main() -> None:
     """Entry point of the `supar` script."""
-    gc.disable()  # measured: collections while modules are imported free nothing and take a thirtieth of a short command
+    gc.disable()  # measured: garbage collection during imports frees nothing and takes a thirtieth of a short command's time
     if not is_rank_process():
         app()
     status: Any = 1
@@ -140,5 +140,5 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
-    # torch's threads may want the interpreter while it ends, which would end the process by SIGABRT whatever it has done
+    # torch's threads may use the interpreter during its shutdown, which would kill the process by SIGABRT after its work is done
     os._exit(status if isinstance(status, int) else 1)

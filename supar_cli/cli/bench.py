@@ -1,4 +1,4 @@
-"""`supar bench`: times and memory, printed; asserted only against an earlier result, with `--compare`."""
+"""`supar bench`: print times and memory; fail only if worse than an earlier result (`--compare`)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HYPERPARAMETERS = {"lr": 2**-6, "init_std": 0.08, "alpha_input": 5.0, "alpha_out
 
 
 def _shape(flag: str, text: str) -> tuple[int, int]:
-    """(out, in) of a text such as 4096x1024. Raises InputError."""
+    """Parse a text such as 4096x1024 as (out, in). Raises InputError."""
     parts = text.replace("×", "x").split("x")
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
         raise InputError(f"{flag} {text}: expected OUTxIN, such as 4096x1024")
@@ -36,7 +36,7 @@ def _densities(flag: str, text: str) -> list[float]:
     """Densities in the order given. Raises InputError."""
     found = [float(literal(share)) for share in numbers(flag, text)]
     if any(not 0 < value <= 1 for value in found) or len(set(found)) < len(found):
-        raise InputError(f"{flag} {text}: expected 0 < density <= 1, each once")
+        raise InputError(f"{flag} {text}: expected different densities with 0 < density <= 1")
     return found
 
 
@@ -48,7 +48,7 @@ def _density(flag: str, text: str) -> float:
 
 
 DEVICE = {"device": {"default": "auto"}, "precision": {"default": "auto"}}
-BLOCK = {"help": "Live weights in aligned N×N blocks, N of 16, 32, 64 or 128."}
+BLOCK = {"help": "Put live weights in aligned N×N blocks; N is 16, 32, 64 or 128."}
 
 
 @command(
@@ -65,11 +65,11 @@ BLOCK = {"help": "Live weights in aligned N×N blocks, N of 16, 32, 64 or 128."}
     density={"read": _density, "help": "Density instead of sparsity, such as 1/128."},
     block=BLOCK,
     engine={"default": "auto", "help": "auto, dense, sparse or block."},
-    steps={"default": 20, "minimum": 3, "help": "Rounds of steps timed."},
+    steps={"default": 20, "minimum": 3, "help": "Number of timed rounds; a round runs one step of each model."},
     compile={"default": "auto"},
 )
 def step(flags: Flags) -> None:
-    """Time a masked training step against a plain GPT's, dense and masked as peers do it, interleaved."""
+    """Time supar's masked training step against a plain PyTorch GPT's, dense and with `weight * mask`; steps are interleaved."""
     require_one(flags, "density", "sparsity")
     target: dict[str, Any] = {"sparsity": 0.9 if flags.sparsity is None else flags.sparsity}
     if flags.density is not None:
@@ -92,7 +92,7 @@ def step(flags: Flags) -> None:
     rounds={"default": 5},
 )
 def layer(flags: Flags) -> None:
-    """Time one layer's forward pass and both gradients by each engine against masked dense, interleaved."""
+    """Time one layer's forward and backward pass by each engine against dense with `weight * mask`; runs are interleaved."""
     runtime = _runtime(flags)
     from supar_cli.bench import layer as bench
 
@@ -107,7 +107,7 @@ def layer(flags: Flags) -> None:
     density={"default": "0.0078125", "read": _density, "help": "Density, such as 0.03125 or 1/32."},
 )
 def memory(flags: Flags) -> None:
-    """Measure the peak memory of training one layer with AdamW, masked dense and by engine, a process each."""
+    """Measure the peak memory of training one layer with AdamW: masked dense and each engine, each in its own process."""
     runtime = _runtime(flags)
     from supar_cli.bench import memory as bench
 
@@ -115,7 +115,7 @@ def memory(flags: Flags) -> None:
 
 
 def _run(benchmark: Benchmark, flags: Flags) -> None:
-    """Measure, show and write; raise CheckViolated where it is worse than the earlier result.
+    """Measure, show and write; raise CheckViolated if it is worse than the earlier result.
 
     Raises InputError, before anything is measured, where --compare or --out can't be used.
     """
@@ -147,7 +147,7 @@ def _run(benchmark: Benchmark, flags: Flags) -> None:
 
 
 def _runtime(flags: Flags) -> Runtime:
-    """Device and precision of a layer: the flags mean what they mean for a plan."""
+    """Device and precision of a layer, resolved from the flags as for a plan."""
     plan = _plan(flags, sparsity=0.0)
     from supar_cli.training.runtime import Runtime
 
@@ -155,7 +155,7 @@ def _runtime(flags: Flags) -> Runtime:
 
 
 def _plan(flags: Flags, **target: Any) -> Plan:
-    """A plan of the model and the run that flags ask for, of the smallest model where they do not. Raises InputError."""
+    """A plan for the model and run given by the flags; sizes without a flag are those of the smallest model. Raises InputError."""
     given = vars(flags)
     values = {
         "kind": "supar.proxy/v1",
@@ -169,4 +169,6 @@ def _plan(flags: Flags, **target: Any) -> Plan:
         return supar_cli.transfer(validate(Proxy, values, ""), allow_low_wpn=True, **target)
 
 
-bench = application(step, layer, memory, help="Measure what supar does against what it replaces.")
+bench = application(
+    step, layer, memory, help="Benchmark time and memory of masked training against plain dense training."
+)

@@ -25,24 +25,30 @@ def _widths(flag: str, text: str) -> list[int]:
     "jobs executor executor_set data device set out force json quiet verbose",
     source={"metavar": "[PROXY|SPEC|PLAN|-]"},
     parameterization={
-        "help": "What is checked: supar, mup, sp, supar-init-only or supar-lr-only.",
+        "help": "Parameterization to check: supar, mup, sp, supar-init-only or supar-lr-only.",
         "default": "supar",
         "metavar": None,
         "read": parameterization,
     },
-    width={"type": str, "help": "Widths. [default: 1, 2, 4, 8 times the proxy's]", "path": "", "read": _widths},
-    density={"help": "Densities. [default: 1,0.25,0.0625]"},
-    seeds={"help": "Seeds; fewer than 4 are noisy.", "default": 4, "path": ""},
+    width={
+        "type": str,
+        "help": "Widths to check, comma-separated. [default: 1, 2, 4 and 8 times the proxy's]",
+        "path": "",
+        "read": _widths,
+    },
+    density={"help": "Densities to check, comma-separated. [default: 1,0.25,0.0625]"},
+    seeds={"help": "Seeds per point; results from fewer than 4 are noisy.", "default": 4, "path": ""},
     steps={"help": "Training steps measured.", "default": 10, "minimum": 1, "path": ""},
-    batch_size={"help": "Sequences a step. [default: 512 tokens of them]", "minimum": 1, "path": ""},
-    out={"help": "Folder for records.jsonl, result.json and pictures.", "default": "check"},
-    force={"help": "Start a folder's measurements anew."},
+    batch_size={"help": "Sequences per step. [default: as many as make 512 tokens]", "minimum": 1, "path": ""},
+    out={"help": "Folder for records.jsonl, result.json and figures.", "default": "check"},
+    force={"help": "Discard the folder's earlier measurements and start again."},
 )
 def check(flags: Flags) -> None:
-    """Measure whether sizes of activations, gradients and updates keep still over density and width.
+    """Measure whether activations, gradients and updates keep their size over density and width.
 
-    Trains a few steps at each size and exits with status 5 when a slope exceeds its bound. A proxy is swept, beside SP and
-    μP as controls that are to fail. A plan is taken as it stands and held against its proxy, dense.
+    Trains a few steps at each size and exits with status 5 when a slope exceeds its bound. For a proxy or
+    a spec it trains models over density and width, with SP and μP as controls that should fail. A plan is checked as written,
+    against the dense plan of its proxy.
     """
     path, name = documents.find(flags.source, "proxy.yaml", "supar.yaml")
     read = documents.read_one(path, "`supar tune-proxy` writes a proxy", name)
@@ -66,7 +72,7 @@ def check(flags: Flags) -> None:
         terminal.show_tables(table for table in result["tables"] if not table["folded"])
         terminal.show_verdicts(verdicts)
     terminal.print_documents([result], flags)
-    violated = [one for one in verdicts if one["passed"] == one["control"]]  # a control is not to pass
+    violated = [one for one in verdicts if one["passed"] == one["control"]]  # a control should not pass
     unjudged = [one for one in verdicts if one["passed"] is None]
     for found, error in ((violated, CheckViolated), (unjudged, UnusableResult)):
         if found:

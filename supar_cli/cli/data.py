@@ -27,7 +27,7 @@ def inspect(flags: Flags) -> None:
     section = _section(flags)
     known, found = corpus.identify(section), corpus.find(section)
     is_text = found.kind in ("text", "jsonl")
-    # a corpus of tokens is bounded by its integers only; what a model's vocabulary has is checked when it is trained
+    # token files are only checked against uint16 here; training checks them against the model's vocabulary
     tokens = batches.load(known, vocab=batches.tokenizer(section)[1] if is_text else 2**16, context=1)
     first = np.asarray(tokens.train.segments[0].tokens[:SAMPLE_TOKENS])
     splits = {"train": tokens.train, "validation": tokens.validation}
@@ -62,7 +62,7 @@ def inspect(flags: Flags) -> None:
     out={"help": "Folder for train.bin and val.bin.", "default": ...},
 )
 def prepare(flags: Flags) -> None:
-    """Tokenize text once, into nanoGPT's format: raw uint16 tokens, as `--data FOLDER` reads them."""
+    """Tokenize text once and write nanoGPT's format (raw uint16 tokens), for `--data FOLDER`."""
     from supar_cli.data import batches
 
     folder, log, section = Path(flags.out), terminal.Log(flags.quiet), _section(flags)

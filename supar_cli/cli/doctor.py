@@ -32,7 +32,7 @@ EXTRAS = {
 
 
 @command(
-    "data device steps json quiet", steps={"help": "Steps timed, after two that are not.", "default": 8, "minimum": 1}
+    "data device steps json quiet", steps={"help": "Timed steps, after two warm-up steps.", "default": 8, "minimum": 1}
 )
 def doctor(flags: Flags) -> None:
     """Show versions, devices and data, and time a training step of the quickstart's proxy. Exit 3 if something is wrong."""
@@ -62,7 +62,7 @@ def doctor(flags: Flags) -> None:
 
 
 def _packages() -> tuple[dict[str, str | None], list[str]]:
-    """Versions of what supar itself requires, None for what is not installed, and what is wrong with that."""
+    """Versions of the packages that supar requires (None if not installed), and the problems found."""
     found: dict[str, str | None] = {}
     problems = []
     try:
@@ -114,11 +114,11 @@ def _step(source: str, device: str, steps: int) -> dict[str, Any]:
 
     plan = _quickstart(source, device)
     trainer = Trainer(plan)
-    for _ in range(2):  # chosen: the first allocate, and compile where that is on
+    for _ in range(2):  # chosen: the first steps allocate memory and, if enabled, compile
         trainer.step()
     started = time.perf_counter()
     for _ in range(steps):
-        trainer.step()  # reads the loss, so it has ended on any device
+        trainer.step()  # reads the loss, so the step is complete on any device
     seconds = (time.perf_counter() - started) / steps
     tokens = plan.train.batch_size * plan.decoder.context
     return {
@@ -134,7 +134,7 @@ def _step(source: str, device: str, steps: int) -> dict[str, Any]:
 def _quickstart(source: str, device: str) -> Plan:
     """The plan of the quickstart's proxy, as sparse as its target."""
     path, _ = documents.find(None)
-    spec = parse(Spec, documents.read_one(path, "the installation lacks its templates; install again"))
+    spec = parse(Spec, documents.read_one(path, "the installation lacks its templates; reinstall supar"))
     proxy = Proxy(
         kind="supar.proxy/v1",
         **{name: getattr(spec, name) for name in ("model", "hyperparameters", "parameterization", "train")},

@@ -1,4 +1,4 @@
-"""Documents that commands read: found, changed by `--set` and flags, and their problems given a file and line."""
+"""Find the documents that commands read, apply `--set` and flags, and add file and line to their problems."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from supar_cli.planning.document import Document
 
 
 def find(source: str | None, *names: str) -> tuple[str, str]:
-    """(path, name for messages) of the document asked for, else of the first name that exists, else of the quickstart."""
+    """(path, name for messages) of the requested document, else the first default name that exists, else the quickstart."""
     found = source or next((name for name in names if Path(name).exists()), None)
     return (found, found) if found else (str(template("quickstart.yaml")), "quickstart template")
 
@@ -34,13 +34,13 @@ def read_one(source: str, missing: str, name: str | None = None) -> Document:
 
 
 def plan_file(source: str | None) -> str:
-    """The file of a plan: that of a run directory, by default plan.yaml."""
+    """The plan's file: plan.yaml of a run directory, else the given file, by default plan.yaml."""
     source = source or "plan.yaml"
     return str(Path(source, "plan.yaml")) if source != "-" and Path(source).is_dir() else source
 
 
 def set_path(read: Document, path: tuple[str, ...], value: Any) -> None:
-    """Set one path of a document and make the mappings on the way. Raises InputError where something else is in the way."""
+    """Set one path of a document and create missing mappings along it. Raises InputError if a value along it is not a mapping."""
     here = read.data
     for part in path[:-1]:
         if not isinstance(here, dict):
@@ -49,12 +49,14 @@ def set_path(read: Document, path: tuple[str, ...], value: Any) -> None:
             here[part] = {}
         here = here[part]
     if not isinstance(here, dict):
-        raise InputError(f"--set {'.'.join(path)}: {read.name} has no mapping there; expected a path of keys")
+        raise InputError(
+            f"--set {'.'.join(path)}: a value along this path is not a mapping in {read.name}; expected a path of keys"
+        )
     here[path[-1]] = value
 
 
 def override(read: Document, section: tuple[str, ...], changes: dict[str, Any]) -> None:
-    """Change keys of a document's section, and drop what `spec.override` says that they drop."""
+    """Change keys of a document's section, and remove the keys that `spec.override` removes with them."""
     before: Any = read.data
     for part in section:
         before = before.get(part) if isinstance(before, dict) else None
@@ -66,7 +68,7 @@ def override(read: Document, section: tuple[str, ...], changes: dict[str, Any]) 
 
 @contextmanager
 def with_locations(read: Document) -> Iterator[None]:
-    """Give the file and line of `read` to a problem raised inside as `a.b: what is wrong`, where `a` is a key of it."""
+    """Add file and line of `read` to a problem raised inside as `a.b: …` if `a` is one of its keys."""
     try:
         yield
     except InputError as error:

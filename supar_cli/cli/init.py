@@ -15,7 +15,7 @@ from supar_cli.planning.schema import Section
 from supar_cli.planning.spec import Proxy, Spec
 from supar_cli.planning.sweep import Sweep
 
-# of a template's kind: the file that it becomes by default, and what to do next; None: a file of the template's name
+# by the template's kind: the default file name (None: the template's name) and the next command
 NEXT = {
     "supar.spec/v1": ("supar.yaml", "tune-proxy{}"),
     "supar.proxy/v1": ("proxy.yaml", "transfer{} --sparsity 0.992"),
@@ -28,10 +28,12 @@ TYPES: dict[str, type[Section]] = {"spec": Spec, "proxy": Proxy, "plan": Plan, "
 
 @command(
     "template list out force quiet",
-    out={"help": "Where to write; - for stdout only. [default: supar.yaml, a proxy: proxy.yaml, a sweep: NAME.yaml]"},
+    out={
+        "help": "Where to write; - for stdout only. [default: supar.yaml for a spec, proxy.yaml for a proxy, NAME.yaml for a sweep]"
+    },
 )
 def init(flags: Flags) -> None:
-    """Write a template to start from, comments and all."""
+    """Write a commented template to start from."""
     names, name = templates.names(), flags.template
     if not names:
         raise SetupError("the installation lacks its templates; install again")
@@ -63,18 +65,18 @@ def schema(flags: Flags) -> None:
 
     Editors with a YAML language server check and complete a document whose first line names the schema:
     `supar schema -o supar.schema.json`, then `# yaml-language-server: $schema=supar.schema.json`.
-    What spans several keys is checked by supar only.
+    Rules that involve several keys are checked only by supar.
     """
     text = json.dumps(json_schema(TYPES[flags.kind]), indent=1, ensure_ascii=False) + "\n"
     terminal.write_text(text, flags.out, flags.force, terminal.Log(flags.quiet))
 
 
 def json_schema(document: type[Section]) -> dict[str, Any]:
-    """JSON Schema of a document as a user may write it: what is filled in is not required."""
+    """JSON Schema of a document as a user may write it: keys that supar fills in are not required."""
     from pydantic.json_schema import GenerateJsonSchema  # the only thing that needs pydantic beyond its core
 
     class Sections(GenerateJsonSchema):
-        """pydantic's generator, taught what a `Section` is: it asks a model's class for what only BaseModel has."""
+        """pydantic's generator, adapted to `Section`: the original needs attributes that only BaseModel has."""
 
         def model_schema(self, schema: Any) -> dict[str, Any]:
             found = self.generate_inner(schema["schema"])

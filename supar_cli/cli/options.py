@@ -81,7 +81,7 @@ def executor_settings(flag: str, texts: list[str]) -> dict[str, Any]:
 class Option:
     """An option, or with `argument` a positional argument. `path` is the key of the document that it sets.
 
-    `read` makes the option's value of (the flag's name, the value given). A default of `...` means that it is required.
+    `read(flag, given)` converts the given value. A default of `...` means that it is required.
     """
 
     type: Any
@@ -95,7 +95,7 @@ class Option:
     argument: bool = False
 
     def parameter(self, name: str) -> Parameter:
-        """The option as a parameter from which Typer makes it."""
+        """The option as a function parameter for Typer."""
         kind = self.type | None if self.default is None else self.type
         shown: dict[str, Any] = {"help": self.help, "metavar": self.metavar}
         if self.argument:
@@ -109,7 +109,7 @@ class Option:
 
 
 def flag_of(name: str) -> str:
-    """`--batch-size` of `batch_size`."""
+    """The flag for a name: `--batch-size` for `batch_size`."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -129,9 +129,9 @@ OPTIONS = {
     "source": _argument(
         str, "A document; - for stdin. [default: proxy.yaml, supar.yaml, else the quickstart template]"
     ),
-    "tensor": _argument(str, "Only this: blocks.0.mlp.up, mlp.up (in all blocks), mlp."),
+    "tensor": _argument(str, "Tensors to explain: blocks.0.mlp.up, mlp.up (in all blocks) or mlp. [default: all]"),
     "template": _argument(str, "Name of a template; --list shows them.", default="quickstart"),
-    "folder": _argument(str, "A folder of run directories, or of folders of them.", default="runs"),
+    "folder": _argument(str, "Folder that holds run directories, directly or one level below.", default="runs"),
     "run": _argument(str, "A run directory.", default=...),
     "paths": _argument(
         list[str],
@@ -139,11 +139,15 @@ OPTIONS = {
         default=...,
         metavar="PATH…",
     ),
-    "kind": _argument(str, "Which document.", default="spec"),
+    "kind": _argument(str, "Document type.", default="spec"),
     "corpus": _argument(str, "`stdlib`, a file, or a folder.", default="stdlib", metavar="source"),
     # the target, and how sparse it is
-    "sparsity": Option(str, "Share of hidden weights that are zero; several: 0.5,0.75,0.992.", read=numbers),
-    "density": Option(str, "Share that lives, instead of --sparsity: 0.008, 1/4,1/16.", read=numbers),
+    "sparsity": Option(
+        str, "Share of hidden weights that are zero; several, as 0.5,0.75, make several plans.", read=numbers
+    ),
+    "density": Option(
+        str, "Share of weights that are not zero, instead of --sparsity: 0.008 or 1/4,1/16.", read=numbers
+    ),
     "width": Option(int, "Model width.", "target.width"),
     "layers": Option(int, "Number of blocks.", "target.layers"),
     "heads": Option(int, "Attention heads.", "target.heads"),
@@ -154,104 +158,113 @@ OPTIONS = {
     "batch_size": Option(int, "Sequences per step.", "target.batch_size"),
     "steps": Option(int, "Training steps.", "target.steps"),
     "tokens": Option(int, "Training tokens, instead of --steps.", "target.tokens"),
-    "tokens_per_parameter": Option(float, "Training tokens a live parameter, instead.", "target.tokens_per_parameter"),
-    "parameterization": Option(str, "Some of sp, mup, supar, supar-init-only, supar-lr-only.", metavar="NAME"),
-    "pattern": Option(str, "exact, fixed_fan_in, bernoulli, block, or N:M such as 2:4.", "target.sparsity.pattern"),
-    "block": Option(int, "Edge of a block: 16, 32, 64 or 128.", "target.sparsity.block"),
-    "distribution": Option(str, "uniform or erk.", "target.sparsity.distribution"),
+    "tokens_per_parameter": Option(
+        float, "Tokens per live parameter, instead of --steps.", "target.tokens_per_parameter"
+    ),
+    "parameterization": Option(str, "One or more of sp, mup, supar, supar-init-only, supar-lr-only.", metavar="NAME"),
+    "pattern": Option(
+        str, "Mask pattern: exact, fixed_fan_in, bernoulli, block or N:M (2:4).", "target.sparsity.pattern"
+    ),
+    "block": Option(int, "Edge length of the blocks of --pattern block: 16, 32, 64 or 128.", "target.sparsity.block"),
+    "distribution": Option(str, "Density by tensor: uniform or erk (Erdős–Rényi).", "target.sparsity.distribution"),
     "data": Option(str, "`stdlib`, a text/JSONL/token file or a folder of them.", "data.source"),
     "seed": Option(int, "Seed of init, masks and batches.", "target.seed"),
     "from_paper": _switch("Start from the published proxy (arXiv 2405.15743, Table 3)."),
-    "allow_low_wpn": _switch("Plan targets below one weight per neuron."),
-    # measurements: what is searched, swept or checked
-    "trials": Option(int, "Trials of the study in total, those done before included.", "search.trials"),
-    "seeds": Option(int, "Seeds a point, the same for all.", "seeds", minimum=1),
+    "allow_low_wpn": _switch("Allow targets with less than one weight per neuron."),
+    # measurements: options of searches, sweeps and checks
+    "trials": Option(int, "Total number of trials of the study, including finished ones.", "search.trials"),
+    "seeds": Option(int, "Seeds per point; all points use the same seeds.", "seeds", minimum=1),
     "max_seeds": Option(
-        int, "Seeds are doubled up to this where a bound lies within a slope's 95 % interval.", default=16, minimum=1
+        int, "Most seeds: they are doubled while a bound lies within a slope's 95 % interval.", default=16, minimum=1
     ),
-    "sampler": Option(str, "random, qmc, tpe or gp.", "search.sampler"),
+    "sampler": Option(str, "Sampler of the trials: random, qmc, tpe or gp.", "search.sampler"),
     "search": Option(str, "Search only these of the spec's ranges: lr,init_std,…", metavar="NAME[,…]", read=names),
     "study": Option(
         str,
-        "Journal file or database (postgresql://HOST/NAME); any number of these commands may share one. "
+        "Journal file or database (postgresql://HOST/NAME); several `supar tune-proxy` processes may share one. "
         "[default: proxy.journal]",
     ),
     "over": Option(
         list[str],
-        "An axis; repeatable. lr, init_std, alpha_input, alpha_output or weight_decay, one of them: "
-        "log2:-12..-4/0.5 is 2^-12 to 2^-4 in half octaves, x:-3..3/1 the proxy's value times 2^-3 to 2^3, or a list. "
-        "And sparsity, density, width or layers: a list as 0,0.5,0.75.",
+        "An axis; repeatable. One hyperparameter (lr, init_std, alpha_input, alpha_output or weight_decay), as a range or a list: "
+        "log2:-12..-4/0.5 is 2^-12 to 2^-4 in half octaves, x:-3..3/1 is the proxy's value times 2^-3 to 2^3. "
+        "And one of sparsity, density, width or layers, as a list such as 0,0.5,0.75.",
         metavar="NAME=VALUES",
     ),
-    "iso": Option(str, "parameters or wpn: sparser is wider, to keep as many of these.", "iso", metavar="WHAT"),
-    "preset": Option(str, "A figure of the paper, small", metavar="NAME"),
-    "full": _switch("The preset at the paper's size."),
-    "role": Option(str, "Only embedding, hidden, norm, bias or unembedding tensors.", metavar="ROLE"),
+    "iso": Option(
+        str,
+        "Widen sparser models to keep live parameters (parameters) or weights per neuron (wpn).",
+        "iso",
+        metavar="WHAT",
+    ),
+    "preset": Option(str, "Run a figure of the paper at a small size", metavar="NAME"),
+    "full": _switch("Run the preset at the paper's size."),
+    "role": Option(str, "Show only this role: embedding, hidden, norm, bias or unembedding.", metavar="ROLE"),
     # training
-    "index": Option(int, "Run only this document of a stream, counted from 0."),
-    "resume": _switch("Continue the directory's run from its last checkpoint, or refuse to.", default=True),
+    "index": Option(int, "Train only the plan at this index of the document stream, counted from 0."),
+    "resume": _switch("Continue from the last checkpoint; --no-resume refuses a directory with a run.", default=True),
     "checkpoint_every": Option(int, "Steps between checkpoints.", "run.checkpoint_every", minimum=1),
-    "keep": Option(int, "Checkpoints that stay, the newest.", "run.keep", minimum=1),
+    "keep": Option(int, "Number of newest checkpoints to keep.", "run.keep", minimum=1),
     "max_time": Option(
-        str, "Stop with a checkpoint after 90s, 30m, 2h or 1:30:00; exit 75.", metavar="TIME", read=seconds
+        str, "Write a checkpoint and stop after 90s, 30m, 2h or 1:30:00; exit 75.", metavar="TIME", read=seconds
     ),
     "nproc": Option(int, "Processes to train with on this machine, each on its own GPU.", minimum=1),
     "parallel": Option(
         str,
-        "How processes hold the model: ddp (whole), fsdp (in shards), auto (shards where it fits none).",
+        "How processes hold the model: ddp (a whole copy each), fsdp (in shards) or auto (shards if a copy doesn't fit a device).",
         "run.parallel",
     ),
     "max_restarts": Option(
-        int, "With --nproc: times to go on from the last checkpoint when a process dies.", default=0, minimum=0
+        int, "With --nproc: number of restarts from the last checkpoint when a process dies.", default=0, minimum=0
     ),
     "tracker": Option(
-        list[str], "Follow the run in tensorboard, wandb or mlflow too, offline; repeatable.", "run.trackers"
+        list[str], "Also log the run to tensorboard, wandb or mlflow, offline; repeatable.", "run.trackers"
     ),
     "device": Option(str, "auto, cpu, cuda or cuda:N.", "run.device"),
     "precision": Option(str, "auto, float32 or bfloat16.", "run.precision"),
     "compile": Option(str, "auto, on or off.", "run.compile"),
     "engine": Option(
-        str, "How masked weights are computed: auto (the fastest here), dense, sparse or block.", "run.engine"
+        str, "Engine for masked weights: auto (the fastest on this machine), dense, sparse or block.", "run.engine"
     ),
-    # who runs what is measured
+    # where runs are executed
     "jobs": Option(
         int,
-        "Runs at the same time. [default: one a GPU; on a CPU 1 for tune-proxy, else one a core, at most 8; "
-        "on Ray one a GPU or core of the cluster; on Slurm 8]",
+        "Runs at the same time. [default: one per GPU; on CPU, 1 for tune-proxy and one per core (at most 8) for other commands; "
+        "on Ray, one per GPU or core of the cluster; on Slurm, 8]",
         minimum=1,
     ),
     "executor": Option(
         str,
-        "Who runs them: local, processes of this machine; ray, a cluster; or slurm.",
+        "Where runs are executed: local (processes of this machine), ray (a Ray cluster) or slurm.",
         default="local",
         metavar="NAME",
     ),
     "executor_set": Option(
         list[str],
-        "A setting of the executor; repeatable. ray: address, cpus of a run. slurm: partition, account, time in "
-        "minutes and sbatch's other options.",
+        "A setting of the executor; repeatable. ray: address, cpus (per run). slurm: partition, account, time "
+        "(minutes) and sbatch's other options.",
         metavar="KEY=VALUE",
         read=executor_settings,
     ),
     # benchmarks
     "shape": Option(str, "Shape of the weight.", metavar="OUTxIN"),
-    "rounds": Option(int, "Rounds timed, after one that warms up.", minimum=3),
+    "rounds": Option(int, "Timed rounds, after one warm-up round.", minimum=3),
     "picture": Option(str, "Draw the ratios over density.", metavar="FILE.png"),
-    "compare": Option(str, "An earlier result of this command; exit 5 where a ratio fell by a tenth.", metavar="FILE"),
+    "compare": Option(str, "Earlier result to compare with; exit 5 if a value is worse by a tenth.", metavar="FILE"),
     # corpora
     "format": Option(str, "auto (by suffix and first bytes), text, jsonl, nanogpt or llmc.", default="auto"),
     "tokenizer": Option(str, "bytes, or a tokenizer.json (needs the package tokenizers).", default="bytes"),
     "field": Option(str, "The key that holds the text in a line of JSONL.", default="text"),
     # what every command does with its result
     "list": _switch("Show the templates and write nothing."),
-    "explain": _switch("Show the table per role also where stderr is no terminal."),
+    "explain": _switch("Show the plan's table even if stderr is not a terminal."),
     "dry_run": _switch("Show sizes, FLOPs, memory and time; write nothing."),
-    "set": Option(list[str], "Set any key of the document read; repeatable.", metavar="A.B=VALUE", short="-s"),
+    "set": Option(list[str], "Set any key of the input document; repeatable.", metavar="A.B=VALUE", short="-s"),
     "out": Option(str, "Where to write; - for stdout only.", short="-o"),
-    "force": _switch("Overwrite a file that differs.", short="-f"),
+    "force": _switch("Overwrite an existing file whose content differs.", short="-f"),
     "json": _switch("Write JSON to stdout instead of YAML."),
-    "quiet": _switch("Say nothing but warnings and errors.", short="-q"),
-    "verbose": _switch("Say more.", short="-v"),
+    "quiet": _switch("Print only warnings and errors.", short="-q"),
+    "verbose": _switch("Print more details.", short="-v"),
 }
 
 
@@ -267,7 +280,7 @@ class Flags(SimpleNamespace):
 
 
 def command(*taken: str, **changes: dict[str, Any]) -> Callable[[Callable[[Flags], None]], Callable[..., None]]:
-    """A command that takes the options named, a text of several names each; `changes` are of single columns by option."""
+    """Make a command with the named options (each text lists several names). `changes` overrides columns of single options."""
     options = {name: replace(OPTIONS[name], **changes.get(name, {})) for text in taken for name in text.split()}
 
     def decorate(function: Callable[[Flags], None]) -> Callable[..., None]:
@@ -293,9 +306,9 @@ def require_one(flags: Flags, one: str, other: str) -> None:
 
 
 def apply(read: Document, flags: Flags, same_data: bool = False) -> None:
-    """Put `--set` and then the flags into a document at the table's paths, and drop what a changed value drops.
+    """Put `--set` and then the flags into a document at the table's paths, and drop the keys that a changed value replaces.
 
-    `same_data`: `--data` says where the data of the document are now, so their hash stays. Raises InputError.
+    `same_data`: `--data` only gives the data's new location, so their hash is kept. Raises InputError.
     """
     for setting in flags.set or []:
         path, equals, text = setting.partition("=")
@@ -330,5 +343,5 @@ def _at_flag(problem: Problem | str, flags: Flags) -> Problem | str:
 
 
 def workers_of(flags: Flags) -> dict[str, Any]:
-    """The keywords by which the package's functions know who runs what they measure."""
+    """The keyword arguments that tell the package's functions where to execute runs."""
     return {name: getattr(flags, name) for name in ("jobs", "executor", "executor_set", "verbose")}

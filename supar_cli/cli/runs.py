@@ -1,4 +1,4 @@
-"""`supar runs`, `show` and `report`: what was measured, as far as it is."""
+"""`supar runs`, `show` and `report`: what was measured so far."""
 
 import json
 import shutil
@@ -24,14 +24,14 @@ PAGE = "report.html"
 
 @command("folder json quiet")
 def runs(flags: Flags) -> None:
-    """List runs: running, finished, preempted, failed or killed, how far they came, and their last losses."""
+    """List runs with their state (running, finished, preempted, failed or killed), progress and last losses."""
     log, root = terminal.Log(flags.quiet), Path(flags.folder)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; `supar train` writes runs/NAME")
 
     found = [reading.summary(path) for path in reading.folders(root)]
     if not found:
-        log.warn(f"{root}: holds no run")
+        log.warn(f"{root}: no run directory found")
     elif not flags.quiet:
         terminal.show_table(COLUMNS, [_row(one, root) for one in found], right=(2, 3, 4), whole=(2, 3, 4))
         for one in found:
@@ -52,7 +52,7 @@ def show(flags: Flags) -> None:
     """Show a run: state, plan, environment and the curve of its losses."""
     folder, log = Path(flags.run), terminal.Log(flags.quiet)
     if not (folder / "plan.yaml").is_file():
-        raise InputError(f"{flags.run}: no run directory; expected one that `supar runs` lists")
+        raise InputError(f"{flags.run}: not a run directory; expected one that `supar runs` lists")
 
     run = reading.details(folder)
     plan, found, environment = run.plan, run.summary, run.environment
@@ -90,9 +90,9 @@ def _show_losses(records: list[dict[str, Any]], log: terminal.Log) -> None:
     json={"help": "Write verdicts, figures' data and tables as JSON to stdout."},
 )
 def report(flags: Flags) -> None:
-    """Show what was measured on one HTML page: verdicts first, then figures, tables, environment and hashes.
+    """Write one HTML page of results: verdicts first, then figures, tables, environment and hashes.
 
-    A job that still runs is shown as far as it is.
+    A job that is still running is shown with its results so far.
     """
     if flags.out == "":
         raise InputError("--out: is empty; expected a file or -")

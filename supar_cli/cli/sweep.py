@@ -22,7 +22,7 @@ PRESETS = ("fig1", "fig6", "fig7", "fig9", "fig10", "fig11", "fig13", "fig14")
 PARAMETERIZATIONS = ["sp", "mup", "supar"]
 # what a spec or a proxy lacks to be a study
 SWEPT = {"over": {"lr": "x:-2..2/1", "density": [1.0, 0.25, 0.0625]}, "parameterizations": PARAMETERIZATIONS}
-# one value, the transferred one; SP's search goes on from it by octaves
+# a single value, the transferred one; SP's search continues from it in octaves
 COMPARED = {
     "over": {"lr": "x:0..0/1", "sparsity": [0.0, 0.75, 0.9375]},
     "parameterizations": PARAMETERIZATIONS,
@@ -53,8 +53,9 @@ MEANINGS: dict[str, dict[str, Any]] = {
 def sweep(flags: Flags) -> None:
     """Sweep a hyperparameter at several densities or widths and judge whether its optimum transfers.
 
-    An optimum at the end of the axis extends it, by its own step. The same command again repeats no finished run. Ends
-    with 5 when SμPar misses a pass mark: |γ| < 0.15, largest shift < 0.5 octave, regret < 0.5 %.
+    If an optimum lies at an end of the axis, the axis is extended in its own steps. Running the command again repeats no
+    finished run. Exits with status 5 if SμPar misses a threshold: |γ| < 0.15 (γ: slope of log2(optimum) against log2(size)),
+    largest shift < 0.5 octave, regret < 0.5 %.
     """
     preset = flags.preset
     if preset is not None and flags.source is not None:
@@ -75,15 +76,15 @@ def sweep(flags: Flags) -> None:
     "source sparsity density parameterization",
     OPTIONS,
     source={"metavar": "[PROXY|SPEC|-]"},
-    sparsity={"help": "Levels. [default: 0,0.75,0.9375]", "read": None},
-    density={"help": "Levels, instead of --sparsity.", "read": None},
+    sparsity={"help": "Sparsities to compare. [default: 0,0.75,0.9375]", "read": None},
+    density={"help": "Densities to compare, instead of --sparsity.", "read": None},
     out={"help": "Folder. [default: compare/NAME]"},
     **MEANINGS,
 )
 def compare(flags: Flags) -> None:
-    """Compare SP, μP and SμPar over sparsities at a fixed budget, nothing re-tuned.
+    """Compare SP, μP and SμPar over sparsities at a fixed budget, without re-tuning.
 
-    Beside it SP with a learning rate of its own, tuned when dense or at every size."""
+    For reference, it also runs SP with its own learning rate, tuned on the dense model or at every size."""
     require_one(flags, "density", "sparsity")
     read = read_study(flags.source, COMPARED)
     axes = [f"{name}={getattr(flags, name)}" for name in ("sparsity", "density") if getattr(flags, name) is not None]
@@ -98,11 +99,14 @@ def compare(flags: Flags) -> None:
     steps={"help": "Training steps of every run.", "default": 120, "minimum": 8},
     trials={"help": "Trials of the proxy's search.", "default": 6, "minimum": 1},
     seeds={"help": "Seeds averaged at every point of the sweep.", "default": 1},
-    jobs={"help": "Processes. [default: one a CPU core, at most 8]"},
+    jobs={"help": "Runs at the same time. [default: one per CPU core, at most 8]"},
     out={"help": "Folder for proxy.yaml, results.json and lr_transfer.png.", "default": "demo"},
 )
 def demo(flags: Flags) -> None:
-    """See what SμPar keeps and SP loses as weights go sparse: a few minutes on two CPU cores, no download."""
+    """Show whether the dense model's learning rate stays best as weights go sparse, under SP and SμPar.
+
+    Takes a few minutes on two CPU cores and downloads nothing.
+    """
     how = {name: getattr(flags, name) for name in ("steps", "trials", "seeds", "jobs", "device", "out", "verbose")}
     with terminal.Progress("demo", flags.quiet) as progress:
         result = supar_cli.demo(flags.data, **how, reporter=progress)
@@ -124,7 +128,7 @@ def read_study(source: str | None, defaults: dict[str, Any], full: bool = False,
     else:
         found = documents.read_all(path, "`supar tune-proxy` writes a proxy")
     if full and len(found) != 2:
-        raise InputError(f"{name}: holds {len(found)} document; expected a second one for --full")
+        raise InputError(f"--full: {name} holds {len(found)} document; expected a second one, at full size")
     if len(found) > 2:
         raise InputError(f"{name}: holds {len(found)} documents; expected one, or a small and a full one")
     one = found[1 if full else 0]
@@ -138,19 +142,19 @@ def read_study(source: str | None, defaults: dict[str, Any], full: bool = False,
     own = target.get("sparsity") if isinstance(target, dict) else None
     one.data = {key: value for key, value in one.data.items() if key not in NOT_IN_A_SWEEP}
     one.data |= {"kind": KIND, "name": _folder_name(path), **copy.deepcopy(defaults)}
-    # the proxy's shape is the one to run: its target's may not fit here
+    # run the proxy's shape: the target's may not fit this machine
     kept = {key: own[key] for key in KEPT_OF_TARGET if key in own} if isinstance(own, dict) else {}
     one.data["target"] = {"sparsity": kept}
     return one
 
 
 def _folder_name(path: str) -> str:
-    """A file's name without its ending and without what a folder's name should not have."""
+    """A file's name without its suffix and without characters that a folder's name should not have."""
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(path).stem).strip("-") or "sweep"
 
 
 def set_axes(read: Document, axes: Iterable[str]) -> None:
-    """Put `NAME=VALUES` in the place of the document's axis of the same kind. Raises InputError for an unknown name."""
+    """Replace the document's axis of the same kind with `NAME=VALUES`. Raises InputError for an unknown name."""
     replaced: set[tuple[str, ...]] = set()
     for text in axes:
         name, equals, values = text.partition("=")
@@ -169,7 +173,7 @@ def set_axes(read: Document, axes: Iterable[str]) -> None:
 def _measure(
     function: Callable[..., dict[str, Any]], folders: str, read: Document, axes: Iterable[str], flags: Flags
 ) -> dict[str, Any]:
-    """Plan the study of a document, axes and flags; say what will be run, run it and show its tables. Raises InputError."""
+    """Plan the study of a document, axes and flags, describe its runs, make them and show its tables. Raises InputError."""
     log = terminal.Log(flags.quiet)
     set_axes(read, axes)
     apply(read, flags)
@@ -190,10 +194,10 @@ def _measure(
 
 
 def _describe(study: Sweep, log: terminal.Log) -> None:
-    """Say what will be run, in a few lines."""
+    """Describe the runs in a few lines."""
     levels, model, train, target = study.levels, study.model, study.train, study.target
     arms = ", ".join(study.parameterizations)
-    log.log(f"{study.title or study.name}: {arms}; {study.seeds} seed{'s' if study.seeds > 1 else ''} a point")
+    log.log(f"{study.title or study.name}: {arms}; {study.seeds} seed{'s' if study.seeds > 1 else ''} per point")
     log.log(
         f"width {levels[0].width} (proxy {model.width}), {levels[0].layers} layers, context {target.context or model.context}, "
         f"batch {target.batch_size or train.batch_size}, {target.steps or train.steps} steps, data {study.data.source}"
@@ -201,20 +205,22 @@ def _describe(study: Sweep, log: terminal.Log) -> None:
     if study.iso != "none":
         keeps, power = {"parameters": ("live hidden parameters", 2), "wpn": ("weights per neuron", 1)}[study.iso]
         first = levels[0]
-        log.log(f"widths that keep the {keeps} of density {first.density:g}, to whole heads of {model.head_width}:")
+        log.log(
+            f"widths with as many {keeps} as at density {first.density:g}, in whole heads of width {model.head_width}:"
+        )
         for level in levels:
             share = level.width**power * level.density / (first.width**power * first.density)
             live = f"{level.width * level.density:g} weights per neuron"
-            log.log(f"  density {level.density:g}: width {level.width}, {live}, {100 * share:.1f} % of it")
+            log.log(f"  density {level.density:g}: width {level.width}, {live}, {100 * share:.1f} % of the first")
 
 
 def _explain_sweep(result: dict[str, Any], log: terminal.Log) -> None:
-    """Say what the columns of the tables mean, and what was left open."""
+    """Explain the columns of the tables and report what is undecided."""
     log.log(
-        "octaves: the best value against the first row's\n"
-        "re-used: loss at the first row's best of the values measured\n"
-        "γ: slope of log2(best value) on log2(size); best values are a parabola's through\n"
-        "  the losses within 2 steps and 1.5 octaves of the best one measured"
+        "octaves: log2 of the best value over the first row's\n"
+        "re-used: loss at the value that measured best in the first row\n"
+        "γ: slope of log2(best value) against log2(size); a best value is the minimum of a\n"
+        "  parabola through the losses within 2 steps and 1.5 octaves of the best one measured"
     )
     levels = [level for arm in result["arms"] for level in arm["levels"]]
     for arm in result["arms"]:
@@ -225,25 +231,25 @@ def _explain_sweep(result: dict[str, Any], log: terminal.Log) -> None:
             log.log(f"{arm['parameterization']}: of {runs} runs {said}; a diverged one counts as worse than any loss")
     seeds, widen = result["sweep"]["seeds"], result["sweep"]["widen"]
     if seeds == 1:
-        log.log("one seed: no interval; what it shows may be chance")
+        log.log("one seed: no interval; differences may be chance")
     else:
         log.log(f"95 % intervals: {result['resamples']} resamples of the {seeds} seeds")
     if at_end := sum(not level["bracketed"] for level in levels):
         log.warn(
-            f"{at_end} optima lie at the end of their axis, extended by at most {widen} steps; -s widen=N allows more"
+            f"{at_end} optima lie at an end of their axis, which was extended by at most {widen} steps; -s widen=N allows more"
         )
 
 
 def _explain_comparison(rows: list[dict[str, Any]], log: terminal.Log) -> None:
     """Say what the columns of the tables mean."""
     log.log(
-        "tuned dense: SP at the learning rate that is its best in the first row, re-used\n"
-        "re-tuned: SP at its best for that row, found by octaves and judged by the same\n"
-        "  runs, which flatters it a little. SμPar is for not having to do that.\n"
-        "the others: at the proxy's learning rate"
+        "tuned dense: SP at its best learning rate of the first row\n"
+        "re-tuned: SP at its best learning rate of each row, searched in octaves; the same runs\n"
+        "  are searched and scored, which makes this loss slightly optimistic\n"
+        "the others: at the proxy's learning rate; SμPar should need no re-tuning"
     )
     if rows[0]["cells"] and all(cell["standard_error"] is None for row in rows for cell in row["cells"].values()):
-        log.log("one seed: no standard errors; what it shows may be chance")
+        log.log("one seed: no standard errors; differences may be chance")
 
 
 def _regret_table(regrets: list[dict[str, Any]]) -> dict[str, Any]:
@@ -258,23 +264,23 @@ def _regret_table(regrets: list[dict[str, Any]]) -> dict[str, Any]:
         for row in regrets
     ]
     columns = ["rules", "density", "best rate ÷ dense", "loss at best", "loss at dense rate", "regret"]
-    return {"title": "regret of re-using the dense model's rate", "columns": columns, "rows": rows}
+    return {"title": "regret of re-using the dense model's learning rate", "columns": columns, "rows": rows}
 
 
 def _explain_demo(result: dict[str, Any], folder: Path) -> str:
     worst = {}
     for name in RULES:
         regrets = [row["regret"] for row in result["regrets"] if row["parameterization"] == name]
-        worst[name] = "diverges" if None in regrets else f"loses up to {max(regrets):.3f} nats a token"
+        worst[name] = "diverges" if None in regrets else f"loses up to {max(regrets):.3f} nats per token"
     seeds = result["seeds"]
     return f"""\
 best rate ÷ dense: a density's best learning rate over the dense model's best.
-regret: nats a token lost by re-using the dense model's.
+regret: nats per token lost by re-using the dense model's learning rate.
 Shown: with the dense model's rate, sparse SP training {worst["sp"]},
-  sparse SμPar training {worst["supar"]}. Nothing to re-tune is what SμPar is for.
-Not shown: that SμPar beats an SP whose rate is re-tuned at every density. That can be as
-  good; compare the losses at their own best. The models are tiny, trained for seconds,
-  {seeds} seed{"s" if seeds > 1 else ""} a point.
+  sparse SμPar training {worst["supar"]}. SμPar is meant to make re-tuning unnecessary.
+Not shown: that SμPar beats SP with a learning rate re-tuned at every density. Re-tuned SP
+  can be as good: compare the column "loss at best". The models are tiny, trained for
+  seconds, {seeds} seed{"s" if seeds > 1 else ""} per point.
 Figure: {folder / "lr_transfer.png"}
 
 Next, with a proxy that is tuned for longer:

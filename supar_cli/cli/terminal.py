@@ -41,7 +41,7 @@ class Log:
 class Progress(Log):
     """A bar with rate and time left on a terminal, a line every few seconds elsewhere. Use as a context manager.
 
-    `records`: a file from which the same command goes on, named where the user stops it.
+    `records`: the file from which the same command continues, named when the user stops it.
     """
 
     EVERY_S = 10.0  # chosen: often enough to see life, rare enough for a log file
@@ -76,7 +76,7 @@ class Progress(Log):
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is KeyboardInterrupt and self._records is not None:
-            self.warn(f"stopped; the same command goes on from {self._records}")
+            self.warn(f"stopped; the same command continues from {self._records}")
         if self._bar is not None:
             self._bar.stop()
 
@@ -84,7 +84,7 @@ class Progress(Log):
         from supar_cli.planning.estimate import duration
 
         now = time.monotonic()
-        if self._first is None or step < self._step:  # it begins, or begins anew: the demo counts trials, then runs
+        if self._first is None or step < self._step:  # a new count starts: the demo counts trials, then runs
             self._first, self._started = step, now
         self._step = step
         done, seconds = step - self._first, max(now - self._started, 1e-9)
@@ -133,7 +133,7 @@ def show_tables(tables: Iterable[dict[str, Any]]) -> None:
 
 
 def show_verdicts(verdicts: Sequence[dict[str, Any]]) -> None:
-    """One line a verdict; in brackets those of controls, whose texts say so for other readers."""
+    """One line per verdict. Controls are in brackets; their "(a control …)" note is for other outputs."""
     words = {True: "pass", False: "FAIL", None: "?"}
     controls = {True: "(pass)", False: "(miss)", None: "?"}
     rows = [
@@ -141,8 +141,8 @@ def show_verdicts(verdicts: Sequence[dict[str, Any]]) -> None:
         for one in verdicts
     ]
     with_controls = any(one["control"] for one in verdicts)
-    title = "verdicts; in brackets controls, which are to miss" if with_controls else "verdicts"
-    show_table(["", "", "measured; pass mark"], rows, title=title, width=WIDTH)
+    title = "verdicts (?: undecided); controls, in brackets, should miss" if with_controls else "verdicts"
+    show_table(["", "", "measured; threshold"], rows, title=title, width=WIDTH)
 
 
 def show_plan(plan: Plan, processes: int | None = None) -> None:
@@ -198,7 +198,7 @@ def emit(documents: list[Any], flags: Flags, log: Log, default: str | None) -> N
 
 
 def print_documents(documents: list[Any], flags: Flags, always: bool = False, text: str | None = None) -> None:
-    """Print documents to stdout, where it is no terminal or `--json` or `always` says so. `text` is their YAML, if known."""
+    """Print documents to stdout if stdout is not a terminal, or if `--json` or `always` is set. `text` is their YAML, if known."""
     if flags.json:
         to_stdout(json.dumps(documents[0] if len(documents) == 1 else documents, indent=1) + "\n")
     elif always or not sys.stdout.isatty():
@@ -206,7 +206,7 @@ def print_documents(documents: list[Any], flags: Flags, always: bool = False, te
 
 
 def to_stdout(text: str) -> None:
-    """Write to stdout, once. A reader that is gone loses nothing: the work is on disk."""
+    """Write to stdout, once. A closed pipe is no error: the results are on disk."""
     with _without_reader(sys.stdout):
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -214,7 +214,7 @@ def to_stdout(text: str) -> None:
 
 @contextmanager
 def _without_reader(stream: Any) -> Iterator[None]:
-    """Go on where the reader of a stream is gone; what is written from then on is lost."""
+    """Continue if the reader of a stream is gone; further output is dropped."""
     try:
         yield
     except BrokenPipeError:

@@ -37,7 +37,11 @@ class Job:
 @command(
     "plan index steps resume checkpoint_every keep max_time data device precision compile engine nproc parallel",
     "max_restarts tracker dry_run set out force json quiet verbose",
-    steps={"help": "Train this many steps instead, the warm-up the same share.", "minimum": 1, "path": ""},
+    steps={
+        "help": "Train this many steps instead of the plan's; the warm-up keeps its share of them.",
+        "minimum": 1,
+        "path": "",
+    },
     dry_run={"help": "Show sizes, FLOPs, memory and time; run nothing."},
     out={"help": "Run directory. [default: runs/NAME]"},
     force={"help": "Start again in a directory that holds a run."},
@@ -52,7 +56,7 @@ def train(flags: Flags) -> None:
     if flags.nproc is not None and not _is_launched():
         raise typer.Exit(_launch_processes(flags, log))
     if flags.max_restarts and flags.nproc is None:
-        raise InputError("--max-restarts: goes with --nproc; torchrun has its own")
+        raise InputError("--max-restarts: needs --nproc; expected torchrun's own --max-restarts under torchrun")
     from supar_cli.training.distributed import init_distributed
 
     with StopSignals(flags.max_time) as signals:
@@ -64,7 +68,7 @@ def train(flags: Flags) -> None:
             if not is_worker_rank():
                 sys.stderr.write("interrupted\n")
             sys.stderr.flush()
-            os._exit(130)  # the second Ctrl-C: nothing is waited for, not even a checkpoint that is being written
+            os._exit(130)  # second Ctrl-C: exit at once, even while a checkpoint is being written
         except Preempted as error:
             if error.interrupted:
                 raise KeyboardInterrupt from None
@@ -87,7 +91,9 @@ def _jobs(flags: Flags, log: terminal.Log) -> list[Job]:
             raise InputError(f"--index {index}: {source} holds {len(plans)} documents; expected 0 to {len(plans) - 1}")
         plans = [plans[index]]
     if out is not None and len(plans) > 1:
-        raise InputError(f"--out: {source} holds {len(plans)} plans; expected --index with one directory")
+        raise InputError(
+            f"--out: names one directory, but {source} holds {len(plans)} plans; expected --index to choose one"
+        )
     jobs = []
     for plan, read in plans:
         wanted = plan if flags.steps is None else with_steps(plan, flags.steps)
@@ -109,7 +115,7 @@ def _run(job: Job, flags: Flags, quiet: bool, ranks: Ranks, stop: Callable[[], s
 
 
 def _is_launched() -> bool:
-    """Whether this process is one of `--nproc`'s. Raises InputError where it is one of another launcher's."""
+    """Whether `--nproc` launched this process. Raises InputError if another launcher did."""
     if LAUNCH_DIR not in os.environ and TORCHRUN in os.environ:
         raise InputError("--nproc: torchrun has started this process; expected torchrun's own --nproc-per-node")
     return LAUNCH_DIR in os.environ
@@ -121,5 +127,5 @@ def _launch_processes(flags: Flags, log: terminal.Log) -> int:
 
     stdin = document.standard_input() if flags.plan == "-" else None
     with elastic.launch_environment(flags.nproc, stdin) as folder:
-        _jobs(flags, terminal.Log(quiet=True))  # bad input ends here, once
+        _jobs(flags, terminal.Log(quiet=True))  # report bad input once, before processes start
         return elastic.launch(sys.argv[1:], flags.nproc, flags.max_restarts, folder, log.warn)

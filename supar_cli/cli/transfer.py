@@ -24,13 +24,13 @@ from supar_cli.planning.spec import Proxy
     "set out force json quiet verbose",
     heads={"help": "Attention heads. [default: the proxy's head width]"},
     parameterization={
-        "help": "supar, mup, sp, or half of supar: supar-init-only, supar-lr-only.",
+        "help": "supar, mup, sp, or one half of supar: supar-init-only, supar-lr-only.",
         "default": "supar",
         "read": parameterization,
     },
 )
 def transfer(flags: Flags) -> None:
-    """Turn a tuned proxy into the plan of a wide, sparse target, every number derived and stored."""
+    """Turn a tuned proxy into a plan for a wide, sparse target that states every number of its training."""
     log = terminal.Log(flags.quiet)
     require_one(flags, "density", "sparsity")
     read = _read_proxy(flags)
@@ -63,16 +63,16 @@ def _read_proxy(flags: Flags) -> Document:
 
 
 def _plan(read: Document, flags: Flags, word: str = "", share: Share | None = None) -> Plan:
-    """The plan of the document's target, at the level of `word`, sparsity or density, where one is given."""
+    """The plan of the document's target; `word` (sparsity or density) sets its level if given."""
     documents.override(read, ("target", "sparsity"), {word: share})
     proxy = parse(Proxy, read)
     with documents.with_locations(read):
         return supar_cli.transfer(proxy, parameterization=flags.parameterization, allow_low_wpn=flags.allow_low_wpn)
 
 
-@command("plan tensor role json", json={"help": "Write a JSON list, one item a plan, to stdout."})
+@command("plan tensor role json", json={"help": "Write a JSON list, one item per plan, to stdout."})
 def explain(flags: Flags) -> None:
-    """Show the rule behind every number of a plan, worked out, and say where the plan differs from it."""
+    """Show the formula behind every number of a plan with its values put in, and where the plan differs from it."""
     source, missing = documents.plan_file(flags.plan), "`supar transfer` writes it"
     if flags.tensor is None and flags.plan is not None and Path("plan.yaml").exists():
         missing += f"; for a tensor of that name: supar explain plan.yaml {flags.plan}"

@@ -20,8 +20,8 @@ SHAPE = ("width", "layers", "heads", "context")
 @command(
     "spec trials seeds sampler search study jobs executor executor_set",
     "width layers heads context batch_size steps tokens data seed device precision set out force json quiet verbose",
-    seeds={"help": "Seeds each finalist is run with.", "path": "search.seeds", "minimum": None},
-    width={"help": "Model width; head width and FFN ratio stay the spec's.", "path": ""},
+    seeds={"help": "Number of seeds for each finalist.", "path": "search.seeds", "minimum": None},
+    width={"help": "Model width; the spec's head width and FFN ratio are kept.", "path": ""},
     layers={"path": ""},
     heads={"path": ""},
     context={"path": ""},
@@ -31,7 +31,10 @@ SHAPE = ("width", "layers", "heads", "context")
     seed={"help": "Seed of the trials' init and batches, and of the sampler.", "path": "train.seed"},
 )
 def tune_proxy(flags: Flags) -> None:
-    """Search learning rate, init std and multipliers on a small dense proxy; the same command again continues."""
+    """Search learning rate, init std and multipliers on a small dense proxy.
+
+    Running the command again continues the study.
+    """
     log, out = terminal.Log(flags.quiet), None if flags.out == "-" else flags.out
     require_one(flags, "tokens", "steps")
     spec = _read_spec(flags, log)
@@ -93,7 +96,7 @@ def _reshaped(spec: Spec, flags: Flags) -> Spec:
 
 
 def _is_own(out: str | None, study: str) -> bool:
-    """Whether the file in the way is this very study's earlier result."""
+    """Whether the existing file is an earlier result of this study."""
     path = Path(out or "proxy.yaml")
     if out == "-" or not path.is_file():
         return False

@@ -1,4 +1,4 @@
-"""Which plans a coordinate check runs: sweeps over density and width of a proxy, or a given plan beside references."""
+"""Which plans a coordinate check runs: sweeps over density and width of a proxy, or a given plan and references."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from supar_cli.planning.transfer import transfer
 DENSITIES = (1.0, 1 / 4, 1 / 16)
 WIDTHS = (1, 2, 4, 8)  # times the proxy's
 CONTROLS: tuple[tuple[ParameterizationName, str], ...] = (("sp", "density"), ("mup", "density"), ("sp", "width"))
-CONTROL_SEEDS = 2  # chosen: a control is off by far more than two seeds differ
-# A constant rate, without clipping: what scales a gradient would hide its size
+CONTROL_SEEDS = 2  # chosen: a control's slope is off by far more than the difference between two seeds
+# A constant rate without clipping: clipping would hide the size of a gradient
 CONSTANT = {"schedule": "constant", "warmup_fraction": 0.0, "grad_clip": 0.0}
-TOKENS = 512  # chosen: of a batch; fewer make single gradients noisy, more make the check slow
+TOKENS = 512  # chosen: tokens per batch; fewer make single gradients noisy, more make the check slow
 
 
-Maker = Callable[[int], Plan]  # of a seed number
+Maker = Callable[[int], Plan]  # makes the plan of a seed number
 
 
 @dataclass(slots=True)
 class SlopeSweep:
     """Plans over one axis under one parameterization, `plans[r][z]` with seed number r at `sizes[z]`; the first size is the base.
 
-    `makers` make a seed's plan at each size. `logits_slope` is what the rules make of the logits' size at
-    step 1: over width they fall by 1/√m_d.
+    `makers` make a seed's plan at each size. `logits_slope` is the slope that the rules predict for the
+    logits at step 1: over width they fall by 1/√m_d.
     """
 
     name: str
@@ -44,7 +44,7 @@ class SlopeSweep:
     plans: list[list[Plan]] = field(default_factory=list)
 
     def grow(self, seeds: int) -> SlopeSweep:
-        """Plan as many seeds; of a control no more than it needs."""
+        """Make the plans of this many seeds; a control gets no more than it needs."""
         wanted = min(seeds, CONTROL_SEEDS) if self.is_control else seeds
         self.plans += [[make(seed) for make in self.makers.values()] for seed in range(len(self.plans), wanted)]
         return self
@@ -86,7 +86,9 @@ def sweeps_of(
     if not isinstance(subject, Plan):
         sweeps = _proxy_sweeps(subject, name, widths, densities, train)
     elif widths or densities or name != "supar":
-        raise InputError("a plan is checked as it stands; expected a proxy or a spec to vary width, density or rules")
+        raise InputError(
+            "a plan is checked as written; expected a proxy or a spec to vary width, density or parameterization"
+        )
     else:
         rows = [row.model_copy(update={"lr": row.lr * lr_factor}) for row in subject.tensors]
         sweeps = _plan_sweeps(subject.model_copy(update={"tensors": rows}), train)
@@ -119,7 +121,9 @@ def _proxy_sweeps(
     }
     axes = [axis for axis, at in points.items() if len(at) > 1]
     if not axes:
-        raise InputError("--density and --width: one of them needs at least two sizes for a slope")
+        raise InputError(
+            "--density and --width: give one size each; expected at least two sizes of one of them, for a slope"
+        )
 
     def sweep(name: ParameterizationName, axis: str, is_control: bool) -> SlopeSweep:
         makers = {size: partial(plan, name, *point) for size, point in points[axis].items()}
@@ -130,10 +134,10 @@ def _proxy_sweeps(
 
 
 def _plan_sweeps(plan: Plan, train: Record) -> list[SlopeSweep]:
-    """A plan as it stands, beside what SμPar's rules make of its proxy: dense at the plan's shape, and the proxy itself.
+    """A plan as written, compared with SμPar's plans from its proxy: dense at the plan's shape, and the proxy itself.
 
-    The control is what SP makes of that proxy at the plan's shape and density. Over density only the plan's numbers can
-    move a size; over the whole way from the proxy narrow ends bend it too.
+    The control is SP's plan from that proxy at the plan's shape and density. Over density only the plan's numbers can
+    change a size; from the proxy to the plan, narrow widths bend the slope too.
     """
     proxy, model, sparsity = _proxy_of(plan, train), plan.decoder, plan.sparsity
     own_train = {**train, "tokens": train["steps"] * train["batch_size"] * model.context, "warmup_steps": 0}
@@ -182,7 +186,9 @@ def _proxy_of(plan: Plan, train: Record) -> Proxy:
     hidden = [row for row in plan.tensors if row.role == "hidden"]
     densities = {min(1.0, row.density / row.because["m_rho"]) for row in hidden}
     if max(densities) - min(densities) > 1e-6:
-        raise InputError("the plan's proxy was sparse unevenly: its density differs by tensor; check the proxy instead")
+        raise InputError(
+            "the plan's proxy has a different density per tensor; expected a plan of an evenly sparse proxy, or the proxy itself"
+        )
     return Proxy(
         kind="supar.proxy/v1",
         model=Model(**model.model_dump(include=Model.keys()) | shape),

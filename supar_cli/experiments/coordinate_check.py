@@ -1,4 +1,4 @@
-"""The coordinate check: which sizes move with width or density, held against bounds, from a document to its result.json.
+"""The coordinate check: how sizes change with width or density, compared with bounds; from a document to its result.json.
 
 Arrays: R seeds, Z points of a sweep, S steps, N names (linears, attentions or the logits) of one quantity.
 """
@@ -51,7 +51,7 @@ CONTROL = 0.4
 UNITS = {"density": "density", "width": "width", "plan": "scale (width ÷ density) from the proxy to the plan"}
 
 LOWER_BY = 4.0  # what rates are divided by; a power of two, so that every rate stays exact
-LOWEST = LOWER_BY**-4  # chosen: only the bases are run on the way there
+LOWEST = LOWER_BY**-4  # chosen: while rates are lowered, only the base sizes are run
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +72,12 @@ class Finding:
 
     @property
     def inconclusive(self) -> bool:
-        """Whether the bound is exceeded by less than the interval: more seeds would tell."""
+        """Whether the bound is exceeded by less than the interval, so that more seeds could decide."""
         return not self.within_bound and abs(self.value) - self.limit < self.half_width
 
     @property
     def text(self) -> str:
-        name = f"{self.quantity} of {self.tensor}" if self.tensor else self.quantity
+        name = self.quantity if self.tensor in ("", self.quantity) else f"{self.quantity} of {self.tensor}"
         at = f" at step {self.step}" if self.step else ""
         return f"{name}: {self.bound} slope {self.value:+.3f}{at}, bound {self.limit}"
 
@@ -94,7 +94,7 @@ class Finding:
 
 @dataclass(slots=True)
 class CheckResult:
-    """What became of a sweep: its findings, or why it failed or can't be judged."""
+    """The outcome of a sweep: its findings, or why it failed or can't be judged."""
 
     sweep: SlopeSweep
     findings: list[Finding] = field(default_factory=list)
@@ -114,7 +114,7 @@ class CheckResult:
 
     @property
     def passed(self) -> bool | None:
-        """Whether sizes stay within their bounds. A control passes, which it is not to, where no median is far beyond."""
+        """Whether sizes stay within their bounds. A control passes, which it should not, if no median exceeds CONTROL."""
         if self.unjudged or self.failure:
             return None if self.unjudged else False
         medians = [abs(f.value) for f in self.findings if f.bound == "median"]
@@ -127,13 +127,16 @@ class CheckResult:
             return f"can't be judged: {self.unjudged}" if self.unjudged else self.failure
         highest = max((f for f in self.findings if f.bound == "median"), key=lambda f: abs(f.value))
         if self.sweep.is_control:
-            word = "does not fail: this check can't tell right from wrong here" if self.passed else "fails, as it must"
+            wrong = "passes, but should fail: this check can't tell right from wrong here"
+            word = wrong if self.passed else "fails, as expected"
             median = f"median |slope| of {highest.quantity} up to {abs(highest.value):.2f}"
             return f"{word}: {median} (over {CONTROL} expected)"
         if self.passed:
-            return f"every slope keeps its bound; median |slope| up to {abs(highest.value):.3f} of {MEDIAN}"
+            return f"every slope is within its bound; largest median |slope| {abs(highest.value):.3f}, bound {MEDIAN}"
         worst, seeds = self.violations[0], len(self.sweep.plans)
-        interval = f", within it by the 95 % interval ±{worst.half_width:.3g} of {seeds} seeds: more would tell"
+        interval = (
+            f", exceeded by less than the 95 % interval ±{worst.half_width:.3g} of {seeds} seeds: more may decide"
+        )
         return worst.text + (interval if worst.inconclusive else "")
 
     @property
@@ -148,7 +151,7 @@ class CheckResult:
 
 
 def judge(sweep: SlopeSweep, by_run: dict[str, Record]) -> CheckResult:
-    """Fit a sweep's slopes and hold them against the bounds. `by_run` has the record of each plan's hash."""
+    """Fit a sweep's slopes and compare them with the bounds. `by_run` has the record of each plan's hash."""
     result = CheckResult(sweep)
     records = [[by_run[plan.hash()] for plan in plans] for plans in sweep.plans]
     bad = [record for row in records for record in row if record["state"] != "done"]
@@ -195,11 +198,11 @@ def _findings(
         limits = [WRITERS if quantity == "activation" and name in writers else STEP_1[quantity] for name in names]
         for limit in dict.fromkeys(limits):
             at = [n for n in range(len(names)) if limits[n] == limit]
-            # what is wrong in a tensor shows, then, in those after it too, and may be larger there: the first is named
+            # an error in a tensor also shows in later tensors and may be larger there, so the first one is named
             exceeded, largest = [n for n in at if size_SN[0, n] > limit], max(at, key=size_SN[0].__getitem__)
             yield finding("step 1", limit, (exceeded or [largest])[0])
     if quantity != "logits":
-        # attention and all of Δlogits are shown: they have no bound in the paper's sense, and are noisy where linears are not
+        # attention and all of Δlogits are shown without a bound: the paper has none for them, and they are noisier than linears
         step, name = divmod(int(size_SN.argmax()), len(names))
         yield finding("each", each if quantity in LINEAR else inf, name, step)
     if quantity in LINEAR:
@@ -225,9 +228,9 @@ def check(
 ) -> dict[str, Any]:
     """The coordinate check of a proxy's or spec's shape, or of a plan as it stands: its result document.
 
-    Each of its `verdicts` has `passed` and `control`: controls are not to pass; None: it could not be judged. All rates are
-    lowered, `lr_factor` being the factor, where they are too hot. `out` is the folder of its records: no run is made twice.
-    Raises SuparError.
+    Each of its `verdicts` has `passed` and `control`: `passed` is None if it could not be judged; a control should not
+    pass. Where learning rates are too high, all are multiplied by `lr_factor`. `out` is the folder of its records: finished
+    runs are not repeated. Raises SuparError.
     """
     if not isinstance(subject, Spec | Proxy | Plan):
         raise InputError(f"{type(subject).__name__}: expected a Spec or Proxy or Plan")
@@ -262,7 +265,7 @@ def check(
 
 
 def _question(sweeps: list[SlopeSweep]) -> Record:
-    """What identifies a check: its first seed at the rates asked for; more seeds go on with what is there."""
+    """What identifies a check: its first seed at the requested rates; more seeds continue the same folder."""
     hashes = {plan.hash() for sweep in sweeps for plan in sweep.plans[0]}
     return {"runs": sorted(hashes), "sweeps": [[sweep.name, sweep.axis, sweep.sizes] for sweep in sweeps]}
 
@@ -282,7 +285,7 @@ class _Runs:
             self._reporter.progress(done, total, record["losses"][-1] if record["losses"] else nan)
 
     def lower_rates(self, sweeps_at: Callable[..., list[SlopeSweep]]) -> tuple[float, list[CheckResult]]:
-        """Lower all rates until no base is too hot: the factor, and results to be judged. At LOWEST they can't be."""
+        """Lower all rates until no base's rate is too high; return the factor and the results. At LOWEST the results can't be judged."""
         factor = 1.0
         while True:
             sweeps = sweeps_at(lr_factor=factor)
@@ -290,17 +293,17 @@ class _Runs:
             self._make(plan for sweep in own for plan in sweep.base)
             reasons = [(sweep, why_too_hot([self.by_run[plan.hash()] for plan in sweep.base])) for sweep in own]
             hot = [f"{sweep.label}: at its base {why}" for sweep, why in reasons if why]
-            lr = f"lr {sweeps[0].base[0].hyperparameters.lr:.3g} is too hot"
+            lr = f"lr {sweeps[0].base[0].hyperparameters.lr:.3g} is too high"
             if not hot:
                 return factor, [CheckResult(sweep) for sweep in sweeps]
             if factor <= LOWEST:
                 return factor, [CheckResult(sweep, unjudged=f"{lr}: {hot[0]}") for sweep in own]
-            self.notes.append(f"{lr} to judge ({'; '.join(hot)}); all rates are divided by {LOWER_BY:g}")
+            self.notes.append(f"{lr} for slopes to be judged ({'; '.join(hot)}); all rates are divided by {LOWER_BY:g}")
             self._reporter.log(self.notes[-1])
             factor /= LOWER_BY
 
     def judge_all(self, sweeps: list[SlopeSweep], max_seeds: int) -> list[CheckResult]:
-        """The results, of more seeds where a bound lies within a slope's interval; of no more where another fails for certain."""
+        """The results; more seeds are run while a bound lies within a slope's interval, unless another bound is certainly exceeded."""
         while True:
             self._make(plan for sweep in sweeps for plans in sweep.plans for plan in plans)
             results = [judge(sweep, self.by_run) for sweep in sweeps]
@@ -309,7 +312,7 @@ class _Runs:
                 return results
             for one in short:
                 seeds = min(2 * len(one.sweep.plans), max_seeds)
-                self._reporter.log(f"{one.sweep.label}: {one.text}; going on to {seeds}")
+                self._reporter.log(f"{one.sweep.label}: {one.text}; continuing with {seeds} seeds")
                 one.sweep.grow(seeds)
 
 

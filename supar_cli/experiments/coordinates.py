@@ -7,9 +7,9 @@ that step's own batch, as means of absolute values:
     gain                |dL/dX| / |dL/dY| of every hidden linear: what it does to gradients that pass back through it
     update              ΔY = X·ΔWᵀ of every hidden linear, X the same before and after the step
     attention           q·k before the softmax, scaled, over the causal pairs of every attention
-    logits              the model's output, but for that of each position's own token
+    logits              the model's output, except the logit of each position's own token
     Δlogits             the change of the output by the step, on the same batch
-    share of Δlogits    what the head's weight alone changes of the output, and the final norm alone, what enters them held
+    share of Δlogits    the change of the output by the head's weight alone, and by the final norm alone, with their inputs held fixed
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from supar_cli.training.trainer import Trainer
 
 LINEAR = ("activation", "gain", "update")  # of every hidden linear
 SHARE = "share of Δlogits"
-# A rate is too hot where, in the mean over seeds, an activation or gain grows by more than GROWTH, or a loss by LOSS_RISE.
+# A rate is too high if, in the mean over seeds, an activation or gain grows by more than GROWTH, or a loss by LOSS_RISE.
 # Updates may grow: the first, under a zero head, is the weight decay's alone.
 GROWTH = 10.0
 LOSS_RISE = 0.05  # chosen: of the first loss. measured: batches of 32 tokens of an untrained model differ by .025
@@ -64,7 +64,7 @@ def log_sizes(records: list[Record], quantity: str) -> NDArray[np.float64]:
 
 
 def why_too_hot(base: list[Record]) -> str:
-    """Why the rate of a sweep's base is too hot for slopes to be the rules' doing; empty where it isn't."""
+    """Why the rate of a sweep's base is too high for its slopes to reflect the rules; empty if it isn't."""
     for record in base:
         if record["state"] != "done":
             return f"a run {record['state']}: {record.get('why', '')}"
@@ -82,7 +82,7 @@ def why_too_hot(base: list[Record]) -> str:
 
 
 class _Watch:
-    """Makes a trainer's steps. Hooks keep what entered and left the model's parts in the last one, and sizes of it."""
+    """Runs a trainer's steps. Hooks record the inputs and outputs of the model's parts in the last step, and their sizes."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.model = trainer, trainer.sparse_model.model
@@ -107,7 +107,7 @@ class _Watch:
         self.gains[name] = by_input[0].abs().mean() / by_output[0].abs().mean()
 
     def step(self) -> tuple[float, Sizes]:
-        """Make one step; the loss before it and the sizes."""
+        """Make one optimizer step; return the loss before it and the sizes."""
         weight = self.trainer.sparse_model.weight
         before = {name: weight(name) for name in (*self.hidden, self.head)}
         with _Attentions() as attentions:
@@ -134,7 +134,7 @@ class _Watch:
 
 
 def _finite(sizes: dict[str, Tensor]) -> dict[str, float | None]:
-    values = torch.stack([size.float() for size in sizes.values()]).tolist()  # from the device at once
+    values = torch.stack([size.float() for size in sizes.values()]).tolist()  # one transfer from the device
     return {name: value if isfinite(value) else None for name, value in zip(sizes, values, strict=True)}
 
 

@@ -1,4 +1,4 @@
-"""Loss over a hyperparameter at several sizes: the runs that bracket each optimum, the curves they make, and the optima."""
+"""Loss over a hyperparameter at several sizes: the runs that bracket each optimum, the curves they form, and the optima."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.sweep import Grid, Level, Sweep
 from supar_cli.training.reporter import Reporter
 
-# chosen: a loss curve is a parabola near its optimum only; on the far side of it training soon breaks down
+# chosen: a loss curve is a parabola only near its optimum; well beyond it training diverges
 WINDOW_STEPS, WINDOW_OCTAVES = 2, 1.5
 
 
 @dataclass(slots=True)
 class Curve:
-    """Validation losses, in nats a token, of one parameterization at one size, by index of the grid and by seed.
+    """Validation losses, in nats per token, of one parameterization at one size, by index of the grid and by seed.
 
     A diverged run's loss is inf, worse than any; a failed run's is nan, because nothing is known of it.
     """
@@ -75,9 +75,9 @@ def measure_curves(
 ) -> list[Curve]:
     """A curve for each parameterization and size, measured on the study's grid.
 
-    Those of the `searched` parameterizations (by default of all) are measured beyond it and between until each optimum
-    is bracketed, and at the optimum of their first size. Runs that the folder has records of are not made again, except
-    those that failed.
+    Curves of the `searched` parameterizations (all by default) are also measured beyond the grid and between its points
+    until each optimum is bracketed, and at the optimum of their first size. Runs that the folder has records of are not
+    made again, except those that failed.
     """
     levels = sweep.levels
     curves = [Curve(name, level, sweep.grid(name)) for name in sweep.parameterizations for level in levels]
@@ -144,7 +144,7 @@ class _Measurements:
             self.add(missing)
 
     def _neighbours(self, curve: Curve, step: float) -> list[Point]:
-        """What is still to be measured beside the optimum; nothing where all runs failed: more would tell nothing."""
+        """The points next to the optimum that are not measured yet; none if all runs failed, as more would tell nothing."""
         widen, last = self.sweep.widen, len(curve.grid.values) - 1
         around = () if isnan(curve.mean(curve.best)) else (curve.best - step, curve.best + step)
         return [(curve, i) for i in around if i not in curve.losses and -widen <= i <= last + widen]
@@ -176,7 +176,7 @@ def find_optimum(curve: Curve, draws: np.ndarray) -> Optimum:
     losses_XS = np.array([[curve.losses[index][seed] for seed in seeds] for index in window])
     fit = fit_quadratic([(float(x[i]), seeds[s], float(loss)) for (i, s), loss in np.ndenumerate(losses_XS)])
     shift, why = (fit.octaves, "") if fit.usable else (0.0, fit.why)
-    if not fit.usable and len(window) >= 3:  # one seed and three values: a parabola, though nothing to judge it by
+    if not fit.usable and len(window) >= 3:  # one seed and three values: an exact parabola, its error unknown
         vertex = float(vertices(x, losses_XS.mean(1, keepdims=True))[0])
         shift, why = (vertex, "") if isfinite(vertex) else (0.0, why)
     resampled = np.empty(0)

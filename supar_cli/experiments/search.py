@@ -34,11 +34,11 @@ from supar_cli.training.reporter import NullReporter, Reporter
 from supar_cli.training.runtime import versions
 
 Values = dict[str, float]
-RUNS = "-runs"  # of the name of the study that keeps a study's extra runs
+RUNS = "-runs"  # suffix of the name of the study that stores a study's extra runs
 
 
 def study_name(spec: Spec) -> str:
-    """Name of a spec's study. What changes a trial's loss or its ranges makes another study; trials and sampler don't."""
+    """Name of a spec's study. What changes a trial's loss or the ranges makes another study; the number of trials and the sampler don't."""
     deciding = spec.identity(include={"model", "hyperparameters", "parameterization", "sparsity", "data", "train"})
     return "supar-" + content_hash({**deciding, "ranges": spec.search.ranges()})[7:19]
 
@@ -67,7 +67,7 @@ def tune(
     reporter: Reporter | None = None,
     **workers: Unpack[WorkerOptions],
 ) -> Proxy:
-    """Tune a spec up to its number of trials, in a study that the same call continues; the proxy with its evidence.
+    """Tune a spec up to its number of trials, in a study that the same call continues; return the proxy with its evidence.
 
     `study` is a journal file or a database's URL. Raises SuparError.
     """
@@ -106,7 +106,7 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
         fit = tuning.fit_lr(values, winner["losses"])
         values["lr"] = winner["lr"] * 2.0**fit.octaves
         if not fit.usable:
-            reporter.warn(f"lr fit: {fit.why}; the best rate measured is taken, {values['lr']:.4g}")
+            reporter.warn(f"lr fit: {fit.why}; using the best measured rate, {values['lr']:.4g}")
     evidence = tuning.evidence(trials, finalists, winner, fit)
     update = {"evidence": evidence, "meta": {**spec.meta, "tuned_with": versions()}}
     return proxy_of(spec, values).model_copy(update=update)
@@ -133,9 +133,9 @@ def format_values(values: Values) -> str:
 
 
 def run_next(spec: Spec, storage: str, wanted: Wanted) -> FrozenTrial | None:
-    """Claim a trial, or one of the extra runs that are wanted, run it as a plan and store it: the trial that ended.
+    """Claim a trial or a wanted extra run, run it as a plan and store its result; return the finished trial.
 
-    None when none was left, or it was taken away. Raises what a bad spec raises.
+    None if none is left or another process took it over. Raises the errors of a bad spec.
     """
     study = SharedStudy(storage, study_name(spec) + ("" if isinstance(wanted, int) else RUNS), join=True)
     study.study.sampler, study.study.pruner = SeededByTrialNumber(spec.search), _make_pruner(spec)
@@ -160,7 +160,7 @@ def run_next(spec: Spec, storage: str, wanted: Wanted) -> FrozenTrial | None:
 
 @dataclass(frozen=True, slots=True)
 class _Tuning:
-    """What is run for a spec: trials, and extra runs of their values, which a study of their own keeps and shares."""
+    """The runs of a spec: trials, and extra runs with their values, which a separate shared study stores."""
 
     spec: Spec
     storage: str
@@ -172,21 +172,21 @@ class _Tuning:
         return SharedStudy(self.storage, study_name(self.spec) + suffix, retries, at_once=at_once)
 
     def _run(self, study: SharedStudy, wanted: Wanted) -> Generator[FrozenTrial]:
-        """Have the trials or runs that are missing made, here or elsewhere: those that ended here."""
+        """Make the missing trials or runs, here or in other processes; return those that ended here."""
         task = partial(run_next, self.spec, absolute(self.storage), wanted)
         return study.run_until_complete(wanted, task, self.workers, self.reporter)
 
     def run_trials(self) -> list[FrozenTrial]:
-        """Have the spec's trials run; those that count."""
+        """Run the spec's trials; return those that count."""
         spec, reporter, total = self.spec, self.reporter, self.spec.search.trials
         study = self._open(at_once=True)
         ranges = spec.search.ranges()
         own = {name: getattr(spec.hyperparameters, name) for name in ranges}
         if all(low <= own[name] <= high for name, (low, high) in ranges.items()):
-            study.queue_once(own)  # the values the spec itself names are worth a trial
+            study.queue_once(own)  # the spec's own values are run as a trial
         counted = study.counted()
         if counted:
-            reporter.log(f"study {study.study.study_name}: {len(counted)} of {total} trials are there already")
+            reporter.log(f"study {study.study.study_name}: {len(counted)} trials done, {total} wanted")
         for trial in self._run(study, total):
             state, counted = state_of(trial), study.counted()
             outcome = f"loss {trial.value:.4f}" if state == "complete" else state
@@ -196,7 +196,7 @@ class _Tuning:
         return study.counted()
 
     def losses(self, candidates: list[Values], seeds: range, what: str) -> list[list[float | None]]:
-        """Losses of each candidate's runs with the seeds, None of one that diverges. Each is made once, by any process."""
+        """Losses of each candidate's runs over the seeds, None for a candidate that diverges. Each is made once, by any process."""
         if not seeds:
             return [[] for _ in candidates]
         keys = [[json.dumps([values, seed], sort_keys=True) for seed in seeds] for values in candidates]
@@ -209,7 +209,7 @@ class _Tuning:
         return [[found[key] for key in row] for row in keys]
 
     def run_finalists(self, best: list[FrozenTrial]) -> list[Record]:
-        """Run the best trials with further seeds: trial, values, losses in nats a token, their mean.
+        """Run the best trials with further seeds: trial, values, losses in nats per token, their mean.
 
         Raises UnusableResult when each diverges with one.
         """

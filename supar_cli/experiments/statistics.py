@@ -1,4 +1,4 @@
-"""Statistics of losses and sizes: parabolas through them, and how sure what is read off them is."""
+"""Statistics of losses and sizes: parabolas through them, and confidence intervals of what is read off them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def fit_quadratic(points: list[tuple[float, int, float]]) -> Fit:
     a, b = float(solution[0]), float(solution[1])
     residual = float(np.sum((loss - design @ solution) ** 2)) / freedom
     if a <= 0:
-        return Fit(False, "the losses bend downwards: no optimum between the rates tried", len(points), best)
+        return Fit(False, "the fitted parabola opens downwards: no optimum between the rates tried", len(points), best)
     vertex = -b / (2 * a)
     if not x.min() <= vertex <= x.max():
         side = "below" if vertex < x.min() else "above"
@@ -86,7 +86,7 @@ Interval = list[float]  # low, high
 
 
 def resample(count: int) -> np.ndarray:
-    """RESAMPLES rows of `count` indices drawn with replacement, always the same ones; no row for a single index."""
+    """RESAMPLES rows of `count` indices drawn with replacement, always the same ones; no rows if there is a single index."""
     rows = RESAMPLES if count > 1 else 0
     return np.random.default_rng(0).integers(count, size=(rows, count))
 

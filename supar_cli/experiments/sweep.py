@@ -100,7 +100,7 @@ def demo(
 
     Returns the document that it writes to results.json in the folder `out`. Raises SuparError.
     """
-    from supar_cli.experiments import search  # and with it Optuna, which no sweep needs
+    from supar_cli.experiments import search  # imports Optuna, which sweeps don't need
 
     started, folder, reporter = time.monotonic(), Path(out), reporter or NullReporter()
     spec = _demo_spec(data, steps, trials, device)

@@ -12,7 +12,7 @@ from supar_cli.experiments.statistics import Interval, interval, resample, slope
 from supar_cli.planning.sweep import Level, Sweep
 from supar_cli.reporting.result import NAMES, TITLES, Figure, Line, Panel, Table, Verdict, finite, fraction, loss_figure
 
-MAX_DRIFT, MAX_SHIFT_OCTAVES, MAX_REGRET = 0.15, 0.5, 0.005  # the pass marks, of SPEC and README
+MAX_DRIFT, MAX_SHIFT_OCTAVES, MAX_REGRET = 0.15, 0.5, 0.005  # the thresholds, as in SPEC and README
 
 SHORT = {**TITLES, "sp": "SP", "supar-lr-only": "SμPar's rate only"}
 SUPAR = TITLES["supar"]
@@ -22,7 +22,7 @@ Data = dict[str, Any]
 
 
 def transfer(sweep: Sweep, curves: list[Curve]) -> Data:
-    """The parts of a sweep's result: does the optimum of each parameterization stay where it is?"""
+    """The parts of a sweep's result: does each parameterization's optimum stay constant?"""
     draws = resample(sweep.seeds)  # common to all, as their seeds are
     by_name = [[curve for curve in curves if curve.name == name] for name in sweep.parameterizations]
     arms = [_arm(sweep, own, draws) for own in by_name]
@@ -67,7 +67,7 @@ def _arm(sweep: Sweep, curves: list[Curve], draws: np.ndarray) -> Data:
 
 
 def is_subject(sweep: Sweep, name: str) -> bool:
-    """Whether a parameterization's optimum is to hold over the study's sizes; if not, it is a control."""
+    """Whether a parameterization's optimum should stay constant over the study's sizes; if not, it is a control."""
     if sweep.level_axis == "layers" and sweep.parameterization.depth_rule == "none":
         return False
     if any(level.density != sweep.levels[0].density for level in sweep.levels):
@@ -76,7 +76,7 @@ def is_subject(sweep: Sweep, name: str) -> bool:
 
 
 def _verdicts(arm: Data, curves: list[Curve]) -> list[Verdict]:
-    """Three of a parameterization at several sizes; `passed` is None where an optimum isn't bracketed."""
+    """Three verdicts on a parameterization at several sizes; `passed` is None where an optimum isn't bracketed."""
     drift, shift, is_control = arm["drift"], arm["shift_octaves"], arm["control"]
     if drift is None:
         return []
@@ -97,13 +97,13 @@ def _verdicts(arm: Data, curves: list[Curve]) -> list[Verdict]:
             passed = None
             text += f" (unknown: no inner optimum at {', '.join(outer)})" if outer else " (unknown: a run failed)"
         elif is_control:
-            text += " (a control, yet it holds here)" if is_met else " (a control, misses it as it should)"
+            text += " (a control: passes, but should miss)" if is_met else " (a control: misses, as expected)"
         found.append(Verdict(what=f"{SHORT[curves[0].name]}: {what}", passed=passed, control=is_control, text=text))
     return found
 
 
 def _level(tuned: str, curve: Curve, optimum: Optimum, first_best: float, first_octaves: float) -> Data:
-    """A size: its optimum and interval, its losses in nats a token, the regret of the first size's best value."""
+    """A size: its optimum and interval, its losses in nats per token, the regret of the first size's best value."""
     loss, reused = curve.mean(curve.best), curve.mean(first_best)
     return {
         "parameterization": curve.name,
@@ -244,7 +244,10 @@ def _comparison_tables(rows: list[Data], measure: str) -> list[Table]:
         losses.append({measure: row["level"], **{short[name]: _loss(cell) for name, cell in row["cells"].items()}})
         gains.append({measure: row["level"], **own, "re-tuned ÷ proxy's": _ratio(row["cells"].get(RETUNED))})
     title = "validation loss (nats per token): mean ± standard error over seeds"
-    return [_table(title, losses), _table("how much lower SμPar's loss is than that of", gains)]
+    return [
+        _table(title, losses),
+        _table("SμPar's gain over the others, in % of their loss; negative: SμPar is worse", gains),
+    ]
 
 
 def _loss(cell: Data) -> str:
@@ -256,7 +259,7 @@ def _loss(cell: Data) -> str:
 
 def _ratio(retuned: Data | None) -> str:
     """SP's best value at a size over the proxy's."""
-    return "–" if retuned is None else f"2^{retuned['octaves']:g}" + ("" if retuned["bracketed"] else ", at the end")
+    return "–" if retuned is None else f"2^{retuned['octaves']:g}" + ("" if retuned["bracketed"] else ", at the edge")
 
 
 def _comparison_figure(rows: list[Data], levels: list[Level]) -> Figure:

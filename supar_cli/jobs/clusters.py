@@ -1,4 +1,4 @@
-"""Who makes the runs: processes of this machine, tasks of a Ray cluster, or jobs of Slurm by way of submitit."""
+"""Where runs are executed: in processes of this machine, tasks of a Ray cluster, or jobs of Slurm by way of submitit."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from supar_cli.files import naming_write_errors
 from supar_cli.jobs import workers
 from supar_cli.jobs.workers import Answer, Call, Function, Workers
 
-CPU_JOBS = min(8, os.cpu_count() or 1)  # chosen: of a study's runs on a CPU, one a core; more than 8 are rarely meant
+CPU_JOBS = min(8, os.cpu_count() or 1)  # chosen: one run per core on a CPU; more than 8 are rarely intended
 SLURM_JOBS = 8  # chosen: a search's trials in a few rounds, and no more than most sites let one user run
 LARGEST_ARRAY = 1000  # chosen: what Slurm takes unless its MaxArraySize says otherwise
-SLURM_MINUTES = 60  # chosen: a trial takes minutes; Slurm ends what takes longer than it said
-ANSWER_S = 5.0  # chosen: for a cluster's head to accept a connection
+SLURM_MINUTES = 60  # chosen: a trial takes minutes; Slurm kills jobs that exceed their time limit
+ANSWER_S = 5.0  # chosen: seconds for a cluster's head node to accept a connection
 CANCEL_S = 5.0  # chosen: for tasks that were interrupted to requeue their trials
 
 
 class WorkerOptions(TypedDict, total=False):
-    """Who makes the runs, as every function that makes some takes it: `jobs` at a time, by `executor` with its settings.
+    """Where runs are executed, a keyword of every function that makes some: `jobs` at a time, by `executor` with its settings.
 
-    By default by processes of this machine. `verbose`: show what a Ray cluster says.
+    By default in processes of this machine. `verbose`: show what a Ray cluster prints.
     """
 
     jobs: int | None
@@ -54,20 +54,20 @@ def _require_known(executor: str, settings: Collection[str], known: Collection[s
         if key not in known:
             close = difflib.get_close_matches(key, known, 1)
             expected = f"did you mean {close[0]!r}?" if close else f"expected {', '.join(sorted(known))}"
-            raise InputError(f"--executor-set {key}: no setting of {executor}; {expected}")
+            raise InputError(f"--executor-set {key}: not a setting of {executor}; {expected}")
 
 
 def _wants_gpu(device: str, has_gpus: bool) -> bool:
-    """Whether each call gets a GPU, where `auto` takes one if there are some. Raises InputError for one by number."""
+    """Whether each call gets a GPU; `auto` takes one if there are any. Raises InputError for a device with a number."""
     if ":" in device:
-        raise InputError(f"run.device: {device}: a worker sees its own device only; expected cuda")
+        raise InputError(f"run.device: {device}: a worker sees only its own GPU; expected cuda without a number")
     return device == "cuda" or (device == "auto" and has_gpus)
 
 
 class Ray(Workers):
     """A task of one core or one GPU for each call, on the cluster of `address`, of RAY_ADDRESS or of this machine.
 
-    Where none of them runs one is started here, for as long as this process lives.
+    If none of these clusters is running, one is started here and runs until this process ends.
     """
 
     def __init__(self, jobs: int | None, settings: dict[str, Any], device: str, verbose: bool) -> None:
@@ -78,13 +78,13 @@ class Ray(Workers):
             raise InputError(f"--executor-set cpus={cpus}: expected a whole number above 0")
         _wants_gpu(device, True)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns of it
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # otherwise Ray warns about this variable
         import ray
 
         asked = settings.get("address") or os.environ.get("RAY_ADDRESS", "auto")
         address = _ray_cluster("" if asked == "auto" else str(asked))
         self._ray, self._stdout = ray, ExitStack()
-        # Ray prints what its daemons have to say, wherever it is told to log
+        # Ray prints its daemons' messages whatever its logging settings
         self._stdout.enter_context(redirect_stdout(sys.stderr if verbose else io.StringIO()))
         level = logging.INFO if verbose else logging.CRITICAL
         dashboard = False if address == "local" else None
@@ -138,7 +138,7 @@ class Slurm(Workers):
     ) -> None:
         super().__init__(jobs or SLURM_JOBS)
         if cluster == "slurm":
-            self.max_in_flight = LARGEST_ARRAY  # Slurm has them wait
+            self.max_in_flight = LARGEST_ARRAY  # Slurm queues the rest
         _require_package("slurm", "submitit")
         import submitit
 
@@ -151,7 +151,7 @@ class Slurm(Workers):
         if _wants_gpu(device, torch.cuda.is_available()) and not is_gpu_asked:
             options["gpus_per_node"] = 1
         if cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
-            raise SetupError("--executor slurm: no sbatch and srun here; expected a machine that submits to Slurm")
+            raise SetupError("--executor slurm: sbatch and srun not found; expected a machine that can submit to Slurm")
         with naming_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # calls are stored there, a database's password too
         self._errors = submitit.core.utils
@@ -163,7 +163,7 @@ class Slurm(Workers):
         try:
             return list(self._executor.map_array(_call_in_folder, *columns))
         except (self._errors.FailedJobError, subprocess.CalledProcessError) as error:
-            raise SetupError(f"--executor slurm: sbatch refuses: {' '.join(str(error).split())}") from None
+            raise SetupError(f"--executor slurm: sbatch failed: {' '.join(str(error).split())}") from None
 
     def wait(self, handles: list[Any]) -> list[Any]:
         time.sleep(workers.POLL_S)
@@ -172,12 +172,12 @@ class Slurm(Workers):
     def answer(self, handle: Any) -> Answer:
         try:
             found: Answer = handle.result()
-        except self._errors.FailedJobError as error:  # before the call, whose own errors are in `found`
+        except self._errors.FailedJobError as error:  # before the call started; the call's own errors are in `found`
             last = str(error).split("----------------------")[1].strip().splitlines()[-1]
-            what = f"job {handle.job_id} can't begin: {last}"
+            what = f"job {handle.job_id} can't start: {last}"
             raise SetupError(f"--executor slurm: {what}; see {handle.paths.stderr}") from None
         except self._errors.UncompletedJobError:
-            how = f"job {handle.job_id} ended without an answer ({handle.state})"
+            how = f"job {handle.job_id} ended without a result ({handle.state})"
             raise workers.WorkerDied(f"{how}; see {handle.paths.stderr}") from None
         return found
 
@@ -208,7 +208,7 @@ def _ray_cluster(asked: str) -> str:
 
 
 def _call_in_folder(folder: str, function: Function, call: Call) -> Answer:
-    """Make a call in the folder of the process that asks for it, where this machine has it: paths may be relative."""
+    """Run a call in the caller's working directory if this machine has it, as paths may be relative."""
     with suppress(OSError):
         os.chdir(folder)
     return workers.capture_call(function, call)
@@ -226,7 +226,7 @@ def make_workers(
 ) -> Workers:
     """Workers of an executor. `device` is the plans'; `folder`, for Slurm's files, must be shared with its nodes.
 
-    Default of `jobs`: one a GPU on CUDA, else `on_cpu` here, one a core of a Ray cluster, `clusters.SLURM_JOBS` of Slurm.
+    Default of `jobs`: one per GPU on CUDA; else `on_cpu` locally, one per core on Ray, `clusters.SLURM_JOBS` on Slurm.
     Raises InputError for an unknown executor or setting, SetupError for a missing package or cluster.
     """
     settings = executor_set or {}

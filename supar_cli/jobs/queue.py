@@ -1,8 +1,8 @@
 """One study, any number of processes: which trials count, who runs one, and what becomes of a dead process's trials.
 
-Optuna's storages give out trial numbers one by one, and a trial that exists only ever moves from waiting to running to
-an end. So a process that holds trial n, and counts which of the trials below n have counted or still may, can't exceed a
-total together with any other.
+Optuna's storages number trials one by one, and a trial only moves from waiting to running to finished. So a process that
+holds trial n, and counts the trials below n that count or may still count, never exceeds the total, whatever other
+processes do.
 
 What is `wanted` of a study is a number of trials, which a sampler proposes, or runs by their names.
 """
@@ -28,7 +28,7 @@ from supar_cli.training.reporter import Reporter
 
 HEARTBEAT_S = 15.0  # chosen: a line in a journal or a row updated four times a minute costs nothing beside training
 STALE_AFTER_S = 90.0  # chosen: six beats missed; a machine that swaps or a disk that stalls misses one or two
-MAX_REQUEUES = 3  # chosen: a trial that takes its process down each time is not what killed a whole cluster three times
+MAX_REQUEUES = 3  # chosen: a trial that ends its process this often is the cause; a cluster rarely fails three times
 REPORT_EVERY_S = 60.0  # chosen: rare enough for a log, often enough to see what a command waits for
 
 Asked = dict[str, float] | str  # the values of a trial, or the name of a run
@@ -36,7 +36,7 @@ Wanted = int | Collection[str]
 
 
 def is_counted(trial: FrozenTrial) -> bool:
-    """Whether a trial is one of a study's total: complete, pruned or diverged. One that was interrupted is done again."""
+    """Whether a trial counts towards a study's total: complete, pruned or diverged. An interrupted trial is run again."""
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or "diverged" in trial.user_attrs
 
 
@@ -45,7 +45,7 @@ def state_of(trial: FrozenTrial) -> str:
 
 
 def run_of(trial: FrozenTrial) -> Any:
-    """The name of the run that a trial is, None of one of the search's."""
+    """The name of the extra run that a trial stands for; None for a trial of the search."""
     return trial.user_attrs.get("run")
 
 
@@ -60,7 +60,7 @@ def _is_pending_or_counted(trial: FrozenTrial) -> bool:
 
 
 def _identity(trial: FrozenTrial) -> Any:
-    """What a trial was queued for, None of one that a sampler fills in."""
+    """What a trial was queued for; None if a sampler chooses its values."""
     return run_of(trial) or trial.system_attrs.get("fixed_params")
 
 
@@ -70,7 +70,7 @@ def _known(trials: Iterable[FrozenTrial]) -> list[Any]:
 
 
 def machine() -> str:
-    """Where a process id means the same process: a booted kernel and, in it, a container. The host's name without /proc."""
+    """The scope in which a process id is unique: a booted kernel and a container in it; the host's name without /proc."""
     with suppress(OSError):
         booted = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{booted}:{os.stat('/proc/self/ns/pid').st_ino}"
@@ -84,7 +84,7 @@ def _is_alive(process: int) -> bool:
         return False
     except PermissionError:
         return True
-    with suppress(OSError):  # one that was killed and not yet waited for still has a number
+    with suppress(OSError):  # a killed process that its parent has not reaped still has a process id
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return True
 
@@ -92,7 +92,7 @@ def _is_alive(process: int) -> bool:
 class SharedStudy:
     """A study that any number of processes work on at the same time.
 
-    Its methods raise SetupError when its storage is away for longer than `storage.RETRY_LIMIT_S`.
+    Its methods raise SetupError if its storage is unreachable for longer than `storage.RETRY_LIMIT_S`.
     """
 
     def __init__(
@@ -109,19 +109,19 @@ class SharedStudy:
         return [trial for trial in self.trials() if is_counted(trial)]
 
     def queue(self, asked: Asked, **attributes: Any) -> None:
-        """Let the next process that claims a trial take these values or this run. A second one of the same is withdrawn."""
+        """Let the next process that claims a trial take these values or this run. A duplicate is withdrawn."""
         params, run = ({}, {"run": asked}) if isinstance(asked, str) else (asked, {})
         self.study.enqueue_trial(params, {**run, **attributes})
 
     def queue_once(self, *asked: Asked) -> None:
-        """Queue values and runs of which no trial has ended, runs or waits."""
+        """Queue the values and runs of which no trial is finished, running or waiting."""
         known = _known(filter(_is_pending_or_counted, self.trials()))
         for one in asked:
             if one not in known:
                 self.queue(one)
 
     def missing(self, wanted: Wanted) -> tuple[int, list[FrozenTrial]]:
-        """How many trials or runs have not ended, and the trials that are some of them and run."""
+        """The number of unfinished trials or runs, and those trials of them that are running."""
         trials = self.trials()
         running = [trial for trial in trials if trial.state == TrialState.RUNNING and not is_counted(trial)]
         if isinstance(wanted, int):
@@ -130,7 +130,7 @@ class SharedStudy:
         return len(left), [trial for trial in running if run_of(trial) in left]
 
     def claim(self, wanted: Wanted) -> optuna.Trial | None:
-        """A trial for this process to run; None where as many as wanted have ended or run, or no wanted run waits."""
+        """A trial for this process to run; None if enough trials are finished or running, or no wanted run is waiting."""
         self.requeue_abandoned()
         trials = self.trials()
         if isinstance(wanted, int):
@@ -151,20 +151,20 @@ class SharedStudy:
         return None
 
     def _withdraw_reason(self, trial: optuna.Trial, wanted: Wanted) -> str:
-        """Why a trial is not to be run, if so. The earlier of two equal ones is run, the first of all up to the number."""
+        """Why a trial must not run, else None. Of two equal trials only the earlier runs; beyond the wanted number none runs."""
         trials = self.trials()
         own = _identity(trials[trial.number])
         earlier = [t for t in trials[: trial.number] if _is_pending_or_counted(t)]
         if own is not None and own in _known(earlier):
-            return "an earlier trial is the same"
+            return "an earlier trial has the same values"
         if isinstance(wanted, int):
-            return "the study has its trials" if len(earlier) >= wanted else ""
-        return "" if own in wanted else "nobody here waits for it"
+            return "the study already has enough trials" if len(earlier) >= wanted else ""
+        return "" if own in wanted else "this command does not need it"
 
     def run(self, trial: optuna.Trial, objective: Callable[[optuna.Trial], float]) -> FrozenTrial | None:
         """Run a claimed trial and store what became of it: None when it was given to another process meanwhile.
 
-        Whatever but divergence ends it early, Ctrl-C too, is raised, with the trial requeued.
+        Anything else that ends it early, including Ctrl-C, requeues the trial and is raised.
         """
         value: float | None = None
         try:
@@ -192,10 +192,10 @@ class SharedStudy:
         return [trial for trial in running if self._is_abandoned(trial) and self._requeue(trial)]
 
     def _is_abandoned(self, trial: FrozenTrial) -> bool:
-        """Whether a process of this machine is gone, or a trial has shown no sign of life for as long as was looked.
+        """Whether a trial's process on this machine is gone, or its heartbeat is overdue.
 
-        Only time between looks is counted, and no more than a beat of each, so that an outage in which nobody could
-        write is not held against anybody, and clocks are never compared.
+        Only time between polls counts, at most one heartbeat's of each, so that an outage of the storage is not counted,
+        and clocks are never compared.
         """
         _, process, where = (*trial.user_attrs.get("process", []), None, None, None)[:3]
         if process is not None and where == machine() and not _is_alive(process):
@@ -221,10 +221,10 @@ class SharedStudy:
     def run_until_complete(
         self, wanted: Wanted, task: Callable[[], Any], workers: Workers, reporter: Reporter
     ) -> Generator[Any]:
-        """Have workers do the task as often as trials or runs are missing, until none is: the results that are not None.
+        """Have workers run the task until no trial or run is missing; yield the results that are not None.
 
-        Where all that are missing run already, elsewhere too, they are waited for: they end, or are requeued. Raises
-        SetupError when a task takes its workers down each time; that and any other end leaves no trial of a dead worker.
+        If all missing ones are running, here or elsewhere, wait until they end or are requeued. Raises SetupError when a
+        task kills its workers each time. However it ends, no trial of a dead worker is left running.
         """
         reported = time.monotonic()
         try:
@@ -258,7 +258,7 @@ class SharedStudy:
 
     def _report_requeued(self, reporter: Reporter) -> None:
         for trial in self.requeue_abandoned():
-            reporter.log(f"{describe_trial(trial)} is queued again: its process is gone")
+            reporter.log(f"{describe_trial(trial)} is requeued: its process is gone")
 
 
 @contextmanager
@@ -272,7 +272,7 @@ def _heartbeat(trial: optuna.Trial) -> Iterator[None]:
             count += 1
             try:
                 trial.set_user_attr("beat", count)
-            except Exception:  # the trial has ended, or the storage has; who runs the trial will be told
+            except Exception:  # the trial has ended or the storage has failed; who runs the trial gets the error
                 return
 
     threading.Thread(target=beat, daemon=True).start()

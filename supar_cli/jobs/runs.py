@@ -1,4 +1,4 @@
-"""A run of a plan for its loss, made in one way, and the records of a folder's runs, none of which is made twice."""
+"""Running a plan for its loss, and the records of a folder's runs, so that no run is repeated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from supar_cli.training.trainer import Trainer
 
 
 def require_runnable(plan: Plan, device: bool = True) -> None:
-    """Raise what is wrong with a plan's data, and with its device if it is one of this machine, before work is done."""
+    """Raise errors of a plan's data, and of its device if it is on this machine, before any work is done."""
     if device:
         Runtime.of(plan)
     load_task(plan)
@@ -32,8 +32,8 @@ def require_runnable(plan: Plan, device: bool = True) -> None:
 def validation_loss(plan: Plan, on_evaluation: Callable[[int, float], None] | None = None) -> float:
     """Train a plan and return its last validation loss. Raises UnusableResult when it diverges.
 
-    Trials, finalists, fit runs and the runs of sweeps are all made here. A plan that leaves compiling open is not compiled:
-    that takes longer than a proxy's trial.
+    Trials, finalists, fit runs and the runs of sweeps are all made here. With `compile: auto` a plan is
+    not compiled: compiling takes longer than a proxy's trial.
     """
     if plan.run.compile == "auto":
         plan = plan.model_copy(update={"run": plan.run.model_copy(update={"compile": "off"})})
@@ -59,7 +59,7 @@ def failed_record(plan: Plan, about: Record, why: str) -> Record:
 
 
 class Records:
-    """Records of a folder's records.jsonl by their `run`, the hash of what was run; a line that a kill has cut is none.
+    """Records of a folder's records.jsonl by their `run`, the hash of what was run; a truncated line is ignored.
 
     A run whose last record is not `usable` is made again. Raises SetupError when the file can't be read or written.
     """
@@ -84,7 +84,7 @@ class Records:
         workers: Workers,
         on_failure: Callable[..., Record] | None = None,
     ) -> Iterator[tuple[int, int, Record]]:
-        """Make the calls whose run is not recorded yet: (done, of all, its record) as each ends, the recorded ones first.
+        """Yield (number done, total, record) as each run ends, recorded ones first; only runs without a record are made.
 
         `function` returns a record without `run`. `on_failure`, of the call and why, returns the record of one whose
         worker died each time; SetupError without it.
@@ -105,9 +105,9 @@ class Records:
 
 
 def open_study_folder(folder: Path, question: Record, force: bool) -> None:
-    """Make a folder ready for a question (what is measured): its question.json identifies it, but for its `seeds`.
+    """Prepare a folder for a measurement. Its question.json holds the measurement's settings, which identify it except for `seeds`.
 
-    Raises InputError when the folder holds the answer to another question and `force` is not set; with it, starts anew.
+    Raises InputError if the folder holds a measurement with other settings; `force` discards that one.
     """
     path = folder / "question.json"
     text = json.dumps(question, indent=1, sort_keys=True) + "\n"
@@ -115,7 +115,7 @@ def open_study_folder(folder: Path, question: Record, force: bool) -> None:
         raise InputError(f"{folder}: is a file; expected a folder for --out")
     if path.is_file() and not force and _without_seeds(path.read_bytes()) != _without_seeds(text):
         raise InputError(
-            f"{folder}: holds the answer to another question; expected --force to start again or another --out"
+            f"{folder}: holds the records of another measurement; expected --force to start again or another --out"
         )
     with naming_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def open_study_folder(folder: Path, question: Record, force: bool) -> None:
 
 
 def _without_seeds(text: str | bytes) -> Any:
-    """A question without its seeds: with more, its answer goes on."""
+    """The settings without the seeds: more seeds continue the same measurement."""
     try:
         question = json.loads(text)
     except ValueError:

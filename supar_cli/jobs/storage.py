@@ -1,4 +1,4 @@
-"""Where studies are kept: a journal file, or a database that may be away for minutes without a study being lost."""
+"""Where studies are kept: a journal file, or a database that may be unreachable for minutes without loss of a study."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from sqlalchemy import exc
 from supar_cli.errors import InputError, SetupError, SuparError
 from supar_cli.files import append_lines
 
-RETRY_LIMIT_S = 300.0  # chosen: restarts and failovers take seconds to a few minutes; longer is an outage to be told of
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0  # chosen: a restart of a second costs little, an outage is not hammered
-CREATE_ATTEMPTS = 20  # chosen: processes that make the same tables at the same time; in each round one has made them
+RETRY_LIMIT_S = 300.0  # chosen: restarts and failovers take seconds to a few minutes; a longer outage is an error
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0  # chosen: short enough for a restart of a second, rare enough in an outage
+CREATE_ATTEMPTS = 20  # chosen: for processes that make the same tables at the same time; one succeeds in each round
 
 # the operations of Optuna's storage interface that reach a database
 _OPERATIONS = (*sorted(optuna.storages.BaseStorage.__abstractmethods__), "get_trial_id_from_study_id_trial_number")
-# of PostgreSQL's client: a host that drops packets is a lost one after seconds, not after TCP's two hours
+# PostgreSQL's client settings: an unreachable host is noticed after seconds, not after TCP's two hours
 _POSTGRESQL = {"connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
 
 
 class RetryPolicy:
-    """For how long operations of a storage are tried again while its database is away; says so once per outage."""
+    """Retries operations of a storage while its database is unreachable, up to a limit; warns once per outage."""
 
     def __init__(
         self, storage: str, warn: Callable[[str], object] | None = None, limit_s: float = RETRY_LIMIT_S
@@ -49,12 +49,12 @@ class RetryPolicy:
                 self._is_away = False
                 return found
             except optuna.exceptions.UpdateFinishedTrialError:
-                # a try whose reply was lost may have written just this
+                # an attempt whose reply was lost may already have written this
                 if is_retry and _is_written(operation, *args, **named):
                     return True
                 raise
             except (OSError, RuntimeError) as error:
-                if _hides_interrupt(error):  # Optuna's file lock failed to undo what was cut off
+                if _hides_interrupt(error):  # Optuna's file lock raised this because Ctrl-C interrupted it
                     raise KeyboardInterrupt from None
                 if isinstance(error, OSError):
                     raise SetupError(f"--study {redact_url(self.storage)}: {error.strerror or error}") from None
@@ -87,7 +87,7 @@ def _hides_interrupt(error: BaseException) -> bool:
 
 def is_connection_error(error: BaseException) -> bool:
     """Whether an error means that the database can't be reached now, rather than that it refuses what was asked."""
-    # the last of these: Optuna reads on in a transaction that was cut off
+    # PendingRollbackError: Optuna keeps using a transaction that was broken off
     lost = exc.OperationalError | exc.InterfaceError | exc.PendingRollbackError
     causes = _chain(error, "__cause__")
     return any(isinstance(one, lost) or getattr(one, "connection_invalidated", False) for one in causes)
@@ -106,8 +106,8 @@ def open_study(
 ) -> optuna.Study:
     """The study in a journal file or, for a text with `://`, in any Optuna storage.
 
-    With `join` it must be there already, as for a worker. With `at_once` a database that is away is not waited for, as at
-    a command's start, where its URL may be wrong. Raises SetupError, and InputError for what is not a URL.
+    With `join` it must be there already, as for a worker. With `at_once` an unreachable database is not waited for:
+    at a command's start its URL may be wrong. Raises SetupError, and InputError for what is not a URL.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     retries = retries or RetryPolicy(storage)
@@ -196,12 +196,12 @@ def _not_a_url(storage: str) -> InputError:
 
 
 def absolute(storage: str) -> str:
-    """A storage as another process finds it, whatever folder it runs in."""
+    """The storage's address for processes in any working directory."""
     return storage if "://" in storage else str(Path(storage).absolute())
 
 
 def redact_url(storage: str) -> str:
-    """A storage as a document or a message may show it: without user and password."""
+    """The storage's address for documents and messages: without user and password."""
     if "://" not in storage:
         return storage
     parts = urlsplit(storage)

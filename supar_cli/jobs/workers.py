@@ -1,4 +1,4 @@
-"""Calls handed to workers: made a number at a time, again where a worker died, and answered as they end; and workers here.
+"""Calls run by workers: several at a time, retried if a worker dies, results as they end; and the workers of this machine.
 
 Processes of this machine each have their share of the cores and their own CUDA device.
 """
@@ -24,9 +24,9 @@ import torch
 
 from supar_cli.errors import SuparError
 
-RETRIES = 2  # chosen: one machine's mishap may hit twice; a run that takes its worker down thrice does so always
-POLL_S = 1.0  # chosen: between two looks at what goes on elsewhere; trials take minutes
-STOP_S = 5.0  # chosen: for a worker to requeue its trial, between two operations of training
+RETRIES = 2  # chosen: a machine failure may hit a run twice; a run that kills its worker three times is at fault
+POLL_S = 1.0  # chosen: between two polls of other processes; trials take minutes
+STOP_S = 5.0  # chosen: seconds for a worker to requeue its trial after its current operation
 
 Function = Callable[..., Any]
 Call = tuple[Any, ...]
@@ -34,7 +34,7 @@ Answer = tuple[Any, Exception | None]
 
 
 class WorkerDied(Exception):
-    """A worker ended without an answer; the text says how."""
+    """A worker ended without a result; the text says how."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class WorkerFailure:
 
 
 def capture_call(function: Function, call: Call) -> Answer:
-    """Make a call in a worker: (result, None), or (None, the error) in a form that can be sent and raised elsewhere."""
+    """Make a call in a worker: (result, None), or (None, the error), which can be pickled and raised in another process."""
     try:
         return function(*call), None
     except Exception as error:
@@ -53,18 +53,18 @@ def capture_call(function: Function, call: Call) -> Answer:
             error.add_note(f"in a worker:\n{traceback.format_exc()}")
         try:
             return None, pickle.loads(pickle.dumps(error)).with_traceback(None)
-        except Exception:  # whatever an error's own pickling raises
+        except Exception:  # pickling an error may raise anything
             return None, RuntimeError(f"in a worker:\n{traceback.format_exc()}")
 
 
 class Workers(AbstractContextManager["Workers"]):
-    """Makes calls, `jobs` of them at a time. Leaving the context ends the workers, and what they still do."""
+    """Runs calls, `jobs` at a time. Leaving the context stops the workers and their unfinished calls."""
 
     is_local: ClassVar[bool] = False  # whether a plan's device is one of this machine
 
     def __init__(self, jobs: int) -> None:
         self.jobs = jobs
-        self.max_in_flight = jobs  # calls handed over at a time, to run or to wait for others to end
+        self.max_in_flight = jobs  # most calls submitted at a time; some may wait for others to end
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -104,18 +104,18 @@ class Workers(AbstractContextManager["Workers"]):
 
     @abstractmethod
     def answer(self, handle: Any) -> Answer:
-        """The answer of a call that has ended. Raises WorkerDied."""
+        """The result of a finished call. Raises WorkerDied."""
 
     @abstractmethod
     def cancel(self, handles: list[Any]) -> None:
         """End calls that still run."""
 
     def close(self) -> None:
-        """Release what outlasts calls, if anything does."""
+        """Release resources that outlive the calls, if any."""
 
 
 def visible_devices(device: str) -> list[str]:
-    """CUDA devices for trials to have one each, as CUDA_VISIBLE_DEVICES names them; none for `cpu` and for `cuda:N`."""
+    """CUDA devices, one for each trial, as CUDA_VISIBLE_DEVICES names them; none for `cpu` and for `cuda:N`."""
     if device not in ("auto", "cuda") or not torch.cuda.is_available():
         return []
     outer = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -124,9 +124,9 @@ def visible_devices(device: str) -> list[str]:
 
 
 class Local(Workers):
-    """One process a job, kept for further calls; in this very process when there is one job, or one call and no process yet.
+    """One process per job, reused for later calls. Calls run in this process if there is one job, or one call and no worker yet.
 
-    A process that dies takes its own call with it and no other; another takes its place.
+    A process that dies loses only its own call and is replaced.
     """
 
     is_local: ClassVar[bool] = True
@@ -208,8 +208,8 @@ def _describe_end(status: int | None) -> str:
 
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """A process started inside doesn't get Ctrl-C, which a terminal sends to all; this one gets it afterwards."""
-    resource_tracker.ensure_running()  # else its start, with the first process, would let interrupts through
+    """Processes started inside don't get Ctrl-C, which a terminal sends to all; this process gets it afterwards."""
+    resource_tracker.ensure_running()  # started here, because its own start would unblock SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -229,7 +229,7 @@ def _serve(channel: Any, device: str | None, threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed has nobody to answer to; it would hold its device."""
+    """End a worker whose parent was killed: it would keep its device for nothing."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -37,7 +37,7 @@ def summary(verdicts: list[Verdict]) -> str:
 
 
 def draw_svg(figure: Figure, salt: str) -> tuple[str, str]:
-    """(viewBox, elements) of a figure as SVG, in the page's colours; no figure with another salt has one of its ids."""
+    """(viewBox, elements) of a figure as SVG, in the page's colours; ids are unique per salt."""
     written = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
         drawn = figures.draw(figure)

@@ -1,4 +1,4 @@
-"""What a report shows of a path: a run, a sweep, check or comparison, a demo, a plan or a proxy, finished or not."""
+"""What a report shows of a path: a run, a sweep, check or comparison, a demo, a plan or a proxy; it may be unfinished."""
 
 import time
 from collections import Counter, defaultdict
@@ -69,7 +69,7 @@ def _result(path: Path, source: str) -> ReportPart:
     if kind == "supar.result/v1":
         if (path.parent / "plan.yaml").is_file():
             return run_part(path.parent)
-        raise SetupError(f"{path}: the result of a run, without its plan.yaml beside it; expected a run directory")
+        raise SetupError(f"{path}: the result of a run, but its folder has no plan.yaml; expected a run directory")
     if not isinstance(kind, str) or kind not in STUDIES:
         raise InputError(f"{path}: kind: is {kind!r}; expected {', '.join(STUDIES)} or supar.demo/v1")
     result = Result.parse(found, path)
@@ -93,11 +93,13 @@ def _study(folder: Path) -> ReportPart:
         part = _result(ended, str(folder))
         if path.is_file() and path.stat().st_mtime > ended.stat().st_mtime:
             part.state = f"running again: {_progress(records, path)}"
-            part.notes.append("Runs were recorded after result.json was written; its verdicts and figures lack them.")
+            part.notes.append(
+                "Runs were recorded after result.json was written; its verdicts and figures do not include them."
+            )
     else:
         last = path if path.is_file() else asked
         is_quiet = time.time() - last.stat().st_mtime >= QUIET_S
-        word = f"nothing written for {QUIET_S / 60:.0f} minutes, running or stopped" if is_quiet else "running"
+        word = f"nothing written for {QUIET_S / 60:.0f} minutes: still running, or stopped" if is_quiet else "running"
         question = read_json(asked) if asked.is_file() else {}
         own = question if isinstance(question, dict) else {}
         title, state = own.get("title") or own.get("name") or folder.name, f"{word}: {_progress(records, last)}"
@@ -119,7 +121,7 @@ def _progress(records: list[Record], path: Path) -> str:
 
 
 def _add_records(part: ReportPart, records: list[Record]) -> None:
-    """Add how many runs are done, diverged and failed, and why those that are not done are not."""
+    """Add how many runs are done, diverged and failed, and why the others are not done."""
     missed = [one for one in records if one.get("state") != "done"]
     why = [[str(one["run"])[:19], str(one.get("state")), str(one.get("why") or "–")] for one in missed]
     title, columns = "Runs that are not done, and why", ["run", "state", "why"]

@@ -148,7 +148,7 @@ class Table(Data):
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise ValueError(
-                    f"{self.title}: a row has {len(row)} cells; expected {len(self.columns)}, one a column"
+                    f"{self.title}: a row has {len(row)} cells; expected {len(self.columns)}, one per column"
                 )
         return self
 
@@ -189,7 +189,7 @@ class Demo(Data):
 
 @dataclass
 class ReportPart:
-    """What a report shows of one input. `state` says how far it is; `facts` are texts by group and name."""
+    """What a report shows of one input. `state` describes its progress; `facts` are texts by group and name."""
 
     source: str
     kind: str

@@ -1,4 +1,4 @@
-"""Runs, plans and proxies: how far a run is, its losses, a curve drawn in characters, and each as part of a report."""
+"""Runs, plans and proxies: a run's progress and losses, a curve drawn in characters, and each as part of a report."""
 
 import math
 import time
@@ -46,7 +46,7 @@ def read_run(folder: Path) -> Run:
     records = read_jsonl(path, "step")
     for at, record in enumerate(records, 1):
         if not isinstance(record["step"], int) or not isinstance(record.get("grad_norm_by_role", {}), dict):
-            raise SetupError(f"{path}:{at}: not the record of a step; expected a whole `step` and norms by role")
+            raise SetupError(f"{path}:{at}: not the record of a step; expected an integer `step` and norms by role")
     result = run_directory.read_result(folder / "result.json") if (folder / "result.json").exists() else None
     state, text = _state(folder, result is not None)
     summary = {
@@ -112,7 +112,7 @@ def series(records: list[Record], name: str) -> Series:
 
 
 def downsample(by_step: Series) -> tuple[Series, int]:
-    """(means of equal numbers of neighbours, at their last step; how many each). A gap inside makes a gap."""
+    """(means of equal numbers of neighbours, at their last step; how many each). A gap within a mean makes that mean a gap."""
     each = max(1, math.ceil(len(by_step) / POINTS))
     items = [(step, math.nan if y is None else y) for step, y in sorted(by_step.items())]
     groups = [items[at : at + each] for at in range(0, len(items), each)]
@@ -164,7 +164,7 @@ def run_part(folder: Path) -> ReportPart:
 
 
 def _add_losses(part: ReportPart, losses: dict[str, Series], is_final: bool) -> None:
-    """Add the losses a run ended with, or has so far, and whether they are numbers."""
+    """Add a run's final losses, or the last ones so far, and whether all are finite."""
     rows, steps, bad = [], 0, list[str]()
     for label, by_step in losses.items():
         found = list(by_step.items())
@@ -176,7 +176,7 @@ def _add_losses(part: ReportPart, losses: dict[str, Series], is_final: bool) -> 
     if not rows:
         part.notes.append("No step is recorded yet.")
         return
-    text = f"not at step {', '.join(bad[:5])}; gaps in figures" if bad else f"all {steps} are"
+    text = f"not at step {', '.join(bad[:5])}; shown as gaps in figures" if bad else f"all {steps} are"
     part.verdicts.append(Verdict(what="losses finite", passed=not bad, text=text))
     title = f"{'Final losses' if is_final else 'Losses so far'}, nats per token"
     columns = ["", "first", "last", "at step", "lowest", "at step"]
