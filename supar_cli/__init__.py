@@ -1,8 +1,8 @@
 """supar: tune a small dense proxy, transfer with SμPar to a wide sparse target, train it.
 
 The Python API is documents in, documents out: `load`, `transfer`, `explain`, `tune`, `train`, `check`, `sweep`, `compare`,
-`demo`, `report`; `weights` are what was trained. A function's module is imported when it is first used; torch, by what runs
-something only.
+`demo`, `report`; `weights` returns the trained tensors. A function's module is imported on first use; only functions that run
+something import torch.
 """
 
 from __future__ import annotations

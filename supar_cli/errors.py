@@ -54,13 +54,13 @@ class PeerLost(SetupError):
 
 
 class UnusableResult(SuparError):
-    """The work was done but its result can't be used: a loss not finite, every trial diverged (exit status 4)."""
+    """The work was done but its result can't be used: a loss is not finite, or every trial diverged (exit status 4)."""
 
     exit_status = 4
 
 
 class Preempted(SuparError):
-    """Training was asked to stop and did, between two steps; the same command goes on (exit status 75)."""
+    """Training was stopped on request between two steps; the same command continues it (exit status 75)."""
 
     exit_status = 75
     interrupted = False  # by Ctrl-C, which has a status of its own

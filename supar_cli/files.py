@@ -18,7 +18,7 @@ LINES_BYTES = 2**16  # chosen: more than a line usually has
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write aside, flush, rename: the file is the old one or the new one, never a part. A device or a pipe is written directly."""
+    """Write a temporary file, flush, rename: readers see the old file or the new one, never a part. Devices and pipes: directly."""
     data = content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file():
         path.write_bytes(data)
@@ -79,7 +79,7 @@ def read_jsonl(path: Path, key: str) -> list[Record]:
 
 
 def append_lines(path: Path, lines: str) -> None:
-    """Append whole lines and flush them to disk: all or none, in place of a last line that is cut. Raises OSError."""
+    """Append whole lines and flush them to disk: all or none, replacing a truncated last line. Raises OSError."""
     with path.open("a+b", buffering=0) as file:
         end = _end_of_lines(file)
         rest = memoryview(lines.encode())
@@ -94,7 +94,7 @@ def append_lines(path: Path, lines: str) -> None:
 
 
 def _end_of_lines(file: io.FileIO) -> int:
-    """Where the last line that ends does: what is behind it was cut by a kill or a full disk."""
+    """The end of the last complete line; what follows was cut off by a kill or a full disk."""
     end = file.seek(0, os.SEEK_END)
     while end:
         start = max(0, end - LINES_BYTES)

@@ -148,7 +148,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
     compare = ("--density", "0.25", "--compare", "then.json")
     other = supar_here(*LAYER[:-1], "41", *compare)
     assert other.status == 2 and other.out == ""
-    assert other.err == "error: then.json: tokens: was 40 then, is 41 now; expected the same settings\n"
+    assert other.err == "error: then.json: tokens: is 40 in the earlier result, 41 now; expected the same settings\n"
     assert supar_here("bench", "memory", *compare).err.startswith(
         "error: then.json: bench: is 'layer'; expected memory"
     )
@@ -156,7 +156,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
     for broken in ({}, {"density": 0.25, "arms": arms}):
         (tmp_path / "then.json").write_text(json.dumps({**result, "densities": [broken]}))
         called = supar_here(*LAYER, *compare)
-        assert called.status == 2 and "then.json: is not a whole document of `supar bench layer`" in called.err
+        assert called.status == 2 and "then.json: is not a complete document of `supar bench layer`" in called.err
     (tmp_path / "then.json").write_text("[1]")
     assert supar_here(*LAYER, *compare).status == 2
     assert supar_here(*LAYER, "--compare", "none.json").status == 2

@@ -49,12 +49,12 @@ BAD_PROXIES: dict[str, tuple[str, str, str]] = {
     "target width": (
         "  width: 64",
         "  width: 72",
-        "16: target.width: 72 is not a multiple of the proxy's head width 16; expected a multiple of it, or --heads",
+        "16: target.width: 72 is not a multiple of the proxy's head width 16; expected a multiple of it, or target.heads",
     ),
     "override": (
         "    sparsity: 0.5",
         "    sparsity: 0.5\n    overrides: {attn.x: 0.5}",
-        "19: target.sparsity.overrides: attn.x matches no hidden tensor; sites are ",
+        "19: target.sparsity.overrides: attn.x matches no hidden tensor; expected a site (",
     ),
     "text for a number": ("  steps: 12", "  steps: many", "13: train.steps: should be a valid integer, not 'many'"),
     "missing data": ("  source: text.txt", "  source: none.txt", "11: data.source: none.txt: no such file or folder"),

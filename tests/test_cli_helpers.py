@@ -235,7 +235,7 @@ class TestData:
             (["prepare", "text.txt", "-o", "text.txt"], 2, "is a file"),
             (["prepare", "text.txt", "-o", "taken"], 2, "train.bin: exists"),
             (["prepare", "text.txt", "-o", "bins", "--tokenizer", "none.json"], 2, "none.json: no such file"),
-            (["prepare", "tiny.txt", "-o", "."], 2, "too few to hold some out"),
+            (["prepare", "tiny.txt", "-o", "."], 2, "too few for a validation split"),
         ],
     )
     def test_refusals_leave_nothing(

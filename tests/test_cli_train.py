@@ -63,7 +63,11 @@ class TestRefusesByLine:
         index = [row["name"] for row in yaml.safe_load(good)["tensors"]].index("blocks.0.attn.q")
         width, steps = line_of(plan, "  width: 32"), line_of(plan, "  steps: 12", 2)
         for old, new, start in (
-            ("kept: 256,", "kept: 257,", f"{at}: tensors[{index}].kept: 257 is not density 0.25 of 1024 weights"),
+            (
+                "kept: 256,",
+                "kept: 257,",
+                f"{at}: tensors[{index}].kept: 257; expected 256, density 0.25 of 1024 weights",
+            ),
             (
                 "\n  steps: 12",
                 "\n  steps: 12\n  steps: 13",
@@ -199,7 +203,7 @@ def test_a_corrupt_token_file_is_a_matter_of_the_environment(
     (tmp_path / "plan.yaml").write_text(document.write([made.model_dump()]))
     ended = supar("train")
     assert (ended.status, ended.out) == (3, "")
-    assert "tokens.bin: token " in ended.err and "is 300, the vocabulary has 256" in ended.err
+    assert "tokens.bin: token " in ended.err and "is 300; expected less than the vocabulary size 256" in ended.err
     assert "Traceback" not in ended.err
 
 
@@ -236,7 +240,7 @@ class TestTrain:
         assert (ended.status, ended.err) == (0, "")
         assert json.loads(ended.out)["steps"] == 12
         ended = supar_here("train", "run", "--resume")
-        assert ended.status == 0 and "run: was complete already" in ended.err
+        assert ended.status == 0 and "run: is already complete" in ended.err
         assert yaml.safe_load(ended.out) == json.loads((tmp_path / "run/result.json").read_text())
         ended = supar_here("train", "-o", "run", "--force", "--set", "train.seed=1", "-q")
         assert ended.status == 0 and yaml.safe_load((tmp_path / "run/plan.yaml").read_text())["train"]["seed"] == 1

@@ -27,7 +27,9 @@ from tests.test_train import trained
 from tests.test_train_resume import assert_same_run
 
 Supar = Callable[..., Called]
-BACK = "expected the data that it began with: put them back, and the same command goes on from the last checkpoint"
+BACK = (
+    "expected the data that the run started with: restore them, and the same command continues from the last checkpoint"
+)
 
 
 def written(folder: Path, kind: str) -> tuple[Path, Path]:
@@ -80,8 +82,8 @@ def append(path: Path) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "cut": (lambda path: os.truncate(path, 4000), r"was cut to 4,000 of its [0-9,]+ bytes"),
-    "emptied": (lambda path: path.write_bytes(b""), r"was cut to 0 of its [0-9,]+ bytes"),
+    "cut": (lambda path: os.truncate(path, 4000), r"was truncated to 4,000 of its [0-9,]+ bytes"),
+    "emptied": (lambda path: path.write_bytes(b""), r"was truncated to 0 of its [0-9,]+ bytes"),
     "written to": (flip, "was written to"),
     "longer": (append, "was written to"),
 }
@@ -184,7 +186,7 @@ class TestBeforeTheFirstWindow:
             return calls[-1]
 
         monkeypatch.setattr(where, name, spoiled)
-        with pytest.raises(SetupError, match=rf"{file.name}: (was written to|can't be read)"):
+        with pytest.raises(SetupError, match=rf"{file.name}: (changed while it was read|was written to|can't be read)"):
             batches.load(known, vocab=256, context=8)
         assert calls
 

@@ -279,7 +279,7 @@ class TestRemasking:
         new = Mask.of(np.roll(old.alive(), 1, axis=1))
         linear, stale = Linear(40, 24, bias=False), KINDS[kind](old)
         assert old.count == new.count
-        with pytest.raises(ValueError, match=f"an engine of mask {old.fingerprint} under mask {new.fingerprint}"):
+        with pytest.raises(ValueError, match=f"engine: made for mask {old.fingerprint}; expected {new.fingerprint}"):
             linear.remask(new, torch.randn(new.count), stale)
         assert linear.mask is None
         stale.mask = new
@@ -288,8 +288,8 @@ class TestRemasking:
 
     def test_what_does_not_fit_is_refused(self, kind: str) -> None:
         mask, linear = drawn((24, 40), 0.3), Linear(40, 24, bias=False)
-        with pytest.raises(ValueError, match=r"values of shape \(3,\) under a mask of"):
+        with pytest.raises(ValueError, match=r"values: shape \(3,\); expected"):
             linear.remask(mask, torch.randn(3), KINDS[kind](mask))
         turned = Mask.of(mask.alive().T)
-        with pytest.raises(ValueError, match=r"a mask of shape \(40, 24\) on a weight of shape \(24, 40\)"):
+        with pytest.raises(ValueError, match=r"mask: shape \(40, 24\); expected the weight's shape \(24, 40\)"):
             linear.remask(turned, torch.randn(turned.count), KINDS[kind](turned))

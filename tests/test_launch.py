@@ -194,7 +194,7 @@ class TestRestarts:
         process, second = begun(tmp_path, "--force", "--max-restarts", "1")
         os.kill(second, signal.SIGKILL)
         code, _, err = ended(process)
-        assert code == 0 and "starting again" in err and "was complete already" not in err, err
+        assert code == 0 and "starting again" in err and "is already complete" not in err, err
         assert json.loads((tmp_path / "run/result.json").read_text())["environment"]["processes"] == 2
 
     def test_under_torchrun_nothing_starts_anew(self, plan: Plan, tmp_path: Path, of_torchrun: None) -> None:
@@ -235,7 +235,7 @@ class TestRestarts:
                 raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
 
         monkeypatch.setattr("supar_cli.cli.transfer.parse", cut_off)
-        gone = "error: another process of this run is gone; the same command goes on from the last checkpoint\n"
+        gone = "error: another process of this run is gone; the same command continues from the last checkpoint\n"
         for rank, said in (("0", gone), ("1", "")):
             monkeypatch.setenv("RANK", rank)
             called = supar_here("transfer", "--from-paper", "--sparsity", "0.9", "-o", "-", "-q")

@@ -99,7 +99,7 @@ class TestRefusals:
         other = {name: Mask.of(mask.alive()[::-1]) for name, mask in masks.items()}
         written = write_masks(path, masks)
         write_masks(path, other)
-        with pytest.raises(InputError, match=rf"is another file of masks \(sha256:.*, the plan's is {written[:19]}"):
+        with pytest.raises(InputError, match=rf"is not the plan's mask file \(sha256:.*\); expected {written[:19]}"):
             read_masks(path, written, wanted(masks))
         assert read_masks(path, None, wanted(masks)) == other
 
@@ -197,7 +197,7 @@ class TestAPlansSource:
         path = tmp_path / "masks.safetensors"
         with pytest.raises(InputError, match=r"blocks\.0\.attn\.q: has the shape \[32, 32\]; the plan's is \[64, 64\]"):
             Trainer(self.plan(plan_of, path, write_masks(path, drawn)))
-        with pytest.raises(InputError, match="is another file of masks"):
+        with pytest.raises(InputError, match="is not the plan's mask file"):
             Trainer(self.plan(plan_of, path, "sha256:" + 64 * "0"))
 
     def test_is_sought_beside_the_plans_document(

@@ -161,11 +161,11 @@ class TestAnyKeys:
     @pytest.mark.parametrize(
         ("pattern", "shape", "kept", "message"),
         [
-            ("exact", (4, 8), 33, "33 weights can't live of 32"),
-            ("exact", (4, 8), -1, "-1 weights can't live of 32"),
+            ("exact", (4, 8), 33, "33 live weights; expected 0 to 32"),
+            ("exact", (4, 8), -1, "-1 live weights; expected 0 to 32"),
             ("fixed_fan_in", (4, 8), 9, "9 of 4×8 weights are not fixed_fan_in along the rows"),
-            ("block", (32, 32), 300, "300 weights are not made of 16×16 blocks"),
-            ("block", (32, 40), 512, "32×40 weights are not made of 16×16 blocks"),
+            ("block", (32, 32), 300, "300 live weights; expected a multiple of 16×16"),
+            ("block", (32, 40), 512, "16×16 blocks don't divide the shape 32×40"),
             ("2:4", (4, 8), 15, "15 of 4×8 weights are not 2:4 along the rows"),
             ("2:4", (4, 6), 12, "12 of 4×6 weights are not 2:4 along the rows"),
         ],

@@ -53,7 +53,7 @@ def test_groups_keep_their_share_exactly(length: int, rows: int, groups: int, da
     with pytest.raises(InputError, match=f"^w: density .* with the pattern {pattern}; expected {live}/{length}"):
         live_count("w", size, groups * length, Fraction(live, length + 1), pattern, None)
     with pytest.raises(
-        InputError, match=f"^w: the fan-in {groups * length + 1} doesn't divide into groups of {length}"
+        InputError, match=f"^w: the fan-in {groups * length + 1} is not a multiple of {length}; expected whole groups"
     ):
         live_count("w", size + rows, groups * length + 1, Fraction(live, length), pattern, None)
 

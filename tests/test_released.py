@@ -181,7 +181,7 @@ class TestRuns:
     def test_one_that_is_complete_stays_so(self, release: Release) -> None:
         run = Path(release.copied("runs/finished", "finished"))
         before = {path: path.read_bytes() for path in run.rglob("*") if path.suffix in (".safetensors", ".json")}
-        assert "was complete already" in release.supar("train", str(run))
+        assert "is already complete" in release.supar("train", str(run))
         assert {path: path.read_bytes() for path in before} == before
 
     @pytest.mark.parametrize("name", EXPECTED["weights"])
@@ -254,8 +254,8 @@ def test_a_benchmark_is_compared_with_an_earlier_one(release: Release) -> None:
     release.supar(*EXPECTED["bench"], "--compare", "bench.yaml", "-o", "now.yaml", "-q", status=JUDGED)
     then, now = (yaml.safe_load(Path(name).read_text("utf-8")) for name in ("bench.yaml", "now.yaml"))
     rows = {row["what"]: row for row in now["compared"]}
-    assert set(rows) == {"masked dense ÷ ours", "plain dense ÷ ours"}
-    assert rows["masked dense ÷ ours"]["then"] == pytest.approx(then["masked_dense_ratio"], abs=1e-4)
+    assert set(rows) == {"masked dense ÷ supar", "plain dense ÷ supar"}
+    assert rows["masked dense ÷ supar"]["then"] == pytest.approx(then["masked_dense_ratio"], abs=1e-4)
     assert all(row["now"] > 0 for row in rows.values())
 
 

@@ -167,7 +167,7 @@ class TestDocuments:
         (cut[1] / "ended.json").write_bytes(content)
         called = supar_here("train", "-o", "run", "-q", "--tracker", "tensorboard")
         assert called.status == 0 and "Traceback" not in called.err
-        assert "warning: run/trackers.json: is corrupt; trackers see another run from here on\n" in called.err
+        assert "warning: run/trackers.json: is corrupt; trackers start a new run from here\n" in called.err
 
     def test_a_folder_where_a_file_should_be(self, cut: tuple[Plan, Path], supar_here: Supar) -> None:
         _, directory = cut

@@ -177,7 +177,9 @@ class TestNextToken:
         assert not torch.equal(task.batch(4, slice(None))[0], whole[0])
 
     def test_an_evaluation_of_more_than_is_held_out_is_refused(self, plan_of: MakePlan) -> None:
-        with pytest.raises(InputError, match=r"train\.eval_batches: 40000 sequences in all are more than the \d+ held"):
+        with pytest.raises(
+            InputError, match=r"train\.eval_batches: 10000 batches need 40000 held-out sequences; expected at most \d+"
+        ):
             tasks.load(plan_of(train={"eval_batches": 10_000}))
 
     def test_it_is_a_plans_task(self, plan_of: MakePlan) -> None:

@@ -304,7 +304,7 @@ class TestStopped:
         code, _, err = ended(started(tmp_path))
         assert (code, err) == (
             0,
-            "warning: run: goes on otherwise than it began: run.parallel: fsdp → auto\n",
+            "warning: run: continues with a changed setting: run.parallel: fsdp → auto\n",
         )
         assert_close(tmp_path / "run", tmp_path / "whole", agree=1e-3)  # 400 steps; each seam would show at once
         assert_close_until(tmp_path / "run", tmp_path / "whole", steps=20)

@@ -74,7 +74,7 @@ class TestKilled:
         code, out, err = ended(process)
         assert (code, out) == (3, "") and "Traceback" not in err
         assert err.splitlines()[-1] == (
-            "error: killed: rank 0 by SIGKILL; the same command goes on from the last checkpoint"
+            "error: killed: rank 0 by SIGKILL; the same command continues from the last checkpoint"
         )
         done = supar("train", "-o", "run", "-q", "--nproc", "2", "--steps", "400")
         assert done.status == 0 and json.loads((tmp_path / "run/result.json").read_text())["resumed_at"] >= 10

@@ -205,7 +205,7 @@ class TestDirectory:
         assert supar_here("train", "-o", "run", "-q", "--max-time", "0.2s").status == 75
         other = supar_here("train", "-o", "run", "-q", "--precision", "bfloat16")
         assert (
-            other.status == 0 and "run: goes on otherwise than it began: run.precision: auto → bfloat16\n" in other.err
+            other.status == 0 and "run: continues with a changed setting: run.precision: auto → bfloat16\n" in other.err
         )
 
     def test_data_that_moved_are_the_same_experiment(

@@ -177,7 +177,7 @@ class TestRefused:
     def test_of_another_plan(self, stored: tuple[Plan, Path, Path], plan_of: MakePlan) -> None:
         _, directory, _ = stored
         other = plan_of(train={"eval_every": 3}, hyperparameters={"lr": 0.02}, run={"checkpoint_every": 6})
-        self.refuse(other, directory, r"step-00000006: is of another plan \(sha256:")
+        self.refuse(other, directory, r"step-00000006: belongs to another plan \(sha256:")
         with pytest.raises(InputError, match=r"run: holds a run of another plan"):
             run_directory.begin_run(directory, other, resume=True, force=False)
 
@@ -241,7 +241,9 @@ class TestCorrupt:
         content = bytearray((folder / "state.safetensors").read_bytes())
         content[-5] ^= 1
         (folder / "state.safetensors").write_bytes(content)
-        self.refuse(plan, directory, r"state\.safetensors: a corrupt checkpoint: its content is not what was written")
+        self.refuse(
+            plan, directory, r"state\.safetensors: a corrupt checkpoint: its content has changed since it was written"
+        )
 
     def test_a_missing_state(self, stored: tuple[Plan, Path, Path]) -> None:
         plan, directory, folder = stored
@@ -267,7 +269,7 @@ class TestCorrupt:
         cut_at(plan, tmp_path / "run", 8)
         newest = tmp_path / "run/checkpoints/step-00000006"
         (newest / "manifest.json").write_text("{}")
-        self.refuse(plan, tmp_path / "run", "delete the folder to use the one before")
+        self.refuse(plan, tmp_path / "run", "delete the folder to continue from the previous checkpoint")
         shutil.rmtree(newest)
         assert trained(plan, tmp_path / "run", resume=True)[1].resumed_at == 3
 

@@ -26,16 +26,16 @@ from supar_cli.training.runtime import Runtime
 
 BASELINE = "masked"
 DENSE = (BASELINE, "dense", "dense_bf16", "dense_fp32")
-ENGINES = ("sparse", "sparse_torch", "block")  # those whose time follows the density
+ENGINES = ("sparse", "sparse_torch", "block")  # engines whose time scales with the density
 
 
 class WholeWeight(Engine):
-    """A weight (out, in) that is a parameter as a whole, multiplied with its mask in every forward pass if it has one."""
+    """A dense weight parameter (out, in). If it has a mask, every forward pass multiplies the weight by it."""
 
     alive: Tensor | None
 
     def __init__(self, alive: Tensor | None) -> None:
-        nn.Module.__init__(self)  # a packed mask would be memory that peers have not
+        nn.Module.__init__(self)  # no packed mask: peers store none, so it would distort the memory comparison
         self.register_buffer("alive", alive, persistent=False)
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -51,12 +51,12 @@ class Arm:
     precision: torch.dtype
 
     def step(self, x: Tensor, gradient: Tensor) -> Tensor:
-        """Y of X, the gradient of `x` and that of the parameter."""
+        """Compute Y from X, and the gradients of `x` and of the parameter."""
         return layer_step(self.engine, self.parameter, x, gradient)
 
 
 def make(name: str, mask: Mask, values: Tensor, case: LayerCase) -> Arm:
-    """An arm by its name; each has a parameter of its own. Raises InputError for an engine that can't run here."""
+    """Make the arm with this name. Each arm has its own parameter. Raises InputError for an engine that can't run here."""
     if name in ("masked", "dense_bf16", "dense_fp32"):
         precision = torch.bfloat16 if name == "dense_bf16" else torch.float32
         weight = to_dense(values.detach(), mask).to(precision).requires_grad_()
@@ -67,11 +67,11 @@ def make(name: str, mask: Mask, values: Tensor, case: LayerCase) -> Arm:
 
 
 def make_all(mask: Mask, case: LayerCase) -> tuple[dict[str, Arm], str]:
-    """Every arm that can run under a case, and which engine `auto` is."""
+    """Every arm that can run for this case, and the engine that `auto` chooses."""
     engines = autotune.candidates(case)[1:]
     names = [*DENSE, *(name for name in ENGINES if name.removesuffix("_torch") in engines)]
     if case.device.type == "cpu":
-        keep_large_blocks()  # for dense arms too, so that no arm owes its ratio to the allocator
+        keep_large_blocks()  # for dense arms too, so that the allocator favours no arm
     chosen = autotune.fastest(mask, case).name
     values = draw_values(mask, case.device)
     arms = {name: make(name, mask, values, case) for name in names}
@@ -79,7 +79,7 @@ def make_all(mask: Mask, case: LayerCase) -> tuple[dict[str, Arm], str]:
 
 
 def draw_mask(shape: tuple[int, int], density: float, block: int | None = None) -> Mask:
-    """A mask (out, in) of round(density · size) live weights, 1 at least, or of as many whole aligned blocks."""
+    """A mask (out, in) with this share of its weights, or of its aligned blocks, alive (rounded, at least one)."""
     edge = block or 1
     keys = RandomKeys(0, "mask", (shape[0] // edge, shape[1] // edge))
     live = max(1, round(density * keys.size)) * edge**2
@@ -89,7 +89,7 @@ def draw_mask(shape: tuple[int, int], density: float, block: int | None = None) 
 def benchmark(
     shape: tuple[int, int], densities: list[float], tokens: int, block: int | None, rounds: int, runtime: Runtime
 ) -> Benchmark:
-    """The benchmark of a layer (out, in) at some densities. Raises InputError where it is not made of such blocks."""
+    """The benchmark of a layer (out, in) at some densities. Raises InputError for a block that doesn't divide it."""
     if block is not None and (block not in BLOCKS or shape[0] % block or shape[1] % block):
         edges = ", ".join(map(str, BLOCKS))
         raise InputError(f"--block {block}: expected one of {edges} that divides both of {shape[0]}×{shape[1]}")
@@ -142,9 +142,9 @@ def break_even(points: list[tuple[float, float]]) -> Document:
             found = exp(log(sparser) + share * log(denser / sparser))
             return {"density": float(f"{found:.4g}"), "text": f"at density {found:.3g}"}
     if all(ratio >= 1 for _, ratio in points):
-        text = f"above {points[-1][0]:.3g}, not measured: faster at every density measured"
+        text = f"above {points[-1][0]:.3g} (faster at every measured density)"
     else:
-        text = f"below {points[0][0]:.3g}, not measured: slower at every density measured"
+        text = f"below {points[0][0]:.3g} (slower at every measured density)"
     return {"density": None, "text": text}
 
 
@@ -196,7 +196,7 @@ def readings(document: Document) -> dict[str, Reading]:
 
 
 def figure(document: Document) -> Figure:
-    """Ratio over density, a line an arm."""
+    """Ratio over density, one line per arm."""
     found = sorted(document["densities"], key=lambda row: row["density"])
     lines = []
     for name in found[0]["arms"]:

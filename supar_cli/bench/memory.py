@@ -19,9 +19,9 @@ from supar_cli.reporting.result import Table
 from supar_cli.sparse.autotune import LayerCase, draw_inputs, draw_values
 from supar_cli.training.runtime import Runtime
 
-STEPS = 3  # chosen: the first makes the optimizer's state, so the second is the first with everything there
-WARM_SHAPE = (256, 256)  # chosen: nothing beside a layer of interest, large enough for every kernel and thread pool
-WARM_DENSITY = 0.125  # chosen: any: what is compiled does not depend on it
+STEPS = 3  # chosen: step 1 creates the optimizer's state, so step 2 is the first with all memory in use
+WARM_SHAPE = (256, 256)  # chosen: negligible next to a measured layer, but starts every kernel and thread pool
+WARM_DENSITY = 0.125  # chosen: arbitrary, as the compiled code does not depend on it
 STATUS = Path("/proc/self/status")
 
 
@@ -34,7 +34,7 @@ def benchmark(shape: tuple[int, int], density: float, tokens: int, runtime: Runt
 
 
 def measure_arms(shape: tuple[int, int], density: float, case: LayerCase) -> Document:
-    """What `measure` finds of every arm, masked dense first, with its share of that one's peak."""
+    """`measure`'s result for every arm, masked dense first, and its peak as a share of masked dense's."""
     names = ["masked", "dense", *(["sparse"] if case.device.type == "cpu" else [])]
     arms = {name: measure(name, shape, density, case) for name in names}
     for one in arms.values():
@@ -68,14 +68,14 @@ def _measure_here(arm: str, shape: tuple[int, int], density: float, case: LayerC
         "peak_bytes": peak,
         "bytes_per_position": round(peak / (shape[0] * shape[1]), 4),
         "bytes_per_live": round(peak / live, 4),
-        "peak_reset": is_reset,  # false where Linux did not allow it: then the making of the layer counts too
+        "peak_reset": is_reset,  # False if Linux did not allow it: then the peak includes creating the layer
     }
 
 
 def _make_training(
     name: str, shape: tuple[int, int], density: float, case: LayerCase
 ) -> tuple[Callable[[int], None], int]:
-    """Steps of one layer and its optimizer on a batch, and how many weights live; nothing of the making is kept."""
+    """A function that trains one layer on one batch, and the layer's number of live weights. Temporary memory is freed."""
     mask = layer.draw_mask(shape, density)
     values = draw_values(mask, case.device)
     arm = layer.make(name, mask, values, case)
@@ -93,9 +93,9 @@ def _make_training(
 
 
 def _free_memory() -> None:
-    """Give freed memory back to the system, so that a layer can't hide in what something else had left."""
+    """Give freed memory back to the system, so that a layer can't reuse memory that earlier code freed."""
     gc.collect()
-    with suppress(OSError, AttributeError, TypeError):  # another C library keeps what it keeps
+    with suppress(OSError, AttributeError, TypeError):  # other C libraries have no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -105,7 +105,7 @@ def _bytes(word: str) -> int:
 
 
 def _reset_peak(device: torch.device) -> bool:
-    """Let the peak start from what is there now; whether it does."""
+    """Reset the peak to the memory in use now; return whether that worked."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -123,7 +123,7 @@ def tables(document: Document) -> list[Table]:
         [name, f"{one['peak_bytes'] / 2**20:.1f}", *(format(one[key], digits) for key, digits in formats.items())]
         for name, one in document["arms"].items()
     ]
-    columns = ["arm", "MiB", "bytes a position", "bytes a live weight", "of masked"]
+    columns = ["arm", "MiB", "bytes per position", "bytes per live weight", "÷ masked dense"]
     return [Table(title=title, columns=columns, rows=rows)]
 
 

@@ -23,7 +23,7 @@ Document = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A measured number and the quartiles of its rounds. `is_gain`: whether more of it is better."""
+    """A measured number and the quartiles of its rounds. `is_gain`: whether larger is better."""
 
     value: float
     low: float
@@ -32,7 +32,7 @@ class Reading:
 
     @classmethod
     def ratio(cls, above: list[float], below: list[float]) -> Reading:
-        """The median of a ratio over rounds; both numbers of a ratio are of the same round."""
+        """The median of a ratio over rounds; each ratio is taken within one round."""
         low, middle, high = statistics.quantiles([a / b for a, b in zip(above, below, strict=True)], n=4)
         return cls(middle, low, high)
 
@@ -49,7 +49,7 @@ class Reading:
         return [f"{self.value:.3f}", f"{self.low:.3f} to {self.high:.3f}"]
 
     def change_to(self, now: Reading | None) -> Document:
-        """The present reading beside this one; it is worse if more than WORSE is lost and the quartiles lie apart."""
+        """The current reading next to this one; worse if it lost more than WORSE and the quartile ranges don't overlap."""
         if now is None:
             return {"now": None, "change": None, "worse": False}
         change = now.value / self.value - 1
@@ -73,7 +73,7 @@ class Benchmark:
     figure: Callable[[Document], Figure] | None = None
 
     def run(self) -> Document:
-        """Measure; the document of it."""
+        """Measure and return the result document."""
         start = {"kind": KIND, "bench": self.name, **self.settings}
         return start | self.measure() | {"environment": environment(self.device)}
 
@@ -84,7 +84,7 @@ class Benchmark:
         if document.get("bench") != self.name:
             raise InputError(f"{name}: bench: is {document.get('bench')!r}; expected {self.name}")
         different = [
-            f"{name}: {key}: was {document.get(key)!r} then, is {value!r} now; expected the same settings"
+            f"{name}: {key}: is {document.get(key)!r} in the earlier result, {value!r} now; expected the same settings"
             for key, value in self.settings.items()
             if document.get(key) != value
         ]
@@ -93,7 +93,7 @@ class Benchmark:
         try:
             return self.readings(document)
         except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-            raise InputError(f"{name}: is not a whole document of `supar bench {self.name}` ({error!r})") from None
+            raise InputError(f"{name}: is not a complete document of `supar bench {self.name}` ({error!r})") from None
 
 
 def machine_settings(device: torch.device, precision: torch.dtype) -> Document:
@@ -115,7 +115,7 @@ def environment(device: torch.device) -> Document:
 
 
 def compare(earlier: dict[str, Reading], now: dict[str, Reading]) -> list[Document]:
-    """Each earlier reading beside the present one, None where that was not measured."""
+    """Each earlier reading with the current one, None if there is no current one."""
     return [
         {"what": what, "then": round(then.value, 4)} | then.change_to(now.get(what)) for what, then in earlier.items()
     ]

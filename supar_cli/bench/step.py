@@ -65,9 +65,9 @@ class PlainGPT(nn.Module):
 
 @torch.no_grad()
 def masked_dense(sparse_model: SparseModel, config: PlanModel) -> PlainGPT:
-    """The plain model with the present weights of ours, multiplied with their masks in every forward pass.
+    """The plain model with the current weights of supar's model, multiplied by their masks in every forward pass.
 
-    Of the gpt2 family, tied and without biases.
+    It is of the gpt2 family, tied and without biases.
     """
     plain = PlainGPT(config)
     for name, module in list(plain.named_modules()):
@@ -75,12 +75,12 @@ def masked_dense(sparse_model: SparseModel, config: PlanModel) -> PlainGPT:
             parts = [name.replace("qkv", letter) for letter in "qkv"] if name.endswith("qkv") else [name]
             module.weight.copy_(torch.cat([sparse_model.weight(part) for part in parts]))
             if isinstance(module, Linear):
-                module.engine = WholeWeight(module.weight != 0)  # normal numbers: no live one is zero
+                module.engine = WholeWeight(module.weight != 0)  # normally distributed, so no live weight is zero
     return plain
 
 
 class RandomTokens(NextToken):
-    """Prediction of the next of uniform tokens: which ones they are changes no step's time."""
+    """Next-token prediction on uniformly random tokens; their values do not change the time of a step."""
 
     def __init__(self, plan: Plan) -> None:
         config, train = plan.decoder, plan.train
@@ -159,9 +159,9 @@ def measure(plan: Plan, rounds: int) -> Document:
 def tables(document: Document) -> list[Table]:
     dense, masked_dense = (Reading.read(document, name).cells() for name in ("ratio", "masked_dense_ratio"))
     rows = [
-        ["masked (ours)", f"{document['masked_ms']:.1f}", "", "", ""],
-        ["plain dense", f"{document['dense_ms']:.1f}", "ours ÷ it", *dense],
-        ["plain masked dense", f"{document['masked_dense_ms']:.1f}", "it ÷ ours", *masked_dense],
+        ["masked (supar)", f"{document['masked_ms']:.1f}", "", "", ""],
+        ["plain dense", f"{document['dense_ms']:.1f}", "supar ÷ plain dense", *dense],
+        ["plain masked dense", f"{document['masked_dense_ms']:.1f}", "plain masked ÷ supar", *masked_dense],
     ]
     engines = ", ".join(f"{name} {count}" for name, count in sorted(document["engines"].items())) or "none"
     title = (
@@ -172,9 +172,9 @@ def tables(document: Document) -> list[Table]:
 
 
 def readings(document: Document) -> dict[str, Reading]:
-    """Both ratios with ours below the line, so that more of it is better."""
+    """Both ratios with supar's time as the denominator, so that larger is better."""
     dense = Reading.read(document, "ratio")
     return {
-        "masked dense ÷ ours": Reading.read(document, "masked_dense_ratio"),
-        "plain dense ÷ ours": Reading(1 / dense.value, 1 / dense.high, 1 / dense.low),
+        "masked dense ÷ supar": Reading.read(document, "masked_dense_ratio"),
+        "plain dense ÷ supar": Reading(1 / dense.value, 1 / dense.high, 1 / dense.low),
     }

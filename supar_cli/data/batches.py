@@ -25,10 +25,10 @@ from supar_cli.files import naming_read_errors
 from supar_cli.planning.plan import Data
 from supar_cli.streams import stream
 
-SEPARATOR_BYTE = 0  # chosen: NUL parts documents in byte tokens; it stands in no text
+SEPARATOR_BYTE = 0  # chosen: NUL separates documents in byte tokens; no text contains it
 TAIL_SHARE = 10  # chosen: a corpus of one file holds out its last tenth
 LLMC_HEADER_BYTES = 1024
-ENCODED_AT_ONCE = 256  # chosen: documents, enough for the tokenizer's threads, few enough to hold
+ENCODED_AT_ONCE = 256  # chosen: documents per batch, enough for the tokenizer's threads, few enough for memory
 ALL = slice(None)
 
 Encoder = Callable[[list[str]], list[list[int]]]
@@ -59,7 +59,7 @@ class Split:
     def window(self, index: int, length: int) -> NDArray[np.int64]:
         """Window number `index` of `length` tokens.
 
-        Raises SetupError on a token the vocabulary has not, and where a file is not what it was.
+        Raises SetupError for a token outside the vocabulary and for a file that has changed.
         """
         ends = self._ends_of(length)
         at = bisect_right(ends, index)
@@ -69,14 +69,14 @@ class Split:
         tokens = np.asarray(segment.tokens[start : start + length]).astype(np.int64)
         if tokens.max() >= self.vocab:
             wrong = int(np.argmax(tokens >= self.vocab))
-            what = f"token {start + wrong} is {tokens.max()}, the vocabulary has {self.vocab}"
-            raise SetupError(f"{segment.name}: {what}: a corrupt token file, or one made with another tokenizer")
+            what = f"token {start + wrong} is {tokens.max()}; expected less than the vocabulary size {self.vocab}"
+            raise SetupError(f"{segment.name}: {what} (a corrupt file, or one made with another tokenizer)")
         return tokens
 
     def batch(self, seed: int, step: int, rows: int, context: int, share: slice = ALL) -> tuple[Tensor, Tensor]:
         """Inputs and targets of a training step, each (rows, context) int64, at windows drawn from (seed, step).
 
-        `share` are the rows wanted: the whole batch is the same whoever asks for which of it.
+        `share` selects the rows to return; the batch itself does not depend on it.
         """
         draws = stream(seed, "batch", step).random_raw(rows)[share]
         available = np.uint64(self.windows(context + 1))
@@ -101,7 +101,7 @@ class Tokens(NamedTuple):
 def load(data: Data, *, vocab: int, context: int) -> Tokens:
     """Tokens of a data section. Raises InputError for the wrong data, SetupError for data that can't be used.
 
-    They are those whose hash is given: files that are written to meanwhile are refused.
+    They match the given hash: files that change while they are read are refused.
     """
     found = corpus.find(data)
     more = [Path(data.tokenizer)] if data.tokenizer != "bytes" and os.path.isfile(data.tokenizer) else []
@@ -121,7 +121,7 @@ def load(data: Data, *, vocab: int, context: int) -> Tokens:
     splits = Split(train, vocab), Split(validation, vocab)
     for name, split in zip(("training", "validation"), splits, strict=True):
         if split.windows(context + 1) < 1:
-            what = f"{split.total} {name} tokens hold no window of context {context} + 1"
+            what = f"{split.total} {name} tokens; expected {context + 1} or more in one file, the context and one"
             raise InputError(f"data.source: {data.source}: {what}")
     return Tokens(*splits, hash=known.hash)
 
@@ -144,7 +144,7 @@ def tokenizer(data: Data) -> tuple[Encoder | None, int]:
     def encode(texts: list[str]) -> list[list[int]]:
         try:
             found = loaded.encode_batch(texts)
-        except Exception as error:  # as above, of a tokenizer that loads and lacks what it needs
+        except Exception as error:  # bare Exception again, from a tokenizer that loads but is incomplete
             raise SetupError(f"{data.tokenizer}: can't encode the text: {error}") from None
         return [[*one.ids, *end] for one in found]
 
@@ -167,7 +167,7 @@ def _segments(
 
 
 def encode_files(kind: str, files: list[Path], data: Data, encode: Encoder | None) -> Iterator[NDArray[Any]]:
-    """Tokens of text or JSONL files, document by document, each with what parts it from the next."""
+    """Tokens of text or JSONL files, document by document, each with the separator that follows it."""
     texts = documents(kind, files, data)
     if encode is None:
         for text in texts:
@@ -193,7 +193,7 @@ def documents(kind: str, files: list[Path], data: Data) -> Iterator[bytes]:
                 try:
                     yield json.loads(line)[data.field].encode()
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    what = f"no text under {data.field!r} in this line; expected data.field"
+                    what = f"no text under {data.field!r} in this line; expected JSON with its text under data.field"
                     raise InputError(f"{path}:{number}: {what}") from None
 
 
@@ -216,11 +216,11 @@ def _token_file(path: Path, kind: str, stamp: Stamp) -> TokenFile:
 def prepare(data: Data, directory: Path, progress: Callable[[str, int], None]) -> dict[str, int]:
     """Write train.bin and val.bin (nanoGPT: raw uint16) of a text corpus, split as `load` splits it; counts of tokens.
 
-    `progress` is told a file's name and its tokens so far. Raises InputError for what is no text or needs larger tokens.
+    `progress(name, tokens)` reports each file's tokens so far. Raises InputError for data that are not text or need larger tokens.
     """
     found = corpus.find(data)
     if found.kind not in ("text", "jsonl"):
-        raise InputError(f"data.source: {data.source}: holds tokens ({found.kind}); they are read as they are")
+        raise InputError(f"data.source: {data.source}: already holds tokens ({found.kind}); expected text or JSONL")
     encode, vocab = tokenizer(data)
     if vocab > 2**16:
         raise InputError(f"data.tokenizer: {data.tokenizer}: {vocab} tokens don't fit a .bin file's uint16")
@@ -234,7 +234,7 @@ def prepare(data: Data, directory: Path, progress: Callable[[str, int], None]) -
         if not found.validation:
             tail = counts[0] // TAIL_SHARE
             if not tail:
-                raise InputError(f"data.source: {data.source}: {counts[0]} tokens are too few to hold some out")
+                raise InputError(f"data.source: {data.source}: {counts[0]} tokens are too few for a validation split")
             counts = [counts[0] - tail, tail]
             validation.write_bytes(np.fromfile(train, "<u2", offset=2 * counts[0]).tobytes())
             os.truncate(train, 2 * counts[0])

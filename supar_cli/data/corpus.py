@@ -47,7 +47,7 @@ def find(data: Data) -> Corpus:
             raise SetupError(f"data.source: stdlib: no Python sources under {root}; expected --data FILE")
         return Corpus("text", root, *_split(sorted(found), root))
     path = Path(data.source)
-    if not os.path.exists(path):  # unlike Path's, false of a name that no file can have
+    if not os.path.exists(path):  # unlike Path.exists, False for an invalid file name
         raise InputError(f"data.source: {data.source}: no such file or folder")
     if path.is_file():
         return Corpus(_kind(path, data), path.parent, [path], [])
@@ -56,7 +56,7 @@ def find(data: Data) -> Corpus:
         raise InputError(f"data.source: {data.source}: no {', '.join(_SUFFIXES)} files in it")
     kinds = {_kind(p, data) for p in found}
     if len(kinds) > 1:
-        what = f"holds files of several formats ({', '.join(sorted(kinds))}); expected data.format"
+        what = f"holds files of several formats ({', '.join(sorted(kinds))}); expected data.format to choose one"
         raise InputError(f"data.source: {data.source}: {what}")
     held_out = [p for p in found if _VALIDATION & set(p.stem.lower().replace("-", "_").replace(".", "_").split("_"))]
     if held_out and len(held_out) < len(found):
@@ -98,9 +98,9 @@ def content_hash(corpus: Corpus, tokenizer: str = "bytes") -> str:
 
 
 def identify(data: Data, corpus: Corpus | None = None) -> Data:
-    """The data section with its hash filled in, `corpus` being what it means if that is known already.
+    """The data section with its hash filled in; `corpus` is its corpus if already found.
 
-    Raises InputError when it has a hash and the content has another.
+    Raises InputError if it has a hash that is not the content's.
     """
     if data.tokenizer != "bytes" and not os.path.isfile(data.tokenizer):
         raise InputError(f"data.tokenizer: {data.tokenizer}: no such file; expected `bytes` or a tokenizer.json")
@@ -113,6 +113,6 @@ def identify(data: Data, corpus: Corpus | None = None) -> Data:
 
 
 def with_hash(document: DocumentT) -> DocumentT:
-    """A document with the hash of its data filled in; one that it has stays. Raises InputError, SetupError."""
+    """A document with the hash of its data filled in; an existing hash is kept. Raises InputError, SetupError."""
     found: Any = document
     return document if found.data.hash is not None else found.model_copy(update={"data": identify(found.data)})

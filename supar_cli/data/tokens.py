@@ -1,7 +1,7 @@
 """Tokens in files, read a window at a time, and files that must stay what they were when their hash was taken.
 
-Files are read and not mapped: where a mapped file is cut, the process ends without a message, and where one is written
-to, the tokens change.
+Files are read, not memory-mapped: truncating a mapped file kills the process without a message, and writing to it
+changes the tokens.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from supar_cli.errors import SetupError
 from supar_cli.files import naming_read_errors
 
 TICK_S = 0.02  # chosen: two ticks of the slowest clock that a kernel stamps files with, 100 Hz
-AT_ONCE = 2**22  # chosen: tokens, a few MB, of a file that is gone through as a whole
+AT_ONCE = 2**22  # chosen: tokens per chunk, a few MB, when a whole file is scanned
 
-REMEDY = "; expected the data that it began with: put them back, and the same command goes on from the last checkpoint"
+REMEDY = "; expected the data that the run started with: restore them, and the same command continues from the last checkpoint"
 
 
 class Stamp(NamedTuple):
-    """What tells that a file is the one it was, without reading it. The time is in ns."""
+    """Identifies an unchanged file without reading it. The time is in ns."""
 
     device: int
     inode: int
@@ -44,14 +44,14 @@ class Stamp(NamedTuple):
 
 @contextmanager
 def require_unchanged(files: list[Path]) -> Iterator[dict[Path, Stamp]]:
-    """The stamps of files that must not change meanwhile. Raises SetupError, naming the file, where one does."""
+    """The stamps of files that must not change inside the block. Raises SetupError that names a file that does."""
     before = {path: _stamp(path) for path in files}
     newest_s = max((stamp.changed for stamp in before.values()), default=0) / 1e9
-    time.sleep(min(TICK_S, max(0.0, newest_s + TICK_S - time.time())))  # so that whatever changes now has another time
+    time.sleep(min(TICK_S, max(0.0, newest_s + TICK_S - time.time())))  # so that any later change gets another time
     yield before
     for path, stamp in before.items():
         if _stamp(path) != stamp:
-            raise SetupError(f"{path}: was written to while it was read; expected data that stay as they are")
+            raise SetupError(f"{path}: changed while it was read; expected files that don't change")
 
 
 def _stamp(path: Path) -> Stamp:
@@ -60,7 +60,7 @@ def _stamp(path: Path) -> Stamp:
 
 
 def raise_open_file_limit(count: int) -> None:
-    """Have the system allow so many open files, where it does."""
+    """Raise the limit on open files to allow this many, if the system permits it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if count > soft // 2:
         with suppress(OSError, ValueError):
@@ -68,7 +68,7 @@ def raise_open_file_limit(count: int) -> None:
 
 
 class StampedFile:
-    """A file that stays open, so that one put in its place, or its removal, leaves what is read as it was."""
+    """A file kept open, so that replacing or deleting it does not affect what is read."""
 
     __slots__ = ("__weakref__", "number", "path", "stamp")
 
@@ -81,12 +81,12 @@ class StampedFile:
             raise self._changed()
 
     def read(self, at: int, count: int) -> bytes:
-        """So many bytes from there on. Raises SetupError where the file is not what it was, or can't be read."""
+        """`count` bytes from offset `at`. Raises SetupError if the file has changed or can't be read."""
         with naming_read_errors(self.path, REMEDY):
             found = os.pread(self.number, count, at)
             while 0 < len(found) < count and (more := os.pread(self.number, count - len(found), at + len(found))):
                 found += more
-            now = Stamp.of(self.number)  # after reading: what was written before it shows
+            now = Stamp.of(self.number)  # checked after reading, so that any earlier write is noticed
         if now != self.stamp or len(found) < count:
             raise self._changed()
         return found
@@ -94,14 +94,14 @@ class StampedFile:
     def _changed(self) -> SetupError:
         now, size = Stamp.of(self.number), self.stamp.size_bytes
         cut = now.size_bytes < size
-        what = f"was cut to {now.size_bytes:,} of its {size:,} bytes" if cut else "was written to"
+        what = f"was truncated to {now.size_bytes:,} of its {size:,} bytes" if cut else "was written to"
         return SetupError(f"{self.path}: {what} since its hash was taken{REMEDY}")
 
 
 class TokenFile:
     """Tokens of a file from a byte on, as an array that is not in memory: a slice is another such array, `np.asarray` reads it.
 
-    Reading raises SetupError where the file was cut or written to since its stamp was taken.
+    Reading raises SetupError if the file has changed since its stamp was taken.
     """
 
     __slots__ = ("_dtype", "_file", "_length", "_start")

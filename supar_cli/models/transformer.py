@@ -37,7 +37,7 @@ def rope_tables(context: int, head_width: int, theta: float) -> tuple[Tensor, Te
 
 
 def rotate(x_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + E/2), as Llama's published weights have them."""
+    """Rotate the pairs (i, i + E/2), the layout of Llama's published weights."""
     first, second = x_BHTE.chunk(2, dim=-1)
     cos_TE, sin_TE = cos_TE.to(x_BHTE.dtype), sin_TE.to(x_BHTE.dtype)
     return torch.cat((first * cos_TE - second * sin_TE, second * cos_TE + first * sin_TE), dim=-1)
@@ -46,7 +46,7 @@ def rotate(x_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
 def alibi_bias(context: int, heads: int) -> Tensor:
     """Causal bias (H, T, T): -slope · distance. Press et al. 2022, arXiv 2108.12409: slopes 2^(-8i/n), i = 1…n.
 
-    For a head count that is no power of two the paper's code takes every other slope of the next power; so do we.
+    For a head count that is not a power of two the paper's code takes every other slope of the next power; so do we.
     """
     power = 1 << (heads.bit_length() - 1)
     exponents = [8.0 * (i + 1) / power for i in range(power)]
@@ -109,7 +109,7 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = norm(config), FeedForward(config)
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, bias_HTT: Tensor | None) -> Tensor:
-        # add's own factor costs nothing, where a product would be one more pass over memory
+        # add's own factor is free; a separate product would be one more pass over memory
         x_BTD = torch.add(x_BTD, self.attn(self.attn_norm(x_BTD), rope, bias_HTT), alpha=self.residual)
         return torch.add(x_BTD, self.mlp(self.mlp_norm(x_BTD)), alpha=self.residual)
 

@@ -1,4 +1,4 @@
-"""A plan at a glance: a row of texts for each set of equal tensors, what a person should know of it, and what would help."""
+"""A plan at a glance: a row of texts for each set of equal tensors, its warnings, and remedies."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ COLUMNS = ("tensor", "shape", "m_d", "m_ρ", "WPN", "init std", "peak lr", "λ",
 def timescale_steps(row: PlanTensor) -> float | None:
     """Steps in which weight decay alone shrinks a weight by e at the peak rate: 1/(lr·λ). None without decay."""
     rate = row.lr * row.weight_decay
-    return 1.0 / rate if rate >= sys.float_info.min else None  # what is less has no reciprocal, and decays nothing
+    return 1.0 / rate if rate >= sys.float_info.min else None  # a smaller one has no finite reciprocal, decays nothing
 
 
 def warnings(plan: Plan) -> list[str]:
-    """What a person should know before spending time on this plan."""
+    """The warnings about this plan."""
     hidden = [row for row in plan.tensors if row.role == "hidden"]
     return [*_of_sparsity(plan, hidden), *_of_training(plan, hidden)] if hidden else []
 
@@ -45,7 +45,7 @@ def _of_sparsity(plan: Plan, hidden: list[PlanTensor]) -> Iterator[str]:
         off = max(hidden, key=lambda row: abs(row.density / sparsity.density - 1))
         if abs(off.density / sparsity.density - 1) > 0.01:
             whole = "blocks" if sparsity.block else "weights per row"
-            yield f"{off.name}: its density is {off.density:.4g}, not {sparsity.density:g}, as only whole {whole} can live"
+            yield f"{off.name}: its density is {off.density:.4g}, not {sparsity.density:g}: rounded to a whole number of {whole}"
 
 
 def _of_training(plan: Plan, hidden: list[PlanTensor]) -> Iterator[str]:
@@ -90,7 +90,7 @@ def _asked_density(plan: Plan, row: PlanTensor) -> Fraction:
 
 
 def _label(name: str) -> str:
-    """`blocks.3.attn.q` as `*.attn.q`: what equal rows of all blocks are shown under."""
+    """`*.attn.q` for `blocks.3.attn.q`: the name that equal rows of all blocks share."""
     head, _, rest = name.partition(".")
     return f"*.{rest.partition('.')[2]}" if head == "blocks" else name
 
@@ -101,7 +101,7 @@ def number(value: float) -> str:
 
 
 def start_text(row: PlanTensor) -> str:
-    """Where a tensor starts: its deviation, or the number."""
+    """A tensor's initial standard deviation, or its initial constant."""
     return number(row.init_std if row.init_std is not None else row.init_constant or 0.0)
 
 

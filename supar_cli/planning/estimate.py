@@ -6,7 +6,7 @@ from supar_cli.planning.plan import Plan, PlanModel
 
 
 def state_bytes(plan: Plan, engine: str, number_bytes: int) -> int:
-    """Bytes of weights, gradients, AdamW's moments and indices under an engine; `number_bytes` of the precision.
+    """Bytes of weights, gradients, AdamW's moments and indices under an engine; `number_bytes` is the size of a number.
 
     Activations are not among them.
     """
@@ -33,18 +33,18 @@ def numbers_between(model: PlanModel) -> int:
 
 
 # Dense bf16 peaks from the vendors' datasheets at an assumed share; the CPU rate is measured on two cores of a server.
-# chosen: 40 % of peak, what well-kept dense training reaches
+# chosen: 40 % of peak, what well-tuned dense training reaches
 RATES = {"H200/H100": 0.4 * 989e12, "A100": 0.4 * 312e12, "RTX 4090": 0.4 * 165e12, "2 CPU cores": 1e11}
-# measured: `supar bench layer` on two cores of EPYC (Zen 4), float32, densities 1/128 to 1/8: seconds a number of X and Y
+# measured: `supar bench layer` on two cores of EPYC (Zen 4), float32, densities 1/128 to 1/8: seconds per number of X and Y
 # for the three products together, and FLOP/s at live weights beyond that
 SPARSE_SECONDS, SPARSE_RATE = 0.9e-9, 6e10
-# measured there, on whole steps of width 1024 and 2048: seconds a number of what is between the products; with it the
-# estimate is within a third of both
+# measured there, on whole steps of width 1024 and 2048: seconds per number for everything between the products; with it
+# the estimate is within a third of both
 BETWEEN_SECONDS = 1.3e-9
 
 
 def lines(plan: Plan, processes: int = 1) -> list[str]:
-    """What a plan takes, in a few lines. Times are one device's."""
+    """A plan's size, FLOPs, memory and time in a few lines. Times are for one device."""
     hidden = [row for row in plan.tensors if row.role == "hidden"]
     live, size = sum(row.kept for row in hidden), sum(row.size for row in hidden)
     length, tokens = f"{plan.train.steps:,} steps", plan.train.tokens
@@ -57,7 +57,7 @@ def lines(plan: Plan, processes: int = 1) -> list[str]:
         f"parameters {plan.parameters:,}; live {plan.live:,}; hidden {live:,} of {size:,} live",
         f"fewest weights per neuron: {min((row.wpn for row in hidden), default=0):.4g}",
         length,
-        f"weights, gradients and moments take, by engine: {', '.join(f'{name} {_gib(held)}' for name, held in _states(plan).items())}",
+        f"memory of weights, gradients and moments, by engine: {', '.join(f'{name} {_gib(held)}' for name, held in _states(plan).items())}",
     ]
     rows = plan.run.micro_batch_size or max(1, plan.train.batch_size // processes)
     if activations := activation_bytes(plan, rows, 2):

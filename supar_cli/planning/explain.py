@@ -1,4 +1,4 @@
-"""Every number of a plan worked out: the formula, its numbers and its source, and where the plan differs from it."""
+"""How every number of a plan is computed: the formula, its values and its source, and where the plan differs from it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _substitute(formula: str, symbols: dict[str, float]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A tensor of the plan, explained. `remarks` are what is wrong with the row itself."""
+    """A tensor of the plan, explained. `remarks` are the errors of the row itself."""
 
     tensor: PlanTensor
     numbers: tuple[Number, ...]
@@ -196,9 +196,9 @@ def _numbers(
     symbols |= {"m_d": context.m_d, "m_fan_out": context.fan_out, "m_out": context.m_out}
     symbols |= {"m_ρ": context.m_rho, "β": scheme.density_exponent, "m_L": context.m_L}
     found = rules.tensor_rules(scheme, tuned, context)
-    if row.init_constant is not None:  # a start at a number, where the rules know deviations
+    if row.init_constant is not None:  # a constant initial value where the rules give a deviation
         std, constant = found.pop("init_std"), rules.STARTS.get(row.role, row.init_constant)
-        why = std.why if row.role in rules.STARTS else "a number"
+        why = std.why if row.role in rules.STARTS else "a constant"
         found = {"init_constant": rules.Rule(constant, f"{constant:g}", std.source, why), **found}
     decay = timescale_steps(row)
     notes = {"weight_decay": f"1/(lr·λ) = {decay:.0f} steps" if decay else ""}
@@ -232,7 +232,7 @@ def _chosen(rows: list[Row], word: str | None, role: str | None) -> list[Row]:
         having = list(dict.fromkeys(row.tensor.role for row in found))
         found = [row for row in found if row.tensor.role == role]
         if not found:
-            raise InputError(f"--role {role}: no tensor has this role; {word or 'the plan'} has {', '.join(having)}")
+            raise InputError(f"--role {role}: no tensor of {word or 'the plan'} has it; expected {' or '.join(having)}")
     return found
 
 
@@ -261,7 +261,7 @@ def _ranges(blocks: list[int]) -> str:
     """` in blocks 0–3, 5` for the numbers of blocks."""
     if not blocks:
         return ""
-    # neighbours differ from their place in the list by the same number
+    # consecutive block numbers have the same difference to their index
     runs = [[block for _, block in run] for _, run in groupby(enumerate(sorted(blocks)), lambda at: at[1] - at[0])]
     words = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
     return f" in block{'s' if len(blocks) > 1 else ''} {words}"
@@ -288,7 +288,7 @@ def short(value: float) -> str:
 
 
 def wrapped(label: str | None, parts: Iterable[str]) -> list[str]:
-    """Parts on as few lines as hold them, after a label; no part is broken. None: flush left, for a title."""
+    """Parts on as few lines as possible after a label, without breaking a part. None: flush left, for a title."""
     indent = 4 if label is None else INDENT
     first = "" if label is None else f"  {label:<{INDENT - 2}}"
     text = " ".join(part.replace(" ", UNBROKEN) for part in parts)

@@ -25,8 +25,8 @@ _EXACT = ("adamw", "adam", "sgd")
 class Numbers:
     """How one tensor starts and trains: peak rate, decay as PyTorch applies it, Adam's epsilon (SGD: unused), start.
 
-    The start has mean `init_constant` and standard deviation `init_std`. None: not given; where both are, the values of
-    the model's constructor are kept, and who prepares the model multiplies them by the factor.
+    The start has mean `init_constant` and standard deviation `init_std`. None: not given. If both are None, the
+    values of the model's constructor are kept and multiplied by the factor when the model is prepared.
     """
 
     lr: float
@@ -38,7 +38,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class TensorUse:
-    """What the forward pass does with one tensor. A flag promises that it does nothing else that no flag names.
+    """What the forward pass does with one tensor. If any flag is set, the flags together name every use of it.
 
     `in_first_sum`: a summand of the first activations, or gain or shift of a norm directly on their sum (then not the
     summands). `writes_residual`: weight or bias of the last product of a residual branch. `tied`: also the weight of
@@ -67,7 +67,7 @@ def fold(numbers: Numbers, factor: float, optimizer: str) -> Numbers:
     if kind not in _EXACT or (kind == "adam" and numbers.weight_decay != 0):
         said = "Adam with coupled weight decay" if kind == "adam" else optimizer
         known = "AdamW, Adam without weight decay and SGD"
-        raise InputError(f"{said}: multipliers fold exactly for {known} only; the plan can give masks but no numbers")
+        raise InputError(f"{said}: multipliers fold exactly only for {known}; the plan can give masks but no numbers")
     lr, weight_decay, eps = factor * numbers.lr, numbers.weight_decay / factor, numbers.eps / factor
     if kind == "sgd":
         lr, weight_decay, eps = factor * lr, weight_decay / factor, numbers.eps

@@ -48,7 +48,7 @@ class Tensor:
 
     @property
     def fan_out(self) -> int:
-        """Outputs: what is not fan-in."""
+        """Number of outputs: the product of the extents that are not fan-in."""
         return self.size // self.fan_in
 
     @property
@@ -104,7 +104,7 @@ def _norm(shape: SimpleNamespace, name: str, site: str, block: int | None) -> li
 
 
 def ratios(tensor: Tensor, base: Tensor) -> tuple[float, float | None]:
-    """m_d and m_fan_out of a tensor to the same one of the proxy.
+    """m_d and m_fan_out of a tensor relative to the same tensor of the proxy.
 
     For a hidden weight these are the ratios of its fan-in and its fan-out; for every other tensor of supar's families the
     ratio of its last extent, the one that scales, and None.
@@ -118,7 +118,7 @@ MOST_EXTENTS = 5  # a three-dimensional convolution has five
 
 
 def check_axes(axes: list[int], extents: int, role: Role) -> None:
-    """Raise ValueError unless these are different axes, rising, of a tensor with so many extents; some of a hidden one."""
+    """Raise ValueError unless these are different axes, in rising order, of a tensor with this many extents; one or more if hidden."""
     if role == "hidden" and not axes:
         raise ValueError("fan_in_axes: none; expected the axes that a hidden weight's product sums over")
     if axes != sorted(set(axes)) or not all(0 <= axis < extents for axis in axes):
@@ -126,7 +126,7 @@ def check_axes(axes: list[int], extents: int, role: Role) -> None:
 
 
 def check_names(rows: Sequence[Any]) -> None:
-    """Raise ValueError where two rows have one name or a row is tied to none of them."""
+    """Raise ValueError if two rows have the same name or a row is tied to a name that is not among them."""
     names = Counter(row.name for row in rows)
     for row in rows:
         if names[row.name] > 1:
@@ -175,10 +175,10 @@ class LayoutRow(Section):
         return [narrow + times * (wide - narrow) for narrow, wide in zip(self.base, self.wider, strict=True)]
 
     def tensor(self, times: Fraction) -> Tensor:
-        """The tensor of that shape. Raises InputError where it would not be whole."""
+        """The tensor of that shape. Raises InputError if an extent would not be a whole number."""
         extents = self.extents(times)
         if not all(extent.denominator == 1 and extent >= 1 for extent in extents):
-            raise InputError(f"{self.name}: its shape would be {_words(self, times)}; expected whole extents")
+            raise InputError(f"{self.name}: its shape would be {_words(self, times)}; expected whole numbers above 0")
         shape, axes = tuple(map(int, extents)), tuple(self.fan_in_axes)
         return Tensor(self.name, self.role, self.site, shape, axes, self.block, self.writes_residual, self.tied_to)
 
@@ -220,7 +220,7 @@ class Layout(Section):
         return times
 
     def at(self, size: dict[str, int]) -> list[Tensor]:
-        """The tensors at a size, such as {"width": 4096}. Raises InputError where a shape would not be whole."""
+        """The tensors at a size, such as {"width": 4096}. Raises InputError if a shape would not have whole extents."""
         try:
             times = self._times(size, "size")
         except ValueError as error:

@@ -3,7 +3,7 @@
 A pattern goes along the fan-in: it sees a tensor as a matrix (fan-out, fan-in), however its extents are stored.
 
 To add one: its word in `Pattern` and its count in `live_count` here; which weights live in `sparse.masks.select`, and how
-`draw` makes its keys; what a mask from a file must fulfil in `sparse.mask_files`; its warnings in `advice`; the flags' help.
+`draw` makes its keys; the conditions on a mask from a file in `sparse.mask_files`; its warnings in `advice`; the flags' help.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated, Literal, get_args
 from supar_cli.errors import InputError
 from supar_cli.planning.schema import Section, Text
 
-LARGEST_GROUP = 64  # chosen: hardware has 2:4; what is measured goes up to 1:16 and 4:8
+LARGEST_GROUP = 64  # chosen: hardware supports 2:4; measurements go up to 1:16 and 4:8
 
 GroupPattern = Annotated[str, Text(r"^[1-9][0-9]?:[1-9][0-9]?$", "N:M such as '2:4'")]  # N live of every M
 Pattern = Literal["exact", "fixed_fan_in", "bernoulli", "block"] | GroupPattern
@@ -30,9 +30,9 @@ class PatternKeys(Section):
         pattern, block = vars(self)["pattern"], vars(self)["block"]
         if pattern == "block" and block is None:
             edges = ", ".join(map(str, get_args(Block)))
-            raise ValueError(f"block: is missing; the pattern block needs one of {edges}")
+            raise ValueError(f"block: is missing; expected one of {edges} with the pattern block")
         if pattern != "block" and block is not None:
-            raise ValueError(f"block: the pattern is {pattern}; expected a block with the pattern block only")
+            raise ValueError(f"block: can't be combined with the pattern {pattern}; expected the pattern block")
         group = group_of(pattern)
         if group is not None and not group[0] < group[1] <= LARGEST_GROUP:
             raise ValueError(f"pattern: {pattern}; expected N:M with N < M <= {LARGEST_GROUP}")
@@ -59,7 +59,7 @@ def density_of(pattern: str) -> Fraction | None:
 
 
 def has_equal_rows(pattern: str) -> bool:
-    """Whether every neuron has the same number of live weights, so that none is left without."""
+    """Whether every neuron has the same number of live weights, so that none has no input."""
     return pattern == "fixed_fan_in" or group_of(pattern) is not None
 
 
@@ -79,7 +79,7 @@ def live_count(name: str, size: int, fan_in: int, density: Fraction, pattern: st
         assert block is not None
         if rows % block or fan_in % block:
             shape = f"the shape {rows}×{fan_in}"
-            raise InputError(f"{name}: {block}×{block} blocks don't divide {shape}; expected another block")
+            raise InputError(f"{name}: {block}×{block} blocks don't divide {shape}; expected an edge that does")
         count = size // block**2
         live = _round(density * count)
         if not live:
@@ -89,7 +89,7 @@ def live_count(name: str, size: int, fan_in: int, density: Fraction, pattern: st
     if group is not None and density < 1:
         live, length = group
         if fan_in % length:
-            raise InputError(f"{name}: the fan-in {fan_in} doesn't divide into groups of {length}; expected a multiple")
+            raise InputError(f"{name}: the fan-in {fan_in} is not a multiple of {length}; expected whole groups")
         if float(density) != live / length:  # a document's float may only be the nearest to N/M
             what = f"density {float(density):g} with the pattern {pattern}"
             raise InputError(f"{name}: {what}; expected {live}/{length}, or 1 for a dense tensor")

@@ -84,7 +84,7 @@ class Plan(Section):
                     raise ValueError(f"tensors.{at}.{key}: {given}; the model's shape gives {value} to {row.name}")
 
     def beside(self, document: str) -> Plan:
-        """The plan with the path of its mask file taken from its document's folder; `-` is the working directory."""
+        """The plan with the path of its mask file resolved from its document's folder; for `-`, from the working directory."""
         source = self.sparsity.source
         if source.path is None or document == "-" or Path(source.path).is_absolute():
             return self
@@ -117,7 +117,7 @@ class Plan(Section):
         experiment keeps the hash that it had there.
         """
         found = self.identity()
-        found["parameterization"].pop("edition", None)  # the numbers are all here, whoever worked them out
+        found["parameterization"].pop("edition", None)  # every number is in the plan, so its derivation does not matter
         if self.data.hash is not None:
             del found["data"]["source"]
         if isinstance(self.model, PlanModel):
@@ -152,7 +152,7 @@ class Plan(Section):
 
 
 def base_model(plan: Plan) -> Model:
-    """A model with the proxy's shapes: one layer of them, and heads as its keys' share of the queries asks for."""
+    """A one-layer model with the proxy's shapes and as many heads as its share of key/value heads requires."""
     base = decoder_base(plan)
     kv_share = Fraction(base.kv_share).limit_denominator(base.width)
     shape = {"width": base.width, "ffn_width": base.ffn_width, "layers": 1}
@@ -169,7 +169,7 @@ def decoder_base(plan: Plan) -> DecoderBase:
 def _from_v1(data: dict[str, Any]) -> dict[str, Any]:
     """A plan of supar.plan/v1 in today's form: the same run, by the first edition of the rules.
 
-    What is wrong stays as it is, so that the validation after it names it.
+    Errors are kept, so that the later validation reports them.
     """
     found = {**data, "kind": "supar.plan/v2"}
     model, parameterization, tensors = data.get("model"), data.get("parameterization"), data.get("tensors")
@@ -194,7 +194,7 @@ def _row_from_v1(row: dict[str, Any], derived: dict[str, dict[str, Any]]) -> dic
     own = derived.get(str(name), {"site": name, "block": None, "fan_in_axes": axes, "base_fan_in": 1})
     fan_in = prod(extents[axis] for axis in own["fan_in_axes"] if axis < len(extents))
     found = {**own, "fan_in": max(fan_in, 1), **row}
-    if row.get("init_std") == 0 and role in STARTS:  # what v1 says of all that starts at a number
+    if row.get("init_std") == 0 and role in STARTS:  # what v1 says of every tensor with a constant initial value
         del found["init_std"]
         found["init_constant"] = STARTS[role]
     return found

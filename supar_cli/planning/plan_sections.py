@@ -28,7 +28,7 @@ class PlanModel(Model):
 
     @property
     def label(self) -> str:
-        """The shape in a few letters, as run directories are called."""
+        """The shape in a few letters, for the names of run directories."""
         return f"w{self.width}-l{self.layers}"
 
     @property
@@ -61,7 +61,7 @@ class OwnModel(Section):
             if not name.isidentifier() or value < 1:
                 raise ValueError(f"target.{name}: {value}; expected a word and a whole number above 0")
 
-    attention_flops_per_token: ClassVar[float] = 0.0  # not known; its products with weights are
+    attention_flops_per_token: ClassVar[float] = 0.0  # not known for a user's model; only its products with weights are
     tied_head_size: ClassVar[int] = 0
 
     @property
@@ -116,7 +116,9 @@ class MaskSource(Section):
     def check(self) -> None:
         for key in ("path", "hash"):
             if (self.kind == "file") != (vars(self)[key] is not None):
-                raise ValueError(f"{key}: {'is missing' if self.kind == 'file' else 'expected with kind: file only'}")
+                raise ValueError(
+                    f"{key}: {'is missing' if self.kind == 'file' else 'is given; expected it with kind: file only'}"
+                )
 
 
 class PlanSparsity(PatternKeys):
@@ -203,9 +205,11 @@ class PlanTensor(Section):
             raise ValueError(f"shape: {self.shape}; expected extents of 1 or more")
         layout.check_axes(self.fan_in_axes, len(self.shape), self.role)
         if self.fan_in != prod(self.shape[axis] for axis in self.fan_in_axes):
-            raise ValueError(f"fan_in: {self.fan_in} is not the product of the extents at axes {self.fan_in_axes}")
+            raise ValueError(f"fan_in: {self.fan_in}; expected the product of {self.shape} at axes {self.fan_in_axes}")
         if abs(self.kept - self.density * self.size) > 0.51:
-            raise ValueError(f"kept: {self.kept} is not density {self.density} of {self.size} weights")
+            raise ValueError(
+                f"kept: {self.kept}; expected {self.density * self.size:.0f}, density {self.density} of {self.size} weights"
+            )
         if (self.init_std is None) == (self.init_constant is None):
             raise ValueError("init_std: expected either init_std or init_constant")
         for key, value in self.because.items():

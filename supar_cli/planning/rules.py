@@ -38,7 +38,7 @@ STARTS = {"norm": 1.0, "bias": 0.0}  # where every gain and every bias starts [P
 
 
 class Rule(NamedTuple):
-    """A resolved number with the formula that gave it, the formula's source, and what else there is to say of it."""
+    """A resolved number with the formula that gave it, the formula's source, and a remark on it."""
 
     value: float
     formula: str
@@ -81,7 +81,7 @@ class ProxyValues:
 
 @dataclass(frozen=True)
 class TensorContext:
-    """What the rules need to know of one tensor: its role, its ratios to the proxy's, and what options ask of it.
+    """What the rules need to know of one tensor: its role, its ratios to the proxy's, and its options.
 
     `m_d` is the ratio of the tensor's own extent that scales: the fan-in of hidden weights and unembeddings, and the one
     extent of embeddings, biases and gains (d_ff's of the up projection's bias); 1 where none scales. Edition 1 took d_model's
@@ -106,7 +106,7 @@ class TensorContext:
 
     @property
     def fan_out(self) -> float:
-        """m_fan_out, where none was given m_d."""
+        """m_fan_out, or m_d if none was given."""
         return self.m_d if self.m_fan_out is None else self.m_fan_out
 
 
@@ -167,8 +167,8 @@ def init_std(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> Rule
 def _hidden_divisor(scheme: Scheme, context: TensorContext) -> tuple[float, list[str], list[str]]:
     """What the rate of a hidden weight is divided by: the number, and its symbols above and below η's fraction bar.
 
-    Under SGD a step is as large as the gradient, and V takes that of an output for Θ(1/fan-out). [P Table 1, D.3.1; V]
-    It is where fan-out has d_model's ratio. At an FFN ratio changed by r, ΔY of the down projection stays put; that of the up
+    Under SGD a step is as large as the gradient, and V assumes the gradient of an output to be Θ(1/fan-out). [P Table 1, D.3.1; V]
+    That holds if fan-out scales with d_model. At an FFN ratio changed by r, ΔY of the down projection is constant; that of the up
     projection moves as √r at the first step and less later (edition 1: as r, and as 1/√r) [D, measured at widths to 256].
     """
     follows = scheme.name in _DENSITY_IN_RATE

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, Union, dataclass_tra
 from pydantic_core import SchemaValidator, core_schema
 
 _UNSET: Any = object()
-LARGEST = 2**63 - 1  # what readers in other languages, numpy and torch hold of an integer
+LARGEST = 2**63 - 1  # the largest integer that readers in other languages, numpy and torch can hold
 _PLAIN: dict[Any, Callable[..., Any]] = {
     Any: core_schema.any_schema,
     None: core_schema.none_schema,
@@ -30,7 +30,7 @@ _PLAIN: dict[Any, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class Text:
-    """What a text of type `Annotated[str, Text(…)]` has to be: a regular expression, and words for it in errors."""
+    """What a text of type `Annotated[str, Text(…)]` must match: a regular expression, and its description for errors."""
 
     pattern: str
     words: str
@@ -68,16 +68,16 @@ def Field(
 ) -> Any:
     """A key with a default or with bounds: `gt`, `ge`, `lt`, `le`, `min_length`, `max_length` as pydantic has them.
 
-    A key that documents of an earlier version don't have must be `neutral`: its default means what they meant, is filled
-    in where the key is missing, and a hash leaves the key out while it has that value. With `omit` the key is not
-    written either while it has it.
+    A key that documents of an earlier version don't have must be `neutral`: its default reproduces
+    their meaning and fills in a missing key, and hashes leave the key out while it has that value. With `omit`,
+    documents leave it out too.
     """
     return _Field(default if default_factory is None else default_factory, bounds, neutral, omit)
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
 class Section:
-    """Strict and frozen: an unknown key, a text for a number, a yes for a true are errors.
+    """Strict and frozen: unknown keys, texts in place of numbers and `yes` in place of `true` are errors.
 
     A subclass states its keys as annotations. `fill_defaults(data)` may complete the plain data before it is validated, `check`
     may refuse the validated section with a ValueError that begins with the key that is wrong.
@@ -87,7 +87,7 @@ class Section:
 
     # a document's earlier kinds, each with the function that brings its data to today's form
     EARLIER: ClassVar[dict[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {}
-    WHOLE_SECTIONS: ClassVar[tuple[str, ...]] = ()  # of a document that supar wrote, sections that may lack no key
+    WHOLE_SECTIONS: ClassVar[tuple[str, ...]] = ()  # sections that must have every key in documents that supar wrote
 
     UNHASHED: ClassVar[tuple[str, ...]] = ()  # keys that no hash includes
 
@@ -166,7 +166,7 @@ class Section:
         return found
 
     def identity(self, *, include: Collection[str] | None = None, exclude: Collection[str] = ()) -> dict[str, Any]:
-        """Plain data as hashes are taken of it."""
+        """The plain data that is hashed."""
         return self.model_dump(include=include, exclude=exclude, identity=True)
 
     def model_copy(self, *, update: dict[str, Any]) -> Self:
@@ -199,7 +199,7 @@ def _plain(value: Any, identity: bool) -> Any:
 
 
 def _words(hint: Any) -> str:
-    """A type of a union as an error names it."""
+    """The name of a union's type in errors."""
     if get_origin(hint) is dict:
         return "a mapping of names to these"
     if get_origin(hint) is Annotated:
@@ -225,7 +225,7 @@ def _typed(hint: Any, bounds: dict[str, Any]) -> core_schema.CoreSchema:
         return core_schema.dict_schema(core_schema.str_schema(), _typed(inner[1], {}), **bounds)
     if is_section(hint):
         return hint.schema()  # type: ignore[no-any-return]
-    raise TypeError(f"{hint!r}: no document has such a key")
+    raise TypeError(f"{hint!r}: unsupported type of a document's key")
 
 
 TAG = "family"  # the key that tells the sections of a union apart

@@ -15,7 +15,7 @@ Family = Literal["gpt2", "llama"]
 Engine = Literal["auto", "dense", "sparse", "block"]
 Distribution = Literal["uniform", "erk"]
 
-MOST_LAYERS = 10_000  # chosen: ten times the deepest transformer trained; a plan has a line for each tensor of each
+MOST_LAYERS = 10_000  # chosen: ten times the deepest transformer trained; a plan has a line for each layer's tensors
 
 FAMILY_PARTS: dict[str, dict[str, Any]] = {
     "gpt2": {"norm": "layernorm", "activation": "gelu", "positions": "learned"},
@@ -78,7 +78,7 @@ class Hyperparameters(Section):
 
 
 class Options(Section):
-    """The options of the rules that are not the parameterization's name."""
+    """The options of the rules, without the parameterization's name."""
 
     weight_decay_rule: DecayRule = "independent"
     depth_rule: DepthRule = "none"
@@ -101,7 +101,7 @@ class Data(Section):
 
 
 class Train(Section):
-    """Everything of the training loop that changes a loss. `batch_size` counts sequences, over all devices."""
+    """All settings of the training loop that change a loss. `batch_size` counts sequences, over all devices."""
 
     optimizer: Optimizer = "adamw"
     betas: list[float] = Field(default_factory=lambda: [0.9, 0.95], min_length=2, max_length=2)
@@ -134,7 +134,7 @@ class Run(Section):
     log_every: int = Field(default=10, gt=0)
     checkpoint_every: int = Field(default=1000, gt=0)
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list)
-    keep: int = Field(default=2, gt=0)  # chosen: the newest checkpoint, and one should that be damaged
+    keep: int = Field(default=2, gt=0)  # chosen: the newest checkpoint, and the one before in case it is damaged
 
 
 class Sparsity(PatternKeys):
@@ -158,7 +158,7 @@ class Sparsity(PatternKeys):
             density_from("density", value, f"overrides.{key}")
 
 
-# the keys of its section that a changed value drops unless they are given too: they belonged to the value before
+# the keys of its section that a changed value drops unless they are given too, as they belonged to the old value
 _LENGTHS = ("steps", "tokens", "tokens_per_parameter")
 DROPPED_BY = {
     "width": ("heads", "kv_heads", "ffn_width"),  # a target's own head count and FFN width belong to its own width
@@ -180,7 +180,7 @@ def override(section: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
 
 
 class Target(Section):
-    """What `supar transfer` plans where no flag says otherwise. None means the proxy's value."""
+    """What `supar transfer` plans unless flags say otherwise. None means the proxy's value."""
 
     width: int | None = Field(default=None, gt=0, le=2**31)
     layers: int | None = Field(default=None, gt=0, le=MOST_LAYERS)

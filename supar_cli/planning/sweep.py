@@ -18,17 +18,23 @@ from supar_cli.planning.transfer import transfer
 TUNED = Search.SEARCHED
 SHARES = ("sparsity", "density")
 LEVELS = (*SHARES, "width", "layers")
-MAX_VALUES = 200  # chosen: a grid with more values is a slip of the pen
+MAX_VALUES = 200  # chosen: a grid with more values is probably a typing error
 
-GRAMMAR = "log2:-12..-4/0.5, x:-3..3/1 (the proxy's times 2^k) or a list as 0,0.5,0.75"
+GRAMMAR = "log2:-12..-4/0.5, x:-3..3/1 (the proxy's value times 2^k) or a list such as 0.001,0.002"
+LISTS = {
+    "sparsity": "a list of numbers 0 <= sparsity < 1 such as 0,0.75,0.9375",
+    "density": "a list of numbers 0 < density <= 1 such as 1,0.25,0.0625",
+    "width": "a list of whole numbers above 0 such as 256,512,1024",
+    "layers": "a list of whole numbers above 0 such as 2,4,8",
+}
 
 
 def axis_values(name: str, given: Any, centre: float = 1.0) -> tuple[float, ...]:
-    """The values of an axis, rising: a list, or text of GRAMMAR. Raises ValueError that begins with the key."""
+    """The values of an axis in rising order, from a list or a text as in GRAMMAR. Raises ValueError that begins with the key."""
     try:
         return tuple(sorted(_values(name, given, centre)))
     except ValueError as error:
-        raise ValueError(f"over.{name}: {given!r}: {error}; expected {GRAMMAR}") from None
+        raise ValueError(f"over.{name}: {given!r}: {error}; expected {LISTS.get(name, GRAMMAR)}") from None
 
 
 def _values(name: str, given: Any, centre: float) -> list[float]:
@@ -36,12 +42,12 @@ def _values(name: str, given: Any, centre: float) -> list[float]:
         raise ValueError("not an axis")
     if isinstance(given, str) and ":" in given:
         if name in LEVELS:
-            raise ValueError(f"{name} takes a list, not octaves")
+            raise ValueError("a range in octaves")
         values = _octaves(given, centre)
     else:
         values = [shares.number(part) for part in _parts(given)]
     if not 1 <= len(values) == len(set(values)) <= MAX_VALUES:
-        raise ValueError(f"not an axis of 1 to {MAX_VALUES} values, each once")
+        raise ValueError(f"not 1 to {MAX_VALUES} different values")
     for value in values:
         is_valid = {"sparsity": 0 <= value < 1, "density": 0 < value <= 1}.get(name, value > 0)
         if not is_valid or (name in ("width", "layers") and value != int(value)):
@@ -61,7 +67,7 @@ def _octaves(text: str, centre: float) -> list[float]:
     ends, slash, step_text = span.partition("/")
     low, high, step = (shares.number(part) for part in (*ends.partition("..")[::2], step_text if slash else "1"))
     if scale not in ("log2", "x"):
-        raise ValueError(f"{scale!r} is not a scale")
+        raise ValueError(f"{scale!r} is not a scale (log2 or x)")
     if not (0 < step <= 100 and -100 <= low <= high <= 100) or (high - low) / step > MAX_VALUES:
         raise ValueError(f"not a range LOW..HIGH/STEP of at most {MAX_VALUES} values")
     count = int((high - low) / step + 1e-9) + 1
@@ -113,7 +119,7 @@ class Level:
 
 
 class Sweep(Section):
-    """`supar.sweep/v1`: a proxy, one hyperparameter swept around its values, and the sizes at which its optimum is to hold."""
+    """`supar.sweep/v1`: a proxy, one hyperparameter swept around its values, and the sizes at which its optimum should stay the same."""
 
     kind: Literal["supar.sweep/v1"]
     name: str = "sweep"
@@ -143,9 +149,11 @@ class Sweep(Section):
         for what, names, least in (("hyperparameter", TUNED, 1), ("size", LEVELS, 0)):
             count = sum(name in names for name in self.over)
             if not least <= count <= 1:
-                raise ValueError(f"over: {count} axes of a {what}; expected one of {', '.join(names)}")
+                raise ValueError(
+                    f"over: {count} axes of a {what}; expected {'exactly' if least else 'at most'} one of {', '.join(names)}"
+                )
         if not self.name.replace("-", "").replace("_", "").replace(".", "").isalnum() or self.name.startswith("."):
-            raise ValueError(f"name: {self.name!r} names a folder; expected letters, digits, dots, - and _")
+            raise ValueError(f"name: {self.name!r} can't name a folder; expected letters, digits, dots, - and _")
         if len(set(self.parameterizations)) < len(self.parameterizations):
             raise ValueError("parameterizations: one appears twice; expected each once")
         for name, values in self.own.items():
@@ -155,7 +163,7 @@ class Sweep(Section):
                 if key not in TUNED or value <= 0:
                     raise ValueError(f"own.{name}.{key}: {value:g}; expected values above 0 of {', '.join(TUNED)}")
         if self.iso != "none" and self.level_axis not in SHARES:
-            raise ValueError(f"iso: {self.iso} needs levels of sparsity or density")
+            raise ValueError(f"iso: {self.iso} needs a density axis; expected over.sparsity or over.density")
         for parameterization in self.parameterizations:
             self.grid(parameterization)
         _ = self.levels
@@ -198,7 +206,7 @@ class Sweep(Section):
         return replace(level, width=max(1, round(level.width * ratio / head)) * head)
 
     def plan(self, name: rules.ParameterizationName, level: Level, index: float, seed: int) -> Plan:
-        """The plan of one run, its hyperparameter at an index of the grid. Raises InputError for a size that can't be."""
+        """The plan of one run, its hyperparameter at an index of the grid. Raises InputError for a size that has no plan."""
         keys = ("model", "parameterization", "sparsity", "data", "train", "target", "run")
         values = {**self.centre(name), self.tuned: self.grid(name).value(index)}
         sections = {key: getattr(self, key) for key in keys}
@@ -228,12 +236,12 @@ def _share(axis: str, text: str) -> shares.Share:
 def require_comparison(sweep: Sweep) -> None:
     """Raise InputError unless a study has one value of the hyperparameter, and several sizes."""
     if not sweep.level_axis or any(len(sweep.grid(name).values) > 1 for name in sweep.parameterizations):
-        expected = "expected one value of a hyperparameter at several sizes, or `supar sweep`"
-        raise InputError(f"over: is not of a comparison; {expected}")
+        expected = "expected one value of a hyperparameter at several sizes (`supar sweep` takes several values)"
+        raise InputError(f"over: can't be compared; {expected}")
 
 
 def plan_all(sweep: Sweep) -> list[Plan]:
-    """A plan of each parameterization at each size, as a trial of what will be run. Raises InputError."""
+    """A plan of each parameterization at each size, to find errors before runs start. Raises InputError."""
     for level in sweep.levels:
         if level.width % sweep.model.head_width and not sweep.target.heads:
             what = f"width {level.width} is not a multiple of the proxy's head width {sweep.model.head_width}"

@@ -95,7 +95,7 @@ def _rows(proxy: Proxy, scheme: rules.Scheme, model: Model, base: Base, wanted: 
 
 
 def _because(scheme: rules.Scheme, context: rules.TensorContext) -> dict[str, float]:
-    """The ratios that a tensor's numbers come from, those of its output where they are not its m_d."""
+    """The ratios that a tensor's numbers come from, those of its output only where they differ from m_d."""
     because = {"m_d": context.m_d}
     if scheme.edition == 2 and scheme.name != "sp":
         by_output = {"m_out": context.m_out} if scheme.optimizer == "adamw" else {"m_fan_out": context.fan_out}
@@ -118,7 +118,7 @@ def _density(wanted: Sparsity) -> Fraction:
     given = vars(wanted)[word]
     if given is None:
         if own is None:
-            raise InputError("the target has no sparsity; expected --sparsity or --density")
+            raise InputError("target.sparsity: is missing; expected --sparsity or --density")
         return own
     asked = density.density_from(word, given)
     if own is not None and float(asked) not in (float(own), 1.0):  # a document's float is only the nearest to N/M
@@ -133,12 +133,12 @@ def target_model(proxy: Model, target: Target) -> Model:
     heads, beyond_heads = divmod(width, proxy.head_width)
     if target.heads is None and beyond_heads:
         what = f"{width} is not a multiple of the proxy's head width {proxy.head_width}"
-        raise InputError(f"target.width: {what}; expected a multiple of it, or --heads")
+        raise InputError(f"target.width: {what}; expected a multiple of it, or target.heads")
     heads = target.heads or heads
     ffn_width, beyond_ffn = divmod(width * proxy.ffn_width, proxy.width)
     if target.ffn_width is None and beyond_ffn:
         what = f"at {width} the proxy's FFN ratio {proxy.ffn_width}/{proxy.width} gives no whole number"
-        raise InputError(f"target.width: {what}; expected another width, or --ffn-width")
+        raise InputError(f"target.width: {what}; expected another width, or target.ffn_width")
     kv_heads = target.kv_heads or (heads // group if heads % group == 0 else 1)
     changes = {"width": width, "heads": heads, "kv_heads": kv_heads, "ffn_width": target.ffn_width or ffn_width}
     changes |= {"layers": target.layers or proxy.layers, "context": target.context or proxy.context}
@@ -149,7 +149,7 @@ def _live_counts(model: Model, wanted: Sparsity, where: str) -> dict[str, patter
     """Density and kept count of every hidden tensor, by name.
 
     Of the overrides, the most specific wins, and tensors without one share the target. Raises InputError for an override that
-    matches nothing (`where` is their place in the document) and for a tensor that can have no mask of the pattern.
+    matches nothing (`where` is their place in the document) and for a tensor whose density allows no mask of the pattern.
     """
     share, overrides = _density(wanted), wanted.overrides
     hidden = [tensor for tensor in layout.tensors(model) if tensor.role == "hidden"]
@@ -158,7 +158,9 @@ def _live_counts(model: Model, wanted: Sparsity, where: str) -> dict[str, patter
     unused = sorted(set(overrides) - set(keys.values()))
     if unused:
         sites = sorted({tensor.site for tensor in hidden})
-        raise InputError(f"{where}: {', '.join(unused)} matches no hidden tensor; sites are {', '.join(sites)}")
+        raise InputError(
+            f"{where}: {', '.join(unused)} matches no hidden tensor; expected a site ({', '.join(sites)}), attn, mlp or a tensor's name"
+        )
     free = [tensor for tensor in hidden if keys[tensor.name] is None]
     shares = dict.fromkeys(keys, share) if wanted.distribution == "uniform" else _erk(free, share)
     shares |= {name: density.literal(overrides[key]) for name, key in keys.items() if key is not None}

@@ -1,4 +1,4 @@
-"""Which engine multiplies with a masked tensor: one that is named, or the fastest by a measurement on this machine.
+"""Which engine multiplies with a masked tensor: the configured one, or the fastest measured on this machine.
 
 A measurement is of one layer's forward pass and both gradients on random numbers, kept in a file of the user's cache
 folder, so that it is made once for each device, shape, density, edge of blocks, precision and number of tokens. Of a large layer
@@ -32,7 +32,7 @@ from supar_cli.sparse.masks import Mask
 
 TOKENS = 1024  # chosen: more change the ratio of the engines little and make the measurement long
 ROUNDS = 5  # chosen: interleaved; their median decides
-MIN_SPEEDUP = 1.1  # chosen: by how much another engine has to beat the dense one, so that noise does not choose
+MIN_SPEEDUP = 1.1  # chosen: the speedup that another engine needs over the dense one, so that noise does not decide
 MIN_MULTIPLY_ADDS = 2**25  # chosen: a layer of fewer is dense unmeasured: a few milliseconds at most
 MOST_POSITIONS = 2**24  # chosen: of a mask that are measured: 64 MiB of a dense weight, as much of its gradient
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's names for them, from malloc.h
@@ -42,9 +42,9 @@ KEPT_BYTES = 2**31 - 1  # chosen: the most that mallopt's int can say
 
 @dataclass(frozen=True, slots=True)
 class LayerCase:
-    """What a layer is run under. `tokens` are those of a micro-batch; `block` is the edge of the mask's blocks, None without.
+    """The conditions under which a layer runs. `tokens` are those of a micro-batch; `block` is the edge of the mask's blocks, None without.
 
-    `sharded`: the values lie in shards between passes, and nothing as large as the weight may.
+    `sharded`: values are sharded between passes, when nothing as large as the weight may be held.
     """
 
     device: torch.device
@@ -56,9 +56,9 @@ class LayerCase:
 
 @dataclass(frozen=True, slots=True)
 class EngineChoice:
-    """The engine chosen and the seconds measured of each; none where there was nothing to choose between.
+    """The engine chosen and the measured seconds of each engine; no seconds if there was only one engine.
 
-    `rows` is how many of the layer's were measured where that were not all.
+    `rows` is the number of measured rows if not all were measured.
     """
 
     name: str
@@ -71,12 +71,12 @@ class EngineChoice:
         if not self.seconds:
             return self.name
         times = ", ".join(f"{name} {1000 * value:.3g} ms" for name, value in self.seconds.items())
-        what = "a layer" if self.rows is None else f"for {self.rows} of its rows"
+        what = "per layer" if self.rows is None else f"for {self.rows} of its rows"
         return f"{self.name} ({times} {what}, {'measured now' if self.measured_now else 'as measured before'})"
 
 
 def make(name: str, mask: Mask, case: LayerCase) -> Engine:
-    """An engine for a mask (out, in), on the case's device. Raises InputError where it can't be."""
+    """An engine for a mask (out, in), on the case's device. Raises InputError if it can't run there."""
     if case.device.type == "cpu":
         keep_large_blocks()
     if name == "dense":
@@ -94,7 +94,7 @@ def make(name: str, mask: Mask, case: LayerCase) -> Engine:
 
 @cache
 def keep_large_blocks() -> bool:
-    """Let freed memory stay with this process, up to KEPT_BYTES; whether it does. For glibc on Linux, once a process.
+    """Keep up to KEPT_BYTES of freed memory in this process; return whether that worked. glibc on Linux only, once per process.
 
     Each step frees a layer's activations and asks for them again. By default glibc returns blocks of 32 MiB and more to
     the system and gets them back as pages that fault one by one. SUPAR_KEEP_MEMORY=0 leaves it so.
@@ -105,7 +105,7 @@ def keep_large_blocks() -> bool:
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
+    except (OSError, AttributeError):  # not glibc
         return False
     return bool(mallopt(MMAP_THRESHOLD, LARGEST_BYTES) and mallopt(TRIM_THRESHOLD, KEPT_BYTES))
 
@@ -137,7 +137,7 @@ def fastest(mask: Mask, case: LayerCase) -> EngineChoice:
 
 
 def rows_measured(shape: tuple[int, ...], block: int | None) -> int:
-    """How many rows of a mask (out, in) are measured: of MOST_POSITIONS, in whole blocks, one at least."""
+    """Number of rows of a mask (out, in) to measure: at most MOST_POSITIONS positions, in whole blocks, at least one."""
     unit = block or 1
     return min(shape[0], max(1, MOST_POSITIONS // shape[1] // unit) * unit)
 
@@ -225,7 +225,7 @@ def _cache() -> Path:
 
 
 def is_valid(seconds: object, names: list[str]) -> bool:
-    """Whether a cached measurement is one of these engines."""
+    """Whether a cached measurement covers these engines."""
     if not isinstance(seconds, dict) or set(seconds) != set(names):
         return False
     return all(isinstance(value, float) and value > 0 for value in seconds.values())

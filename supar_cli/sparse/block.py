@@ -41,16 +41,16 @@ class Block(Engine):
         self.live = structure.rows.numel() * block**2
         self.has_triton = kernels == "triton" or (kernels == "auto" and _importable())
         if self.has_triton:
-            import_module("supar_cli.sparse.block_kernels")  # not first within a compiled forward pass
+            import_module("supar_cli.sparse.block_kernels")  # not for the first time in a compiled forward pass
 
     def forward(self, x: Tensor, values: Tensor) -> Tensor:
         """(…, in) and (live,) → (…, out), of autocast's dtype where it is on, else of x's.
 
-        Raises ValueError where a shape is another, or where Triton is asked for float64.
+        Raises ValueError for a wrong shape, and for float64 with Triton.
         """
         if x.shape[-1] != self.d_in or values.shape != (self.live,):
             raise ValueError(
-                f"inputs {tuple(x.shape)} and values {tuple(values.shape)} where ({self.d_in},) and ({self.live},) belong"
+                f"inputs {tuple(x.shape)} and values {tuple(values.shape)}; expected (…, {self.d_in}) and ({self.live},)"
             )
         x_NI = x.to(_compute_dtype(x)).reshape(-1, self.d_in)
         structure = [self.get_buffer(name) for name in Structure._fields]
@@ -64,7 +64,7 @@ class Block(Engine):
 
     def _uses_triton(self, x: Tensor) -> bool:
         if self.kernels == "triton" and x.dtype not in TRITON_DTYPES:
-            raise ValueError(f"the Triton kernels sum in float32; inputs are {x.dtype}")
+            raise ValueError(f"inputs are {x.dtype}; expected at most float32, the Triton kernels' sums")
         return self.has_triton and (self.kernels == "triton" or (x.is_cuda and x.dtype in TRITON_DTYPES))
 
 
@@ -145,7 +145,7 @@ def _by_block(x_NI: Tensor, block: int) -> Tensor:
 
 
 def _chunks(live_blocks: int, numbers_per_block: int, device: torch.device) -> list[slice]:
-    """Runs of live blocks so short that what is gathered for one stays small."""
+    """Ranges of live blocks short enough that the gathered inputs of one stay small."""
     limit = CPU_CHUNK_NUMBERS if device.type == "cpu" else DEVICE_CHUNK_NUMBERS
     step = max(1, limit // max(1, numbers_per_block))
     return [slice(first, min(first + step, live_blocks)) for first in range(0, live_blocks, step)]

@@ -3,7 +3,7 @@
 Shape suffixes as in `block`; P programs' parts of a gradient. Everything is row-major. Imports Triton, so import late.
 
 A sum's order depends on shapes alone: no atomics, and tuning picks neither a reduction tile nor a split.
-Annotations are no strings here, since torch reads the operators' schemas from them.
+Annotations are not strings here, since torch reads the operators' schemas from them.
 """
 
 from typing import Any
@@ -136,7 +136,7 @@ def step_length(dtype: torch.dtype) -> int:
 
 
 def splits_of(tokens: int, live_blocks: int) -> int:
-    """In how many spans a gradient's tokens are summed: more for few blocks and many tokens, so that all units work."""
+    """The number of spans in which a gradient's tokens are summed: more for few blocks and many tokens, so that all units work."""
     splits = 1
     while splits < 32 and live_blocks * splits < GRADIENT_PROGRAMS and tokens > 2 * splits * SPLIT_TOKENS:
         splits *= 2

@@ -48,7 +48,7 @@ def structure_of(mask: Mask, block: int) -> Structure:
     row_counts = alive.sum(axis=1)
     pointers, transposed_pointers = _pointers(row_counts), _pointers(alive.sum(axis=0))
     numbers = np.lexsort((rows, columns))
-    along = np.arange(rows.size) - pointers[rows]  # how many live blocks stand left of a block in its row
+    along = np.arange(rows.size) - pointers[rows]  # the number of live blocks to the left of a block in its row
     order = (pointers[rows] * block + along)[:, None] + np.arange(block) * row_counts[rows][:, None]
     order = order.reshape(-1)
     inverse = np.empty_like(order)
@@ -59,10 +59,10 @@ def structure_of(mask: Mask, block: int) -> Structure:
 
 
 def _live_blocks(alive: NDArray[np.bool_], block: int) -> NDArray[np.bool_]:
-    """Which blocks of a block row (block, in) live, (in / block,). Raises ValueError where one does in part."""
+    """Which blocks of a block row (block, in) live, (in / block,). Raises ValueError if one is only partly live."""
     live: NDArray[np.intp] = np.count_nonzero(alive.reshape(block, -1, block), axis=(0, 2))
     if np.any((live != 0) & (live != block**2)):
-        raise ValueError(f"the mask has {block}×{block} blocks that are neither alive nor dead as a whole")
+        raise ValueError(f"the mask has {block}×{block} blocks that are only partly live; expected whole blocks")
     return live > 0
 
 

@@ -82,7 +82,7 @@ class _Product(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(…, width) as float32 (N, width), in whatever order it lies."""
+    """(…, width) as float32 (N, width), in any memory order."""
     return x.detach().reshape(-1, x.shape[-1]).float()
 
 
@@ -102,7 +102,7 @@ def _torch_gradients(
     if by_x:
         x_gradient = _bags(gradient_ON, engine.rows_L, engine.starts_by_column, values_L[engine.order_L])
     if by_values:
-        # measured: with both factors lying by weight, not by token, it is three times as fast
+        # measured: three times as fast with both factors stored weight-major, not token-major
         x_IN = x_NI.t().contiguous()
         values_gradient = torch.sparse.sampled_addmm(_pattern(engine), gradient_ON, x_IN.t(), beta=0.0).values()
     return x_gradient, values_gradient
@@ -110,7 +110,7 @@ def _torch_gradients(
 
 def _pattern(engine: Sparse) -> Tensor:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's, that its CSR tensors are in beta
+        warnings.simplefilter("ignore")  # torch's warning that its CSR tensors are in beta
         zeros_L = torch.zeros(len(engine.columns_L))
         return torch.sparse_csr_tensor(engine.starts, engine.columns_L, zeros_L, engine.shape, check_invariants=False)
 
@@ -129,7 +129,7 @@ def _numba_product(engine: Sparse, x_NI: Tensor, values_L: Tensor) -> Tensor:
     x_NI = x_NI.contiguous()
     y_NO = x_NI.new_empty(len(x_NI), engine.shape[0])
     threads = csr_kernels.use_threads()
-    values_L = values_L.clone()  # FSDP frees the original between passes, which a view of it would forbid
+    values_L = values_L.clone()  # FSDP frees the original between passes, which a view would prevent
     arrays = (tensor.numpy() for tensor in (x_NI, engine.starts, engine.columns_L, values_L, y_NO))
     csr_kernels.product(*arrays, threads)
     return y_NO
@@ -141,7 +141,7 @@ def _numba_gradients(
     from supar_cli.sparse import csr_kernels
 
     x_NI, gradient_NO = x_NI.contiguous(), gradient_NO.contiguous()
-    # what is not asked for is an empty array, of which there is nothing to compute
+    # a gradient that is not needed is an empty array, for which the kernel computes nothing
     by_x_NI = torch.empty_like(x_NI) if by_x else x_NI.new_empty(0, 0)
     parts = values_L.new_zeros(csr_kernels.use_threads(), len(values_L) if by_values else 0)
     by_row, by_column = (engine.starts, engine.columns_L), (engine.starts_by_column, engine.rows_L)

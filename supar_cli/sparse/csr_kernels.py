@@ -2,7 +2,7 @@
 
 A tile of TILE tokens of X is turned into (in, TILE) in cache. A live weight is then one multiply-add of a vector of TILE
 floats, and a tile of Y is turned back as it is written: X and Y cross memory once. Threads share the tiles; each sums the
-gradients of the values over its own, so the order of that sum depends on their number only.
+gradients of the values over its own, so the order of that sum depends only on the number of threads.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
 def use_threads() -> int:
-    """Let numba run as many threads as torch does, its own limit allowing; their number."""
+    """Make numba use torch's number of threads, up to numba's own limit; return the number."""
     wanted = torch.get_num_threads()
     count = min(wanted, int(numba.config.NUMBA_NUM_THREADS))
     numba.set_num_threads(count)
-    if torch.get_num_threads() != wanted:  # numba's OpenMP layer, as it starts, sets that of the whole process
+    if torch.get_num_threads() != wanted:  # numba's OpenMP layer, when it starts, sets it for the whole process
         torch.set_num_threads(wanted)
     return count
 

@@ -21,8 +21,8 @@ from supar_cli.sparse.masks import Mask
 class Engine(nn.Module):
     """Y = X·Wᵀ of a masked weight W (out, in), given as its live values in row-major order, float32.
 
-    An engine is made for one mask. It holds what follows from that, as buffers, and no parameter: optimizer state,
-    gradients, clipping and checkpoints are of live values alone and do not know which engine runs.
+    An engine is made for one mask. It holds only buffers that follow from the mask, no parameter: optimizer
+    state, gradients, clipping and checkpoints concern live values alone and don't depend on the engine.
     """
 
     def __init__(self, mask: Mask) -> None:
@@ -53,18 +53,18 @@ class Linear(nn.Module):
         return None if self.engine is None else self.engine.mask
 
     def remask(self, mask: Mask, values: Tensor, engine: Engine) -> None:
-        """Hold `values` (live,), in row-major order, under a mask from now on: its first, or another than before.
+        """Hold `values` (live,), in row-major order, under this mask from now on, in place of any earlier one.
 
         `weight` is then another parameter, of another length. Raises ValueError for a mask of another shape, for values
         that are not as many as it has live weights, and for an engine that was made for another mask.
         """
         if mask.shape != self.shape:
-            raise ValueError(f"a mask of shape {mask.shape} on a weight of shape {self.shape}")
+            raise ValueError(f"mask: shape {mask.shape}; expected the weight's shape {self.shape}")
         if values.shape != (mask.count,):
-            raise ValueError(f"values of shape {tuple(values.shape)} under a mask of {mask.count} live weights")
+            raise ValueError(f"values: shape {tuple(values.shape)}; expected ({mask.count},), one per live weight")
         if engine.mask != mask:
-            raise ValueError(f"an engine of mask {engine.mask.fingerprint} under mask {mask.fingerprint}")
-        self.weight, self.engine = nn.Parameter(values.clone()), engine  # in memory as torch aligns it
+            raise ValueError(f"engine: made for mask {engine.mask.fingerprint}; expected {mask.fingerprint}")
+        self.weight, self.engine = nn.Parameter(values.clone()), engine  # a copy, so that torch aligns its memory
         self.refresh()
 
     def refresh(self) -> None:
@@ -82,7 +82,7 @@ class Linear(nn.Module):
 class _Product(torch.autograd.Function):
     """Y = X·Wᵀ with W as a constant; its gradient goes to the live values by gathering.
 
-    Without a weight (None) it is filled for one pass, and what is kept for the backward one is the values.
+    Without a weight (None) it is filled for one pass, and only the values are kept for the backward one.
     """
 
     @staticmethod

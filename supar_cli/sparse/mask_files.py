@@ -23,7 +23,7 @@ from supar_cli.sparse.masks import Mask, WantedMask, row_parts, select, to_matri
 
 
 def write_masks(path: Path, masks: Mapping[str, Mask]) -> str:
-    """Write masks packed, whole or not at all; returns the file's hash, the same for the same masks.
+    """Write masks packed and atomically; returns the file's hash, the same for the same masks.
 
     Raises SetupError where it can't be written.
     """
@@ -37,14 +37,14 @@ def write_masks(path: Path, masks: Mapping[str, Mask]) -> str:
 def read_masks(path: Path, wanted_hash: str | None, wanted: Mapping[str, WantedMask]) -> dict[str, Mask]:
     """The masks of a file, by name, those that `wanted` asks for and no others.
 
-    Raises SetupError where the file can't be read or is none of masks, and InputError for another content than
+    Raises SetupError where the file can't be read or is not a file of masks, and InputError for another content than
     `wanted_hash` says and, naming every tensor, for a mask that is missing or not asked for, of another shape or number of
     live weights, not of its pattern, or with values that are not 0 and 1.
     """
     with naming_read_errors(path):
         found = file_hash(path)
     if wanted_hash is not None and found != wanted_hash:
-        raise InputError(f"{path}: is another file of masks ({found[:19]}…, the plan's is {wanted_hash[:19]}…)")
+        raise InputError(f"{path}: is not the plan's mask file ({found[:19]}…); expected {wanted_hash[:19]}…")
     problems: list[str] = []
     masks: dict[str, Mask] = {}
     try:
@@ -92,7 +92,7 @@ def _read_plain(stored: Any) -> Mask:
 
 
 def _require(mask: Mask, wanted: WantedMask | None) -> None:
-    """Raise ValueError where a mask is not the one wanted: what is not asked for may only be dense."""
+    """Raise ValueError if a mask is not the one wanted; a mask that is not wanted must be dense."""
     if wanted is None:
         if mask.count < mask.size:
             raise ValueError("has a mask here; the plan has no such sparse tensor")
@@ -103,7 +103,7 @@ def _require(mask: Mask, wanted: WantedMask | None) -> None:
         raise ValueError(f"{mask.count} weights live; the plan keeps {wanted.kept}")
     if wanted.pattern in ("exact", "bernoulli"):
         return
-    dead = ~to_matrix(mask.alive(), wanted.fan_in_axes)  # as keys: what lives is selected first
+    dead = ~to_matrix(mask.alive(), wanted.fan_in_axes)  # as keys, so that live weights are selected first
     edge = wanted.block or 1
     keys: NDArray[np.bool_] = np.all(dead.reshape(len(dead) // edge, edge, -1, edge), axis=(1, 3))
     selected = select(wanted.pattern, keys, wanted.kept, block=wanted.block)

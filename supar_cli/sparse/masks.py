@@ -22,13 +22,13 @@ from supar_cli.errors import InputError
 from supar_cli.planning.patterns import group_of, require_known
 from supar_cli.streams import stream
 
-CHUNK_BYTES = 2**18  # chosen: packed bytes looked at at once; unpacked they and their positions take 2 to 18 MiB
-CHUNK_KEYS = 2**17  # measured: keys drawn and compared at once; 1 MiB stays in a core's cache
+CHUNK_BYTES = 2**18  # chosen: packed bytes read at a time; unpacked they and their positions take 2 to 18 MiB
+CHUNK_KEYS = 2**17  # measured: keys drawn and compared at a time; 1 MiB stays in a core's cache
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """Which weights of a tensor live, one bit each in row-major order; `count` are live. Nobody writes to `bits`.
+    """Which weights of a tensor live, one bit each in row-major order; `count` are live. `bits` is read-only.
 
     Raises ValueError where `bits` are not those of `shape`: ceil(size / 8) bytes, as np.packbits makes them.
     """
@@ -92,7 +92,7 @@ class Mask:
 
 
 def row_step(shape: Sequence[int]) -> int:
-    """So many rows, along the first axis, as hold about CHUNK_KEYS weights and fill whole packed bytes."""
+    """The number of rows (first axis) that hold about CHUNK_KEYS weights and fill whole packed bytes."""
     width = max(1, prod(shape[1:]))
     unit = 8 // gcd(width, 8)
     return max(unit, CHUNK_KEYS // width // unit * unit)
@@ -134,10 +134,10 @@ def select(pattern: str, keys: Keys, kept: int, *, block: int | None = None, den
     if pattern == "block":
         assert block is not None
         if kept % block**2:
-            raise ValueError(f"{kept} weights are not made of {block}×{block} blocks")
+            raise ValueError(f"{kept} live weights; expected a multiple of {block}×{block}")
         return _expand(select("exact", keys, kept // block**2), block)
     if not 0 <= kept <= rows * columns:
-        raise ValueError(f"{kept} weights can't live of {rows * columns}")
+        raise ValueError(f"{kept} live weights; expected 0 to {rows * columns}")
     if pattern == "bernoulli" and density is not None:
         below = Fraction(density)
         limit = np.uint64(below.numerator * 2**64 // below.denominator)
@@ -155,7 +155,7 @@ def select(pattern: str, keys: Keys, kept: int, *, block: int | None = None, den
 
 
 def _expand(blocks: Mask, edge: int) -> Mask:
-    """The mask of whole blocks of weights, given that of the blocks."""
+    """The mask of weights from the mask of blocks."""
     rows, columns = blocks.shape
     alive = np.where(blocks.alive(), np.uint8(0xFF), np.uint8(0)).repeat(edge // 8, axis=1).repeat(edge, axis=0)
     return Mask((rows * edge, columns * edge), alive.reshape(-1))
@@ -179,7 +179,7 @@ def _smallest(keys: NDArray[Any], count: int) -> NDArray[np.bool_]:
     limit = np.partition(keys, count - 1, axis=1)[:, count - 1 : count]
     mask: NDArray[np.bool_] = keys <= limit
     tied = np.flatnonzero(np.count_nonzero(mask, axis=1) > count)
-    if len(keys) == 1 and len(tied):  # one row may be a whole matrix, of which a count at each key is too much
+    if len(keys) == 1 and len(tied):  # one row may be a whole matrix, too large for a running count at every key
         ties = np.flatnonzero(keys == limit)
         mask[0, ties[count - np.count_nonzero(mask) :]] = False
     elif len(tied):  # all rows at once: pruned weights, all 0, tie in every one
@@ -193,8 +193,8 @@ def _smallest_random(keys: RandomKeys, count: int, deviations: int = 8) -> Mask:
     """`_smallest` over the whole matrix, in one pass and in memory for the packed bits and a few keys.
 
     How many of `size` random keys are below a bound is known within a few standard deviations: what is below the lower of
-    two bounds lives, and only the keys between them are kept to choose from. Where the bounds did not hold it is done
-    again with wider ones, at last those of all keys.
+    two bounds lives, and only the keys between them are kept to choose from. If the bounds fail, it is
+    repeated with wider ones, finally with those of all keys.
     """
     size = keys.size
     spread = deviations * (isqrt(count * (size - count) // size) + 1) + 16  # 8 deviations fail once in 10^15
@@ -263,7 +263,9 @@ def draw(name: str, wanted: WantedMask, density: float, seed: int) -> Mask:
     keys = RandomKeys(seed, f"mask:{name}", (rows // edge, columns // edge))
     try:
         if rows % edge or columns % edge:
-            raise ValueError(f"{rows}×{columns} weights are not made of {edge}×{edge} blocks")
+            raise ValueError(
+                f"{edge}×{edge} blocks don't divide the shape {rows}×{columns}; expected an edge that does"
+            )
         mask = select(wanted.pattern, keys, wanted.kept, block=wanted.block, density=density)
     except ValueError as error:
         raise InputError(f"{name}: kept: {error}") from None
@@ -272,7 +274,7 @@ def draw(name: str, wanted: WantedMask, density: float, seed: int) -> Mask:
 
 @dataclass(frozen=True)
 class IndexMap:
-    """Where the weights that live under two masks are among the live ones of each: `old` and `new`, in row-major order.
+    """The positions of the weights that live under both of two masks, among the live ones of each: `old` and `new`, in row-major order.
 
     For the values of a tensor and for every one of its moments alike; `count` is how many live under the new mask.
     """

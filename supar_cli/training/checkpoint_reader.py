@@ -41,9 +41,9 @@ def load(path: Path, plan: Plan, data_hash: str, ranks: Ranks) -> CheckpointRead
     """
     reader = CheckpointReader(path, ranks)
     wanted = {"plan": plan.hash(), "data": data_hash}
-    for key, what in (("plan", "is of another plan"), ("data", "was trained on other data")):
+    for key, what in (("plan", "belongs to another plan"), ("data", "was trained on other data")):
         if reader.manifest[key] != wanted[key]:
-            raise InputError(f"{path}: {what} ({reader.manifest[key][:19]}…, this one is {wanted[key][:19]}…)")
+            raise InputError(f"{path}: {what} ({reader.manifest[key][:19]}…); expected {wanted[key][:19]}…")
     if not 0 < reader.step <= plan.train.steps:
         raise SetupError(f"{path}: a corrupt checkpoint: the plan has no step {reader.step}")
     return reader
@@ -64,7 +64,7 @@ def weights_of_run(directory: str | Path) -> Tensors:
     """
     found = available(Path(directory) / "checkpoints")
     if not found:
-        raise InputError(f"{directory}: no checkpoint there; expected the directory of a run")
+        raise InputError(f"{directory}: has no checkpoint; expected a run directory with one")
     return weights(found[-1])
 
 
@@ -85,7 +85,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ):
             raise ValueError("not what was written")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        what = "a corrupt checkpoint manifest; delete the folder to use the one before"
+        what = "a corrupt checkpoint manifest; expected an intact one (delete the folder to continue from the previous checkpoint)"
         raise SetupError(f"{path / 'manifest.json'}: {what}") from None
     return manifest
 
@@ -99,7 +99,9 @@ def _naming_read_errors(file: Path) -> Iterator[None]:
         raise
     except (Exception, api.CheckpointException) as error:  # the readers raise anything for a broken header
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SetupError(f"{file}: a corrupt checkpoint: {text}; delete its folder to use the one before") from None
+        raise SetupError(
+            f"{file}: a corrupt checkpoint: {text}; expected an intact one (delete its folder to continue from the previous checkpoint)"
+        ) from None
 
 
 class CheckpointReader:
@@ -119,7 +121,7 @@ class CheckpointReader:
                 if not (path / name).is_file():
                     raise SafetensorError("it is missing")
                 if file_hash(path / name) != files[name]:
-                    raise SafetensorError("its content is not what was written")
+                    raise SafetensorError("its content has changed since it was written")
                 if name.endswith(".safetensors"):
                     with safe_open(path / name, framework="pt"):  # raises for a broken header
                         pass
@@ -137,7 +139,7 @@ class CheckpointReader:
             if self.shapes.get(key) != tuple(tensor.shape):
                 raise InputError(f"{self.path}: {key} is missing or has another shape than {tuple(tensor.shape)}")
         with _naming_read_errors(self.path), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each process reads for itself
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each process reads on its own
             state_dict_loader.load(targets, storage_reader=self._reader, no_dist=True)
 
     def masks(self, plan: Plan) -> dict[str, Mask]:

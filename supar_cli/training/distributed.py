@@ -108,7 +108,7 @@ class Ranks:
             is_gloo = any(word in str(error) for word in ("gloo", "Gloo", "by peer"))
             if not self.is_distributed or not (is_gloo or isinstance(error, dist.DistError)):
                 raise
-            what = "another process of this run is gone; the same command goes on from the last checkpoint"
+            what = "another process of this run is gone; the same command continues from the last checkpoint"
             raise PeerLost(what) from None
 
     def new_group(self) -> Ranks:
@@ -219,7 +219,7 @@ class Parallel:
             devices = [device] if device.type == "cuda" else None
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames an option, 2.11 lacks the new name
-                # an engine's buffers are the same in every rank, and no forward pass writes to them
+                # an engine's buffers are equal on all ranks, and no forward pass writes to them
                 self.model = DistributedDataParallel(
                     self.model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
                 )

@@ -78,7 +78,7 @@ class NextToken:
         self.held_out_rows = train.eval_batches * train.batch_size
         available = tokens.validation.windows(plan.decoder.context + 1)
         if self.held_out_rows > available:
-            what = f"{self.held_out_rows} sequences in all are more than the {available} held out"
+            what = f"{train.eval_batches} batches need {self.held_out_rows} held-out sequences; expected at most {available}"
             raise InputError(f"train.eval_batches: {what}")
 
     def batch(self, step: int, rows: slice) -> Batch:

@@ -76,7 +76,7 @@ def open_mlflow(plan: Plan, directory: Path, done: int, identity: str | None) ->
     if identity is not None:
         try:
             client.update_run(identity, status="RUNNING")
-        except MlflowException:  # it is a run of another database
+        except MlflowException:  # the stored id belongs to another database
             identity = None
     if identity is None:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "supar")
@@ -94,7 +94,7 @@ def open_mlflow(plan: Plan, directory: Path, done: int, identity: str | None) ->
 
 
 KINDS = {"tensorboard": open_tensorboard, "wandb": open_wandb, "mlflow": open_mlflow}
-PACKAGES = {"mlflow": "mlflow-skinny sqlalchemy alembic"}  # to install, if they are not the tracker's name
+PACKAGES = {"mlflow": "mlflow-skinny sqlalchemy alembic"}  # to install, where they differ from the tracker's name
 
 
 def require(plan: Plan) -> None:
@@ -137,7 +137,7 @@ class Trackers(AbstractContextManager["Trackers"]):
             found = read_json(path)
             if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
                 return found
-        self._warn(f"{path}: is corrupt; trackers see another run from here on")
+        self._warn(f"{path}: is corrupt; trackers start a new run from here")
         return {}
 
     @contextmanager
@@ -146,7 +146,7 @@ class Trackers(AbstractContextManager["Trackers"]):
             yield
         except Exception as error:  # a tracker's package may raise anything
             self._open.pop(name, None)
-            self._warn(f"{name}: {type(error).__name__}: {error}; not tracked there any more, metrics.jsonl goes on")
+            self._warn(f"{name}: {type(error).__name__}: {error}; no longer logged there, metrics.jsonl still is")
 
     def log(self, record: dict[str, Any]) -> None:
         """Log a step's record if it has more than a loss, as every `run.log_every` steps and at evaluations."""

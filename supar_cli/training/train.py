@@ -43,10 +43,10 @@ def run(
 ) -> Record:
     """Train in a run directory to the plan's last step and return the result document; every rank calls it.
 
-    `stop()` gives a reason to end early: the reporter is told how to continue, and Preempted raised. Raises SuparError.
+    `stop()` gives a reason to end early: the reporter gets the command that continues, and Preempted is raised. Raises SuparError.
     """
     plan, ranks, reporter = trainer.plan, trainer.ranks, trainer.reporter
-    # a process of `--nproc` that is started again continues its run, whatever the flags said at its first start
+    # a restarted process of `--nproc` continues its run, whatever the flags say
     is_launched = LAUNCH_DIR in os.environ
     begun = Path(os.environ.get(LAUNCH_DIR, ""), "begun-" + content_hash(str(directory)))
     has_begun = ranks.on_main(lambda: is_launched and begun.exists())
@@ -55,7 +55,7 @@ def run(
     with ExitStack() as stack:
         try:
             if why := ranks.on_main(run_directory.preemption_reason, directory):
-                # torchrun has started it again: every status but 0 is a failure to it
+                # restarted by torchrun, which treats every status but 0 as a failure
                 raise collective_error(Preempted, why)
             opening = run_directory.open_run(directory, plan, resume=resume, force=force)
             changes = ranks.on_main(stack.enter_context, opening)
@@ -63,7 +63,7 @@ def run(
                 begun.touch()
             with ranks.translate_peer_errors(), _naming_lack_of_memory():
                 for change in changes:
-                    reporter.warn(f"{directory}: goes on otherwise than it began: {change}")
+                    reporter.warn(f"{directory}: continues with a changed setting: {change}")
                 reporter.log(f"{directory}: {plan.train.steps} steps on {_place(trainer)}")
                 history = trainer.run(directory, resume=resume, stop=stop)
         except (KeyboardInterrupt, Preempted) as error:
@@ -73,7 +73,7 @@ def run(
             reporter.warn(f"{what}; `supar train {directory}` {how}")
             raise
     if history.resumed_at == plan.train.steps:
-        reporter.log(f"{directory}: was complete already; --force starts again")
+        reporter.log(f"{directory}: is already complete; --force starts it again")
     result: Record = ranks.on_main(run_directory.read_result, directory / "result.json")
     took = f"after {result['steps']} steps in {duration(result['seconds'])}"
     reporter.log(f"{directory}: validation loss {result['validation_loss']:.4f} {took}")
@@ -90,7 +90,7 @@ def _place(trainer: Trainer) -> str:
 
 @contextmanager
 def _naming_lack_of_memory() -> Iterator[None]:
-    """Raise SetupError where numpy, torch or CUDA says in its own way that memory has run out."""
+    """Raise SetupError for the out-of-memory errors of numpy, torch and CUDA."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

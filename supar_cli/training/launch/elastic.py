@@ -75,7 +75,7 @@ def launch(arguments: list[str], processes: int, restarts: int, folder: Path, wa
                 what = f"killed: {killed}" if killed else "a process failed"
                 warn(f"{what}; starting again from the last checkpoint, {attempt + 1} of at most {restarts} times")
     if killed:
-        raise SetupError(f"killed: {killed}; the same command goes on from the last checkpoint")
+        raise SetupError(f"killed: {killed}; the same command continues from the last checkpoint")
     return next((code for code in failures.values() if code > 0), 1)
 
 
