@@ -490,7 +490,7 @@ class TestCommand:
         [
             (("--width", "32,x"), "--width 32,x: expected numbers"),
             (("--width", "0,32"), "--width: 0; expected a number above 0"),
-            (("--density", "1,2"), "--density: 2; expected 0 < density <= 1"),
+            (("--density", "1,2"), "--density: 2.0; expected 0 < density <= 1"),
             (("--width", "32", "--density", "1"), "expected at least two sizes of one of them"),
             (("--parameterization", "ntk"), "--parameterization ntk: expected one of supar"),
             (("--width", "32,50"), "--width: 50 is not a multiple"),

@@ -195,6 +195,7 @@ class Replay(Trainer):
         drawn = {name: Mask.of(mask.bool().numpy()) for name, mask in masks.items()}
         self.sparse_model = prepare.prepare(plan, self.runtime.device, masks=drawn, values=values)
         self.parallel = Parallel("alone", self.sparse_model.model, self.runtime.device, False, self.ranks)
+        self.model = self.parallel.model
         self.optimizer = optimizer.build(plan, self.sparse_model.tensors)
 
 
