@@ -96,7 +96,7 @@ def test_break_even_is_interpolated_on_logarithmic_axes() -> None:
     assert abs(log(found * 16)) < 1e-3
     for some, word in ((points[1:], "above 0.0156"), (points[:1], "below 0.25")):
         one = layer.break_even(some)
-        assert one["density"] is None and word in one["text"] and "not measured" in one["text"]
+        assert one["density"] is None and word in one["text"] and "every measured density" in one["text"]
 
 
 def test_layer_document_and_picture(supar_here: Callable[..., Called], tmp_path: Path) -> None:

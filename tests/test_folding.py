@@ -172,7 +172,7 @@ def test_clipping_agrees_only_with_the_norm_of_weighted_gradients(case: Case) ->
 @pytest.mark.parametrize("name", ["RAdam", "Adafactor", "LAMB", "Muon", "lion", "Adam with coupled weight decay"])
 def test_an_optimizer_without_an_exact_rule_is_refused_by_name(name: str) -> None:
     optimizer = name.partition(" ")[0]
-    said = f"^{name}: .* exactly for AdamW, Adam without weight decay and SGD only; the plan can give masks"
+    said = f"^{name}: .* exactly only for AdamW, Adam without weight decay and SGD; the plan can give masks"
     with pytest.raises(InputError, match=said):
         fold(Numbers(0.1, 0.1, 1e-8), 2.0, optimizer)
     if optimizer.lower() in OPTIMIZERS:  # AdamW's numbers would be wrong

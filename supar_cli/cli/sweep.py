@@ -219,8 +219,9 @@ def _explain_sweep(result: dict[str, Any], log: terminal.Log) -> None:
     log.log(
         "octaves: log2 of the best value over the first row's\n"
         "re-used: loss at the value that measured best in the first row\n"
-        "γ: slope of log2(best value) against log2(size); a best value is the minimum of a\n"
-        "  parabola through the losses within 2 steps and 1.5 octaves of the best one measured"
+        "γ: slope of log2(best value) against log2(size). A best value is the minimum\n"
+        "  of a parabola through the losses within 2 steps and 1.5 octaves of the best\n"
+        "  one measured"
     )
     levels = [level for arm in result["arms"] for level in arm["levels"]]
     for arm in result["arms"]:
@@ -244,8 +245,8 @@ def _explain_comparison(rows: list[dict[str, Any]], log: terminal.Log) -> None:
     """Say what the columns of the tables mean."""
     log.log(
         "tuned dense: SP at its best learning rate of the first row\n"
-        "re-tuned: SP at its best learning rate of each row, searched in octaves; the same runs\n"
-        "  are searched and scored, which makes this loss slightly optimistic\n"
+        "re-tuned: SP at its best learning rate of each row, searched in octaves; the\n"
+        "  same runs are searched and scored, so this loss is slightly optimistic\n"
         "the others: at the proxy's learning rate; SμPar should need no re-tuning"
     )
     if rows[0]["cells"] and all(cell["standard_error"] is None for row in rows for cell in row["cells"].values()):
