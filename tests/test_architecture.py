@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import json
 import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import CHECKOUT, environment, proxy_fields
+from tests.conftest import CHECKOUT
 
 PACKAGE = CHECKOUT / "supar_cli"
 LINES_PER_FILE, LINES_PER_FUNCTION = 350, 60
@@ -297,63 +294,6 @@ def without_docstring(sources: dict[str, str]) -> list[str]:
 def test_every_module_says_what_it_holds() -> None:
     assert without_docstring(SOURCES) == []
     assert without_docstring({"planted": "x = 1\n"}) == ["planted"]
-
-
-PROBE = """
-import json, sys
-sys.argv = ["supar", *json.loads(sys.argv[1])]
-if sys.argv[1:]:
-    from supar_cli.cli.app import main
-    try:
-        main()
-    except SystemExit as ended:
-        assert not ended.code, ended.code
-exec(sys.stdin.read())
-sys.stderr.write("\\nMODULES " + json.dumps(sorted(sys.modules)))
-"""
-HEAVY = {"torch", "numpy", "optuna", "safetensors", "matplotlib", "jinja2", "rich"}
-
-
-def heavy_after(folder: Path, *arguments: str, then: str = "") -> set[str]:
-    """Which heavy libraries a `supar` process has imported when it ends; its stderr is no terminal."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE, json.dumps(arguments)],
-        input=then.encode(),
-        capture_output=True,
-        cwd=folder,
-        env=environment(),
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    return HEAVY & set(json.loads(done.stderr.decode().rpartition("MODULES ")[2]))
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["transfer", "--help"], ["transfer", "--sparsity", "0.5", "-o", "-"]]
-)
-def test_light_commands_import_nothing_heavy(arguments: list[str], tmp_path: Path, text_file: Path) -> None:
-    # JSON is YAML, so the document needs no writer
-    (tmp_path / "proxy.yaml").write_text(json.dumps(proxy_fields(str(text_file))))
-    assert heavy_after(tmp_path, *arguments) == set()
-
-
-@pytest.mark.parametrize("arguments", [["runs"], ["show", "runs/finished"]])
-def test_runs_are_shown_without_what_trains_or_draws(arguments: list[str], tmp_path: Path) -> None:
-    shutil.copytree(CHECKOUT / "tests/released/v0.1.0/runs", tmp_path / "runs")
-    assert heavy_after(tmp_path, *arguments) == {"rich"}
-
-
-def test_the_probe_sees_what_is_imported(tmp_path: Path) -> None:
-    assert heavy_after(tmp_path, then="import numpy, rich") == {"numpy", "rich"}
-
-
-def test_the_package_itself_imports_nothing_heavy(tmp_path: Path) -> None:
-    assert heavy_after(tmp_path, then="import supar_cli; supar_cli.load, supar_cli.transfer") == set()
-
-
-def test_listing_runs_draws_no_figure_and_renders_no_page(tmp_path: Path) -> None:
-    (tmp_path / "runs").mkdir()
-    assert not heavy_after(tmp_path, "runs") & {"matplotlib", "jinja2", "torch"}
 
 
 def unmapped(text: str, paths: set[str]) -> set[str]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from math import sqrt
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -169,52 +167,6 @@ class TestMeasure:
             assert got == pytest.approx(float(expected), rel=1e-4)
 
 
-HEAD_SEEDS, HEAD_ROWS = 4, 16
-
-
-class TestHead:
-    """The head's multiplier forgotten where it was moved into init or rate, four times as wide: hidden linears don't see it.
-
-    n = 4. measured: logits 1.00 for the init, the share of Δlogits 1.04 for the rate (untied), .60 (tied, in the final norm),
-    beside .00, .02 and -.40 of the right plan, SE up to .006, .044 and .013. A bound exceeded by less than the 95 % interval
-    is none here: false alarms 1e-5 (of the head's share; without that .09), missed faults 1e-6 (of the final norm's).
-    """
-
-    def plan(self, tied: bool) -> Plan:
-        shape = {**SHAPE, "width": 64, "heads": 2, "tied": tied}
-        # small logits, so that even those of a wrong init leave the gradients of softmax what they are
-        fields = proxy_fields("stdlib", model=shape, hyperparameters={**TUNED, "lr": 2**-8, "alpha_output": 0.25})
-        return plan_from({**fields, "target": {"width": 256, "sparsity": {"density": 1.0}}})
-
-    def judge(self, plan: Plan) -> check.CheckResult:
-        return judge_plan(plan, HEAD_SEEDS, HEAD_ROWS)["the plan over plan"]
-
-    @pytest.mark.parametrize("tied", [False, True])
-    def test_the_right_plan_passes(self, tied: bool) -> None:
-        found = self.judge(self.plan(tied))
-        assert found.passed or found.inconclusive, found.text
-
-    @pytest.mark.parametrize(
-        ("tied", "name", "number", "quantity", "tensor"),
-        [
-            (False, "unembedding", "init_std", "logits", "logits"),
-            (False, "unembedding", "lr", coordinates.SHARE, "unembedding"),
-            (True, "final_norm", "init_constant", "logits", "logits"),
-            (True, "final_norm", "lr", coordinates.SHARE, "final_norm"),
-        ],
-    )
-    def test_a_multiplier_forgotten_is_found(
-        self, tied: bool, name: str, number: str, quantity: str, tensor: str
-    ) -> None:
-        plan = self.plan(tied)
-        row = next(row for row in plan.tensors if row.name == name)
-        found = self.judge(changed(plan, name, **{number: getattr(row, number) * 4.0}))
-        assert found.passed is False and not found.inconclusive
-        assert (found.violations[0].quantity, found.violations[0].tensor) == (quantity, tensor)
-        linears = [f for f in found.findings if f.quantity in coordinates.LINEAR]
-        assert linears and all(f.within_bound or f.inconclusive for f in linears), "hidden linears alone would do"
-
-
 class TestJudge:
     """Slopes and bounds on sizes made up to have known ones."""
 
@@ -308,198 +260,11 @@ class TestJudge:
         assert result.passed is False and "1 of 6 runs diverged: step 3" in result.text
 
 
-class TestTooHot:
-    """On records of a base's two seeds, made up."""
-
-    def why(self, grown: tuple[float, float], losses: tuple[float, float] = (5.0, 5.0)) -> str:
-        sizes = [{quantity: {"a": 1.0, "b": 2.0 * size} for quantity in coordinates.LINEAR} for size in (1.0, *grown)]
-        first, second = ([sizes[0], sizes[seed]] for seed in (1, 2))
-        return coordinates.why_too_hot(
-            [
-                {"state": "done", "steps": steps, "losses": [5.0, loss]}
-                for steps, loss in zip((first, second), losses, strict=True)
-            ]
-        )
-
-    def test_what_grows_more_than_tenfold_in_the_mean_is(self) -> None:
-        assert self.why((9.0, 9.0)) == self.why((30.0, 3.0)) == ""
-        assert self.why((11.0, 11.0)) == "activation of b grows 11-fold"
-
-    def test_what_stood_still_in_the_first_step_is_not(self) -> None:
-        """Under a zero head the gains of step 1 are not there, and its updates are the weight decay's."""
-        steps = [
-            {"activation": {"a": 1.0}, "gain": {"a": gain}, "update": {"a": update}}
-            for gain, update in ((None, 1e-9), (0.9, 1.0), (1.1, 1.0))
-        ]
-        assert coordinates.why_too_hot([{"state": "done", "steps": steps, "losses": [5.0, 5.0, 4.9]}]) == ""
-
-    def test_a_loss_that_rises_in_the_mean_is(self) -> None:
-        assert self.why((1.0, 1.0), (5.05, 5.1)) == self.why((1.0, 1.0), (6.0, 4.0)) == ""
-        assert self.why((1.0, 1.0), (5.6, 5.0)) == "the loss rises from 5 to 5.3"
-
-    def test_a_run_that_diverges_is(self) -> None:
-        assert coordinates.why_too_hot([{"state": "diverged", "why": "step 2: the loss is nan"}]) == (
-            "a run diverged: step 2: the loss is nan"
-        )
-
-
-SMALL = ("--width", "32,64", "--density", "1,0.25", "--seeds", "2", "--steps", "3", "--jobs", "1")
-
-
-class TestCommand:
-    def test_it_writes_judges_and_goes_on(self, supar: Supar, proxy_file: Path, tmp_path: Path) -> None:
-        ended = supar("check", *SMALL, "--json")
-        assert ended.status in (0, 5)  # so small a model bends; what matters here is what is said and kept
-        result = (
-            json.loads(ended.out) if ended.status == 0 else json.loads((tmp_path / "check/result.json").read_text())
-        )
-        assert [(v["what"], v["control"]) for v in result["verdicts"]] == [
-            ("supar over density", False),
-            ("supar over width", False),
-            ("sp over density", True),
-            ("mup over density", True),
-            ("sp over width", True),
-        ]
-        failed = any(v["passed"] is v["control"] for v in result["verdicts"])
-        assert (ended.status == 5) is failed and ("error: " in ended.err) is failed
-        assert (tmp_path / "check/activation_over_density.png").stat().st_size > 10_000
-        lines = (tmp_path / "check/records.jsonl").read_text().splitlines(keepends=True)
-        # a killed check: the last line is cut, two runs are missing
-        (tmp_path / "check/records.jsonl").write_text("".join(lines[:-2]) + lines[-2][:40])
-        again = supar("check", *SMALL, "--json")
-        assert again.status == ended.status
-        assert sorted((tmp_path / "check/records.jsonl").read_text().splitlines(keepends=True)) == sorted(lines)
-
-    def test_seeds_are_added_until_it_is_clear(
-        self, supar_here: Supar, proxy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """A slope that seeds 0 and 1 have by chance: its bound is exceeded at 2 seeds, by less than its interval."""
-
-        def sizes(plan: Plan) -> Record:
-            chance = {0: 0.5, 1: 0.14}.get(plan.train.seed, 0.0) if plan.parameterization.name == "supar" else 1.0
-            moved = plan.sparsity.density**chance * (plan.model.width / 64) ** chance
-            others = dict.fromkeys("bcd", 1.0 if plan.parameterization.name == "supar" else moved)
-            steps = [
-                {quantity: {"a": 1.0 if step == 0 else moved, **others} for quantity in coordinates.LINEAR}
-                | {coordinates.SHARE: {"embedding": 1.0, "final_norm": 1.0}}
-                for step in range(2)
-            ]
-            return {"state": "done", "steps": steps, "losses": [5.0, 5.0]}
-
-        monkeypatch.setattr(coordinates, "measure", sizes)
-        ended = supar_here("check", *SMALL)
-        assert ended.status == 0 and "of 2 seeds: more may decide; continuing with 4 seeds" in ended.err
-        # of its own, four seeds over density and two at the other width; SP at all three, μP over density
-        count = 2 * 4 + 1 * 2 + 3 * 2 + 2 * 2
-        assert len((tmp_path / "check/records.jsonl").read_text().splitlines()) == count
-        ended = supar_here("check", *SMALL, "--max-seeds", "2", "-o", "fewer")
-        assert ended.status == 5 and "continuing with" not in ended.err
-        # the same folder takes more seeds, and repeats none
-        ended = supar_here("check", *SMALL[:4], "--seeds", "4", *SMALL[6:], "-o", "fewer")
-        assert ended.status == 0
-        assert len((tmp_path / "fewer/records.jsonl").read_text().splitlines()) == count + 2  # the other width's too
-
-    def test_a_hot_rate_is_lowered_until_its_base_is_stable(
-        self, supar_here: Supar, proxy_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        coolest = [2**-8]  # in parts of the proxy's rate
-
-        def sizes(plan: Plan) -> Record:
-            is_hot = plan.hyperparameters.lr > 0.01 * coolest[0]
-            density = 1.0 if plan.parameterization.name == "supar" else plan.sparsity.density
-            steps = [
-                {
-                    quantity: dict.fromkeys("ab", (11.0 if is_hot and step else 1.0) * density)
-                    for quantity in coordinates.LINEAR
-                }
-                | {coordinates.SHARE: {"embedding": 1.0, "final_norm": 1.0}}
-                for step in range(2)
-            ]
-            return {"state": "done", "steps": steps, "losses": [5.0, 5.0]}
-
-        monkeypatch.setattr(coordinates, "measure", sizes)
-        ended = supar_here("check", "--width", "64", *SMALL[2:])
-        result = json.loads((tmp_path / "check/result.json").read_text())
-        assert ended.status == 0 and result["lr_factor"] == coolest[0]
-        assert (
-            ended.err.count(
-                "is too high for slopes to be judged (supar over density: at its base activation of a grows 11-fold)"
-            )
-            == 4
-        )
-        assert [note for note in result["notes"] if "all rates are divided by 4" in note] == result["notes"][:4]
-        # two seeds of the base at each of four rates, and then those of two densities under SμPar, SP and μP
-        assert len((tmp_path / "check/records.jsonl").read_text().splitlines()) == 4 * 2 + 3 * 2 * 2
-        coolest[0] = 2**-10
-        ended = supar_here("check", "--width", "64", *SMALL[2:], "--force", "--json")
-        assert (ended.status, ended.out) == (4, ended.out) and "can't be judged: lr 3.91e-05 is too high" in ended.err
-        result = json.loads((tmp_path / "check/result.json").read_text())
-        assert [(one["passed"], one["control"]) for one in result["verdicts"]] == [(None, False)]
-        assert result["lr_factor"] == 2**-8 and result["figures"] == result["tables"] == []
-
-    def test_a_plan_and_its_references_are_lowered_alike(self, plan: Plan) -> None:
-        kwargs: dict[str, Any] = {"seeds": 1, "steps": 2, "batch_size": 1}
-        for sweep, lower in zip(
-            check_plans.sweeps_of(plan, **kwargs), check_plans.sweeps_of(plan, lr_factor=0.25, **kwargs), strict=True
-        ):
-            for one, other in zip(sweep.plans[0], lower.plans[0], strict=True):
-                assert [row.lr / 4 for row in one.tensors] == [row.lr for row in other.tensors]
-                assert [row.init_std for row in one.tensors] == [row.init_std for row in other.tensors]
-
-    def test_one_step_of_a_zero_head_says_that_it_is_too_few(self, supar_here: Supar, proxy_file: Path) -> None:
-        zero = ("-s", "model.tied=false", "-s", "parameterization.unembedding_init=zero")
-        ended = supar_here("check", *SMALL[:4], "--seeds", "1", "--steps", "1", "--jobs", "1", *zero)
-        assert ended.status == 4 and "can't be judged: gain is zero in every step; expected more than 1" in ended.err
-
-    def test_a_folder_of_a_version_that_knew_fewer_quantities_goes_on(
-        self, supar_here: Supar, proxy_file: Path, tmp_path: Path
-    ) -> None:
-        arguments = (
-            "--width",
-            "32",
-            "--density",
-            "1,0.5",
-            "--seeds",
-            "1",
-            "--max-seeds",
-            "1",
-            "--steps",
-            "1",
-            "--jobs",
-            "1",
-        )
-        before = supar_here("check", *arguments, "-s", "run.loss_chunk_tokens=8")
-        path = tmp_path / "check/records.jsonl"
-        lines = path.read_text().splitlines()
-        older = [json.loads(line) for line in lines]
-        for record in older[1:]:
-            del record["steps"][0][coordinates.SHARE]
-        path.write_text("".join(json.dumps(record) + "\n" for record in older))
-        again = supar_here("check", *arguments)
-        assert again.status == before.status
-        assert path.read_text().splitlines()[len(lines) :] == lines[1:]
-
-    def test_sp_fails(self, supar: Supar, proxy_file: Path, tmp_path: Path) -> None:
-        ended = supar("check", *SMALL, "--parameterization", "sp", "-q")
-        assert ended.status == 5 and "sp over density" in ended.err
-        verdict = json.loads((tmp_path / "check/result.json").read_text())["verdicts"][0]
-        assert (verdict["what"], verdict["passed"], verdict["control"]) == ("sp over density", False, False)
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (("--width", "32,x"), "--width 32,x: expected numbers"),
-            (("--width", "0,32"), "--width: 0; expected a number above 0"),
-            (("--density", "1,2"), "--density: 2.0; expected 0 < density <= 1"),
-            (("--width", "32", "--density", "1"), "expected at least two sizes of one of them"),
-            (("--parameterization", "ntk"), "--parameterization ntk: expected one of supar"),
-            (("--width", "32,50"), "--width: 50 is not a multiple"),
-            (("nothing.yaml",), "nothing.yaml: no such file"),
-        ],
-    )
-    def test_bad_input(
-        self, supar_here: Supar, proxy_file: Path, unchanged: Any, arguments: tuple[str, ...], message: str
-    ) -> None:
-        unchanged()
-        ended = supar_here("check", *arguments)
-        assert (ended.status, ended.out) == (2, "") and message in ended.err
+def test_a_plan_and_its_references_are_lowered_alike(plan: Plan) -> None:
+    kwargs: dict[str, Any] = {"seeds": 1, "steps": 2, "batch_size": 1}
+    for sweep, lower in zip(
+        check_plans.sweeps_of(plan, **kwargs), check_plans.sweeps_of(plan, lr_factor=0.25, **kwargs), strict=True
+    ):
+        for one, other in zip(sweep.plans[0], lower.plans[0], strict=True):
+            assert [row.lr / 4 for row in one.tensors] == [row.lr for row in other.tensors]
+            assert [row.init_std for row in one.tensors] == [row.init_std for row in other.tensors]

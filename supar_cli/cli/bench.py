@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import supar_cli
 from supar_cli.cli import documents, terminal
 from supar_cli.cli.app import application
-from supar_cli.cli.options import Flags, at_flags, command, numbers, require_one
+from supar_cli.cli.options import Flags, command, naming_flags, numbers, require_one
 from supar_cli.errors import CheckViolated, InputError
 from supar_cli.planning.density import literal
 from supar_cli.planning.plan import Plan
@@ -165,7 +165,7 @@ def _plan(flags: Flags, **target: Any) -> Plan:
         "data": {"source": "stdlib", "hash": "sha256:random"},
         "run": {key: given[key] for key in ("device", "precision", "engine", "compile") if key in given},
     }
-    with at_flags(flags):
+    with naming_flags(flags):
         return supar_cli.transfer(validate(Proxy, values, ""), allow_low_wpn=True, **target)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import supar_cli
 from supar_cli.cli import documents, terminal
-from supar_cli.cli.options import Flags, apply, at_flags, command, parameterization, workers_of
+from supar_cli.cli.options import Flags, apply, command, naming_flags, parameterization, workers_of
 from supar_cli.errors import CheckViolated, InputError, UnusableResult
 from supar_cli.planning.kinds import parse_any
 from supar_cli.planning.plan import Plan
@@ -58,7 +58,7 @@ def check(flags: Flags) -> None:
         subject = subject.beside(path)
     asked = ("parameterization", "seeds", "max_seeds", "steps", "batch_size", "force", "out")
     progress = terminal.Progress("check", flags.quiet, Path(flags.out, "records.jsonl"))
-    with progress, documents.with_locations(read), at_flags(flags):
+    with progress, documents.with_locations(read), naming_flags(flags):
         result = supar_cli.check(
             subject,
             width=flags.width or [],

@@ -6,7 +6,7 @@ from typing import Any
 
 from supar_cli.cli import terminal
 from supar_cli.cli.app import application
-from supar_cli.cli.options import Flags, at_flags, command
+from supar_cli.cli.options import Flags, command, naming_flags
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
 from supar_cli.files import naming_write_errors
@@ -92,7 +92,7 @@ def prepare(flags: Flags) -> None:
 
 def _section(flags: Flags) -> Data:
     keys = {"source": flags.corpus, "format": flags.format, "tokenizer": flags.tokenizer, "field": flags.field}
-    with at_flags(flags):
+    with naming_flags(flags):
         return validate(Data, keys, "")
 
 

@@ -328,7 +328,7 @@ def apply(read: Document, flags: Flags, same_data: bool = False) -> None:
 
 
 @contextmanager
-def at_flags(flags: Flags) -> Iterator[None]:
+def naming_flags(flags: Flags) -> Iterator[None]:
     """Name the flag in a problem raised inside as `a.b: what is wrong`, where `--b` was given."""
     try:
         yield

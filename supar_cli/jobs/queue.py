@@ -151,7 +151,7 @@ class SharedStudy:
         return None
 
     def _withdraw_reason(self, trial: optuna.Trial, wanted: Wanted) -> str:
-        """Why a trial must not run, else None. Of two equal trials only the earlier runs; beyond the wanted number none runs."""
+        """Why a trial must not run; empty if it may. Of two equal trials only the earlier runs; beyond the wanted number none runs."""
         trials = self.trials()
         own = _identity(trials[trial.number])
         earlier = [t for t in trials[: trial.number] if _is_pending_or_counted(t)]

@@ -170,7 +170,7 @@ class Result(Data):
         return self.model_copy(update={"command": self.command or command_line()}).model_dump(exclude_unset=True)
 
 
-class Curve(Data):
+class DemoCurve(Data):
     """A demo's losses by octaves from the proxy's learning rate."""
 
     parameterization: str
@@ -181,7 +181,7 @@ class Curve(Data):
 class Demo(Data):
     """results.json of a demo."""
 
-    curves: list[Curve]
+    curves: list[DemoCurve]
     regrets: list[dict[str, Cell]]
     proxy: str = "–"
     meta: dict[str, Any] = Field(default_factory=dict)

@@ -288,8 +288,16 @@ class IndexMap:
         """The map from one mask to another of the same shape. Raises ValueError for another shape."""
         if old.shape != new.shape:
             raise ValueError(f"a mask of shape {old.shape} can't become one of shape {new.shape}")
-        _, by_old, by_new = np.intersect1d(old.live(), new.live(), assume_unique=True, return_indices=True)
-        return cls(by_old, by_new, new.count)
+        by_old, by_new, passed_old, passed_new = [], [], 0, 0
+        for first in range(0, len(old.bits), CHUNK_BYTES):  # a dense mask's positions would take 8 bytes a weight
+            part = slice(first, first + CHUNK_BYTES)
+            before, after = (np.unpackbits(mask.bits[part]).view(np.bool_) for mask in (old, new))
+            both = before & after
+            by_old.append(passed_old + np.flatnonzero(both[before]))
+            by_new.append(passed_new + np.flatnonzero(both[after]))
+            passed_old += int(np.count_nonzero(before))
+            passed_new += int(np.count_nonzero(after))
+        return cls(np.concatenate(by_old), np.concatenate(by_new), new.count)
 
     def carry(self, values: Tensor, grown: float = 0.0) -> Tensor:
         """Live values under the new mask: those of survivors as they were, `grown` where a weight came to life."""
