@@ -161,6 +161,16 @@ class Postgres:
             connection.execute(f'create database "{name}"')
         return f"postgresql://supar:secret@127.0.0.1:{self.port}/{name}"
 
+    def connections(self) -> int:
+        """How many connections there are, besides the one that asks."""
+        import psycopg
+
+        with psycopg.connect(f"postgresql://supar@127.0.0.1:{self.port}/postgres") as connection:
+            found = connection.execute(
+                "select count(*) - 1 from pg_stat_activity where backend_type = 'client backend'"
+            ).fetchone()
+        return int(found[0]) if found else 0
+
     def crash(self) -> None:
         """Every connection is cut, and what was not committed is lost."""
         self._run("pg_ctl", *self._control, "-m", "immediate", "stop")

@@ -25,6 +25,11 @@ from .studies import quick as quick
 from .studies import url as url
 
 
+def run_a_trial(study: SharedStudy) -> None:
+    trial = study.claim(9)
+    assert trial is not None and study.run(trial, lambda t: t.suggest_float("x", 0, 1)) is not None
+
+
 class TestOutages:
     """A storage whose operations fail as a database's do that is restarted."""
 
@@ -72,6 +77,19 @@ class TestOutages:
         assert study.run(trial, lambda t: t.suggest_float("x", 0, 1)) is not None
         assert len(said) >= 1 and all("trying again for up to 5 minutes" in message for message in said)
         assert impatient.trials()[0].state.name == "COMPLETE"
+
+    @pytest.mark.parametrize("keeps", [False, True])
+    def test_no_connection_is_held_between_operations(
+        self, keeps: bool, postgres: Postgres, tmp_path: Path, monkeypatch
+    ) -> None:
+        if keeps:  # as a pool does, which SQLAlchemy makes unless told otherwise
+            monkeypatch.setattr(storage.sqlalchemy, "NullPool", storage.sqlalchemy.QueuePool)
+        url = postgres.database(tmp_path.name)
+        before, studies = postgres.connections(), [SharedStudy(url, "s") for _ in range(5)]
+        for study in studies:
+            run_a_trial(study)
+        assert (postgres.connections() > before) is keeps
+        assert len(studies[0].counted()) == 5
 
     def test_what_a_database_refuses_is_not_tried_again(self) -> None:
         refused = exc.IntegrityError("insert", {}, Exception("duplicate key"))
@@ -169,24 +187,20 @@ def test_ctrl_c_at_any_moment_of_a_files_lock_is_ctrl_c(
 class TestJournal:
     """A line that a full disk or a kill has torn costs that line; a corrupt one is named."""
 
-    def done(self, study: SharedStudy) -> None:
-        trial = study.claim(9)
-        assert trial is not None and study.run(trial, lambda t: t.suggest_float("x", 0, 1)) is not None
-
     @pytest.mark.parametrize("torn", [b'{"op_code":4,"torn', b"x" * (files.LINES_BYTES + 7), b"\x00\xff"])
     def test_a_torn_line_is_no_line(self, torn: bytes, tmp_path: Path) -> None:
         path = tmp_path / "s.journal"
-        self.done(SharedStudy(str(path), "s"))
+        run_a_trial(SharedStudy(str(path), "s"))
         with path.open("ab") as file:
             file.write(torn)
-        self.done(SharedStudy(str(path), "s", join=True))
+        run_a_trial(SharedStudy(str(path), "s", join=True))
         assert [t.state.name for t in SharedStudy(str(path), "s", join=True).trials()] == ["COMPLETE", "COMPLETE"]
         assert torn[-9:] not in path.read_bytes() and path.read_bytes().endswith(b"\n")
 
     def test_a_full_disk_loses_nothing_that_was_there(self, tmp_path: Path) -> None:
         path = tmp_path / "s.journal"
         study = SharedStudy(str(path), "s")
-        self.done(study)
+        run_a_trial(study)
         whole = path.read_bytes()
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -198,12 +212,12 @@ class TestJournal:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             signal.signal(signal.SIGXFSZ, handler)
         assert path.read_bytes() == whole and not list(tmp_path.glob("*.lock*"))
-        self.done(study)
+        run_a_trial(study)
         assert len(SharedStudy(str(path), "s", join=True).trials()) == 2
 
     def test_a_corrupt_line_is_named(self, tmp_path: Path) -> None:
         path = tmp_path / "s.journal"
-        self.done(SharedStudy(str(path), "s"))
+        run_a_trial(SharedStudy(str(path), "s"))
         content = path.read_bytes()
         path.write_bytes(content.replace(b'"op_code"', b'"op_c', 1))
         with pytest.raises(SetupError, match=r"--study .*s\.journal: a corrupt journal: "):

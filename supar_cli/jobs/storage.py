@@ -162,7 +162,8 @@ def _backend(storage: str, join: bool) -> Any:
             raise SetupError(f"--study {storage}: {_NOT_HERE}")
         return optuna.storages.JournalStorage(_Journal(storage))
     url = _url(storage)
-    options: dict[str, Any] = {"pool_pre_ping": True}
+    # connected only while an operation runs: a server's limit of connections holds for a cluster's worth of workers
+    options: dict[str, Any] = {"poolclass": sqlalchemy.NullPool}
     if url.drivername.startswith("postgresql+psycopg"):
         options["connect_args"] = {key: value for key, value in _POSTGRESQL.items() if key not in url.query}
     text = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")  # Optuna formats it
