@@ -19,6 +19,8 @@ from supar_cli.training.launch.environment import LAUNCH_DIR
 from supar_cli.training.reporter import NullReporter, Reporter
 from supar_cli.training.trainer import Trainer
 
+CLIPPED_GAP = 0.2
+
 
 def train(plan: Plan, directory: str | Path, *, resume: bool = True, force: bool = False) -> Record:
     """Train a plan in a run directory, from its last checkpoint, and return its result document. Raises SuparError.
@@ -75,6 +77,13 @@ def run(
     if history.resumed_at == plan.train.steps:
         reporter.log(f"{directory}: is already complete; --force starts it again")
     result: Record = ranks.on_main(run_directory.read_result, directory / "result.json")
+    share, proxy_share = result.get("clipped_share"), plan.parameterization.base.clipped_share
+    if share is not None and proxy_share is not None and abs(share - proxy_share) > CLIPPED_GAP:
+        what = f"{100 * share:.0f} % of the steps were clipped, but {100 * proxy_share:.0f} % of the proxy's"
+        why = "the gradient's norm changes with width and density, so clipping does not transfer"
+        reporter.warn(
+            f"{directory}: {what}: {why}; set train.grad_clip so that the shares agree, or 0 in proxy and run"
+        )
     took = f"after {result['steps']} steps in {duration(result['seconds'])}"
     reporter.log(f"{directory}: validation loss {result['validation_loss']:.4f} {took}")
     return result
