@@ -86,12 +86,12 @@ def _of_changes(plan: Plan) -> Iterator[str]:
     batch, base_batch = train.batch_size * length, base.batch_size * base_length
     if batch != base_batch:
         rows, rest = divmod(base_batch, length)
-        remedy = f"tune the proxy with batches of {batch}" if rest else f"`--batch-size {rows}` has as many"
-        yield f"a batch has {batch} {unit}, but {base_batch} in the proxy: {_TRANSFER}, not over batch size; {remedy}"
+        remedy = f"tune the proxy with batches of {batch:,}" if rest else f"`--batch-size {rows}` has as many"
+        yield f"a batch has {batch:,} {unit}, but {base_batch:,} in the proxy: {_TRANSFER}, not over batch size; {remedy}"
     if train.steps != base.steps:
         decay = min((found for row in plan.tensors if (found := timescale_steps(row))), default=inf)
-        covered = "beyond" if max(train.steps, base.steps) > decay else "and only roughly within"
-        limit = f", {covered} weight decay's timescale of {decay:.0f} steps" if decay < inf else ""
+        covered = " beyond" if max(train.steps, base.steps) > decay else ", or only roughly within"
+        limit = f"{covered} weight decay's timescale of {decay:.0f} steps" if decay < inf else ""
         remedy = f"tune the proxy with train.steps: {train.steps}, or try rates around its own (`supar sweep`)"
         yield f"steps: {train.steps}, but {base.steps} in the proxy: {_TRANSFER}, not over length{limit}; {remedy}"
 
