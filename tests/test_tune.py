@@ -74,9 +74,9 @@ def with_search(spec: Spec, **changes: object) -> Spec:
     return spec.model_copy(update={"search": spec.search.model_copy(update=changes)})
 
 
-def ending(loss: Callable[..., float]) -> Callable[..., RunHistory]:
-    """Training that ends with the loss that a function gives, half of its steps clipped."""
-    return lambda plan, *at: RunHistory(evaluations=[(plan.train.steps, loss(plan, *at))], clipped=[True, False])
+def ending(loss: Callable[..., float], clipped: tuple[bool, ...] = (True, False)) -> Callable[..., RunHistory]:
+    """Training that ends with the loss that a function gives; `clipped` says which of its steps were."""
+    return lambda plan, *at: RunHistory(evaluations=[(plan.train.steps, loss(plan, *at))], clipped=list(clipped))
 
 
 def trials_of(spec: Spec, storage: str) -> list[optuna.trial.FrozenTrial]:
@@ -140,6 +140,12 @@ def test_the_winner_has_the_lowest_mean_over_seeds_not_the_luckiest_run(
     assert chosen[0]["losses"] == [1.1, 1.2]
     assert proxy.evidence["clipped_share"] == 0.5
     assert proxy.hyperparameters.init_std == chosen[0]["init_std"]
+
+
+def test_a_trial_of_an_earlier_version_does_not_tell_what_was_clipped(spec: Spec, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(runs, "train_plan", ending(lambda plan, on_evaluation=None: plan.hyperparameters.lr, ()))
+    proxy = tuning.search(with_search(spec, lr_fit_octaves=[]), str(tmp_path / "s.journal"), reporter=Heard())
+    assert "clipped_share" not in proxy.evidence and proxy.evidence["finalists"]
 
 
 def test_the_learning_rate_is_the_parabolas_lowest_point(spec: Spec, tmp_path: Path, monkeypatch) -> None:

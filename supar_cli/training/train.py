@@ -19,7 +19,9 @@ from supar_cli.training.launch.environment import LAUNCH_DIR
 from supar_cli.training.reporter import NullReporter, Reporter
 from supar_cli.training.trainer import Trainer
 
-CLIPPED_GAP = 0.2
+# chosen: a fifth of the steps, more than warm-up alone explains. measured: the quickstart's proxy, 300 steps, four seeds,
+# clips .050 to .060 of its steps, its targets of twice the width .030 dense and .017 at density 1/4
+CLIPPED_GAP = 0.2  # between the shares of steps that the proxy and a run clip
 
 
 def train(plan: Plan, directory: str | Path, *, resume: bool = True, force: bool = False) -> Record:
