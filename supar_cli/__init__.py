@@ -49,10 +49,10 @@ def transfer(
     proxy: Proxy, *, parameterization: ParameterizationName = "supar", allow_low_wpn: bool = False, **target: Any
 ) -> Plan:
     """Make the plan of a target; keywords as the flags of `supar transfer`: sparsity or density (0.008 or "1/128"),
-    width, layers, steps, pattern, … What does not transfer is said as a UserWarning. Raises InputError.
+    width, layers, steps, pattern, … Warns of what does not transfer (TransferWarning). Raises InputError.
     """
     from supar_cli.data import corpus
-    from supar_cli.errors import InputError
+    from supar_cli.errors import InputError, TransferWarning
     from supar_cli.planning import advice
     from supar_cli.planning.spec import Proxy
     from supar_cli.planning.transfer import transfer
@@ -62,7 +62,7 @@ def transfer(
     wanted = proxy.target.override(**target)
     plan = transfer(corpus.with_hash(proxy), wanted, parameterization, allow_low_wpn=allow_low_wpn)
     for message in advice.warnings(plan):
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, TransferWarning, stacklevel=2)
     return plan
 
 

@@ -68,7 +68,9 @@ class TestShapes:
     def test_a_width_without_whole_heads_names_one_that_has_them(
         self, model: dict[str, Any], changes: dict[str, int], step: int
     ) -> None:
-        with pytest.raises(InputError, match=rf"no whole number of heads .* expected a multiple of {step}, or"):
+        with pytest.raises(
+            InputError, match=rf"is not a multiple of the .* {step}; expected a multiple of it, or target.heads"
+        ):
             shape_of(model, **changes)
         assert shape_of(model, **{**changes, "width": 3 * step})[0] == 3 * step
 

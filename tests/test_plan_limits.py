@@ -221,7 +221,7 @@ class TestRefusals:
         [
             (
                 {"width": 100},
-                r"target\.width: 100 gives no whole number of heads of width 32; expected a multiple of 32",
+                r"target\.width: 100 is not a multiple of the proxy's head width 32",
             ),
             ({"width": 256, "heads": 5}, r"target\.heads: 5 heads don't divide the width 256"),
             ({"width": 256, "kv_heads": 3}, r"target\.kv_heads: 3 don't divide the 8 heads"),

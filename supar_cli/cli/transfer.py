@@ -3,7 +3,6 @@
 import json
 import sys
 from pathlib import Path
-from warnings import catch_warnings
 
 import supar_cli
 from supar_cli.cli import documents, terminal
@@ -71,7 +70,7 @@ def _plan(read: Document, flags: Flags, word: str = "", share: Share | None = No
     """The plan of the document's target; `word` (sparsity or density) sets its level if given."""
     documents.override(read, ("target", "sparsity"), {word: share})
     proxy = parse(Proxy, read)
-    with documents.with_locations(read), catch_warnings(action="ignore"):  # `transfer` says them
+    with documents.with_locations(read):
         return supar_cli.transfer(proxy, parameterization=flags.parameterization, allow_low_wpn=flags.allow_low_wpn)
 
 

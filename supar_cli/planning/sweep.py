@@ -244,7 +244,7 @@ def plan_all(sweep: Sweep) -> list[Plan]:
     """A plan of each parameterization at each size, to find errors before runs start. Raises InputError."""
     for level in sweep.levels:
         if level.width % sweep.model.width_step and not (sweep.target.heads or sweep.target.head_width):
-            what = f"width {level.width} gives no whole number of heads of width {sweep.model.head_width}"
-            raise InputError(f"over.{level.axis}: {what}; expected a multiple of {sweep.model.width_step}")
+            what = f"width {level.width} is not a multiple of {sweep.model.width_step}, the least one with whole heads"
+            raise InputError(f"over.{level.axis}: {what}; expected one that is")
     first = sweep.run_seeds[0]
     return [sweep.plan(name, level, 0, first) for name in sweep.parameterizations for level in sweep.levels]

@@ -135,8 +135,10 @@ def target_model(proxy: Model, target: Target) -> Model:
     heads, beyond_heads = divmod(width * proxy.attention_width, proxy.width * head_width)
     if target.heads is None and beyond_heads:
         step = proxy.width * head_width // gcd(proxy.width * head_width, proxy.attention_width)
-        what = f"{width} gives no whole number of heads of width {head_width}"
-        raise InputError(f"target.width: {what}; expected a multiple of {step}, or target.heads")
+        which = "the proxy's head width" if is_usual else "the least width with whole heads,"
+        raise InputError(
+            f"target.width: {width} is not a multiple of {which} {step}; expected a multiple of it, or target.heads"
+        )
     heads = target.heads or heads
     ffn_width, beyond_ffn = divmod(width * proxy.ffn_width, proxy.width)
     if target.ffn_width is None and beyond_ffn:
