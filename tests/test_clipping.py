@@ -105,9 +105,9 @@ class TestProxies:
                 [made.model_dump()]
             )
 
-    @pytest.mark.parametrize("wrong", [-0.1, 1.5, "0.2", [0.2]])
+    @pytest.mark.parametrize("wrong", [-0.1, 1.5, "0.2", [0.2], True])
     def test_what_is_no_share_is_refused(self, wrong: Any) -> None:
-        with pytest.raises(InputError, match=r"evidence\.clipped_share: .*; expected a number from 0 to 1"):
+        with pytest.raises(InputError, match=r"evidence\.clipped_share: should be "):
             plan(evidence={"clipped_share": wrong}, target=TARGET)
 
 

@@ -83,6 +83,8 @@ class TestShapes:
         assert proxy(model={**GPT2, "heads": 3, "head_width": 40}).model.attention_width == 120
         with pytest.raises(InputError, match=r"an even head width, not 5"):
             proxy(model={**QWEN, "head_width": 5})
+        with pytest.raises(InputError, match=r"model\.head_width: 4 heads of 2147483648 are wider than 2147483648"):
+            proxy(model={**GPT2, "head_width": 2**31})
         for wrong in (0, -8, 1.5, "wide"):
             with pytest.raises(InputError, match=r"model\.head_width: should be "):
                 proxy(model={**QWEN, "head_width": wrong})

@@ -147,7 +147,7 @@ class TestSaid:
         (tmp_path / "moved").mkdir()
         (tmp_path / "moved" / "text.txt").write_bytes(real_text(24_000))
         (tmp_path / "other.txt").write_bytes(real_text(23_000))
-        begins = "the data, or how they are read, are not those of the proxy"
+        begins = "data: not the proxy's, or read in another way"
 
         def of_data(source: str) -> list[bool]:
             found = self.warned(supar_here("transfer", "--sparsity", "0.5", "--data", source, "-q", "-f"))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supar_cli.errors import InputError
+from supar_cli.experiments.check_plans import sweeps_of
 from supar_cli.planning import document, schedule
 from supar_cli.planning.plan import Plan, with_steps
 from supar_cli.planning.problems import parse
@@ -96,6 +97,18 @@ class TestDocuments:
     def test_the_optimizers_factor_is_the_plans(self) -> None:
         found = made(decay_shape="linear", final_lr_fraction=0.0)
         assert [rate_factor(found, step) for step in (39, 319, 320, 360)] == [1.0, 1.0, 1.0, 0.5]
+
+    def test_a_check_of_it_runs_at_a_constant_rate(self) -> None:
+        """A key of wsd that is left behind would be refused."""
+        target = {"width": 256, "sparsity": {"density": 0.5}}
+        for subject in (
+            proxy(train={**TRAIN, "schedule": "wsd"}),
+            plan(train={**TRAIN, "schedule": "wsd"}, target=target),
+        ):
+            plans = [one for sweep in sweeps_of(subject, seeds=1) for of_seed in sweep.plans for one in of_seed]
+            assert {rate_factor(one, step) for one in plans for step in range(10)} == {1.0}
+            for one in plans:
+                parse(Plan, document.Document(one.model_dump(), "plan.yaml"))
 
     @pytest.mark.parametrize(
         ("train", "what"),

@@ -35,7 +35,7 @@ def transfer(flags: Flags) -> None:
     require_one(flags, "density", "sparsity")
     read = _read_proxy(flags)
     tuned = read.data.get("data") if isinstance(read.data, dict) else None
-    tuned_on, said = tuned.get("hash") if isinstance(tuned, dict) else None, set[str]()
+    tuned_on = tuned.get("hash") if isinstance(tuned, dict) else None
     apply(read, flags)
     levels = [(word, share) for word in ("sparsity", "density") for share in getattr(flags, word) or []]
     plans = [_plan(read, flags, *level) for level in levels] or [_plan(read, flags)]
@@ -46,10 +46,8 @@ def transfer(flags: Flags) -> None:
         )
         if flags.dry_run or flags.explain or (log.is_terminal and not flags.quiet):
             terminal.show_plan(plan, processes=1 if flags.dry_run else None)
-        for message in warnings(plan, tuned_on):
-            if message not in said:
-                log.warn(message)
-            said.add(message)
+    for message in dict.fromkeys(message for plan in plans for message in warnings(plan, tuned_on)):
+        log.warn(message)
     if flags.dry_run:
         return
     terminal.emit([plan.model_dump() for plan in plans], flags, log, "plan.yaml")

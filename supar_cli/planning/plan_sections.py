@@ -78,11 +78,9 @@ class Base(Section):
     ffn_width: int | None = Field(default=None, gt=0, le=2**31)
     layers: int | None = Field(default=None, gt=0, le=MOST_LAYERS)
     kv_share: float | None = Field(default=None, gt=0, le=1)
-    attention_width: int | None = Field(default=None, neutral=True, omit=True, gt=0)  # None: the width
+    attention_width: int | None = Field(default=None, neutral=True, omit=True, gt=0, le=2**31)  # None: the width
     context: int | None = Field(default=None, neutral=True, omit=True, gt=0)  # None: the plan's own
-    clipped_share: float | None = Field(
-        default=None, neutral=True, omit=True, ge=0, le=1
-    )  # of its steps; None: not known
+    clipped_share: float | None = Field(default=None, neutral=True, omit=True, ge=0, le=1)  # of steps; None: not known
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)
 

@@ -36,9 +36,7 @@ class Model(Section):
     ffn_width: int = Field(gt=0, le=2**31)
     context: int = Field(gt=0, le=2**31)
     vocab: int = Field(gt=1, le=2**31)
-    head_width: int = Field(
-        default=None, neutral=True, gt=0, le=2**31
-    )  # None only where the heads don't divide the width
+    head_width: int = Field(default=None, neutral=True, gt=0, le=2**31)  # never None in a valid section
     norm: Literal["layernorm", "rmsnorm"]
     activation: Literal["gelu", "gelu_tanh", "swiglu"]
     positions: Literal["learned", "rope", "alibi"]
@@ -56,16 +54,16 @@ class Model(Section):
         heads, width = (found if isinstance(found := filled.get(key), int) else 1 for key in ("heads", "width"))
         filled.setdefault("kv_heads", max(1, heads))
         filled.setdefault("ffn_width", 4 * max(1, width))
-        if filled.get("head_width") is None:
-            filled.pop("head_width", None)
-            if width % max(1, heads) == 0:
-                filled["head_width"] = max(1, width // max(1, heads))
+        if filled.get("head_width") is None and width % max(1, heads) == 0:
+            filled["head_width"] = max(1, width // max(1, heads))
         return filled
 
     def check(self) -> None:
         if self.head_width is None:
             what = f"heads: {self.heads} heads don't divide the width {self.width}"
             raise ValueError(f"{what}; expected a divisor of it, or head_width")
+        if self.attention_width > 2**31:
+            raise ValueError(f"head_width: {self.heads} heads of {self.head_width} are wider than {2**31}")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads: {self.kv_heads} don't divide the {self.heads} heads; expected a divisor")
         if self.positions == "rope" and self.head_width % 2:
@@ -156,7 +154,7 @@ class Train(Section):
             if (vars(self)[key] is None) == (self.schedule == "wsd"):
                 expected = "expected a value" if self.schedule == "wsd" else "expected it with schedule: wsd only"
                 raise ValueError(f"{key}: {vars(self)[key]} with the schedule {self.schedule}; {expected}")
-        if self.decay_fraction is not None and self.warmup_fraction + self.decay_fraction > 1:
+        if self.decay_fraction is not None and self.warmup_fraction + self.decay_fraction > 1 + 1e-9:
             raise ValueError(f"decay_fraction: {self.decay_fraction} and the warm-up are more than the whole run")
         if self.decay_shape == "exponential" and self.final_lr_fraction == 0:
             raise ValueError("final_lr_fraction: 0; an exponential decay never gets there, expected a number above 0")

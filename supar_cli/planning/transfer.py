@@ -202,15 +202,13 @@ def _base_density(proxy: Proxy) -> dict[str, float]:
 
 
 def _base(proxy: Proxy, model: Model) -> Base:
-    own, clipped = proxy.model, proxy.evidence.get("clipped_share")
-    if not (clipped is None or (isinstance(clipped, int | float) and 0 <= clipped <= 1)):
-        raise InputError(f"evidence.clipped_share: {clipped!r}; expected a number from 0 to 1")
+    own = proxy.model
     found: dict[str, Any] = own.model_dump(include=("width", "ffn_width", "layers"))
     found |= proxy.train.model_dump(include=("steps", "batch_size"))
-    found |= {"kv_share": own.kv_heads / own.heads, "clipped_share": clipped}
+    found |= {"kv_share": own.kv_heads / own.heads, "clipped_share": proxy.evidence.get("clipped_share")}
     found["attention_width"] = own.attention_width if own.attention_width != own.width else None
     found["context"] = own.context if own.context != model.context else None
-    return Base(**found)
+    return validate(Base, found, "evidence")  # all else was validated with the proxy
 
 
 def _train(proxy: Proxy, target: Target, model: Model, live: int) -> PlanTrain:

@@ -82,9 +82,9 @@ def run(
     share, proxy_share = result.get("clipped_share"), plan.parameterization.base.clipped_share
     if share is not None and proxy_share is not None and abs(share - proxy_share) > CLIPPED_GAP:
         what = f"{100 * share:.0f} % of the steps were clipped, but {100 * proxy_share:.0f} % of the proxy's"
-        why = "the gradient's norm changes with width and density, so clipping does not transfer"
+        remedy = "set train.grad_clip so that the shares agree, or 0 in proxy and run"
         reporter.warn(
-            f"{directory}: {what}: {why}; set train.grad_clip so that the shares agree, or 0 in proxy and run"
+            f"{directory}: {what}: clipping does not transfer, as norms change with width and density; {remedy}"
         )
     took = f"after {result['steps']} steps in {duration(result['seconds'])}"
     reporter.log(f"{directory}: validation loss {result['validation_loss']:.4f} {took}")
