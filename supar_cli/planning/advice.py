@@ -28,9 +28,7 @@ def warnings(plan: Plan, tuned_on: str | None = None) -> list[str]:
     hidden = [row for row in plan.tensors if row.role == "hidden"]
     found = [*_of_sparsity(plan, hidden), *_of_decay(plan, hidden)] if hidden else []
     if tuned_on is not None and plan.data.hash not in (None, tuned_on):
-        found.append(
-            f"data: not the proxy's, or read in another way: {_TRANSFER}, not over data; tune the proxy on these"
-        )
+        found.append(f"data: not the proxy's, or read in another way: {_TRANSFER} alone; tune the proxy on these")
     return [*found, *_of_changes(plan)]
 
 
