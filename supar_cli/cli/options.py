@@ -153,6 +153,7 @@ OPTIONS = {
     "heads": Option(int, "Attention heads.", "target.heads"),
     "kv_heads": Option(int, "Key/value heads.", "target.kv_heads"),
     "ffn_width": Option(int, "FFN width. [default: the proxy's ratio]", "target.ffn_width"),
+    "head_width": Option(int, "Width of a head. [default: the proxy's]", "target.head_width"),
     "context": Option(int, "Tokens per sequence.", "target.context"),
     "vocab": Option(int, "Vocabulary."),
     "batch_size": Option(int, "Sequences per step.", "target.batch_size"),
