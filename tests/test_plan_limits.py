@@ -74,6 +74,13 @@ class TestLowWpn:
         assert hidden(plan(allow_low_wpn=True, target=target))[0].kept == 115  # 128² · .007 = 114.688
 
 
+def test_a_micro_batch_that_a_run_would_refuse_is_refused_in_the_plan() -> None:
+    run = {"run": {"micro_batch_size": 4}}
+    assert plan(**run, target={"batch_size": 12, "sparsity": {"density": 0.5}}).run.micro_batch_size == 4
+    with pytest.raises(InputError, match=r"4 does not divide the batch size 6; .* -s run\.micro_batch_size=2"):
+        plan(**run, target={"batch_size": 6, "sparsity": {"density": 0.5}})
+
+
 class TestDistribution:
     @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
     @pytest.mark.parametrize("percent", [2, 10, 35, 60, 90])

@@ -214,6 +214,10 @@ def _base(proxy: Proxy, model: Model) -> Base:
 def _train(proxy: Proxy, target: Target, model: Model, live: int) -> PlanTrain:
     batch_size = target.batch_size or proxy.train.batch_size
     step_tokens = batch_size * model.context
+    if batch_size % (proxy.run.micro_batch_size or 1):
+        what = f"{proxy.run.micro_batch_size} does not divide the batch size {batch_size}"
+        close = gcd(proxy.run.micro_batch_size or 1, batch_size)
+        raise InputError(f"run.micro_batch_size: {what}; expected a divisor, such as -s run.micro_batch_size={close}")
     if target.tokens_per_parameter is not None:
         steps = ceil(Fraction(density.literal(target.tokens_per_parameter)) * live / step_tokens)
     elif target.tokens is not None:

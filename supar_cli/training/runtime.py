@@ -93,7 +93,7 @@ class Runtime:
         micro = plan.run.micro_batch_size or rows
         if rows % micro:
             what = "the batch size" if ranks.size == 1 else f"a process's share of {ranks.size} of the batch,"
-            raise InputError(f"run.micro_batch_size: {micro} does not divide {what} {rows}")
+            raise InputError(f"run.micro_batch_size: {micro} does not divide {what} {rows}; expected a divisor")
         return cls(device, torch.bfloat16 if bf16 else torch.float32, compiles, micro, rows)
 
     def to_device(self, batch: tuple[torch.Tensor, ...], rows: slice = slice(None)) -> tuple[torch.Tensor, ...]:
