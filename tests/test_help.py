@@ -136,6 +136,14 @@ class TestLookup:
         assert refused.status == 2 and refused.out == "" and "no such topic, key or command" in refused.err
 
 
+def test_on_a_terminal_it_is_paged(monkeypatch: pytest.MonkeyPatch) -> None:
+    paged: list[str] = []
+    monkeypatch.setattr("pydoc.pager", paged.append)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    manual.help(topic="glossary")
+    assert paged == [manual.page("glossary")]
+
+
 def test_editors_get_the_texts() -> None:
     """Descriptions of nested sections and of both places of a section that stands twice."""
     target = json.loads(json.dumps(SCHEMAS["proxy"]))["properties"]["target"]["properties"]["sparsity"]["properties"]

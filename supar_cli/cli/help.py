@@ -57,14 +57,14 @@ def _contents() -> str:
 
 
 def _lookup(word: str) -> str:
-    """The page of a topic, else a command's help and the keys of that name. Raises InputError for an unknown word."""
-    if word in topics():
-        return page(word)
+    """A topic's page or a command's help, then the keys of that name. Raises InputError for an unknown word."""
     from supar_cli.cli.app import app  # which imports this module when the command is called
 
     group: Any = typer.main.get_command(app)
     parts = []
-    if word in group.list_commands(None):
+    if word in topics():
+        parts.append(page(word))
+    elif word in group.list_commands(None):
         own = group.get_command(None, word)
         parts.append(own.get_help(own.make_context(f"supar {word}", [], resilient_parsing=True)) + "\n")
     parts += re.findall(rf"^## {re.escape(word)}\n.*?(?=^## |\Z)", page("keys"), re.MULTILINE | re.DOTALL)
