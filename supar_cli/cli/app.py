@@ -36,6 +36,7 @@ COMMANDS = {
     "data": "Inspect a corpus, or prepare one as a token file.",
     "bench": "Benchmark time and memory of masked training against plain dense training.",
     "schema": "Print the JSON Schema of a document, for editors.",
+    "help": "Print a page of the manual, or what a key of a document means.",
     "doctor": "Show versions, devices and data, and time one step.",
 }
 # the modules of commands that have none of their own name

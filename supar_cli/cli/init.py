@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Any, get_args
 
 from supar_cli.cli import terminal
+from supar_cli.cli.help import key_descriptions
 from supar_cli.cli.options import Flags, command
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import templates
@@ -83,11 +84,27 @@ def json_schema(document: type[Section]) -> dict[str, Any]:
             section: type[Section] = schema["cls"]
             required = [key for key in found.pop("required", []) if key not in _filled_in(section)]
             found |= {"required": required} if required else {}
-            title = {"title": section.__name__, "description": " ".join((section.__doc__ or "").split())}
-            return {**title, **found, "additionalProperties": False}
+            return {"title": section.__name__, **found, "additionalProperties": False}
 
     (name,) = get_args(document.keys()["kind"])
-    return {"$schema": DIALECT, "$id": f"urn:supar:{name}", **Sections().generate(document.schema()), "title": name}
+    found = Sections().generate(document.schema())
+    _describe(found)
+    about = " ".join((document.__doc__ or "").split())
+    return {"$schema": DIALECT, "$id": f"urn:supar:{name}", **found, "title": name, "description": about}
+
+
+def _describe(schema: dict[str, Any], path: str = "") -> None:
+    """Give every key below a schema its description; `target.sparsity` has the keys of `sparsity`."""
+    known = key_descriptions()
+    for name, inner in schema.get("properties", {}).items():
+        at = path + name
+        if what := known.get(at) or known.get(at.removeprefix("target.")):
+            inner["description"] = what
+        _describe(inner, f"{at}.")
+    for part in ("anyOf", "oneOf", "items"):
+        given = schema.get(part, [])
+        for inner in given if isinstance(given, list) else [given]:
+            _describe(inner, path)
 
 
 def _filled_in(section: type[Section]) -> set[str]:

@@ -140,6 +140,7 @@ OPTIONS = {
         metavar="PATH…",
     ),
     "kind": _argument(str, "Document type.", default="spec"),
+    "topic": _argument(str, "A topic, a key or a command. [default: list the topics]"),
     "corpus": _argument(str, "`stdlib`, a file, or a folder.", default="stdlib", metavar="source"),
     # the target, and how sparse it is
     "sparsity": Option(
