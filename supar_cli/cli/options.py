@@ -21,7 +21,7 @@ from typing import Any, get_args
 import typer
 
 from supar_cli.cli import documents
-from supar_cli.errors import InputError, Problem
+from supar_cli.errors import InputError, Problem, SuparError
 from supar_cli.planning import document
 from supar_cli.planning.density import Share, share
 from supar_cli.planning.document import Document
@@ -252,9 +252,20 @@ OPTIONS = {
     "picture": Option(str, "Draw the ratios over density.", metavar="FILE.png"),
     "compare": Option(str, "Earlier result to compare with; exit 5 if a value is worse by a tenth.", metavar="FILE"),
     # corpora
-    "format": Option(str, "auto (by suffix and first bytes), text, jsonl, nanogpt or llmc.", default="auto"),
-    "tokenizer": Option(str, "bytes, or a tokenizer.json (needs the package tokenizers).", default="bytes"),
-    "field": Option(str, "The key that holds the text in a line of JSONL.", default="text"),
+    "format": Option(
+        str,
+        "auto (by the first bytes), text, jsonl, parquet, arrow, nanogpt, llmc or npy. [default: auto]",
+        "data.format",
+    ),
+    "tokenizer": Option(
+        str,
+        "bytes, or a tokenizer.json or its folder (needs the package tokenizers). [default: bytes]",
+        "data.tokenizer",
+    ),
+    "field": Option(str, "The key or column that holds the text, such as text or a.b. [default: text]", "data.field"),
+    "dtype": Option(str, "Integers of raw token files: auto, uint16 or uint32. [default: auto]", "data.dtype"),
+    "encoding": Option(str, "Encoding of text files, such as latin-1. [default: utf-8]", "data.encoding"),
+    "separator": Option(str, "The token between documents. [default: the tokenizer's]", "data.separator"),
     # what every command does with its result
     "list": _switch("Show the templates and write nothing."),
     "explain": _switch("Show the plan's table even if stderr is not a terminal."),
@@ -288,15 +299,27 @@ def command(*taken: str, **changes: dict[str, Any]) -> Callable[[Callable[[Flags
             for name, option in options.items():
                 if option.read is not None and values[name] is not None:
                     values[name] = option.read(flag_of(name), values[name])
-            function(
-                Flags(**values, document_paths={name: option.path for name, option in options.items() if option.path})
-            )
+            paths = {name: option.path for name, option in options.items() if option.path}
+            try:
+                function(Flags(**values, document_paths=paths))
+            except SuparError as error:
+                error.args = ("\n".join(_with_flags(line, paths) for line in str(error).splitlines()),)
+                raise
 
         call.__name__, call.__doc__ = function.__name__, function.__doc__
         call.__signature__ = Signature([option.parameter(name) for name, option in options.items()])  # type: ignore[attr-defined]
         return call
 
     return decorate
+
+
+def _with_flags(message: str, paths: dict[str, str]) -> str:
+    """A message that names a key of the data section as the remedy, with the command's flag for it instead."""
+    what, expected, remedy = message.partition("; expected ")
+    for name, path in paths.items():
+        if path.startswith("data.") and name != "data":
+            remedy = remedy.replace(f"{path}: ", f"{flag_of(name)} ").replace(path, flag_of(name))
+    return what + expected + remedy
 
 
 def require_one(flags: Flags, one: str, other: str) -> None:
@@ -322,7 +345,8 @@ def apply(read: Document, flags: Flags, same_data: bool = False) -> None:
             *section, key = path.split(".")
             sections.setdefault(tuple(section), {})[key] = getattr(flags, name)
     if same_data and ("data",) in sections:
-        documents.set_path(read, ("data", "source"), sections.pop(("data",))["source"])
+        for key, value in sections.pop(("data",)).items():
+            documents.set_path(read, ("data", key), value)
     for at, changes in sections.items():
         documents.override(read, at, changes)
 
