@@ -120,11 +120,10 @@ class Mixture:
         """As that of a split: the rows are shared out among the sources by weight, and evenly spaced in each."""
         found, total = [], count * rows
         for row in range(index * rows, (index + 1) * rows):
-            at = next(at for at, end in enumerate(self._ends) if row < end * total)
-            start = Fraction(0) if at == 0 else self._ends[at - 1]
-            place = (row - start * total) / ((self._ends[at] - start) * total)  # in [0, 1), or just below
-            split = self.splits[at]
-            found.append(split.window(int(max(place, 0) * split.windows(context + 1)), context + 1))
+            at = next(at for at, end in enumerate(self._ends) if Fraction(row, total) < end)
+            start, split = self._ends[at - 1] if at else Fraction(0), self.splits[at]
+            place = (Fraction(row, total) - start) / (self._ends[at] - start)  # from 0 up to 1
+            found.append(split.window(int(place * split.windows(context + 1)), context + 1))
         return _pair(found)
 
     def _window(self, at: int, draw: int, context: int) -> NDArray[np.int64]:

@@ -17,8 +17,8 @@ from supar_cli.planning.plan import Data
 MOST_UNDECODED = (
     1000  # chosen: damage is rarer than one character in a thousand, accents in another encoding are more frequent
 )
-LINES_NAMED = 3
-CHUNK_BYTES = 2**22
+FILES_NAMED = 3  # chosen: warnings of one kind that are read
+CHUNK_BYTES = 2**22  # chosen: a few MB
 REPLACEMENT = "\ufffd"
 
 
@@ -30,7 +30,8 @@ class Decoding:
 
     def __init__(self, is_raw: bool = False) -> None:
         self.is_raw, self.characters = is_raw, 0
-        self.places: Counter[tuple[Path, int]] = Counter()
+        self.undecoded: Counter[str] = Counter()  # by file
+        self._first: dict[str, str] = {}
 
     def mend(self, text: str, path: Path, line: int, is_one_line: bool = False) -> str:
         """The text with U+FFFD for lone surrogates: what JSON escapes, and what `open_text` makes of undecodable bytes.
@@ -38,46 +39,31 @@ class Decoding:
         `line` is the place in the file where it begins, and of all of it if `is_one_line`.
         """
         self.characters += len(text)
-        if text.isascii():
-            return text
         try:
             text.encode()
             return text
-        except UnicodeEncodeError:
-            for number, part in enumerate([text] if is_one_line else text.split("\n"), line):
-                if count := sum("\ud800" <= letter <= "\udfff" for letter in part):
-                    self.places[path, number] += count
-            return "".join(REPLACEMENT if "\ud800" <= letter <= "\udfff" else letter for letter in text)
-
-    @property
-    def undecoded(self) -> int:
-        return self.places.total()
+        except UnicodeEncodeError as error:
+            first, at = ord(text[error.start]), line + (0 if is_one_line else text.count("\n", 0, error.start))
+        what = f"byte 0x{first - 0xDC00:02X}" if 0xDC80 <= first <= 0xDCFF else f"lone surrogate U+{first:04X}"
+        self._first.setdefault(str(path), f"the first, {what}, in line {at}")
+        mended = "".join(REPLACEMENT if "\ud800" <= letter <= "\udfff" else letter for letter in text)
+        self.undecoded[str(path)] += mended.count(REPLACEMENT) - text.count(REPLACEMENT)
+        return mended
 
     def by_file(self) -> dict[str, str]:
-        """By file the number of characters that could not be decoded and the lines of the first of them."""
-        lines: dict[str, list[int]] = {}
-        counts: Counter[str] = Counter()
-        for (path, line), count in self.places.items():
-            lines.setdefault(str(path), []).append(line)
-            counts[str(path)] += count
-        return {
-            name: f"{counts[name]} in lines {', '.join(map(str, own[:LINES_NAMED]))}" + ("…" * (len(own) > LINES_NAMED))
-            for name, own in lines.items()
-        }
+        """By file how many characters could not be decoded, and where the first is."""
+        return {name: f"{count}, {self._first[name]}" for name, count in self.undecoded.items()}
 
     def warnings(self) -> list[str]:
-        """What to say of bytes that could not be decoded. Raises InputError where they are more than damage."""
-        found = self.by_file()
-        if not found:
-            return []
-        name, first = next(iter(found.items()))
-        others = f", and in {len(found) - 1} other files" if len(found) > 1 else ""
-        what = f"{name}: not UTF-8: {self.undecoded} of {self.characters} characters ({first}{others})"
-        if self.is_raw:
-            return [f"{what}; as byte tokens they are kept; data.encoding: latin-1 (or another) would decode them"]
-        if self.undecoded * MOST_UNDECODED > self.characters:
-            raise InputError(f"{what}; expected UTF-8, or data.encoding: latin-1 (or another)")
-        return [f"{what} became U+FFFD"]
+        """What to say of what could not be decoded. Raises InputError where that is more than damage."""
+        where = [f"{name}: not UTF-8: {text}" for name, text in self.by_file().items()]
+        if self.undecoded.total() * MOST_UNDECODED > self.characters and not self.is_raw:
+            share = f"{self.undecoded.total()} of {self.characters} characters"
+            remedy = "expected UTF-8, or data.encoding: latin-1 (or another)"
+            raise InputError(f"{where[0]}; {share} could not be decoded; {remedy}")
+        became = "kept as byte tokens" if self.is_raw else "read as U+FFFD"
+        more = [f"and {len(where) - FILES_NAMED} more files that are not UTF-8"] if len(where) > FILES_NAMED else []
+        return [f"{one}; {became}" for one in where[:FILES_NAMED]] + more
 
 
 def decoding_of(kind: str, data: Data) -> Decoding:
@@ -173,14 +159,13 @@ def _column(kind: str, path: Path, data: Data, decoding: Decoding) -> Iterator[s
     """The texts of a column of a Parquet or Arrow file, a batch of rows in memory at a time."""
     try:
         import pyarrow
-        import pyarrow.compute
         import pyarrow.parquet
     except ImportError:
         raise SetupError(f"{path}: {kind} needs pyarrow: pip install pyarrow") from None
     row = 0
     try:
-        for batch in _batches(kind, path, data, pyarrow):
-            for value in _binary(batch, path, data, pyarrow).to_pylist():
+        for table in _batches(kind, path, data, pyarrow):
+            for value in _binary(table, path, data, pyarrow).to_pylist():
                 row += 1
                 if value is None:
                     raise InputError(f"{path}: row {row}: {data.field!r} is null; expected a text")
@@ -190,36 +175,29 @@ def _column(kind: str, path: Path, data: Data, decoding: Decoding) -> Iterator[s
 
 
 def _batches(kind: str, path: Path, data: Data, pyarrow: Any) -> Iterator[Any]:
-    """Batches of rows; Arrow files are of either of its two layouts, with an index or as a stream."""
+    """Tables of a few rows; Arrow files are of either of its two layouts, with an index or as a stream."""
     with path.open("rb") as file:
         if kind == "parquet":
             reader = pyarrow.parquet.ParquetFile(file)
             wanted = [name for name in reader.schema_arrow.names if name in (data.field, data.field.split(".")[0])]
-            yield from reader.iter_batches(columns=wanted or None)
+            batches = reader.iter_batches(columns=wanted or None)
         elif file.peek(6).startswith(b"ARROW1"):
             reader = pyarrow.ipc.open_file(file)
-            yield from map(reader.get_batch, range(reader.num_record_batches))
+            batches = map(reader.get_batch, range(reader.num_record_batches))
         else:
-            yield from pyarrow.ipc.open_stream(file)
+            batches = pyarrow.ipc.open_stream(file)
+        yield from (pyarrow.Table.from_batches([batch]) for batch in batches)
 
 
-def _binary(batch: Any, path: Path, data: Data, pyarrow: Any) -> Any:
-    """The column of a batch that holds the text, as bytes. Raises InputError."""
-    names = batch.schema.names
-    column: Any
-    first, *rest = [data.field] if data.field in names else data.field.split(".")
-    column = batch.column(first) if names.count(first) == 1 else None
-    for part in rest:
-        is_struct = column is not None and pyarrow.types.is_struct(column.type)
-        has_part = is_struct and column.type.get_field_index(part) >= 0
-        column = pyarrow.compute.struct_field(column, part) if has_part else None
-    if column is None:
-        raise InputError(
-            f"{path}: no column {data.field!r}; expected data.field, one of its columns: {', '.join(names)}"
-        )
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
+def _binary(table: Any, path: Path, data: Data, pyarrow: Any) -> Any:
+    """The column that holds the text, as bytes. Raises InputError."""
+    while data.field not in table.column_names and any(map(pyarrow.types.is_struct, table.schema.types)):
+        table = table.flatten()  # a struct `a` of `b` becomes a column `a.b`
+    names = ", ".join(table.column_names)
+    if table.column_names.count(data.field) != 1:
+        raise InputError(f"{path}: no column {data.field!r}; expected data.field, one of its columns: {names}")
+    column = table[data.field]
     if str(column.type) not in ("string", "large_string", "string_view"):
         what = f"the column {data.field!r} holds {column.type}"
-        raise InputError(f"{path}: {what}; expected texts, or another data.field: {', '.join(names)}")
+        raise InputError(f"{path}: {what}; expected texts, or another data.field: {names}")
     return column.cast(pyarrow.large_binary())
