@@ -25,7 +25,7 @@ _SPLITS = {  # the words by which the Hugging Face Hub splits data sets
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("train", "training"), "train"),
 }
-_CARDS = ("readme", "license", "licence", "copying", "notice", "citation", "dataset_card", "datasetcard")
+_CARDS = ("readme", "license", "licence", "copying", "notice", "citation", "datasetcard")
 _ABOUT = {  # files about data or models
     *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json", "config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -63,18 +63,16 @@ class Corpus:
         """The files' names below the root."""
         return [path.relative_to(self.root).as_posix() for path in files]
 
-    def by_reason(self) -> dict[str, list[str]]:
-        """The names of files that are left out, by the reason."""
-        found: dict[str, list[str]] = {}
-        for path, reason in self.left_out.items():
-            found.setdefault(reason, []).extend(self.names([path]))
-        return found
+    def by_reason(self) -> dict[str, str]:
+        """Some names of files that are left out, by the reason."""
+        reasons = dict.fromkeys(self.left_out.values())
+        return {why: _some(self.names([path for path, own in self.left_out.items() if own == why])) for why in reasons}
 
     def lines(self) -> list[str]:
         """What is trained on, what is held out, and what is neither."""
         held_out = f"{_some(self.names(self.validation))} ({self.why})" if self.validation else self.why
         found = [f"data: {self.kind}: training: {_some(self.names(self.train))}; validation: {held_out}"]
-        return found + [f"data: left out: {_some(names)} ({why})" for why, names in self.by_reason().items()]
+        return found + [f"data: left out: {names} ({why})" for why, names in self.by_reason().items()]
 
 
 def _some(names: list[str]) -> str:
@@ -101,21 +99,22 @@ def find(data: Data) -> Corpus:
         kind = kind_of(path, data)
         corpus = _split(Corpus(kind.name, path.parent, [path], [], is_packed=kind.is_packed))
         return replace(corpus, why=f"{corpus.why}; by its name it is a test split") if is_test else corpus
+    if not path.is_dir():
+        raise InputError(
+            f"data.source: {data.source}: neither a file nor a folder; expected one, as it is read more than once"
+        )
     files, left_out = _data_files(path, data)
     kinds = {one: kind_of(one, data) for one in files}
     names = sorted({kind.name for kind in kinds.values()})
     if len(names) > 1:
         what = f"holds files of several formats ({', '.join(names)}); expected data.format to choose one"
         raise InputError(f"data.source: {data.source}: {what}")
+    corpus = Corpus(names[0] if names else "", path, files, [], "by their names", left_out)
     if not files:
-        others = "".join(
-            f"; {_some(sorted(map(str, paths)))}: {why}"
-            for why, paths in Corpus("", path, [], [], left_out=left_out).by_reason().items()
-        )
-        raise InputError(f"data.source: {data.source}: no {', '.join(SUFFIXES)} files in it that are data{others}")
-    is_packed = any(kind.is_packed for kind in kinds.values())
+        others = "".join(f"; {names}: {why}" for why, names in corpus.by_reason().items())
+        raise InputError(f"data.source: {data.source}: no data in it{others}; expected {', '.join(SUFFIXES)} files")
+    corpus = replace(corpus, is_packed=any(kind.is_packed for kind in kinds.values()))
     held_out = [one for one in files if _split_word(one.relative_to(path)) == "validation"]
-    corpus = Corpus(names[0], path, files, [], "by their names", left_out, is_packed)
     if held_out and len(held_out) < len(files):
         return replace(corpus, train=[one for one in files if one not in set(held_out)], validation=held_out)
     return _split(corpus)
@@ -135,8 +134,7 @@ def _data_files(root: Path, data: Data) -> tuple[list[Path], dict[Path, str]]:
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         files |= {Path(folder, name): suffix_of(Path(name))[0] for name in names if not name.startswith(".")}
     words = {path: _split_word(path.relative_to(root)) for path in files}
-    leave_out((path for path in files if path.name.lower().startswith(_CARDS)), "a card or a licence")
-    leave_out((path for path in files if _is_about(path.name.lower())), "about data, or a cache")
+    leave_out((path for path in files if _is_about(path)), "about data, such as a card or a licence")
     leave_out((path for path, suffix in files.items() if suffix not in SUFFIXES), "of no format that supar reads")
     leave_out((path for path in files if words[path] == "test"), "a test split; it is never trained on")
     if data.format != "auto":
@@ -152,16 +150,22 @@ def _data_files(root: Path, data: Data) -> tuple[list[Path], dict[Path, str]]:
     return sorted(files), dict(sorted(left_out.items()))
 
 
-def _is_about(name: str) -> bool:
-    return name in _ABOUT or (name.endswith(".arrow") and name.startswith(("cache-", "tmp")))
+def _is_about(path: Path) -> bool:
+    """Whether a file is about data, by its name, or a cache that `datasets` keeps beside them."""
+    name = path.name.lower()
+    is_card = next(iter(_words(name)), "") in _CARDS and path.suffix.lower() in ("", ".md", ".txt", ".rst")
+    return is_card or name in _ABOUT or (name.endswith(".arrow") and name.startswith(("cache-", "tmp")))
+
+
+def _words(name: str) -> list[str]:
+    return "".join(letter if letter.isalpha() else " " for letter in name.lower()).split()
 
 
 def _split_word(path: Path) -> str:
     """The split that a path below its folder names: test wherever it says so, else the one nearest to its end."""
     found: list[str] = []
     for part in reversed(path.parts):
-        words = "".join(letter if letter.isalpha() else " " for letter in part.lower()).split()
-        found += sorted({_SPLITS[word] for word in words if word in _SPLITS}, reverse=True)
+        found += sorted({_SPLITS[word] for word in _words(part) if word in _SPLITS}, reverse=True)
     return "test" if "test" in found else next(iter(found), "")
 
 

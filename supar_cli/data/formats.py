@@ -17,6 +17,7 @@ from supar_cli.planning.plan import Data
 
 HEAD_BYTES = 2**16  # chosen: enough to tell formats apart, little enough to read of each file of a large folder
 SAMPLE_ITEMS = 8  # chosen: a pattern in fewer integers than these may be chance
+UPPER_HALF = 3  # chosen: the largest upper half of an id; no vocabulary in use has more than 2^18 tokens
 CONTROL_SHARE = 100  # chosen: text has fewer control characters than one in a hundred; of random bytes one in ten is
 
 TEXT_KINDS = ("text", "jsonl", "parquet", "arrow")  # kinds that a tokenizer reads; the others hold tokens
@@ -34,6 +35,7 @@ _UNPACK = "expected what is in it, unpacked"
 _FOREIGN = {  # the first bytes of what is not read, its name, and what to do
     b"%PDF-": ("a PDF", "expected its text, as pdftotext writes it"),
     b"{\\rtf": ("a rich text document", _CONVERT),
+    b"version https://git-lfs": ("a pointer of Git LFS", "expected the file itself, which `git lfs pull` fetches"),
     b"PK\x03\x04": ("a zip archive, as .docx, .xlsx, .npz and PyTorch's files are", _UNPACK),
     b"BZh": ("compressed by bzip2", "expected it unpacked, or as .gz or .zst"),
     b"\xfd7zXZ": ("compressed by xz", "expected it unpacked, or as .gz or .zst"),
@@ -48,6 +50,7 @@ _FOREIGN = {  # the first bytes of what is not read, its name, and what to do
     b"\x7fELF": ("a program (ELF)", _CONVERT),
     b"GGUF": ("a model (GGUF)", _CONVERT),
 }
+_NEVER_TEXT = (b"%PDF-", b"{\\rtf", b"version https://git-lfs")  # though they are readable
 _LLMC_OTHER = {20240522: "an evaluation file of llm.c", 20240326: "a model of llm.c", 20240327: "a model of llm.c"}
 
 
@@ -92,7 +95,7 @@ def _known_kind(path: Path, head: bytes, wanted: str | None, data: Data) -> str:
     if found := next((kind for magic, kind in _KNOWN.items() if head.startswith(magic)), None):
         return found
     if head and wanted in ("parquet", "arrow", "npy"):
-        _refuse_foreign(path, head, is_text)
+        _refuse_foreign(path, head, False, shortest=4)
         _refuse(path, f"does not begin as {wanted} does", "expected it whole, or data.format")
     if head[:4] and int.from_bytes(head[:4], "little") in (*LLMC, *_LLMC_OTHER):
         return _token_kind(path, head, "llmc", is_text, data)
@@ -147,13 +150,14 @@ def _refuse_wider(path: Path, head: bytes, data: Data) -> None:
     size = 4 if data.dtype == "uint32" else 2
     items = [int.from_bytes(head[at : at + size], "little") for at in range(0, len(head) - size + 1, size)]
     low, high = items[::2], items[1::2]
-    if data.dtype != "uint16" and len(high) >= SAMPLE_ITEMS and max(high) <= 1 < max(low):
-        if size == 4:
-            _refuse(
-                path, "holds 64-bit integers", "expected uint16 or uint32: numpy's astype('<u4').tofile writes them"
-            )
-        what = "every second 16-bit word is 0 or 1, as in a file of uint32"
-        _refuse(path, what, "expected data.dtype: uint32 (or uint16, if it is so)")
+    if data.dtype == "uint16" or len(high) < SAMPLE_ITEMS:
+        return
+    if (max(high) == 0 and 2 * low.count(0) < len(low)) or (max(high) <= UPPER_HALF and max(low) > 255):
+        remedy = (
+            "data.dtype: uint32 (or uint16, if it is so)" if size == 2 else "uint32, as numpy's astype('<u4') makes"
+        )
+        what = f"every second {8 * size}-bit word is {max(high)} or less, as if the integers were wider"
+        _refuse(path, what, f"expected {remedy}")
 
 
 def _is_text(head: bytes) -> bool:
@@ -165,11 +169,8 @@ def _is_text(head: bytes) -> bool:
 def _refuse_foreign(path: Path, head: bytes, is_text: bool, shortest: int = 0) -> None:
     """Raise InputError for what is known not to be read, and, if it is not text, for all else."""
     for magic, (what, remedy) in _FOREIGN.items():
-        if (
-            head.startswith(magic)
-            and len(magic) >= shortest
-            and (not is_text or magic[:1] in b"%{" or not magic.isascii())
-        ):
+        may_be_text = is_text and magic.isascii() and magic not in _NEVER_TEXT
+        if head.startswith(magic) and len(magic) >= shortest and not may_be_text:
             _refuse(path, f"is {what}", remedy)
     if head[257:262] == b"ustar":
         _refuse(path, "is a tar archive", _UNPACK)
@@ -189,11 +190,7 @@ def _refuse_foreign(path: Path, head: bytes, is_text: bool, shortest: int = 0) -
             what = "has a NUL in every second byte, as text in UTF-16 or a file of tokens"
             _refuse(path, what, f"expected UTF-8, data.encoding: {name}, or data.format: nanogpt for tokens")
     what = f"a NUL at byte {head.index(0)}" if b"\0" in head else "control characters throughout"
-    _refuse(
-        path,
-        f"is not text: {what}",
-        "expected text, JSONL, Parquet, Arrow or tokens (data.format: nanogpt, llmc or npy)",
-    )
+    _refuse(path, f"is not text: {what}", "expected text, JSONL, Parquet, Arrow or tokens (data.format: nanogpt)")
 
 
 def _refuse(path: Path, what: str, remedy: str) -> NoReturn:
