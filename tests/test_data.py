@@ -146,7 +146,7 @@ class TestJsonl:
             ("{not json", "line 3 is not JSON: "),
             ("\xff", "line 3 is not JSON: "),
             ("[" * 100_000, "line 3 is not JSON: nested too deeply"),
-            ('{"txt": "a", "id": 7}', "no text under 'text'; expected data.field, one of its keys: txt, id"),
+            ('{"txt": "a", "id": 7}', "no text under 'text'; expected data.field (--field), one of its keys: txt, id"),
             ('{"text": null}', "'text' is null; expected a text"),
             ('{"text": 3}', "'text' is a number; expected a text"),
             ('{"text": {"a": "b"}}', "'text' is an object; expected a text"),

@@ -21,7 +21,7 @@ from typing import Any, get_args
 import typer
 
 from supar_cli.cli import documents
-from supar_cli.errors import InputError, Problem, SuparError
+from supar_cli.errors import InputError, Problem
 from supar_cli.planning import document
 from supar_cli.planning.density import Share, share
 from supar_cli.planning.document import Document
@@ -252,17 +252,9 @@ OPTIONS = {
     "picture": Option(str, "Draw the ratios over density.", metavar="FILE.png"),
     "compare": Option(str, "Earlier result to compare with; exit 5 if a value is worse by a tenth.", metavar="FILE"),
     # corpora
-    "format": Option(
-        str,
-        "auto (by the first bytes), text, jsonl, parquet, arrow, nanogpt, llmc or npy. [default: auto]",
-        "data.format",
-    ),
-    "tokenizer": Option(
-        str,
-        "bytes, or a tokenizer.json or its folder (needs the package tokenizers). [default: bytes]",
-        "data.tokenizer",
-    ),
-    "field": Option(str, "The key or column that holds the text, such as text or a.b. [default: text]", "data.field"),
+    "format": Option(str, "text, jsonl, parquet, arrow, nanogpt, llmc, npy or auto, the default.", "data.format"),
+    "tokenizer": Option(str, "bytes, a tokenizer.json or its folder. [default: bytes]", "data.tokenizer"),
+    "field": Option(str, "The key or column of the text, such as text or a.b. [default: text]", "data.field"),
     "dtype": Option(str, "Integers of raw token files: auto, uint16 or uint32. [default: auto]", "data.dtype"),
     "encoding": Option(str, "Encoding of text files, such as latin-1. [default: utf-8]", "data.encoding"),
     "separator": Option(str, "The token between documents. [default: the tokenizer's]", "data.separator"),
@@ -299,27 +291,15 @@ def command(*taken: str, **changes: dict[str, Any]) -> Callable[[Callable[[Flags
             for name, option in options.items():
                 if option.read is not None and values[name] is not None:
                     values[name] = option.read(flag_of(name), values[name])
-            paths = {name: option.path for name, option in options.items() if option.path}
-            try:
-                function(Flags(**values, document_paths=paths))
-            except SuparError as error:
-                error.args = ("\n".join(_with_flags(line, paths) for line in str(error).splitlines()),)
-                raise
+            function(
+                Flags(**values, document_paths={name: option.path for name, option in options.items() if option.path})
+            )
 
         call.__name__, call.__doc__ = function.__name__, function.__doc__
         call.__signature__ = Signature([option.parameter(name) for name, option in options.items()])  # type: ignore[attr-defined]
         return call
 
     return decorate
-
-
-def _with_flags(message: str, paths: dict[str, str]) -> str:
-    """A message that names a key of the data section as the remedy, with the command's flag for it instead."""
-    what, expected, remedy = message.partition("; expected ")
-    for name, path in paths.items():
-        if path.startswith("data.") and name != "data":
-            remedy = remedy.replace(f"{path}: ", f"{flag_of(name)} ").replace(path, flag_of(name))
-    return what + expected + remedy
 
 
 def require_one(flags: Flags, one: str, other: str) -> None:
@@ -344,9 +324,8 @@ def apply(read: Document, flags: Flags, same_data: bool = False) -> None:
         if getattr(flags, name) is not None:
             *section, key = path.split(".")
             sections.setdefault(tuple(section), {})[key] = getattr(flags, name)
-    if same_data and ("data",) in sections:
-        for key, value in sections.pop(("data",)).items():
-            documents.set_path(read, ("data", key), value)
+    for name, value in (sections.pop(("data",), {}) if same_data else {}).items():
+        documents.set_path(read, ("data", name), value)
     for at, changes in sections.items():
         documents.override(read, at, changes)
 

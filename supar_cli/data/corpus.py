@@ -107,7 +107,7 @@ def find(data: Data) -> Corpus:
     kinds = {one: kind_of(one, data) for one in files}
     names = sorted({kind.name for kind in kinds.values()})
     if len(names) > 1:
-        what = f"holds files of several formats ({', '.join(names)}); expected data.format to choose one"
+        what = f"holds files of several formats ({', '.join(names)}); expected data.format (--format) to choose one"
         raise InputError(f"data.source: {data.source}: {what}")
     corpus = Corpus(names[0] if names else "", path, files, [], "by their names", left_out)
     if not files:

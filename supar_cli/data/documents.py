@@ -141,13 +141,13 @@ def _text_of(line: str, path: Path, number: int, data: Data) -> str:
         if not isinstance(value, dict) or part not in value:
             known = ", ".join(record) or "none"
             raise InputError(
-                f"{path}:{number}: no text under {data.field!r}; expected data.field, one of its keys: {known}"
+                f"{path}:{number}: no text under {data.field!r}; expected data.field (--field), one of its keys: {known}"
             )
         value = value[part]
     if isinstance(value, str):
         return value
     what = f"{data.field!r} is {_describe(value)}"
-    raise InputError(f"{path}:{number}: {what}; expected a text, or another data.field: {', '.join(record)}")
+    raise InputError(f"{path}:{number}: {what}; expected a text, or another data.field (--field): {', '.join(record)}")
 
 
 def _describe(value: Any) -> str:
@@ -195,9 +195,11 @@ def _binary(table: Any, path: Path, data: Data, pyarrow: Any) -> Any:
         table = table.flatten()  # a struct `a` of `b` becomes a column `a.b`
     names = ", ".join(table.column_names)
     if table.column_names.count(data.field) != 1:
-        raise InputError(f"{path}: no column {data.field!r}; expected data.field, one of its columns: {names}")
+        raise InputError(
+            f"{path}: no column {data.field!r}; expected data.field (--field), one of its columns: {names}"
+        )
     column = table[data.field]
     if str(column.type) not in ("string", "large_string", "string_view"):
         what = f"the column {data.field!r} holds {column.type}"
-        raise InputError(f"{path}: {what}; expected texts, or another data.field: {names}")
+        raise InputError(f"{path}: {what}; expected texts, or another data.field (--field): {names}")
     return column.cast(pyarrow.large_binary())

@@ -77,7 +77,7 @@ def kind_of(path: Path, data: Data) -> Kind:
     if packed and kind not in ("text", "jsonl") and (is_packed or wanted != "nanogpt"):
         _refuse(path, f"is {kind}, compressed", "expected it unpacked")
     if data.format not in ("auto", kind):
-        _refuse(path, f"is {kind}, not {data.format}", f"expected data.format: {kind}")
+        _refuse(path, f"is {kind}, not {data.format}", f"expected data.format (--format): {kind}")
     return Kind(kind, packed is not None and kind in ("text", "jsonl"))
 
 
@@ -118,7 +118,11 @@ def _text_kind(path: Path, head: str, wanted: str | None) -> str:
     except (ValueError, RecursionError):
         is_record = False
     if wanted is None and is_record:
-        _refuse(path, "has a JSON object in its first line", "expected data.format: jsonl, or text to read it as it is")
+        _refuse(
+            path,
+            "has a JSON object in its first line",
+            "expected data.format (--format): jsonl, or text to read it as it is",
+        )
     is_json = suffix_of(path)[0] == ".json" or first.strip() == "{"
     if wanted == "jsonl" and not is_record and newline and is_json:
         _refuse(path, "is one JSON object over several lines", f"expected one a line: jq -c . {path.name} > x.jsonl")
