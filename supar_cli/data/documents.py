@@ -128,26 +128,26 @@ def _checked(text: str, path: Path, number: int, data: Data, decoding: Decoding)
 
 
 def _text_of(line: str, path: Path, number: int, data: Data) -> str:
-    """The text of a line of JSONL."""
+    """The text of a line of JSONL. Raises InputError that says whether it is JSON and what is under the field."""
+    place, what = f"{path}:{number}", "nested too deeply"
     try:
-        record = json.loads(line)
+        record = json.loads(line.rstrip("\n"))
     except (ValueError, RecursionError) as error:
-        why = getattr(error, "msg", None) or "nested too deeply"
-        raise InputError(f"{path}:{number}: line {number} is not JSON: {why}; expected a JSON object a line") from None
+        if isinstance(error, json.JSONDecodeError):
+            what = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        raise InputError(f"{place}: line {number} is not JSON: {what}; expected a JSON object a line") from None
     if not isinstance(record, dict):
-        raise InputError(f"{path}:{number}: is {_describe(record)}; expected a JSON object")
-    value = record
+        raise InputError(f"{place}: is {_describe(record)}; expected a JSON object")
+    value, keys = record, ", ".join(record) or "none"
     for part in [data.field] if data.field in record else data.field.split("."):
         if not isinstance(value, dict) or part not in value:
-            known = ", ".join(record) or "none"
-            raise InputError(
-                f"{path}:{number}: no text under {data.field!r}; expected data.field (--field), one of its keys: {known}"
-            )
+            what = f"no text under {data.field!r}"
+            raise InputError(f"{place}: {what}; expected data.field (--field), one of its keys: {keys}")
         value = value[part]
-    if isinstance(value, str):
-        return value
-    what = f"{data.field!r} is {_describe(value)}"
-    raise InputError(f"{path}:{number}: {what}; expected a text, or another data.field (--field): {', '.join(record)}")
+    if not isinstance(value, str):
+        what = f"{data.field!r} is {_describe(value)}"
+        raise InputError(f"{place}: {what}; expected a text, or another data.field (--field): {keys}")
+    return value
 
 
 def _describe(value: Any) -> str:

@@ -95,7 +95,7 @@ def _known_kind(path: Path, head: bytes, wanted: str | None, data: Data) -> str:
     if found := next((kind for magic, kind in _KNOWN.items() if head.startswith(magic)), None):
         return found
     if head and wanted in ("parquet", "arrow", "npy"):
-        _refuse_foreign(path, head, False, shortest=4)
+        _refuse_foreign(path, head, False, shortest=2)
         _refuse(path, f"does not begin as {wanted} does", "expected it whole, or data.format")
     if head[:4] and int.from_bytes(head[:4], "little") in (*LLMC, *_LLMC_OTHER):
         return _token_kind(path, head, "llmc", is_text, data)
@@ -156,11 +156,11 @@ def _refuse_wider(path: Path, head: bytes, data: Data) -> None:
     low, high = items[::2], items[1::2]
     if data.dtype == "uint16" or len(high) < SAMPLE_ITEMS:
         return
-    if (max(high) == 0 and 2 * low.count(0) < len(low)) or (max(high) <= UPPER_HALF and max(low) > 255):
+    if (max(high) == 0 and 2 * low.count(0) <= len(low)) or (max(high) <= UPPER_HALF and max(low) > 255):
         remedy = (
             "data.dtype: uint32 (or uint16, if it is so)" if size == 2 else "uint32, as numpy's astype('<u4') makes"
         )
-        what = f"every second {8 * size}-bit word is {max(high)} or less, as if the integers were wider"
+        what = f"every second {8 * size}-bit word is {'0 to ' if max(high) else ''}{max(high)}, as if the integers were wider"
         _refuse(path, what, f"expected {remedy}")
 
 
