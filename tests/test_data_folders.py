@@ -222,7 +222,7 @@ class TestHash:
             {"separator": "\n"},
             {"tokenizer": str(tokenizer_file)},
         ]
-        ways += [{"tokenizer": str(tokenizer_file), "field": "body"}, {"format": "text"}]
+        ways += [{"tokenizer": str(tokenizer_file), "field": "body"}]
         assert len({corpus.identify(Data(source=source, **way)).hash for way in ways}) == len(ways)
 
     def test_a_document_of_the_first_reader_is_refused_where_tokens_are_others(
