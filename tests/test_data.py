@@ -15,7 +15,7 @@ from supar_cli.data import batches, corpus
 from supar_cli.data.batches import Mixture, Segment, Split
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning.problems import validate
-from supar_cli.planning.spec import Data
+from supar_cli.planning.spec import Data, override
 from tests.conftest import real_text
 
 
@@ -121,6 +121,10 @@ class TestMixture:
         assert torch.bincount(rows // 1000).tolist() == [48, 16, 8]
         assert len(set(rows.tolist())) == 72  # of 72, none twice
         assert mixed.windows(9) == int(892 / (3 / 4.5))
+
+    def test_another_source_takes_its_place(self) -> None:
+        mixed = {"source": "mixture", "sources": [{"source": "a.txt", "weight": 1}], "hash": "sha256:0"}
+        assert Data.model_validate(override(mixed, {"source": "b.txt"})) == Data(source="b.txt")
 
     def test_is_loaded_from_its_sources(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_bytes(b"a" * 3000)

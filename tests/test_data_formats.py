@@ -383,10 +383,11 @@ class TestDecoding:
         decoding = Decoding()
         (text,) = documents.texts("text", [path], Data(), decoding)
         assert text.count("\ufffd") == decoding.undecoded.total() == len(at)
-        where = f"{len(at)}, the first, byte 0xE9, in line {min(at) + 1}"
+        where = f"{len(at)}, first byte 0xE9 in line {min(at) + 1}"
         assert decoding.by_file() == found.decoding.by_file() == {str(path): where}
-        assert decoding.warnings() == [f"{path}: not UTF-8: {where}; read as U+FFFD"]
-        assert found.warnings == [f"{path}: not UTF-8: {where}; kept as byte tokens"]
+        said = f"{path}:{min(at) + 1}: byte 0xE9 is not UTF-8; {len(at)} such in the file,"
+        assert decoding.warnings() == [f"{said} read as U+FFFD"]
+        assert found.warnings == [f"{said} kept as byte tokens"]
         assert b"".join(rows).decode("utf-8", "replace").count("\ufffd") == len(at)  # the control: nobody counted
 
     def test_too_many_are_another_encoding(self, tmp_path: Path) -> None:
@@ -395,7 +396,8 @@ class TestDecoding:
         decoding = Decoding()
         list(documents.texts("text", [path], Data(), decoding))
         with pytest.raises(
-            InputError, match=r"x\.txt: not UTF-8: 600, .* 600 of 4600 .*; expected UTF-8, or data\.encoding: latin-1"
+            InputError,
+            match=r"x\.txt:1: byte 0xF9 is not UTF-8, and 600 of 4,600 characters are not; expected UTF-8, or data\.encoding: latin-1",
         ):
             decoding.warnings()
         assert list(documents.texts("text", [path], Data(encoding="latin-1"), Decoding())) == [text]
@@ -410,7 +412,7 @@ class TestDecoding:
         assert text_of(found.validation).endswith(expected.encode() + b"\0")
         assert found.decoding.undecoded.total() == expected.count("\ufffd")
         if expected.count("\ufffd"):
-            assert "lone surrogate U+D" in found.warnings[0] and "in line 3001; read as U+FFFD" in found.warnings[0]
+            assert "x.jsonl:3001: lone surrogate U+D" in found.warnings[0] and "read as U+FFFD" in found.warnings[0]
             with pytest.raises(UnicodeEncodeError):  # the control: this ended it all
                 json.loads(f'"{text}"').encode()
 

@@ -31,7 +31,7 @@ class Decoding:
     def __init__(self, is_raw: bool = False) -> None:
         self.is_raw, self.characters = is_raw, 0
         self.undecoded: Counter[str] = Counter()  # by file
-        self._first: dict[str, str] = {}
+        self._first: dict[str, tuple[int, str]] = {}
 
     def mend(self, text: str, path: Path, line: int, is_one_line: bool = False) -> str:
         """The text with U+FFFD for lone surrogates: what JSON escapes, and what `open_text` makes of undecodable bytes.
@@ -45,25 +45,27 @@ class Decoding:
         except UnicodeEncodeError as error:
             first, at = ord(text[error.start]), line + (0 if is_one_line else text.count("\n", 0, error.start))
         what = f"byte 0x{first - 0xDC00:02X}" if 0xDC80 <= first <= 0xDCFF else f"lone surrogate U+{first:04X}"
-        self._first.setdefault(str(path), f"the first, {what}, in line {at}")
+        self._first.setdefault(str(path), (at, what))
         mended = "".join(REPLACEMENT if "\ud800" <= letter <= "\udfff" else letter for letter in text)
         self.undecoded[str(path)] += mended.count(REPLACEMENT) - text.count(REPLACEMENT)
         return mended
 
     def by_file(self) -> dict[str, str]:
         """By file how many characters could not be decoded, and where the first is."""
-        return {name: f"{count}, {self._first[name]}" for name, count in self.undecoded.items()}
+        found = ((name, count, *self._first[name]) for name, count in self.undecoded.items())
+        return {name: f"{count}, first {what} in line {line}" for name, count, line, what in found}
 
     def warnings(self) -> list[str]:
         """What to say of what could not be decoded. Raises InputError where that is more than damage."""
-        where = [f"{name}: not UTF-8: {text}" for name, text in self.by_file().items()]
+        where = [f"{name}:{line}: {what} is not UTF-8" for name, (line, what) in self._first.items()]
         if self.undecoded.total() * MOST_UNDECODED > self.characters and not self.is_raw:
-            share = f"{self.undecoded.total()} of {self.characters} characters"
-            remedy = "expected UTF-8, or data.encoding: latin-1 (or another)"
-            raise InputError(f"{where[0]}; {share} could not be decoded; {remedy}")
+            share = f"{self.undecoded.total():,} of {self.characters:,} characters are not"
+            raise InputError(f"{where[0]}, and {share}; expected UTF-8, or data.encoding: latin-1 (or another)")
         became = "kept as byte tokens" if self.is_raw else "read as U+FFFD"
-        more = [f"and {len(where) - FILES_NAMED} more files that are not UTF-8"] if len(where) > FILES_NAMED else []
-        return [f"{one}; {became}" for one in where[:FILES_NAMED]] + more
+        counts = (f"{count:,} such in the file, {became}" for count in self.undecoded.values())
+        found = [f"{one}; {count}" for one, count in zip(where, counts, strict=True)]
+        more = [f"{len(found) - FILES_NAMED} more files are not UTF-8"] if len(found) > FILES_NAMED else []
+        return found[:FILES_NAMED] + more
 
 
 def decoding_of(kind: str, data: Data) -> Decoding:

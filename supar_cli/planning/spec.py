@@ -129,6 +129,8 @@ class Data(Section):
 
     @classmethod
     def fill_defaults(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("sources", True) is None:  # dropped by another source
+            return {key: value for key, value in data.items() if key != "sources"}
         return {"source": MIXTURE, **data} if isinstance(data, dict) and data.get("sources") else data
 
     def check(self) -> None:

@@ -61,10 +61,8 @@ class Trainer:
         units = self.runtime.micro_batch * self.task.units_per_row
         self.engines = prepare.EngineSelector(plan, self.runtime, self.ranks, units, sharded=kind == "fsdp")
         self._build_model(kind)
-        for line in [*getattr(self.task, "lines", ()), *self.engines.lines()]:
+        for line in self.engines.lines():
             self.reporter.log(line)
-        for message in getattr(self.task, "warnings", ()):
-            self.reporter.warn(message)
         self.done = 0
         self._stop = distributed.StopRequest(self.ranks)
         self._monitor = Monitor()
