@@ -227,7 +227,7 @@ class _Reader:
             (path,) = files
             if not self._stamps[path].size_bytes:
                 raise InputError(f"{path}: the file is empty")
-            documents.check_text(path, self._data, self.decoding)
+            documents.check_text(path, self.decoding)
             self.documents[split] = 1
             return [Segment(str(path), TokenFile(StampedFile(path, self._stamps[path]), "u1"))]
         texts = documents.texts(self._found.kind, files, self._data, self.decoding)

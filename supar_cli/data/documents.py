@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +98,8 @@ def texts(kind: str, files: list[Path], data: Data, decoding: Decoding) -> Itera
 def open_text(path: Path, data: Data, is_raw: bool = False) -> Iterator[io.TextIOWrapper]:
     """A file as text in lines that end with a line feed; an undecodable byte becomes a lone surrogate."""
     encoding = data.encoding if data.encoding != "utf-8" or is_raw else "utf-8-sig"  # without a mark of the byte order
-    errors = (
-        "surrogatepass"
-        if data.encoding.lower().startswith(("utf-16", "utf-32", "utf16", "utf32"))
-        else "surrogateescape"
-    )
+    is_wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
+    errors = "surrogatepass" if is_wide else "surrogateescape"
     with open_bytes(path) as file, io.TextIOWrapper(file, encoding, errors, newline="\n") as lines:
         try:
             yield lines
@@ -108,14 +107,15 @@ def open_text(path: Path, data: Data, is_raw: bool = False) -> Iterator[io.TextI
             raise InputError(f"{path}: not {data.encoding}: {error.reason}; expected another data.encoding") from None
 
 
-def check_text(path: Path, data: Data, decoding: Decoding) -> None:
+def check_text(path: Path, decoding: Decoding) -> None:
     """Count what can't be decoded in a file of byte tokens. Raises InputError for a NUL, their separator."""
-    line = 1
-    with naming_damage(path), open_text(path, data, is_raw=True) as lines:
-        while chunk := lines.read(CHUNK_BYTES):
-            _refuse_nul(chunk, path, line)
-            decoding.mend(chunk, path, line)
-            line += chunk.count("\n")
+    line, decoder = 1, codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    with naming_damage(path), path.open("rb") as file:
+        for chunk in chain(iter(lambda: file.read(CHUNK_BYTES), b""), [b""]):
+            text = decoder.decode(chunk, final=not chunk)
+            _refuse_nul(text, path, line)
+            decoding.mend(text, path, line)
+            line += chunk.count(b"\n")
 
 
 def _refuse_nul(text: str, path: Path, line: int) -> None:
