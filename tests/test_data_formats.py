@@ -335,6 +335,13 @@ class TestIntegers:
         with pytest.raises(InputError, match=r"model\.vocab: 65537, yet .*x\.bin holds 16-bit integers"):
             loaded(tmp_path / "x.bin", vocab=2**16 + 1)
 
+    @pytest.mark.parametrize("magic", [20240522, 20240326])
+    def test_other_files_of_llmc_are_named(self, tmp_path: Path, magic: int) -> None:
+        write_shard(tmp_path / "x.bin", list(range(100)), magic=magic)
+        assert corpus._first_reader(Data(source=str(tmp_path / "x.bin"))).kind == "nanogpt"  # type: ignore[union-attr]
+        with pytest.raises(InputError, match=r"x\.bin: is another file of llm\.c"):
+            corpus.find(Data(source=str(tmp_path / "x.bin")))
+
     def test_a_shard_that_contradicts_the_document(self, tmp_path: Path) -> None:
         write_shard(tmp_path / "x.bin", list(range(100)))
         loaded(tmp_path / "x.bin", vocab=100, dtype="uint16")
@@ -383,11 +390,10 @@ class TestDecoding:
         decoding = Decoding()
         (text,) = documents.texts("text", [path], Data(), decoding)
         assert text.count("\ufffd") == decoding.undecoded.total() == len(at)
-        where = f"{len(at)}, first byte 0xE9 in line {min(at) + 1}"
-        assert decoding.by_file() == found.decoding.by_file() == {str(path): where}
-        said = f"{path}:{min(at) + 1}: byte 0xE9 is not UTF-8; {len(at)} such in the file,"
-        assert decoding.warnings() == [f"{said} read as U+FFFD"]
-        assert found.warnings == [f"{said} kept as byte tokens"]
+        said = f"{path}:{min(at) + 1}: byte 0xE9 is not UTF-8; {len(at)} such in the file"
+        assert decoding.places() == found.decoding.places() == [said]
+        assert decoding.warnings() == [f"{said}, read as U+FFFD"]
+        assert found.warnings == [f"{said}, kept as byte tokens"]
         assert b"".join(rows).decode("utf-8", "replace").count("\ufffd") == len(at)  # the control: nobody counted
 
     def test_too_many_are_another_encoding(self, tmp_path: Path) -> None:
@@ -397,7 +403,7 @@ class TestDecoding:
         list(documents.texts("text", [path], Data(), decoding))
         with pytest.raises(
             InputError,
-            match=r"x\.txt:1: byte 0xF9 is not UTF-8, and 600 of 4,600 characters are not; expected UTF-8, or data\.encoding: latin-1",
+            match=r"x\.txt:1: byte 0xF9 is not UTF-8; 600 .*, 600 of 4,600 characters in all; expected UTF-8, or data\.encoding: latin-1",
         ):
             decoding.warnings()
         assert list(documents.texts("text", [path], Data(encoding="latin-1"), Decoding())) == [text]

@@ -183,5 +183,5 @@ class TestPrepare:
         """The control: as `astype` it would be stored modulo 65,536."""
         parts = [np.array([1, 70_000], np.uint32)]
         assert parts[0].astype("<u2")[1] == 4464
-        with pytest.raises(InputError, match=r"train\.bin: token 70000 does not fit uint16"):
-            prepare._write(tmp_path / "train.bin", iter(parts), lambda *_: None)
+        with pytest.raises(InputError, match=r"train: token 70000 does not fit uint16"):
+            prepare._write(tmp_path / "train", iter(parts), np.dtype("<u2"), lambda *_: None)

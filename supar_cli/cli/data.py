@@ -1,8 +1,6 @@
 """`supar data`: see how a corpus is read, or turn one into token files."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ from supar_cli.cli import terminal
 from supar_cli.cli.app import application
 from supar_cli.cli.options import Flags, command, naming_flags
 from supar_cli.data import corpus
-from supar_cli.errors import InputError, SuparError
+from supar_cli.errors import InputError
 from supar_cli.files import naming_write_errors
 from supar_cli.planning.plan import Data
 from supar_cli.planning.problems import validate
@@ -20,22 +18,7 @@ FILES_NAMED = 5
 READING = "format tokenizer field dtype encoding separator"
 
 
-@contextmanager
-def _naming_flags() -> Iterator[None]:
-    """Name the flag where a message names the key of the data section that it sets."""
-    try:
-        yield
-    except SuparError as error:
-        text = str(error)
-        for key in READING.split():
-            text = text.replace(f"data.{key} (--{key})", f"data.{key}").replace(f"data.{key}: ", f"--{key} ")
-            text = text.replace(f"data.{key}", f"--{key}")
-        error.args = (text,)
-        raise
-
-
 @command(f"corpus {READING} json quiet")
-@_naming_flags()
 def inspect(flags: Flags) -> None:
     """Show how a corpus is read: format, split, documents, tokens, vocabulary needed, what can't be decoded, hash."""
     import numpy as np
@@ -74,7 +57,7 @@ def inspect(flags: Flags) -> None:
         "documents": counted or None,
         "tokens_per_document": round(total / counted, 1) if counted else None,
         "separator": separator,
-        "undecodable": tokens.decoding.by_file(),
+        "undecodable": tokens.decoding.places(),
         "longest_context": {name: max(map(len, parts)) - 1 for name, parts in segments.items()},
         "largest_id": largest,
         "vocab": 1 + largest,
@@ -91,7 +74,6 @@ def inspect(flags: Flags) -> None:
     corpus={"help": "`stdlib`, a file of texts, or a folder of them.", "default": ...},
     out={"help": "Folder for train.bin and val.bin, or .npy where ids need 32 bits.", "default": ...},
 )
-@_naming_flags()
 def prepare(flags: Flags) -> None:
     """Tokenize text once, for `--data FOLDER`: raw uint16 tokens as nanoGPT has them, or .npy of uint32 where ids need it."""
     from supar_cli.data import prepare as prepared

@@ -52,22 +52,22 @@ class Decoding:
         self.undecoded[str(path)] += mended.count(REPLACEMENT) - text.count(REPLACEMENT)
         return mended
 
-    def by_file(self) -> dict[str, str]:
-        """By file how many characters could not be decoded, and where the first is."""
-        found = ((name, count, *self._first[name]) for name, count in self.undecoded.items())
-        return {name: f"{count}, first {what} in line {line}" for name, count, line, what in found}
+    def places(self) -> list[str]:
+        """For each file the first character that could not be decoded, and how many there are."""
+        found = zip(self._first.items(), self.undecoded.values(), strict=True)
+        return [
+            f"{name}:{line}: {what} is not UTF-8; {count:,} such in the file" for (name, (line, what)), count in found
+        ]
 
     def warnings(self) -> list[str]:
         """What to say of what could not be decoded. Raises InputError where that is more than damage."""
-        where = [f"{name}:{line}: {what} is not UTF-8" for name, (line, what) in self._first.items()]
-        if self.undecoded.total() * MOST_UNDECODED > self.characters and not self.is_raw:
-            share = f"{self.undecoded.total():,} of {self.characters:,} characters are not"
-            raise InputError(f"{where[0]}, and {share}; expected UTF-8, or data.encoding: latin-1 (or another)")
-        became = "kept as byte tokens" if self.is_raw else "read as U+FFFD"
-        counts = (f"{count:,} such in the file, {became}" for count in self.undecoded.values())
-        found = [f"{one}; {count}" for one, count in zip(where, counts, strict=True)]
+        found, total = self.places(), self.undecoded.total()
+        if total * MOST_UNDECODED > self.characters and not self.is_raw:
+            share = f"{total:,} of {self.characters:,} characters"
+            raise InputError(f"{found[0]}, {share} in all; expected UTF-8, or data.encoding: latin-1 (or another)")
         more = [f"{len(found) - FILES_NAMED} more files are not UTF-8"] if len(found) > FILES_NAMED else []
-        return found[:FILES_NAMED] + more
+        became = "kept as byte tokens" if self.is_raw else "read as U+FFFD"
+        return [f"{one}, {became}" for one in found[:FILES_NAMED]] + more
 
 
 def decoding_of(kind: str, data: Data) -> Decoding:

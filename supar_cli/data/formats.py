@@ -51,7 +51,7 @@ _FOREIGN = {  # the first bytes of what is not read, its name, and what to do
     b"GGUF": ("a model (GGUF)", _CONVERT),
 }
 _NEVER_TEXT = (b"%PDF-", b"{\\rtf", b"version https://git-lfs")  # though they are readable
-_LLMC_OTHER = {20240522: "an evaluation file of llm.c", 20240326: "a model of llm.c", 20240327: "a model of llm.c"}
+_LLMC_DATES = range(20240101, 20250101)  # other first integers of files of llm.c: evaluations, models
 
 
 class Kind(NamedTuple):
@@ -96,8 +96,8 @@ def _known_kind(path: Path, head: bytes, wanted: str | None, data: Data) -> str:
         return found
     if head and wanted in ("parquet", "arrow", "npy"):
         _refuse_foreign(path, head, False, shortest=2)
-        _refuse(path, f"does not begin as {wanted} does", "expected it whole, or data.format")
-    if head[:4] and int.from_bytes(head[:4], "little") in (*LLMC, *_LLMC_OTHER):
+        _refuse(path, f"does not begin as {wanted} does", "expected it whole, or another data.format (--format)")
+    if head[:4] and int.from_bytes(head[:4], "little") in _LLMC_DATES:
         return _token_kind(path, head, "llmc", is_text, data)
     if data.encoding == "utf-8" or not head.startswith((b"\xff\xfe", b"\xfe\xff")):
         _refuse_foreign(path, head, is_text or data.encoding != "utf-8")
@@ -136,8 +136,8 @@ def _token_kind(path: Path, head: bytes, wanted: str, is_text: bool, data: Data)
         if data.dtype not in ("auto", "uint16" if LLMC[magic][1] == "<u2" else "uint32"):
             _refuse(path, f"holds other integers than data.dtype: {data.dtype}", "expected it without data.dtype")
         return "llmc"
-    if magic in _LLMC_OTHER:
-        _refuse(path, f"is {_LLMC_OTHER[magic]}", "expected a shard of tokens")
+    if magic in _LLMC_DATES:
+        _refuse(path, "is another file of llm.c, such as an evaluation's or a model's", "expected a shard of tokens")
     if wanted == "llmc":
         raise SetupError(f"{path}: not an llm.c shard; expected its first integer to be 20240520 or 20240801")
     if found := next((kind for first, kind in _KNOWN.items() if head.startswith(first) and first.strip(b"\xff")), None):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,47 +41,34 @@ def prepare(data: Data, directory: Path, progress: Callable[[str, int], None]) -
     suffix = next((one for one, integer in INTEGERS.items() if encoder.vocab <= np.iinfo(integer).max + 1), ".npy")
     directory.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=directory, prefix=".") as aside:
-        train, validation = Path(aside, f"train{suffix}"), Path(aside, f"val{suffix}")
-        counts = [
-            _write(path, encoder.encode(documents.texts(found.kind, files, data, decoding)), progress)
-            for path, files in ((train, found.train), (validation, found.validation))
-        ]
+        integers = []
+        for name, files in (("train", found.train), ("val", found.validation)):
+            parts = encoder.encode(documents.texts(found.kind, files, data, decoding))
+            integers.append(_write(Path(aside, name), parts, INTEGERS[suffix], progress))
         warnings = decoding.warnings() + encoder.warnings()
         if not found.validation:
-            tail = counts[0] // TAIL_SHARE
-            if not tail:
-                raise InputError(f"data.source: {data.source}: {counts[0]} tokens are too few for a validation split")
-            counts = [counts[0] - tail, tail]
-            end = len(_header(suffix, 0)) + counts[0] * INTEGERS[suffix].itemsize
-            with train.open("rb") as source, validation.open("ab") as file:
-                source.seek(end)
-                shutil.copyfileobj(source, file)
-            os.truncate(train, end)
-        for path, count in ((train, counts[0]), (validation, counts[1])):
-            with path.open("r+b") as file:
-                file.write(_header(suffix, count))
+            cut = len(integers[0]) - len(integers[0]) // TAIL_SHARE
+            integers = [integers[0][:cut], integers[0][cut:]]
+            if not len(integers[1]):
+                raise InputError(f"data.source: {data.source}: {cut} tokens are too few for a validation split")
+        written = {directory / f"{name}{suffix}": part for name, part in zip(("train", "val"), integers, strict=True)}
+        for path, part in written.items():
+            with Path(aside, path.name).open("wb") as file:
+                np.save(file, part) if suffix == ".npy" else part.tofile(file)
         for other in FILES:  # of an earlier preparation
             (directory / other).unlink(missing_ok=True)
-        for path in (validation, train):
-            path.replace(directory / path.name)
-    written = {directory / train.name: counts[0], directory / validation.name: counts[1]}
-    return Prepared(written, encoder.vocab, found.lines(), warnings)
+        for path in written:
+            Path(aside, path.name).replace(path)
+        counts = {path: len(part) for path, part in written.items()}
+    return Prepared(counts, encoder.vocab, found.lines(), warnings)
 
 
-def _header(suffix: str, count: int) -> bytes:
-    """What comes before the tokens; numpy leaves room, so that its length does not depend on the count."""
-    if suffix == ".bin":
-        return b""
-    header: Any = {"descr": INTEGERS[suffix].str, "fortran_order": False, "shape": (count,)}
-    file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, header)
-    return file.getvalue()
-
-
-def _write(path: Path, parts: Iterator[NDArray[Any]], progress: Callable[[str, int], None]) -> int:
-    count, integer = 0, INTEGERS[path.suffix]
+def _write(
+    path: Path, parts: Iterator[NDArray[Any]], integer: np.dtype[Any], progress: Callable[[str, int], None]
+) -> NDArray[Any]:
+    """Tokens written to a file, as an array of them that is not in memory."""
+    count = 0
     with path.open("wb") as file:
-        file.write(_header(path.suffix, 0))
         for part in parts:
             if len(part) and int(part.max()) > np.iinfo(integer).max:
                 raise InputError(
@@ -92,5 +76,5 @@ def _write(path: Path, parts: Iterator[NDArray[Any]], progress: Callable[[str, i
                 )
             file.write(part.astype(integer).tobytes())
             count += len(part)
-            progress(path.stem, count)
-    return count
+            progress(path.name, count)
+    return np.memmap(path, integer, "r") if count else np.zeros(0, integer)
