@@ -68,17 +68,18 @@ def kind_of(path: Path, data: Data) -> Kind:
     suffix, is_packed = suffix_of(path)
     wanted = data.format if data.format != "auto" else SUFFIXES.get(suffix)
     packed = next((name for name, magic in PACKED.items() if head.startswith(magic)), None)
-    if packed and (is_packed or wanted != "nanogpt"):  # raw tokens may begin with any bytes
+    unpacks = packed is not None and (is_packed or wanted != "nanogpt")  # raw tokens may begin with any bytes
+    if unpacks:
         with naming_damage(path), open_bytes(path) as inner:
             head = inner.read(HEAD_BYTES)
     elif is_packed and head:
         _refuse(path, "is not compressed, as its name says", "expected it without .gz or .zst in its name")
     kind = _known_kind(path, head, wanted, data)
-    if packed and kind not in ("text", "jsonl") and (is_packed or wanted != "nanogpt"):
+    if unpacks and kind not in ("text", "jsonl"):
         _refuse(path, f"is {kind}, compressed", "expected it unpacked")
     if data.format not in ("auto", kind):
         _refuse(path, f"is {kind}, not {data.format}", f"expected data.format (--format): {kind}")
-    return Kind(kind, packed is not None and kind in ("text", "jsonl"))
+    return Kind(kind, unpacks)
 
 
 def suffix_of(path: Path) -> tuple[str, bool]:
@@ -118,11 +119,7 @@ def _text_kind(path: Path, head: str, wanted: str | None) -> str:
     except (ValueError, RecursionError):
         is_record = False
     if wanted is None and is_record:
-        _refuse(
-            path,
-            "has a JSON object in its first line",
-            "expected data.format (--format): jsonl, or text to read it as it is",
-        )
+        _refuse(path, "has a JSON object in its first line", "expected data.format (--format): jsonl, or text")
     is_json = suffix_of(path)[0] == ".json" or first.strip() == "{"
     if wanted == "jsonl" and not is_record and newline and is_json:
         _refuse(path, "is one JSON object over several lines", f"expected one a line: jq -c . {path.name} > x.jsonl")
@@ -157,11 +154,8 @@ def _refuse_wider(path: Path, head: bytes, data: Data) -> None:
     if data.dtype == "uint16" or len(high) < SAMPLE_ITEMS:
         return
     if (max(high) == 0 and 2 * low.count(0) <= len(low)) or (max(high) <= UPPER_HALF and max(low) > 255):
-        remedy = (
-            "data.dtype: uint32 (or uint16, if it is so)" if size == 2 else "uint32, as numpy's astype('<u4') makes"
-        )
-        what = f"every second {8 * size}-bit word is {'0 to ' if max(high) else ''}{max(high)}, as if the integers were wider"
-        _refuse(path, what, f"expected {remedy}")
+        what = f"every second {8 * size}-bit word is at most {max(high)}, as if the integers were wider"
+        _refuse(path, what, "expected data.dtype: uint32 (uint16 if it is so)" if size == 2 else "expected uint32")
 
 
 def _is_text(head: bytes) -> bool:

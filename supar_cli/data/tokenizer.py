@@ -58,7 +58,7 @@ class Vocabulary:
         try:
             with naming_read_errors(self.path):
                 document = json.loads(self.path.read_bytes())
-            special = {token["content"] for token in document.get("added_tokens") or [] if token["special"]}
+            special = {token["content"] for token in document.get("added_tokens") or [] if token.get("special")}
             self._tokenizer = Tokenizer.from_str(json.dumps(_without_inference(document, special)))
         except SetupError:
             raise

@@ -68,7 +68,7 @@ def _run(
     first, *_ = plan_all(study)
     folder = Path(out or f"{'compare' if is_comparison else 'sweeps'}/{study.name}")
     with make_workers(device=study.run.device, folder=folder / "slurm", **options) as workers:
-        runs.require_runnable(first, device=workers.is_local)
+        runs.require_runnable(first, device=workers.is_local, warn=reporter.warn)
         runs.open_study_folder(folder, study.identity(exclude={"run", "meta"}), force)
         curves = measure_curves(study, folder, workers, reporter, ("sp",) if is_comparison else study.parameterizations)
     result = Result(
