@@ -77,6 +77,12 @@ def parquet(key: str = "text") -> bytes:
     return sink.getvalue()
 
 
+def categories() -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": pa.array(TEXTS).dictionary_encode()}), sink)
+    return sink.getvalue()
+
+
 def shard(ids: Any, magic: int, version: int, kind: str) -> bytes:
     header = np.zeros(256, "<i4")
     header[:3] = magic, version, len(ids)
@@ -104,6 +110,7 @@ FORMATS: dict[str, tuple[str, bytes, dict[str, Any]]] = {
     "zst": ("x.jsonl.zst", zstd(lines()), {}),
     "gz by its first bytes": ("x.jsonl", gzip.compress(lines()), {}),
     "parquet": ("x.parquet", parquet(), {}),
+    "a column of categories": ("x.parquet", categories(), {}),
     "a column of a column": ("x.parquet", parquet("a.b"), {"field": "a.b"}),
     "arrow file": ("x.arrow", arrow(pa.ipc.new_file), {}),
     "arrow stream": ("x.arrow", arrow(pa.ipc.new_stream), {}),
@@ -403,10 +410,17 @@ class TestDecoding:
         list(documents.texts("text", [path], Data(), decoding))
         with pytest.raises(
             InputError,
-            match=r"x\.txt:1: byte 0xF9 is not UTF-8; 600 .*, 600 of 4,600 characters in all; expected UTF-8, or data\.encoding: latin-1",
+            match=r"x\.txt:1: byte 0xF9 is not UTF-8; 600 .*, 600 of 4,600 characters in all; expected UTF-8, or another data\.enc",
         ):
             decoding.warnings()
         assert list(documents.texts("text", [path], Data(encoding="latin-1"), Decoding())) == [text]
+
+    @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "shift_jis", "ascii", "idna", "utf-7"])
+    @pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x"])
+    def test_an_encoding_that_it_is_not_is_named(self, tmp_path: Path, encoding: str, name: str) -> None:
+        write(tmp_path / name, '{"text": "“quotes” and — dashes"}\n'.encode("cp1252") * 50)
+        with pytest.raises(InputError, match=rf"{name}.*(not|can't|BOM|Unsupported|JSON).*; expected"):
+            loaded(tmp_path / name, encoding=encoding)
 
     @given(halves=st.lists(st.sampled_from(["\\ud83d", "\\ude00", "a", "é"]), min_size=1, max_size=6))
     @tries(60)

@@ -30,8 +30,8 @@ class Decoding:
     `is_raw`: the bytes themselves are the tokens, so nothing is replaced, only counted.
     """
 
-    def __init__(self, is_raw: bool = False) -> None:
-        self.is_raw, self.characters = is_raw, 0
+    def __init__(self, is_raw: bool = False, encoding: str = "utf-8") -> None:
+        self.is_raw, self.characters, self._encoding = is_raw, 0, encoding.upper()
         self.undecoded: Counter[str] = Counter()  # by file
         self._first: dict[str, tuple[int, str]] = {}
 
@@ -56,7 +56,8 @@ class Decoding:
         """For each file the first character that could not be decoded, and how many there are."""
         found = zip(self._first.items(), self.undecoded.values(), strict=True)
         return [
-            f"{name}:{line}: {what} is not UTF-8; {count:,} such in the file" for (name, (line, what)), count in found
+            f"{name}:{line}: {what} is not {self._encoding}; {count:,} such in the file"
+            for (name, (line, what)), count in found
         ]
 
     def warnings(self) -> list[str]:
@@ -64,15 +65,16 @@ class Decoding:
         found, total = self.places(), self.undecoded.total()
         if total * MOST_UNDECODED > self.characters and not self.is_raw:
             share = f"{total:,} of {self.characters:,} characters"
-            raise InputError(f"{found[0]}, {share} in all; expected UTF-8, or data.encoding: latin-1 (or another)")
-        more = [f"{len(found) - FILES_NAMED} more files are not UTF-8"] if len(found) > FILES_NAMED else []
+            remedy = f"expected {self._encoding}, or another data.encoding, such as latin-1"
+            raise InputError(f"{found[0]}, {share} in all; {remedy}")
+        more = [f"{len(found) - FILES_NAMED} more files are not either"] if len(found) > FILES_NAMED else []
         became = "kept as byte tokens" if self.is_raw else "read as U+FFFD"
         return [f"{one}, {became}" for one in found[:FILES_NAMED]] + more
 
 
 def decoding_of(kind: str, data: Data) -> Decoding:
     """A count for a corpus of a kind: plain text in UTF-8 whose bytes are the tokens is taken as it is."""
-    return Decoding(is_raw=data.tokenizer == "bytes" and kind == "text" and data.encoding == "utf-8")
+    return Decoding(data.tokenizer == "bytes" and kind == "text" and data.encoding == "utf-8", data.encoding)
 
 
 def texts(kind: str, files: list[Path], data: Data, decoding: Decoding) -> Iterator[str]:
@@ -101,10 +103,7 @@ def open_text(path: Path, data: Data, is_raw: bool = False) -> Iterator[io.TextI
     is_wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
     errors = "surrogatepass" if is_wide else "surrogateescape"
     with open_bytes(path) as file, io.TextIOWrapper(file, encoding, errors, newline="\n") as lines:
-        try:
-            yield lines
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not {data.encoding}: {error.reason}; expected another data.encoding") from None
+        yield lines
 
 
 def check_text(path: Path, decoding: Decoding) -> None:
@@ -135,6 +134,8 @@ def _text_of(line: str, path: Path, number: int, data: Data) -> str:
     try:
         record = json.loads(line.rstrip("\n"))
     except (ValueError, RecursionError) as error:
+        if isinstance(error, ValueError):
+            what = str(error)
         if isinstance(error, json.JSONDecodeError):
             what = f"{error.msg.removesuffix(' at')} at column {error.colno}"
         raise InputError(f"{place}: line {number} is not JSON: {what}; expected a JSON object a line") from None
@@ -201,6 +202,7 @@ def _binary(table: Any, path: Path, data: Data, pyarrow: Any) -> Any:
             f"{path}: no column {data.field!r}; expected data.field (--field), one of its columns: {names}"
         )
     column = table[data.field]
+    column = column.cast(column.type.value_type) if pyarrow.types.is_dictionary(column.type) else column
     if str(column.type) not in ("string", "large_string", "string_view"):
         what = f"the column {data.field!r} holds {column.type}"
         raise InputError(f"{path}: {what}; expected texts, or another data.field (--field): {names}")

@@ -74,7 +74,8 @@ def kind_of(path: Path, data: Data) -> Kind:
             head = inner.read(HEAD_BYTES)
     elif is_packed and head:
         _refuse(path, "is not compressed, as its name says", "expected it without .gz or .zst in its name")
-    kind = _known_kind(path, head, wanted, data)
+    with naming_damage(path):
+        kind = _known_kind(path, head, wanted, data)
     if unpacks and kind not in ("text", "jsonl"):
         _refuse(path, f"is {kind}, compressed", "expected it unpacked")
     if data.format not in ("auto", kind):
@@ -197,12 +198,14 @@ def _refuse(path: Path, what: str, remedy: str) -> NoReturn:
 
 @contextmanager
 def naming_damage(path: Path) -> Iterator[None]:
-    """Raise SetupError that names a file that can't be read or whose compressed content is damaged."""
+    """Name a file that can't be read or whose compressed content is damaged (SetupError), or that is not in its encoding."""
     try:
         with naming_read_errors(path):
             yield
     except (EOFError, zlib.error) as error:
         raise SetupError(f"{path}: is damaged: {error}; expected it whole") from None
+    except UnicodeError as error:
+        raise InputError(f"{path}: {error}; expected another data.encoding") from None
 
 
 def open_bytes(path: Path) -> IO[bytes]:
