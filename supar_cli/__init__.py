@@ -7,6 +7,7 @@ something import torch.
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -48,17 +49,21 @@ def transfer(
     proxy: Proxy, *, parameterization: ParameterizationName = "supar", allow_low_wpn: bool = False, **target: Any
 ) -> Plan:
     """Make the plan of a target; keywords as the flags of `supar transfer`: sparsity or density (0.008 or "1/128"),
-    width, layers, steps, pattern, … Raises InputError.
+    width, layers, steps, pattern, … Warns of what does not transfer (TransferWarning). Raises InputError.
     """
     from supar_cli.data import corpus
-    from supar_cli.errors import InputError
+    from supar_cli.errors import InputError, TransferWarning
+    from supar_cli.planning import advice
     from supar_cli.planning.spec import Proxy
     from supar_cli.planning.transfer import transfer
 
     if not isinstance(proxy, Proxy):
         raise InputError(f"{type(proxy).__name__}: expected a Proxy")
     wanted = proxy.target.override(**target)
-    return transfer(corpus.with_hash(proxy), wanted, parameterization, allow_low_wpn=allow_low_wpn)
+    plan = transfer(corpus.with_hash(proxy), wanted, parameterization, allow_low_wpn=allow_low_wpn)
+    for message in advice.warnings(plan):
+        warnings.warn(message, TransferWarning, stacklevel=2)
+    return plan
 
 
 def __getattr__(name: str) -> Any:

@@ -70,3 +70,7 @@ class CheckViolated(SuparError):
     """A check was violated (exit status 5)."""
 
     exit_status = 5
+
+
+class TransferWarning(UserWarning):
+    """What Python's `transfer` warns of; the command line says it in its own way."""

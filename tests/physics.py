@@ -32,7 +32,7 @@ Y, GAIN, CHANGE = range(3)  # mean|Y|, mean|dL/dX| / mean|dL/dY|, mean|ΔY| wher
 WORDS = ("Y", "gain", "ΔY")
 
 CONTEXT, BATCH, BASE_WIDTH, BASE_FFN = 32, 8, 128, {"gpt2": 512, "llama": 384}
-# The settings of SPEC §6. chosen: α_input as in the paper's coordinate check (11.22) to a power of two; at 1 the embedding is
+# The settings of the check. chosen: α_input as in the paper's coordinate check (11.22) to a power of two; at 1 the embedding is
 # smaller than what the blocks add to it, and every slope is as flat on average but noisier.
 TUNED = {"init_std": 0.08, "alpha_input": 8.0, "alpha_output": 1.0, "weight_decay": 0.0}
 

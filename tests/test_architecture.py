@@ -1,4 +1,4 @@
-"""The architecture of DESIGN §1 as checks of the source text, each shown to fail on a planted offence."""
+"""The architecture that `supar_cli/README.md` maps, as checks of the source text, each shown to fail on a planted offence."""
 
 from __future__ import annotations
 
@@ -313,3 +313,16 @@ def test_the_map_lists_every_module() -> None:
     text = (PACKAGE / "README.md").read_text("utf-8")
     assert unmapped(text, paths) == set()
     assert unmapped(text, {*paths, "jobs/new.py"} - {"jobs/queue.py"}) == {"jobs/new.py", "jobs/queue.py"}
+
+
+def table_of(text: str) -> dict[str, set[str]]:
+    """What a map's table allows each package to import."""
+    rows = re.findall(r"^\| `(\w+)` \| (.*?)(?:; .*)? \|$", text, re.MULTILINE)
+    return {package: set(re.findall(r"`([\w.]+)`", allowed)) for package, allowed in rows}
+
+
+def test_the_map_has_the_table_of_imports() -> None:
+    text = (PACKAGE / "README.md").read_text("utf-8")
+    expected = {package: {name or "supar_cli" for name in allowed} for package, allowed in MAY_IMPORT.items()}
+    assert table_of(text) == expected
+    assert table_of(text.replace("| `cli` | `supar_cli`,", "| `cli` | `jobs`,")) != expected

@@ -117,6 +117,15 @@ def test_layer_document_and_picture(supar_here: Callable[..., Called], tmp_path:
     assert max(map(len, done.err.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("name", ["x.foo", "x", "x.yaml"])
+def test_a_picture_of_no_known_kind_is_refused_before_anything_is_measured(
+    name: str, supar_here: Callable[..., Called], tmp_path: Path
+) -> None:
+    called = supar_here("bench", "layer", *LAYER[2:], "--picture", name, "-o", "layer.yaml")
+    assert called.status == 2 and f"error: --picture {name}: not the name of a picture" in called.err
+    assert not (tmp_path / "layer.yaml").exists()
+
+
 def test_compare_passes_and_fails(supar_here: Callable[..., Called], tmp_path: Path) -> None:
     flags = (*LAYER, "--rounds", "3", "--density", "0.25")
     result, _ = run(supar_here, *flags)
@@ -134,7 +143,7 @@ def test_compare_passes_and_fails(supar_here: Callable[..., Called], tmp_path: P
         return supar_here(*flags, "--json", "--compare", "then.json")
 
     fallen = doctored(1000.0)
-    assert fallen.status == 5 and "error: sparse at 0.25: was " in fallen.err
+    assert fallen.status == 5 and "larger is better" in fallen.err and "error: sparse at 0.25: " in fallen.err
     assert [row["what"] for row in json.loads(fallen.out)["compared"] if row["worse"]] == ["sparse at 0.25"]
     assert doctored(0.001).status == 0
 

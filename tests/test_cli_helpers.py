@@ -158,7 +158,9 @@ class TestExplain:
         called = supar_here("explain", "plan.yaml", "attn.o", "--json")
         (told,) = json.loads(called.out)
         assert [row["lr"]["edited"] for row in told["tensors"]] == [False, True]
-        assert "edited: the plan has 0.03, the rule gives 0.02" in supar_here("explain", "plan.yaml", "attn.o").out
+        text = supar_here("explain", "plan.yaml", "attn.o").out
+        assert "edited: the plan has 0.03, the rule gives 0.02" in text
+        assert " ".join(text.split()).count("lr·λ equals the proxy's") == 1, "only where lr is the rule's"
 
     @pytest.mark.parametrize(
         ("arguments", "what"),

@@ -299,7 +299,7 @@ class TestProblems:
 
     def test_heads_must_divide_the_width(self) -> None:
         assert problems_of(GOOD.replace("heads: 2", "heads: 3")) == [
-            "f.yaml:2: model.heads: 3 heads don't divide the width 64; expected a divisor of it"
+            "f.yaml:2: model.heads: 3 heads don't divide the width 64; expected a divisor of it, or head_width"
         ]
 
     def test_another_kind_is_named(self) -> None:

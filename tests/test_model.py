@@ -28,6 +28,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama", "kv_heads": 2},
     "llama of one kv head, untied, other base": {"family": "llama", "kv_heads": 1, "tied": False, "rope_theta": 500.0},
     "alibi": {"family": "llama", "positions": "alibi"},
+    "gpt2 as Hugging Face has it": {"family": "gpt2", "activation": "gelu_tanh", "bias": True},
+    "heads wider than width / heads": {"family": "llama", "kv_heads": 2, "head_width": 10, "bias": True},
+    "heads that don't divide the width": {"family": "gpt2", "heads": 5, "head_width": 3},
     "alibi of 6 heads": {"family": "gpt2", "positions": "alibi", "heads": 6, "bias": True},
 }
 
@@ -60,7 +63,7 @@ def tokens(plan: Plan, rows: int = 3) -> NDArray[np.int64]:
 def reference(plan: Plan, weights: dict[str, Array], index_BT: NDArray[np.int64]) -> Array:
     """Logits (B, T, V) in float64, one sequence, head and position at a time, from the published definitions."""
     config, factors = plan.model, plan.model.multipliers
-    d_head = config.width // config.heads
+    d_head = config.head_width
 
     def norm(name: str, x: Array) -> Array:
         if config.norm == "layernorm":
@@ -87,7 +90,7 @@ def reference(plan: Plan, weights: dict[str, Array], index_BT: NDArray[np.int64]
 
     def attention(block: str, x_TD: Array) -> Array:
         q, k, v = (linear(f"{block}.attn.{part}", x_TD) for part in "qkv")
-        mixed = np.zeros((T, config.width))
+        mixed = np.zeros((T, config.heads * d_head))
         for head in range(config.heads):
             kv_head = head * config.kv_heads // config.heads
             own, shared = slice(head * d_head, (head + 1) * d_head), slice(kv_head * d_head, (kv_head + 1) * d_head)
@@ -109,8 +112,11 @@ def reference(plan: Plan, weights: dict[str, Array], index_BT: NDArray[np.int64]
         if config.activation == "swiglu":
             gate = linear(f"{block}.mlp.gate", x)
             return linear(f"{block}.mlp.down", gate / (1 + np.exp(-gate)) * up)
-        erf = np.vectorize(math.erf)
-        return linear(f"{block}.mlp.down", up * (1 + erf(up / math.sqrt(2))) / 2)
+        if config.activation == "gelu_tanh":  # Hendrycks and Gimpel 2016, arXiv 1606.08415, eq. 2
+            share = (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3))) / 2
+        else:
+            share = (1 + np.vectorize(math.erf)(up / math.sqrt(2))) / 2
+        return linear(f"{block}.mlp.down", up * share)
 
     logits = []
     for index_T in index_BT:
@@ -140,6 +146,15 @@ def test_the_forward_pass_is_numpys(plan: Plan) -> None:
     assert (
         worst(low(torch.from_numpy(index_BT)).detach().double().numpy(), reference(plan, low_weights, index_BT)) < 1e-5
     )
+
+
+def test_the_comparison_tells_the_two_gelus_apart(plan_of: MakePlan) -> None:
+    exact, tanh = (
+        plan_of(model={**SHAPE, "activation": kind}, target={"width": None}) for kind in ("gelu", "gelu_tanh")
+    )
+    model, weights = filled(exact)
+    index_BT = tokens(exact, 1)
+    assert worst(model(torch.from_numpy(index_BT)).detach().numpy(), reference(tanh, weights, index_BT)) > 1e-4
 
 
 @pytest.mark.parametrize("factor", ["input", "output", "attention", "residual"])

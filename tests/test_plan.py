@@ -97,6 +97,14 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "llama-head-width-wsd": (
+        "supar",
+        {
+            "model": {**LLAMA, "heads": 6, "head_width": 48, "activation": "gelu_tanh"},
+            "train": {**TRAIN, "schedule": "wsd", "final_lr_fraction": 0.0},
+            "target": {"width": 512, "context": 32, "sparsity": {"density": 0.25}},
+        },
+    ),
     "gpt2-fixed-fan-in": (
         "supar",
         {"target": {"width": 640, "sparsity": {"sparsity": 0.97, "pattern": "fixed_fan_in"}}},

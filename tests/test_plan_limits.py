@@ -16,7 +16,7 @@ from supar_cli.planning import document, estimate
 from supar_cli.planning.advice import warnings
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import parse
-from tests.test_plan import GPT2, LLAMA, TRAIN, hidden, plan, proxy, row
+from tests.test_plan import GPT2, LLAMA, TRAIN, TUNED, hidden, plan, proxy, row
 
 
 class TestLowWpn:
@@ -190,25 +190,39 @@ class TestWarnings:
         assert message.startswith("kv_heads/heads is 1, but 0.5 in the proxy")
         assert warnings(plan(model=LLAMA, target=target)) == []
 
+    @staticmethod
+    def decay(steps: int, **parameterization: str) -> list[str]:
+        target = {"width": 256, "steps": steps, "sparsity": {"density": 0.125}}
+        made = plan(parameterization=parameterization, target=target)
+        return [message for message in warnings(made) if "weight decay has a timescale" in message]
+
     def test_decay_timescale(self) -> None:
         # coupled: 1/(lr·λ) = m_d·m_rho / (η·λ) = .25 / .0015625 = 160 steps; independent leaves the proxy's 640
-        sections = {"target": {"width": 256, "steps": 1601, "sparsity": {"density": 0.125}}}
-        (message,) = warnings(plan(parameterization={"weight_decay_rule": "coupled"}, **sections))
-        assert "timescale of 160 steps, under a tenth of the run's 1601 (weight_decay_rule: coupled)" in message
-        assert warnings(plan(**sections)) == []
-        sections["target"]["steps"] = 1600
-        assert warnings(plan(parameterization={"weight_decay_rule": "coupled"}, **sections)) == []
+        (message,) = self.decay(1601, weight_decay_rule="coupled")
+        assert message.startswith(
+            "all hidden weights: weight decay has a timescale of 160 steps, under a tenth of the run's 1601"
+        )
+        assert self.decay(1601) == self.decay(1600, weight_decay_rule="coupled") == []
 
-    def test_batch_size(self) -> None:
-        (message,) = warnings(plan(target={"batch_size": 8, "sparsity": {"density": 0.5}}))
-        assert message.startswith("the batch size is 8, but 16 in the proxy")
+    @pytest.mark.parametrize("rule", ["coupled", "independent", "sqrt"])
+    def test_the_remedys_decay_always_does(self, rule: str) -> None:
+        (message,) = self.decay(100_000, weight_decay_rule=rule)
+        found = float(message.partition("hyperparameters.weight_decay=")[2].partition("`")[0])
+        for factor, is_warned in ((1.0, False), (1.2, True)):
+            target = {"width": 256, "steps": 100_000, "sparsity": {"density": 0.125}}
+            tuned = {**TUNED, "weight_decay": found * factor}
+            made = plan(hyperparameters=tuned, parameterization={"weight_decay_rule": rule}, target=target)
+            assert any("weight decay has a timescale" in one for one in warnings(made)) is is_warned
 
 
 class TestRefusals:
     @pytest.mark.parametrize(
         ("target", "what"),
         [
-            ({"width": 100}, r"target\.width: 100 is not a multiple of the proxy's head width 32"),
+            (
+                {"width": 100},
+                r"target\.width: 100 is not a multiple of the proxy's head width 32",
+            ),
             ({"width": 256, "heads": 5}, r"target\.heads: 5 heads don't divide the width 256"),
             ({"width": 256, "kv_heads": 3}, r"target\.kv_heads: 3 don't divide the 8 heads"),
         ],

@@ -252,6 +252,13 @@ def test_several_inputs_share_one_page(supar_here: Supar, trained: Path, cut: Pa
     assert called.out.count('role="img" aria-label="') == 12
 
 
+def test_a_folder_of_runs_and_measurements_is_reported_whole(supar_here: Supar, cut: Path, tmp_path: Path) -> None:
+    study(tmp_path / "sweep")
+    called = supar_here("report", ".", "--json")
+    assert called.status == 0
+    assert sorted(part["source"] for part in json.loads(called.out)["parts"]) == ["cut", "sweep"]
+
+
 def test_two_equal_figures_have_ids_of_their_own() -> None:
     from supar_cli.reporting.html import draw_svg
 
@@ -280,7 +287,7 @@ def test_a_page_that_differs_is_kept_without_force(supar_here: Supar, tmp_path: 
 HUGE = '{"title": "t", "columns": ["a"], "rows": [[1e999]]}'
 BAD: dict[str, tuple[Callable[[Path], Any], int, str]] = {
     "missing": (lambda at: shutil.rmtree(at), 2, "bad: no such file or folder"),
-    "empty folder": (lambda at: [path.unlink() for path in at.iterdir()], 2, "bad: not a folder that supar wrote"),
+    "empty folder": (lambda at: [path.unlink() for path in at.iterdir()], 2, "bad: holds no results of supar"),
     "cut result": (lambda at: (at / "result.json").write_text('{"kind": "sup'), 3, "bad/result.json: is corrupt"),
     "list": (lambda at: (at / "result.json").write_text("[1]"), 2, "bad/result.json: kind: is None"),
     "binary": (lambda at: (at / "result.json").write_bytes(b"\xff\xfe\x00"), 3, "bad/result.json: is corrupt"),

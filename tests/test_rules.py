@@ -153,7 +153,7 @@ def test_editions_differ_exactly_where_ratios_do(options: Any) -> None:
 
 
 def test_the_density_exponent_leaves_init_and_epsilon_alone() -> None:
-    """SPEC §9: the init is that of static masks, √m_ρ, at any exponent; the rate has m_ρ^β, the decay undoes it."""
+    """The init is that of static masks, √m_ρ, at any exponent; the rate has m_ρ^β, the decay undoes it."""
     context = rules.TensorContext("hidden", 8.0, m_out=8.0, m_rho=1 / 16)
     half, whole = (numbers_of(rules, rules.Scheme("supar", density_exponent=b), TUNED, context) for b in (0.5, 1.0))
     assert {what: half[what] / whole[what] for what in half} == {

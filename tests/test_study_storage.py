@@ -220,5 +220,5 @@ class TestJournal:
         run_a_trial(SharedStudy(str(path), "s"))
         content = path.read_bytes()
         path.write_bytes(content.replace(b'"op_code"', b'"op_c', 1))
-        with pytest.raises(SetupError, match=r"--study .*s\.journal: a corrupt journal: "):
+        with pytest.raises(SetupError, match=r"--study .*s\.journal: not a journal, or a damaged one: "):
             SharedStudy(str(path), "s")

@@ -148,7 +148,7 @@ class TestDocument:
         assert [level.density for level in sweep_of(over={"lr": "0.1"}).levels] == [1]
 
     def test_a_width_without_whole_heads_is_refused_before_anything_runs(self) -> None:
-        with pytest.raises(InputError, match="width 40 is not a multiple of the proxy's head width 16"):
+        with pytest.raises(InputError, match="width 40 is not a multiple of 16, the least one with whole heads"):
             plan_all(sweep_of(over={"lr": "0.1", "width": "32,40"}))
 
     def test_identity_is_what_is_measured(self) -> None:

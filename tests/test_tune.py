@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from math import log2
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from supar_cli.planning import document
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy, Spec
 from supar_cli.planning.transfer import as_trial
+from supar_cli.training.run_directory import RunHistory
 from supar_cli.training.trainer import Trainer
 
 SPEC = """\
@@ -70,6 +72,11 @@ def spec_text(folder: Path) -> str:
 
 def with_search(spec: Spec, **changes: object) -> Spec:
     return spec.model_copy(update={"search": spec.search.model_copy(update=changes)})
+
+
+def ending(loss: Callable[..., float], clipped: tuple[bool, ...] = (True, False)) -> Callable[..., RunHistory]:
+    """Training that ends with the loss that a function gives; `clipped` says which of its steps were."""
+    return lambda plan, *at: RunHistory(evaluations=[(plan.train.steps, loss(plan, *at))], clipped=list(clipped))
 
 
 def trials_of(spec: Spec, storage: str) -> list[optuna.trial.FrozenTrial]:
@@ -126,19 +133,26 @@ def test_the_winner_has_the_lowest_mean_over_seeds_not_the_luckiest_run(
         number = order.setdefault(plan.hyperparameters.init_std, len(order))
         return (first_seed if plan.train.seed == spec.train.seed else second_seed)[number]
 
-    monkeypatch.setattr(runs, "validation_loss", loss)
+    monkeypatch.setattr(runs, "train_plan", ending(loss))
     proxy = tuning.search(with_search(spec, lr_fit_octaves=[]), str(tmp_path / "s.journal"), reporter=Heard())
     chosen = [finalist for finalist in proxy.evidence["finalists"] if finalist["chosen"]]
     assert [finalist["trial"] for finalist in chosen] == [1]
     assert chosen[0]["losses"] == [1.1, 1.2]
+    assert proxy.evidence["clipped_share"] == 0.5
     assert proxy.hyperparameters.init_std == chosen[0]["init_std"]
+
+
+def test_a_trial_of_an_earlier_version_does_not_tell_what_was_clipped(spec: Spec, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(runs, "train_plan", ending(lambda plan, on_evaluation=None: plan.hyperparameters.lr, ()))
+    proxy = tuning.search(with_search(spec, lr_fit_octaves=[]), str(tmp_path / "s.journal"), reporter=Heard())
+    assert "clipped_share" not in proxy.evidence and proxy.evidence["finalists"]
 
 
 def test_the_learning_rate_is_the_parabolas_lowest_point(spec: Spec, tmp_path: Path, monkeypatch) -> None:
     def loss(plan, on_evaluation=None):
         return 2.0 + 0.1 * (log2(plan.hyperparameters.lr) - log2(0.012)) ** 2 + 0.01 * plan.train.seed
 
-    monkeypatch.setattr(runs, "validation_loss", loss)
+    monkeypatch.setattr(runs, "train_plan", ending(loss))
     proxy = tuning.search(spec, str(tmp_path / "s.journal"), reporter=Heard())
     assert proxy.hyperparameters.lr == pytest.approx(0.012, rel=1e-6)
     assert proxy.evidence["lr_fit"]["usable"] and proxy.evidence["lr_fit"]["points"] == 6
@@ -163,7 +177,7 @@ def test_the_median_pruner_stops_a_bad_trial_early(spec: Spec, tmp_path: Path, m
             on_evaluation(step, value)
         return value
 
-    monkeypatch.setattr(runs, "validation_loss", loss)
+    monkeypatch.setattr(runs, "train_plan", ending(loss))
     wanted = with_search(spec, trials=8, finalists=1, seeds=1, lr_fit_octaves=[])
     storage = str(tmp_path / "s.journal")
     proxy = tuning.search(wanted, storage, reporter=Heard())

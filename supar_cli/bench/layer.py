@@ -177,7 +177,10 @@ def tables(document: Document) -> list[Table]:
             ]
             for name, arm in one["arms"].items()
         ]
-        title = f"{out}×{width}, {document['tokens']} tokens, density {one['density']:g} ({one['live']:,} live{blocks})"
+        title = (
+            f"{out}×{width}, {document['tokens']} tokens, density {one['density']:g} ({one['live']:,} live{blocks})\n"
+            "masked ÷: time of `weight * mask` ÷ time of this arm; above 1 the arm is faster"
+        )
         found.append(Table(title=title, columns=columns, rows=rows))
     even = [[name, one["masked"]["text"], one["best_dense"]["text"]] for name, one in document["break_even"].items()]
     if even:

@@ -117,7 +117,9 @@ def environment(device: torch.device) -> Document:
 def compare(earlier: dict[str, Reading], now: dict[str, Reading]) -> list[Document]:
     """Each earlier reading with the current one, None if there is no current one."""
     return [
-        {"what": what, "then": round(then.value, 4)} | then.change_to(now.get(what)) for what, then in earlier.items()
+        {"what": what, "then": round(then.value, 4), "better": "larger" if then.is_gain else "smaller"}
+        | then.change_to(now.get(what))
+        for what, then in earlier.items()
     ]
 
 

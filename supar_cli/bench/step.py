@@ -166,7 +166,8 @@ def tables(document: Document) -> list[Table]:
     engines = ", ".join(f"{name} {count}" for name, count in sorted(document["engines"].items())) or "none"
     title = (
         f"a training step at density {document['density']:g}, {document['precision']}, {document['steps']} rounds\n"
-        f"masked tensors by engine: {engines}"
+        f"masked tensors by engine: {engines}\n"
+        "plain: a GPT without supar; masked: `weight * mask` in each step"
     )
     return [Table(title=title, columns=["step", "ms", "ratio", "median", "quartiles"], rows=rows)]
 

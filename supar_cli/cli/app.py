@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -13,7 +14,7 @@ import typer
 import typer.core
 import typer.main
 
-from supar_cli.errors import PeerLost, SetupError, SuparError
+from supar_cli.errors import PeerLost, SetupError, SuparError, TransferWarning
 from supar_cli.training.launch.environment import is_rank_process, is_worker_rank
 from supar_cli.version import __version__
 
@@ -81,6 +82,7 @@ class LazyGroup(typer.core.TyperGroup):
             formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: Any) -> Any:
+        warnings.simplefilter("ignore", TransferWarning)
         try:
             return super().invoke(ctx)
         except SuparError as error:

@@ -35,8 +35,10 @@ def _shape(flag: str, text: str) -> tuple[int, int]:
 def _densities(flag: str, text: str) -> list[float]:
     """Densities in the order given. Raises InputError."""
     found = [float(literal(share)) for share in numbers(flag, text)]
-    if any(not 0 < value <= 1 for value in found) or len(set(found)) < len(found):
-        raise InputError(f"{flag} {text}: expected different densities with 0 < density <= 1")
+    if any(not 0 < value <= 1 for value in found):
+        raise InputError(f"{flag} {text}: expected 0 < density <= 1")
+    if len(set(found)) < len(found):
+        raise InputError(f"{flag} {text}: a density appears twice")
     return found
 
 
@@ -123,14 +125,16 @@ def _run(benchmark: Benchmark, flags: Flags) -> None:
 
     if flags.out not in (None, "-"):
         terminal.check_writable(Path(flags.out), flags.force)
+    if flags.picture is not None:
+        from supar_cli.reporting import figures
+
+        figures.require_format("--picture", flags.picture)
     earlier = None
     if flags.compare is not None:
         read = documents.read_one(flags.compare, f"`supar bench {benchmark.name} --json` writes one to stdout")
         earlier = benchmark.earlier(flags.compare, read.data)
     document = benchmark.run()
     if flags.picture is not None and benchmark.figure is not None:
-        from supar_cli.reporting import figures
-
         figures.save(benchmark.figure(document), Path(flags.picture))
     tables, rows = benchmark.tables(document), []
     if earlier is not None:
@@ -141,7 +145,11 @@ def _run(benchmark: Benchmark, flags: Flags) -> None:
         terminal.show_tables(table.model_dump() for table in tables)
         log.log(", ".join(f"{key} {document['environment'][key]}" for key in ("device", "torch", "numba")))
     terminal.emit([document], flags, log, None)
-    worse = [f"{row['what']}: was {row['then']:g}, is {row['now']:g}" for row in rows if row["worse"]]
+    worse = [
+        f"{row['what']}: {row['then']:g} then, {row['now']:g} now; {row['better']} is better"
+        for row in rows
+        if row["worse"]
+    ]
     if worse:
         raise CheckViolated("\n".join(worse))
 

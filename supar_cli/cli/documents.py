@@ -1,4 +1,4 @@
-"""Find the documents that commands read, apply `--set` and flags, and add file and line to their problems."""
+"""Find and read the documents of commands, and add file and line to their problems."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -153,6 +153,7 @@ OPTIONS = {
     "heads": Option(int, "Attention heads.", "target.heads"),
     "kv_heads": Option(int, "Key/value heads.", "target.kv_heads"),
     "ffn_width": Option(int, "FFN width. [default: the proxy's ratio]", "target.ffn_width"),
+    "head_width": Option(int, "Width of a head. [default: the proxy's]", "target.head_width"),
     "context": Option(int, "Tokens per sequence.", "target.context"),
     "vocab": Option(int, "Vocabulary."),
     "batch_size": Option(int, "Sequences per step.", "target.batch_size"),
@@ -251,7 +252,6 @@ OPTIONS = {
     "rounds": Option(int, "Timed rounds, after one warm-up round.", minimum=3),
     "picture": Option(str, "Draw the ratios over density.", metavar="FILE.png"),
     "compare": Option(str, "Earlier result to compare with; exit 5 if a value is worse by a tenth.", metavar="FILE"),
-    # corpora
     "format": Option(str, "text, jsonl, parquet, arrow, nanogpt, llmc, npy or auto, the default.", "data.format"),
     "tokenizer": Option(str, "bytes, a tokenizer.json or its folder. [default: bytes]", "data.tokenizer"),
     "field": Option(str, "The key or column of the text, such as text or a.b. [default: text]", "data.field"),

@@ -209,7 +209,7 @@ def _describe(study: Sweep, log: terminal.Log) -> None:
         keeps, power = {"parameters": ("live hidden parameters", 2), "wpn": ("weights per neuron", 1)}[study.iso]
         first = levels[0]
         log.log(
-            f"widths with as many {keeps} as at density {first.density:g}, in whole heads of width {model.head_width}:"
+            f"widths with as many {keeps} as at density {first.density:g}, in multiples of {model.width_step}, for whole heads:"
         )
         for level in levels:
             share = level.width**power * level.density / (first.width**power * first.density)

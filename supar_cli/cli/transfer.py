@@ -19,8 +19,9 @@ from supar_cli.planning.spec import Proxy
 
 
 @command(
-    "proxy sparsity density width layers heads kv_heads ffn_width context batch_size steps tokens tokens_per_parameter",
-    "parameterization pattern block distribution data tokenizer field format seed from_paper allow_low_wpn explain dry_run",
+    "proxy sparsity density width layers heads kv_heads head_width ffn_width context batch_size steps",
+    "tokens tokens_per_parameter parameterization pattern block distribution data tokenizer field format seed",
+    "from_paper allow_low_wpn explain dry_run",
     "set out force json quiet verbose",
     heads={"help": "Attention heads. [default: the proxy's head width]"},
     parameterization={
@@ -34,6 +35,8 @@ def transfer(flags: Flags) -> None:
     log = terminal.Log(flags.quiet)
     require_one(flags, "density", "sparsity")
     read = _read_proxy(flags)
+    tuned = read.data.get("data") if isinstance(read.data, dict) else None
+    tuned_on = tuned.get("hash") if isinstance(tuned, dict) else None
     apply(read, flags)
     levels = [(word, share) for word in ("sparsity", "density") for share in getattr(flags, word) or []]
     plans = [_plan(read, flags, *level) for level in levels] or [_plan(read, flags)]
@@ -44,8 +47,8 @@ def transfer(flags: Flags) -> None:
         )
         if flags.dry_run or flags.explain or (log.is_terminal and not flags.quiet):
             terminal.show_plan(plan, processes=1 if flags.dry_run else None)
-        for message in warnings(plan):
-            log.warn(message)
+    for message in dict.fromkeys(message for plan in plans for message in warnings(plan, tuned_on)):
+        log.warn(message)
     if flags.dry_run:
         return
     terminal.emit([plan.model_dump() for plan in plans], flags, log, "plan.yaml")

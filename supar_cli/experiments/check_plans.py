@@ -13,7 +13,7 @@ from supar_cli.planning.density import Share, density_from, literal
 from supar_cli.planning.patterns import density_of
 from supar_cli.planning.plan import Plan, decoder_base
 from supar_cli.planning.rules import ParameterizationName
-from supar_cli.planning.spec import Model, Options, Proxy, Sparsity, Spec, Target, Train
+from supar_cli.planning.spec import WSD, Model, Options, Proxy, Sparsity, Spec, Target, Train
 from supar_cli.planning.transfer import transfer
 
 DENSITIES = (1.0, 1 / 4, 1 / 16)
@@ -21,7 +21,7 @@ WIDTHS = (1, 2, 4, 8)  # times the proxy's
 CONTROLS: tuple[tuple[ParameterizationName, str], ...] = (("sp", "density"), ("mup", "density"), ("sp", "width"))
 CONTROL_SEEDS = 2  # chosen: a control's slope is off by far more than the difference between two seeds
 # A constant rate without clipping: clipping would hide the size of a gradient
-CONSTANT = {"schedule": "constant", "warmup_fraction": 0.0, "grad_clip": 0.0}
+CONSTANT = {"schedule": "constant", "warmup_fraction": 0.0, "grad_clip": 0.0, **dict.fromkeys(WSD)}
 TOKENS = 512  # chosen: tokens per batch; fewer make single gradients noisy, more make the check slow
 
 
@@ -140,7 +140,8 @@ def _plan_sweeps(plan: Plan, train: Record) -> list[SlopeSweep]:
     change a size; from the proxy to the plan, narrow widths bend the slope too.
     """
     proxy, model, sparsity = _proxy_of(plan, train), plan.decoder, plan.sparsity
-    own_train = {**train, "tokens": train["steps"] * train["batch_size"] * model.context, "warmup_steps": 0}
+    own_train = {**train, "warmup_steps": 0, "decay_steps": None}
+    own_train["tokens"] = train["steps"] * train["batch_size"] * model.context
 
     def own(seed: int) -> Plan:
         changed = {**own_train, "seed": plan.train.seed + seed}
@@ -152,7 +153,7 @@ def _plan_sweeps(plan: Plan, train: Record) -> list[SlopeSweep]:
         return transfer(proxy, target, name, allow_low_wpn=True, edition=plan.parameterization.edition)
 
     small = ("layers", "context")
-    whole = ("width", "ffn_width", "heads", "kv_heads", *small)
+    whole = ("width", "ffn_width", "heads", "kv_heads", "head_width", *small)
     drawn = Sparsity(density=sparsity.density, pattern=sparsity.pattern, block=sparsity.block)
     supar_dense, sp_dense = (partial(reference, name, whole, proxy.sparsity) for name in ("supar", "sp"))
     base_density = float(literal(proxy.sparsity.density or 1.0))
@@ -179,9 +180,10 @@ def _plan_sweeps(plan: Plan, train: Record) -> list[SlopeSweep]:
 def _proxy_of(plan: Plan, train: Record) -> Proxy:
     """The proxy that a plan came from, as far as rules need it; its head width is the plan's where that divides its width."""
     base, model = decoder_base(plan), plan.decoder
-    heads = base.width // model.head_width if base.width % model.head_width == 0 else 1
+    attention = base.attention_width or base.width
+    heads = attention // model.head_width if attention % model.head_width == 0 else 1
     kv_heads = max(1, round(heads * base.kv_share))
-    shape = {"width": base.width, "ffn_width": base.ffn_width, "heads": heads}
+    shape = {"width": base.width, "ffn_width": base.ffn_width, "heads": heads, "head_width": attention // heads}
     shape["kv_heads"] = kv_heads if heads % kv_heads == 0 else heads
     hidden = [row for row in plan.tensors if row.role == "hidden"]
     densities = {min(1.0, row.density / row.because["m_rho"]) for row in hidden}

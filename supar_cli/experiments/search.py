@@ -151,7 +151,9 @@ def run_next(spec: Spec, storage: str, wanted: Wanted) -> FrozenTrial | None:
             if step < spec.train.steps and trial.should_prune():
                 raise optuna.TrialPruned
 
-        return runs.validation_loss(_plan(spec, values, spec.train.seed), on_evaluation)
+        history = runs.train_plan(_plan(spec, values, spec.train.seed), on_evaluation)
+        trial.set_user_attr("clipped_share", history.clipped_share)
+        return history.evaluations[-1][1]
 
     def run_again(trial: optuna.Trial) -> float:
         return runs.validation_loss(_plan(spec, *json.loads(trial.user_attrs["run"])))
@@ -241,6 +243,8 @@ class _Tuning:
     def evidence(self, trials: list[FrozenTrial], finalists: list[Record], winner: Record, fit: Fit | None) -> Record:
         """How the values were found, as proxy.yaml has it."""
         search, states = self.spec.search, [state_of(trial) for trial in trials]
+        clipped = next(one.user_attrs.get("clipped_share") for one in trials if one.number == winner["trial"])
+        known = {} if clipped is None else {"clipped_share": clipped}  # studies of earlier versions don't have it
         return {
             "study": {"storage": redact_url(self.storage), "name": study_name(self.spec)},
             **search.model_dump(include={"sampler", "pruner", "seed"}),
@@ -248,6 +252,7 @@ class _Tuning:
             "trials": {state: states.count(state) for state in ("complete", "pruned", "diverged")},
             "finalists": [{**finalist, "chosen": finalist is winner} for finalist in finalists],
             "lr_fit": fit and fit.evidence(winner["lr"]),
+            **known,
         }
 
 

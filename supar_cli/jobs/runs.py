@@ -17,6 +17,7 @@ from supar_cli.errors import InputError, SetupError, UnusableResult
 from supar_cli.files import Record, append_lines, naming_write_errors, read_jsonl, write_file
 from supar_cli.jobs.workers import Call, Function, WorkerFailure, Workers
 from supar_cli.planning.plan import Plan
+from supar_cli.training.run_directory import RunHistory
 from supar_cli.training.runtime import Runtime, versions
 from supar_cli.training.tasks import load_task
 from supar_cli.training.trainer import Trainer
@@ -33,15 +34,20 @@ def require_runnable(plan: Plan, device: bool = True, warn: Callable[[str], None
         warn(message)
 
 
-def validation_loss(plan: Plan, on_evaluation: Callable[[int, float], None] | None = None) -> float:
-    """Train a plan and return its last validation loss. Raises UnusableResult when it diverges.
+def train_plan(plan: Plan, on_evaluation: Callable[[int, float], None] | None = None) -> RunHistory:
+    """Train a plan without a directory. Raises UnusableResult when it diverges.
 
     Trials, finalists, fit runs and the runs of sweeps are all made here. With `compile: auto` a plan is
     not compiled: compiling takes longer than a proxy's trial.
     """
     if plan.run.compile == "auto":
         plan = plan.model_copy(update={"run": plan.run.model_copy(update={"compile": "off"})})
-    return Trainer(plan, load_task(plan)).run(on_evaluation=on_evaluation).evaluations[-1][1]
+    return Trainer(plan, load_task(plan)).run(on_evaluation=on_evaluation)
+
+
+def validation_loss(plan: Plan) -> float:
+    """The last validation loss of a plan. Raises UnusableResult when it diverges."""
+    return train_plan(plan).evaluations[-1][1]
 
 
 def measure_loss(plan: Plan, about: Record) -> Record:

@@ -122,8 +122,9 @@ def open_study(
         raise
     except exc.NoSuchModuleError:
         raise _not_a_url(storage) from None
-    except ImportError as error:
-        raise SetupError(f"--study {redact_url(storage)}: no driver for it is installed: {error}") from None
+    except ImportError:
+        what = "expected a journal file or postgresql://HOST/NAME, or the package that connects to this database"
+        raise SetupError(f"--study {redact_url(storage)}: no driver for it is installed; {what}") from None
     except KeyError:
         raise SetupError(f"--study {redact_url(storage)}: {_NOT_HERE}") from None
     except Exception as error:  # each storage has its own errors; none of them is ours
@@ -152,8 +153,8 @@ class _Journal(optuna.storages.journal.JournalFileBackend):  # type: ignore[misc
         try:
             yield from super().read_logs(log_number_from)
         except ValueError as error:
-            what = "expected a copy of it from before, or another --study"
-            raise SetupError(f"--study {self._path}: a corrupt journal: {error}; {what}") from None
+            what = "expected a journal that supar wrote; restore it from a backup, or choose another --study"
+            raise SetupError(f"--study {self._path}: not a journal, or a damaged one: {error}; {what}") from None
 
 
 def _backend(storage: str, join: bool) -> Any:

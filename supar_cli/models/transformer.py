@@ -87,17 +87,20 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GELU (exact) or SwiGLU feed-forward (B, T, D) → (B, T, D)."""
+    """GELU (exact, or GPT-2's approximation by tanh) or SwiGLU feed-forward (B, T, D) → (B, T, D)."""
 
     def __init__(self, config: PlanModel) -> None:
         super().__init__()
+        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
         self.gate = Linear(config.width, config.ffn_width, config.bias) if config.activation == "swiglu" else None
         self.up = Linear(config.width, config.ffn_width, config.bias)
         self.down = Linear(config.ffn_width, config.width, config.bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         up_BTF = self.up(x_BTD)
-        inner_BTF = F.gelu(up_BTF) if self.gate is None else F.silu(self.gate(x_BTD)) * up_BTF
+        inner_BTF = (
+            F.gelu(up_BTF, approximate=self.approximate) if self.gate is None else F.silu(self.gate(x_BTD)) * up_BTF
+        )
         return self.down(inner_BTF)  # type: ignore[no-any-return]
 
 

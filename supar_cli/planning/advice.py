@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from decimal import ROUND_DOWN, Context
 from fractions import Fraction
-from math import ceil, exp
+from math import ceil, exp, inf
 
 from supar_cli.planning.density import literal
 from supar_cli.planning.patterns import has_equal_rows
@@ -22,10 +23,13 @@ def timescale_steps(row: PlanTensor) -> float | None:
     return 1.0 / rate if rate >= sys.float_info.min else None  # a smaller one has no finite reciprocal, decays nothing
 
 
-def warnings(plan: Plan) -> list[str]:
-    """The warnings about this plan."""
+def warnings(plan: Plan, tuned_on: str | None = None) -> list[str]:
+    """The warnings about this plan; `tuned_on` is the hash of the data that its proxy was tuned on, None if not known."""
     hidden = [row for row in plan.tensors if row.role == "hidden"]
-    return [*_of_sparsity(plan, hidden), *_of_training(plan, hidden)] if hidden else []
+    found = [*_of_sparsity(plan, hidden), *_of_decay(plan, hidden)] if hidden else []
+    if tuned_on is not None and plan.data.hash not in (None, tuned_on):
+        found.append(f"data: not the proxy's, or read in another way: {_TRANSFER} alone; tune the proxy on these")
+    return [*found, *_of_changes(plan)]
 
 
 def _of_sparsity(plan: Plan, hidden: list[PlanTensor]) -> Iterator[str]:
@@ -48,22 +52,47 @@ def _of_sparsity(plan: Plan, hidden: list[PlanTensor]) -> Iterator[str]:
             yield f"{off.name}: its density is {off.density:.4g}, not {sparsity.density:g}: rounded to a whole number of {whole}"
 
 
-def _of_training(plan: Plan, hidden: list[PlanTensor]) -> Iterator[str]:
-    steps, base = plan.train.steps, plan.parameterization.base
-    timescales = {row.name: found for row in hidden if (found := timescale_steps(row)) is not None}
-    name = min(timescales, key=timescales.__getitem__, default="")
-    if name and timescales[name] < steps / 10:
-        short = f"{timescales[name]:.0f} steps, under a tenth of the run's {steps}"
-        rule = plan.parameterization.weight_decay_rule
-        yield f"{name}: weight decay has a timescale of {short} (weight_decay_rule: {rule})"
-    if isinstance(plan.model, PlanModel) and base.kv_share is not None:
-        kv_share = plan.model.kv_heads / plan.model.heads
-        if abs(kv_share - base.kv_share) > 1e-9:
+def _of_decay(plan: Plan, hidden: list[PlanTensor]) -> Iterator[str]:
+    steps, timescales = plan.train.steps, {row.name: timescale_steps(row) or inf for row in hidden}
+    name, rule = min(timescales, key=timescales.__getitem__), plan.parameterization.weight_decay_rule
+    least, most = timescales[name], max(timescales.values())
+    if least < steps / 10:
+        enough = _ROUND_DOWN.create_decimal_from_float(plan.hyperparameters.weight_decay * least * 10 / steps)
+        short = f"{least:.0f} steps, under a tenth of the run's {steps} (weight_decay_rule: {rule})"
+        which = "all hidden weights" if most < 1.001 * least else name
+        yield f"{which}: weight decay has a timescale of {short}; `-s hyperparameters.weight_decay={enough:g}` avoids it"
+
+
+_ROUND_DOWN = Context(prec=2, rounding=ROUND_DOWN)
+_TRANSFER = "hyperparameters transfer over width and density"
+
+
+def _of_changes(plan: Plan) -> Iterator[str]:
+    """What differs from the proxy though it does not transfer, and the remedy. [SPEC §12]"""
+    train, base, length, base_length, unit = plan.train, plan.parameterization.base, 1, 1, "rows"
+    if isinstance(model := plan.model, PlanModel):
+        length, base_length, unit = model.context, base.context or model.context, "tokens"
+        if model.layers != base.layers and plan.parameterization.depth_rule == "none":
+            remedy = "`-s parameterization.depth_rule=completep` corrects for it (with adamw and residual_init: none)"
+            yield f"layers: {model.layers}, but {base.layers} in the proxy: {_TRANSFER}, not over depth; {remedy}"
+        if length != base_length:
+            remedy = f"tune the proxy with model.context: {length}"
+            yield f"context: {length}, but {base_length} in the proxy: {_TRANSFER}, not over context; {remedy}"
+        kv_share = model.kv_heads / model.heads
+        if base.kv_share is not None and abs(kv_share - base.kv_share) > 1e-9:
             shares = f"kv_heads/heads is {kv_share:g}, but {base.kv_share:g} in the proxy"
             yield f"{shares}: the proxy was tuned with another grouped-query attention"
-    if plan.train.batch_size != base.batch_size:
-        sizes = f"the batch size is {plan.train.batch_size}, but {base.batch_size} in the proxy"
-        yield f"{sizes}: learning rates transfer over width and density, not over batch size"
+    batch, base_batch = train.batch_size * length, base.batch_size * base_length
+    if batch != base_batch:
+        rows, rest = divmod(base_batch, length)
+        remedy = f"tune the proxy with batches of {batch:,}" if rest else f"`--batch-size {rows}` has as many"
+        yield f"a batch has {batch:,} {unit}, but {base_batch:,} in the proxy: {_TRANSFER}, not over batch size; {remedy}"
+    if train.steps != base.steps:
+        decay = min((found for row in plan.tensors if (found := timescale_steps(row))), default=inf)
+        covered = " beyond" if max(train.steps, base.steps) > decay else ", or only roughly within"
+        limit = f"{covered} weight decay's timescale of {decay:.0f} steps" if decay < inf else ""
+        remedy = f"tune the proxy with train.steps: {train.steps}, or try rates around its own (`supar sweep`)"
+        yield f"steps: {train.steps}, but {base.steps} in the proxy: {_TRANSFER}, not over length{limit}; {remedy}"
 
 
 def remedy(plan: Plan, row: PlanTensor) -> str:
@@ -73,7 +102,7 @@ def remedy(plan: Plan, row: PlanTensor) -> str:
     fan_in = WPN_TRAINED / _asked_density(plan, row)
     if not isinstance(plan.model, PlanModel):
         return f"a fan-in of {ceil(fan_in)}{sparsity} gives {WPN_TRAINED}"
-    step = plan.model.head_width
+    step = plan.model.width_step
     width = ceil(fan_in * plan.model.width / row.fan_in / step) * step
     return f"a width of {width}{sparsity} gives {WPN_TRAINED}"
 

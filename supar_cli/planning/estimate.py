@@ -29,7 +29,7 @@ def activation_bytes(plan: Plan, rows: int, number_bytes: int) -> int:
 
 def numbers_between(model: PlanModel) -> int:
     """How many numbers the blocks of a decoder keep for each token."""
-    return model.layers * (8 * model.width + 3 * model.ffn_width)
+    return model.layers * (4 * model.width + 4 * model.attention_width + 3 * model.ffn_width)
 
 
 # Dense bf16 peaks from the vendors' datasheets at an assumed share; the CPU rate is measured on two cores of a server.

@@ -202,6 +202,8 @@ def _numbers(
         found = {"init_constant": rules.Rule(constant, f"{constant:g}", std.source, why), **found}
     decay = timescale_steps(row)
     notes = {"weight_decay": f"1/(lr·λ) = {decay:.0f} steps" if decay else ""}
+    if row.lr != found["lr"].value or row.weight_decay != found["weight_decay"].value:
+        found["weight_decay"] = found["weight_decay"]._replace(why="")  # what it says of lr·λ holds for the rules' own
     return tuple(Number.of(name, vars(row)[name], rule, symbols, notes.get(name, "")) for name, rule in found.items())
 
 

@@ -2,7 +2,7 @@
 
 For models that supar did not make and for export: `transfer` folds nothing, its own models have the multipliers.
 
-Derived by supar [D], SPEC §11 "Folding". A parameter w that the forward pass uses as W = a·w is replaced by u = a·w.
+Derived by supar: A parameter w that the forward pass uses as W = a·w is replaced by u = a·w.
 Gradients obey g_w = a·g_u, so with the numbers of `fold` u equals a·w at every step, exactly in real numbers. The
 multipliers are those of Dey et al. 2024 (arXiv 2405.15743, Table 1). Only + - × ÷, so results are the same everywhere.
 """

@@ -2,8 +2,9 @@
 
 A pattern goes along the fan-in: it sees a tensor as a matrix (fan-out, fan-in), however its extents are stored.
 
-To add one: its word in `Pattern` and its count in `live_count` here; which weights live in `sparse.masks.select`, and how
-`draw` makes its keys; the conditions on a mask from a file in `sparse.mask_files`; its warnings in `advice`; the flags' help.
+To add one: its word in `Pattern`, its count in `live_count`, and whether rows are equal (`has_equal_rows`), here; which weights
+live in `sparse.masks.select`, and how `draw` makes its keys; the conditions on a mask from a file in `sparse.mask_files`;
+`check_init`'s tolerance in `training.prepare`; its warnings in `advice`; the flags' help in `cli.options`.
 """
 
 from __future__ import annotations

@@ -159,6 +159,7 @@ def base_model(plan: Plan) -> Model:
     kv_share = Fraction(base.kv_share).limit_denominator(base.width)
     shape = {"width": base.width, "ffn_width": base.ffn_width, "layers": 1}
     heads = {"heads": kv_share.denominator, "kv_heads": max(1, kv_share.numerator)}
+    heads["head_width"] = (base.attention_width or base.width) // heads["heads"]
     return plan.decoder.model_copy(update=shape | heads)
 
 
@@ -208,8 +209,11 @@ def read_plan(path: Path) -> Plan:
 
 
 def with_steps(plan: Plan, steps: int) -> Plan:
-    """The plan for another number of steps, its warm-up the same share of them."""
+    """The plan for another number of steps, its warm-up and its decay the same shares of them."""
     warmup = round(plan.train.warmup_steps * steps / plan.train.steps)
+    decay = plan.train.decay_steps
+    decay = None if decay is None else min(round(decay * steps / plan.train.steps), steps - warmup)
     tokens = None if plan.train.tokens is None else plan.train.tokens // plan.train.steps * steps
-    train = plan.train.model_copy(update={"steps": steps, "warmup_steps": warmup, "tokens": tokens})
+    length = {"steps": steps, "warmup_steps": warmup, "decay_steps": decay, "tokens": tokens}
+    train = plan.train.model_copy(update=length)
     return plan.model_copy(update={"train": train})

@@ -34,7 +34,7 @@ class PlanModel(Model):
     @property
     def attention_flops_per_token(self) -> float:
         """Forward and backward FLOPs of q·k and of the mixing of values, as if no pair were masked."""
-        return 12.0 * self.layers * self.context * self.width
+        return 12.0 * self.layers * self.context * self.attention_width
 
     @property
     def tied_head_size(self) -> int:
@@ -72,10 +72,15 @@ class OwnModel(Section):
 class Base(Section):
     """The proxy's shape and training, from which the multipliers come. Of a user's model only the training is known."""
 
+    UNHASHED = ("context", "clipped_share")  # what warnings compare; no number of the plan comes from them
+
     width: int | None = Field(default=None, gt=0, le=2**31)
     ffn_width: int | None = Field(default=None, gt=0, le=2**31)
     layers: int | None = Field(default=None, gt=0, le=MOST_LAYERS)
     kv_share: float | None = Field(default=None, gt=0, le=1)
+    attention_width: int | None = Field(default=None, neutral=True, omit=True, gt=0, le=2**31)  # None: the width
+    context: int | None = Field(default=None, neutral=True, omit=True, gt=0)  # None: the plan's own
+    clipped_share: float | None = Field(default=None, neutral=True, omit=True, ge=0, le=1)  # of steps; None: not known
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)
 
@@ -84,7 +89,8 @@ class Base(Section):
         """The proxy's shape, as far as it is known."""
         if self.width is None:
             return "a model of your own;"
-        return f"width {self.width}, FFN width {self.ffn_width}, layers {self.layers};"
+        attention = f" attention width {self.attention_width}," if self.attention_width else ""
+        return f"width {self.width}, FFN width {self.ffn_width},{attention} layers {self.layers};"
 
 
 class DecoderBase(Base):
@@ -157,11 +163,16 @@ class PlanTrain(Train):
 
     tokens: int | None = Field(default=None, gt=0)
     warmup_steps: int = Field(ge=0)
+    decay_steps: int | None = Field(default=None, neutral=True, omit=True, ge=0)
 
     def check(self) -> None:
         super().check()
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps: {self.warmup_steps} is more than the {self.steps} steps")
+        if (self.decay_steps is None) == (self.schedule == "wsd"):
+            raise ValueError(f"decay_steps: {self.decay_steps} with the schedule {self.schedule}; expected it with wsd")
+        if self.warmup_steps + (self.decay_steps or 0) > self.steps:
+            raise ValueError(f"decay_steps: {self.decay_steps} and the warm-up are more than the {self.steps} steps")
 
 
 class PlanTensor(Section):
@@ -225,8 +236,9 @@ class PlanTensor(Section):
 
 def derived_keys(model: Model, base: Base) -> dict[str, dict[str, Any]]:
     """The keys of a row that follow from the shapes of a decoder and of its proxy, by the tensor's name."""
-    # the proxy's fan-ins by site depend on its two widths only
+    # the proxy's fan-ins by site depend on its three widths only
     shape = {"width": base.width, "ffn_width": base.ffn_width, "layers": 1, "heads": 1, "kv_heads": 1}
+    shape["head_width"] = base.attention_width or base.width
     narrow = {tensor.site: tensor.fan_in for tensor in layout.tensors(model.model_copy(update=shape))}
     found: dict[str, dict[str, Any]] = {}
     for tensor in layout.tensors(model):

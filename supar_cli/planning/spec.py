@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from math import gcd
 from typing import Any, ClassVar, Literal
 
+from supar_cli.planning.data_section import Data as Data  # re-exported: a section of these documents
 from supar_cli.planning.density import Share, density_from
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.patterns import Block, Pattern, PatternKeys
@@ -34,8 +37,9 @@ class Model(Section):
     ffn_width: int = Field(gt=0, le=2**31)
     context: int = Field(gt=0, le=2**31)
     vocab: int = Field(gt=1, le=2**31)
+    head_width: int = Field(default=None, neutral=True, gt=0, le=2**31)  # never None in a valid section
     norm: Literal["layernorm", "rmsnorm"]
-    activation: Literal["gelu", "swiglu"]
+    activation: Literal["gelu", "gelu_tanh", "swiglu"]
     positions: Literal["learned", "rope", "alibi"]
     bias: bool = False
     tied: bool = True
@@ -51,19 +55,35 @@ class Model(Section):
         heads, width = (found if isinstance(found := filled.get(key), int) else 1 for key in ("heads", "width"))
         filled.setdefault("kv_heads", max(1, heads))
         filled.setdefault("ffn_width", 4 * max(1, width))
+        if filled.get("head_width") is None and width % max(1, heads) == 0:
+            filled["head_width"] = max(1, width // max(1, heads))
         return filled
 
     def check(self) -> None:
-        if self.width % self.heads:
-            raise ValueError(f"heads: {self.heads} heads don't divide the width {self.width}; expected a divisor of it")
+        if self.head_width is None:
+            what = f"heads: {self.heads} heads don't divide the width {self.width}"
+            raise ValueError(f"{what}; expected a divisor of it, or head_width")
+        if self.attention_width > 2**31:
+            raise ValueError(f"head_width: {self.heads} heads of {self.head_width} are wider than {2**31}")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads: {self.kv_heads} don't divide the {self.heads} heads; expected a divisor")
         if self.positions == "rope" and self.head_width % 2:
             raise ValueError(f"heads: rope positions need an even head width, not {self.head_width}")
 
+    def model_dump(self, *, exclude: Collection[str] = (), **options: Any) -> dict[str, Any]:
+        """As every section's; documents and hashes leave the head width out where it is the usual one, width / heads."""
+        usual = {"head_width"} if self.attention_width == self.width else set()
+        return super().model_dump(exclude={*exclude, *usual}, **options)
+
     @property
-    def head_width(self) -> int:
-        return self.width // self.heads
+    def attention_width(self) -> int:
+        """Extent of the queries and of the output projection's input: that of all heads together."""
+        return self.heads * self.head_width
+
+    @property
+    def width_step(self) -> int:
+        """The widths with as many heads per width, in whole heads, are the multiples of this one."""
+        return self.width // gcd(self.width, self.heads)
 
 
 class Hyperparameters(Section):
@@ -90,64 +110,10 @@ class Options(Section):
             raise ValueError("residual_init: gpt2 scales the residual branches again; expected none with completep")
 
 
-DataFormat = Literal["auto", "text", "jsonl", "parquet", "arrow", "nanogpt", "llmc", "npy"]
-TokenType = Literal["auto", "uint16", "uint32"]
-MIXTURE = "mixture"  # what `data.source` says where `data.sources` is given
-
-
-class Source(Section):
-    """One of several sources. `weight`: its share of the training sequences, relative to the others'. The rest as in `Data`."""
-
-    source: str
-    weight: float = Field(gt=0)
-    format: DataFormat = "auto"
-    field: str = "text"
-    dtype: TokenType = "auto"
-    encoding: str = "utf-8"
-    hash: str | None = None
-
-    def check(self) -> None:
-        _check_encoding(self.encoding)
-
-
-class Data(Section):
-    """Text or tokens. `hash` identifies the content and how it is read; a mismatch is refused by name.
-
-    `dtype` is the integer of raw token files, which do not name it. `separator` is the token between documents; null: the
-    tokenizer's own. With `sources`, `source` is `mixture`, and each training sequence is drawn from one of them.
-    """
-
-    source: str = "stdlib"
-    format: DataFormat = "auto"
-    tokenizer: str = "bytes"
-    field: str = "text"
-    hash: str | None = None
-    dtype: TokenType = Field(default="auto", neutral=True, omit=True)
-    encoding: str = Field(default="utf-8", neutral=True, omit=True)
-    separator: str | None = Field(default=None, neutral=True, omit=True)
-    sources: list[Source] = Field(default_factory=list, neutral=True, omit=True)
-
-    @classmethod
-    def fill_defaults(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("sources", True) is None:  # dropped by another source
-            return {key: value for key, value in data.items() if key != "sources"}
-        return {"source": MIXTURE, **data} if isinstance(data, dict) and data.get("sources") else data
-
-    def check(self) -> None:
-        _check_encoding(self.encoding)
-        for key in ("source", "format", "field", "dtype", "encoding"):
-            expected = MIXTURE if key == "source" else Data.fields()[key].value
-            if self.sources and vars(self)[key] != expected:
-                raise ValueError(
-                    f"{key}: {vars(self)[key]} is given beside sources; expected it in each of the sources"
-                )
-
-
-def _check_encoding(name: str) -> None:
-    try:
-        "".encode(name)
-    except LookupError:
-        raise ValueError(f"encoding: {name} is not known; expected an encoding such as latin-1 or utf-16") from None
+# what the schedule wsd has by default: the cooldown that Hägele et al. 2024 (arXiv 2405.18392) recommend, a fifth of the
+# steps falling as 1 - √; MiniCPM (Hu et al. 2024, arXiv 2404.06395), which named it, has a tenth and an exponential
+DecayShape = Literal["sqrt", "linear", "cosine", "exponential"]
+WSD = {"decay_fraction": 0.2, "decay_shape": "sqrt"}
 
 
 class Train(Section):
@@ -159,16 +125,30 @@ class Train(Section):
     steps: int = Field(gt=0)
     batch_size: int = Field(gt=0)
     warmup_fraction: float = Field(default=0.1, ge=0, le=1)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     final_lr_fraction: float = Field(default=0.1, ge=0, le=1)
+    decay_fraction: float | None = Field(default=None, neutral=True, omit=True, ge=0, le=1)  # of the steps, under wsd
+    decay_shape: DecayShape | None = Field(default=None, neutral=True, omit=True)
     grad_clip: float = Field(default=1.0, ge=0)
     eval_every: int = Field(default=100, gt=0)
     eval_batches: int = Field(default=8, gt=0)
     seed: int = Field(default=0, ge=0, lt=2**63)
 
+    @classmethod
+    def fill_defaults(cls, data: Any) -> Any:
+        return {**WSD, **data} if isinstance(data, dict) and data.get("schedule") == "wsd" else data
+
     def check(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas: {self.betas}; expected two numbers in [0, 1)")
+        for key in WSD:
+            if (vars(self)[key] is None) == (self.schedule == "wsd"):
+                expected = "expected a value" if self.schedule == "wsd" else "expected it with schedule: wsd only"
+                raise ValueError(f"{key}: {vars(self)[key]} with the schedule {self.schedule}; {expected}")
+        if self.decay_fraction is not None and self.warmup_fraction + self.decay_fraction > 1 + 1e-9:
+            raise ValueError(f"decay_fraction: {self.decay_fraction} and the warm-up are more than the whole run")
+        if self.decay_shape == "exponential" and self.final_lr_fraction == 0:
+            raise ValueError("final_lr_fraction: 0; an exponential decay never gets there, expected a number above 0")
 
 
 class Run(Section):
@@ -238,6 +218,7 @@ class Target(Section):
     heads: int | None = Field(default=None, gt=0, le=2**31)
     kv_heads: int | None = Field(default=None, gt=0, le=2**31)
     ffn_width: int | None = Field(default=None, gt=0, le=2**31)
+    head_width: int | None = Field(default=None, neutral=True, omit=True, gt=0, le=2**31)
     context: int | None = Field(default=None, gt=0, le=2**31)
     batch_size: int | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, gt=0)

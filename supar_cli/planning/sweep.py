@@ -201,9 +201,9 @@ class Sweep(Section):
 
     def _widened(self, level: Level, first: Level) -> Level:
         """A level at the width, in whole heads, that keeps the first one's live parameters or weights per neuron."""
-        head = self.model.head_width
+        step = self.model.width_step
         ratio = rules.power(first.density / level.density, 0.5 if self.iso == "parameters" else 1.0)
-        return replace(level, width=max(1, round(level.width * ratio / head)) * head)
+        return replace(level, width=max(1, round(level.width * ratio / step)) * step)
 
     def plan(self, name: rules.ParameterizationName, level: Level, index: float, seed: int) -> Plan:
         """The plan of one run, its hyperparameter at an index of the grid. Raises InputError for a size that has no plan."""
@@ -243,8 +243,8 @@ def require_comparison(sweep: Sweep) -> None:
 def plan_all(sweep: Sweep) -> list[Plan]:
     """A plan of each parameterization at each size, to find errors before runs start. Raises InputError."""
     for level in sweep.levels:
-        if level.width % sweep.model.head_width and not sweep.target.heads:
-            what = f"width {level.width} is not a multiple of the proxy's head width {sweep.model.head_width}"
+        if level.width % sweep.model.width_step and not (sweep.target.heads or sweep.target.head_width):
+            what = f"width {level.width} is not a multiple of {sweep.model.width_step}, the least one with whole heads"
             raise InputError(f"over.{level.axis}: {what}; expected one that is")
     first = sweep.run_seeds[0]
     return [sweep.plan(name, level, 0, first) for name in sweep.parameterizations for level in sweep.levels]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from math import ceil
+from math import ceil, gcd
 from typing import Any, get_args
 
 from supar_cli.errors import InputError
@@ -33,7 +33,7 @@ def transfer(
     scheme = rules.Scheme(parameterization, proxy.train.optimizer, **options, edition=edition)
     if scheme.depth_rule == "completep" and scheme.optimizer == "sgd":
         raise InputError("parameterization.depth_rule: completep has no rule for SGD; expected the optimizer adamw")
-    wanted, hyper, base = target.sparsity, proxy.hyperparameters, _base(proxy)
+    wanted, hyper, base = target.sparsity, proxy.hyperparameters, _base(proxy, model)
     share, rows = _density(wanted), _rows(proxy, scheme, model, base, wanted)
     m_width, m_L = model.width / proxy.model.width, model.layers / proxy.model.layers
     factors = rules.forward_rules(scheme, hyper.alpha_input, hyper.alpha_output, m_width, m_L, model.head_width)
@@ -128,12 +128,17 @@ def _density(wanted: Sparsity) -> Fraction:
 
 
 def target_model(proxy: Model, target: Target) -> Model:
-    """The proxy's shape with the target's changes; head width and FFN ratio are kept unless given."""
+    """The proxy's shape with the target's changes: unless given, head width, heads per width and FFN ratio are kept."""
     width, group = target.width or proxy.width, proxy.heads // proxy.kv_heads
-    heads, beyond_heads = divmod(width, proxy.head_width)
+    is_usual = target.head_width is None and proxy.attention_width == proxy.width  # width / heads
+    head_width = target.head_width or proxy.head_width
+    heads, beyond_heads = divmod(width * proxy.attention_width, proxy.width * head_width)
     if target.heads is None and beyond_heads:
-        what = f"{width} is not a multiple of the proxy's head width {proxy.head_width}"
-        raise InputError(f"target.width: {what}; expected a multiple of it, or target.heads")
+        step = proxy.width * head_width // gcd(proxy.width * head_width, proxy.attention_width)
+        which = "the proxy's head width" if is_usual else "the least width with whole heads,"
+        raise InputError(
+            f"target.width: {width} is not a multiple of {which} {step}; expected a multiple of it, or target.heads"
+        )
     heads = target.heads or heads
     ffn_width, beyond_ffn = divmod(width * proxy.ffn_width, proxy.width)
     if target.ffn_width is None and beyond_ffn:
@@ -142,6 +147,8 @@ def target_model(proxy: Model, target: Target) -> Model:
     kv_heads = target.kv_heads or (heads // group if heads % group == 0 else 1)
     changes = {"width": width, "heads": heads, "kv_heads": kv_heads, "ffn_width": target.ffn_width or ffn_width}
     changes |= {"layers": target.layers or proxy.layers, "context": target.context or proxy.context}
+    if not is_usual:
+        changes["head_width"] = head_width
     return validate(Model, {**proxy.model_dump(), **changes}, "target")
 
 
@@ -194,10 +201,14 @@ def _base_density(proxy: Proxy) -> dict[str, float]:
     return densities
 
 
-def _base(proxy: Proxy) -> Base:
-    shape = proxy.model.model_dump(include=("width", "ffn_width", "layers"))
-    length = proxy.train.model_dump(include=("steps", "batch_size"))
-    return Base(**shape, kv_share=proxy.model.kv_heads / proxy.model.heads, **length)
+def _base(proxy: Proxy, model: Model) -> Base:
+    own = proxy.model
+    found: dict[str, Any] = own.model_dump(include=("width", "ffn_width", "layers"))
+    found |= proxy.train.model_dump(include=("steps", "batch_size"))
+    found |= {"kv_share": own.kv_heads / own.heads, "clipped_share": proxy.evidence.get("clipped_share")}
+    found["attention_width"] = own.attention_width if own.attention_width != own.width else None
+    found["context"] = own.context if own.context != model.context else None
+    return validate(Base, found, "evidence")  # all else was validated with the proxy
 
 
 def _train(proxy: Proxy, target: Target, model: Model, live: int) -> PlanTrain:
@@ -214,6 +225,8 @@ def _train(proxy: Proxy, target: Target, model: Model, live: int) -> PlanTrain:
     fields: dict[str, Any] = proxy.train.model_dump()
     fields |= {"steps": steps, "batch_size": batch_size, "tokens": steps * step_tokens}
     fields["warmup_steps"] = int(Fraction(density.literal(proxy.train.warmup_fraction)) * steps)
+    if proxy.train.decay_fraction is not None:
+        fields["decay_steps"] = int(Fraction(density.literal(proxy.train.decay_fraction)) * steps)
     if target.seed is not None:
         fields["seed"] = target.seed
     return PlanTrain(**fields)

@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
+from supar_cli.errors import InputError
 from supar_cli.files import write_file
 from supar_cli.reporting.result import Figure, Result
 
@@ -53,6 +54,13 @@ def draw(figure: Figure) -> Any:
 def _plain(text: str) -> str:
     """Text in which matplotlib sees no formula."""
     return text.replace("$", r"\$")
+
+
+def require_format(flag: str, path: str) -> None:
+    """Raise InputError where a path's name says no kind of picture that can be drawn."""
+    known = plt.Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in known:
+        raise InputError(f"{flag} {path}: not the name of a picture; expected one that ends in .png, .svg or .pdf")
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -15,7 +15,7 @@ from supar_cli.reporting.runs import document_part, run_part, time_written
 QUIET_S = 600.0  # chosen: a job that has written nothing for so long may not be running any more
 STUDIES = {"supar.check-result/v1": "check", "supar.sweep-result/v1": "sweep", "supar.compare-result/v1": "comparison"}
 FILES = ("plan.yaml", "result.json", "question.json", "records.jsonl", "results.json")
-EXPECTED = "expected a run directory, a folder of a sweep, check, comparison or demo, a plan or a proxy"
+EXPECTED = "expected a run, a sweep, a check, a comparison, a demo, a folder of these, a plan or a proxy"
 
 
 def report(paths: Sequence[str | Path], out: str | Path | None = None) -> str:
@@ -38,7 +38,7 @@ def read(source: str) -> list[ReportPart]:
     """
     path = Path(source)
     if source != "-" and path.is_dir():
-        return [_folder(path)]
+        return _folder(path)
     if source != "-" and not path.exists():
         raise InputError(f"{source}: no such file or folder; {EXPECTED}")
     if path.suffix == ".json":
@@ -49,15 +49,19 @@ def read(source: str) -> list[ReportPart]:
     return [document_part(one, f"{one.name}, document {at} of {len(found)}") for at, one in enumerate(found, 1)]
 
 
-def _folder(folder: Path) -> ReportPart:
+def _folder(folder: Path) -> list[ReportPart]:
+    """What a folder holds; the parts of those in it where it is a folder of runs or measurements."""
     has = {name for name in FILES if (folder / name).is_file()}
     if "plan.yaml" in has and "question.json" not in has:
-        return run_part(folder)
+        return [run_part(folder)]
     if "results.json" in has and "result.json" not in has:
-        return _result(folder / "results.json", str(folder))
+        return [_result(folder / "results.json", str(folder))]
     if has - {"plan.yaml"}:
-        return _study(folder)
-    raise InputError(f"{folder}: not a folder that supar wrote (holds none of {', '.join(FILES)}); {EXPECTED}")
+        return [_study(folder)]
+    inner = sorted({path.parent for name in FILES for path in folder.glob(f"*/{name}")})
+    if not inner:
+        raise InputError(f"{folder}: holds no results of supar; {EXPECTED}")
+    return [part for one in inner for part in _folder(one)]
 
 
 def _result(path: Path, source: str) -> ReportPart:

@@ -19,7 +19,7 @@ from supar_cli.training import run_directory
 LOSSES = {"loss": "training", "validation_loss": "validation"}
 POINTS = 200  # chosen: more than a figure of this size shows
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a Unicode braille cell: 4 rows of 2
-MEASURED = ("steps", "seconds", "resumed_at", "parameters", "live_parameters")
+MEASURED = ("steps", "seconds", "resumed_at", "clipped_share", "parameters", "live_parameters")
 TENSOR_COLUMNS = ("name", "role", "shape", "density", "kept", "start", "lr", "weight_decay", "eps", "because")
 Series = dict[float, float | None]
 

@@ -44,10 +44,8 @@ def state_names(plan: Plan) -> tuple[str, ...]:
 
 def rate_factor(plan: Plan, step: int) -> float:
     """The schedule's factor on every peak learning rate at a step (0-based)."""
-    train, end = plan.train, plan.train.final_lr_fraction
-    return schedule.factor(
-        step, steps=train.steps, warmup_steps=train.warmup_steps, schedule=train.schedule, final_lr_fraction=end
-    )
+    keys = ("steps", "warmup_steps", "schedule", "final_lr_fraction", "decay_steps", "decay_shape")
+    return schedule.factor(step, **{key: getattr(plan.train, key) for key in keys})
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -179,16 +179,25 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 class RunHistory:
     """The losses of a run: `losses[i]` is the training loss of step i before its update, `evaluations` are (step, loss).
 
+    `clipped` says of each step whose record tells it whether its gradient was clipped.
     Only rank 0 knows those of steps before `resumed_at`; a loss is nan if its record is lost.
     """
 
     losses: list[float] = field(default_factory=list)
     evaluations: list[tuple[int, float]] = field(default_factory=list)
+    clipped: list[bool] = field(default_factory=list)
     seconds: float = 0.0
     resumed_at: int = 0
 
+    @property
+    def clipped_share(self) -> float | None:
+        """The share of clipped steps, None where no record tells it."""
+        return sum(self.clipped) / len(self.clipped) if self.clipped else None
+
     def add(self, record: Record) -> None:
-        """Add the losses in a step's record."""
+        """Add what a step's record says."""
+        if "clipped" in record:
+            self.clipped.append(bool(record["clipped"]))
         if "loss" in record:
             at = record["step"] - 1
             self.losses[at : at + 1] = [record["loss"]]  # at their end, or in place of nan

@@ -18,7 +18,7 @@ from supar_cli.errors import SetupError
 from supar_cli.files import naming_write_errors, read_json, write_file
 from supar_cli.planning.plan import Plan
 
-UNTRACKED = ("step", "lr_factor", "peak_share")  # numbers in a step's record that trackers don't get
+UNTRACKED = ("step", "lr_factor", "peak_share", "clipped")  # numbers in a step's record that trackers don't get
 IDS = "trackers.json"  # the run's names at its trackers, by which a continued run is found again
 
 

@@ -104,7 +104,8 @@ class Trainer:
                     is_logged = directory is not None and (step % plan.run.log_every == 0 or step == steps - 1)
                     found = self.step(diagnose=is_logged)  # updates of masks belong after this line, by `remask`
                     self.reporter.progress(self.done, steps, found.loss)
-                    record: Record = {"step": self.done, "loss": found.loss}
+                    clipped = 0 < plan.train.grad_clip < found.grad_norm
+                    record: Record = {"step": self.done, "loss": found.loss, "clipped": clipped}
                     if is_logged:
                         record |= self._measurements(step, found, self.done - marked, time.perf_counter() - mark_s)
                     if self.done % plan.train.eval_every == 0 or self.done == steps:
@@ -249,6 +250,7 @@ class Trainer:
             "steps": len(losses),
             "train_loss": losses[-1] if losses and math.isfinite(losses[-1]) else None,
             "validation_loss": history.evaluations[-1][1] if history.evaluations else None,
+            "clipped_share": history.clipped_share,
             "parameters": plan.parameters,
             "live_parameters": sum(tensor.numel() for tensor in self.sparse_model.tensors.values()),
             "resumed_at": history.resumed_at,
