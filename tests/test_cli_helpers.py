@@ -21,7 +21,7 @@ from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy, Spec, Target
 from supar_cli.planning.transfer import transfer
 
-from .conftest import Called
+from .conftest import PROXY, Called
 
 Supar = Callable[..., Called]
 
@@ -225,7 +225,44 @@ class TestData:
         np.array([7, 300, 12] * 50, "<u2").tofile(tmp_path / "a.bin")
         told = json.loads(supar_here("data", "inspect", "a.bin", "--json").out)
         assert (told["format"], told["vocab"], told["first"][:3]) == ("nanogpt", 301, [7, 300, 12])
-        assert told["tokens"] == {"train": 135, "validation": 15}
+        assert told["tokens"] == {"train": 135, "validation": 15} and told["separator"] is told["documents"] is None
+
+    def test_inspect_says_what_is_read_how_and_what_is_wrong_with_it(self, supar_here: Supar, tmp_path: Path) -> None:
+        (tmp_path / "d").mkdir()
+        lines = [json.dumps({"body": "some words " * 99}) + "\n"] * 40
+        for split in ("train", "dev", "test"):
+            (tmp_path / "d" / f"{split}.jsonl").write_text("".join(lines[:-1]) + '{"body": "a \\udc00"}\n')
+        (tmp_path / "d" / "README.md").touch()
+        called = supar_here("data", "inspect", "d", "--field", "body", "--json")
+        told = json.loads(called.out)
+        assert told["first_files"] == {"train": ["train.jsonl"], "validation": ["dev.jsonl"]}
+        assert told["split"] == "by their names" and set(told["left_out"].values()) == {"README.md", "test.jsonl"}
+        assert (told["documents"], told["tokens_per_document"]) == (80, round(sum(told["tokens"].values()) / 80, 1))
+        assert told["separator"] == {"token": "\\0", "id": 0, "count": {"train": 40, "validation": 40}}
+        assert told["largest_id"] == told["vocab"] - 1 == 0xEF
+        what = "d/train.jsonl:40: lone surrogate U+DC00 is not UTF-8; 1 such in the file"
+        assert what in told["undecodable"] and f"warning: {what}, read as U+FFFD\n" in called.err
+        assert "data: left out: test.jsonl (a test split; it is never trained on)\n" in called.err
+
+    def test_commands_that_take_data_take_how_they_are_read(
+        self, supar_here: Supar, plan: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "x.jsonl").write_text('{"body": "some words of a document"}\n' * 400)
+        for command in (
+            ["transfer", "-o", "x.yaml"],
+            ["sweep", "--over", "lr=0.01,0.02", "-o", "s"],
+            ["check", "-o", "c"],
+        ):
+            (tmp_path / "proxy.yaml").write_text(PROXY)
+            called = supar_here(*command, "--data", "x.jsonl", "--field", "none", "--format", "jsonl", "-q")
+            read = command[0] != "transfer"  # which hashes data and does not read them
+            assert called.status == (2 if read else 0), called.err
+            assert (
+                not read or "no text under 'none'; expected data.field (--field), one of its keys: body" in called.err
+            )
+        planned = parse(Plan, document.read_file(str(tmp_path / "x.yaml"))[0]).data
+        assert (planned.field, planned.format) == ("none", "jsonl")
+        assert planned.hash == corpus.identify(Data(source="x.jsonl", field="none", format="jsonl")).hash
 
     @pytest.mark.parametrize(
         ("arguments", "status", "what"),

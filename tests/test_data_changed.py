@@ -176,7 +176,7 @@ class TestBeforeTheFirstWindow:
         else:
             source, file = written(tmp_path, kind)
         known = corpus.identify(Data(source=str(source)))
-        where, name = {"hashed": (corpus, "content_hash"), "read": (batches, "_segments")}[moment]
+        where, name = {"hashed": (corpus, "content_hash"), "read": (batches._Reader, "segments")}[moment]
         call, calls = getattr(where, name), list[Any]()
 
         def spoiled(*arguments: Any) -> Any:
@@ -274,6 +274,6 @@ def test_unreadable_names_are_refused(tmp_path: Path) -> None:
     for name in ("x" * 300, "a\0b", str(tmp_path / ("y" * 5000))):
         with pytest.raises(InputError, match=r"data\.source: "):
             batches.load(Data(source=name), vocab=256, context=8)
-        (tmp_path / "a.txt").write_bytes(bytes(100))
+        (tmp_path / "a.txt").write_bytes(b"a" * 100)
         with pytest.raises(InputError, match=r"data\.tokenizer: "):
             batches.load(Data(source=str(tmp_path / "a.txt"), tokenizer=name), vocab=256, context=8)

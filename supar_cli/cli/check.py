@@ -22,7 +22,7 @@ def _widths(flag: str, text: str) -> list[int]:
 
 @command(
     "source parameterization width density pattern block distribution seeds max_seeds steps batch_size",
-    "jobs executor executor_set data device set out force json quiet verbose",
+    "jobs executor executor_set data tokenizer field format device set out force json quiet verbose",
     source={"metavar": "[PROXY|SPEC|PLAN|-]"},
     parameterization={
         "help": "Parameterization to check: supar, mup, sp, supar-init-only or supar-lr-only.",

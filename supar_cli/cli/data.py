@@ -15,63 +15,75 @@ from supar_cli.planning.problems import validate
 
 SAMPLE_TOKENS = 64
 FILES_NAMED = 5
+READING = "format tokenizer field dtype encoding separator"
 
 
-@command("corpus format tokenizer field json quiet")
+@command(f"corpus {READING} json quiet")
 def inspect(flags: Flags) -> None:
-    """Show how a corpus is read: format, split, number of tokens, vocabulary needed, first tokens, hash."""
+    """Show how a corpus is read: format, split, documents, tokens, vocabulary needed, what can't be decoded, hash."""
     import numpy as np
 
-    from supar_cli.data import batches
+    from supar_cli.data import batches, tokenizer
 
-    section = _section(flags)
-    known, found = corpus.identify(section), corpus.find(section)
-    is_text = found.kind in ("text", "jsonl")
-    # token files are only checked against uint16 here; training checks them against the model's vocabulary
-    tokens = batches.load(known, vocab=batches.tokenizer(section)[1] if is_text else 2**16, context=1)
-    first = np.asarray(tokens.train.segments[0].tokens[:SAMPLE_TOKENS])
-    splits = {"train": tokens.train, "validation": tokens.validation}
+    log, section = terminal.Log(flags.quiet), _section(flags)
+    found = corpus.find(section)
+    tokens = batches.load(section, vocab=None, context=1)
+    for line in tokens.lines:
+        log.log(line)
+    for message in tokens.warnings:
+        log.warn(message)
+    splits: dict[str, Any] = {"train": tokens.train, "validation": tokens.validation}
     files = {"train": found.train, "validation": found.validation}
     segments = {name: [segment.tokens for segment in split.segments] for name, split in splits.items()}
+    first = np.asarray(segments["train"][0][:SAMPLE_TOKENS])
+    largest = max(int(part.max()) for parts in segments.values() for part in parts if len(part))
+    encoder, counts, separator = tokenizer.load(section), tokens.documents, None
+    if encoder.separator is not None and (found.is_text or section.tokenizer != "bytes"):
+        count = {name: split.count(encoder.separator) for name, split in splits.items()}
+        separator = {"token": encoder.separator_text, "id": encoder.separator, "count": count}
+        counts = counts or count
+    total, counted = sum(split.total for split in splits.values()), sum(counts.values())
     result: dict[str, Any] = {
         "source": flags.corpus,
         "format": found.kind,
-        "tokenizer": flags.tokenizer if is_text else None,
+        **({} if found.is_text else {"integers": sorted({str(part.dtype) for part in segments["train"]})}),
+        "tokenizer": section.tokenizer if found.is_text else None,
         "files": {name: len(paths) for name, paths in files.items()},
-        "first_files": {
-            name: [path.relative_to(found.root).as_posix() for path in paths[:FILES_NAMED]]
-            for name, paths in files.items()
-        },
+        "first_files": {name: found.names(paths[:FILES_NAMED]) for name, paths in files.items()},
+        "split": found.why,
+        "left_out": found.by_reason(),
         "bytes": sum(path.stat().st_size for path in found.files),
         "tokens": {name: split.total for name, split in splits.items()},
+        "documents": counted or None,
+        "tokens_per_document": round(total / counted, 1) if counted else None,
+        "separator": separator,
+        "undecodable": tokens.decoding.places(),
         "longest_context": {name: max(map(len, parts)) - 1 for name, parts in segments.items()},
-        "vocab": 1 + max(int(part.max()) for parts in segments.values() for part in parts if len(part)),
+        "largest_id": largest,
+        "vocab": 1 + largest,
         "first": bytes(first).decode("utf-8", "replace")
-        if section.tokenizer == "bytes" and is_text
+        if section.tokenizer == "bytes" and found.is_text
         else first.tolist(),
         "hash": tokens.hash,
     }
-    if not found.validation:
-        terminal.Log(flags.quiet).log(f"one file: its last tenth is held out for validation ({found.train[0]})")
     terminal.print_documents([result], flags, always=True)
 
 
 @command(
-    "corpus out format tokenizer field force json quiet",
-    corpus={"help": "`stdlib`, a text or JSONL file, or a folder of them.", "default": ...},
-    out={"help": "Folder for train.bin and val.bin.", "default": ...},
+    f"corpus out {READING} force json quiet",
+    corpus={"help": "`stdlib`, a file of texts, or a folder of them.", "default": ...},
+    out={"help": "Folder for train.bin and val.bin, or .npy where ids need 32 bits.", "default": ...},
 )
 def prepare(flags: Flags) -> None:
-    """Tokenize text once and write nanoGPT's format (raw uint16 tokens), for `--data FOLDER`."""
-    from supar_cli.data import batches
+    """Tokenize text once, for `--data FOLDER`: raw uint16 tokens as nanoGPT has them, or .npy of uint32 where ids need it."""
+    from supar_cli.data import prepare as prepared
 
     folder, log, section = Path(flags.out), terminal.Log(flags.quiet), _section(flags)
-    existing = [path for name in ("train.bin", "val.bin") if (path := folder / name).exists()]
+    existing = [path for name in prepared.FILES if (path := folder / name).exists()]
     if existing and not flags.force:
         raise InputError(f"{existing[0]}: exists; expected --force to overwrite it, or another --out")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; expected a folder for --out")
-    corpus.identify(section)
     logged_s = time.monotonic()
 
     def progress(name: str, count: int) -> None:
@@ -81,19 +93,27 @@ def prepare(flags: Flags) -> None:
             log.log(f"{name}: {count:,} tokens")
 
     with naming_write_errors(folder):
-        counts = batches.prepare(section, folder, progress)
+        written = prepared.prepare(section, folder, progress)
+    for line in written.lines:
+        log.log(line)
+    for message in written.warnings:
+        log.warn(message)
     log.log(
-        f"wrote {folder / 'train.bin'} ({counts['train']:,} tokens) and {folder / 'val.bin'} ({counts['validation']:,})\n"
-        f"next: `data: {{source: {flags.out}}}` and `vocab: {counts['vocab']}` or more under `model`"
+        f"wrote {' and '.join(f'{path} ({count:,} tokens)' for path, count in written.files.items())}\n"
+        f"next: `data: {{source: {flags.out}}}` and `vocab: {written.vocab}` or more under `model`"
     )
-    prepared = corpus.identify(Data(source=flags.out))
-    terminal.print_documents([{"source": flags.out, "format": "nanogpt", **counts, "hash": prepared.hash}], flags)
+    found = corpus.find(Data(source=flags.out))
+    counts = dict(zip(("train", "validation"), written.files.values(), strict=True))
+    hash_ = corpus.identify(Data(source=flags.out), found).hash
+    terminal.print_documents(
+        [{"source": flags.out, "format": found.kind, **counts, "vocab": written.vocab, "hash": hash_}], flags
+    )
 
 
 def _section(flags: Flags) -> Data:
-    keys = {"source": flags.corpus, "format": flags.format, "tokenizer": flags.tokenizer, "field": flags.field}
+    given = {key: getattr(flags, key) for key in READING.split() if getattr(flags, key) is not None}
     with naming_flags(flags):
-        return validate(Data, keys, "")
+        return validate(Data, {"source": flags.corpus, **given}, "")
 
 
 data = application(inspect, prepare, help="Inspect a corpus, or prepare one as token files.")

@@ -19,7 +19,8 @@ from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy, Spec
 
 EXTRAS = {
-    "hf": "tokenizers",
+    "tokens": "tokenizers",
+    "hf": "pyarrow",
     "gp": "scipy",
     "sparse": "numba",
     "postgresql": "psycopg",

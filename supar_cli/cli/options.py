@@ -253,10 +253,12 @@ OPTIONS = {
     "rounds": Option(int, "Timed rounds, after one warm-up round.", minimum=3),
     "picture": Option(str, "Draw the ratios over density.", metavar="FILE.png"),
     "compare": Option(str, "Earlier result to compare with; exit 5 if a value is worse by a tenth.", metavar="FILE"),
-    # corpora
-    "format": Option(str, "auto (by suffix and first bytes), text, jsonl, nanogpt or llmc.", default="auto"),
-    "tokenizer": Option(str, "bytes, or a tokenizer.json (needs the package tokenizers).", default="bytes"),
-    "field": Option(str, "The key that holds the text in a line of JSONL.", default="text"),
+    "format": Option(str, "text, jsonl, parquet, arrow, nanogpt, llmc, npy or auto, the default.", "data.format"),
+    "tokenizer": Option(str, "bytes, a tokenizer.json or its folder. [default: bytes]", "data.tokenizer"),
+    "field": Option(str, "The key or column of the text, such as text or a.b. [default: text]", "data.field"),
+    "dtype": Option(str, "Integers of raw token files: auto, uint16 or uint32. [default: auto]", "data.dtype"),
+    "encoding": Option(str, "Encoding of text files, such as latin-1. [default: utf-8]", "data.encoding"),
+    "separator": Option(str, "The token between documents. [default: the tokenizer's]", "data.separator"),
     # what every command does with its result
     "list": _switch("Show the templates and write nothing."),
     "explain": _switch("Show the plan's table even if stderr is not a terminal."),
@@ -323,8 +325,8 @@ def apply(read: Document, flags: Flags, same_data: bool = False) -> None:
         if getattr(flags, name) is not None:
             *section, key = path.split(".")
             sections.setdefault(tuple(section), {})[key] = getattr(flags, name)
-    if same_data and ("data",) in sections:
-        documents.set_path(read, ("data", "source"), sections.pop(("data",))["source"])
+    for name, value in (sections.pop(("data",), {}) if same_data else {}).items():
+        documents.set_path(read, ("data", name), value)
     for at, changes in sections.items():
         documents.override(read, at, changes)
 

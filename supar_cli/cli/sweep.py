@@ -32,7 +32,10 @@ NOT_IN_A_SWEEP = ("search", "evidence", "parents", "meta")
 KEPT_OF_TARGET = ("pattern", "block", "distribution")
 RULES = {"sp": "SP", "supar": "SμPar"}  # of the demo
 
-OPTIONS = "seeds jobs executor executor_set width layers context batch_size steps data seed device set out force json quiet verbose"
+OPTIONS = (
+    "seeds jobs executor executor_set width layers context batch_size steps data tokenizer field format "
+    "seed device set out force json quiet verbose"
+)
 MEANINGS: dict[str, dict[str, Any]] = {
     "parameterization": {"metavar": "NAME[,…]", "read": names, "path": "parameterizations"},
     "width": {"help": "Width of the runs. [default: the proxy's]"},

@@ -35,7 +35,7 @@ class Job:
 
 
 @command(
-    "plan index steps resume checkpoint_every keep max_time data device precision compile engine nproc parallel",
+    "plan index steps resume checkpoint_every keep max_time data tokenizer device precision compile engine nproc parallel",
     "max_restarts tracker dry_run set out force json quiet verbose",
     steps={
         "help": "Train this many steps instead of the plan's; the warm-up keeps its share of them.",

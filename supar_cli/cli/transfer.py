@@ -20,7 +20,8 @@ from supar_cli.planning.spec import Proxy
 
 @command(
     "proxy sparsity density width layers heads kv_heads head_width ffn_width context batch_size steps",
-    "tokens tokens_per_parameter parameterization pattern block distribution data seed from_paper allow_low_wpn explain dry_run",
+    "tokens tokens_per_parameter parameterization pattern block distribution data tokenizer field format seed",
+    "from_paper allow_low_wpn explain dry_run",
     "set out force json quiet verbose",
     heads={"help": "Attention heads. [default: the proxy's head width]"},
     parameterization={

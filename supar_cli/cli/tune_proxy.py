@@ -19,7 +19,7 @@ SHAPE = ("width", "layers", "heads", "context")
 
 @command(
     "spec trials seeds sampler search study jobs executor executor_set",
-    "width layers heads context batch_size steps tokens data seed device precision set out force json quiet verbose",
+    "width layers heads context batch_size steps tokens data tokenizer field format seed device precision set out force json quiet verbose",
     seeds={"help": "Number of seeds for each finalist.", "path": "search.seeds", "minimum": None},
     width={"help": "Model width; the spec's head width and FFN ratio are kept.", "path": ""},
     layers={"path": ""},
@@ -70,7 +70,7 @@ def _read_spec(flags: Flags, log: terminal.Log) -> Spec:
     if flags.seed is not None:
         documents.set_path(read, ("search", "seed"), flags.seed)
     spec = _reshaped(parse(Spec, read), flags)
-    return spec.model_copy(update={"data": corpus.identify(spec.data)})
+    return corpus.with_hash(spec, log.log)
 
 
 def _reshaped(spec: Spec, flags: Flags) -> Spec:

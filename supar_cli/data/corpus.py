@@ -1,42 +1,87 @@
-"""Which files a data section means, how they are split, and the hash that identifies their content."""
+"""Which files a data section means, how they are split, and the hash that identifies their content and how it is read."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sysconfig
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from supar_cli.data.formats import LLMC, SUFFIXES, TEXT_KINDS, kind_of, suffix_of
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import naming_read_errors
 from supar_cli.planning.plan import Data
 
 DocumentT = TypeVar("DocumentT")
 
-LLMC_MAGIC = 20240520  # llm.c, dev/data/data_common.py: first int32 of a shard's 256-int32 header
+READER = 2  # the edition of how files are read; where it gives the tokens of the first, the hash is that of the first
 _NOT_CORPUS = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "idle_test"}
-_VALIDATION = {"val", "valid", "validation"}
-_SUFFIXES = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".bin": "bin"}
+_SPLITS = {  # the words by which the Hugging Face Hub splits data sets
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("train", "training"), "train"),
+}
+_CARDS = ("readme", "license", "licence", "copying", "notice", "citation", "datasetcard")
+_ABOUT = {  # files about data or models
+    *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json", "config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("generation_config.json", "merges.txt", "vocab.txt", "requirements.txt"),
+}
+_WEAK = {".md", ".py", ".json"}  # data only where nothing else is
+NAMED = 3  # chosen: names of files in a message
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Files in a fixed order. With one file only, `validation` is empty and the tail of the file is held out."""
+    """Files in a fixed order. With one file only, `validation` is empty and the tail of the file is held out.
+
+    `why` says how they were split, `left_out` why other files of the folder are no data.
+    """
 
     kind: str
     root: Path
     train: list[Path]
     validation: list[Path]
+    why: str = ""
+    left_out: dict[Path, str] = field(default_factory=dict)
+    is_packed: bool = False
 
     @property
     def files(self) -> list[Path]:
         return sorted([*self.train, *self.validation])
 
+    @property
+    def is_text(self) -> bool:
+        """Whether a tokenizer reads the files; if not, they hold tokens."""
+        return self.kind in TEXT_KINDS
+
+    def names(self, files: list[Path]) -> list[str]:
+        """The files' names below the root."""
+        return [path.relative_to(self.root).as_posix() for path in files]
+
+    def by_reason(self) -> dict[str, str]:
+        """Some names of files that are left out, by the reason."""
+        reasons = dict.fromkeys(self.left_out.values())
+        return {why: _some(self.names([path for path, own in self.left_out.items() if own == why])) for why in reasons}
+
+    def lines(self) -> list[str]:
+        """What is trained on, what is held out, and what is neither."""
+        held_out = f"{_some(self.names(self.validation))} ({self.why})" if self.validation else self.why
+        found = [f"data: {self.kind}: training: {_some(self.names(self.train))}; validation: {held_out}"]
+        return found + [f"data: left out: {names} ({why})" for why, names in self.by_reason().items()]
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more files" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
 
 def find(data: Data) -> Corpus:
-    """The corpus of a data section. Raises InputError when there is none at its path."""
+    """The corpus of a data section. Raises InputError when there is none at its path, or a file that is not read."""
     if data.source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         found = []
@@ -45,51 +90,118 @@ def find(data: Data) -> Corpus:
             found += [Path(folder) / name for name in names if name.endswith(".py")]
         if not found:
             raise SetupError(f"data.source: stdlib: no Python sources under {root}; expected --data FILE")
-        return Corpus("text", root, *_split(sorted(found), root))
-    path = Path(data.source)
+        return _split(Corpus("text", root, sorted(found), []))
+    path = Path(os.path.expanduser(data.source))
     if not os.path.exists(path):  # unlike Path.exists, False for an invalid file name
         raise InputError(f"data.source: {data.source}: no such file or folder")
     if path.is_file():
-        return Corpus(_kind(path, data), path.parent, [path], [])
-    found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _SUFFIXES and not p.name.startswith("."))
-    if not found:
-        raise InputError(f"data.source: {data.source}: no {', '.join(_SUFFIXES)} files in it")
-    kinds = {_kind(p, data) for p in found}
-    if len(kinds) > 1:
-        what = f"holds files of several formats ({', '.join(sorted(kinds))}); expected data.format to choose one"
+        is_test = _split_word(Path(path.name)) == "test"
+        kind = kind_of(path, data)
+        corpus = _split(Corpus(kind.name, path.parent, [path], [], is_packed=kind.is_packed))
+        return replace(corpus, why=f"{corpus.why}; by its name it is a test split") if is_test else corpus
+    if not path.is_dir():
+        raise InputError(
+            f"data.source: {data.source}: neither a file nor a folder; expected one, as it is read more than once"
+        )
+    files, left_out = _data_files(path, data)
+    kinds = {one: kind_of(one, data) for one in files}
+    names = sorted({kind.name for kind in kinds.values()})
+    if len(names) > 1:
+        what = f"holds files of several formats ({', '.join(names)}); expected data.format (--format) to choose one"
         raise InputError(f"data.source: {data.source}: {what}")
-    held_out = [p for p in found if _VALIDATION & set(p.stem.lower().replace("-", "_").replace(".", "_").split("_"))]
-    if held_out and len(held_out) < len(found):
-        return Corpus(kinds.pop(), path, [p for p in found if p not in held_out], held_out)
-    return Corpus(kinds.pop(), path, *_split(found, path))
+    corpus = Corpus(names[0] if names else "", path, files, [], "by their names", left_out)
+    if not files:
+        others = "".join(f"; {names}: {why}" for why, names in corpus.by_reason().items())
+        raise InputError(f"data.source: {data.source}: no data in it{others}; expected {', '.join(SUFFIXES)} files")
+    corpus = replace(corpus, is_packed=any(kind.is_packed for kind in kinds.values()))
+    held_out = [one for one in files if _split_word(one.relative_to(path)) == "validation"]
+    if held_out and len(held_out) < len(files):
+        return replace(corpus, train=[one for one in files if one not in set(held_out)], validation=held_out)
+    return _split(corpus)
 
 
-def _kind(path: Path, data: Data) -> str:
+def _data_files(root: Path, data: Data) -> tuple[list[Path], dict[Path, str]]:
+    """The files of a folder that are data, and why others are not."""
+    files: dict[Path, str] = {}  # with their suffixes
+    left_out: dict[Path, str] = {}
+
+    def leave_out(paths: Iterable[Path], reason: str) -> None:
+        for path in list(paths):
+            left_out[path] = reason
+            files.pop(path, None)
+
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        files |= {Path(folder, name): suffix_of(Path(name))[0] for name in names if not name.startswith(".")}
+    words = {path: _split_word(path.relative_to(root)) for path in files}
+    leave_out((path for path in files if _is_about(path)), "about data, such as a card or a licence")
+    leave_out((path for path, suffix in files.items() if suffix not in SUFFIXES), "of no format that supar reads")
+    leave_out((path for path in files if words[path] == "test"), "a test split; it is never trained on")
     if data.format != "auto":
-        return data.format
-    kind = _SUFFIXES.get(path.suffix, "text")
-    if kind != "bin":
-        return kind
-    with naming_read_errors(path), path.open("rb") as file:
-        return "llmc" if int.from_bytes(file.read(4), "little") == LLMC_MAGIC else "nanogpt"
+        suffix_kind = "bin" if data.format in ("nanogpt", "llmc") else data.format
+        leave_out((path for path, suffix in files.items() if SUFFIXES[suffix] != suffix_kind), f"not {data.format}")
+    for suffix in (".bin", ".npy"):
+        if {"train", "validation"} <= {words[path] for path in files if files[path] == suffix}:
+            leave_out((path for path in files if files[path] != suffix), "beside token files for both splits")
+    strong = set(files.values()) - _WEAK
+    weak = {".py", ".json"} if strong else {".py", ".md"} if ".json" in files.values() else set()
+    weak |= {".md"} if strong - {".txt"} else set()
+    leave_out((path for path in files if files[path] in weak), "beside data")
+    return sorted(files), dict(sorted(left_out.items()))
 
 
-def _split(files: list[Path], root: Path) -> tuple[list[Path], list[Path]]:
+def _is_about(path: Path) -> bool:
+    """Whether a file is about data, by its name, or a cache that `datasets` keeps beside them."""
+    name = path.name.lower()
+    is_card = next(iter(_words(name)), "") in _CARDS and path.suffix.lower() in ("", ".md", ".txt", ".rst")
+    return is_card or name in _ABOUT or (name.endswith(".arrow") and name.startswith(("cache-", "tmp")))
+
+
+def _words(name: str) -> list[str]:
+    return "".join(letter if letter.isalpha() else " " for letter in name.lower()).split()
+
+
+def _split_word(path: Path) -> str:
+    """The split that a path below its folder names: test wherever it says so, else the one nearest to its end."""
+    found: list[str] = []
+    for part in reversed(path.parts):
+        found += sorted({_SPLITS[word] for word in _words(part) if word in _SPLITS}, reverse=True)
+    return "test" if "test" in found else next(iter(found), "")
+
+
+def _split(corpus: Corpus) -> Corpus:
     """About one file in twenty for validation, by the hash of its name, so that adding files moves no other."""
+    files = corpus.train
     if len(files) == 1:
-        return files, []
-    ranked = {path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest() for path in files}
+        return replace(corpus, why="the last tenth of the file")
+    ranked = dict(zip(files, (hashlib.sha256(name.encode()).digest() for name in corpus.names(files)), strict=True))
     held_out = [path for path in files if ranked[path][0] < 13] or [min(files, key=lambda path: ranked[path])]
     train = [path for path in files if path not in set(held_out)]
-    return (train, held_out) if train else (held_out, train)
+    train, held_out = (train, held_out) if train else (held_out, train)
+    return replace(corpus, train=train, validation=held_out, why="about one file in twenty, by the hash of its name")
 
 
-def content_hash(corpus: Corpus, tokenizer: str = "bytes") -> str:
-    """SHA-256 over names and contents, a tokenizer file's too. Raises SetupError when a file can't be read."""
-    named = [(path.relative_to(corpus.root).as_posix(), path) for path in corpus.files]
-    if tokenizer != "bytes" and corpus.kind in ("text", "jsonl"):
-        named.append(("/tokenizer", Path(tokenizer)))  # no relative path begins with a slash
+def tokenizer_file(data: Data) -> Path:
+    """The tokenizer.json that a data section names, itself or by its folder. Raises InputError where there is none."""
+    path = os.path.expanduser(data.tokenizer)
+    path = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
+    if not os.path.isfile(path):
+        what = "expected `bytes`, a tokenizer.json, or a folder with one, as save_pretrained writes it"
+        raise InputError(f"data.tokenizer: {path}: no such file; {what}")
+    return Path(path)
+
+
+def content_hash(corpus: Corpus, tokenizer: Path | None = None, reading: dict[str, Any] | None = None) -> str:
+    """SHA-256 over names and contents, a tokenizer file's too, and over `reading` where it is not that of the first reader.
+
+    Raises SetupError when a file can't be read.
+    """
+    named = list(zip(corpus.names(corpus.files), corpus.files, strict=True))
+    if tokenizer is not None and corpus.is_text:
+        named.append(("/tokenizer", tokenizer))  # no relative path begins with a slash
     total = hashlib.sha256()
+    if reading:
+        total.update(f"reader {READER}: {json.dumps(reading, sort_keys=True)}\0".encode())
     for name, path in named:
         with naming_read_errors(path), path.open("rb") as file:
             total.update(f"{name}\0".encode())
@@ -97,22 +209,109 @@ def content_hash(corpus: Corpus, tokenizer: str = "bytes") -> str:
     return "sha256:" + total.hexdigest()
 
 
+def _reading(data: Data, corpus: Corpus, before: Corpus | None) -> dict[str, Any]:
+    """How a corpus is read, as far as that makes other tokens of its files than the first reader did."""
+    found: dict[str, Any] = {}
+    if corpus.is_text:
+        found |= {
+            key: vars(data)[key] for key in ("encoding", "separator") if vars(data)[key] != Data.fields()[key].value
+        }
+        found |= {"tokenizer": "vocabulary"} if data.tokenizer != "bytes" else {}
+        found |= {"field": data.field} if corpus.kind != "text" and data.field != "text" else {}
+    elif data.dtype == "uint32":
+        found["dtype"] = data.dtype
+    same = before and (before.kind, before.train, before.validation) == (corpus.kind, corpus.train, corpus.validation)
+    if not same or corpus.is_packed:
+        found |= {
+            "kind": corpus.kind,
+            "train": corpus.names(corpus.train),
+            "validation": corpus.names(corpus.validation),
+        }
+    return found
+
+
+def _first_reader(data: Data) -> Corpus | None:
+    """The corpus that supar's first reader found, which knew a file by its suffix and one split word in its stem."""
+    suffixes = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".bin": "bin"}
+    path = Path(os.path.expanduser(data.source))
+
+    def kind_of(one: Path) -> str:
+        kind = suffixes.get(one.suffix, "text") if data.format == "auto" else data.format
+        if kind != "bin":
+            return kind
+        with naming_read_errors(one), one.open("rb") as file:
+            return "llmc" if LLMC.get(int.from_bytes(file.read(4), "little")) == (1, "<u2") else "nanogpt"
+
+    if path.is_file():
+        return Corpus(kind_of(path), path.parent, [path], [])
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in suffixes and not p.name.startswith("."))
+    kinds = {kind_of(one) for one in files}
+    if len(kinds) != 1:
+        return None
+    (kind,) = kinds
+    words = {one: set(one.stem.lower().replace("-", "_").replace(".", "_").split("_")) for one in files}
+    held_out = [one for one in files if words[one] & {"val", "valid", "validation"}]
+    if held_out and len(held_out) < len(files):
+        return Corpus(kind, path, [one for one in files if one not in held_out], held_out)
+    return _split(Corpus(kind, path, files, []))
+
+
 def identify(data: Data, corpus: Corpus | None = None) -> Data:
     """The data section with its hash filled in; `corpus` is its corpus if already found.
 
-    Raises InputError if it has a hash that is not the content's.
+    Raises InputError if it has a hash that is not the content's, or that of a reading which gave other tokens.
     """
-    if data.tokenizer != "bytes" and not os.path.isfile(data.tokenizer):
-        raise InputError(f"data.tokenizer: {data.tokenizer}: no such file; expected `bytes` or a tokenizer.json")
-    found = content_hash(corpus or find(data), data.tokenizer)
-    if data.hash is not None and data.hash != found:
-        why = " (the standard library's sources differ between Python versions)" if data.source == "stdlib" else ""
-        what = f"{data.source} is not the data this document was made with"
-        raise InputError(f"data.hash: {what}: {found[:19]}…, not {data.hash[:19]}…{why}")
-    return data.model_copy(update={"hash": found})
+    if data.sources:
+        return identify_mixture(data, [identify(part) for _, part in parts(data)])
+    tokenizer = tokenizer_file(data) if data.tokenizer != "bytes" else None
+    corpus = corpus or find(data)
+    before = corpus if data.source == "stdlib" else _first_reader(data)
+    reading = _reading(data, corpus, before)
+    found = content_hash(corpus, tokenizer, reading)
+    if data.hash in (None, found):
+        return data.model_copy(update={"hash": found})
+    if reading and before is not None and data.hash == content_hash(before, tokenizer):
+        if reading.keys() == {"field"}:  # the same tokens, before the hash covered where their text is
+            return data
+        read = (
+            "the text alone, without what tokenizer.json adds or cuts for inference"
+            if tokenizer
+            else "its files otherwise"
+        )
+        remedy = "expected a document made anew, or `-s data.hash=null` to take the tokens as they are now"
+        raise InputError(f"data.hash: {data.source}: supar now reads {read}, which gives other tokens; {remedy}")
+    why = " (the standard library's sources differ between Python versions)" if data.source == "stdlib" else ""
+    what = f"{data.source} is not the data this document was made with"
+    raise InputError(f"data.hash: {what}: {found[:19]}…, not {data.hash[:19]}…{why}")
 
 
-def with_hash(document: DocumentT) -> DocumentT:
-    """A document with the hash of its data filled in; an existing hash is kept. Raises InputError, SetupError."""
+def parts(data: Data) -> list[tuple[float, Data]]:
+    """The weight and the data section of each source of a mixture."""
+    shared: dict[str, Any] = {"tokenizer": data.tokenizer, "separator": data.separator}
+    return [(one.weight, Data(**shared, **one.model_dump(exclude=("weight",)))) for one in data.sources]
+
+
+def identify_mixture(data: Data, found: list[Data]) -> Data:
+    """A mixture with the hashes of its sources, which are identified, and its own. Raises InputError as `identify`."""
+    sources = [one.model_copy(update={"hash": part.hash}) for one, part in zip(data.sources, found, strict=True)]
+    text = json.dumps([[one.weight, one.hash] for one in sources])
+    total = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+    if data.hash not in (None, total):
+        raise InputError(
+            f"data.hash: the sources are not those this document was made with: {total[:19]}…, not {data.hash[:19]}…"
+        )
+    return data.model_copy(update={"sources": sources, "hash": total})
+
+
+def with_hash(document: DocumentT, log: Callable[[str], None] = lambda _: None) -> DocumentT:
+    """A document with the hash of its data filled in; an existing hash is kept. `log` is told of the files and the split.
+
+    Raises InputError, SetupError.
+    """
     found: Any = document
-    return document if found.data.hash is not None else found.model_copy(update={"data": identify(found.data)})
+    if found.data.hash is not None:
+        return document
+    for _, part in parts(found.data) or [(1.0, found.data)]:
+        for line in find(part).lines() if part.source != "stdlib" else ():
+            log(line)
+    return found.model_copy(update={"data": identify(found.data)})  # type: ignore[no-any-return]

@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from supar_cli.data.formats import LLMC
 from supar_cli.errors import SetupError
 from supar_cli.files import naming_read_errors
 
 TICK_S = 0.02  # chosen: two ticks of the slowest clock that a kernel stamps files with, 100 Hz
+LLMC_HEADER_BYTES = 1024
 AT_ONCE = 2**22  # chosen: tokens per chunk, a few MB, when a whole file is scanned
 
 REMEDY = "; expected the data that the run started with: restore them, and the same command continues from the last checkpoint"
@@ -119,10 +121,55 @@ class TokenFile:
         start, stop, _ = part.indices(self._length)
         return TokenFile(self._file, self._dtype, self._start + start * self._dtype.itemsize, max(0, stop - start))
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._dtype
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         read = np.frombuffer(self._file.read(self._start, self._length * self._dtype.itemsize), self._dtype)
         return read if dtype is None else read.astype(dtype)
 
     def max(self) -> int:
         """The largest token."""
-        return max(int(np.asarray(self[at : at + AT_ONCE]).max()) for at in range(0, self._length, AT_ONCE))
+        return max(int(chunk.max()) for chunk in chunks(self))
+
+
+def chunks(tokens: NDArray[Any] | TokenFile) -> Iterator[NDArray[Any]]:
+    """Tokens a few MB at a time."""
+    return (np.asarray(tokens[at : at + AT_ONCE]) for at in range(0, len(tokens), AT_ONCE))
+
+
+def open_tokens(file: StampedFile, kind: str, dtype: str) -> TokenFile:
+    """The tokens of a file: raw integers (nanogpt), an llm.c shard, or an array in numpy's format.
+
+    llm.c: a header of 256 int32 (magic, version, count), then tokens. Raises SetupError for a corrupt file.
+    """
+    if kind == "npy":
+        return _open_array(file)
+    path, size, start, integer = file.path, file.stamp.size_bytes, 0, "<u4" if dtype == "uint32" else "<u2"
+    if kind == "llmc":
+        header = np.asarray(TokenFile(file, "<i4")[:256])
+        if len(header) < 256 or header[0] not in LLMC or header[1] != LLMC[int(header[0])][0]:
+            raise SetupError(f"{path}: not an llm.c shard of version 1 (uint16) or 7 (uint32)")
+        start, integer = LLMC_HEADER_BYTES, LLMC[int(header[0])][1]
+    width = np.dtype(integer).itemsize
+    if kind == "llmc" and size != start + width * int(header[2]):
+        what = f"its header counts {header[2]} tokens, it holds {(size - start) / width:g}"
+        raise SetupError(f"{path}: a corrupt token file: {what}")
+    if (size - start) % width or size == start:
+        raise SetupError(f"{path}: a corrupt token file: {size} bytes are not {np.dtype(integer)} tokens")
+    return TokenFile(file, integer, start)
+
+
+def _open_array(file: StampedFile) -> TokenFile:
+    path = file.path
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)  # for its header alone
+    except (ValueError, EOFError, OSError) as error:
+        raise SetupError(f"{path}: a corrupt .npy file: {error}") from None
+    if len(found.shape) != 1 or found.dtype.kind not in "iu" or not isinstance(found, np.memmap):
+        what = f"holds {found.dtype} of shape {list(found.shape)}"
+        raise SetupError(
+            f"{path}: {what}; expected integers along one axis and at least one, as array.reshape(-1) makes them"
+        )
+    return TokenFile(file, found.dtype, found.offset, len(found))

@@ -243,7 +243,7 @@ def check(
     batch = f"{first.train.batch_size} sequences of {first.decoder.context} tokens"
     reporter.log(f"{len(hashes)} runs of {steps} steps, {batch}, {subject.data.source}")
     with make_workers(device=first.run.device, folder=folder / "slurm", **workers) as ready:
-        runs.require_runnable(first, device=ready.is_local)
+        runs.require_runnable(first, device=ready.is_local, warn=reporter.warn)
         runs.open_study_folder(folder, _question(sweeps), force)
         check_runs = _Runs(folder, ready, reporter)
         lr_factor, results = check_runs.lower_rates(sweeps_at)

@@ -91,7 +91,8 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
     if not ranges:
         raise InputError("search: no range is given; expected one of " + ", ".join(Search.SEARCHED))
     SeededByTrialNumber(spec.search)
-    runs.require_runnable(_plan(spec, {}, spec.train.seed), device=workers.is_local)  # before a study is made
+    first = _plan(spec, {}, spec.train.seed)
+    runs.require_runnable(first, device=workers.is_local, warn=reporter.warn)  # before a study is made
     tuning = _Tuning(spec, storage, workers, reporter)
     trials = tuning.run_trials()
     complete = _rank(trials)

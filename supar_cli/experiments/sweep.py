@@ -63,11 +63,12 @@ def _run(
         raise InputError(f"{type(study).__name__}: expected a Sweep")
     if is_comparison := kind == "compare":
         require_comparison(study)
-    study, reporter = corpus.with_hash(study), reporter or NullReporter()
+    reporter = reporter or NullReporter()
+    study = corpus.with_hash(study, reporter.log)
     first, *_ = plan_all(study)
     folder = Path(out or f"{'compare' if is_comparison else 'sweeps'}/{study.name}")
     with make_workers(device=study.run.device, folder=folder / "slurm", **options) as workers:
-        runs.require_runnable(first, device=workers.is_local)
+        runs.require_runnable(first, device=workers.is_local, warn=reporter.warn)
         runs.open_study_folder(folder, study.identity(exclude={"run", "meta"}), force)
         curves = measure_curves(study, folder, workers, reporter, ("sp",) if is_comparison else study.parameterizations)
     result = Result(

@@ -23,11 +23,15 @@ from supar_cli.training.tasks import load_task
 from supar_cli.training.trainer import Trainer
 
 
-def require_runnable(plan: Plan, device: bool = True) -> None:
-    """Raise errors of a plan's data, and of its device if it is on this machine, before any work is done."""
+def require_runnable(plan: Plan, device: bool = True, warn: Callable[[str], None] = lambda _: None) -> None:
+    """Raise errors of a plan's data, and of its device if it is on this machine, before any work is done.
+
+    `warn` is told what is wrong with the data.
+    """
     if device:
         Runtime.of(plan)
-    load_task(plan)
+    for message in getattr(load_task(plan), "warnings", ()):
+        warn(message)
 
 
 def train_plan(plan: Plan, on_evaluation: Callable[[int, float], None] | None = None) -> RunHistory:

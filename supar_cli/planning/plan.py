@@ -120,6 +120,8 @@ class Plan(Section):
         found["parameterization"].pop("edition", None)  # every number is in the plan, so its derivation does not matter
         if self.data.hash is not None:
             del found["data"]["source"]
+            for one in found["data"].get("sources", ()):
+                del one["source"]
         if isinstance(self.model, PlanModel):
             found["kind"] = "supar.plan/v1"
             for row in found["tensors"]:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from math import gcd
 from typing import Any, ClassVar, Literal
 
+from supar_cli.planning.data_section import Data as Data  # re-exported: a section of these documents
 from supar_cli.planning.density import Share, density_from
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.patterns import Block, Pattern, PatternKeys
@@ -109,16 +110,6 @@ class Options(Section):
             raise ValueError("residual_init: gpt2 scales the residual branches again; expected none with completep")
 
 
-class Data(Section):
-    """Text or tokens. `hash` identifies the content; a mismatch is refused by name."""
-
-    source: str = "stdlib"
-    format: Literal["auto", "text", "jsonl", "nanogpt", "llmc"] = "auto"
-    tokenizer: str = "bytes"
-    field: str = "text"
-    hash: str | None = None
-
-
 # what the schedule wsd has by default: the cooldown that Hägele et al. 2024 (arXiv 2405.18392) recommend, a fifth of the
 # steps falling as 1 - √; MiniCPM (Hu et al. 2024, arXiv 2404.06395), which named it, has a tenth and an exponential
 DecayShape = Literal["sqrt", "linear", "cosine", "exponential"]
@@ -205,7 +196,8 @@ DROPPED_BY = {
     "sparsity": ("density",),
     "density": ("sparsity",),
     "pattern": ("block",),
-    "source": ("hash",),
+    "source": ("hash", "sources"),
+    **{name: ("hash",) for name in ("format", "tokenizer", "field", "dtype", "encoding", "separator")},
 }
 
 

@@ -30,7 +30,8 @@ class Task(Protocol):
 
     `unit` names what is counted, such as tokens, `units_per_row` is their number in a row, and `flops_per_unit` is the cost
     of one, None if unknown. `hash` identifies the data and how they are read. `held_out_rows` is the number of rows in an
-    evaluation. `standard_errors` says whether to record the standard error of each mean over held-out batches.
+    evaluation. `standard_errors` says whether to record the standard error of each mean over held-out batches. A task may
+    have `lines` and `warnings`, which say of its data what a user should know.
     """
 
     unit: str
@@ -72,6 +73,7 @@ class NextToken:
 
     def __init__(self, plan: Plan, tokens: batches.Tokens) -> None:
         train, self._tokens = plan.train, tokens
+        self.lines, self.warnings = tokens.lines, tokens.warnings
         self._seed, self._rows = train.seed, train.batch_size
         self.units_per_row, self.hash = plan.decoder.context, tokens.hash
         self.flops_per_unit: float | None = plan.flops_per_token

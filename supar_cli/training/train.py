@@ -68,6 +68,10 @@ def run(
             with ranks.translate_peer_errors(), _naming_lack_of_memory():
                 for change in changes:
                     reporter.warn(f"{directory}: continues with a changed setting: {change}")
+                for line in getattr(trainer.task, "lines", ()):
+                    reporter.log(line)
+                for message in getattr(trainer.task, "warnings", ()):
+                    reporter.warn(message)
                 reporter.log(f"{directory}: {plan.train.steps} steps on {_place(trainer)}")
                 history = trainer.run(directory, resume=resume, stop=stop)
         except (KeyboardInterrupt, Preempted) as error:

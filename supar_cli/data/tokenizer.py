@@ -1,0 +1,121 @@
+"""Tokenizers: bytes, or the vocabulary of a tokenizer.json, without what that file adds for inference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from supar_cli.data import corpus
+from supar_cli.errors import InputError, SetupError
+from supar_cli.files import naming_read_errors
+from supar_cli.planning.plan import Data
+
+SEPARATOR_BYTE = 0  # chosen: NUL separates documents in byte tokens; no text contains it
+ENDS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "[EOS]", "[SEP]")
+ENCODED_AT_ONCE = 256  # chosen: documents per batch, enough for the tokenizer's threads, few enough for memory
+NEVER = -1e4  # chosen: log-probability of a special token in text, far below that of any piece of a unigram vocabulary
+
+
+class Bytes:
+    """A token a byte. `separator` is the token between documents, or None."""
+
+    vocab = 256
+    dtype: Any = np.uint8
+
+    def __init__(self, data: Data) -> None:
+        given = b"\0" if data.separator is None else data.separator.encode()
+        if len(given) != 1:
+            raise InputError(f"data.separator: {data.separator!r} is not one byte; expected one where tokens are bytes")
+        self.separator: int | None = given[0]
+        self.separator_text = data.separator or "\\0"
+
+    def encode(self, texts: Iterator[str]) -> Iterator[NDArray[Any]]:
+        """The tokens of each document and the separator that follows it."""
+        for text in texts:
+            # undecodable bytes come as surrogates where they are to be kept
+            yield np.frombuffer(text.encode("utf-8", "surrogateescape") + bytes([self.separator or 0]), np.uint8)
+
+    def warnings(self) -> list[str]:
+        return []
+
+
+class Vocabulary:
+    """The tokens of a tokenizer.json. Raises SetupError for one that can't be used, InputError for an unknown separator."""
+
+    dtype: Any = np.uint32
+
+    def __init__(self, data: Data) -> None:
+        self.path = corpus.tokenizer_file(data)
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise SetupError("data.tokenizer: a tokenizer.json needs tokenizers: pip install tokenizers") from None
+        try:
+            with naming_read_errors(self.path):
+                document = json.loads(self.path.read_bytes())
+            special = {token["content"] for token in document.get("added_tokens") or [] if token.get("special")}
+            self._tokenizer = Tokenizer.from_str(json.dumps(_without_inference(document, special)))
+        except SetupError:
+            raise
+        except Exception as error:  # tokenizers raises bare Exception
+            raise SetupError(f"{self.path}: not a tokenizer.json: {error}") from None
+        self._tokenizer.encode_special_tokens = True  # as text
+        ids = self._tokenizer.get_vocab()
+        self.vocab = max(ids.values(), default=-1) + 1
+        known = [data.separator] if data.separator is not None else [word for word in ENDS if word in ids]
+        if known and known[0] not in ids:
+            raise InputError(
+                f"data.separator: {known[0]!r} is not a token of {self.path}; expected one such as {ENDS[0]}"
+            )
+        self.separator: int | None = ids[known[0]] if known else None
+        self.separator_text = known[0] if known else None
+        self._is_reserved = bool(known) and (known[0] in special or known[0] in ENDS)
+
+    def encode(self, texts: Iterator[str]) -> Iterator[NDArray[Any]]:
+        """The tokens of each document and the separator that follows it."""
+        end = [] if self.separator is None else [self.separator]
+        while batch := list(islice(texts, ENCODED_AT_ONCE)):
+            try:
+                found = self._tokenizer.encode_batch(batch, add_special_tokens=False)
+            except Exception as error:  # bare Exception again, from a tokenizer that loads but is incomplete
+                raise SetupError(f"{self.path}: can't encode the text: {error}") from None
+            for one in found:
+                ids = np.array([*one.ids, *end], np.uint32)
+                if self._is_reserved and self.separator in ids[:-1]:
+                    what = f"a text holds {self.separator_text!r}, which this tokenizer reads as the separator"
+                    raise InputError(f"{self.path}: {what}; expected texts without it, or another data.separator")
+                yield ids
+
+    def warnings(self) -> list[str]:
+        """What to say of the tokenizer."""
+        if self.separator is not None:
+            return []
+        what = "no token of it is known to separate documents, so they run into each other"
+        return [f"{self.path}: {what}; data.separator names one"]
+
+
+def _without_inference(document: dict[str, Any], special: set[str]) -> dict[str, Any]:
+    """A tokenizer.json that makes the same tokens of the same text each time, all of it and nothing more."""
+    model = dict(document["model"])
+    if model.get("dropout") is not None:
+        model["dropout"] = None
+    if isinstance(model.get("vocab"), list):  # of a unigram model, which finds special tokens in texts by itself
+        unknown = model.get("unk_id")
+        model["vocab"] = [
+            [piece, NEVER if piece in special and at != unknown else score]
+            for at, (piece, score) in enumerate(model["vocab"])
+        ]
+    return {**document, "model": model, "truncation": None, "padding": None, "post_processor": None}
+
+
+Tokenizer = Bytes | Vocabulary
+
+
+def load(data: Data) -> Tokenizer:
+    """The tokenizer of a data section. Raises InputError, SetupError."""
+    return Bytes(data) if data.tokenizer == "bytes" else Vocabulary(data)
