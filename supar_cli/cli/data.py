@@ -4,9 +4,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from supar_cli.cli import terminal
+from supar_cli.cli import documents, terminal
 from supar_cli.cli.app import application
-from supar_cli.cli.options import Flags, command, naming_flags
+from supar_cli.cli.options import Flags, command
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
 from supar_cli.files import naming_write_errors
@@ -19,7 +19,12 @@ FILES_NAMED = 5
 
 @command("corpus format tokenizer field json quiet")
 def inspect(flags: Flags) -> None:
-    """Show how a corpus is read: format, split, number of tokens, vocabulary needed, first tokens, hash."""
+    """Show how a corpus is read: format, split, number of tokens, vocabulary needed, first tokens, hash.
+
+    Examples:
+      supar data inspect corpus.jsonl
+      supar data inspect corpus --tokenizer tokenizer.json
+    """
     import numpy as np
 
     from supar_cli.data import batches
@@ -62,7 +67,12 @@ def inspect(flags: Flags) -> None:
     out={"help": "Folder for train.bin and val.bin.", "default": ...},
 )
 def prepare(flags: Flags) -> None:
-    """Tokenize text once and write nanoGPT's format (raw uint16 tokens), for `--data FOLDER`."""
+    """Tokenize text once and write nanoGPT's format (raw uint16 tokens), for `--data FOLDER`.
+
+    Examples:
+      supar data prepare corpus.jsonl -o tokens
+      supar data prepare corpus -o tokens --tokenizer tokenizer.json
+    """
     from supar_cli.data import batches
 
     folder, log, section = Path(flags.out), terminal.Log(flags.quiet), _section(flags)
@@ -92,7 +102,7 @@ def prepare(flags: Flags) -> None:
 
 def _section(flags: Flags) -> Data:
     keys = {"source": flags.corpus, "format": flags.format, "tokenizer": flags.tokenizer, "field": flags.field}
-    with naming_flags(flags):
+    with documents.naming_flags(flags):
         return validate(Data, keys, "")
 
 

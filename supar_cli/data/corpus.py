@@ -16,6 +16,7 @@ from supar_cli.planning.plan import Data
 DocumentT = TypeVar("DocumentT")
 
 LLMC_MAGIC = 20240520  # llm.c, dev/data/data_common.py: first int32 of a shard's 256-int32 header
+BYTES = 256  # the tokens of text that is read as bytes
 _NOT_CORPUS = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "idle_test"}
 _VALIDATION = {"val", "valid", "validation"}
 _SUFFIXES = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "jsonl", ".bin": "bin"}
@@ -115,4 +116,12 @@ def identify(data: Data, corpus: Corpus | None = None) -> Data:
 def with_hash(document: DocumentT) -> DocumentT:
     """A document with the hash of its data filled in; an existing hash is kept. Raises InputError, SetupError."""
     found: Any = document
+    check_vocabulary(found.data, getattr(found.model, "vocab", BYTES))
     return document if found.data.hash is not None else found.model_copy(update={"data": identify(found.data)})
+
+
+def check_vocabulary(data: Data, vocab: int) -> None:
+    """Raise InputError for a vocabulary that text read as bytes does not fit; data that are not here are not looked at."""
+    is_here = data.source == "stdlib" or Path(data.source).exists()
+    if vocab < BYTES and data.tokenizer == "bytes" and is_here and find(data).kind in ("text", "jsonl"):
+        raise InputError(f"model.vocab: {vocab} is less than the {BYTES} tokens of the tokenizer 'bytes'")
