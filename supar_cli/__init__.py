@@ -59,11 +59,21 @@ def transfer(
 
     if not isinstance(proxy, Proxy):
         raise InputError(f"{type(proxy).__name__}: expected a Proxy")
-    wanted = proxy.target.override(**target)
-    plan = transfer(corpus.with_hash(proxy), wanted, parameterization, allow_low_wpn=allow_low_wpn)
+    try:
+        wanted = proxy.target.override(**target)
+        plan = transfer(corpus.with_hash(proxy), wanted, parameterization, allow_low_wpn=allow_low_wpn)
+    except InputError as error:
+        raise InputError(*(_at_keyword(problem, target) for problem in error.problems)) from None
     for message in advice.warnings(plan):
         warnings.warn(message, TransferWarning, stacklevel=2)
     return plan
+
+
+def _at_keyword(problem: Any, keywords: dict[str, Any]) -> Any:
+    """A problem with the target at the keyword that gave it."""
+    place, _, what = str(problem).partition(": ")
+    place = place.removeprefix("target.").removeprefix("sparsity.")
+    return f"{place}: {what}" if place.partition(".")[0] in keywords else problem
 
 
 def __getattr__(name: str) -> Any:

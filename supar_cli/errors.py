@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -29,6 +30,15 @@ class Problem:
         place = self.file if self.line is None else f"{self.file}:{self.line}"
         parts = [part for part in (place, self.where) if part]
         return ": ".join([*parts, self.what + (f"; {self.expected}" if self.expected else "")])
+
+
+def suggestion(word: object, known: Iterable[str]) -> str:
+    """What is expected in place of an unknown word: the known one that is close to it or begins so, else one of all."""
+    import difflib
+
+    known = list(known)
+    close = difflib.get_close_matches(str(word), known, 1) or [one for one in known if one.startswith(str(word))]
+    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
 
 
 class InputError(SuparError):

@@ -101,7 +101,9 @@ def test_break_even_is_interpolated_on_logarithmic_axes() -> None:
 
 def test_layer_document_and_picture(supar_here: Callable[..., Called], tmp_path: Path) -> None:
     flags = ("--rounds", "3", "--density", "1/16,0.25", "--block", "16", "--picture", "layer.png", "-o", "layer.yaml")
-    result, done = run(supar_here, *LAYER, *flags)
+    done = supar_here(*LAYER, *flags, "--json")
+    result = json.loads((tmp_path / "layer.yaml").read_text("utf-8"))  # `-o FILE` is the file alone, as JSON
+    assert (done.status, done.out) == (0, "")
     assert result["kind"] == "supar.bench/v1" and result["density"] == [0.0625, 0.25]
     assert set(result) >= {"bench", "shape", "tokens", "block", "device", "precision", "rounds", "break_even"}
     assert set(result["environment"]) >= {"device", "threads", "torch", "numba", "date", "command"}
@@ -113,7 +115,7 @@ def test_layer_document_and_picture(supar_here: Callable[..., Called], tmp_path:
         assert one["arms"]["masked"]["ratio_quartiles"] == [1, 1]
         assert one["arms"]["dense_bf16"]["best_dense"] == "dense_bf16"
     assert sorted(result["break_even"]) == ["block", "sparse", "sparse_torch"]
-    assert (tmp_path / "layer.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "layer.yaml").is_file()
+    assert (tmp_path / "layer.png").read_bytes()[:4] == b"\x89PNG"
     assert max(map(len, done.err.splitlines())) <= 80
 
 
@@ -210,12 +212,12 @@ def test_memory_is_worse_when_it_rises() -> None:
         (("layer", "--density", "a"), "--density a"),
         (("layer", "--block", "24"), "--block 24"),
         (("layer", "--shape", "40x64", "--block", "16"), "40×64"),
-        (("layer", "--precision", "float8"), "--precision: "),
+        (("layer", "--precision", "float8"), "--precision float8: "),
         (("memory", "--density", "0.1,0.2"), "one density"),
         (("step", "--density", "0.5", "--sparsity", "0.5"), "only one of them"),
         (("step", "--engine", "fast"), "--engine"),
-        (("step", "--block", "24"), "--block: should be 16, 32, 64 or 128"),
-        (("step", "--batch-size", "0"), "--batch-size: "),
+        (("step", "--block", "24"), "--block 24: should be 16, 32, 64 or 128"),
+        (("step", "--batch-size", "0"), "--batch-size 0: "),
     ],
 )
 def test_bad_flags_are_named(supar_here: Callable[..., Called], flags: tuple[str, ...], what: str) -> None:

@@ -25,8 +25,8 @@ from .conftest import PROXY, Called
 
 Supar = Callable[..., Called]
 
-TEMPLATES = ["gpt2-124m", "interpretability", "paper", "paper-proxy", "quickstart"]
-FIGURES = [f"fig{number}" for number in (1, 10, 11, 13, 14, 6, 7, 9)]  # of sweeps; tests/test_sweep.py plans them
+TEMPLATES = ["quickstart", "gpt2-124m", "interpretability", "paper", "paper-proxy"]
+FIGURES = [f"fig{number}" for number in (1, 6, 7, 9, 10, 11, 13, 14)]  # of sweeps; tests/test_sweep.py plans them
 # parameters of the proxy and of the target, as the templates' comments say them
 PARAMETERS = {
     "gpt2-124m": (22_583_552, 124_373_760),
@@ -49,7 +49,7 @@ def proxy_of(name: str, text_file: Path) -> Proxy:
 
 class TestTemplates:
     def test_are_the_ones_listed(self) -> None:
-        assert templates.names() == sorted([*TEMPLATES, *FIGURES])
+        assert templates.names() == [*TEMPLATES, *FIGURES]
 
     @pytest.mark.parametrize("name", TEMPLATES)
     def test_have_the_parameters_that_their_comments_say(self, name: str, text_file: Path) -> None:
@@ -97,9 +97,10 @@ class TestInit:
         assert called.status == 2 and "supar.yaml: exists and differs" in called.err
 
     def test_lists_and_names_close_misses(self, supar_here: Supar) -> None:
-        assert [line.split()[0] for line in supar_here("init", "--list").out.splitlines()] == sorted(
-            [*TEMPLATES, *FIGURES]
-        )
+        assert [line.split()[0] for line in supar_here("init", "--list").out.splitlines()] == [
+            *TEMPLATES,
+            *FIGURES,
+        ]
         called = supar_here("init", "papr")
         assert called.status == 2 and "did you mean 'paper'?" in called.err
 

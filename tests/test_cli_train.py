@@ -124,7 +124,10 @@ class TestRefusesByLine:
         ended = supar("train", "-")
         assert (ended.status, ended.out) == (2, "") and "`set -o pipefail`" in ended.err
         ended = supar_here("train")
-        assert (ended.status, ended.err) == (2, "error: plan.yaml: no such file; `supar transfer` writes it\n")
+        assert (ended.status, ended.err) == (
+            2,
+            "error: plan.yaml: no such file; expected a plan, which `supar transfer` writes\n",
+        )
 
     def test_no_level_and_no_document(self, supar_here: Supar, plan: Path, unchanged: Any) -> None:
         unchanged()
@@ -174,7 +177,7 @@ class TestRefusesTheModel:
     def test_data_and_device(self, supar_here: Supar, plan: Path, text_file: Path, unchanged: Any) -> None:
         content = text_file.read_bytes()
         unchanged()
-        source, run = line_of(plan, "  source: /"), line_of(plan, "  device:")  # the data, by their path
+        source = line_of(plan, "  source: /")  # the data, by their path
         text_file.unlink()
         assert supar_here("train").err.startswith(f"error: plan.yaml:{source}: data.source: ")
         text_file.write_bytes(content + b"!")
@@ -184,7 +187,7 @@ class TestRefusesTheModel:
         ended = supar_here("train", "--device", "gpu")
         assert (ended.status, ended.err) == (
             2,
-            f"error: plan.yaml:{run}: run.device: 'gpu' is not a valid device; expected auto, cpu or cuda\n",
+            "error: --device gpu: 'gpu' is not a valid device; expected auto, cpu or cuda\n",
         )
         assert supar_here("train", "--device", "cuda:99").status == 3
 

@@ -45,7 +45,7 @@ def test_the_demo_sweeps_with_the_same_engine(
     assert list(losses["sp"]) == ["-2", "-1", "0", "1", "2", "3", "4"] and list(losses["supar"])[-1] == "2"
     files = sorted(path.name for path in (tmp_path / "demo").iterdir())
     assert files == ["lr_transfer.png", "proxy.yaml", "records.jsonl", "results.json"]
-    assert "SP at density 1/16: best at η·2^3" in called.err
+    assert "SP at density 1/16: best rate ÷ dense 2^" in called.err
     assert json.loads((tmp_path / "demo" / "results.json").read_text("utf-8")) == result
     count = len(trained)
     again = experiment.demo("text.txt", jobs=1, device="cpu", out=tmp_path / "demo")

@@ -282,7 +282,7 @@ class TestProblems:
             "f.yaml:5: hyperparameters.init_std: should be greater than 0, not -0.08",
             "f.yaml:9: train: the key 'steps' is missing",
             "f.yaml:10: train.step: unknown key 'step'; did you mean 'steps'?",
-            "f.yaml:12: colour: unknown key 'colour'; known keys: kind, parents, model, hyperparameters, parameterization, "
+            "f.yaml:12: colour: unknown key 'colour'; expected one of kind, parents, model, hyperparameters, parameterization, "
             "sparsity, data, train, target, run, evidence, meta",
         }
 
@@ -304,7 +304,7 @@ class TestProblems:
 
     def test_another_kind_is_named(self) -> None:
         assert problems_of(GOOD.replace("supar.proxy/v1", "supar.plan/v1")) == [
-            "f.yaml:1: kind: is 'supar.plan/v1'; expected supar.proxy/v1"
+            "f.yaml:1: kind: is 'supar.plan/v1' (`supar train` trains it); expected supar.proxy/v1"
         ]
 
     @pytest.mark.parametrize("text", ["- 1\n- 2\n", "just text\n", "3\n"])

@@ -216,8 +216,8 @@ class TestRestarts:
 
     def test_a_run_preempted_before_goes_on_under_torchrun(self, plan: Plan, supar_here: Supar, tmp_path: Path) -> None:
         assert supar_here("train", "-o", "run", "-q", "--max-time", "0.001s").status == 75
-        (done,) = torchrun(tmp_path, "-o", "run", "-q")
-        assert done.status == 0 and "kind: supar.result/v1" in done.out, done.err
+        (done,) = torchrun(tmp_path, "-o", "run", "-q", "--json")
+        assert done.status == 0 and '"kind": "supar.result/v1"' in done.out, done.err
 
     def test_a_peer_that_is_gone_is_no_reason_of_its_own(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         lives, said = iter([{0: 1, 1: PeerLost.exit_status}, {}]), list[str]()

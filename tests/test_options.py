@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import typer.main
 
-from supar_cli.cli.app import COMMANDS, app
-from supar_cli.cli.options import OPTIONS, Flags, Option, apply, command, flag_of, require_one
+from supar_cli.cli.app import NAMES, app
+from supar_cli.cli.documents import apply
+from supar_cli.cli.options import GROUPS, OPTIONS, Flags, Option, command, flag_of, require_one
 from supar_cli.errors import InputError
 from supar_cli.planning.document import Document
 from supar_cli.planning.plan import Plan
@@ -26,8 +27,13 @@ def parameters(command: Any) -> set[str]:
 
 def test_every_option_is_of_a_command() -> None:
     group: Any = typer.main.get_command(app)
-    taken = {name for one in COMMANDS for name in parameters(group.get_command(None, one))}
+    taken = {name for one in NAMES for name in parameters(group.get_command(None, one))}
     assert set(OPTIONS) - taken == set()
+
+
+def test_every_option_is_in_one_group_of_the_help() -> None:
+    grouped = [name for members in GROUPS.values() for name in members.split()]
+    assert sorted(grouped) == sorted(name for name, option in OPTIONS.items() if not option.argument)
 
 
 def is_key(kind: type[Section], path: str) -> bool:
@@ -78,7 +84,9 @@ class TestFlags:
         before = dict(OPTIONS)
         changed = command("steps", steps={"help": "Other words.", "minimum": 3})(print)
         made = inspect.signature(changed).parameters["steps"].default
-        assert (made.help, made.min) == ("Other words.", 3) and before == OPTIONS
+        assert made.help == "Other words." and before == OPTIONS
+        with pytest.raises(InputError, match=r"^--steps 2: expected a whole number of at least 3$"):
+            changed(steps="2")
 
     def test_the_flag_of_a_name(self) -> None:
         assert flag_of("tokens_per_parameter") == "--tokens-per-parameter"
@@ -109,5 +117,5 @@ class TestApply:
 
     @pytest.mark.parametrize("setting", ["train", "=1", "kind.x=1"])
     def test_a_setting_that_cannot_be(self, setting: str) -> None:
-        with pytest.raises(InputError, match=r"^--set "):
+        with pytest.raises(InputError, match=r"^(--set|-s) "):
             self.applied({"kind": "supar.spec/v1"}, flags_of("set", set=[setting]))

@@ -19,6 +19,7 @@ from supar_cli.errors import SetupError, UnusableResult
 from supar_cli.experiments.search import SeededByTrialNumber
 from supar_cli.jobs import queue
 from supar_cli.jobs.queue import SharedStudy, is_counted
+from supar_cli.planning import document
 from supar_cli.planning.spec import Search
 
 from . import studies
@@ -274,25 +275,25 @@ class TestProcesses:
     def test_four_on_postgresql(self, postgres: Postgres, tmp_path: Path) -> None:
         spec, url = studies.write_spec(tmp_path, 6, studies.FAST), postgres.database(tmp_path.name)
         flags = ("tune-proxy", "--study", url)
-        several = [studies.start(tmp_path, *flags, "-o", f"{n}.yaml") for n in range(3)]
-        several.append(studies.start(tmp_path, *flags, "-o", "3.yaml", "--jobs", "2"))
+        several = [studies.start(tmp_path, *flags, "-o", "-") for _ in range(3)]
+        several.append(studies.start(tmp_path, *flags, "-o", "-", "--jobs", "2"))
         proxies = studies.ended(several)
         studies.check_exact(spec, url, proxies)
-        assert len({(tmp_path / f"{n}.yaml").read_text() for n in range(4)}) == 1
-        assert "secret" not in (tmp_path / "0.yaml").read_text()
+        (text,) = {document.write([proxy.model_dump()]) for proxy in proxies}
+        assert "secret" not in text
 
     def test_three_on_a_journal_file(self, tmp_path: Path) -> None:
         spec, path = studies.write_spec(tmp_path, 5, studies.FAST), str(tmp_path / "s.journal")
         flags = ("tune-proxy", "--study", "s.journal")
-        proxies = studies.ended([studies.start(tmp_path, *flags, "-o", f"{n}.yaml") for n in range(3)])
+        proxies = studies.ended([studies.start(tmp_path, *flags, "-o", "-") for _ in range(3)])
         studies.check_exact(spec, path, proxies)
 
     def test_one_killed_in_a_trial_while_another_works(self, tmp_path: Path) -> None:
         spec, path = studies.write_spec(tmp_path, 4, studies.SLOW), str(tmp_path / "s.journal")
         flags = ("tune-proxy", "--study", "s.journal")
-        killed = studies.start(tmp_path, *flags, "-o", "killed.yaml", "--jobs", "2")
+        killed = studies.start(tmp_path, *flags, "-o", "-", "--jobs", "2")
         trial = studies.wait_for(lambda: (tmp_path / "s.journal").exists() and studies.midway(spec, path))
-        other = studies.start(tmp_path, *flags, "-o", "other.yaml")
+        other = studies.start(tmp_path, *flags, "-o", "-")
         killed.kill()
         killed.communicate(timeout=60)
         worker = trial.user_attrs["process"][1]
@@ -306,7 +307,7 @@ class TestProcesses:
     def test_a_database_restarted_in_the_middle(self, postgres: Postgres, tmp_path: Path) -> None:
         spec, url = studies.write_spec(tmp_path, 12, studies.SLOW), postgres.database(tmp_path.name)
         flags = ("tune-proxy", "--study", url)
-        several = [studies.start(tmp_path, *flags, "-o", f"{n}.yaml", "--jobs", str(n + 1)) for n in range(2)]
+        several = [studies.start(tmp_path, *flags, "-o", "-", "--jobs", str(n + 1)) for n in range(2)]
 
         def both_work() -> bool:
             own = {t.user_attrs["process"][1] == several[0].pid for t in studies.trials_of(spec, url) if t.last_step}

@@ -285,9 +285,9 @@ def test_a_spec_or_proxy_becomes_a_study_of_its_own_shape(
 
 def test_an_axis_on_the_command_line_takes_the_place_of_its_kind() -> None:
     read = document.read(document.write([sweep_fields()]), "sweep.yaml")[0]
-    set_axes(read, ["init-std=x:-1..1/1"])
+    set_axes(read, {"--over init-std=x:-1..1/1": "init-std=x:-1..1/1"})
     assert read.data["over"] == {"density": [1.0, 0.25], "init_std": "x:-1..1/1"}
-    set_axes(read, ["width=32,64", "lr=0.1"])
+    set_axes(read, {"--over width=32,64": "width=32,64", "--over lr=0.1": "lr=0.1"})
     assert read.data["over"] == {"width": "32,64", "lr": "0.1"}
 
 
@@ -297,16 +297,16 @@ class TestRefusedFlags:
         [
             (["--over", "lr"], "--over lr: expected NAME=VALUES"),
             (["--over", "eta=0.1"], "--over eta=0.1: expected NAME=VALUES"),
-            (["--over", "lr=log2:1"], "over.lr: 'log2:1': '' is not a number"),
-            (["--over", "sparsity=0,1"], "over.sparsity: '0,1': 1 is not a valid sparsity"),
+            (["--over", "lr=log2:1"], "--over lr=log2:1: 'log2:1': '' is not a number"),
+            (["--over", "sparsity=0,1"], "--over sparsity=0,1: '0,1': 1 is not a valid sparsity"),
             (["--over", "lr=0.1", "--over", "init_std=0.1"], "over: 2 axes of a hyperparameter"),
             (["--parameterization", "sp,ntk"], "parameterizations[1]"),
-            (["--iso", "flops"], "iso: "),
+            (["--iso", "flops"], "--iso flops: "),
             (["--preset", "fig2"], "--preset fig2: expected fig1"),
             (["--preset", "fig1", "proxy.yaml"], "--preset fig1: cannot be combined with a document"),
             (["--full"], "expected a second one, at full size"),
             (["--width", "40"], "width 40 is not a multiple"),
-            (["--data", "none.txt"], "data.source: none.txt: no such file"),
+            (["--data", "none.txt"], "--data none.txt: none.txt: no such file"),
             (["--out", "text.txt"], "text.txt: is a file"),
             (["none.yaml"], "none.yaml: no such file"),
             (["text.txt"], "text.txt:"),

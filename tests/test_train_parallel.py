@@ -120,13 +120,13 @@ class TestAgree:
     @pytest.mark.parametrize(("processes", "parallel"), [(2, "ddp"), (2, "fsdp"), (1, "fsdp")])
     def test_with_one_process(self, plan: Plan, supar: Supar, tmp_path: Path, processes: int, parallel: str) -> None:
         _, history = trained(plan, tmp_path / "one")
-        flags = ("-q", "--nproc", str(processes), "--parallel", parallel)
+        flags = ("-q", "--json", "--nproc", str(processes), "--parallel", parallel)
         done = supar("train", "-o", "many", *flags)
         assert (done.status, done.err) == (0, ""), done.err
         assert_close(tmp_path / "one", tmp_path / "many")
-        (printed,) = document.read(done.out, "stdout")  # once, though there are several processes
+        printed = json.loads(done.out)  # once, though there are several processes
         results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "many")]
-        assert printed.data["masks"] == results[0]["masks"] == results[1]["masks"] and len(results[0]["masks"]) == 12
+        assert printed["masks"] == results[0]["masks"] == results[1]["masks"] and len(results[0]["masks"]) == 12
         assert results[1]["environment"]["processes"] == processes
         assert results[1]["environment"]["parallel"] == parallel
         before, after = supar_cli.weights(tmp_path / "one"), supar_cli.weights(tmp_path / "many")
@@ -145,7 +145,7 @@ class TestAgree:
 
     def test_two_nodes_of_torchrun(self, plan: Plan, tmp_path: Path, free_port: int) -> None:
         trained(plan, tmp_path / "one")
-        done = torchrun(tmp_path, "-o", "many", "-q", "--parallel", "fsdp", nodes=2, nproc=1, port=free_port)
+        done = torchrun(tmp_path, "-o", "many", "-q", "--json", "--parallel", "fsdp", nodes=2, nproc=1, port=free_port)
         assert [called.status for called in done] == [0, 0], done
         assert sorted(bool(called.out) for called in done) == [False, True]
         assert_close(tmp_path / "one", tmp_path / "many")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from supar_cli.cli.options import seconds
+from supar_cli.cli.values import seconds
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan

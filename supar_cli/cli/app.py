@@ -14,31 +14,40 @@ import typer
 import typer.core
 import typer.main
 
-from supar_cli.errors import PeerLost, SetupError, SuparError, TransferWarning
+from supar_cli.errors import InputError, PeerLost, SetupError, SuparError, TransferWarning, suggestion
 from supar_cli.training.launch.environment import is_rank_process, is_worker_rank
 from supar_cli.version import __version__
 
-SETTINGS: dict[str, Any] = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
+SETTINGS: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
-COMMANDS = {
-    "tune-proxy": "Search hyperparameters on a small dense proxy; write proxy.yaml.",
-    "transfer": "Turn a proxy and a target sparsity into a plan; write plan.yaml.",
-    "train": "Train a plan; write runs/NAME/.",
-    "runs": "List runs: state, progress, last losses.",
-    "show": "Show a run: state, plan, environment, curve.",
-    "demo": "Show in minutes whether a dense learning rate holds when sparse, under SP and SμPar; write demo/.",
-    "check": "Check that activations and updates keep their size over density and width; exit 5 if not.",
-    "sweep": "Measure whether the best hyperparameter stays the same over density or width; write sweeps/NAME/.",
-    "compare": "Compare SP, μP and SμPar over sparsities without re-tuning; write compare/NAME/.",
-    "report": "Put runs, sweeps, checks and plans on one HTML page; write report.html.",
-    "init": "Write a template to start from.",
-    "explain": "Show the formula, numbers and source behind a plan's values.",
-    "data": "Inspect a corpus, or prepare one as a token file.",
-    "bench": "Benchmark time and memory of masked training against plain dense training.",
-    "schema": "Print the JSON Schema of a document, for editors.",
-    "help": "Print a page of the manual, or what a key of a document means.",
-    "doctor": "Show versions, devices and data, and time one step.",
+COMMANDS = {  # in the order of use
+    "From nothing to a sparse model": {
+        "demo": "Show in minutes whether a dense learning rate holds when sparse, under SP and SμPar; write demo/.",
+        "init": "Write a template to start from.",
+        "tune-proxy": "Search hyperparameters on a small dense proxy; write proxy.yaml.",
+        "transfer": "Turn a proxy and a target sparsity into a plan; write plan.yaml.",
+        "train": "Train a plan; write runs/NAME/.",
+    },
+    "Look": {
+        "explain": "Show the formula, numbers and source behind a plan's values.",
+        "runs": "List runs: state, progress, last losses.",
+        "show": "Show a run: state, plan, environment, curve.",
+        "report": "Put runs, sweeps, checks and plans on one HTML page; write report.html.",
+    },
+    "Measure": {
+        "check": "Check that activations and updates keep their size over density and width; exit 5 if not.",
+        "sweep": "Measure whether the best hyperparameter stays the same over density or width; write sweeps/NAME/.",
+        "compare": "Compare SP, μP and SμPar over sparsities without re-tuning; write compare/NAME/.",
+        "bench": "Benchmark time and memory of masked training against plain dense training.",
+    },
+    "Data, documents, machine": {
+        "data": "Inspect a corpus, or prepare one as a token file.",
+        "help": "Print a page of the manual, or what a key of a document means.",
+        "schema": "Print the JSON Schema of a document, for editors.",
+        "doctor": "Show versions, devices and data, and time one step.",
+    },
 }
+NAMES = [name for group in COMMANDS.values() for name in group]
 # the modules of commands that have none of their own name
 MODULES = {
     "explain": "transfer",
@@ -50,24 +59,59 @@ MODULES = {
 }
 
 
+class Command(typer.core.TyperCommand):
+    """A command whose help shows its options in groups, then its examples."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        from supar_cli.cli.options import GROUPS
+
+        groups: dict[str, list[Any]] = {}
+        for param in self.get_params(ctx):
+            if record := param.get_help_record(ctx):
+                groups.setdefault(getattr(param, "rich_help_panel", None) or "Input and output", []).append(record)
+        for group in filter(groups.get, ("Arguments", *GROUPS)):
+            with formatter.section(group):
+                formatter.write_dl(groups[group])
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Examples"):
+            formatter.write("".join(f"  {line.strip()}\n" for line in (self.epilog or "").splitlines()))
+
+
+class Group(typer.core.TyperGroup):
+    """Several commands; a name that is close to an unknown one is named."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if not ctx.resilient_parsing and self.get_command(ctx, args[0]) is None:
+            raise InputError(f"{args[0]}: no such command; {suggestion(args[0], self.list_commands(ctx))}")
+        return super().resolve_command(ctx, args)
+
+
+def show_help(ctx: typer.Context) -> None:
+    """Show the help of a group that is called without a command."""
+    if ctx.invoked_subcommand is None:
+        sys.stderr.write(ctx.get_help() + "\n")
+        raise typer.Exit(InputError.exit_status)
+
+
 def application(*functions: Callable[..., None], help: str | None = None) -> typer.Typer:
     """A Typer application of one command, or, with `help`, of several named commands."""
-    made = typer.Typer(**SETTINGS, no_args_is_help=help is not None, help=help)
+    made = typer.Typer(**SETTINGS, add_completion=False, cls=Group, help=help)
     if help is not None:
-        made.callback()(lambda: None)
+        made.callback(invoke_without_command=True)(show_help)
     for function in functions:
-        made.command(context_settings=HELP_NAMES)(function)
+        made.command(cls=Command, context_settings=HELP_NAMES, epilog=getattr(function, "examples", None))(function)
     return made
 
 
-class LazyGroup(typer.core.TyperGroup):
+class LazyGroup(Group):
     """Imports the module of the one command that is called, and ends the process with the status of its error."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(COMMANDS)
+        return NAMES
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in COMMANDS:
+        if cmd_name not in NAMES:
             return None
         if cmd_name not in self.commands:
             name = cmd_name.replace("-", "_")
@@ -79,8 +123,18 @@ class LazyGroup(typer.core.TyperGroup):
         return self.commands[cmd_name]
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+        for group, commands in COMMANDS.items():
+            with formatter.section(group):
+                formatter.write_dl(list(commands.items()))
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run the command; what is wrong with the command line is reported as any other error is."""
+        try:
+            status = super().main(*args, **{**extra, "standalone_mode": False})
+        except typer.TyperException as error:
+            _report(usage_problem(error))
+            status = InputError.exit_status
+        raise SystemExit(status)
 
     def invoke(self, ctx: Any) -> Any:
         warnings.simplefilter("ignore", TransferWarning)
@@ -90,13 +144,12 @@ class LazyGroup(typer.core.TyperGroup):
             # the main process reports errors that all processes share, and errors that only follow from a lost process
             if not is_worker_rank() or not (error.is_collective or isinstance(error, PeerLost)):
                 rank = f"rank {os.environ['RANK']}: " if is_worker_rank() else ""
-                for line in (rank + str(error)).splitlines():
-                    sys.stderr.write(line + "\n" if line.startswith(("  ", "error:")) else f"error: {line}\n")
+                _report(rank + str(error))
             raise SystemExit(error.exit_status) from None
         except OSError as error:  # the environment's, such as a name that is too long or a folder that may not be read
             if error.filename is None:
                 raise
-            sys.stderr.write(f"error: {error.filename}: {error.strerror}\n")
+            _report(f"{error.filename}: {error.strerror}")
             raise SystemExit(SetupError.exit_status) from None
         except KeyboardInterrupt:
             if not is_worker_rank():
@@ -104,11 +157,34 @@ class LazyGroup(typer.core.TyperGroup):
             raise SystemExit(130) from None
 
 
+def usage_problem(error: typer.TyperException) -> str:
+    """What Typer says of a command line, in the form of supar's problems."""
+    found: dict[str, Any] = vars(error)
+    ctx, option = found.get("ctx"), found.get("option_name")
+    see = f"see `{ctx.command_path} --help`" if ctx else "see --help"
+    if "possibilities" in found:
+        close = found["possibilities"]
+        return f"{option}: no such option; " + (f"did you mean {close[0]}?" if close else see)
+    if option is not None:
+        return f"{option}: " + ("takes no value" if "does not take" in error.message else "expected a value")
+    if found.get("param") is not None:
+        return f"{found['param'].make_metavar(ctx)}: is missing; {see}"
+    return f"{error.message.rpartition('(')[2].rstrip(')')}: unexpected argument; {see}"
+
+
+def _report(problems: str) -> None:
+    """Write problems to stderr, a line each."""
+    from supar_cli.cli.text import fit
+
+    for line in problems.splitlines():
+        sys.stderr.write(fit(line if line.startswith(("  ", "error:")) else f"error: {line}") + "\n")
+
+
 app = typer.Typer(
     **SETTINGS,
     cls=LazyGroup,
-    no_args_is_help=True,
     context_settings=HELP_NAMES,
+    epilog="Start with `supar demo`.",
     help="Tune hyperparameters on a small dense proxy transformer, transfer them with SμPar to a wide sparse target, and train it.",
 )
 
@@ -119,13 +195,15 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _top(
+    ctx: typer.Context,
     version: bool = typer.Option(
         False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
     ),
 ) -> None:
     """Options of `supar` itself."""
+    show_help(ctx)
 
 
 def main() -> None:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import supar_cli
 from supar_cli.cli import documents, terminal
 from supar_cli.cli.app import application
-from supar_cli.cli.options import Flags, command, naming_flags, numbers, require_one
+from supar_cli.cli.options import Flags, command, require_one
+from supar_cli.cli.values import shares
 from supar_cli.errors import CheckViolated, InputError
-from supar_cli.planning.density import literal
+from supar_cli.planning.density import Share, literal
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import validate
 from supar_cli.planning.spec import Proxy
@@ -34,7 +35,7 @@ def _shape(flag: str, text: str) -> tuple[int, int]:
 
 def _densities(flag: str, text: str) -> list[float]:
     """Densities in the order given. Raises InputError."""
-    found = [float(literal(share)) for share in numbers(flag, text)]
+    found = [float(literal(share)) for share in shares(flag, text)]
     if any(not 0 < value <= 1 for value in found):
         raise InputError(f"{flag} {text}: expected 0 < density <= 1")
     if len(set(found)) < len(found):
@@ -46,6 +47,13 @@ def _density(flag: str, text: str) -> float:
     found = _densities(flag, text)
     if len(found) > 1:
         raise InputError(f"{flag} {text}: expected one density")
+    return found[0]
+
+
+def _sparsity(flag: str, text: str) -> Share:
+    found = shares(flag, text)
+    if len(found) > 1:
+        raise InputError(f"{flag} {text}: expected one sparsity")
     return found[0]
 
 
@@ -63,7 +71,7 @@ BLOCK = {"help": "Put live weights in aligned N×N blocks; N is 16, 32, 64 or 12
     context={"default": 256},
     vocab={"default": 256},
     batch_size={"default": 8},
-    sparsity={"type": float, "read": None, "help": "Sparsity of the masked model. [default: 0.9]"},
+    sparsity={"read": _sparsity, "help": "Sparsity of the masked model. [default: 0.9]"},
     density={"read": _density, "help": "Density instead of sparsity, such as 1/128."},
     block=BLOCK,
     engine={"default": "auto", "help": "auto, dense, sparse or block."},
@@ -71,7 +79,12 @@ BLOCK = {"help": "Put live weights in aligned N×N blocks; N is 16, 32, 64 or 12
     compile={"default": "auto"},
 )
 def step(flags: Flags) -> None:
-    """Time supar's masked training step against a plain PyTorch GPT's, dense and with `weight * mask`; steps are interleaved."""
+    """Time supar's masked training step against a plain PyTorch GPT's, dense and with `weight * mask`; steps are interleaved.
+
+    Examples:
+      supar bench step --width 1024 --sparsity 0.98
+      supar bench step --density 1/16 --engine sparse -o step.yaml
+    """
     require_one(flags, "density", "sparsity")
     target: dict[str, Any] = {"sparsity": 0.9 if flags.sparsity is None else flags.sparsity}
     if flags.density is not None:
@@ -81,7 +94,9 @@ def step(flags: Flags) -> None:
     plan = _plan(flags, **target)
     from supar_cli.bench import step as bench
 
-    _run(bench.benchmark(plan, flags.steps), flags)
+    with documents.naming_flags(flags):
+        benchmark = bench.benchmark(plan, flags.steps)
+    _run(benchmark, flags)
 
 
 @command(
@@ -94,7 +109,12 @@ def step(flags: Flags) -> None:
     rounds={"default": 5},
 )
 def layer(flags: Flags) -> None:
-    """Time one layer's forward and backward pass by each engine against dense with `weight * mask`; runs are interleaved."""
+    """Time one layer's forward and backward pass by each engine against dense with `weight * mask`; runs are interleaved.
+
+    Examples:
+      supar bench layer --shape 4096x1024
+      supar bench layer --density 1/8,1/32 --picture ratios.png
+    """
     runtime = _runtime(flags)
     from supar_cli.bench import layer as bench
 
@@ -109,7 +129,12 @@ def layer(flags: Flags) -> None:
     density={"default": "0.0078125", "read": _density, "help": "Density, such as 0.03125 or 1/32."},
 )
 def memory(flags: Flags) -> None:
-    """Measure the peak memory of training one layer with AdamW: masked dense and each engine, each in its own process."""
+    """Measure the peak memory of training one layer with AdamW: masked dense and each engine, each in its own process.
+
+    Examples:
+      supar bench memory
+      supar bench memory --shape 8192x8192 --density 1/32 -o memory.yaml
+    """
     runtime = _runtime(flags)
     from supar_cli.bench import memory as bench
 
@@ -131,9 +156,11 @@ def _run(benchmark: Benchmark, flags: Flags) -> None:
         figures.require_format("--picture", flags.picture)
     earlier = None
     if flags.compare is not None:
-        read = documents.read_one(flags.compare, f"`supar bench {benchmark.name} --json` writes one to stdout")
+        missing = f"expected what `supar bench {benchmark.name} -o FILE` writes"
+        read = documents.read_one(flags.compare, missing, flags.places["compare"])
         earlier = benchmark.earlier(flags.compare, read.data)
-    document = benchmark.run()
+    with documents.naming_flags(flags):
+        document = benchmark.run()
     if flags.picture is not None and benchmark.figure is not None:
         figures.save(benchmark.figure(document), Path(flags.picture))
     tables, rows = benchmark.tables(document), []
@@ -159,7 +186,8 @@ def _runtime(flags: Flags) -> Runtime:
     plan = _plan(flags, sparsity=0.0)
     from supar_cli.training.runtime import Runtime
 
-    return Runtime.of(plan)
+    with documents.naming_flags(flags):
+        return Runtime.of(plan)
 
 
 def _plan(flags: Flags, **target: Any) -> Plan:
@@ -170,10 +198,10 @@ def _plan(flags: Flags, **target: Any) -> Plan:
         "model": {"family": "gpt2"} | {key: given.get(key, small) for key, small in SMALLEST.items()},
         "hyperparameters": HYPERPARAMETERS,
         "train": {"steps": 10**6, "batch_size": given.get("batch_size", 1), "schedule": "constant"},
-        "data": {"source": "stdlib", "hash": "sha256:random"},
+        "data": {"source": "random", "hash": "sha256:random"},
         "run": {key: given[key] for key in ("device", "precision", "engine", "compile") if key in given},
     }
-    with naming_flags(flags):
+    with documents.naming_flags(flags):
         return supar_cli.transfer(validate(Proxy, values, ""), allow_low_wpn=True, **target)
 
 

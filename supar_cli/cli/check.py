@@ -1,23 +1,15 @@
 """`supar check`: the coordinate check, with a verdict, for a proxy's shape or for a plan as it stands."""
 
-from pathlib import Path
 from typing import Any
 
 import supar_cli
 from supar_cli.cli import documents, terminal
-from supar_cli.cli.options import Flags, apply, command, naming_flags, parameterization, workers_of
-from supar_cli.errors import CheckViolated, InputError, UnusableResult
+from supar_cli.cli.options import Flags, command, workers_of
+from supar_cli.cli.values import counts, parameterization
+from supar_cli.errors import CheckViolated, UnusableResult
 from supar_cli.planning.kinds import parse_any
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Proxy, Spec
-
-
-def _widths(flag: str, text: str) -> list[int]:
-    """Whole numbers with commas between them. Raises InputError."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise InputError(f"{flag} {text}: expected numbers above 0 with commas between them")
-    return [int(part) for part in parts]
 
 
 @command(
@@ -34,13 +26,13 @@ def _widths(flag: str, text: str) -> list[int]:
         "type": str,
         "help": "Widths to check, comma-separated. [default: 1, 2, 4 and 8 times the proxy's]",
         "path": "",
-        "read": _widths,
+        "read": counts,
     },
     density={"help": "Densities to check, comma-separated. [default: 1,0.25,0.0625]"},
     seeds={"help": "Seeds per point; results from fewer than 4 are noisy.", "default": 4, "path": ""},
     steps={"help": "Training steps measured.", "default": 10, "minimum": 1, "path": ""},
     batch_size={"help": "Sequences per step. [default: as many as make 512 tokens]", "minimum": 1, "path": ""},
-    out={"help": "Folder for records.jsonl, result.json and figures.", "default": "check"},
+    out={"help": "Folder for records.jsonl, result.json and figures. [default: check]"},
     force={"help": "Discard the folder's earlier measurements and start again."},
 )
 def check(flags: Flags) -> None:
@@ -49,20 +41,26 @@ def check(flags: Flags) -> None:
     Trains a few steps at each size and exits with status 5 when a slope exceeds its bound. For a proxy or
     a spec it trains models over density and width, with SP and μP as controls that should fail. A plan is checked as written,
     against the dense plan of its proxy.
+
+    Examples:
+      supar check proxy.yaml
+      supar check plan.yaml --seeds 8 --jobs 2
     """
     path, name = documents.find(flags.source, "proxy.yaml", "supar.yaml")
-    read = documents.read_one(path, "`supar tune-proxy` writes a proxy", name)
-    apply(read, flags)
+    read = documents.read_one(path, "expected a proxy, which `supar tune-proxy` writes", name)
+    documents.apply(read, flags)
     subject: Any = parse_any(read, Spec, Proxy, Plan)
     if isinstance(subject, Plan):
         subject = subject.beside(path)
-    asked = ("parameterization", "seeds", "max_seeds", "steps", "batch_size", "force", "out")
-    progress = terminal.Progress("check", flags.quiet, Path(flags.out, "records.jsonl"))
-    with progress, documents.with_locations(read), naming_flags(flags):
+    asked = ("parameterization", "seeds", "max_seeds", "steps", "batch_size", "force")
+    folder = terminal.folder_of(flags, "check")
+    progress = terminal.Progress("check", flags.quiet, folder / "records.jsonl")
+    with progress, documents.with_locations(read), documents.naming_flags(flags):
         result = supar_cli.check(
             subject,
             width=flags.width or [],
             density=flags.density or [],
+            out=folder,
             **{name: getattr(flags, name) for name in asked},
             reporter=progress,
             **workers_of(flags),
@@ -72,8 +70,9 @@ def check(flags: Flags) -> None:
         terminal.show_tables(table for table in result["tables"] if not table["folded"])
         terminal.show_verdicts(verdicts)
     terminal.print_documents([result], flags)
+    terminal.Log(flags.quiet).next(f"supar report {folder}")
     violated = [one for one in verdicts if one["passed"] == one["control"]]  # a control should not pass
     unjudged = [one for one in verdicts if one["passed"] is None]
     for found, error in ((violated, CheckViolated), (unjudged, UnusableResult)):
         if found:
-            raise error("\n".join(f"{one['what']}: {one['text']}" for one in found))
+            raise error(terminal.verdict_lines(found, flags))

@@ -4,9 +4,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from supar_cli.cli import terminal
+from supar_cli.cli import documents, terminal
 from supar_cli.cli.app import application
-from supar_cli.cli.options import Flags, command, naming_flags
+from supar_cli.cli.options import Flags, command
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
 from supar_cli.files import naming_write_errors
@@ -20,14 +20,20 @@ READING = "format tokenizer field dtype encoding separator"
 
 @command(f"corpus {READING} json quiet")
 def inspect(flags: Flags) -> None:
-    """Show how a corpus is read: format, split, documents, tokens, vocabulary needed, what can't be decoded, hash."""
+    """Show how a corpus is read: format, split, documents, tokens, vocabulary needed, what can't be decoded, hash.
+
+    Examples:
+      supar data inspect corpus.jsonl
+      supar data inspect corpus --tokenizer tokenizer.json
+    """
     import numpy as np
 
     from supar_cli.data import batches, tokenizer
 
     log, section = terminal.Log(flags.quiet), _section(flags)
-    found = corpus.find(section)
-    tokens = batches.load(section, vocab=None, context=1)
+    with documents.naming_flags(flags):
+        found, encoder = corpus.find(section), tokenizer.load(section)
+        tokens = batches.load(section, vocab=None, context=1)
     for line in tokens.lines:
         log.log(line)
     for message in tokens.warnings:
@@ -37,7 +43,7 @@ def inspect(flags: Flags) -> None:
     segments = {name: [segment.tokens for segment in split.segments] for name, split in splits.items()}
     first = np.asarray(segments["train"][0][:SAMPLE_TOKENS])
     largest = max(int(part.max()) for parts in segments.values() for part in parts if len(part))
-    encoder, counts, separator = tokenizer.load(section), tokens.documents, None
+    counts, separator = tokens.documents, None
     if encoder.separator is not None and (found.is_text or section.tokenizer != "bytes"):
         count = {name: split.count(encoder.separator) for name, split in splits.items()}
         separator = {"token": encoder.separator_text, "id": encoder.separator, "count": count}
@@ -75,7 +81,12 @@ def inspect(flags: Flags) -> None:
     out={"help": "Folder for train.bin and val.bin, or .npy where ids need 32 bits.", "default": ...},
 )
 def prepare(flags: Flags) -> None:
-    """Tokenize text once, for `--data FOLDER`: raw uint16 tokens as nanoGPT has them, or .npy of uint32 where ids need it."""
+    """Tokenize text once, for `--data FOLDER`: raw uint16 tokens as nanoGPT has them, or .npy of uint32 where ids need it.
+
+    Examples:
+      supar data prepare corpus.jsonl -o tokens
+      supar data prepare corpus -o tokens --tokenizer tokenizer.json
+    """
     from supar_cli.data import prepare as prepared
 
     folder, log, section = Path(flags.out), terminal.Log(flags.quiet), _section(flags)
@@ -92,7 +103,7 @@ def prepare(flags: Flags) -> None:
             logged_s = time.monotonic()
             log.log(f"{name}: {count:,} tokens")
 
-    with naming_write_errors(folder):
+    with naming_write_errors(folder), documents.naming_flags(flags):
         written = prepared.prepare(section, folder, progress)
     for line in written.lines:
         log.log(line)
@@ -112,7 +123,7 @@ def prepare(flags: Flags) -> None:
 
 def _section(flags: Flags) -> Data:
     given = {key: getattr(flags, key) for key in READING.split() if getattr(flags, key) is not None}
-    with naming_flags(flags):
+    with documents.naming_flags(flags):
         return validate(Data, {"source": flags.corpus, **given}, "")
 
 

@@ -33,12 +33,19 @@ EXTRAS = {
 
 
 @command(
-    "data device steps json quiet", steps={"help": "Timed steps, after two warm-up steps.", "default": 8, "minimum": 1}
+    "data device steps json quiet",
+    steps={"help": "Timed steps, after two warm-up steps.", "default": 8, "minimum": 1},
 )
 def doctor(flags: Flags) -> None:
-    """Show versions, devices and data, and time a training step of the quickstart's proxy. Exit 3 if something is wrong."""
+    """Show versions, devices and data, and time a training step of the quickstart's proxy. Exit 3 if something is wrong.
+
+    Examples:
+      supar doctor
+      supar doctor --device cuda --json
+    """
     source, device = flags.data or "stdlib", flags.device or "auto"
     packages, problems = _packages()
+    errors = [*problems]
     result: dict[str, Any] = {
         "supar": supar_cli.__version__,
         "python": platform.python_version(),
@@ -53,13 +60,15 @@ def doctor(flags: Flags) -> None:
     step = partial(_step, source, device, flags.steps)
     for name, examine in (("devices", _devices), ("data", partial(_data, source)), ("step", step)):
         try:
-            result[name] = examine()
+            with documents.naming_flags(flags):
+                result[name] = examine()
         except (SuparError, ImportError) as error:
             problems.append(f"{name}: {error}")
+            errors.append(str(error))
             result[name] = None
     terminal.print_documents([result | {"problems": problems}], flags, always=True)
     if problems:
-        raise SetupError("; ".join(problems))
+        raise SetupError("\n".join(dict.fromkeys(errors)))
 
 
 def _packages() -> tuple[dict[str, str | None], list[str]]:

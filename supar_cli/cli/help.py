@@ -22,7 +22,12 @@ _KEY = re.compile(r"^- `([a-z_.]+)`(?: \(([^)]*)\))?: (.*(?:\n  .*)*)", re.MULTI
 
 @command("topic")
 def help(flags: Flags) -> None:
-    """Print a page of the manual, what a key of a document means, or a command's help."""
+    """Print a page of the manual, what a key of a document means, or a command's help.
+
+    Examples:
+      supar help rules
+      supar help train.grad_clip
+    """
     text = _lookup(flags.topic) if flags.topic else _contents()
     if sys.stdout.isatty():
         pydoc.pager(text)

@@ -1,14 +1,15 @@
 """`supar init` and `schema`: a template to start from, and the JSON Schema by which editors check what it becomes."""
 
-import difflib
 import json
-from enum import StrEnum
+import sys
 from typing import Any, get_args
 
 from supar_cli.cli import terminal
+from supar_cli.cli import text as words
 from supar_cli.cli.help import key_descriptions
 from supar_cli.cli.options import Flags, command
-from supar_cli.errors import InputError, SetupError
+from supar_cli.cli.values import one_of
+from supar_cli.errors import InputError, SetupError, suggestion
 from supar_cli.planning import templates
 from supar_cli.planning.layout import Layout
 from supar_cli.planning.plan import Plan
@@ -34,32 +35,36 @@ TYPES: dict[str, type[Section]] = {"spec": Spec, "proxy": Proxy, "plan": Plan, "
     },
 )
 def init(flags: Flags) -> None:
-    """Write a commented template to start from."""
+    """Write a commented template to start from.
+
+    Examples:
+      supar init
+      supar init interpretability -o spec.yaml
+    """
     names, name = templates.names(), flags.template
     if not names:
         raise SetupError("the installation lacks its templates; install again")
     if flags.list:
         wide = max(map(len, names))
-        terminal.to_stdout(
-            "".join(f"{name:{wide}}  {templates.text(name).splitlines()[0].strip('# ')}\n" for name in names)
-        )
+        listed = [f"{name:{wide}}  {templates.text(name).splitlines()[0].strip('# ')}" for name in names]
+        columns = words.width() if sys.stdout.isatty() else 10**6
+        terminal.to_stdout("".join(f"{part}\n" for line in listed for part in words.wrap(line, columns, wide + 2)))
         return
     if name not in names:
-        close = difflib.get_close_matches(name, names, 1, 0.5)
-        expected = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(names)}"
-        raise InputError(f"{name}: no such template; {expected}")
+        raise InputError(f"{name}: no such template; {suggestion(name, names)}")
     text, log = templates.text(name), terminal.Log(flags.quiet)
     default, command = NEXT[next(line for line in text.splitlines() if line.startswith("kind:")).removeprefix("kind: ")]
-    out = flags.out or default or f"{name}.yaml"
-    terminal.write_text(text, out, flags.force, log)
-    if out != "-":
-        log.log(f"next: supar {command.format('' if out == default else f' {out}')}")
+    file = default or f"{name}.yaml"
+    terminal.write_text(text, flags, log, file)
+    if flags.out != "-":
+        out = flags.out or file
+        log.next(f"supar {command.format('' if out == default else f' {out}')}")
 
 
 @command(
     "kind out force quiet",
-    kind={"type": StrEnum("Kind", list(TYPES))},
-    out={"help": "Write it to a file; - for stdout only.", "default": "-"},
+    kind={"read": one_of(*TYPES)},
+    out={"help": "Write it to a file. [default: stdout]"},
 )
 def schema(flags: Flags) -> None:
     """Print the JSON Schema of a spec, a proxy, a plan, a sweep or a layout.
@@ -67,9 +72,13 @@ def schema(flags: Flags) -> None:
     Editors with a YAML language server check and complete a document whose first line names the schema:
     `supar schema -o supar.schema.json`, then `# yaml-language-server: $schema=supar.schema.json`.
     Rules that involve several keys are checked only by supar.
+
+    Examples:
+      supar schema -o supar.schema.json
+      supar schema plan
     """
     text = json.dumps(json_schema(TYPES[flags.kind]), indent=1, ensure_ascii=False) + "\n"
-    terminal.write_text(text, flags.out, flags.force, terminal.Log(flags.quiet))
+    terminal.write_text(text, flags, terminal.Log(flags.quiet), "-")
 
 
 def json_schema(document: type[Section]) -> dict[str, Any]:
@@ -84,7 +93,8 @@ def json_schema(document: type[Section]) -> dict[str, Any]:
             section: type[Section] = schema["cls"]
             required = [key for key in found.pop("required", []) if key not in _filled_in(section)]
             found |= {"required": required} if required else {}
-            return {"title": section.__name__, **found, "additionalProperties": False}
+            found = {"title": section.__name__, **found, "additionalProperties": False}
+            return {"anyOf": [found, found["properties"][section.SHORT]]} if section.SHORT else found
 
     (name,) = get_args(document.keys()["kind"])
     found = Sections().generate(document.schema())

@@ -4,77 +4,23 @@ A command names the options that it takes, in the order of its help, and gets th
 
     @command("proxy width steps", "set out force json quiet", steps={"help": "Training steps of a run."})
     def transfer(flags: Flags) -> None:
-        read = documents.read_one(flags.proxy or "proxy.yaml", "`supar tune-proxy` writes it")
-        apply(read, flags)
+        read = documents.read_one(flags.proxy or "proxy.yaml", "expected a proxy, which `supar tune-proxy` writes")
+        documents.apply(read, flags)
 
 Keywords change columns of the table for this command alone. `flags.width` is the value of `--width`; an option that the
-command does not take is None. `apply` puts `--set` and every flag that has a path into the document.
+command does not take is None. `documents.apply` puts `--set` and every flag that has a path into the document.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from inspect import Parameter, Signature
+from inspect import Parameter, Signature, getdoc
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import typer
 
-from supar_cli.cli import documents
+from supar_cli.cli import values
 from supar_cli.errors import InputError, Problem
-from supar_cli.planning import document
-from supar_cli.planning.density import Share, share
-from supar_cli.planning.document import Document
-from supar_cli.planning.rules import ParameterizationName
-
-
-def seconds(flag: str, text: str) -> float:
-    """Seconds of `90s`, `30m`, `2h` or `1:30:00`. Raises InputError."""
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    parts = text.split(":")
-    try:
-        if 2 <= len(parts) <= 3 and all(part.isascii() and part.isdigit() for part in parts):
-            found = sum(int(part) * 60.0**power for power, part in enumerate(reversed(parts)))
-        else:
-            found = float(text[:-1]) * units[text[-1:]]
-        if not 0 < found < float("inf"):
-            raise ValueError
-    except (KeyError, ValueError):
-        raise InputError(f"{flag} {text}: expected a time such as 90s, 30m, 2h or 1:30:00") from None
-    return found
-
-
-def names(_flag: str, text: str) -> list[str]:
-    """Names with commas between them."""
-    return [part.strip() for part in text.split(",")]
-
-
-def numbers(flag: str, text: str) -> list[Share]:
-    """Numbers or fractions with commas between them, exactly as they are written. Raises InputError."""
-    for part in text.split(","):
-        try:
-            share(part)
-        except ValueError:
-            raise InputError(f"{flag} {text}: {part!r} is not a number") from None
-    return [share(part) for part in text.split(",")]
-
-
-def parameterization(flag: str, text: str) -> str:
-    """The name of a parameterization. Raises InputError."""
-    if text not in get_args(ParameterizationName):
-        raise InputError(f"{flag} {text}: expected one of {', '.join(get_args(ParameterizationName))}")
-    return text
-
-
-def executor_settings(flag: str, texts: list[str]) -> dict[str, Any]:
-    """`KEY=VALUE` of each text, VALUE being YAML. Raises InputError."""
-    found: dict[str, Any] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key or not value:
-            raise InputError(f"{flag} {text}: expected KEY=VALUE")
-        found[key.strip().replace("-", "_")] = document.read(value, f"{flag} {key}")[0].data
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +41,28 @@ class Option:
     argument: bool = False
 
     def parameter(self, name: str) -> Parameter:
-        """The option as a function parameter for Typer."""
-        kind = self.type | None if self.default is None else self.type
-        shown: dict[str, Any] = {"help": self.help, "metavar": self.metavar}
+        """The option as a function parameter for Typer, to which a number is a text: `value` reads it."""
+        kind = str if self.type in (int, float) else self.type
+        metavar = self.metavar or {int: "N", float: "X", bool: None}.get(self.type, name.upper().replace("_", "-"))
+        shown: dict[str, Any] = {"help": self.help, "metavar": metavar}
+        if self.type in (str, list[str]):
+            shown["autocompletion"] = lambda incomplete: values.words_of(name, incomplete)
         if self.argument:
-            made = typer.Argument(self.default, **shown)
+            made = typer.Argument(self.default, rich_help_panel="Arguments", **shown)
         else:
             flag = flag_of(name)
             negatable = self.type is bool and self.default is True
             flags = [f"{flag}/--no{flag[1:]}" if negatable else flag, *([self.short] if self.short else [])]
-            made = typer.Option(self.default, *flags, min=self.minimum, **shown)
-        return Parameter(name, Parameter.KEYWORD_ONLY, default=made, annotation=kind)
+            made = typer.Option(self.default, *flags, rich_help_panel=group_of(name), **shown)
+        return Parameter(
+            name, Parameter.KEYWORD_ONLY, default=made, annotation=kind | None if self.default is None else kind
+        )
+
+    def value(self, flag: str, given: Any) -> Any:
+        """The value of what was given. Raises InputError."""
+        if isinstance(given, str) and self.type in (int, float):
+            given = values.number(self.type, self.minimum)(flag, given)
+        return given if self.read is None or given is None else self.read(flag, given)
 
 
 def flag_of(name: str) -> str:
@@ -132,22 +89,28 @@ OPTIONS = {
     "tensor": _argument(str, "Tensors to explain: blocks.0.mlp.up, mlp.up (in all blocks) or mlp. [default: all]"),
     "template": _argument(str, "Name of a template; --list shows them.", default="quickstart"),
     "folder": _argument(str, "Folder that holds run directories, directly or one level below.", default="runs"),
-    "run": _argument(str, "A run directory.", default=...),
+    "run": _argument(str, "A run directory. [default: the newest of runs/]"),
     "paths": _argument(
         list[str],
-        "Run directories, folders of sweeps, checks, comparisons or demos, plans or proxies; - for stdin.",
-        default=...,
+        "Run directories, folders of sweeps, checks, comparisons or demos, plans or proxies; - for stdin. "
+        "[default: the newest of runs/]",
         metavar="PATH…",
     ),
-    "kind": _argument(str, "Document type.", default="spec"),
     "topic": _argument(str, "A topic, a key or a command. [default: list the topics]"),
+    "kind": _argument(str, "Document type: spec, proxy, plan, sweep or layout.", default="spec"),
     "corpus": _argument(str, "`stdlib`, a file, or a folder.", default="stdlib", metavar="source"),
     # the target, and how sparse it is
     "sparsity": Option(
-        str, "Share of hidden weights that are zero; several, as 0.5,0.75, make several plans.", read=numbers
+        str,
+        "Share of hidden weights that are zero; several, as 0.5,0.75, make several plans.",
+        metavar="SHARE[,…]",
+        read=values.shares,
     ),
     "density": Option(
-        str, "Share of weights that are not zero, instead of --sparsity: 0.008 or 1/4,1/16.", read=numbers
+        str,
+        "Share of weights that are not zero, instead of --sparsity: 0.008 or 1/4,1/16.",
+        metavar="SHARE[,…]",
+        read=values.shares,
     ),
     "width": Option(int, "Model width.", "target.width"),
     "layers": Option(int, "Number of blocks.", "target.layers"),
@@ -169,7 +132,7 @@ OPTIONS = {
     ),
     "block": Option(int, "Edge length of the blocks of --pattern block: 16, 32, 64 or 128.", "target.sparsity.block"),
     "distribution": Option(str, "Density by tensor: uniform or erk (Erdős–Rényi).", "target.sparsity.distribution"),
-    "data": Option(str, "`stdlib`, a text/JSONL/token file or a folder of them.", "data.source"),
+    "data": Option(str, "`stdlib`, a text/JSONL/token file or a folder of them.", "data.source", metavar="PATH"),
     "seed": Option(int, "Seed of init, masks and batches.", "target.seed"),
     "from_paper": _switch("Start from the published proxy (arXiv 2405.15743, Table 3)."),
     "allow_low_wpn": _switch("Allow targets with less than one weight per neuron."),
@@ -180,7 +143,9 @@ OPTIONS = {
         int, "Most seeds: they are doubled while a bound lies within a slope's 95 % interval.", default=16, minimum=1
     ),
     "sampler": Option(str, "Sampler of the trials: random, qmc, tpe or gp.", "search.sampler"),
-    "search": Option(str, "Search only these of the spec's ranges: lr,init_std,…", metavar="NAME[,…]", read=names),
+    "search": Option(
+        str, "Search only these of the spec's ranges: lr,init_std,…", metavar="NAME[,…]", read=values.names
+    ),
     "study": Option(
         str,
         "Journal file or database (postgresql://HOST/NAME); several `supar tune-proxy` processes may share one. "
@@ -208,7 +173,7 @@ OPTIONS = {
     "checkpoint_every": Option(int, "Steps between checkpoints.", "run.checkpoint_every", minimum=1),
     "keep": Option(int, "Number of newest checkpoints to keep.", "run.keep", minimum=1),
     "max_time": Option(
-        str, "Write a checkpoint and stop after 90s, 30m, 2h or 1:30:00; exit 75.", metavar="TIME", read=seconds
+        str, "Write a checkpoint and stop after 90s, 30m, 2h or 1:30:00; exit 75.", metavar="TIME", read=values.seconds
     ),
     "nproc": Option(int, "Processes to train with on this machine, each on its own GPU.", minimum=1),
     "parallel": Option(
@@ -231,8 +196,7 @@ OPTIONS = {
     # where runs are executed
     "jobs": Option(
         int,
-        "Runs at the same time. [default: one per GPU; on CPU, 1 for tune-proxy and one per core (at most 8) for other commands; "
-        "on Ray, one per GPU or core of the cluster; on Slurm, 8]",
+        "Runs at the same time. [default: as many as the machine or cluster has room for]",
         minimum=1,
     ),
     "executor": Option(
@@ -246,7 +210,7 @@ OPTIONS = {
         "A setting of the executor; repeatable. ray: address, cpus (per run). slurm: partition, account, time "
         "(minutes) and sbatch's other options.",
         metavar="KEY=VALUE",
-        read=executor_settings,
+        read=values.executor_settings,
     ),
     # benchmarks
     "shape": Option(str, "Shape of the weight.", metavar="OUTxIN"),
@@ -264,18 +228,39 @@ OPTIONS = {
     "explain": _switch("Show the plan's table even if stderr is not a terminal."),
     "dry_run": _switch("Show sizes, FLOPs, memory and time; write nothing."),
     "set": Option(list[str], "Set any key of the input document; repeatable.", metavar="A.B=VALUE", short="-s"),
-    "out": Option(str, "Where to write; - for stdout only.", short="-o"),
+    "name": Option(str, "Name of the run's folder under runs/."),
+    "out": Option(str, "Where to write, and nothing to stdout; - for stdout alone.", metavar="PATH", short="-o"),
     "force": _switch("Overwrite an existing file whose content differs.", short="-f"),
-    "json": _switch("Write JSON to stdout instead of YAML."),
+    "json": _switch("Write JSON instead of YAML, to --out or to stdout."),
     "quiet": _switch("Print only warnings and errors.", short="-q"),
     "verbose": _switch("Print more details.", short="-v"),
 }
 
+GROUPS = {  # of a command's help, in their order; an argument is in none
+    "Model": "width layers heads kv_heads head_width ffn_width context vocab parameterization role shape",
+    "Training": "index batch_size steps tokens tokens_per_parameter seed resume checkpoint_every keep max_time tracker "
+    "device precision compile engine",
+    "Data": "data format tokenizer field dtype encoding separator",
+    "Sparsity": "sparsity density pattern block distribution from_paper allow_low_wpn",
+    "Measurement": "trials seeds max_seeds sampler search study over iso preset full rounds compare",
+    "Input and output": "list explain dry_run set name out picture force json quiet verbose",
+    "Processes and clusters": "nproc parallel max_restarts jobs executor executor_set",
+}
+
+
+def group_of(name: str) -> str:
+    """The group of an option in help."""
+    return next(group for group, members in GROUPS.items() if name in members.split())
+
 
 class Flags(SimpleNamespace):
-    """The values of a command's options by name, None for those that it does not take."""
+    """The values of a command's options by name, None for those that it does not take.
+
+    `document_paths`: the keys that options set, by name; `places`: what was typed, such as `--width 64`, by name.
+    """
 
     document_paths: dict[str, str]
+    places: dict[str, str]
 
     def __getattr__(self, name: str) -> Any:
         if name not in OPTIONS:
@@ -284,66 +269,44 @@ class Flags(SimpleNamespace):
 
 
 def command(*taken: str, **changes: dict[str, Any]) -> Callable[[Callable[[Flags], None]], Callable[..., None]]:
-    """Make a command with the named options (each text lists several names). `changes` overrides columns of single options."""
+    """Make a command with the named options (each text lists several names). `changes` overrides columns of single options.
+
+    The command's docstring is its help, and ends with the line `Examples:` and examples.
+    """
     options = {name: replace(OPTIONS[name], **changes.get(name, {})) for text in taken for name in text.split()}
 
     def decorate(function: Callable[[Flags], None]) -> Callable[..., None]:
-        def call(**values: Any) -> None:
+        def call(**given: Any) -> None:
+            read, problems = {}, list[Problem | str]()
             for name, option in options.items():
-                if option.read is not None and values[name] is not None:
-                    values[name] = option.read(flag_of(name), values[name])
-            function(
-                Flags(**values, document_paths={name: option.path for name, option in options.items() if option.path})
-            )
+                try:
+                    read[name] = option.value(name if option.argument else flag_of(name), given[name])
+                except InputError as error:
+                    problems += error.problems
+            if problems:
+                raise InputError(*problems)
+            paths = {name: option.path for name, option in options.items() if option.path}
+            places = {name: _place(name, given[name]) for name, option in options.items() if not option.argument}
+            function(Flags(**read, document_paths=paths, places=places))
 
-        call.__name__, call.__doc__ = function.__name__, function.__doc__
+        call.__name__ = function.__name__
+        call.__doc__, _, call.examples = (getdoc(function) or "").partition("Examples:\n")  # type: ignore[attr-defined]
         call.__signature__ = Signature([option.parameter(name) for name, option in options.items()])  # type: ignore[attr-defined]
         return call
 
     return decorate
 
 
+def _place(name: str, given: Any) -> str:
+    """A flag as it was typed, for problems with its value."""
+    words = given if isinstance(given, list) else [] if given is None else [given]
+    return " ".join(f"{flag_of(name)} {word}" for word in words)
+
+
 def require_one(flags: Flags, one: str, other: str) -> None:
     """Raise InputError where both of two options are given."""
     if getattr(flags, one) is not None and getattr(flags, other) is not None:
         raise InputError(f"{flag_of(one)}: cannot be combined with {flag_of(other)}; expected only one of them")
-
-
-def apply(read: Document, flags: Flags, same_data: bool = False) -> None:
-    """Put `--set` and then the flags into a document at the table's paths, and drop the keys that a changed value replaces.
-
-    `same_data`: `--data` only gives the data's new location, so their hash is kept. Raises InputError.
-    """
-    for setting in flags.set or []:
-        path, equals, text = setting.partition("=")
-        if not equals or not path:
-            raise InputError(f"--set {setting}: expected A.B=VALUE")
-        found = document.read(text or "null", f"--set {path}")
-        documents.set_path(read, tuple(path.split(".")), found[0].data if found else None)
-    sections: dict[tuple[str, ...], dict[str, Any]] = {}
-    for name, path in flags.document_paths.items():
-        if getattr(flags, name) is not None:
-            *section, key = path.split(".")
-            sections.setdefault(tuple(section), {})[key] = getattr(flags, name)
-    for name, value in (sections.pop(("data",), {}) if same_data else {}).items():
-        documents.set_path(read, ("data", name), value)
-    for at, changes in sections.items():
-        documents.override(read, at, changes)
-
-
-@contextmanager
-def naming_flags(flags: Flags) -> Iterator[None]:
-    """Name the flag in a problem raised inside as `a.b: what is wrong`, where `--b` was given."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(*(_at_flag(problem, flags) for problem in error.problems)) from None
-
-
-def _at_flag(problem: Problem | str, flags: Flags) -> Problem | str:
-    place, _, what = str(problem).partition(": ")
-    key = place.rpartition(".")[2]
-    return f"{flag_of(key)}: {what}" if getattr(flags, key, None) is not None else problem
 
 
 def workers_of(flags: Flags) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from supar_cli.cli import terminal
+from supar_cli.cli import text as words
 from supar_cli.cli.options import Flags, command
 from supar_cli.errors import InputError
 from supar_cli.reporting import runs as reading
@@ -24,16 +25,22 @@ PAGE = "report.html"
 
 @command("folder json quiet")
 def runs(flags: Flags) -> None:
-    """List runs with their state (running, finished, preempted, failed or killed), progress and last losses."""
+    """List runs with their state (running, finished, preempted, failed or killed), progress and last losses.
+
+    Examples:
+      supar runs
+      supar runs sweeps/NAME --json
+    """
     log, root = terminal.Log(flags.quiet), Path(flags.folder)
     if not root.is_dir():
-        raise InputError(f"{root}: no such folder; `supar train` writes runs/NAME")
+        what = "is a file; expected a folder of runs" if root.exists() else "no such folder"
+        raise InputError(f"{root}: {what}; `supar train` writes runs/NAME")
 
     found = [reading.summary(path) for path in reading.folders(root)]
     if not found:
         log.warn(f"{root}: no run directory found")
     elif not flags.quiet:
-        terminal.show_table(COLUMNS, [_row(one, root) for one in found], right=(2, 3, 4), whole=(2, 3, 4))
+        log.log(words.table(COLUMNS, [_row(one, root) for one in found], right=(2, 3, 4)))
         for one in found:
             if one["text"]:
                 log.log(f"{one['run']}: {one['text']}")
@@ -49,17 +56,23 @@ def _row(one: dict[str, Any], root: Path) -> list[str]:
 
 @command("run json quiet")
 def show(flags: Flags) -> None:
-    """Show a run: state, plan, environment and the curve of its losses."""
-    folder, log = Path(flags.run), terminal.Log(flags.quiet)
+    """Show a run: state, plan, environment and the curve of its losses.
+
+    Examples:
+      supar show
+      supar show runs/NAME
+    """
+    log = terminal.Log(flags.quiet)
+    folder = Path(flags.run) if flags.run is not None else _newest(log)
     if not (folder / "plan.yaml").is_file():
-        raise InputError(f"{flags.run}: not a run directory; expected one that `supar runs` lists")
+        raise InputError(f"{folder}: not a run directory; expected one that `supar runs` lists")
 
     run = reading.details(folder)
     plan, found, environment = run.plan, run.summary, run.environment
     if not flags.quiet:
         losses = [f"{key.removesuffix('_loss')} {found[key]:.4f}" for key in reading.LOSSES if found[key] is not None]
         step = f"step {found['step']} of {found['steps']}"
-        log.log(", ".join([f"{flags.run}: {found['state']}", step, *losses, f"last written {found['written']}"]))
+        log.log(", ".join([f"{folder}: {found['state']}", step, *losses, f"last written {found['written']}"]))
         if found["text"]:
             log.log(found["text"])
         log.log(f"plan {plan.name}, {plan.hash()}")
@@ -72,6 +85,15 @@ def show(flags: Flags) -> None:
             log.log("engine: " + ", ".join(f"{engine} {count}" for engine, count in counts))
         _show_losses(run.records, log)
     terminal.print_documents([found | {"environment": environment}], flags)
+
+
+def _newest(log: terminal.Log) -> Path:
+    """The run of runs/ that was last written, which is named. Raises InputError where there is none."""
+    found = reading.folders(Path("runs"))
+    if not found:
+        raise InputError("runs: holds no run; expected a run directory, which `supar train` writes")
+    log.log(f"the newest run: {found[0]}")
+    return found[0]
 
 
 def _show_losses(records: list[dict[str, Any]], log: terminal.Log) -> None:
@@ -87,31 +109,35 @@ def _show_losses(records: list[dict[str, Any]], log: terminal.Log) -> None:
 @command(
     "paths out force json quiet verbose",
     out={"help": f"The page; - for stdout only. [default: {PAGE}]"},
-    json={"help": "Write verdicts, figures' data and tables as JSON to stdout."},
+    json={"help": "Write verdicts, figures' data and tables as JSON, to --out or to stdout."},
 )
 def report(flags: Flags) -> None:
     """Write one HTML page of results: verdicts first, then figures, tables, environment and hashes.
 
     A job that is still running is shown with its results so far.
+
+    Examples:
+      supar report
+      supar report runs/NAME sweeps/NAME demo -o page.html
     """
     if flags.out == "":
         raise InputError("--out: is empty; expected a file or -")
-    missing = [path for path in flags.paths if path != "-" and not Path(path).exists()]
+    log = terminal.Log(flags.quiet)
+    paths = flags.paths or [str(_newest(log))]
+    missing = [path for path in paths if path != "-" and not Path(path).exists()]
     if missing:
         what = "no such file or folder; expected what `supar train` or `sweep` wrote"
         raise InputError(*(f"{path}: {what}" for path in missing))
 
     from supar_cli.reporting import html as page
 
-    log = terminal.Log(flags.quiet)
-    parts = [part for path in flags.paths for part in read(path)]
+    parts = [part for path in paths for part in read(path)]
     text = page.render(parts)
+    data = {"kind": "supar.report/v1", "parts": to_jsonable_python(parts)}
+    as_json = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n" if flags.json else ""
     if flags.out != "-":
-        terminal.persist(Path(flags.out or PAGE), text, flags.force, log)
+        terminal.persist(Path(flags.out or PAGE), as_json if flags.out and as_json else text, flags.force, log)
         for part in parts:
             log.log(f"  {part.source}: {part.state}; {page.summary(part.verdicts)}")
-    if flags.json:
-        data = {"kind": "supar.report/v1", "parts": to_jsonable_python(parts)}
-        terminal.to_stdout(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    elif flags.out == "-":
-        terminal.to_stdout(text)
+    if flags.out == "-" or (as_json and flags.out is None):
+        terminal.to_stdout(as_json or text)

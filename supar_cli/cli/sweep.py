@@ -1,24 +1,24 @@
 """`supar sweep`, `compare` and `demo`: does a hyperparameter that was tuned dense still hold where weights are sparse?"""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import supar_cli
 from supar_cli.cli import documents, terminal
-from supar_cli.cli.options import Flags, apply, command, names, require_one, workers_of
+from supar_cli.cli.options import Flags, command, require_one, workers_of
+from supar_cli.cli.values import PRESETS, names
 from supar_cli.data import corpus
 from supar_cli.errors import CheckViolated, InputError
 from supar_cli.planning import document, templates
 from supar_cli.planning.advice import warnings
 from supar_cli.planning.document import Document
-from supar_cli.planning.problems import parse
+from supar_cli.planning.problems import parse, wrong_kind
 from supar_cli.planning.sweep import LEVELS, TUNED, Sweep, plan_all
 from supar_cli.reporting.result import fraction
 
 KIND = "supar.sweep/v1"
-PRESETS = ("fig1", "fig6", "fig7", "fig9", "fig10", "fig11", "fig13", "fig14")
 PARAMETERIZATIONS = ["sp", "mup", "supar"]
 # what a spec or a proxy lacks to be a study
 SWEPT = {"over": {"lr": "x:-2..2/1", "density": [1.0, 0.25, 0.0625]}, "parameterizations": PARAMETERIZATIONS}
@@ -59,6 +59,10 @@ def sweep(flags: Flags) -> None:
     If an optimum lies at an end of the axis, the axis is extended in its own steps. Running the command again repeats no
     finished run. Exits with status 5 if SμPar misses a threshold: |γ| < 0.15 (γ: slope of log2(optimum) against log2(size)),
     largest shift < 0.5 octave, regret < 0.5 %.
+
+    Examples:
+      supar sweep proxy.yaml --over lr=x:-2..2/1 --over density=1,0.25,0.0625
+      supar sweep --preset fig1 --jobs 2
     """
     preset = flags.preset
     if preset is not None and flags.source is not None:
@@ -66,13 +70,13 @@ def sweep(flags: Flags) -> None:
     if preset is not None and preset not in PRESETS:
         raise InputError(f"--preset {preset}: expected {', '.join(PRESETS)}")
     read = read_study(flags.source, SWEPT, flags.full, preset)
-    result = _measure(supar_cli.sweep, "sweeps", read, flags.over or [], flags)
+    result = _measure(supar_cli.sweep, "sweeps", read, {f"--over {text}": text for text in flags.over or []}, flags)
     if not flags.quiet:
         _explain_sweep(result, terminal.Log())
         terminal.show_verdicts(result["verdicts"])
-    terminal.print_documents([result], flags)
+    _finish(result, "sweeps", flags)
     if missed := [one for one in result["verdicts"] if one["passed"] is False and not one["control"]]:
-        raise CheckViolated("\n".join(f"{one['what']}: {one['text']}" for one in missed))
+        raise CheckViolated(terminal.verdict_lines(missed, flags))
 
 
 @command(
@@ -87,14 +91,20 @@ def sweep(flags: Flags) -> None:
 def compare(flags: Flags) -> None:
     """Compare SP, μP and SμPar over sparsities at a fixed budget, without re-tuning.
 
-    For reference, it also runs SP with its own learning rate, tuned on the dense model or at every size."""
+    For reference, it also runs SP with its own learning rate, tuned on the dense model or at every size.
+
+    Examples:
+      supar compare proxy.yaml
+      supar compare --sparsity 0,0.75,0.9375 --seeds 3 --jobs 2
+    """
     require_one(flags, "density", "sparsity")
     read = read_study(flags.source, COMPARED)
-    axes = [f"{name}={getattr(flags, name)}" for name in ("sparsity", "density") if getattr(flags, name) is not None]
+    levels = {name: getattr(flags, name) for name in ("sparsity", "density")}
+    axes = {flags.places[name]: f"{name}={level}" for name, level in levels.items() if level is not None}
     result = _measure(supar_cli.compare, "compare", read, axes, flags)
     if not flags.quiet:
         _explain_comparison(result["levels"], terminal.Log())
-    terminal.print_documents([result], flags)
+    _finish(result, "compare", flags)
 
 
 @command(
@@ -102,20 +112,24 @@ def compare(flags: Flags) -> None:
     steps={"help": "Training steps of every run.", "default": 120, "minimum": 8},
     trials={"help": "Trials of the proxy's search.", "default": 6, "minimum": 1},
     seeds={"help": "Seeds averaged at every point of the sweep.", "default": 1},
-    jobs={"help": "Runs at the same time. [default: one per CPU core, at most 8]"},
-    out={"help": "Folder for proxy.yaml, results.json and lr_transfer.png.", "default": "demo"},
+    out={"help": "Folder for proxy.yaml, results.json and lr_transfer.png. [default: demo]"},
 )
 def demo(flags: Flags) -> None:
     """Show whether the dense model's learning rate stays best as weights go sparse, under SP and SμPar.
 
     Takes a few minutes on two CPU cores and downloads nothing.
+
+    Examples:
+      supar demo
+      supar demo --data corpus.txt --jobs 2
     """
-    how = {name: getattr(flags, name) for name in ("steps", "trials", "seeds", "jobs", "device", "out", "verbose")}
-    with terminal.Progress("demo", flags.quiet) as progress:
-        result = supar_cli.demo(flags.data, **how, reporter=progress)
+    how = {name: getattr(flags, name) for name in ("steps", "trials", "seeds", "jobs", "device", "verbose")}
+    folder = terminal.folder_of(flags, "demo")
+    with terminal.Progress("demo", flags.quiet) as progress, documents.naming_flags(flags):
+        result = supar_cli.demo(flags.data, **how, out=folder, reporter=progress)
     if not flags.quiet:
         terminal.show_tables([_regret_table(result["regrets"])])
-        terminal.Log().log(_explain_demo(result, Path(flags.out)))
+        terminal.Log().log(_explain_demo(result, folder))
     terminal.print_documents([result], flags)
 
 
@@ -129,7 +143,7 @@ def read_study(source: str | None, defaults: dict[str, Any], full: bool = False,
         name = f"--preset {preset}"
         found = document.read(templates.text(preset), name)
     else:
-        found = documents.read_all(path, "`supar tune-proxy` writes a proxy")
+        found = documents.read_all(path, "expected a proxy, which `supar tune-proxy` writes")
     if full and len(found) != 2:
         raise InputError(f"--full: {name} holds {len(found)} document; expected a second one, at full size")
     if len(found) > 2:
@@ -140,7 +154,7 @@ def read_study(source: str | None, defaults: dict[str, Any], full: bool = False,
         return one
     kind = one.data.get("kind")
     if kind not in ("supar.spec/v1", "supar.proxy/v1"):
-        raise InputError(one.problem(("kind",), f"is {kind!r}", f"expected supar.spec/v1, supar.proxy/v1 or {KIND}"))
+        raise wrong_kind(one, "supar.spec/v1", "supar.proxy/v1", KIND)
     target = one.data.get("target")
     own = target.get("sparsity") if isinstance(target, dict) else None
     one.data = {key: value for key, value in one.data.items() if key not in NOT_IN_A_SWEEP}
@@ -156,30 +170,30 @@ def _folder_name(path: str) -> str:
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(path).stem).strip("-") or "sweep"
 
 
-def set_axes(read: Document, axes: Iterable[str]) -> None:
-    """Replace the document's axis of the same kind with `NAME=VALUES`. Raises InputError for an unknown name."""
+def set_axes(read: Document, axes: dict[str, str]) -> None:
+    """Replace the document's axis of the same kind with `NAME=VALUES`, by its flag. Raises InputError for an unknown name."""
     replaced: set[tuple[str, ...]] = set()
-    for text in axes:
+    for flag, text in axes.items():
         name, equals, values = text.partition("=")
         name = name.strip().replace("-", "_")
         kind = next((kind for kind in (TUNED, LEVELS) if name in kind), None)
         if not equals or kind is None:
-            raise InputError(f"--over {text}: expected NAME=VALUES, NAME one of {', '.join((*TUNED, *LEVELS))}")
+            raise InputError(f"{flag}: expected NAME=VALUES, NAME one of {', '.join((*TUNED, *LEVELS))}")
         over = read.data.get("over") if isinstance(read.data, dict) else None
         if isinstance(over, dict) and kind not in replaced:
             for other in kind:
                 over.pop(other, None)
         replaced.add(kind)
-        documents.set_path(read, ("over", name), values.strip())
+        documents.set_path(read, ("over", name), values.strip(), flag)
 
 
 def _measure(
-    function: Callable[..., dict[str, Any]], folders: str, read: Document, axes: Iterable[str], flags: Flags
+    function: Callable[..., dict[str, Any]], folders: str, read: Document, axes: dict[str, str], flags: Flags
 ) -> dict[str, Any]:
     """Plan the study of a document, axes and flags, describe its runs, make them and show its tables. Raises InputError."""
     log = terminal.Log(flags.quiet)
     set_axes(read, axes)
-    apply(read, flags)
+    documents.apply(read, flags)
     study = parse(Sweep, read)
     with documents.with_locations(read):
         study = corpus.with_hash(study)
@@ -187,13 +201,20 @@ def _measure(
     for message in dict.fromkeys(message for plan in plans for message in warnings(plan)[:1]):
         log.warn(message)
     _describe(study, log)
-    folder = Path(flags.out or f"{folders}/{study.name}")
+    folder = terminal.folder_of(flags, f"{folders}/{study.name}")
     progress = terminal.Progress(function.__name__, flags.quiet, folder / "records.jsonl")
     with progress, documents.with_locations(read):
         result = function(study, folder, force=flags.force, reporter=progress, **workers_of(flags))
     if not flags.quiet:
         terminal.show_tables(result["tables"])
     return result
+
+
+def _finish(result: dict[str, Any], folders: str, flags: Flags) -> None:
+    """Print the result and say how to go on."""
+    terminal.print_documents([result], flags)
+    folder = terminal.folder_of(flags, f"{folders}/{result['sweep']['name']}")
+    terminal.Log(flags.quiet).next(f"supar report {folder}")
 
 
 def _describe(study: Sweep, log: terminal.Log) -> None:

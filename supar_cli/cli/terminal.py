@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from supar_cli.cli import text as words
 from supar_cli.cli.options import Flags
 from supar_cli.errors import InputError
 from supar_cli.files import naming_write_errors, write_file
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan, PlanModel
-
-WIDTH = 80  # columns that a measurement's tables fit in
 
 
 class Log:
@@ -23,7 +22,7 @@ class Log:
 
     def __init__(self, quiet: bool | None = False) -> None:
         self.quiet = bool(quiet)
-        self.is_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self.is_terminal = words.is_terminal()
 
     def log(self, message: str) -> None:
         if not self.quiet:
@@ -32,9 +31,13 @@ class Log:
     def warn(self, message: str) -> None:
         self._write(f"warning: {message}")
 
+    def next(self, *commands: str) -> None:
+        """Say how to go on."""
+        self.log(f"next: {' · '.join(commands)}")
+
     def _write(self, message: str) -> None:
         with _without_reader(sys.stderr):
-            sys.stderr.write(message + "\n")
+            sys.stderr.write(words.fit(message) + "\n")
             sys.stderr.flush()
 
 
@@ -98,51 +101,34 @@ class Progress(Log):
 
     def _write(self, message: str) -> None:
         if self._bar is not None:
-            self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(words.fit(message), markup=False, highlight=False, soft_wrap=True)
         else:
             super()._write(message)
-
-
-def show_table(
-    columns: Sequence[str],
-    rows: Iterable[Sequence[Any]],
-    *,
-    title: str | None = None,
-    right: Iterable[int] = (),
-    whole: Iterable[int] = (),
-    width: int | None = None,
-) -> None:
-    """A table on stderr. Columns are given by index: `right` are aligned to the right, `whole` are not wrapped."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold", title=title, title_justify="left")
-    for i, heading in enumerate(columns):
-        justify: Any = "right" if i in right else "left"
-        table.add_column(heading, justify=justify, overflow="fold", no_wrap=i in whole)
-    for row in rows:
-        table.add_row(*map(str, row))
-    Console(stderr=True, width=width, highlight=False).print(table)
 
 
 def show_tables(tables: Iterable[dict[str, Any]]) -> None:
     """Tables of a result; only a last column without a heading, for notes, is aligned to the left."""
     for one in tables:
         right = [i for i, heading in enumerate(one["columns"]) if heading or i == 0]
-        show_table(one["columns"], one["rows"], title=one["title"], right=right, width=WIDTH)
+        Log().log(words.table(one["columns"], one["rows"], right, one["title"]))
 
 
 def show_verdicts(verdicts: Sequence[dict[str, Any]]) -> None:
     """One line per verdict. Controls are in brackets; their "(a control …)" note is for other outputs."""
-    words = {True: "pass", False: "FAIL", None: "?"}
+    judged = {True: "pass", False: "FAIL", None: "?"}
     controls = {True: "(pass)", False: "(miss)", None: "?"}
     rows = [
-        [(controls if one["control"] else words)[one["passed"]], one["what"], one["text"].partition(" (a control")[0]]
+        [(controls if one["control"] else judged)[one["passed"]], one["what"], one["text"].partition(" (a control")[0]]
         for one in verdicts
     ]
     with_controls = any(one["control"] for one in verdicts)
     title = "verdicts (?: undecided); controls, in brackets, should miss" if with_controls else "verdicts"
-    show_table(["", "", "measured; threshold"], rows, title=title, width=WIDTH)
+    Log().log(words.table(["", "", "measured; threshold"], rows, title=title))
+
+
+def verdict_lines(verdicts: Sequence[dict[str, Any]], flags: Flags) -> str:
+    """A line per verdict, with its text unless that was shown."""
+    return "\n".join(f"{one['what']}: {one['text'] if flags.quiet else 'see the verdicts above'}" for one in verdicts)
 
 
 def show_plan(plan: Plan, processes: int | None = None) -> None:
@@ -150,9 +136,8 @@ def show_plan(plan: Plan, processes: int | None = None) -> None:
     from supar_cli.planning import estimate
     from supar_cli.planning.advice import COLUMNS, number, plan_rows
 
-    numeric = range(1, len(COLUMNS))
-    show_table(COLUMNS, plan_rows(plan), right=numeric, whole=[i for i in numeric if COLUMNS[i] != "shape"])
     log = Log()
+    log.log(words.table(COLUMNS, plan_rows(plan), right=range(1, len(COLUMNS))))
     log.log("decay: steps in which weight decay alone divides a weight by e")
     if isinstance(plan.model, PlanModel):
         factors = plan.model.multipliers
@@ -181,28 +166,50 @@ def persist(path: Path, text: str, force: bool, log: Log) -> None:
     log.log(f"wrote {path}")
 
 
-def write_text(text: str, out: str, force: bool, log: Log) -> None:
-    """Write a text to a file, then to stdout where that is read: a pipe, a file, or an `out` of -."""
+def folder_of(flags: Flags, default: str) -> Path:
+    """The folder that `--out` names, else the default one."""
+    return Path(default if flags.out in (None, "-") else flags.out)
+
+
+def prints(flags: Flags) -> bool:
+    """Whether the document goes to stdout: `-o -` says so, and `-o FILE` not; by default where stdout is no terminal."""
+    return flags.out == "-" or (flags.out is None and not sys.stdout.isatty())
+
+
+def write_text(text: str, flags: Flags, log: Log, default: str) -> None:
+    """Write a text to `--out` alone, else to the default file and to stdout where that is read. A default of - is no file."""
+    out = flags.out or default
     if out != "-":
-        persist(Path(out), text, force, log)
-    if out == "-" or not sys.stdout.isatty():
+        persist(Path(out), text, flags.force, log)
+    if prints(flags) or (out == "-" and flags.out is None):
         to_stdout(text)
 
 
 def emit(documents: list[Any], flags: Flags, log: Log, default: str | None) -> None:
-    """Write the documents to `--out` or the default, then print them where stdout is read: a pipe, a file, or `-o -`."""
-    text = document.write(documents)
-    if flags.out != "-" and (flags.out or default):
-        persist(Path(flags.out or default or ""), text, flags.force, log)
-    print_documents(documents, flags, always=flags.out == "-", text=text)
+    """Write the documents to `--out` alone, else to the default file and to stdout where that is read.
+
+    With `--json` as JSON to `--out` and stdout; the default file is YAML.
+    """
+    if flags.out not in (None, "-"):
+        text = json_text(documents) if flags.json else document.write(documents)
+        persist(Path(flags.out), text, flags.force, log)
+        return
+    if default is not None and flags.out is None:
+        persist(Path(default), document.write(documents), flags.force, log)
+    print_documents(documents, flags)
 
 
-def print_documents(documents: list[Any], flags: Flags, always: bool = False, text: str | None = None) -> None:
-    """Print documents to stdout if stdout is not a terminal, or if `--json` or `always` is set. `text` is their YAML, if known."""
+def print_documents(documents: list[Any], flags: Flags, always: bool = False) -> None:
+    """Print documents to stdout where they go there, or if `--json` or `always` is set."""
     if flags.json:
-        to_stdout(json.dumps(documents[0] if len(documents) == 1 else documents, indent=1) + "\n")
-    elif always or not sys.stdout.isatty():
-        to_stdout(text or document.write(documents))
+        to_stdout(json_text(documents))
+    elif always or prints(flags):
+        to_stdout(document.write(documents))
+
+
+def json_text(documents: list[Any]) -> str:
+    """The document, or the list of several, as JSON."""
+    return json.dumps(documents[0] if len(documents) == 1 else documents, indent=1) + "\n"
 
 
 def to_stdout(text: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from supar_cli.cli import documents, terminal
-from supar_cli.cli.options import Flags, apply, command
+from supar_cli.cli.options import Flags, command, require_one
 from supar_cli.errors import InputError, Preempted
 from supar_cli.planning import document
 from supar_cli.planning.document import Document
@@ -36,7 +36,7 @@ class Job:
 
 @command(
     "plan index steps resume checkpoint_every keep max_time data tokenizer device precision compile engine nproc parallel",
-    "max_restarts tracker dry_run set out force json quiet verbose",
+    "max_restarts tracker dry_run set name out force json quiet verbose",
     steps={
         "help": "Train this many steps instead of the plan's; the warm-up keeps its share of them.",
         "minimum": 1,
@@ -47,7 +47,12 @@ class Job:
     force={"help": "Start again in a directory that holds a run."},
 )
 def train(flags: Flags) -> None:
-    """Train every plan of a document; metrics, checkpoints and result.json go to runs/NAME/."""
+    """Train every plan of a document; metrics, checkpoints and result.json go to runs/NAME/.
+
+    Examples:
+      supar train
+      supar train plan.yaml --name first --max-time 2h
+    """
     log = terminal.Log(flags.quiet or is_worker_rank())
     if flags.dry_run:
         for job in _jobs(flags, log):
@@ -75,25 +80,34 @@ def train(flags: Flags) -> None:
             raise typer.Exit(Preempted.exit_status) from None
     if ranks.is_main:
         terminal.print_documents(results, flags)
+        for job in jobs:
+            log.next(f"supar show {job.directory}", f"supar report {job.directory}")
 
 
 def _jobs(flags: Flags, log: terminal.Log) -> list[Job]:
     """The plans that the command line asks for. Raises InputError."""
     source, index, out = documents.plan_file(flags.plan), flags.index, flags.out
+    if out == "-":
+        out = None
+    if flags.name is not None:
+        require_one(flags, "name", "out")
+        if Path(flags.name).name != flags.name or flags.name in ("", ".."):
+            raise InputError(f"--name {flags.name}: is not a folder's name; expected --out for a path")
+        out = str(Path("runs", flags.name))
     if source != (flags.plan or "plan.yaml"):  # a run directory
         out = out or flags.plan
     plans = []
-    for read in documents.read_all(source, "`supar transfer` writes it"):
-        apply(read, flags, same_data=True)
+    for read in documents.read_all(source, "expected a plan, which `supar transfer` writes"):
+        documents.apply(read, flags, same_data=True)
         plans.append((parse(Plan, read).beside(source), read))
     if index is not None:
         if not 0 <= index < len(plans):
             raise InputError(f"--index {index}: {source} holds {len(plans)} documents; expected 0 to {len(plans) - 1}")
         plans = [plans[index]]
     if out is not None and len(plans) > 1:
-        raise InputError(
-            f"--out: names one directory, but {source} holds {len(plans)} plans; expected --index to choose one"
-        )
+        flag = "out" if flags.name is None else "name"
+        what = f"names one directory, but {source} holds {len(plans)} plans"
+        raise InputError(f"--{flag}: {what}; expected --index to choose one")
     jobs = []
     for plan, read in plans:
         wanted = plan if flags.steps is None else with_steps(plan, flags.steps)
@@ -108,7 +122,7 @@ def _run(job: Job, flags: Flags, quiet: bool, ranks: Ranks, stop: Callable[[], s
     """Train a plan, this rank's part of it, and return its result."""
     from supar_cli.training import train as training
 
-    with terminal.Progress(job.directory.name, quiet) as progress:
+    with terminal.Progress(job.directory.absolute().name, quiet) as progress:
         with documents.with_locations(job.read):
             trainer = training.make_trainer(job.plan, progress, ranks)
         return training.run(trainer, job.directory, resume=flags.resume, force=flags.force, stop=stop)

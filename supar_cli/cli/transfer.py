@@ -1,12 +1,12 @@
 """`supar transfer` and `explain`: a proxy and a target become a plan, and its numbers are worked out."""
 
 import json
-import sys
 from pathlib import Path
 
 import supar_cli
 from supar_cli.cli import documents, terminal
-from supar_cli.cli.options import Flags, apply, command, parameterization, require_one
+from supar_cli.cli.options import Flags, command, require_one
+from supar_cli.cli.values import parameterization
 from supar_cli.errors import InputError
 from supar_cli.files import template
 from supar_cli.planning.advice import warnings
@@ -31,13 +31,18 @@ from supar_cli.planning.spec import Proxy
     },
 )
 def transfer(flags: Flags) -> None:
-    """Turn a tuned proxy into a plan for a wide, sparse target that states every number of its training."""
+    """Turn a tuned proxy into a plan for a wide, sparse target that states every number of its training.
+
+    Examples:
+      supar transfer --sparsity 0.992
+      supar transfer proxy.yaml --width 2048 --density 1/128 -o wide.yaml
+    """
     log = terminal.Log(flags.quiet)
     require_one(flags, "density", "sparsity")
     read = _read_proxy(flags)
     tuned = read.data.get("data") if isinstance(read.data, dict) else None
     tuned_on = tuned.get("hash") if isinstance(tuned, dict) else None
-    apply(read, flags)
+    documents.apply(read, flags)
     levels = [(word, share) for word in ("sparsity", "density") for share in getattr(flags, word) or []]
     plans = [_plan(read, flags, *level) for level in levels] or [_plan(read, flags)]
     for plan in plans:
@@ -52,12 +57,12 @@ def transfer(flags: Flags) -> None:
     if flags.dry_run:
         return
     terminal.emit([plan.model_dump() for plan in plans], flags, log, "plan.yaml")
-    if flags.out != "-" and sys.stdout.isatty():
-        log.log("next: supar train" + (f" {flags.out}" if flags.out else ""))
+    if not terminal.prints(flags):
+        log.next("supar train" + (f" {flags.out}" if flags.out else ""))
 
 
 def _read_proxy(flags: Flags) -> Document:
-    missing = "`supar tune-proxy` writes it, or use --from-paper"
+    missing = "expected a proxy, which `supar tune-proxy` writes, or --from-paper"
     if not flags.from_paper:
         return documents.read_one(flags.proxy or "proxy.yaml", missing)
     if flags.proxy is not None:
@@ -67,16 +72,25 @@ def _read_proxy(flags: Flags) -> Document:
 
 def _plan(read: Document, flags: Flags, word: str = "", share: Share | None = None) -> Plan:
     """The plan of the document's target; `word` (sparsity or density) sets its level if given."""
-    documents.override(read, ("target", "sparsity"), {word: share})
+    level = f"--{word} {share}" if "," in flags.places.get(word, "") else flags.places.get(word, "")
+    documents.override(read, ("target", "sparsity"), {word: share}, {word: level})
     proxy = parse(Proxy, read)
     with documents.with_locations(read):
         return supar_cli.transfer(proxy, parameterization=flags.parameterization, allow_low_wpn=flags.allow_low_wpn)
 
 
-@command("plan tensor role json", json={"help": "Write a JSON list, one item per plan, to stdout."})
+@command(
+    "plan tensor role json",
+    json={"help": "Write a JSON list, one item per plan, to stdout."},
+)
 def explain(flags: Flags) -> None:
-    """Show the formula behind every number of a plan with its values put in, and where the plan differs from it."""
-    source, missing = documents.plan_file(flags.plan), "`supar transfer` writes it"
+    """Show the formula behind every number of a plan with its values put in, and where the plan differs from it.
+
+    Examples:
+      supar explain plan.yaml mlp.up
+      supar explain runs/NAME --role embedding
+    """
+    source, missing = documents.plan_file(flags.plan), "expected a plan, which `supar transfer` writes"
     if flags.tensor is None and flags.plan is not None and Path("plan.yaml").exists():
         missing += f"; for a tensor of that name: supar explain plan.yaml {flags.plan}"
     plans = [parse(Plan, read) for read in documents.read_all(source, missing)]

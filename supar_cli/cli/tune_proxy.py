@@ -1,12 +1,11 @@
 """`supar tune-proxy`: a spec becomes a tuned proxy."""
 
-import sys
 from math import ceil
 from pathlib import Path
 
 import supar_cli
 from supar_cli.cli import documents, terminal
-from supar_cli.cli.options import Flags, apply, command, require_one, workers_of
+from supar_cli.cli.options import Flags, command, require_one, workers_of
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
 from supar_cli.planning import document
@@ -27,13 +26,17 @@ SHAPE = ("width", "layers", "heads", "context")
     context={"path": ""},
     batch_size={"path": "train.batch_size"},
     steps={"help": "Training steps of a trial.", "path": "train.steps"},
-    tokens={"help": "Training tokens of a trial, instead of --steps.", "path": ""},
+    tokens={"help": "Training tokens of a trial, instead of --steps.", "path": "", "minimum": 1},
     seed={"help": "Seed of the trials' init and batches, and of the sampler.", "path": "train.seed"},
 )
 def tune_proxy(flags: Flags) -> None:
     """Search learning rate, init std and multipliers on a small dense proxy.
 
     Running the command again continues the study.
+
+    Examples:
+      supar tune-proxy --jobs 2
+      supar tune-proxy supar.yaml --data corpus.jsonl --trials 64
     """
     log, out = terminal.Log(flags.quiet), None if flags.out == "-" else flags.out
     require_one(flags, "tokens", "steps")
@@ -49,37 +52,38 @@ def tune_proxy(flags: Flags) -> None:
         terminal.check_writable(Path(out or "proxy.yaml"), flags.force)
     with terminal.Progress("tune-proxy", flags.quiet) as progress:
         try:
-            proxy = supar_cli.tune(spec, study, reporter=progress, **workers_of(flags))
+            with documents.naming_flags(flags):
+                proxy = supar_cli.tune(spec, study, reporter=progress, **workers_of(flags))
         except KeyboardInterrupt:
             best = search.best_so_far(spec, study)
             progress.warn("stopped; the same command continues the study" + (f"; {best}" if best else ""))
             raise
     _summarize(proxy, log)
     terminal.emit([proxy.model_dump()], flags, log, "proxy.yaml")
-    if flags.out != "-" and sys.stdout.isatty():
-        log.log(" ".join(["next: supar transfer", *([out] if out else []), "--sparsity 0.992"]))
+    if not terminal.prints(flags):
+        log.next(" ".join(["supar transfer", *([out] if out else []), "--sparsity 0.992"]))
 
 
 def _read_spec(flags: Flags, log: terminal.Log) -> Spec:
     """The spec that the command line asks for, its data identified. Raises InputError."""
     path, name = documents.find(flags.spec, "supar.yaml")
-    read = documents.read_one(path, "`supar init` writes one", name)
+    read = documents.read_one(path, "expected a spec, which `supar init` writes", name)
     unnamed = "the quickstart template (`supar init` writes it to supar.yaml)"
     log.log(f"spec: {unnamed if name != path else name}")
-    apply(read, flags)
+    documents.apply(read, flags)
     if flags.seed is not None:
-        documents.set_path(read, ("search", "seed"), flags.seed)
-    spec = _reshaped(parse(Spec, read), flags)
-    return corpus.with_hash(spec, log.log)
+        documents.set_path(read, ("search", "seed"), flags.seed, flags.places["seed"])
+    spec = parse(Spec, read)
+    with documents.with_locations(read), documents.naming_flags(flags):
+        return corpus.with_hash(_reshaped(spec, flags), log.log)
 
 
 def _reshaped(spec: Spec, flags: Flags) -> Spec:
     """The spec with the shape, the number of tokens and the searched names that flags ask for. Raises InputError."""
     shape = {name: getattr(flags, name) for name in SHAPE}
-    for name, value in {**shape, "tokens": flags.tokens}.items():
-        if value is not None and value < 1:
-            raise InputError(f"--{name} {value}: expected a number above 0")
-    model = target_model(spec.model, Target(**shape)) if any(shape.values()) else spec.model
+    model = (
+        target_model(spec.model, Target(**shape)) if any(value is not None for value in shape.values()) else spec.model
+    )
     train, search = spec.train, spec.search
     if flags.tokens is not None:
         train = train.model_copy(update={"steps": ceil(flags.tokens / (train.batch_size * model.context))})

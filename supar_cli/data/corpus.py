@@ -19,6 +19,7 @@ from supar_cli.planning.plan import Data
 DocumentT = TypeVar("DocumentT")
 
 READER = 2  # the edition of how files are read; where it gives the tokens of the first, the hash is that of the first
+BYTES = 256  # the tokens of text that is read as bytes
 _NOT_CORPUS = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "idle_test"}
 _SPLITS = {  # the words by which the Hugging Face Hub splits data sets
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
@@ -309,9 +310,18 @@ def with_hash(document: DocumentT, log: Callable[[str], None] = lambda _: None) 
     Raises InputError, SetupError.
     """
     found: Any = document
+    check_vocabulary(found.data, getattr(found.model, "vocab", BYTES))
     if found.data.hash is not None:
         return document
     for _, part in parts(found.data) or [(1.0, found.data)]:
         for line in find(part).lines() if part.source != "stdlib" else ():
             log(line)
     return found.model_copy(update={"data": identify(found.data)})  # type: ignore[no-any-return]
+
+
+def check_vocabulary(data: Data, vocab: int) -> None:
+    """Raise InputError for a vocabulary that text read as bytes does not fit; data that are not here are not looked at."""
+    for _, part in parts(data) or [(1.0, data)]:
+        is_here = part.source == "stdlib" or Path(part.source).exists()
+        if vocab < BYTES and part.tokenizer == "bytes" and is_here and find(part).is_text:
+            raise InputError(f"model.vocab: {vocab} is less than the {BYTES} tokens of the tokenizer 'bytes'")

@@ -74,10 +74,12 @@ def sweeps_of(
     lr_factor: float = 1.0,
 ) -> list[SlopeSweep]:
     """The sweeps that a check of a document needs, all rates times a factor. Raises InputError for what can't be planned."""
-    counts = [("seeds", seeds), ("steps", steps), ("batch_size", 1 if batch_size is None else batch_size)]
-    for key, value in (*counts, *(("width", width) for width in widths)):
-        if value < 1:
-            raise InputError(f"{key}: {value}; expected a number above 0")
+    for width in widths:
+        if not isinstance(width, int) or width < 1:
+            raise InputError(f"width: {width!r}; expected a whole number above 0")
+        if not isinstance(subject, Plan) and width % subject.model.head_width:
+            what = f"{width} is not a multiple of the proxy's head width {subject.model.head_width}"
+            raise InputError(f"width: {what}; expected a multiple of it")
     whole = {"precision": "float32", "compile": "off", "micro_batch_size": None, "loss_chunk_tokens": None}
     hyper = subject.hyperparameters.model_copy(update={"lr": subject.hyperparameters.lr * lr_factor})
     subject = subject.model_copy(update={"run": subject.run.model_copy(update=whole), "hyperparameters": hyper})

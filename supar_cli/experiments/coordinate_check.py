@@ -24,7 +24,7 @@ from supar_cli.experiments.coordinates import LINEAR, SHARE, log_sizes, why_too_
 from supar_cli.experiments.statistics import half_widths, log_slopes
 from supar_cli.files import Record
 from supar_cli.jobs import runs
-from supar_cli.jobs.clusters import WorkerOptions, make_workers
+from supar_cli.jobs.clusters import WorkerOptions, check_keywords, make_workers
 from supar_cli.jobs.workers import Workers
 from supar_cli.planning import layout
 from supar_cli.planning.density import Share
@@ -136,6 +136,8 @@ class CheckResult:
         worst, seeds = self.violations[0], len(self.sweep.plans)
         interval = (
             f", exceeded by less than the 95 % interval ±{worst.half_width:.3g} of {seeds} seeds: more may decide"
+            if seeds > 1
+            else ", exceeded; one seed gives no interval: more may decide"
         )
         return worst.text + (interval if worst.inconclusive else "")
 
@@ -215,8 +217,8 @@ def check(
     subject: Spec | Proxy | Plan,
     *,
     parameterization: ParameterizationName = "supar",
-    width: Sequence[int] = (),
-    density: Sequence[Share] = (),
+    width: int | Sequence[int] = (),
+    density: Share | Sequence[Share] = (),
     seeds: int = 4,
     max_seeds: int = 16,
     steps: int = 10,
@@ -234,6 +236,9 @@ def check(
     """
     if not isinstance(subject, Spec | Proxy | Plan):
         raise InputError(f"{type(subject).__name__}: expected a Spec or Proxy or Plan")
+    check_keywords(check, workers, seeds=seeds, max_seeds=max_seeds, steps=steps, batch_size=batch_size)
+    width = [width] if isinstance(width, int) else width
+    density = [density] if isinstance(density, float | str) else density
     subject = corpus.with_hash(subject)
     folder, reporter = Path(out), reporter or NullReporter()
     sizes: dict[str, Any] = {"widths": width, "densities": density, "steps": steps, "batch_size": batch_size}

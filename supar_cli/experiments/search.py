@@ -22,7 +22,7 @@ from supar_cli.errors import InputError, SetupError, UnusableResult
 from supar_cli.experiments.statistics import Fit, fit_quadratic
 from supar_cli.files import Record
 from supar_cli.jobs import runs
-from supar_cli.jobs.clusters import WorkerOptions, make_workers
+from supar_cli.jobs.clusters import WorkerOptions, check_keywords, make_workers
 from supar_cli.jobs.queue import SharedStudy, Wanted, state_of
 from supar_cli.jobs.storage import RetryPolicy, absolute, redact_url
 from supar_cli.jobs.workers import Local, Workers
@@ -73,6 +73,7 @@ def tune(
     """
     if not isinstance(spec, Spec):
         raise InputError(f"{type(spec).__name__}: expected a Spec")
+    check_keywords(tune, workers)
     spec = spec.model_copy(update={"data": corpus.identify(spec.data)})
     folder = Path("proxy" if "://" in str(study) else study).with_suffix(".slurm")
     with make_workers(device=spec.run.device, on_cpu=1, folder=folder, **workers) as ready:

@@ -13,7 +13,7 @@ from supar_cli.experiments.curves import Curve, first_of, measure_curves
 from supar_cli.experiments.sweep_views import SHORT, comparison, curves_figure, transfer
 from supar_cli.files import Record, naming_write_errors, template, write_file
 from supar_cli.jobs import runs
-from supar_cli.jobs.clusters import WorkerOptions, make_workers
+from supar_cli.jobs.clusters import WorkerOptions, check_keywords, make_workers
 from supar_cli.planning import document
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy, Spec
@@ -61,6 +61,7 @@ def _run(
     """Make the runs that the folder has no record of yet, judge, draw and write."""
     if not isinstance(study, Sweep):
         raise InputError(f"{type(study).__name__}: expected a Sweep")
+    check_keywords(sweep, options)
     if is_comparison := kind == "compare":
         require_comparison(study)
     reporter = reporter or NullReporter()
@@ -104,6 +105,7 @@ def demo(
     from supar_cli.experiments import search  # imports Optuna, which sweeps don't need
 
     started, folder, reporter = time.monotonic(), Path(out), reporter or NullReporter()
+    check_keywords(demo, {"jobs": jobs}, steps=steps, trials=trials, seeds=seeds)
     spec = _demo_spec(data, steps, trials, device)
     with naming_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +121,8 @@ def demo(
         study = _demo_study(proxy, seeds)
         curves = measure_curves(study, folder, ready, reporter)
     for curve in curves:
-        best = f"best at η·2^{_octave(curve.best)}, loss {curve.mean(curve.best):.4f} ({len(curve.losses)} rates)"
+        ratio = f"2^{round(curve.best - first_of(curve, curves).best)}"
+        best = f"best rate ÷ dense {ratio}, loss {curve.mean(curve.best):.4f} ({len(curve.losses)} rates)"
         reporter.log(f"   {SHORT[curve.name]} at density {fraction(curve.level.density)}: {best}")
     regrets = [_regret(curve, first_of(curve, curves)) for curve in curves]
     figures.save(curves_figure(study, curves), folder / "lr_transfer.png")

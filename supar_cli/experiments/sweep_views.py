@@ -171,15 +171,17 @@ def _number(value: float | None, form: str) -> str:
 
 def curves_figure(sweep: Sweep, curves: list[Curve]) -> Figure:
     """Loss over the tuned hyperparameter: a panel for each parameterization, a line for each size, its best ringed."""
-    panels = []
+    panels, word = [], NAMES.get(sweep.tuned, sweep.tuned)
     for name in sweep.parameterizations:
         own, lines = [curve for curve in curves if curve.name == name], []
         for curve in own:
             losses = {curve.grid.value(index): finite(curve.mean(index)) for index in curve.indices}
             best = curve.grid.value(curve.best) if isfinite(curve.mean(curve.best)) else None
             lines.append(Line.through(f"{curve.level.measure} {_size(curve.level)}", losses, ring=best))
-        panels.append(Panel(title=TITLES[name], vertical=own[0].grid.value(own[0].best), lines=lines))
-    word = NAMES.get(sweep.tuned, sweep.tuned)
+        octaves = [curve.grid.octaves(curve.best) for curve in own]
+        factor = 2.0 ** (max(octaves) - min(octaves))
+        title = f"{TITLES[name]}\nbest {word} {'stays' if factor == 1 else f'moves {factor:.3g}×'}"
+        panels.append(Panel(title=title, vertical=own[0].grid.value(own[0].best), lines=lines))
     title = f"Loss over {word}; rings are optima, the grey band is the first size's"
     return loss_figure(title, f"{word} of the proxy", panels)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import io
 import logging
@@ -12,14 +11,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, redirect_stdout, suppress
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 
-from supar_cli.errors import InputError, SetupError
+from supar_cli.errors import InputError, SetupError, suggestion
 from supar_cli.files import naming_write_errors
 from supar_cli.jobs import workers
 from supar_cli.jobs.workers import Answer, Call, Function, Workers
@@ -44,6 +44,16 @@ class WorkerOptions(TypedDict, total=False):
     verbose: bool
 
 
+def check_keywords(function: Callable[..., Any], keywords: WorkerOptions, **counts: int | None) -> None:
+    """Raise InputError for a keyword that is neither the function's nor of WorkerOptions, and for counts below 1."""
+    known = [name for name in signature(function).parameters if name != "workers"] + [*WorkerOptions.__annotations__]
+    if unknown := [name for name in keywords if name not in known]:
+        raise InputError(*(f"{name}: unknown keyword; {suggestion(name, known)}" for name in unknown))
+    for name, count in {"jobs": keywords.get("jobs"), **counts}.items():
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise InputError(f"{name}: {count!r}; expected a whole number above 0")
+
+
 def _require_package(executor: str, package: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise SetupError(f"--executor {executor}: {package} is not installed; expected `pip install {package}`")
@@ -52,9 +62,7 @@ def _require_package(executor: str, package: str) -> None:
 def _require_known(executor: str, settings: Collection[str], known: Collection[str]) -> None:
     for key in settings:
         if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            expected = f"did you mean {close[0]!r}?" if close else f"expected {', '.join(sorted(known))}"
-            raise InputError(f"--executor-set {key}: not a setting of {executor}; {expected}")
+            raise InputError(f"--executor-set {key}: not a setting of {executor}; {suggestion(key, sorted(known))}")
 
 
 def _wants_gpu(device: str, has_gpus: bool) -> bool:

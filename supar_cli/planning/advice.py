@@ -147,6 +147,9 @@ def plan_rows(plan: Plan) -> list[list[str]]:
         prefix = names[0].rpartition(".")[0] + "."
         short_names = [names[0], *(name.removeprefix(prefix) for name in names[1:])]
         label = (", " if len(",".join(short_names)) > 16 else ",").join(short_names)  # wraps where it doesn't fit
+        parts = {name.rpartition(".")[2] for name in names}
+        if len(names) > 3 and len(parts) == 1:  # biases
+            label = f"*.{parts.pop()}"
         m_rho, wpn = (first.because.get("m_rho"), first.wpn) if hidden else (None, None)
         sizes = ["" if value is None else number(value) for value in (first.because.get("m_d"), m_rho, wpn)]
         numbers = [start_text(first), number(first.lr), number(first.weight_decay), f"{decay:.0f}" if decay else "–"]

@@ -10,9 +10,9 @@ Share = float | str  # a density or a sparsity: a number, or a fraction such as 
 
 
 def literal(value: Share | int) -> Fraction:
-    """The exact value of a number as written, such as 0.992 or 1/128; a float counts as its shortest text. ValueError."""
-    text = value if isinstance(value, str) else repr(value)
-    parts = text.split("/", 1)
+    """The exact value of a number as written: 0.992, 99.2% or 1/128; a float counts as its shortest text. ValueError."""
+    text = value.strip() if isinstance(value, str) else repr(value)
+    parts = text.removesuffix("%").split("/", 1)
     try:
         numbers = [Decimal(part.strip()) for part in parts]
     except InvalidOperation:
@@ -21,11 +21,11 @@ def literal(value: Share | int) -> Fraction:
         raise ValueError(f"{value!r} is not finite")
     if len(numbers) == 2 and not numbers[1]:
         raise ValueError(f"{value!r} divides by zero")
-    return Fraction(numbers[0]) / (Fraction(numbers[1]) if len(numbers) == 2 else 1)
+    return Fraction(numbers[0]) / (Fraction(numbers[1]) if len(numbers) == 2 else 1) / (100 if text[-1:] == "%" else 1)
 
 
 def share(text: str) -> Share:
-    """A share as documents keep it: a plain number as a float, a fraction such as 1/3 as it was written. ValueError."""
+    """A share as documents keep it: a number or a percentage as a float, a fraction such as 1/3 as written. ValueError."""
     exact = literal(text)
     return text.strip() if "/" in text else float(exact)
 
@@ -38,11 +38,13 @@ def density_from(word: str, value: Share, where: str = "") -> Fraction:
     try:
         given = literal(value)
     except ValueError as error:
-        raise ValueError(f"{where or word}: {error}; expected a number or a fraction such as 1/128") from None
+        raise ValueError(f"{where or word}: {error}; expected a number such as 0.992, 99.2% or 1/128") from None
     density = 1 - given if word == "sparsity" else given
     if not 0 < density <= 1:
         allowed = "0 <= sparsity < 1" if word == "sparsity" else "0 < density <= 1"
-        raise ValueError(f"{where or word}: {value}{' leaves no weights' if density <= 0 else ''}; expected {allowed}")
+        percent = f"; did you mean {float(given / 100):g}?" if 1 < given < 100 else ""
+        what = " leaves no weights" if density <= 0 else ""
+        raise ValueError(f"{where or word}: {value}{what}; expected {allowed}{percent}")
     return density
 
 

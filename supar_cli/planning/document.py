@@ -73,11 +73,15 @@ for _tag, _pattern, _first in _CORE:
 
 @dataclass
 class Document:
-    """One parsed document: `data` as plain dicts, lists and scalars, and the line of each path in it."""
+    """One parsed document: `data` as plain dicts, lists and scalars, and the line of each path in it.
+
+    `flags`: what was typed on the command line to set a path.
+    """
 
     data: Any
     name: str = "<document>"
     lines: dict[Path_, int] = field(default_factory=dict)
+    flags: dict[Path_, str] = field(default_factory=dict)
 
     def line(self, path: Path_) -> int | None:
         """Line of `path`, or of the nearest ancestor that has one."""
@@ -86,6 +90,10 @@ class Document:
         return self.lines.get(path)
 
     def problem(self, path: Path_, what: str, expected: str = "", line: int | None = None) -> Problem:
+        """A problem at a path: its place is the flag that set the path or a section around it, else the file and line."""
+        for end in range(len(path), 0, -1):
+            if flag := self.flags.get(path[:end]):
+                return Problem(flag, what, expected, where="" if end == len(path) else dotted(path))
         return Problem(self.name, what, expected, line=line or self.line(path), where=dotted(path))
 
 
@@ -109,9 +117,15 @@ def read(text: str, name: str) -> list[Document]:
         mark = getattr(error, "problem_mark", None)
         what = " ".join(part for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part)
         deep = "maximum nesting depth" in what  # libyaml's own limit, which its scanner may reach ahead of any event
-        what = TOO_DEEP if deep else f"not valid YAML: {what or error}"
+        what = TOO_DEEP if deep else f"not valid YAML: {_tab(text, mark) or what or error}"
         raise InputError(Problem(name, what, line=mark.line + 1 if mark else None)) from None
     return [_Reader(name).document(node) for node in nodes]
+
+
+def _tab(text: str, mark: Any) -> str:
+    """What to say of a tab at the place of an error, which YAML's own words do not name."""
+    here = text.split("\n")[mark.line][mark.column :] if mark and mark.line < text.count("\n") + 1 else ""
+    return "a tab; expected spaces, by which YAML indents" if here.startswith("\t") else ""
 
 
 def _check_depth(text: str, name: str) -> None:

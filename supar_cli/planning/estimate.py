@@ -98,14 +98,15 @@ def _gib(value: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    if seconds < 1:
-        return "under 1s"
-    return duration(seconds) if seconds < 48 * 3600 else f"{seconds / 86400:.1f}d"
+    return "under 1s" if seconds < 1 else duration(seconds)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as `45s`, `12m`, `3h20m`."""
+    """Seconds as `45s`, `12m`, `3h20m`, `5 days`, `3.2 years`."""
     if seconds < 90:
         return f"{seconds:.0f}s"
-    minutes = round(seconds / 60)
+    days, minutes = seconds / 86400, round(seconds / 60)
+    if days >= 2:
+        years = days / 365.25
+        return f"{days:.0f} days" if years < 2 else f"{years:.1f} years" if years < 10 else f"{years:,.0f} years"
     return f"{minutes}m" if minutes < 90 else f"{minutes // 60}h{minutes % 60:02d}m"

@@ -9,7 +9,7 @@ from supar_cli.errors import InputError
 from supar_cli.planning.document import Document, read_file
 from supar_cli.planning.layout import Layout
 from supar_cli.planning.plan import Plan
-from supar_cli.planning.problems import parse
+from supar_cli.planning.problems import parse, wrong_kind
 from supar_cli.planning.spec import Proxy, Spec
 from supar_cli.planning.sweep import Sweep
 
@@ -23,7 +23,7 @@ def parse_any(document: Document, *types: type[AnyDocument]) -> AnyDocument:
     known |= {kind: one for one in types for kind in one.EARLIER}
     kind = document.data.get("kind") if isinstance(document.data, dict) else None
     if not isinstance(kind, str) or kind not in known:
-        raise InputError(document.problem(("kind",), f"is {kind!r}", f"expected one of {', '.join(known)}"))
+        raise wrong_kind(document, *known)
     return parse(known[kind], document)
 
 

@@ -7,14 +7,17 @@ They use `pydantic_core` and not `pydantic.BaseModel`: to make the first class o
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Self, Union, dataclass_transform, get_args, get_origin
 
-from pydantic_core import SchemaValidator, core_schema
+from pydantic_core import SchemaValidator, ValidationError, core_schema
+
+from supar_cli.errors import InputError, Problem, suggestion
+from supar_cli.planning.document import Path_, dotted
 
 _UNSET: Any = object()
 LARGEST = 2**63 - 1  # the largest integer that readers in other languages, numpy and torch can hold
@@ -90,9 +93,17 @@ class Section:
     WHOLE_SECTIONS: ClassVar[tuple[str, ...]] = ()  # sections that must have every key in documents that supar wrote
 
     UNHASHED: ClassVar[tuple[str, ...]] = ()  # keys that no hash includes
+    SHORT: ClassVar[str] = ""  # the key that a number or a text in place of the section stands for
 
     def __init__(self, **values: Any) -> None:
-        self.validator().validate_python(values, self_instance=self)
+        """Raises InputError with every problem."""
+        try:
+            self.validator().validate_python(values, self_instance=self)
+        except ValidationError as error:
+            found = (
+                Problem("", what, expected, where=dotted(path)) for path, what, expected in problems(type(self), error)
+            )
+            raise InputError(*map(str, found)) from None
 
     @classmethod
     def fill_defaults(cls, data: Any) -> Any:
@@ -127,6 +138,8 @@ class Section:
     def _validated(cls, data: Any, validate: Callable[[Any], Self]) -> Self:
         if type(data) is cls:  # frozen, and validated when it was made
             return data
+        if cls.SHORT and isinstance(data, int | float | str):
+            data = {cls.SHORT: data}
         section = validate(cls.fill_defaults(data))
         section.check()
         return section
@@ -256,3 +269,58 @@ def section_of(annotation: Any, tag: Any = None) -> type[Section] | None:
     found = [one for one in (annotation, *get_args(annotation)) if is_section(one)]
     chosen = (one for one in found if tag in get_args(one.keys().get(TAG)))
     return next(chosen, next(iter(found), None))
+
+
+def problems(kind: type[Section], error: ValidationError) -> Iterator[tuple[Path_, str, str]]:
+    """(path, what is wrong, what is expected) of each thing that pydantic found."""
+    for item in error.errors(include_url=False):
+        yield _problem(kind, dict(item))
+
+
+def _problem(kind: type[Section], item: dict[str, Any]) -> tuple[Path_, str, str]:
+    path, section = _walk(kind, tuple(item["loc"]))
+    what, expected, given = str(item["msg"]), "", item["input"]
+    match item["type"]:
+        case "extra_forbidden":
+            known = list(section.keys()) if section is not None else []
+            what, expected = f"unknown key {path[-1]!r}", suggestion(path[-1], known)
+        case "missing":
+            path, what = path[:-1], f"the key {path[-1]!r} is missing"
+        case "value_error":
+            what = what.removeprefix("Value error, ")
+            where, colon, rest = what.partition(": ")
+            if colon and " " not in where:  # our own validators begin with the key that is wrong
+                path, what = (*path, *(int(part) if part.isdigit() else part for part in where.split("."))), rest
+            what, _, expected = what.partition("; ")
+        case "too_short" | "too_long" as bound:
+            most, limit = bound == "too_long", item["ctx"]["max_length" if bound == "too_long" else "min_length"]
+            what, expected = f"has {len(given)} items", f"expected at {'most' if most else 'least'} {limit}"
+        case "union_tag" if isinstance(given, dict):
+            path, what = (*path, TAG), f"{what}, not {given.get(TAG)!r}"
+        case "union_tag" | "model_attributes_type" | "model_type" | "dict_type":
+            what, expected = "not a mapping", "expected lines of `key: value`"
+        case _:
+            for words in ("Input should", "should"), ("valid string", "text"), ("valid number", "number"):
+                what = what.replace(*words)
+            what += "" if isinstance(given, dict | list) else f", not {given!r}"
+    return path, what, expected
+
+
+def _walk(kind: type[Section], location: Path_) -> tuple[Path_, type[Section] | None]:
+    """The path of a document for pydantic's location, and the section that its last part is a key of.
+
+    In a union of sections pydantic's location names the one that was chosen, a part that no document has.
+    """
+    path: Path_ = ()
+    owner: type[Section] | None = None
+    section: type[Section] | None = kind
+    annotation: Any = None
+    for part in location:
+        if sum(map(is_section, get_args(annotation))) > 1 and isinstance(part, str) and section_of(annotation, part):
+            section, annotation = section_of(annotation, part), None
+            continue
+        path, owner = (*path, part), section
+        if isinstance(part, str):
+            annotation = section.keys().get(part) if section is not None else None
+            section = section_of(annotation)
+    return path, owner

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from math import gcd
 from typing import Any, ClassVar, Literal
 
+from supar_cli.errors import InputError, suggestion
 from supar_cli.planning.data_section import Data as Data  # re-exported: a section of these documents
 from supar_cli.planning.density import Share, density_from
 from supar_cli.planning.document import content_hash
@@ -168,7 +169,12 @@ class Run(Section):
 
 
 class Sparsity(PatternKeys):
-    """Which hidden weights live. Give `sparsity` or `density`; `overrides` are densities by tensor, site or part."""
+    """Which hidden weights live. Give `sparsity` or `density`; `overrides` are densities by tensor, site or part.
+
+    A number in its place is the sparsity.
+    """
+
+    SHORT = "sparsity"
 
     sparsity: Share | None = None
     density: Share | None = None
@@ -237,6 +243,9 @@ class Target(Section):
 
         Raises InputError for an unknown key and for values that are not valid.
         """
+        known = [*Target.keys(), *Sparsity.keys()]
+        if unknown := [name for name in changes if name not in known]:
+            raise InputError(*(f"target.{name}: unknown key {name!r}; {suggestion(name, known)}" for name in unknown))
         level = {name: value for name, value in changes.items() if name in Sparsity.keys()}  # noqa: SIM118
         own = {name: value for name, value in changes.items() if name not in level}
         sparsity = override(self.sparsity.model_dump(), level)

@@ -12,10 +12,17 @@ Lines = dict[tuple[str, ...], tuple[str, str]]  # by the path of its key: the co
 
 
 def names() -> list[str]:
-    """The names of all templates; none where the installation lacks them."""
+    """The names of all templates, in the order of use, figures last; none where the installation lacks them."""
     found = {path.stem for path in files.template("quickstart.yaml").parent.glob("*.yaml")}
     figures = {path[0] for path in _read_figures()} if FIGURES in found else set()
-    return sorted((found | figures) - {FIGURES})
+    return [*sorted(found - {FIGURES}, key=_rank), *sorted(figures, key=lambda name: (len(name), name))]
+
+
+ORDER = ("quickstart", "gpt2-124m", "interpretability", "paper", "paper-proxy")
+
+
+def _rank(name: str) -> tuple[int, str]:
+    return ORDER.index(name) if name in ORDER else len(ORDER), name
 
 
 def text(name: str) -> str:

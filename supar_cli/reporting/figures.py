@@ -33,7 +33,8 @@ def draw(figure: Figure) -> Any:
         first.set_yscale("log", base=2)
     for panel, axis in zip(figure.panels, axes[0], strict=True):
         if panel.vertical is not None:
-            axis.axvline(panel.vertical, color="0.75", lw=6, zorder=0)
+            first_label = next((line.label for line in panel.lines), "")
+            axis.axvline(panel.vertical, color="0.75", lw=6, zorder=0, label=_plain(f"best at {first_label}"))
         for line, colour, marker in zip(panel.lines, cycle(COLOURS), cycle(MARKERS), strict=False):
             axis.plot(line.x, np.array(line.y, float), marker + "-", color=colour, ms=4, label=_plain(line.label))
             if line.low is not None:
@@ -42,6 +43,8 @@ def draw(figure: Figure) -> Any:
             if line.ring is not None:
                 at = slice(line.ring, line.ring + 1)
                 axis.plot(line.x[at], np.array(line.y[at], float), marker, color=colour, ms=11, mfc="none", mew=1.6)
+        if any(line.ring is not None for line in panel.lines):
+            axis.plot([], [], "o", color="0.4", ms=11, mfc="none", mew=1.6, label="best of each line")
         axis.set(title=_plain(panel.title), xlabel=_plain(figure.x))
         axis.grid(alpha=0.25)
         if any(line.label for line in panel.lines):

@@ -18,13 +18,14 @@ FILES = ("plan.yaml", "result.json", "question.json", "records.jsonl", "results.
 EXPECTED = "expected a run, a sweep, a check, a comparison, a demo, a folder of these, a plan or a proxy"
 
 
-def report(paths: Sequence[str | Path], out: str | Path | None = None) -> str:
+def report(paths: str | Path | Sequence[str | Path], out: str | Path | None = None) -> str:
     """One self-contained HTML page of runs, sweeps, checks, comparisons, plans and proxies; written to `out` if given.
 
     Raises InputError for a path that is none of these.
     """
     from supar_cli.reporting import html
 
+    paths = [paths] if isinstance(paths, str | Path) else paths
     text = html.render([part for path in paths for part in read(str(path))])
     if out is not None:
         write_file(Path(out), text)
