@@ -32,7 +32,10 @@ class TestCommand:
             ("sp over density", True),
             ("mup over density", True),
             ("sp over width", True),
+            ("power", False),
         ]
+        controls = [v["passed"] for v in result["verdicts"] if v["control"]]
+        assert result["verdicts"][-1]["passed"] is not any(controls)
         failed = any(v["passed"] is v["control"] for v in result["verdicts"])
         assert (ended.status == 5) is failed and ("error: " in ended.err) is failed
         assert (tmp_path / "check/activation_over_density.png").stat().st_size > 10_000

@@ -6,7 +6,7 @@ from typing import Any
 import supar_cli
 from supar_cli.cli import documents, terminal
 from supar_cli.cli.options import Flags, apply, command, naming_flags, parameterization, workers_of
-from supar_cli.errors import CheckViolated, InputError, UnusableResult
+from supar_cli.errors import InputError, UnusableResult
 from supar_cli.planning.kinds import parse_any
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Proxy, Spec
@@ -72,8 +72,6 @@ def check(flags: Flags) -> None:
         terminal.show_tables(table for table in result["tables"] if not table["folded"])
         terminal.show_verdicts(verdicts)
     terminal.print_documents([result], flags)
-    violated = [one for one in verdicts if one["passed"] == one["control"]]  # a control should not pass
-    unjudged = [one for one in verdicts if one["passed"] is None]
-    for found, error in ((violated, CheckViolated), (unjudged, UnusableResult)):
-        if found:
-            raise error("\n".join(f"{one['what']}: {one['text']}" for one in found))
+    terminal.require_passed(verdicts)
+    if unjudged := [one for one in verdicts if one["passed"] is None]:
+        raise UnusableResult("\n".join(f"{one['what']}: {one['text']}" for one in unjudged))

@@ -9,7 +9,7 @@ import supar_cli
 from supar_cli.cli import documents, terminal
 from supar_cli.cli.options import Flags, apply, command, names, require_one, workers_of
 from supar_cli.data import corpus
-from supar_cli.errors import CheckViolated, InputError
+from supar_cli.errors import InputError
 from supar_cli.planning import document, templates
 from supar_cli.planning.advice import warnings
 from supar_cli.planning.document import Document
@@ -68,8 +68,7 @@ def sweep(flags: Flags) -> None:
         _explain_sweep(result, terminal.Log())
         terminal.show_verdicts(result["verdicts"])
     terminal.print_documents([result], flags)
-    if missed := [one for one in result["verdicts"] if one["passed"] is False and not one["control"]]:
-        raise CheckViolated("\n".join(f"{one['what']}: {one['text']}" for one in missed))
+    terminal.require_passed(result["verdicts"])
 
 
 @command(
@@ -91,7 +90,9 @@ def compare(flags: Flags) -> None:
     result = _measure(supar_cli.compare, "compare", read, axes, flags)
     if not flags.quiet:
         _explain_comparison(result["levels"], terminal.Log())
+        terminal.show_verdicts(result["verdicts"])
     terminal.print_documents([result], flags)
+    terminal.require_passed(result["verdicts"])
 
 
 @command(
@@ -112,8 +113,10 @@ def demo(flags: Flags) -> None:
         result = supar_cli.demo(flags.data, **how, reporter=progress)
     if not flags.quiet:
         terminal.show_tables([_regret_table(result["regrets"])])
+        terminal.show_verdicts(result["verdicts"])
         terminal.Log().log(_explain_demo(result, Path(flags.out)))
     terminal.print_documents([result], flags)
+    terminal.require_passed(result["verdicts"])
 
 
 def read_study(source: str | None, defaults: dict[str, Any], full: bool = False, preset: str | None = None) -> Document:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from supar_cli.cli.options import Flags
-from supar_cli.errors import InputError
+from supar_cli.errors import CheckViolated, InputError
 from supar_cli.files import naming_write_errors, write_file
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan, PlanModel
@@ -132,8 +132,16 @@ def show_tables(tables: Iterable[dict[str, Any]]) -> None:
         show_table(one["columns"], one["rows"], title=one["title"], right=right, width=WIDTH)
 
 
+def require_passed(verdicts: Sequence[dict[str, Any]]) -> None:
+    """Raise CheckViolated for what is missed, and for controls that miss nothing (the verdict on the power)."""
+    if missed := [one for one in verdicts if one["passed"] is False and not one["control"]]:
+        raise CheckViolated("\n".join(f"{one['what']}: {one['text']}" for one in missed))
+
+
 def show_verdicts(verdicts: Sequence[dict[str, Any]]) -> None:
-    """One line per verdict. Controls are in brackets; their "(a control …)" note is for other outputs."""
+    """One line per verdict, none without any. Controls are in brackets; their "(a control …)" note is for other outputs."""
+    if not verdicts:
+        return
     words = {True: "pass", False: "FAIL", None: "?"}
     controls = {True: "(pass)", False: "(miss)", None: "?"}
     rows = [

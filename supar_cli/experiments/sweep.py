@@ -10,7 +10,7 @@ from typing import Unpack
 from supar_cli.data import corpus
 from supar_cli.errors import InputError, UnusableResult
 from supar_cli.experiments.curves import Curve, first_of, measure_curves
-from supar_cli.experiments.sweep_views import SHORT, comparison, curves_figure, transfer
+from supar_cli.experiments.sweep_views import SHORT, comparison, control, curves_figure, is_subject, transfer
 from supar_cli.files import Record, naming_write_errors, template, write_file
 from supar_cli.jobs import runs
 from supar_cli.jobs.clusters import WorkerOptions, make_workers
@@ -19,7 +19,7 @@ from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy, Spec
 from supar_cli.planning.sweep import Sweep, plan_all, require_comparison
 from supar_cli.reporting import figures
-from supar_cli.reporting.result import Result, finite, fraction
+from supar_cli.reporting.result import Result, finite, fraction, with_power
 from supar_cli.training.reporter import NullReporter, Reporter
 
 
@@ -70,11 +70,16 @@ def _run(
         runs.require_runnable(first, device=workers.is_local)
         runs.open_study_folder(folder, study.identity(exclude={"run", "meta"}), force)
         curves = measure_curves(study, folder, workers, reporter, ("sp",) if is_comparison else study.parameterizations)
+    parts = (comparison if is_comparison else transfer)(study, curves)
+    if is_subject(
+        study, "supar"
+    ):  # over depth without a rule no parameterization is expected to pass, and none to miss
+        parts["verdicts"] = with_power(parts["verdicts"])
     result = Result(
         kind=f"supar.{kind}-result/v1",
         parents={"sweep": study.hash()},
         environment=runs.environment(workers),
-        **{"sweep": study.model_dump(), **(comparison if is_comparison else transfer)(study, curves)},
+        **{"sweep": study.model_dump(), **parts},
     )
     figures.write_result(result, folder, reporter.log)
     return result.document()
@@ -129,6 +134,7 @@ def demo(
         "seeds": seeds,
         "steps": steps,
         "regrets": regrets,
+        "verdicts": [verdict.model_dump() for verdict in with_power(control(study, curves))],
         "curves": [_losses(curve) for curve in curves],
         "meta": {"seconds": round(time.monotonic() - started, 1), "machine": runs.environment(ready)["machine"]},
     }
