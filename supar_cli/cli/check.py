@@ -6,6 +6,7 @@ from typing import Any
 import supar_cli
 from supar_cli.cli import documents, terminal
 from supar_cli.cli.options import Flags, apply, command, naming_flags, parameterization, workers_of
+from supar_cli.data import corpus
 from supar_cli.errors import InputError, UnusableResult
 from supar_cli.planning.kinds import parse_any
 from supar_cli.planning.plan import Plan
@@ -22,7 +23,7 @@ def _widths(flag: str, text: str) -> list[int]:
 
 @command(
     "source parameterization width density pattern block distribution seeds max_seeds steps batch_size",
-    "jobs executor executor_set data device set out force json quiet verbose",
+    "jobs executor executor_set data device dry_run set out force json quiet verbose",
     source={"metavar": "[PROXY|SPEC|PLAN|-]"},
     parameterization={
         "help": "Parameterization to check: supar, mup, sp, supar-init-only or supar-lr-only.",
@@ -57,6 +58,15 @@ def check(flags: Flags) -> None:
     if isinstance(subject, Plan):
         subject = subject.beside(path)
     asked = ("parameterization", "seeds", "max_seeds", "steps", "batch_size", "force", "out")
+    if flags.dry_run:
+        from supar_cli.experiments import check_plans, coordinates
+
+        with documents.with_locations(read), naming_flags(flags):
+            sizes: dict[str, Any] = {"widths": flags.width or [], "densities": flags.density or []}
+            own = {name: getattr(flags, name) for name in ("seeds", "steps", "batch_size")}
+            sweeps = check_plans.sweeps_of(corpus.with_hash(subject), flags.parameterization, **sizes, **own)
+        parts = check_plans.parts(sweeps)
+        return terminal.show_dry_run(parts, flags, step_of=coordinates.measured_step)
     progress = terminal.Progress("check", flags.quiet, Path(flags.out, "records.jsonl"))
     with progress, documents.with_locations(read), naming_flags(flags):
         result = supar_cli.check(

@@ -258,7 +258,7 @@ OPTIONS = {
     # what every command does with its result
     "list": _switch("Show the templates and write nothing."),
     "explain": _switch("Show the plan's table even if stderr is not a terminal."),
-    "dry_run": _switch("Show sizes, FLOPs, memory and time; write nothing."),
+    "dry_run": _switch("Show what would be run, sizes, memory and time; write nothing."),
     "set": Option(list[str], "Set any key of the input document; repeatable.", metavar="A.B=VALUE", short="-s"),
     "out": Option(str, "Where to write; - for stdout only.", short="-o"),
     "force": _switch("Overwrite an existing file whose content differs.", short="-f"),

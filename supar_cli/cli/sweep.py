@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import typer
+
 import supar_cli
 from supar_cli.cli import documents, terminal
 from supar_cli.cli.options import Flags, apply, command, names, require_one, workers_of
@@ -32,7 +34,7 @@ NOT_IN_A_SWEEP = ("search", "evidence", "parents", "meta")
 KEPT_OF_TARGET = ("pattern", "block", "distribution")
 RULES = {"sp": "SP", "supar": "SμPar"}  # of the demo
 
-OPTIONS = "seeds jobs executor executor_set width layers context batch_size steps data seed device set out force json quiet verbose"
+OPTIONS = "seeds jobs executor executor_set width layers context batch_size steps data seed device dry_run set out force json quiet verbose"
 MEANINGS: dict[str, dict[str, Any]] = {
     "parameterization": {"metavar": "NAME[,…]", "read": names, "path": "parameterizations"},
     "width": {"help": "Width of the runs. [default: the proxy's]"},
@@ -96,7 +98,7 @@ def compare(flags: Flags) -> None:
 
 
 @command(
-    "data steps trials seeds jobs device out json quiet verbose",
+    "data steps trials seeds jobs device dry_run out json quiet verbose",
     steps={"help": "Training steps of every run.", "default": 120, "minimum": 8},
     trials={"help": "Trials of the proxy's search.", "default": 6, "minimum": 1},
     seeds={"help": "Seeds averaged at every point of the sweep.", "default": 1},
@@ -108,6 +110,11 @@ def demo(flags: Flags) -> None:
 
     Takes a few minutes on two CPU cores and downloads nothing.
     """
+    if flags.dry_run:
+        from supar_cli.experiments.sweep import demo_parts
+
+        asked = (flags.steps, flags.trials, flags.seeds, flags.device)
+        return terminal.show_dry_run(demo_parts(flags.data, *asked), flags)
     how = {name: getattr(flags, name) for name in ("steps", "trials", "seeds", "jobs", "device", "out", "verbose")}
     with terminal.Progress("demo", flags.quiet) as progress:
         result = supar_cli.demo(flags.data, **how, reporter=progress)
@@ -187,6 +194,11 @@ def _measure(
     for message in dict.fromkeys(message for plan in plans for message in warnings(plan)[:1]):
         log.warn(message)
     _describe(study, log)
+    if flags.dry_run:
+        from supar_cli.experiments.sweep import sweep_parts
+
+        terminal.show_dry_run(sweep_parts(study, function is supar_cli.compare), flags)
+        raise typer.Exit
     folder = Path(flags.out or f"{folders}/{study.name}")
     progress = terminal.Progress(function.__name__, flags.quiet, folder / "records.jsonl")
     with progress, documents.with_locations(read):

@@ -28,12 +28,13 @@ from supar_cli.jobs.clusters import WorkerOptions, make_workers
 from supar_cli.jobs.workers import Workers
 from supar_cli.planning import layout
 from supar_cli.planning.density import Share
+from supar_cli.planning.estimate import run_seconds
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.spec import Proxy, Spec
 from supar_cli.reporting import figures
 from supar_cli.reporting.result import TITLES, Figure, Line, Panel, Result, Table, Verdict, with_power
-from supar_cli.training.reporter import NullReporter, Reporter
+from supar_cli.training.reporter import NullReporter, Reporter, Tally
 
 # Bounds on |slope|. Right parameterizations stay below them at such sizes, and controls exceed CONTROL in the median.
 # measured: the quickstart's shape over width 128 to 1024 (the harder axis), 11 seeds. Chance of a false alarm at 4 seeds:
@@ -277,11 +278,15 @@ class _Runs:
         # a folder of an earlier version has records without the newer quantities
         self._records = runs.Records(folder, lambda record: not record["steps"] or SHARE in record["steps"][0])
         self.by_run, self.notes = self._records.by_run, list[str]()
+        self._tally = Tally(reporter, workers.jobs)
 
-    def _make(self, plans: Iterable[Plan]) -> None:
+    def _make(self, plans: Iterable[Plan], sweeps: list[SlopeSweep]) -> None:
+        """Make the runs of plans, which are some of the sweeps'."""
+        all_plans = {plan.hash(): plan for sweep in sweeps for row in sweep.plans for plan in row}
+        self._tally.expect({run: run_seconds(plan) for run, plan in all_plans.items() if run not in self.by_run})
         calls = {plan.hash(): (plan,) for plan in sorted(plans, key=lambda plan: -plan.parameters)}
-        for done, total, record in self._records.complete(coordinates.measure, calls, self._workers):
-            self._reporter.progress(done, total, record["losses"][-1] if record["losses"] else nan)
+        for _, _, record in self._records.complete(coordinates.measure, calls, self._workers):
+            self._tally.end(record["run"], record["losses"][-1] if record["losses"] else nan)
 
     def lower_rates(self, sweeps_at: Callable[..., list[SlopeSweep]]) -> tuple[float, list[CheckResult]]:
         """Lower all rates until no base's rate is too high; return the factor and the results. At LOWEST the results can't be judged."""
@@ -289,7 +294,7 @@ class _Runs:
         while True:
             sweeps = sweeps_at(lr_factor=factor)
             own = [sweep for sweep in sweeps if not sweep.is_control]
-            self._make(plan for sweep in own for plan in sweep.base)
+            self._make((plan for sweep in own for plan in sweep.base), sweeps)
             reasons = [(sweep, why_too_hot([self.by_run[plan.hash()] for plan in sweep.base])) for sweep in own]
             hot = [f"{sweep.label}: at its base {why}" for sweep, why in reasons if why]
             lr = f"lr {sweeps[0].base[0].hyperparameters.lr:.3g} is too high"
@@ -304,7 +309,7 @@ class _Runs:
     def judge_all(self, sweeps: list[SlopeSweep], max_seeds: int) -> list[CheckResult]:
         """The results; more seeds are run while a bound lies within a slope's interval, unless another bound is certainly exceeded."""
         while True:
-            self._make(plan for sweep in sweeps for plans in sweep.plans for plan in plans)
+            self._make((plan for sweep in sweeps for plans in sweep.plans for plan in plans), sweeps)
             results = [judge(sweep, self.by_run) for sweep in sweeps]
             short = [one for one in results if one.inconclusive and len(one.sweep.plans) < max_seeds]
             if not short or any(not (one.passed or one.inconclusive) for one in results if not one.sweep.is_control):
