@@ -32,7 +32,10 @@ class TestCommand:
             ("sp over density", True),
             ("mup over density", True),
             ("sp over width", True),
+            ("power", False),
         ]
+        controls = [v["passed"] for v in result["verdicts"] if v["control"]]
+        assert result["verdicts"][-1]["passed"] is not any(controls)
         failed = any(v["passed"] is v["control"] for v in result["verdicts"])
         assert (ended.status == 5) is failed and ("error: " in ended.err) is failed
         assert (tmp_path / "check/activation_over_density.png").stat().st_size > 10_000
@@ -152,12 +155,12 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (("--width", "32,x"), "--width 32,x: expected numbers"),
-            (("--width", "0,32"), "--width: 0; expected a number above 0"),
-            (("--density", "1,2"), "--density: 2.0; expected 0 < density <= 1"),
+            (("--width", "32,x"), "--width x: expected a whole number"),
+            (("--width", "0,32"), "--width 0: expected a whole number of at least 1"),
+            (("--density", "1,2"), "--density 1,2: 2.0; expected 0 < density <= 1"),
             (("--width", "32", "--density", "1"), "expected at least two sizes of one of them"),
             (("--parameterization", "ntk"), "--parameterization ntk: expected one of supar"),
-            (("--width", "32,50"), "--width: 50 is not a multiple"),
+            (("--width", "32,50"), "--width 32,50: 50 is not a multiple"),
             (("nothing.yaml",), "nothing.yaml: no such file"),
         ],
     )

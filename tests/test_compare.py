@@ -151,7 +151,7 @@ def test_refusals_leave_nothing(
 def test_a_real_comparison_as_a_process(supar: Supar, proxy_file: Path, tmp_path: Path) -> None:
     flags = ("--sparsity", "0,0.5", "--seeds", "1", "--steps", "4", "-s", "widen=1", "--jobs", "1", "--device", "cpu")
     called = supar("compare", *flags, "-o", "out")
-    assert called.status == 0, called.err
+    assert called.status in (0, 5), called.err  # four steps have no power
     found = json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))
     assert called.out == "" and found["kind"] == "supar.compare-result/v1"
     records = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]

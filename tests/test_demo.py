@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from supar_cli.cli import terminal
 from supar_cli.errors import InputError, UnusableResult
 from supar_cli.experiments import search
 from supar_cli.experiments import sweep as experiment
@@ -16,6 +15,7 @@ from supar_cli.jobs import runs
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Proxy, Spec
 
+from .test_progress import Shown
 from .test_sweep_study import DENSITIES, RUN, Supar, result_of
 from .test_sweep_study import trained as trained
 
@@ -52,17 +52,14 @@ def test_the_demo_sweeps_with_the_same_engine(
     assert again["regrets"] == result["regrets"] and len(trained) == count  # the same runs, none made again
 
 
-def test_progress_counts_time_anew_where_steps_do(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """The demo's trials take longer than its runs: what is left is told from the runs alone."""
-    now = [0.0]
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
-    progress = terminal.Progress("demo")
-    for seconds, step, steps in ((0, 1, 2), (100, 2, 2), (101, 1, 41), (112, 12, 41)):
-        now[0] = seconds
-        progress.progress(step, steps, 2.0)
-    first, last = capsys.readouterr().err.splitlines()
-    assert first == "demo: 2/2, loss 2.0000, 100 s each"
-    assert last == "demo: 12/41, loss 2.0000, 1 s each, 29s left"
+def test_one_bar_over_trials_and_runs(text_file: Path, trained: list[Plan], tmp_path: Path) -> None:
+    """The search's trials and the sweep's runs are one count, whose total only grows as the axis is extended."""
+    shown = Shown()
+    experiment.demo(str(text_file), jobs=1, device="cpu", out=tmp_path / "demo", reporter=shown)
+    counts = [(done, total) for done, total, _ in shown.calls]
+    assert counts[0] == (6, 36) and counts[-1] == (6 + len(trained), 6 + len(trained))  # the search is a stand-in here
+    assert counts == sorted(counts) and len(trained) > 30
+    assert {work.bound for _, _, work in shown.calls} == {"at least "}
 
 
 def test_without_an_optimum_it_ends_with_4(

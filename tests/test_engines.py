@@ -195,8 +195,8 @@ class TestTraining:
             pass
 
         class Interrupting(NullReporter):
-            def progress(self, step: int, steps: int, loss: float) -> None:
-                if step == 9:
+            def progress(self, done: int, total: int, loss: float, work: object = None) -> None:
+                if done == 9:
                     raise Stop
 
         with pytest.raises(Stop):

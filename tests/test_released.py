@@ -234,7 +234,7 @@ def test_a_study_goes_on_and_repeats_no_run(release: Release, name: str) -> None
     asked, folder = EXPECTED["studies"][name], release.copied(f"studies/{name}", name)
     before, expected = records(folder), {record["run"]: record for record in records(f"expected/{name}")}
     assert len(before) == asked["recorded"] < len(expected)
-    release.supar(*asked["command"], "-o", folder, "-q", status=(asked["status"],))
+    release.supar(*asked["command"], "-o", folder, "-q", status=(asked["status"], 5))  # 5: its controls pass
     after = records(folder)
     assert after[: len(before)] == before
     repeated = len(before) if name == "check" else 0  # its records lack a quantity that is measured by now
@@ -244,7 +244,9 @@ def test_a_study_goes_on_and_repeats_no_run(release: Release, name: str) -> None
             there = numbers(expected[record["run"]].get(key))
             assert numbers(record.get(key)) == pytest.approx(there, rel=0, abs=AGREE_STUDY), record
     found, then = result(folder), result(f"expected/{name}")
-    assert verdicts(found["verdicts"]) == verdicts(then["verdicts"]) and found["parents"] == then["parents"]
+    # that version did not judge whether a measurement has power, and of comparisons nothing
+    known = [one for one in found["verdicts"] if one["what"] != "power" and name != "compare"]
+    assert verdicts(known) == verdicts(then["verdicts"]) and found["parents"] == then["parents"]
     for key in ("arms", "levels"):  # a sweep's and a comparison's numbers; a check has none but its verdicts'
         assert numbers(found.get(key)) == pytest.approx(numbers(then.get(key)), rel=0.01, abs=0.01)
 

@@ -46,7 +46,7 @@ class Heard:
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def progress(self, step: int, steps: int, loss: float) -> None: ...
+    def progress(self, done: int, total: int, loss: float, work: object = None) -> None: ...
 
     def log(self, message: str) -> None:
         self.lines.append(message)

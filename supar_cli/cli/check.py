@@ -6,7 +6,8 @@ import supar_cli
 from supar_cli.cli import documents, terminal
 from supar_cli.cli.options import Flags, command, workers_of
 from supar_cli.cli.values import counts, parameterization
-from supar_cli.errors import CheckViolated, UnusableResult
+from supar_cli.data import corpus
+from supar_cli.errors import UnusableResult
 from supar_cli.planning.kinds import parse_any
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Proxy, Spec
@@ -14,7 +15,7 @@ from supar_cli.planning.spec import Proxy, Spec
 
 @command(
     "source parameterization width density pattern block distribution seeds max_seeds steps batch_size",
-    "jobs executor executor_set data tokenizer field format device set out force json quiet verbose",
+    "jobs executor executor_set data tokenizer field format device dry_run set out force json quiet verbose",
     source={"metavar": "[PROXY|SPEC|PLAN|-]"},
     parameterization={
         "help": "Parameterization to check: supar, mup, sp, supar-init-only or supar-lr-only.",
@@ -53,6 +54,15 @@ def check(flags: Flags) -> None:
     if isinstance(subject, Plan):
         subject = subject.beside(path)
     asked = ("parameterization", "seeds", "max_seeds", "steps", "batch_size", "force")
+    if flags.dry_run:
+        from supar_cli.experiments import check_plans, coordinates
+
+        with documents.with_locations(read), documents.naming_flags(flags):
+            sizes: dict[str, Any] = {"widths": flags.width or [], "densities": flags.density or []}
+            own = {name: getattr(flags, name) for name in ("seeds", "steps", "batch_size")}
+            sweeps = check_plans.sweeps_of(corpus.with_hash(subject), flags.parameterization, **sizes, **own)
+        parts = check_plans.parts(sweeps)
+        return terminal.show_dry_run(parts, flags, step_of=coordinates.measured_step)
     folder = terminal.folder_of(flags, "check")
     progress = terminal.Progress("check", flags.quiet, folder / "records.jsonl")
     with progress, documents.with_locations(read), documents.naming_flags(flags):
@@ -71,8 +81,6 @@ def check(flags: Flags) -> None:
         terminal.show_verdicts(verdicts)
     terminal.print_documents([result], flags)
     terminal.Log(flags.quiet).next(f"supar report {folder}")
-    violated = [one for one in verdicts if one["passed"] == one["control"]]  # a control should not pass
-    unjudged = [one for one in verdicts if one["passed"] is None]
-    for found, error in ((violated, CheckViolated), (unjudged, UnusableResult)):
-        if found:
-            raise error(terminal.verdict_lines(found, flags))
+    terminal.require_passed(verdicts, flags)
+    if unjudged := [one for one in verdicts if one["passed"] is None]:
+        raise UnusableResult(terminal.verdict_lines(unjudged, flags))

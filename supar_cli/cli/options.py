@@ -226,7 +226,7 @@ OPTIONS = {
     # what every command does with its result
     "list": _switch("Show the templates and write nothing."),
     "explain": _switch("Show the plan's table even if stderr is not a terminal."),
-    "dry_run": _switch("Show sizes, FLOPs, memory and time; write nothing."),
+    "dry_run": _switch("Show what would be run, sizes, memory and time; write nothing."),
     "set": Option(list[str], "Set any key of the input document; repeatable.", metavar="A.B=VALUE", short="-s"),
     "name": Option(str, "Name of the run's folder under runs/."),
     "out": Option(str, "Where to write, and nothing to stdout; - for stdout alone.", metavar="PATH", short="-o"),

@@ -6,15 +6,19 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from math import ceil, isnan
 from pathlib import Path
 from typing import Any, Self
 
 from supar_cli.cli import text as words
-from supar_cli.cli.options import Flags
-from supar_cli.errors import InputError
+from supar_cli.cli.options import Flags, workers_of
+from supar_cli.errors import CheckViolated, InputError
 from supar_cli.files import naming_write_errors, write_file
-from supar_cli.planning import document
+from supar_cli.planning import document, estimate
 from supar_cli.planning.plan import Plan, PlanModel
+from supar_cli.training.reporter import Work
+
+STARTED_S = time.monotonic()  # of the command, which imports this first
 
 
 class Log:
@@ -41,6 +45,36 @@ class Log:
             sys.stderr.flush()
 
 
+class TimeLeft:
+    """The time that is left of steps or runs, from those done since the first call; as a text it counts down."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
+        self._started_s = 0.0
+        self._bound, self._end_s, self.each_s = "", 0.0, 0.0
+
+    def update(self, done: int, work: Work) -> None:
+        """Take over what is done. Runs in flight count as far as those that began with them: `each_s` is the time of one."""
+        now_s = time.monotonic()
+        if self._first is None:
+            self._first, self._started_s = (done, work.done), now_s
+        ended, share = done - self._first[0], work.done - self._first[1]
+        if ended <= 0 or share <= 0:
+            return
+        rounds = ceil(ended / work.jobs)
+        self.each_s = (now_s - self._started_s) / rounds
+        self._bound = work.bound
+        self._end_s = now_s + self.each_s * (ended / share) * (work.total - work.done) / work.jobs
+
+    def __str__(self) -> str:
+        left_s = self._end_s - time.monotonic()
+        return f"{self._bound}{estimate.duration(left_s)} left" if left_s > 0 else ""
+
+    @property
+    def rate(self) -> str:
+        return f"{1 / self.each_s:.3g}/s" if 0 < self.each_s < 1 else f"{self.each_s:.3g} s each" if self.each_s else ""
+
+
 class Progress(Log):
     """A bar with rate and time left on a terminal, a line every few seconds elsewhere. Use as a context manager.
 
@@ -51,17 +85,15 @@ class Progress(Log):
 
     def __init__(self, what: str, quiet: bool | None = False, records: Path | None = None) -> None:
         super().__init__(quiet)
-        self._what, self._records = what, records
+        self._what, self._records, self._left = what, records, TimeLeft()
         self._bar: Any = None
         self._task: Any = None
-        self._started = self._written = time.monotonic()
-        self._first: int | None = None
-        self._step = 0
+        self._written = time.monotonic()
 
     def __enter__(self) -> Self:
         if self.is_terminal and not self.quiet:
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
@@ -69,11 +101,11 @@ class Progress(Log):
                 BarColumn(None),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[left]}"),
                 console=Console(stderr=True),
                 transient=True,
             )
-            self._task = self._bar.add_task(self._what, total=None, note="")
+            self._task = self._bar.add_task(self._what, total=None, note="loading torch, data …", left=self._left)
             self._bar.start()
         return self
 
@@ -83,21 +115,14 @@ class Progress(Log):
         if self._bar is not None:
             self._bar.stop()
 
-    def progress(self, step: int, steps: int, loss: float) -> None:
-        from supar_cli.planning.estimate import duration
-
-        now = time.monotonic()
-        if self._first is None or step < self._step:  # a new count starts: the demo counts trials, then runs
-            self._first, self._started = step, now
-        self._step = step
-        done, seconds = step - self._first, max(now - self._started, 1e-9)
-        rate = "" if not done else f", {done / seconds:.3g}/s" if done > seconds else f", {seconds / done:.3g} s each"
+    def progress(self, done: int, total: int, loss: float, work: Work | None = None) -> None:
+        self._left.update(done, work or Work(done, total))
+        note = ", ".join(filter(None, ("" if isnan(loss) else f"loss {loss:.4f}", self._left.rate)))
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, total=steps, note=f"loss {loss:.4f}{rate}")
-        elif step == steps or now - self._written > self.EVERY_S:
-            self._written = now
-            left = f", {duration((steps - step) * seconds / done)} left" if done and step < steps else ""
-            self.log(f"{self._what}: {step}/{steps}, loss {loss:.4f}{rate}{left}")
+            self._bar.update(self._task, completed=done, total=total, note=note)
+        elif done and (done == total or time.monotonic() - self._written > self.EVERY_S):
+            self._written = time.monotonic()
+            self.log(", ".join(filter(None, (f"{self._what}: {done}/{total}", note, str(self._left)))))
 
     def _write(self, message: str) -> None:
         if self._bar is not None:
@@ -113,8 +138,16 @@ def show_tables(tables: Iterable[dict[str, Any]]) -> None:
         Log().log(words.table(one["columns"], one["rows"], right, one["title"]))
 
 
+def require_passed(verdicts: Sequence[dict[str, Any]], flags: Flags) -> None:
+    """Raise CheckViolated for what is missed, and for controls that miss nothing (the verdict on the power)."""
+    if missed := [one for one in verdicts if one["passed"] is False and not one["control"]]:
+        raise CheckViolated(verdict_lines(missed, flags))
+
+
 def show_verdicts(verdicts: Sequence[dict[str, Any]]) -> None:
-    """One line per verdict. Controls are in brackets; their "(a control …)" note is for other outputs."""
+    """One line per verdict, none without any. Controls are in brackets; their "(a control …)" note is for other outputs."""
+    if not verdicts:
+        return
     judged = {True: "pass", False: "FAIL", None: "?"}
     controls = {True: "(pass)", False: "(miss)", None: "?"}
     rows = [
@@ -133,7 +166,6 @@ def verdict_lines(verdicts: Sequence[dict[str, Any]], flags: Flags) -> str:
 
 def show_plan(plan: Plan, processes: int | None = None) -> None:
     """The numbers of a plan by role; with a number of processes also estimates of size, memory and time, from arithmetic."""
-    from supar_cli.planning import estimate
     from supar_cli.planning.advice import COLUMNS, number, plan_rows
 
     log = Log()
@@ -146,7 +178,16 @@ def show_plan(plan: Plan, processes: int | None = None) -> None:
             f"residual × {number(factors.residual)}"
         )
     if processes is not None:
-        log.log("\n".join(estimate.lines(plan, processes)))
+        log.log("\n".join([*estimate.lines(plan, processes), *estimate.times([plan])]))
+
+
+def show_dry_run(parts: list[Any], flags: Flags, **how: Any) -> None:
+    """What a command would run, its size, memory and time, on stderr; `how` is that of `dry_run.time_here`."""
+    from supar_cli.experiments import dry_run
+
+    options = {name: value for name, value in workers_of(flags).items() if value is not None}
+    here = dry_run.time_here(parts, STARTED_S, **options, **how)
+    Log().log("\n".join(dry_run.describe(parts, here)))
 
 
 def check_writable(path: Path, force: bool, text: str | None = None) -> None:

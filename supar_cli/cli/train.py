@@ -42,7 +42,7 @@ class Job:
         "minimum": 1,
         "path": "",
     },
-    dry_run={"help": "Show sizes, FLOPs, memory and time; run nothing."},
+    dry_run={"help": "Show sizes, memory and time, here from timing a few steps; write nothing."},
     out={"help": "Run directory. [default: runs/NAME]"},
     force={"help": "Start again in a directory that holds a run."},
 )
@@ -55,9 +55,7 @@ def train(flags: Flags) -> None:
     """
     log = terminal.Log(flags.quiet or is_worker_rank())
     if flags.dry_run:
-        for job in _jobs(flags, log):
-            terminal.show_plan(job.plan, flags.nproc or 1)
-        return
+        return _show_dry_run(_jobs(flags, log), flags.nproc or 1)
     if flags.nproc is not None and not _is_launched():
         raise typer.Exit(_launch_processes(flags, log))
     if flags.max_restarts and flags.nproc is None:
@@ -126,6 +124,17 @@ def _run(job: Job, flags: Flags, quiet: bool, ranks: Ranks, stop: Callable[[], s
         with documents.with_locations(job.read):
             trainer = training.make_trainer(job.plan, progress, ranks)
         return training.run(trainer, job.directory, resume=flags.resume, force=flags.force, stop=stop)
+
+
+def _show_dry_run(jobs: list[Job], processes: int) -> None:
+    """Show plans, and the time that their runs take here if each is of one process."""
+    from supar_cli.experiments import dry_run
+
+    for job in jobs:
+        terminal.show_plan(job.plan, processes)
+    if processes == 1:
+        parts = [dry_run.Part("run", [job.plan]) for job in jobs]
+        terminal.Log().log(dry_run.time_here(parts, terminal.STARTED_S, jobs=1))
 
 
 def _is_launched() -> bool:

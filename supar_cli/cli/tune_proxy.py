@@ -18,7 +18,8 @@ SHAPE = ("width", "layers", "heads", "context")
 
 @command(
     "spec trials seeds sampler search study jobs executor executor_set",
-    "width layers heads context batch_size steps tokens data tokenizer field format seed device precision set out force json quiet verbose",
+    "width layers heads context batch_size steps tokens data tokenizer field format seed device precision",
+    "dry_run set out force json quiet verbose",
     seeds={"help": "Number of seeds for each finalist.", "path": "search.seeds", "minimum": None},
     width={"help": "Model width; the spec's head width and FFN ratio are kept.", "path": ""},
     layers={"path": ""},
@@ -41,16 +42,17 @@ def tune_proxy(flags: Flags) -> None:
     log, out = terminal.Log(flags.quiet), None if flags.out == "-" else flags.out
     require_one(flags, "tokens", "steps")
     spec = _read_spec(flags, log)
-    if out is not None and flags.study is None:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
     study = flags.study or str(Path(out or "proxy").with_suffix(".journal"))
+    with terminal.Progress("tune-proxy", flags.quiet or flags.dry_run) as progress:
+        from supar_cli.experiments import search
 
-    from supar_cli.experiments import search
-
-    flags.force = flags.force or _is_own(flags.out, search.study_name(spec))
-    if flags.out != "-":
-        terminal.check_writable(Path(out or "proxy.yaml"), flags.force)
-    with terminal.Progress("tune-proxy", flags.quiet) as progress:
+        if flags.dry_run:
+            return terminal.show_dry_run(search.parts(spec), flags, on_cpu=1)
+        flags.force = flags.force or _is_own(flags.out, search.study_name(spec))
+        if out is not None and flags.study is None:
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+        if flags.out != "-":
+            terminal.check_writable(Path(out or "proxy.yaml"), flags.force)
         try:
             with documents.naming_flags(flags):
                 proxy = supar_cli.tune(spec, study, reporter=progress, **workers_of(flags))

@@ -8,6 +8,7 @@ from functools import partial
 from math import log2
 
 from supar_cli.errors import InputError
+from supar_cli.experiments.dry_run import Part
 from supar_cli.files import Record
 from supar_cli.planning.density import Share, density_from, literal
 from supar_cli.planning.patterns import density_of
@@ -95,6 +96,12 @@ def sweeps_of(
         rows = [row.model_copy(update={"lr": row.lr * lr_factor}) for row in subject.tensors]
         sweeps = _plan_sweeps(subject.model_copy(update={"tensors": rows}), train)
     return [sweep.grow(seeds) for sweep in sweeps]
+
+
+def parts(sweeps: list[SlopeSweep]) -> list[Part]:
+    """What a check runs, for a dry run: each plan once, the largest first."""
+    plans = {plan.hash(): plan for sweep in sweeps for row in sweep.plans for plan in row}
+    return [Part("runs of the check", sorted(plans.values(), key=lambda plan: -plan.parameters), "at least ")]
 
 
 def _proxy_sweeps(

@@ -28,12 +28,13 @@ from supar_cli.jobs.clusters import WorkerOptions, check_keywords, make_workers
 from supar_cli.jobs.workers import Workers
 from supar_cli.planning import layout
 from supar_cli.planning.density import Share
+from supar_cli.planning.estimate import run_seconds
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.spec import Proxy, Spec
 from supar_cli.reporting import figures
-from supar_cli.reporting.result import TITLES, Figure, Line, Panel, Result, Table, Verdict
-from supar_cli.training.reporter import NullReporter, Reporter
+from supar_cli.reporting.result import TITLES, Figure, Line, Panel, Result, Table, Verdict, with_power
+from supar_cli.training.reporter import NullReporter, Reporter, Tally
 
 # Bounds on |slope|. Right parameterizations stay below them at such sizes, and controls exceed CONTROL in the median.
 # measured: the quickstart's shape over width 128 to 1024 (the harder axis), 11 seeds. Chance of a false alarm at 4 seeds:
@@ -127,8 +128,7 @@ class CheckResult:
             return f"can't be judged: {self.unjudged}" if self.unjudged else self.failure
         highest = max((f for f in self.findings if f.bound == "median"), key=lambda f: abs(f.value))
         if self.sweep.is_control:
-            wrong = "passes, but should fail: this check can't tell right from wrong here"
-            word = wrong if self.passed else "fails, as expected"
+            word = "passes, but should fail" if self.passed else "fails, as expected"
             median = f"median |slope| of {highest.quantity} up to {abs(highest.value):.2f}"
             return f"{word}: {median} (over {CONTROL} expected)"
         if self.passed:
@@ -258,7 +258,7 @@ def check(
     result = Result(
         kind="supar.check-result/v1",
         title="Coordinate check: sizes over density and width",
-        verdicts=[one.verdict for one in results],
+        verdicts=with_power([one.verdict for one in results]),
         tables=[one.table for one in results if one.findings],
         figures=list(_figures([one.sweep for one in results if not one.unjudged], check_runs.by_run, steps)),
         parents={},
@@ -283,11 +283,15 @@ class _Runs:
         # a folder of an earlier version has records without the newer quantities
         self._records = runs.Records(folder, lambda record: not record["steps"] or SHARE in record["steps"][0])
         self.by_run, self.notes = self._records.by_run, list[str]()
+        self._tally = Tally(reporter, workers.jobs)
 
-    def _make(self, plans: Iterable[Plan]) -> None:
+    def _make(self, plans: Iterable[Plan], sweeps: list[SlopeSweep]) -> None:
+        """Make the runs of plans, which are some of the sweeps'."""
+        all_plans = {plan.hash(): plan for sweep in sweeps for row in sweep.plans for plan in row}
+        self._tally.expect({run: run_seconds(plan) for run, plan in all_plans.items() if run not in self.by_run})
         calls = {plan.hash(): (plan,) for plan in sorted(plans, key=lambda plan: -plan.parameters)}
-        for done, total, record in self._records.complete(coordinates.measure, calls, self._workers):
-            self._reporter.progress(done, total, record["losses"][-1] if record["losses"] else nan)
+        for _, _, record in self._records.complete(coordinates.measure, calls, self._workers):
+            self._tally.end(record["run"], record["losses"][-1] if record["losses"] else nan)
 
     def lower_rates(self, sweeps_at: Callable[..., list[SlopeSweep]]) -> tuple[float, list[CheckResult]]:
         """Lower all rates until no base's rate is too high; return the factor and the results. At LOWEST the results can't be judged."""
@@ -295,7 +299,7 @@ class _Runs:
         while True:
             sweeps = sweeps_at(lr_factor=factor)
             own = [sweep for sweep in sweeps if not sweep.is_control]
-            self._make(plan for sweep in own for plan in sweep.base)
+            self._make((plan for sweep in own for plan in sweep.base), sweeps)
             reasons = [(sweep, why_too_hot([self.by_run[plan.hash()] for plan in sweep.base])) for sweep in own]
             hot = [f"{sweep.label}: at its base {why}" for sweep, why in reasons if why]
             lr = f"lr {sweeps[0].base[0].hyperparameters.lr:.3g} is too high"
@@ -310,7 +314,7 @@ class _Runs:
     def judge_all(self, sweeps: list[SlopeSweep], max_seeds: int) -> list[CheckResult]:
         """The results; more seeds are run while a bound lies within a slope's interval, unless another bound is certainly exceeded."""
         while True:
-            self._make(plan for sweep in sweeps for plans in sweep.plans for plan in plans)
+            self._make((plan for sweep in sweeps for plans in sweep.plans for plan in plans), sweeps)
             results = [judge(sweep, self.by_run) for sweep in sweeps]
             short = [one for one in results if one.inconclusive and len(one.sweep.plans) < max_seeds]
             if not short or any(not (one.passed or one.inconclusive) for one in results if not one.sweep.is_control):

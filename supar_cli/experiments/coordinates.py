@@ -14,6 +14,7 @@ that step's own batch, as means of absolute values:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from math import isfinite, log2, nan
 from typing import Any
@@ -55,6 +56,11 @@ def measure(plan: Plan) -> Record:
     except UnusableResult as error:
         record |= {"state": "diverged", "why": str(error)}
     return record
+
+
+def measured_step(trainer: Trainer) -> Callable[[], object]:
+    """A step with all that is measured at it, for a dry run."""
+    return _Watch(trainer).step
 
 
 def log_sizes(records: list[Record], quantity: str) -> NDArray[np.float64]:

@@ -13,10 +13,11 @@ from supar_cli.experiments.statistics import Interval, fit_quadratic, interval, 
 from supar_cli.files import Record
 from supar_cli.jobs.runs import Records, failed_record, measure_loss
 from supar_cli.jobs.workers import Workers
+from supar_cli.planning.estimate import run_seconds
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.sweep import Grid, Level, Sweep
-from supar_cli.training.reporter import Reporter
+from supar_cli.training.reporter import Reporter, Tally
 
 # chosen: a loss curve is a parabola only near its optimum; well beyond it training diverges
 WINDOW_STEPS, WINDOW_OCTAVES = 2, 1.5
@@ -87,6 +88,17 @@ def measure_curves(
     return curves
 
 
+def grid_plans(sweep: Sweep) -> list[Plan]:
+    """The plans of a study's grid, before it is extended."""
+    return [
+        sweep.plan(name, level, float(index), seed)
+        for name in sweep.parameterizations
+        for level in sweep.levels
+        for index in range(len(sweep.grid(name).values))
+        for seed in sweep.run_seeds
+    ]
+
+
 Point = tuple[Curve, float]
 
 
@@ -97,7 +109,7 @@ class _Measurements:
         self.sweep, self.workers, self.reporter = sweep, workers, reporter
         # a run that failed is tried again by the next command; its new record is added and counts
         self.records = Records(folder, lambda record: record.get("state") != "failed")
-        self.asked = self.ended = 0
+        self._tally = Tally(reporter, workers.jobs)
 
     def add(self, points: Iterable[Point]) -> None:
         """Measure curves at indices, with every seed."""
@@ -111,21 +123,16 @@ class _Measurements:
                 run = plan.hash()
                 calls[run] = (plan, {**about, "seed": seed})
                 wanted.append((curve, index, seed, run))
-        known = set(self.records.by_run)
-        self.asked += len(calls.keys() - known)
+        left = {run: run_seconds(plan) for run, (plan, _) in calls.items() if run not in self.records.by_run}
+        self._tally.expect(left)
         for _, _, record in self.records.complete(measure_loss, calls, self.workers, failed_record):
-            if record["run"] not in known:
-                self._report(record)
+            if record["state"] == "failed":
+                self.reporter.log(f"failed: {record['arm']}, seed {record['seed']}: {record['why']}")
+            self._tally.end(record["run"], nan if record["loss"] is None else record["loss"])
         for curve, index, seed, run in wanted:
             record = self.records.by_run[run]
             loss = {"done": record["loss"], "diverged": inf, "failed": nan}[record["state"]]
             curve.losses.setdefault(index, {})[seed] = loss
-
-    def _report(self, record: Record) -> None:
-        self.ended += 1
-        if record["state"] == "failed":
-            self.reporter.log(f"failed: {record['arm']}, seed {record['seed']}: {record['why']}")
-        self.reporter.progress(self.ended, self.asked, nan if record["loss"] is None else record["loss"])
 
     def search(self, curves: list[Curve]) -> None:
         """Measure beyond the grid's ends until each optimum is an inner one, then between its neighbours.

@@ -9,6 +9,7 @@ from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from math import nan
 from pathlib import Path
 from statistics import fmean
 from typing import Unpack
@@ -19,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from supar_cli.data import corpus
 from supar_cli.errors import InputError, SetupError, UnusableResult
+from supar_cli.experiments.dry_run import Part
 from supar_cli.experiments.statistics import Fit, fit_quadratic
 from supar_cli.files import Record
 from supar_cli.jobs import runs
@@ -30,7 +32,7 @@ from supar_cli.planning.document import content_hash
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Proxy, Search, Spec
 from supar_cli.planning.transfer import as_trial
-from supar_cli.training.reporter import NullReporter, Reporter
+from supar_cli.training.reporter import NullReporter, Reporter, Work
 from supar_cli.training.runtime import versions
 
 Values = dict[str, float]
@@ -41,6 +43,18 @@ def study_name(spec: Spec) -> str:
     """Name of a spec's study. What changes a trial's loss or the ranges makes another study; the number of trials and the sampler don't."""
     deciding = spec.identity(include={"model", "hyperparameters", "parameterization", "sparsity", "data", "train"})
     return "supar-" + content_hash({**deciding, "ranges": spec.search.ranges()})[7:19]
+
+
+def parts(spec: Spec) -> list[Part]:
+    """What a search runs: fewer runs if trials are pruned or diverge. The hyperparameters don't change how long a run takes."""
+    search, plan = spec.search, _plan(spec, {}, spec.train.seed)
+    counts = {
+        "trials": search.trials,
+        "finalist runs": min(search.finalists, search.trials) * (search.seeds - 1),
+        "lr fit runs": len(search.lr_fit_octaves) * search.seeds if search.lr is not None else 0,
+    }
+    bound = "" if search.pruner == "none" else "at most "
+    return [Part(what, [plan] * count, bound) for what, count in counts.items()]
 
 
 def proxy_of(spec: Spec, values: Values, seed: int | None = None) -> Proxy:
@@ -94,7 +108,7 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
     SeededByTrialNumber(spec.search)
     first = _plan(spec, {}, spec.train.seed)
     runs.require_runnable(first, device=workers.is_local, warn=reporter.warn)  # before a study is made
-    tuning = _Tuning(spec, storage, workers, reporter)
+    tuning = _Tuning(spec, storage, workers, reporter, parts(spec))
     trials = tuning.run_trials()
     complete = _rank(trials)
     if not complete:
@@ -164,12 +178,13 @@ def run_next(spec: Spec, storage: str, wanted: Wanted) -> FrozenTrial | None:
 
 @dataclass(frozen=True, slots=True)
 class _Tuning:
-    """The runs of a spec: trials, and extra runs with their values, which a separate shared study stores."""
+    """The runs of a spec's parts: trials, and extra runs with their values, which a separate shared study stores."""
 
     spec: Spec
     storage: str
     workers: Workers
     reporter: Reporter
+    parts: list[Part]
 
     def _open(self, suffix: str = "", at_once: bool = False) -> SharedStudy:
         retries = RetryPolicy(self.storage, self.reporter.warn)
@@ -179,6 +194,11 @@ class _Tuning:
         """Make the missing trials or runs, here or in other processes; return those that ended here."""
         task = partial(run_next, self.spec, absolute(self.storage), wanted)
         return study.run_until_complete(wanted, task, self.workers, self.reporter)
+
+    def _report(self, done: int, loss: float = nan) -> None:
+        """Report that this many of all runs, trials first, are done."""
+        total = sum(len(part.plans) for part in self.parts)
+        self.reporter.progress(done, total, loss, Work(done, total, self.workers.jobs, self.parts[0].bound))
 
     def run_trials(self) -> list[FrozenTrial]:
         """Run the spec's trials; return those that count."""
@@ -191,24 +211,33 @@ class _Tuning:
         counted = study.counted()
         if counted:
             reporter.log(f"study {study.study.study_name}: {len(counted)} trials done, {total} wanted")
+        self._report(len(counted))
         for trial in self._run(study, total):
             state, counted = state_of(trial), study.counted()
             outcome = f"loss {trial.value:.4f}" if state == "complete" else state
             reporter.log(f"trial {trial.number}: {outcome}, {format_values(trial.params)}")
             best = next((best.value for best in _rank(counted)), float("inf"))
-            reporter.progress(len(counted), total, best)
+            self._report(len(counted), best)
         return study.counted()
 
-    def losses(self, candidates: list[Values], seeds: range, what: str) -> list[list[float | None]]:
-        """Losses of each candidate's runs over the seeds, None for a candidate that diverges. Each is made once, by any process."""
+    def losses(self, candidates: list[Values], seeds: range, index: int) -> list[list[float | None]]:
+        """Losses of each candidate's runs over the seeds, those of the part at an index, None for a candidate that diverges.
+
+        Each is made once, by any process.
+        """
         if not seeds:
             return [[] for _ in candidates]
         keys = [[json.dumps([values, seed], sort_keys=True) for seed in seeds] for values in candidates]
         study, wanted = self._open(RUNS), [key for row in keys for key in row]
+        before = sum(len(part.plans) for part in self.parts[:index])
         for count, trial in enumerate(self._run(study, wanted), 1):
             outcome = "diverged" if trial.value is None else f"loss {trial.value:.4f}"
             values, seed = json.loads(trial.user_attrs["run"])
-            self.reporter.log(f"{what} {count}/{len(wanted)}: {outcome}, {format_values(values)}, seed {seed}")
+            self.reporter.log(
+                f"{self.parts[index].what[:-1]} {count}/{len(wanted)}: {outcome}, {format_values(values)}, seed {seed}"
+            )
+            self._report(before + len(wanted) - study.missing(wanted)[0], trial.value or nan)
+        self._report(before + len(wanted))
         found = {trial.user_attrs["run"]: trial.value for trial in study.counted()}
         return [[found[key] for key in row] for row in keys]
 
@@ -220,7 +249,7 @@ class _Tuning:
         first = self.spec.train.seed
         seeds = range(first + 1, first + self.spec.search.seeds)
         finalists = []
-        for trial, losses in zip(best, self.losses([t.params for t in best], seeds, "finalist run"), strict=True):
+        for trial, losses in zip(best, self.losses([t.params for t in best], seeds, 1), strict=True):
             finite = [loss for loss in (trial.value, *losses) if loss is not None]
             if len(finite) == self.spec.search.seeds:
                 finalists.append({"trial": trial.number, **trial.params, "losses": finite, "mean": fmean(finite)})
@@ -235,7 +264,7 @@ class _Tuning:
         """Run the winner at other learning rates, and fit the losses over the rate; at its own they are known."""
         first, octaves = self.spec.train.seed, self.spec.search.lr_fit_octaves
         seeds = range(first, first + self.spec.search.seeds)
-        losses = self.losses([{**winner, "lr": winner["lr"] * 2.0**x} for x in octaves], seeds, "lr fit run")
+        losses = self.losses([{**winner, "lr": winner["lr"] * 2.0**x} for x in octaves], seeds, 2)
         points = [(0.0, seed, loss) for seed, loss in zip(seeds, known, strict=True)]
         for x, row in zip(octaves, losses, strict=True):
             points += [(x, seed, loss) for seed, loss in zip(seeds, row, strict=True) if loss is not None]

@@ -9,8 +9,9 @@ from typing import Unpack
 
 from supar_cli.data import corpus
 from supar_cli.errors import InputError, UnusableResult
-from supar_cli.experiments.curves import Curve, first_of, measure_curves
-from supar_cli.experiments.sweep_views import SHORT, comparison, curves_figure, transfer
+from supar_cli.experiments.curves import Curve, first_of, grid_plans, measure_curves
+from supar_cli.experiments.dry_run import Part
+from supar_cli.experiments.sweep_views import SHORT, comparison, control, curves_figure, is_subject, transfer
 from supar_cli.files import Record, naming_write_errors, template, write_file
 from supar_cli.jobs import runs
 from supar_cli.jobs.clusters import WorkerOptions, check_keywords, make_workers
@@ -19,8 +20,8 @@ from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy, Spec
 from supar_cli.planning.sweep import Sweep, plan_all, require_comparison
 from supar_cli.reporting import figures
-from supar_cli.reporting.result import Result, finite, fraction
-from supar_cli.training.reporter import NullReporter, Reporter
+from supar_cli.reporting.result import Result, finite, fraction, with_power
+from supar_cli.training.reporter import NullReporter, PartReporter, Reporter
 
 
 def sweep(
@@ -72,11 +73,15 @@ def _run(
         runs.require_runnable(first, device=workers.is_local, warn=reporter.warn)
         runs.open_study_folder(folder, study.identity(exclude={"run", "meta"}), force)
         curves = measure_curves(study, folder, workers, reporter, ("sp",) if is_comparison else study.parameterizations)
+    parts = (comparison if is_comparison else transfer)(study, curves)
+    # over depth without a rule no parameterization is expected to pass, and none to miss
+    if is_subject(study, "supar"):
+        parts["verdicts"] = with_power(parts["verdicts"])
     result = Result(
         kind=f"supar.{kind}-result/v1",
         parents={"sweep": study.hash()},
         environment=runs.environment(workers),
-        **{"sweep": study.model_dump(), **(comparison if is_comparison else transfer)(study, curves)},
+        **{"sweep": study.model_dump(), **parts},
     )
     figures.write_result(result, folder, reporter.log)
     return result.document()
@@ -112,14 +117,17 @@ def demo(
     with make_workers(device=spec.run.device, jobs=jobs, verbose=verbose) as ready:
         shape = f"width {spec.model.width}, {spec.model.layers} layers, {steps} steps on {spec.data.source}"
         reporter.log(f"1. Tuning a dense proxy: {shape}.")
-        proxy = search.search(spec, str(folder / "proxy.journal"), workers=ready, reporter=reporter)
+        swept = len(grid_plans(_demo_study(search.proxy_of(spec, {}), seeds)))
+        proxy = search.search(
+            spec, str(folder / "proxy.journal"), workers=ready, reporter=PartReporter(reporter, 0, swept, "at least ")
+        )
         write_file(folder / "proxy.yaml", document.write([proxy.model_dump()]))
         reporter.log(
             "2. Transferring it to densities 1, 1/4, 1/16 under SP and SμPar; at each, the learning rate is swept\n"
             "   by factors of 2 around the transferred one."
         )
         study = _demo_study(proxy, seeds)
-        curves = measure_curves(study, folder, ready, reporter)
+        curves = measure_curves(study, folder, ready, PartReporter(reporter, trials, 0, "at least "))
     for curve in curves:
         ratio = f"2^{round(curve.best - first_of(curve, curves).best)}"
         best = f"best rate ÷ dense {ratio}, loss {curve.mean(curve.best):.4f} ({len(curve.losses)} rates)"
@@ -133,11 +141,27 @@ def demo(
         "seeds": seeds,
         "steps": steps,
         "regrets": regrets,
+        "verdicts": [verdict.model_dump() for verdict in with_power(control(study, curves))],
         "curves": [_losses(curve) for curve in curves],
         "meta": {"seconds": round(time.monotonic() - started, 1), "machine": runs.environment(ready)["machine"]},
     }
     write_file(folder / "results.json", json.dumps(result, indent=1) + "\n")
     return result
+
+
+def demo_parts(data: str | None, steps: int, trials: int, seeds: int, device: str | None) -> list[Part]:
+    """What the demo runs, for a dry run. Raises InputError."""
+    from supar_cli.experiments import search
+
+    spec = _demo_spec(data, steps, trials, device)
+    return [*search.parts(spec), *sweep_parts(_demo_study(search.proxy_of(spec, {}), seeds))]
+
+
+def sweep_parts(study: Sweep, is_comparison: bool = False) -> list[Part]:
+    """What a sweep or a comparison runs, for a dry run. Raises InputError for a study that is no comparison."""
+    if is_comparison:
+        require_comparison(study)
+    return [Part("runs of the sweep's grid", grid_plans(study), "at least ")]
 
 
 def _demo_spec(data: str | None, steps: int, trials: int, device: str | None) -> Spec:

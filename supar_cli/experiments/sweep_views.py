@@ -14,6 +14,8 @@ from supar_cli.reporting.result import NAMES, TITLES, Figure, Line, Panel, Table
 
 MAX_DRIFT, MAX_SHIFT_OCTAVES, MAX_REGRET = 0.15, 0.5, 0.005  # the thresholds, as in SPEC and README
 
+CONTROL = {True: " (a control: passes, but should miss)", False: " (a control: misses, as expected)"}
+
 SHORT = {**TITLES, "sp": "SP", "supar-lr-only": "SμPar's rate only"}
 SUPAR = TITLES["supar"]
 DENSE, RETUNED = "SP, tuned dense", "SP, re-tuned"  # SP's loss at its best value of the first size, and of each size
@@ -41,7 +43,7 @@ def comparison(sweep: Sweep, curves: list[Curve]) -> Data:
     rows = [_compare([curve for curve in curves if curve.level == level], curves) for level in sweep.levels]
     tables, figures = _comparison_tables(rows, sweep.levels[0].measure), [_comparison_figure(rows, sweep.levels)]
     title = f"{sweep.title or sweep.name}: SP, μP and SμPar at transferred hyperparameters"
-    return {"title": title, "verdicts": [], "tables": tables, "figures": figures, "levels": rows}
+    return {"title": title, "verdicts": control(sweep, curves), "tables": tables, "figures": figures, "levels": rows}
 
 
 def _arm(sweep: Sweep, curves: list[Curve], draws: np.ndarray) -> Data:
@@ -80,14 +82,12 @@ def _verdicts(arm: Data, curves: list[Curve]) -> list[Verdict]:
     drift, shift, is_control = arm["drift"], arm["shift_octaves"], arm["control"]
     if drift is None:
         return []
-    regrets = [curve.regret(curves[0].best) for curve in curves]
-    worst = max(regrets, key=lambda value: inf if isnan(value) else value)
+    worst, lost = _worst_regret(curves)
     between = "" if arm["drift_ci95"] is None else " [{:+.3f}, {:+.3f}]".format(*arm["drift_ci95"])
-    lost = "diverged" if worst == inf else "unknown" if isnan(worst) else f"{100 * worst:.2f} %"
     marks = {
         "drift": (abs(drift) < MAX_DRIFT, f"γ = {drift:+.3f}{between}; |γ| < {MAX_DRIFT:g}"),
         "shift": (shift < MAX_SHIFT_OCTAVES, f"at most {shift:.2f} octaves; < {MAX_SHIFT_OCTAVES:g}"),
-        "regret": (worst < MAX_REGRET, f"at most {lost}; < {100 * MAX_REGRET:g} %"),
+        "regret": (worst < MAX_REGRET, lost),
     }
     outer = [f"{curve.level.axis} {curve.level.value:g}" for curve in curves if not curve.bracketed]
     found = []
@@ -97,9 +97,32 @@ def _verdicts(arm: Data, curves: list[Curve]) -> list[Verdict]:
             passed = None
             text += f" (unknown: no inner optimum at {', '.join(outer)})" if outer else " (unknown: a run failed)"
         elif is_control:
-            text += " (a control: passes, but should miss)" if is_met else " (a control: misses, as expected)"
+            text += CONTROL[is_met]
         found.append(Verdict(what=f"{SHORT[curves[0].name]}: {what}", passed=passed, control=is_control, text=text))
     return found
+
+
+def _worst_regret(curves: list[Curve]) -> tuple[float, str]:
+    """The largest regret of the first size's best value, inf where it diverges, nan where it is unknown; with its threshold."""
+    regrets = [curve.regret(curves[0].best) for curve in curves]
+    worst = max(regrets, key=lambda value: inf if isnan(value) else value)
+    lost = "diverged" if worst == inf else "unknown" if isnan(worst) else f"{100 * worst:.2f} %"
+    return worst, f"at most {lost}; < {100 * MAX_REGRET:g} %"
+
+
+def control(sweep: Sweep, curves: list[Curve]) -> list[Verdict]:
+    """SP's verdict as a control: a value that was tuned at the first size should lose at others.
+
+    None unless SP was run at several sizes, and SμPar should not lose there. A regret at an optimum that isn't bracketed is a lower bound.
+    """
+    own = [curve for curve in curves if curve.name == "sp"]
+    if len(own) < 2 or not is_subject(sweep, "supar"):
+        return []
+    worst, text = _worst_regret(own)
+    is_unknown = isnan(worst) or (worst < MAX_REGRET and not all(curve.bracketed for curve in own))
+    passed = None if is_unknown else worst < MAX_REGRET
+    text += " (unknown: a run failed, or no inner optimum)" if passed is None else CONTROL[passed]
+    return [Verdict(what=f"{SHORT['sp']}: regret", passed=passed, control=True, text=text)]
 
 
 def _level(tuned: str, curve: Curve, optimum: Optimum, first_best: float, first_octaves: float) -> Data:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.util import find_spec
+from math import ceil
+
 from supar_cli.planning.plan import Plan, PlanModel
 
 
@@ -41,10 +45,37 @@ SPARSE_SECONDS, SPARSE_RATE = 0.9e-9, 6e10
 # measured there, on whole steps of width 1024 and 2048: seconds per number for everything between the products; with it
 # the estimate is within a third of both
 BETWEEN_SECONDS = 1.3e-9
+# measured there, on steps of width 32 and 64: what each layer costs however small it is
+# chosen: as much on a GPU, whose operations the CPU launches one by one
+LAYER_SECONDS = 1e-3
+
+
+def step_seconds(plan: Plan, device: str = "2 CPU cores", sparse: bool = False) -> float:
+    """Seconds of a step on one of RATES, by arithmetic; with `sparse` by that engine."""
+    layers = plan.model.layers if isinstance(plan.model, PlanModel) else 0
+    tokens = (plan.train.tokens or 0) / plan.train.steps
+    masked = [row for row in plan.tensors if row.kept < row.size] if sparse else []
+    flops = tokens * (plan.flops_per_token - 6.0 * sum(row.size for row in masked)) if tokens else 0.0
+    fixed, products = (1 + layers) * LAYER_SECONDS, flops / RATES[device]
+    if "CPU" not in device:  # it computes while the next operations are launched
+        return max(fixed, products)
+    between = numbers_between(plan.model) if isinstance(plan.model, PlanModel) else 0
+    seconds = fixed + products + tokens * between * BETWEEN_SECONDS
+    for row in masked:
+        ends = row.fan_in + row.size // row.fan_in  # numbers of X and of Y a token
+        seconds += tokens * (ends * SPARSE_SECONDS + 6.0 * row.kept / SPARSE_RATE)
+    return seconds
+
+
+def run_seconds(plan: Plan, device: str = "2 CPU cores", sparse: bool = False) -> float:
+    """Seconds of a plan's steps and evaluations. An evaluation has no backward pass, which takes two thirds of a step."""
+    train = plan.train
+    evaluations = -(-train.steps // train.eval_every)
+    return (train.steps + evaluations * train.eval_batches / 3) * step_seconds(plan, device, sparse)
 
 
 def lines(plan: Plan, processes: int = 1) -> list[str]:
-    """A plan's size, FLOPs, memory and time in a few lines. Times are for one device."""
+    """A plan's size, FLOPs, memory and time in a few lines."""
     hidden = [row for row in plan.tensors if row.role == "hidden"]
     live, size = sum(row.kept for row in hidden), sum(row.size for row in hidden)
     length, tokens = f"{plan.train.steps:,} steps", plan.train.tokens
@@ -64,22 +95,28 @@ def lines(plan: Plan, processes: int = 1) -> list[str]:
         found.append(f"activations take about {_gib(activations)} for a micro-batch of {rows} sequences")
     if processes > 1:
         found.append(f"sharded over {processes} processes, each holds 1/{processes} of all but activations")
-    return found if tokens is None else found + _times(plan, tokens)
+    return found
 
 
-def _times(plan: Plan, tokens: int) -> list[str]:
-    masked = [row for row in plan.tensors if row.kept < row.size]
-    flops = plan.flops_per_token * tokens
-    times = ", ".join(f"{name} {_time(flops / rate)}" for name, rate in RATES.items())
-    found = [f"time (estimate; GPUs at an assumed 40 % of peak): {times}"]
-    if masked:
-        dense = flops - 6.0 * sum(row.size for row in masked) * tokens
-        between = numbers_between(plan.model) if isinstance(plan.model, PlanModel) else 0
-        seconds = dense / RATES["2 CPU cores"] + tokens * between * BETWEEN_SECONDS
-        for row in masked:
-            ends = row.fan_in + row.size // row.fan_in  # numbers of X and of Y a token
-            seconds += tokens * (ends * SPARSE_SECONDS + 6.0 * row.kept / SPARSE_RATE)
-        found.append(f"2 CPU cores with the sparse engine: {_time(seconds)} (`supar bench layer` measures it here)")
+def timing_seconds(plan: Plan) -> float:
+    """Seconds of three steps and an evaluation on two CPU cores by the faster engine, by arithmetic."""
+    return (3 + plan.train.eval_batches / 3) * min(step_seconds(plan, sparse=sparse) for sparse in (False, True))
+
+
+def times(plans: Sequence[Plan]) -> list[str]:
+    """The time that runs of plans take one after another on one device, by arithmetic, in a line or two."""
+
+    def total(device: str, sparse: bool = False) -> str:
+        return duration(sum(run_seconds(plan, device, sparse) for plan in plans))
+
+    if any(plan.train.tokens is None for plan in plans):
+        return []
+    what = "time" if len(plans) == 1 else "time of all runs, one after another"
+    by_device = ", ".join(f"{name} {total(name)}" for name in RATES)
+    found = [f"{what} (estimate; GPUs at an assumed 40 % of peak): {by_device}"]
+    if any(row.kept < row.size for plan in plans for row in plan.tensors):
+        missing = "" if find_spec("numba") else ", once numba is installed: `pip install numba`"
+        found.append(f"2 CPU cores with the sparse engine: {total('2 CPU cores', sparse=True)}{missing}")
     return found
 
 
@@ -97,14 +134,10 @@ def _gib(value: float) -> str:
     return f"{value / 2**30:.2f} GiB"
 
 
-def _time(seconds: float) -> str:
-    return "under 1s" if seconds < 1 else duration(seconds)
-
-
 def duration(seconds: float) -> str:
     """Seconds as `45s`, `12m`, `3h20m`, `5 days`, `3.2 years`."""
     if seconds < 90:
-        return f"{seconds:.0f}s"
+        return f"{ceil(seconds)}s"
     days, minutes = seconds / 86400, round(seconds / 60)
     if days >= 2:
         years = days / 365.25

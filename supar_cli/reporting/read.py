@@ -157,7 +157,9 @@ def _draw_losses(part: ReportPart, records: list[Record]) -> None:
 
 def _demo(demo: Demo, source: str) -> ReportPart:
     """The demo's curves and regrets."""
-    part = ReportPart(source, "demo", "Demo: does the dense model's learning rate transfer?", "finished")
+    part = ReportPart(
+        source, "demo", "Demo: does the dense model's learning rate transfer?", "finished", verdicts=demo.verdicts
+    )
     panels: dict[str, Panel] = {}
     for curve in demo.curves:
         panel = panels.setdefault(curve.parameterization, Panel(title=curve.parameterization, lines=[]))

@@ -135,6 +135,24 @@ class Verdict(Data):
     text: str = ""
 
 
+def with_power(verdicts: list[Verdict]) -> list[Verdict]:
+    """Verdicts and, if there are controls, one on the measurement itself: it has no power if a control misses no mark.
+
+    The marks of a control share what stands before the colon of `what`.
+    """
+    marks: dict[str, list[bool | None]] = {}
+    for one in verdicts:
+        if one.control:
+            marks.setdefault(one.what.partition(":")[0], []).append(one.passed)
+    passing = [name for name, found in marks.items() if all(found)]
+    missing = all(False in found for found in marks.values())
+    text = "every control misses, as it should" if missing else "undecided: a control neither passes nor misses"
+    if passing:
+        text = f"none: {', '.join(passing)} should miss, but passes; that others pass too shows nothing then"
+    passed = False if passing else True if missing else None
+    return [*verdicts, Verdict(what="power", passed=passed, control=False, text=text)] if marks else verdicts
+
+
 class Table(Data):
     """Cells are texts or numbers. A `folded` table is shown when the reader opens it."""
 
@@ -183,6 +201,7 @@ class Demo(Data):
 
     curves: list[DemoCurve]
     regrets: list[dict[str, Cell]]
+    verdicts: list[Verdict] = []
     proxy: str = "–"
     meta: dict[str, Any] = Field(default_factory=dict)
 

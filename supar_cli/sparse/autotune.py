@@ -14,8 +14,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -38,6 +38,7 @@ MOST_POSITIONS = 2**24  # chosen: of a mask that are measured: 64 MiB of a dense
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's names for them, from malloc.h
 LARGEST_BYTES = 2**30  # chosen: a tensor above this goes back to the system when it is freed
 KEPT_BYTES = 2**31 - 1  # chosen: the most that mallopt's int can say
+_keeps = [True]  # whether new measurements are kept; the last one holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,16 @@ def candidates(case: LayerCase) -> list[str]:
     return [name for name, can in can_run.items() if can]
 
 
+@contextmanager
+def keeping_no_measurement() -> Iterator[None]:
+    """Inside, new measurements are not kept in the user's cache folder."""
+    _keeps.append(False)
+    try:
+        yield
+    finally:
+        _keeps.pop()
+
+
 def fastest(mask: Mask, case: LayerCase) -> EngineChoice:
     """The dense engine, or another that is faster by MIN_SPEEDUP at least."""
     names = candidates(case)
@@ -129,9 +140,10 @@ def fastest(mask: Mask, case: LayerCase) -> EngineChoice:
     if measured_now:
         part = mask if rows == mask.shape[0] else Mask.of(mask.alive(slice(rows)))
         seconds = times({name: make(name, part, case) for name in names}, part, case, ROUNDS)
-        with suppress(OSError):  # measured again next time
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, json.dumps({**_read(path), key: seconds}, indent=1, sort_keys=True) + "\n")
+        if _keeps[-1]:
+            with suppress(OSError):  # measured again next time
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_file(path, json.dumps({**_read(path), key: seconds}, indent=1, sort_keys=True) + "\n")
     best = min(names, key=lambda name: seconds[name] * (1.0 if name == "dense" else MIN_SPEEDUP))
     return EngineChoice(best, seconds, measured_now, None if rows == mask.shape[0] else rows)
 
