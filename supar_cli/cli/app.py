@@ -6,13 +6,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import typer
 import typer.core
 import typer.main
 
+from supar_cli import standard_streams
 from supar_cli.errors import PeerLost, SetupError, SuparError
 from supar_cli.training.launch.environment import is_rank_process, is_worker_rank
 from supar_cli.version import __version__
@@ -128,8 +128,7 @@ def _top(
 def main() -> None:
     """Entry point of the `supar` script."""
     gc.disable()  # measured: garbage collection during imports frees nothing and takes a thirtieth of a short command's time
-    if not is_rank_process():
-        app()
+    standard_streams.protect()
     status: Any = 1
     try:
         app()
@@ -137,8 +136,11 @@ def main() -> None:
         status = ended.code or 0
     except BaseException:
         traceback.print_exc()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):
-            stream.flush()
-    # torch's threads may use the interpreter during its shutdown, which would kill the process by SIGABRT after its work is done
-    os._exit(status if isinstance(status, int) else 1)
+    lost = standard_streams.lost_output()
+    if lost is not None and status == 0:
+        status = SetupError.exit_status
+        sys.stderr.write(f"error: standard output: can't be written: {lost.strerror}\n")
+    if is_rank_process():
+        # torch's threads may use the interpreter during its shutdown, which would kill the process by SIGABRT after its work is done
+        os._exit(status if isinstance(status, int) else 1)
+    sys.exit(status)

@@ -112,6 +112,6 @@ def report(flags: Flags) -> None:
             log.log(f"  {part.source}: {part.state}; {page.summary(part.verdicts)}")
     if flags.json:
         data = {"kind": "supar.report/v1", "parts": to_jsonable_python(parts)}
-        terminal.to_stdout(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        terminal.to_stdout(json.dumps(data, indent=1, allow_nan=False) + "\n")
     elif flags.out == "-":
         terminal.to_stdout(text)

@@ -1,11 +1,11 @@
 """What commands show: messages, progress and tables on stderr, and one document on stdout or in a file."""
 
+import codecs
 import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,9 +33,8 @@ class Log:
         self._write(f"warning: {message}")
 
     def _write(self, message: str) -> None:
-        with _without_reader(sys.stderr):
-            sys.stderr.write(message + "\n")
-            sys.stderr.flush()
+        sys.stderr.write(message + "\n")
+        sys.stderr.flush()
 
 
 class Progress(Log):
@@ -202,20 +201,12 @@ def print_documents(documents: list[Any], flags: Flags, always: bool = False, te
     if flags.json:
         to_stdout(json.dumps(documents[0] if len(documents) == 1 else documents, indent=1) + "\n")
     elif always or not sys.stdout.isatty():
-        to_stdout(text or document.write(documents))
+        text = text or document.write(documents)
+        is_unicode = codecs.lookup(sys.stdout.encoding).name.startswith("utf")
+        to_stdout(text if is_unicode or text.isascii() else document.write_ascii(documents))
 
 
 def to_stdout(text: str) -> None:
-    """Write to stdout, once. A closed pipe is no error: the results are on disk."""
-    with _without_reader(sys.stdout):
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-
-@contextmanager
-def _without_reader(stream: Any) -> Iterator[None]:
-    """Continue if the reader of a stream is gone; further output is dropped."""
-    try:
-        yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    """Write to stdout, once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
