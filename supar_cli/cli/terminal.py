@@ -15,6 +15,7 @@ from supar_cli.files import naming_write_errors, write_file
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan, PlanModel
 
+ECHO = "^C^C"  # what a terminal writes behind a bar at Ctrl-C, pressed twice: with room for it the bar's line can be erased
 WIDTH = 80  # columns that a measurement's tables fit in
 
 
@@ -60,13 +61,18 @@ class Progress(Log):
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
+            class Narrower(Console):
+                @property  # type: ignore[misc]
+                def width(self) -> int:
+                    return max(1, super().width - len(ECHO))
+
             self._bar = Bar(
                 TextColumn("{task.description}"),
                 BarColumn(None),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"),
                 TimeRemainingColumn(),
-                console=Console(stderr=True),
+                console=Narrower(stderr=True),
                 transient=True,
             )
             self._task = self._bar.add_task(self._what, total=None, note="")

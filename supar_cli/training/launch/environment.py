@@ -17,10 +17,15 @@ SIGNAL_FILE = "heard"  # in that folder: the last signal that the launcher recei
 STDIN = "SUPAR_STDIN"  # a file with the standard input that the launcher has read
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 
-# SIGUSR1: Slurm's `--signal=USR1@120`; SIGTERM: clusters, before SIGKILL; SIGINT: Ctrl-C
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+INSISTENT = (signal.SIGTERM, signal.SIGINT)  # clusters, before SIGKILL; Ctrl-C. A second one ends the process at once
+# announce a SIGTERM or repeat it. SIGUSR1, SIGUSR2: Slurm's `--signal=USR1@120`, Grid Engine and LSF; SIGHUP: a terminal that
+# closes, and systemd; SIGXCPU: the limit of CPU time, each second
+ANNOUNCING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)
+SIGNALS = (*INSISTENT, *ANNOUNCING)
 
-ONE_REQUEST_S = 1.0  # chosen: longer than a launcher takes to pass a signal on
+ONE_REQUEST_S = (
+    1.0  # chosen: longer than a launcher takes to pass a signal on, and a cluster to signal a process and its group
+)
 
 
 def is_rank_process() -> bool:
@@ -63,6 +68,15 @@ def _launcher_start_s() -> float | None:
         return None
 
 
+def in_foreground() -> bool:
+    """Whether Ctrl-C at a terminal reaches this process."""
+    try:
+        with open("/dev/tty", "rb") as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except OSError:  # it has none
+        return False
+
+
 def handle_signals(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
     """Set the handler of SIGNALS and return the former ones. Ignored signals, as SIGINT in background jobs, stay so."""
     handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
@@ -72,7 +86,8 @@ def handle_signals(handler: Callable[[int, FrameType | None], None]) -> dict[sig
 class StopSignals:
     """A context in which signals don't end the process; `reason` says why to stop, None if there is no reason.
 
-    A second SIGTERM or SIGINT has its usual effect at once. `max_seconds` count from now or, in a rank, from the start of its
+    A second SIGTERM or SIGINT has its usual effect at once, unless it is the same request: within a second, and not from a
+    terminal to this process alone. `max_seconds` count from now or, in a rank, from the start of its
     launcher, so that a restart gets no more time. A rank also stops when its launcher is gone.
     """
 
@@ -105,12 +120,12 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         received, now = signal.Signals(number), time.monotonic()
-        if self._launcher is not None and received == self._signal and now - self._noted_at < ONE_REQUEST_S:
+        is_key = received == signal.SIGINT and self._launcher is None and in_foreground()
+        if received == self._signal and now - self._noted_at < ONE_REQUEST_S and not is_key:
             return  # a cluster signals all processes, and the launcher passes its signal on
-        self._noted_at = now
-        if self._signal in (None, signal.SIGUSR1):  # SIGUSR1 announces a SIGTERM
-            self._signal = received
-        elif received != signal.SIGUSR1:
+        if self._signal is None or (received in INSISTENT and self._signal in ANNOUNCING):
+            self._signal, self._noted_at = received, now
+        elif received in INSISTENT:
             handler = self._handlers[received]
             signal.signal(number, handler if callable(handler) else signal.SIG_DFL)
             os.kill(os.getpid(), number)
