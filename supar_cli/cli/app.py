@@ -58,6 +58,19 @@ def application(*functions: Callable[..., None], help: str | None = None) -> typ
     return made
 
 
+def _require_system() -> None:
+    """Raise SetupError on a system such as Windows, which lacks what runs need, and in a folder that was removed."""
+    try:
+        for name in ("fcntl", "resource"):
+            importlib.import_module(name)
+        os.getcwd()  # without one the libraries of torch would end the process
+    except ImportError:
+        what = f"this Python has no module {name}; supar runs on Linux and macOS (on Windows: in WSL)"
+        raise SetupError(what) from None
+    except FileNotFoundError:
+        raise SetupError("the working directory was removed; expected to be in one that exists") from None
+
+
 class LazyGroup(typer.core.TyperGroup):
     """Imports the module of the one command that is called, and ends the process with the status of its error."""
 
@@ -82,6 +95,7 @@ class LazyGroup(typer.core.TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
+            _require_system()
             return super().invoke(ctx)
         except SuparError as error:
             # the main process reports errors that all processes share, and errors that only follow from a lost process

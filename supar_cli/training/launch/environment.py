@@ -20,7 +20,9 @@ TORCHRUN = "TORCHELASTIC_RUN_ID"
 INSISTENT = (signal.SIGTERM, signal.SIGINT)  # clusters, before SIGKILL; Ctrl-C. A second one ends the process at once
 # announce a SIGTERM or repeat it. SIGUSR1, SIGUSR2: Slurm's `--signal=USR1@120`, Grid Engine and LSF; SIGHUP: a terminal that
 # closes, and systemd; SIGXCPU: the limit of CPU time, each second
-ANNOUNCING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGXCPU)
+ANNOUNCING = tuple(
+    signal.Signals[name] for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU") if hasattr(signal, name)
+)
 SIGNALS = (*INSISTENT, *ANNOUNCING)
 
 ONE_REQUEST_S = (
