@@ -1,5 +1,6 @@
 """The `supar` command: its subcommands by name, each imported only when called, and how errors end the process."""
 
+import errno
 import gc
 import importlib
 import os
@@ -37,6 +38,9 @@ COMMANDS = {
     "schema": "Print the JSON Schema of a document, for editors.",
     "doctor": "Show versions, devices and data, and time one step.",
 }
+# what a system may lack without a file to name: a folder for temporary files, space, open files, memory, processes; None is
+# that of the libraries' own errors, such as matplotlib's without a folder to write to
+LACKS = (None, errno.ENOENT, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 # the modules of commands that have none of their own name
 MODULES = {
     "explain": "transfer",
@@ -105,9 +109,9 @@ class LazyGroup(typer.core.TyperGroup):
                     sys.stderr.write(line + "\n" if line.startswith(("  ", "error:")) else f"error: {line}\n")
             raise SystemExit(error.exit_status) from None
         except OSError as error:  # the environment's, such as a name that is too long or a folder that may not be read
-            if error.filename is None:
+            if error.filename is None and error.errno not in LACKS:
                 raise
-            sys.stderr.write(f"error: {error.filename}: {error.strerror}\n")
+            sys.stderr.write(f"error: {error.filename or 'this system'}: {error.strerror or error}\n")
             raise SystemExit(SetupError.exit_status) from None
         except KeyboardInterrupt:
             if not is_worker_rank():
