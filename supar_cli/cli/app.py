@@ -113,6 +113,13 @@ class LazyGroup(typer.core.TyperGroup):
                 raise
             sys.stderr.write(f"error: {error.filename or 'this system'}: {error.strerror or error}\n")
             raise SystemExit(SetupError.exit_status) from None
+        except UnicodeEncodeError as error:  # a name of the command line that a document can't hold
+            if error.reason != "surrogates not allowed":
+                raise
+            name = error.object[max(0, error.start - 20) : error.end + 20].strip()
+            expected = "expected names in it (PYTHONUTF8=1 makes it UTF-8)"
+            sys.stderr.write(f"error: {name}: has bytes outside of this locale's encoding; {expected}\n")
+            raise SystemExit(SetupError.exit_status) from None
         except KeyboardInterrupt:
             if not is_worker_rank():
                 sys.stderr.write("interrupted\n")
