@@ -25,9 +25,8 @@ ANNOUNCING = tuple(
 )
 SIGNALS = (*INSISTENT, *ANNOUNCING)
 
-ONE_REQUEST_S = (
-    1.0  # chosen: longer than a launcher takes to pass a signal on, and a cluster to signal a process and its group
-)
+ONE_REQUEST_S = 1.0  # chosen: a launcher passes a signal on, and a cluster signals a process and its group, in less
+ONE_KEY_S = 0.005  # chosen: no hand is so fast; `timeout -s INT` signals a process and then its group
 
 
 def is_rank_process() -> bool:
@@ -70,15 +69,6 @@ def _launcher_start_s() -> float | None:
         return None
 
 
-def in_foreground() -> bool:
-    """Whether Ctrl-C at a terminal reaches this process."""
-    try:
-        with open("/dev/tty", "rb") as terminal:
-            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
-    except OSError:  # it has none
-        return False
-
-
 def handle_signals(handler: Callable[[int, FrameType | None], None]) -> dict[signal.Signals, Any]:
     """Set the handler of SIGNALS and return the former ones. Ignored signals, as SIGINT in background jobs, stay so."""
     handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
@@ -88,8 +78,8 @@ def handle_signals(handler: Callable[[int, FrameType | None], None]) -> dict[sig
 class StopSignals:
     """A context in which signals don't end the process; `reason` says why to stop, None if there is no reason.
 
-    A second SIGTERM or SIGINT has its usual effect at once, unless it is the same request: within a second, and not from a
-    terminal to this process alone. `max_seconds` count from now or, in a rank, from the start of its
+    A second SIGTERM or SIGINT has its usual effect at once, unless it is the same request: within a second, or within the time
+    of a key for Ctrl-C of a process alone. `max_seconds` count from now or, in a rank, from the start of its
     launcher, so that a restart gets no more time. A rank also stops when its launcher is gone.
     """
 
@@ -122,8 +112,8 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         received, now = signal.Signals(number), time.monotonic()
-        is_key = received == signal.SIGINT and self._launcher is None and in_foreground()
-        if received == self._signal and now - self._noted_at < ONE_REQUEST_S and not is_key:
+        one_request_s = ONE_KEY_S if received == signal.SIGINT and self._launcher is None else ONE_REQUEST_S
+        if received == self._signal and now - self._noted_at < one_request_s:
             return  # a cluster signals all processes, and the launcher passes its signal on
         if self._signal is None or (received in INSISTENT and self._signal in ANNOUNCING):
             self._signal, self._noted_at = received, now
