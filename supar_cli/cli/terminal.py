@@ -57,14 +57,15 @@ class Progress(Log):
 
     def __enter__(self) -> Self:
         if self.is_terminal and not self.quiet:
-            from rich.console import Console
+            from rich.console import Console, ConsoleDimensions
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
             class Narrower(Console):
                 @property  # type: ignore[misc]
-                def width(self) -> int:
-                    return max(1, super().width - len(ECHO))
+                def size(self) -> ConsoleDimensions:
+                    whole = super().size
+                    return whole._replace(width=max(1, whole.width - len(ECHO)))
 
             self._bar = Bar(
                 TextColumn("{task.description}"),

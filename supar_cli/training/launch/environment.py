@@ -75,6 +75,12 @@ def handle_signals(handler: Callable[[int, FrameType | None], None]) -> dict[sig
     return {number: signal.signal(number, handler) for number in handled}
 
 
+def restore_signals(handlers: dict[signal.Signals, Any], is_ending: bool) -> None:
+    """Set the former handlers. In a process that ends on request, ignore repeats of the request, but for Ctrl-C."""
+    for number, handler in handlers.items():
+        signal.signal(number, signal.SIG_IGN if is_ending and number != signal.SIGINT else handler)
+
+
 class StopSignals:
     """A context in which signals don't end the process; `reason` says why to stop, None if there is no reason.
 
@@ -91,6 +97,7 @@ class StopSignals:
         self._launcher = launcher_process() if is_rank_process() else None
         self._signal: signal.Signals | None = None
         self._noted_at = 0.0
+        self.is_ending = False  # whether the process ends with this context, as requested
 
     def reason(self) -> str | None:
         if self._signal is not None:
@@ -107,8 +114,7 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        restore_signals(self._handlers, self.is_ending and self._signal is not None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         received, now = signal.Signals(number), time.monotonic()
