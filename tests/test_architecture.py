@@ -49,7 +49,7 @@ def imports(module: str, source: str) -> Iterator[tuple[int, str]]:
                 yield node.lineno, node.args[0].value
 
 
-LEAVES = ("errors", "files", "version", "streams")
+LEAVES = ("errors", "files", "version", "streams", "standard_streams")
 PLANNING_OF_TRAINING = [f"planning.{name}" for name in ("plan", "patterns", "schedule", "document", "estimate")]
 # what the modules of a package may import of supar; every pair that is not here is forbidden
 MAY_IMPORT: dict[str, tuple[str, ...]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -294,6 +295,11 @@ class TestPipes:
         os.close(ours)
         warning = b"warning:" if no_color else b"\x1b[33mwarning:\x1b[0m"
         assert process.returncode == 0 and warning + b" [red]as it is[/red]" in shown
+        # what a terminal of 80 columns shows at Ctrl-C, twice, fits behind the bar, which is erased with it
+        bars = [
+            line for line in re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())) if "━" in line
+        ]
+        assert bars and max(map(len, bars)) <= 80 - len("^C^C")
         colours = [code for code in (b"\x1b[3", b"\x1b[9", b"\x1b[38") if code in shown]
         assert (colours == []) is no_color
 

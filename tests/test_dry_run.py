@@ -204,7 +204,14 @@ def test_small_models_are_not_taken_for_their_flops(
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.2, "1s"), (44.6, "45s"), (600, "10m"), (12_000, "3h20m"), (5 * 86_400, "5 days"), (1739.9 * 86_400, "4.8 years")],
+    [
+        (0.2, "1s"),
+        (44.6, "45s"),
+        (600, "10m"),
+        (12_000, "3h20m"),
+        (5 * 86_400, "5 days"),
+        (1739.9 * 86_400, "4.8 years"),
+    ],
 )
 def test_durations_are_round(seconds: float, text: str) -> None:
     assert estimate.duration(seconds) == text

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,6 +89,48 @@ class TestSignals:
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(0.01)
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_what_schedulers_send_before_they_kill(self, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+        """In any order, and repeated: each of them is a request, and none but a later SIGTERM ends the process.
+
+        Before, SIGUSR2, SIGHUP and SIGXCPU did, and a SIGTERM that came twice.
+        """
+
+        def end(number: int, frame: object) -> None:
+            raise KeyboardInterrupt(number)
+
+        clock = [0.0]
+        monkeypatch.setattr(launch, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+        before = {number: signal.signal(number, end) for number in launch.SIGNALS}
+        draw, sent = random.Random(seed), list[signal.Signals]()
+        try:
+            with StopSignals() as asked:
+                for number in draw.choices(launch.ANNOUNCING, k=draw.randint(0, 5)):
+                    sent += [number] * draw.randint(1, 2)
+                sent += [signal.SIGTERM] * 2 + draw.choices(launch.ANNOUNCING, k=draw.randint(0, 2))
+                first = None
+                for number in sent:
+                    clock[0] += draw.uniform(0.0, 0.9) if first == number == signal.SIGTERM else draw.uniform(0.0, 90.0)
+                    os.kill(os.getpid(), number)
+                    first = number if number == signal.SIGTERM else first or number
+                    assert asked.reason() == first.name
+                clock[0] += 1.0
+                with pytest.raises(KeyboardInterrupt):
+                    os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def test_one_that_is_ignored_stays_so(self) -> None:
+        """As `nohup` ignores SIGHUP."""
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            with StopSignals() as asked:
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert asked.reason() is None
+        finally:
+            signal.signal(signal.SIGHUP, before)
 
     def test_a_second_ctrl_c_waits_for_no_checkpoint_and_none_appears(self, long: Plan, tmp_path: Path) -> None:
         code = (

@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 
 from supar_cli.cli.values import seconds
-from supar_cli.errors import InputError, SetupError
+from supar_cli.errors import InputError, Preempted, SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from supar_cli.training import checkpoint, run_directory
+from supar_cli.training import checkpoint, checkpoint_reader, run_directory
+from supar_cli.training import train as training
+from supar_cli.training.reporter import NullReporter
 from supar_cli.training.trainer import Trainer
 from tests.conftest import Called, environment
 from tests.test_train import trained
@@ -75,9 +77,12 @@ class TestSignals:
     def test_a_run_stopped_by_each_ends_as_the_uninterrupted_one(self, plan: Plan, tmp_path: Path) -> None:
         trained(plan, tmp_path / "whole")
         newest = 0
-        for number, status in ((signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)):
+        for number, status in ((signal.SIGTERM, 75), (signal.SIGUSR2, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)):
             process = started(tmp_path)
             process.send_signal(number)
+            if status == 75:  # a cluster may signal the process and its group
+                time.sleep(0.05)
+                process.send_signal(number)
             code, out, err = ended(process)
             assert (code, out) == (status, ""), err
             (*_, folder) = sorted((tmp_path / "run/checkpoints").iterdir())
@@ -99,7 +104,9 @@ class TestSignals:
         """The first is granted between two steps; a step that never ends shows what the second does."""
         code = (
             "import time, sys\n"
+            "from supar_cli.training.launch import environment\n"
             "from supar_cli.training.trainer import Trainer\n"
+            "environment.ONE_REQUEST_S = 0.2\n"
             "step = Trainer.step\n"
             "def slow(self, diagnose=False):\n"
             "    found = step(self, diagnose)\n"
@@ -129,6 +136,35 @@ class TestSignals:
         _, err = process.communicate(timeout=20)
         assert process.returncode == status and "Traceback" not in err
         assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+    def test_one_that_is_interrupted_early_is_not_called_killed(
+        self, plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A second Ctrl-C may come while a run is being continued: before its checkpoint is read, or its first file written."""
+        run = tmp_path / "run"
+        messages: list[str] = []
+        reporter = NullReporter()
+        monkeypatch.setattr(reporter, "warn", messages.append)
+
+        def interrupt(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        def continued() -> None:
+            with pytest.raises(KeyboardInterrupt):
+                training.run(Trainer(plan, reporter=reporter), run)
+
+        trainer = Trainer(plan)
+        with pytest.raises(Preempted):
+            training.run(trainer, run, stop=lambda: "SIGINT" if trainer.done == 4 else None)
+        for module, name, text in (
+            (run_directory, "write_file", "stopped at step 4 of 600 by SIGINT"),  # as the last time: nothing was begun
+            (checkpoint_reader, "load", "interrupted"),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, interrupt)
+                continued()
+            assert json.loads((run / "ended.json").read_text()) == {"state": "preempted", "text": text}
+            assert messages[-1] == f"interrupted; `supar train {run}` continues from step-00000004"
 
     def test_a_background_job_goes_on_at_ctrl_c(self, plan: Plan, tmp_path: Path) -> None:
         command = [sys.executable, "-m", "supar_cli", "train", "-o", "run", "-q"]

@@ -15,6 +15,7 @@ import torch
 from supar_cli.bench import layer
 from supar_cli.bench.results import Benchmark, Document, Reading, machine_settings
 from supar_cli.errors import SetupError
+from supar_cli.files import naming_write_errors
 from supar_cli.reporting.result import Table
 from supar_cli.sparse.autotune import LayerCase, draw_inputs, draw_values
 from supar_cli.training.runtime import Runtime
@@ -49,7 +50,9 @@ def measure(arm: str, shape: tuple[int, int], density: float, case: LayerCase) -
     """
     if case.device.type == "cpu" and not STATUS.exists():
         raise SetupError("bench memory: reads Linux's /proc or a CUDA device's counters; this machine has neither")
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with naming_write_errors(Path("/dev/shm")):  # where its semaphores are
+        executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    with executor as pool:
         return pool.submit(_measure_here, arm, shape, density, case).result()
 
 

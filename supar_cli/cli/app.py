@@ -1,5 +1,6 @@
 """The `supar` command: its subcommands by name, each imported only when called, and how errors end the process."""
 
+import errno
 import gc
 import importlib
 import os
@@ -7,13 +8,13 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import typer
 import typer.core
 import typer.main
 
+from supar_cli import standard_streams
 from supar_cli.errors import InputError, PeerLost, SetupError, SuparError, TransferWarning, suggestion
 from supar_cli.training.launch.environment import is_rank_process, is_worker_rank
 from supar_cli.version import __version__
@@ -48,6 +49,9 @@ COMMANDS = {  # in the order of use
     },
 }
 NAMES = [name for group in COMMANDS.values() for name in group]
+# what a system may lack without a file to name: a folder for temporary files, space, open files, memory, processes; None is
+# that of the libraries' own errors, such as matplotlib's without a folder to write to
+LACKS = (None, errno.ENOENT, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 # the modules of commands that have none of their own name
 MODULES = {
     "explain": "transfer",
@@ -104,6 +108,19 @@ def application(*functions: Callable[..., None], help: str | None = None) -> typ
     return made
 
 
+def _require_system() -> None:
+    """Raise SetupError on a system such as Windows, which lacks what runs need, and in a folder that was removed."""
+    try:
+        for name in ("fcntl", "resource"):
+            importlib.import_module(name)
+        os.getcwd()  # without one the libraries of torch would end the process
+    except ImportError:
+        what = f"this Python has no module {name}; supar runs on Linux and macOS (on Windows: in WSL)"
+        raise SetupError(what) from None
+    except FileNotFoundError:
+        raise SetupError("the working directory was removed; expected to be in one that exists") from None
+
+
 class LazyGroup(Group):
     """Imports the module of the one command that is called, and ends the process with the status of its error."""
 
@@ -139,6 +156,7 @@ class LazyGroup(Group):
     def invoke(self, ctx: Any) -> Any:
         warnings.simplefilter("ignore", TransferWarning)
         try:
+            _require_system()
             return super().invoke(ctx)
         except SuparError as error:
             # the main process reports errors that all processes share, and errors that only follow from a lost process
@@ -147,9 +165,16 @@ class LazyGroup(Group):
                 _report(rank + str(error))
             raise SystemExit(error.exit_status) from None
         except OSError as error:  # the environment's, such as a name that is too long or a folder that may not be read
-            if error.filename is None:
+            if error.filename is None and error.errno not in LACKS:
                 raise
-            _report(f"{error.filename}: {error.strerror}")
+            _report(f"{error.filename or 'this system'}: {error.strerror or error}")
+            raise SystemExit(SetupError.exit_status) from None
+        except UnicodeEncodeError as error:  # a name of the command line that a document can't hold
+            if error.reason != "surrogates not allowed":
+                raise
+            name = error.object[max(0, error.start - 20) : error.end + 20].strip()
+            expected = "expected names in it (PYTHONUTF8=1 makes it UTF-8)"
+            _report(f"{name}: has bytes outside of this locale's encoding; {expected}")
             raise SystemExit(SetupError.exit_status) from None
         except KeyboardInterrupt:
             if not is_worker_rank():
@@ -209,8 +234,7 @@ def _top(
 def main() -> None:
     """Entry point of the `supar` script."""
     gc.disable()  # measured: garbage collection during imports frees nothing and takes a thirtieth of a short command's time
-    if not is_rank_process():
-        app()
+    standard_streams.protect()
     status: Any = 1
     try:
         app()
@@ -218,8 +242,11 @@ def main() -> None:
         status = ended.code or 0
     except BaseException:
         traceback.print_exc()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):
-            stream.flush()
-    # torch's threads may use the interpreter during its shutdown, which would kill the process by SIGABRT after its work is done
-    os._exit(status if isinstance(status, int) else 1)
+    lost = standard_streams.lost_output()
+    if lost is not None and status == 0:
+        status = SetupError.exit_status
+        sys.stderr.write(f"error: standard output: can't be written: {lost.strerror}\n")
+    if is_rank_process():
+        # torch's threads may use the interpreter during its shutdown, which would kill the process by SIGABRT after its work is done
+        os._exit(status if isinstance(status, int) else 1)
+    sys.exit(status)

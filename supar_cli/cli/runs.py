@@ -134,7 +134,7 @@ def report(flags: Flags) -> None:
     parts = [part for path in paths for part in read(path)]
     text = page.render(parts)
     data = {"kind": "supar.report/v1", "parts": to_jsonable_python(parts)}
-    as_json = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n" if flags.json else ""
+    as_json = json.dumps(data, indent=1, allow_nan=False) + "\n" if flags.json else ""
     if flags.out != "-":
         terminal.persist(Path(flags.out or PAGE), as_json if flags.out and as_json else text, flags.force, log)
         for part in parts:

@@ -1,11 +1,10 @@
 """What commands show: messages, progress and tables on stderr, and one document on stdout or in a file."""
 
+import codecs
 import json
-import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from math import ceil, isnan
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +18,7 @@ from supar_cli.planning.plan import Plan, PlanModel
 from supar_cli.training.reporter import Work
 
 STARTED_S = time.monotonic()  # of the command, which imports this first
+ECHO = "^C^C"  # what a terminal writes behind a bar at Ctrl-C, pressed twice: with room for it the bar's line can be erased
 
 
 class Log:
@@ -40,9 +40,8 @@ class Log:
         self.log(f"next: {' · '.join(commands)}")
 
     def _write(self, message: str) -> None:
-        with _without_reader(sys.stderr):
-            sys.stderr.write(words.fit(message) + "\n")
-            sys.stderr.flush()
+        sys.stderr.write(words.fit(message) + "\n")
+        sys.stderr.flush()
 
 
 class TimeLeft:
@@ -92,9 +91,15 @@ class Progress(Log):
 
     def __enter__(self) -> Self:
         if self.is_terminal and not self.quiet:
-            from rich.console import Console
+            from rich.console import Console, ConsoleDimensions
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
             from rich.progress import Progress as Bar
+
+            class Narrower(Console):
+                @property  # type: ignore[misc]
+                def size(self) -> ConsoleDimensions:
+                    whole = super().size
+                    return whole._replace(width=max(1, whole.width - len(ECHO)))
 
             self._bar = Bar(
                 TextColumn("{task.description}"),
@@ -102,7 +107,7 @@ class Progress(Log):
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[note]}"),
                 TextColumn("{task.fields[left]}"),
-                console=Console(stderr=True),
+                console=Narrower(stderr=True),
                 transient=True,
             )
             self._task = self._bar.add_task(self._what, total=None, note="loading torch, data …", left=self._left)
@@ -245,7 +250,8 @@ def print_documents(documents: list[Any], flags: Flags, always: bool = False) ->
     if flags.json:
         to_stdout(json_text(documents))
     elif always or prints(flags):
-        to_stdout(document.write(documents))
+        text, is_unicode = document.write(documents), codecs.lookup(sys.stdout.encoding).name.startswith("utf")
+        to_stdout(text if is_unicode or text.isascii() else document.write_ascii(documents))
 
 
 def json_text(documents: list[Any]) -> str:
@@ -254,16 +260,6 @@ def json_text(documents: list[Any]) -> str:
 
 
 def to_stdout(text: str) -> None:
-    """Write to stdout, once. A closed pipe is no error: the results are on disk."""
-    with _without_reader(sys.stdout):
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-
-@contextmanager
-def _without_reader(stream: Any) -> Iterator[None]:
-    """Continue if the reader of a stream is gone; further output is dropped."""
-    try:
-        yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    """Write to stdout, once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

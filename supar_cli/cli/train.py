@@ -73,6 +73,7 @@ def train(flags: Flags) -> None:
             sys.stderr.flush()
             os._exit(130)  # second Ctrl-C: exit at once, even while a checkpoint is being written
         except Preempted as error:
+            signals.is_ending = True
             if error.interrupted:
                 raise KeyboardInterrupt from None
             raise typer.Exit(Preempted.exit_status) from None

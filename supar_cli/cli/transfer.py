@@ -96,7 +96,7 @@ def explain(flags: Flags) -> None:
     plans = [parse(Plan, read) for read in documents.read_all(source, missing)]
     explained = [supar_cli.explain(plan, flags.tensor, flags.role) for plan in plans]
     if flags.json:
-        terminal.to_stdout(json.dumps([one.as_json() for one in explained], indent=1, ensure_ascii=False) + "\n")
+        terminal.to_stdout(json.dumps([one.as_json() for one in explained], indent=1) + "\n")
         return
     titles = [f"{source}, plan {i} of {len(plans)}" for i in range(1, len(plans) + 1)] if len(plans) > 1 else [source]
     texts = [one.text(title) for title, one in zip(titles, explained, strict=True)]

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from supar_cli import standard_streams
 from supar_cli.errors import SuparError
 
 RETRIES = 2  # chosen: a machine failure may hit a run twice; a run that kills its worker three times is at fault
@@ -218,6 +219,7 @@ def _without_interrupts() -> Iterator[None]:
 
 
 def _serve(channel: Any, device: str | None, threads: int) -> None:
+    standard_streams.protect()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device  # before CUDA is first used
     torch.set_num_threads(threads)

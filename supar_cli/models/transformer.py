@@ -55,7 +55,7 @@ def alibi_bias(context: int, heads: int) -> Tensor:
     position_T = torch.arange(context)
     distance_TT = (position_T[:, None] - position_T[None, :]).float()
     bias_HTT = -slope_H[:, None, None] * distance_TT
-    return bias_HTT.masked_fill(distance_TT < 0, float("-inf"))
+    return bias_HTT.masked_fill_(distance_TT < 0, float("-inf"))
 
 
 class Attention(nn.Module):

@@ -217,6 +217,12 @@ def write(documents: Iterable[Any]) -> str:
     return "".join(start + _text(one) for one in documents)
 
 
+def write_ascii(documents: list[Any]) -> str:
+    """YAML of the documents in ASCII, other characters escaped, for a stream whose encoding is not UTF-8."""
+    is_many = len(documents) > 1
+    return str(yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=1_000_000, explicit_start=is_many))
+
+
 def _text(document: Any) -> str:
     if isinstance(document, dict) and document:
         return "".join(map(_entry, document, document.values()))

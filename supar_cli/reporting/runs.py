@@ -128,6 +128,7 @@ def curve(records: list[Record], name: str, width: int, height: int) -> list[str
     first, last = min(known), max(known)
     labels = [f"{value:.4g}" for value in (high, low)]
     margin = max(map(len, labels)) + 2
+    width = max(width, margin + 12)  # chosen: the numbers of the first and last step fit below it
     cells = [[0] * (width - margin) for _ in range(height)]
     for step, y in known.items():
         across = round((step - first) / max(last - first, 1) * (2 * (width - margin) - 1))

@@ -24,6 +24,15 @@ PANEL = 64  # chosen: columns turned at a time, and rows of Y held back: 64 × 6
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
+def _in_threads(loop: Any) -> Any:
+    """Compile a loop, and keep its machine code for other processes if numba finds a folder that it may write to."""
+    options: dict[str, Any] = {"parallel": True, "fastmath": FAST}
+    try:
+        return njit(cache=True, **options)(loop)
+    except RuntimeError:
+        return njit(**options)(loop)
+
+
 def use_threads() -> int:
     """Make numba use torch's number of threads, up to numba's own limit; return the number."""
     wanted = torch.get_num_threads()
@@ -103,7 +112,7 @@ def _multiply(turned: Any, starts: Any, index: Any, values: Any, y: Any, first: 
         _turn_back(panel, y, first, count, start, stop)
 
 
-@njit(parallel=True, fastmath=FAST, cache=True)  # type: ignore[untyped-decorator]
+@_in_threads
 def product(x: Floats, starts: Ints, columns: Ints, values: Floats, y: Floats, threads: int) -> None:
     """y (N, out) = x (N, in) times the transpose of the rows given by starts, columns and values."""
     tiles = (x.shape[0] + TILE - 1) // TILE
@@ -129,7 +138,7 @@ def _add_dots(gradient: Any, turned: Any, starts: Any, columns: Any, sums: Any) 
             sums[j] += total
 
 
-@njit(parallel=True, fastmath=FAST, cache=True)  # type: ignore[untyped-decorator]
+@_in_threads
 def gradients(
     x: Floats,
     gradient: Floats,

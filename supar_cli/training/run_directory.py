@@ -44,10 +44,12 @@ def open_run(directory: Path, plan: Plan, *, resume: bool, force: bool) -> Itera
     with _lock(directory):
         changes = begin_run(directory, plan, resume=resume, force=force)
         try:
+            with naming_write_errors(directory):
+                (directory / STATUS_FILE).unlink(missing_ok=True)
             yield changes
         except BaseException as error:
             state = "preempted" if isinstance(error, Preempted | KeyboardInterrupt) else "failed"
-            text = str(error) or type(error).__name__
+            text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
             ended = {"state": state, "text": text} | ({"launcher": launcher_id()} if is_rank_process() else {})
             with suppress(OSError):  # the disk may be the cause
                 write_file(directory / STATUS_FILE, json.dumps(ended) + "\n")
@@ -139,7 +141,6 @@ def begin_run(directory: Path, plan: Plan, *, resume: bool, force: bool) -> list
             for name in (*FILES, *FOLDERS):
                 _drop(directory / name)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / STATUS_FILE).unlink(missing_ok=True)
         for path in _leftovers(directory):
             _drop(path)
         write_file(existing, document.write([plan.model_dump()]))

@@ -127,7 +127,7 @@ def choose_parallelism(plan: Plan, runtime: Runtime, ranks: Ranks) -> tuple[Para
     engine = plan.run.engine if isinstance(plan.run.engine, str) else "dense"
     engine = "sparse" if engine == "auto" and not is_cuda else engine
     needed_bytes = estimate.state_bytes(plan, engine, runtime.precision.itemsize)
-    needed_bytes += estimate.activation_bytes(plan, runtime.micro_batch, runtime.precision.itemsize)
+    needed_bytes += estimate.activation_bytes(plan, runtime.micro_batch, runtime.precision.itemsize, is_cuda)
     device_bytes = torch.cuda.mem_get_info(runtime.device)[1] if is_cuda else _host_bytes() // ranks.local_size
     usable_bytes = int(USED_SHARE * device_bytes)
     kind: Parallelism = "fsdp" if needed_bytes > usable_bytes else "ddp"
@@ -141,14 +141,14 @@ def require_host_memory(plan: Plan, runtime: Runtime, ranks: Ranks) -> None:
     Each process builds the model in host memory: masks and live values, and all the rest if it trains on the CPU.
     """
     masked = sum(row.size for row in plan.tensors if row.kept < row.size)
-    needed_bytes = masked + 4 * plan.live
+    needed_bytes = masked + 4 * plan.live + estimate.squared_bytes(plan, 0, 4)
     if runtime.device.type == "cpu":
         needed_bytes = masked + estimate.state_bytes(plan, "sparse", 4)
         needed_bytes += estimate.activation_bytes(plan, runtime.micro_batch, runtime.precision.itemsize)
     needed_bytes, host_bytes = needed_bytes * ranks.local_size, _host_bytes()
     if needed_bytes > host_bytes:
         what = f"the plan needs about {needed_bytes / 2**30:.1f} GiB, this machine has {host_bytes / 2**30:.1f}"
-        raise SetupError(f"out of memory: {what}; expected a smaller model or run.micro_batch_size")
+        raise SetupError(f"out of memory: {what}; expected a smaller model, context or run.micro_batch_size")
 
 
 def _host_bytes() -> int:

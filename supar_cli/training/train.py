@@ -77,8 +77,7 @@ def run(
         except (KeyboardInterrupt, Preempted) as error:
             kept = available(directory / "checkpoints")
             how = f"continues from {kept[-1].name}" if kept else "starts at step 0: no checkpoint was written yet"
-            what = str(error) or f"stopped at step {trainer.done} of {plan.train.steps}"
-            reporter.warn(f"{what}; `supar train {directory}` {how}")
+            reporter.warn(f"{str(error) or 'interrupted'}; `supar train {directory}` {how}")
             raise
     if history.resumed_at == plan.train.steps:
         reporter.log(f"{directory}: is already complete; --force starts it again")

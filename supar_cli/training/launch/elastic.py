@@ -24,7 +24,14 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from supar_cli.errors import Preempted, SetupError
 from supar_cli.files import write_file
-from supar_cli.training.launch.environment import LAUNCH_DIR, LAUNCHER, SIGNAL_FILE, STDIN, handle_signals
+from supar_cli.training.launch.environment import (
+    LAUNCH_DIR,
+    LAUNCHER,
+    SIGNAL_FILE,
+    STDIN,
+    handle_signals,
+    restore_signals,
+)
 
 # Exit statuses that a restart would not change: bad input, environment, unusable result, violated check, stopped
 FINAL = (2, 3, 4, 5, Preempted.exit_status, 130)
@@ -125,8 +132,7 @@ def _forwarding(folder: Path) -> Iterator[list[signal.Signals]]:
     try:
         yield received
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        restore_signals(handlers, is_ending=bool(received))
 
 
 def _processes(folder: Path) -> list[Path]:

@@ -17,10 +17,16 @@ SIGNAL_FILE = "heard"  # in that folder: the last signal that the launcher recei
 STDIN = "SUPAR_STDIN"  # a file with the standard input that the launcher has read
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 
-# SIGUSR1: Slurm's `--signal=USR1@120`; SIGTERM: clusters, before SIGKILL; SIGINT: Ctrl-C
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+INSISTENT = (signal.SIGTERM, signal.SIGINT)  # clusters, before SIGKILL; Ctrl-C. A second one ends the process at once
+# announce a SIGTERM or repeat it. SIGUSR1, SIGUSR2: Slurm's `--signal=USR1@120`, Grid Engine and LSF; SIGHUP: a terminal that
+# closes, and systemd; SIGXCPU: the limit of CPU time, each second
+ANNOUNCING = tuple(
+    signal.Signals[name] for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU") if hasattr(signal, name)
+)
+SIGNALS = (*INSISTENT, *ANNOUNCING)
 
-ONE_REQUEST_S = 1.0  # chosen: longer than a launcher takes to pass a signal on
+ONE_REQUEST_S = 1.0  # chosen: a launcher passes a signal on, and a cluster signals a process and its group, in less
+ONE_KEY_S = 0.005  # chosen: no hand is so fast; `timeout -s INT` signals a process and then its group
 
 
 def is_rank_process() -> bool:
@@ -69,10 +75,17 @@ def handle_signals(handler: Callable[[int, FrameType | None], None]) -> dict[sig
     return {number: signal.signal(number, handler) for number in handled}
 
 
+def restore_signals(handlers: dict[signal.Signals, Any], is_ending: bool) -> None:
+    """Set the former handlers. In a process that ends on request, ignore repeats of the request, but for Ctrl-C."""
+    for number, handler in handlers.items():
+        signal.signal(number, signal.SIG_IGN if is_ending and number != signal.SIGINT else handler)
+
+
 class StopSignals:
     """A context in which signals don't end the process; `reason` says why to stop, None if there is no reason.
 
-    A second SIGTERM or SIGINT has its usual effect at once. `max_seconds` count from now or, in a rank, from the start of its
+    A second SIGTERM or SIGINT has its usual effect at once, unless it is the same request: within a second, or within the time
+    of a key for Ctrl-C of a process alone. `max_seconds` count from now or, in a rank, from the start of its
     launcher, so that a restart gets no more time. A rank also stops when its launcher is gone.
     """
 
@@ -84,6 +97,7 @@ class StopSignals:
         self._launcher = launcher_process() if is_rank_process() else None
         self._signal: signal.Signals | None = None
         self._noted_at = 0.0
+        self.is_ending = False  # whether the process ends with this context, as requested
 
     def reason(self) -> str | None:
         if self._signal is not None:
@@ -100,17 +114,16 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        restore_signals(self._handlers, self.is_ending and self._signal is not None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         received, now = signal.Signals(number), time.monotonic()
-        if self._launcher is not None and received == self._signal and now - self._noted_at < ONE_REQUEST_S:
+        one_request_s = ONE_KEY_S if received == signal.SIGINT and self._launcher is None else ONE_REQUEST_S
+        if received == self._signal and now - self._noted_at < one_request_s:
             return  # a cluster signals all processes, and the launcher passes its signal on
-        self._noted_at = now
-        if self._signal in (None, signal.SIGUSR1):  # SIGUSR1 announces a SIGTERM
-            self._signal = received
-        elif received != signal.SIGUSR1:
+        if self._signal is None or (received in INSISTENT and self._signal in ANNOUNCING):
+            self._signal, self._noted_at = received, now
+        elif received in INSISTENT:
             handler = self._handlers[received]
             signal.signal(number, handler if callable(handler) else signal.SIG_DFL)
             os.kill(os.getpid(), number)
