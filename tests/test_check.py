@@ -57,7 +57,7 @@ def changed(plan: Plan, name: str, **numbers: float) -> Plan:
 
 def test_a_plan_as_the_rules_have_it_passes(plan: Plan) -> None:
     found = judge_plan(plan)
-    assert set(found) == {"the plan over density", "the plan over plan", "sp over density"}
+    assert set(found) == {"the plan over density", "the plan over scale", "sp over density"}
     for one in found.values():
         assert one.passed is not one.sweep.is_control, one.text
         quantities = {*coordinates.LINEAR, "attention", "logits", "Δlogits", coordinates.SHARE}
@@ -91,7 +91,7 @@ class TestPlantedFaults:
         found = self.worst(self.with_factor(plan, attention=1 / sqrt(plan.model.head_width)))
         assert found.quantity == "attention" and found.tensor in ("blocks.0.attn", "blocks.1.attn")
 
-    @pytest.mark.parametrize("axis", ["density", "plan"])
+    @pytest.mark.parametrize("axis", ["density", "scale"])
     def test_no_output_multiplier(self, plan: Plan, axis: str) -> None:
         found = self.worst(self.with_factor(plan, output=1.0), axis)
         assert (found.quantity, found.bound, found.tensor) == ("logits", "step 1", "logits")
@@ -242,7 +242,7 @@ class TestJudge:
                 step["update"]["c"] = step["update"]["d"] = 1.0
         result = check.judge(sweep, records)
         assert result.inconclusive is inconclusive
-        assert ("of 2 seeds: more may decide" in result.text) is inconclusive
+        assert ("of 2 seeds: more seeds may decide" in result.text) is inconclusive
 
     def test_a_control_that_keeps_still_is_no_control(self, plan: Plan) -> None:
         sweep, plans = self.sweep(plan, control=True)

@@ -64,7 +64,7 @@ class TestCommand:
 
         monkeypatch.setattr(coordinates, "measure", sizes)
         ended = supar_here("check", *SMALL)
-        assert ended.status == 0 and "of 2 seeds: more may decide; continuing with 4 seeds" in ended.err
+        assert ended.status == 0 and "of 2 seeds: more seeds may decide; continuing with 4 seeds" in ended.err
         # of its own, four seeds over density and two at the other width; SP at all three, μP over density
         count = 2 * 4 + 1 * 2 + 3 * 2 + 2 * 2
         assert len((tmp_path / "check/records.jsonl").read_text().splitlines()) == count

@@ -28,7 +28,7 @@ class TestHead:
         return plan_from({**fields, "target": {"width": 256, "sparsity": {"density": 1.0}}})
 
     def judge(self, plan: Plan) -> check.CheckResult:
-        return judge_plan(plan, HEAD_SEEDS, HEAD_ROWS)["the plan over plan"]
+        return judge_plan(plan, HEAD_SEEDS, HEAD_ROWS)["the plan over scale"]
 
     @pytest.mark.parametrize("tied", [False, True])
     def test_the_right_plan_passes(self, tied: bool) -> None:

@@ -50,7 +50,7 @@ BAD_PROXIES: dict[str, tuple[str, str, str]] = {
     "target width": (
         "  width: 64",
         "  width: 72",
-        "16: target.width: 72 is not a multiple of the proxy's head width 16; expected a multiple of it, or target.heads",
+        "16: target.width: 72 is not a multiple of the proxy's head width 16; expected a multiple of it, or other heads",
     ),
     "override": (
         "    sparsity: 0.5",

@@ -187,7 +187,7 @@ class TestRefusesTheModel:
         ended = supar_here("train", "--device", "gpu")
         assert (ended.status, ended.err) == (
             2,
-            "error: --device gpu: 'gpu' is not a valid device; expected auto, cpu or cuda\n",
+            "error: --device gpu: 'gpu' is not a valid device; expected auto, cpu, cuda or cuda:N\n",
         )
         assert supar_here("train", "--device", "cuda:99").status == 3
 

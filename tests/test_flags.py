@@ -132,7 +132,7 @@ class TestPlace:
     def test_a_percentage_taken_for_a_share_is_suggested(self) -> None:
         said = call("transfer", "p.yaml", "--sparsity", "99.2").err
         assert (
-            said == "error: --sparsity 99.2: 99.2 leaves no weights; expected 0 <= sparsity < 1; did you mean 0.992?\n"
+            said == "error: --sparsity 99.2: 99.2; expected 0 <= sparsity < 1; did you mean 0.992?\n"
         )
 
     def test_control_a_document_without_flags_blames_its_line(self) -> None:
@@ -202,7 +202,7 @@ class TestPython:
             (
                 "transfer",
                 {"sparsity": 99.2},
-                "sparsity: 99.2 leaves no weights; expected 0 <= sparsity < 1; did you mean 0.992?",
+                "sparsity: 99.2; expected 0 <= sparsity < 1; did you mean 0.992?",
             ),
             ("transfer", {"sparsty": 0.9}, "sparsty: unknown key 'sparsty'; did you mean 'sparsity'?"),
             ("transfer", {"densty": 0.9}, "densty: unknown key 'densty'; did you mean 'density'?"),

@@ -69,7 +69,7 @@ class TestShapes:
         self, model: dict[str, Any], changes: dict[str, int], step: int
     ) -> None:
         with pytest.raises(
-            InputError, match=rf"is not a multiple of the .* {step}; expected a multiple of it, or target.heads"
+            InputError, match=rf"is not a multiple of the .* {step}; expected a multiple of it, or other heads"
         ):
             shape_of(model, **changes)
         assert shape_of(model, **{**changes, "width": 3 * step})[0] == 3 * step
@@ -206,7 +206,7 @@ class TestTraining:
 
     def test_the_coordinate_check_passes_and_its_control_fails(self, made: Plan) -> None:
         found = judge_plan(made)
-        assert {name for name, one in found.items() if one.passed} == {"the plan over density", "the plan over plan"}
+        assert {name for name, one in found.items() if one.passed} == {"the plan over density", "the plan over scale"}
         assert "sp over density" in found
 
     def test_the_check_sees_a_rate_by_the_wrong_width(self, made: Plan) -> None:

@@ -35,9 +35,13 @@ def read_one(source: str, missing: str, name: str | None = None) -> Document:
 
 
 def plan_file(source: str | None) -> str:
-    """The plan's file: plan.yaml of a run directory, else the given file, by default plan.yaml."""
+    """The plan's file: plan.yaml of a run directory, else the given file, by default plan.yaml. Raises InputError."""
     source = source or "plan.yaml"
-    return str(Path(source, "plan.yaml")) if source != "-" and Path(source).is_dir() else source
+    if source == "-" or not Path(source).is_dir():
+        return source
+    if not Path(source, "plan.yaml").exists():
+        raise InputError(f"{source}: holds no plan.yaml; expected a plan or a run directory (`supar runs` lists them)")
+    return str(Path(source, "plan.yaml"))
 
 
 def set_path(read: Document, path: tuple[str, ...], value: Any, flag: str = "") -> None:

@@ -213,8 +213,11 @@ def persist(path: Path, text: str, force: bool, log: Log) -> None:
 
 
 def folder_of(flags: Flags, default: str) -> Path:
-    """The folder that `--out` names, else the default one."""
-    return Path(default if flags.out in (None, "-") else flags.out)
+    """The folder that `--out` names, else the default one. Raises InputError where it is a file."""
+    folder = Path(default if flags.out in (None, "-") else flags.out)
+    if folder.is_file():
+        raise InputError(f"{folder}: is a file; expected a folder for --out")
+    return folder
 
 
 def prints(flags: Flags) -> bool:
@@ -250,7 +253,7 @@ def print_documents(documents: list[Any], flags: Flags, always: bool = False) ->
     if flags.json:
         to_stdout(json_text(documents))
     elif always or prints(flags):
-        text, is_unicode = document.write(documents), codecs.lookup(sys.stdout.encoding).name.startswith("utf")
+        text, is_unicode = document.write(documents), codecs.lookup(sys.stdout.encoding or "utf-8").name.startswith("utf")
         to_stdout(text if is_unicode or text.isascii() else document.write_ascii(documents))
 
 

@@ -48,7 +48,8 @@ def transfer(flags: Flags) -> None:
     for plan in plans:
         log.log(
             f"{plan.parameterization.name}: sparsity {plan.sparsity.sparsity:g}, density {plan.sparsity.density:g}; "
-            f"width {plan.decoder.width}, {plan.decoder.layers} layers; {plan.live:,} of {plan.parameters:,} parameters live"
+            f"width {plan.decoder.width}, {plan.decoder.layers} layer{'s' * (plan.decoder.layers > 1)}; "
+            f"{plan.live:,} of {plan.parameters:,} parameters live"
         )
         if flags.dry_run or flags.explain or (log.is_terminal and not flags.quiet):
             terminal.show_plan(plan, processes=1 if flags.dry_run else None)
@@ -91,7 +92,7 @@ def explain(flags: Flags) -> None:
       supar explain runs/NAME --role embedding
     """
     source, missing = documents.plan_file(flags.plan), "expected a plan, which `supar transfer` writes"
-    if flags.tensor is None and flags.plan is not None and Path("plan.yaml").exists():
+    if flags.tensor is None and flags.plan and not Path(flags.plan).suffix and Path("plan.yaml").exists():
         missing += f"; for a tensor of that name: supar explain plan.yaml {flags.plan}"
     plans = [parse(Plan, read) for read in documents.read_all(source, missing)]
     explained = [supar_cli.explain(plan, flags.tensor, flags.role) for plan in plans]

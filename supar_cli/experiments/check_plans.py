@@ -52,7 +52,12 @@ class SlopeSweep:
 
     @property
     def label(self) -> str:
-        return f"{self.name} over {self.axis}"
+        return f"{self.name} over {self.word}"
+
+    @property
+    def word(self) -> str:
+        """The axis in words: from the proxy to the plan it is the scale, width ÷ density."""
+        return "scale" if self.axis == "plan" else self.axis
 
     @property
     def sizes(self) -> list[float]:

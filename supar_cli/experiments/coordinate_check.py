@@ -135,9 +135,9 @@ class CheckResult:
             return f"every slope is within its bound; largest median |slope| {abs(highest.value):.3f}, bound {MEDIAN}"
         worst, seeds = self.violations[0], len(self.sweep.plans)
         interval = (
-            f", exceeded by less than the 95 % interval ±{worst.half_width:.3g} of {seeds} seeds: more may decide"
+            f", exceeded by less than the 95 % interval ±{worst.half_width:.3g} of {seeds} seeds: more seeds may decide"
             if seeds > 1
-            else ", exceeded; one seed gives no interval: more may decide"
+            else ", exceeded; one seed gives no interval: more seeds may decide"
         )
         return worst.text + (interval if worst.inconclusive else "")
 
@@ -148,7 +148,9 @@ class CheckResult:
     @property
     def table(self) -> Table:
         sweep, columns = self.sweep, ["quantity", "bound on", "slope", "95 %", "limit", "at", "step", "verdict"]
-        title = f"Slopes of log2(size) against log2({sweep.axis}), {sweep.name}{', a control' * sweep.is_control}"
+        title = (
+            f"Slopes of log2(size) against log2({sweep.word}), {sweep.name}{', a control' * sweep.is_control}"
+        )
         return Table(title=title, columns=columns, rows=[f.cells for f in self.findings], folded=sweep.is_control)
 
 
@@ -237,6 +239,8 @@ def check(
     if not isinstance(subject, Spec | Proxy | Plan):
         raise InputError(f"{type(subject).__name__}: expected a Spec or Proxy or Plan")
     check_keywords(check, workers, seeds=seeds, max_seeds=max_seeds, steps=steps, batch_size=batch_size)
+    if max_seeds < seeds:
+        raise InputError(f"max_seeds: {max_seeds}, but {seeds} seeds to begin with; expected as many at least")
     width = [width] if isinstance(width, int) else width
     density = [density] if isinstance(density, float | str) else density
     subject = corpus.with_hash(subject)

@@ -43,7 +43,7 @@ def density_from(word: str, value: Share, where: str = "") -> Fraction:
     if not 0 < density <= 1:
         allowed = "0 <= sparsity < 1" if word == "sparsity" else "0 < density <= 1"
         percent = f"; did you mean {float(given / 100):g}?" if 1 < given < 100 else ""
-        what = " leaves no weights" if density <= 0 else ""
+        what = " leaves no weights" if density == 0 else ""
         raise ValueError(f"{where or word}: {value}{what}; expected {allowed}{percent}")
     return density
 

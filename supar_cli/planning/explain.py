@@ -234,7 +234,7 @@ def _chosen(rows: list[Row], word: str | None, role: str | None) -> list[Row]:
         having = list(dict.fromkeys(row.tensor.role for row in found))
         found = [row for row in found if row.tensor.role == role]
         if not found:
-            raise InputError(f"--role {role}: no tensor of {word or 'the plan'} has it; expected {' or '.join(having)}")
+            raise InputError(f"--role {role}: {word or 'the plan'} has no such tensor; expected {' or '.join(having)}")
     return found
 
 

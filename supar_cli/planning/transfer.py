@@ -123,7 +123,7 @@ def _density(wanted: Sparsity) -> Fraction:
     asked = density.density_from(word, given)
     if own is not None and float(asked) not in (float(own), 1.0):  # a document's float is only the nearest to N/M
         expected = f"{own}, or 1" if word == "density" else f"{1 - own}, or 0"
-        raise InputError(f"{word}: {given} with the pattern {wanted.pattern}; expected {expected}")
+        raise InputError(f"target.sparsity.{word}: {given} with the pattern {wanted.pattern}; expected {expected}")
     return asked
 
 
@@ -137,7 +137,7 @@ def target_model(proxy: Model, target: Target) -> Model:
         step = proxy.width * head_width // gcd(proxy.width * head_width, proxy.attention_width)
         which = "the proxy's head width" if is_usual else "the least width with whole heads,"
         raise InputError(
-            f"target.width: {width} is not a multiple of {which} {step}; expected a multiple of it, or target.heads"
+            f"target.width: {width} is not a multiple of {which} {step}; expected a multiple of it, or other heads"
         )
     heads = target.heads or heads
     ffn_width, beyond_ffn = divmod(width * proxy.ffn_width, proxy.width)

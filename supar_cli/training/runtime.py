@@ -45,7 +45,7 @@ def device_of(plan: Plan, ranks: Ranks) -> torch.device:
     with suppress(RuntimeError):
         device = torch.device(word)
     if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"run.device: {word!r} is not a valid device; expected auto, cpu or cuda")
+        raise InputError(f"run.device: {word!r} is not a valid device; expected auto, cpu, cuda or cuda:N")
     if device.type == "cpu":
         return device
     if ranks.is_distributed:

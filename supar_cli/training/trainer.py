@@ -271,8 +271,9 @@ class Trainer:
         found = self.ranks.on_main(checkpoint_reader.available, directory / "checkpoints")
         if found:
             self.restore(found[-1])
+        if found and self.done < self.plan.train.steps:
             self.reporter.log(f"{directory}: continues after step {self.done}")
-        elif (directory / "metrics.jsonl").is_file():
+        elif not found and (directory / "metrics.jsonl").is_file():
             self.reporter.log(f"{directory} holds no checkpoint yet: starting at step 0")
 
     def _preempted(self, reason: str, checkpoints: checkpoint.Writer) -> Preempted:
