@@ -137,7 +137,10 @@ class TestChoice:
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
-        ("fast", "run.engine: should be 'auto', 'dense', 'sparse', 'block' or a mapping of names to these, not 'fast'"),
+        (
+            "fast",
+            "-s run.engine=fast: should be 'auto', 'dense', 'sparse', 'block' or a mapping of names to these, not 'fast'",
+        ),
         ("{hiden: dense}", "run.engine.hiden: expected a hidden tensor, site (`attn.q`), part (`attn`) or `hidden`"),
         ("{embedding: dense}", "run.engine.embedding: expected a hidden tensor"),
     ],

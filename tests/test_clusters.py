@@ -69,7 +69,7 @@ class TestRay:
         os.kill(trial.user_attrs["process"][1], signal.SIGKILL)
         out, err = running.communicate(timeout=120)
         assert running.returncode == 0, err
-        own = ("spec", "trial", "tune-", "lr", "finalist", "warning: lr fit", "wrote")
+        own = ("spec", "data", "trial", "trials", "next", "tune-", "lr", "finalist", "warning: lr fit", "wrote")
         assert not [line for line in err.splitlines() if not line.startswith(own)], "Ray chatters"
         proxy = studies.parse(studies.Proxy, studies.document.read(out, "stdout")[0])
         studies.check_exact(spec, path, [proxy])

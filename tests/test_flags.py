@@ -131,9 +131,7 @@ class TestPlace:
 
     def test_a_percentage_taken_for_a_share_is_suggested(self) -> None:
         said = call("transfer", "p.yaml", "--sparsity", "99.2").err
-        assert (
-            said == "error: --sparsity 99.2: 99.2; expected 0 <= sparsity < 1; did you mean 0.992?\n"
-        )
+        assert said == "error: --sparsity 99.2: 99.2; expected 0 <= sparsity < 1; did you mean 0.992?\n"
 
     def test_control_a_document_without_flags_blames_its_line(self) -> None:
         read = Document(

@@ -253,7 +253,10 @@ def print_documents(documents: list[Any], flags: Flags, always: bool = False) ->
     if flags.json:
         to_stdout(json_text(documents))
     elif always or prints(flags):
-        text, is_unicode = document.write(documents), codecs.lookup(sys.stdout.encoding or "utf-8").name.startswith("utf")
+        text, is_unicode = (
+            document.write(documents),
+            codecs.lookup(sys.stdout.encoding or "utf-8").name.startswith("utf"),
+        )
         to_stdout(text if is_unicode or text.isascii() else document.write_ascii(documents))
 
 

@@ -148,9 +148,7 @@ class CheckResult:
     @property
     def table(self) -> Table:
         sweep, columns = self.sweep, ["quantity", "bound on", "slope", "95 %", "limit", "at", "step", "verdict"]
-        title = (
-            f"Slopes of log2(size) against log2({sweep.word}), {sweep.name}{', a control' * sweep.is_control}"
-        )
+        title = f"Slopes of log2(size) against log2({sweep.word}), {sweep.name}{', a control' * sweep.is_control}"
         return Table(title=title, columns=columns, rows=[f.cells for f in self.findings], folded=sweep.is_control)
 
 
