@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from supar_cli.errors import InputError
@@ -181,6 +181,7 @@ plain = st.recursive(
 
 
 @settings(max_examples=150, deadline=None)
+@example([{"": [{"\n": None, " ": "\x85", "\r": "a\nb"}]}])
 @given(st.lists(st.dictionaries(st.text(), plain, max_size=4), min_size=1, max_size=3))
 def test_what_is_written_reads_back_the_same_in_both_yaml_versions(documents: list[Any]) -> None:
     text = document.write(documents)

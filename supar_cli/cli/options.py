@@ -283,6 +283,8 @@ def command(*taken: str, **changes: dict[str, Any]) -> Callable[[Callable[[Flags
                     read[name] = option.value(name if option.argument else flag_of(name), given[name])
                 except InputError as error:
                     problems += error.problems
+            if read.get("dry_run") and read.get("json"):
+                problems.append("--json: a dry run shows text on stderr; expected only one of --dry-run and --json")
             if problems:
                 raise InputError(*problems)
             paths = {name: option.path for name, option in options.items() if option.path}

@@ -42,7 +42,7 @@ def density_from(word: str, value: Share, where: str = "") -> Fraction:
     density = 1 - given if word == "sparsity" else given
     if not 0 < density <= 1:
         allowed = "0 <= sparsity < 1" if word == "sparsity" else "0 < density <= 1"
-        percent = f"; did you mean {float(given / 100):g}?" if 1 < given < 100 else ""
+        percent = f"; did you mean {float(given / 100):g}?" if 1 < given < 100 and "/" not in str(value) else ""
         what = " leaves no weights" if density == 0 else ""
         raise ValueError(f"{where or word}: {value}{what}; expected {allowed}{percent}")
     return density

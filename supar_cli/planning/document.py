@@ -255,6 +255,10 @@ def _flow_text(value: Any) -> str:
 @lru_cache(maxsize=4096, typed=True)  # chosen: the words and numbers of the rows of a hundred blocks
 def _scalar_text(value: Any) -> str:
     """A text, a number or null, as PyYAML writes it within a list."""
+    if (
+        isinstance(value, str) and not value.isprintable()
+    ):  # else over several lines, which no key within a line may have
+        return str(yaml.dump(value, Dumper=_Dumper, width=1_000_000, default_style='"', allow_unicode=True))[:-1]
     return _dump([value])[1:-2]
 
 
