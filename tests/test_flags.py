@@ -101,6 +101,11 @@ class TestPlace:
                 wrong.append((words, flag, value, ended))
         assert wrong == [] and tried > 120
 
+    @pytest.mark.parametrize("ending", ["json", "force", "quiet", "verbose"])
+    def test_of_a_file_is_the_file_though_its_name_ends_like_a_flag(self, ending: str) -> None:
+        Path(f"x.{ending}").write_text('[{"text": "an array"}]')
+        assert call("data", "inspect", f"x.{ending}", "--format", "jsonl").err.startswith(f"error: x.{ending}:")
+
     def test_of_every_key_that_is_set_is_the_setting(self) -> None:
         value, tried = "[{a: 1}]", 0  # what no key of a document takes
         for words in (["transfer", "p.yaml"], ["train"], ["tune-proxy", "s.yaml"], ["sweep", "p.yaml"]):
@@ -295,6 +300,8 @@ class TestOut:
         assert ended.err.splitlines()[-1] == "next: supar show runs/first · supar report runs/first"
         assert call("show").err.startswith("the newest run: runs/first\nruns/first: finished")
         assert "runs/first: finished" in call("report").err
+        assert call("show", "first").err.startswith("runs/first: finished")
+        assert "runs/first: finished" in call("report", "first", "-o", "named.html").err
         for name in ("a/b", "..", ""):
             assert call("train", "plan.yaml", "--name", name).err.startswith(f"error: --name {name}: "), name
         assert "cannot be combined" in call("train", "plan.yaml", "--name", "x", "-o", "y").err

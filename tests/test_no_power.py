@@ -85,3 +85,16 @@ def test_every_command_says_so(
     assert (WORDS in " ".join(called.err.split())) is not has_power and (WORDS in report(["out"])) is not has_power
     # what decided before, the marks of what is measured, passes in both cases
     assert not [one for one in found["verdicts"] if one["passed"] is False and not one["control"] and one != power]
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_a_demo_judges_what_it_shows(
+    moves: bool, supar_here: Supar, proxy_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SμPar's optimum moves as SP's does: re-using the dense value loses, and that is no success."""
+    slopes = {**SLOPES, "supar": SLOPES["sp"]} if moves else SLOPES
+    monkeypatch.setattr(runs, "validation_loss", lambda plan: synthetic(plan, slopes))
+    monkeypatch.setattr(search, "search", tune_nothing)
+    found = result_of(supar_here("demo", "--data", "text.txt", *RUN, "-o", "out"), 5 if moves else 0)
+    (subject,) = [one for one in found["verdicts"] if one["what"] == "SμPar: regret"]
+    assert subject["passed"] is not moves and not subject["control"]

@@ -232,7 +232,7 @@ OPTIONS = {
     "out": Option(str, "Where to write, and nothing to stdout; - for stdout alone.", metavar="PATH", short="-o"),
     "force": _switch("Overwrite an existing file whose content differs.", short="-f"),
     "json": _switch("Write JSON instead of YAML, to --out or to stdout."),
-    "quiet": _switch("Print only warnings and errors.", short="-q"),
+    "quiet": _switch("Say nothing but warnings and errors; a document is printed as without it.", short="-q"),
     "verbose": _switch("Print more details.", short="-v"),
 }
 
@@ -301,7 +301,7 @@ def command(*taken: str, **changes: dict[str, Any]) -> Callable[[Callable[[Flags
 
 def _place(name: str, given: Any) -> str:
     """A flag as it was typed, for problems with its value."""
-    words = given if isinstance(given, list) else [] if given is None else [given]
+    words = given if isinstance(given, list) else [] if given is None or isinstance(given, bool) else [given]
     return " ".join(f"{flag_of(name)} {word}" for word in words)
 
 

@@ -63,7 +63,7 @@ def show(flags: Flags) -> None:
       supar show runs/NAME
     """
     log = terminal.Log(flags.quiet)
-    folder = Path(flags.run) if flags.run is not None else _newest(log)
+    folder = _find(flags.run) if flags.run is not None else _newest(log)
     if not (folder / "plan.yaml").is_file():
         raise InputError(f"{folder}: not a run directory; expected one that `supar runs` lists")
 
@@ -85,6 +85,12 @@ def show(flags: Flags) -> None:
             log.log("engine: " + ", ".join(f"{engine} {count}" for engine, count in counts))
         _show_losses(run.records, log)
     terminal.print_documents([found | {"environment": environment}], flags)
+
+
+def _find(path: str) -> Path:
+    """The path, or the run of this name in runs/ where there is nothing at the path."""
+    named = Path("runs", path)
+    return named if not Path(path).exists() and named.is_dir() else Path(path)
 
 
 def _newest(log: terminal.Log) -> Path:
@@ -123,7 +129,7 @@ def report(flags: Flags) -> None:
     if flags.out == "":
         raise InputError("--out: is empty; expected a file or -")
     log = terminal.Log(flags.quiet)
-    paths = flags.paths or [str(_newest(log))]
+    paths = [path if path == "-" else str(_find(path)) for path in flags.paths or []] or [str(_newest(log))]
     missing = [path for path in paths if path != "-" and not Path(path).exists()]
     if missing:
         what = "no such file or folder; expected what `supar train` or `sweep` wrote"

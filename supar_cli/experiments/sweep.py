@@ -11,7 +11,7 @@ from supar_cli.data import corpus
 from supar_cli.errors import InputError, UnusableResult
 from supar_cli.experiments.curves import Curve, first_of, grid_plans, measure_curves
 from supar_cli.experiments.dry_run import Part
-from supar_cli.experiments.sweep_views import SHORT, comparison, control, curves_figure, is_subject, transfer
+from supar_cli.experiments.sweep_views import SHORT, comparison, curves_figure, is_subject, regret_verdicts, transfer
 from supar_cli.files import Record, naming_write_errors, template, write_file
 from supar_cli.jobs import runs
 from supar_cli.jobs.clusters import WorkerOptions, check_keywords, make_workers
@@ -141,7 +141,7 @@ def demo(
         "seeds": seeds,
         "steps": steps,
         "regrets": regrets,
-        "verdicts": [verdict.model_dump() for verdict in with_power(control(study, curves))],
+        "verdicts": [verdict.model_dump() for verdict in with_power(regret_verdicts(study, curves))],
         "curves": [_losses(curve) for curve in curves],
         "meta": {"seconds": round(time.monotonic() - started, 1), "machine": runs.environment(ready)["machine"]},
     }

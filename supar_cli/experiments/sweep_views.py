@@ -43,7 +43,13 @@ def comparison(sweep: Sweep, curves: list[Curve]) -> Data:
     rows = [_compare([curve for curve in curves if curve.level == level], curves) for level in sweep.levels]
     tables, figures = _comparison_tables(rows, sweep.levels[0].measure), [_comparison_figure(rows, sweep.levels)]
     title = f"{sweep.title or sweep.name}: SP, μP and SμPar at transferred hyperparameters"
-    return {"title": title, "verdicts": control(sweep, curves), "tables": tables, "figures": figures, "levels": rows}
+    return {
+        "title": title,
+        "verdicts": regret_verdicts(sweep, curves),
+        "tables": tables,
+        "figures": figures,
+        "levels": rows,
+    }
 
 
 def _arm(sweep: Sweep, curves: list[Curve], draws: np.ndarray) -> Data:
@@ -110,19 +116,26 @@ def _worst_regret(curves: list[Curve]) -> tuple[float, str]:
     return worst, f"at most {lost}; < {100 * MAX_REGRET:g} %"
 
 
-def control(sweep: Sweep, curves: list[Curve]) -> list[Verdict]:
-    """SP's verdict as a control: a value that was tuned at the first size should lose at others.
+def regret_verdicts(sweep: Sweep, curves: list[Curve]) -> list[Verdict]:
+    """Verdicts on re-using a value that was tuned at the first size: SμPar should lose nothing by it, SP, the control, should.
 
-    None unless SP was run at several sizes, and SμPar should not lose there. A regret at an optimum that isn't bracketed is a lower bound.
+    Of those that were run at several sizes, SμPar also at several values; none unless SμPar should lose nothing. A
+    regret at an optimum that isn't bracketed is a lower bound.
     """
-    own = [curve for curve in curves if curve.name == "sp"]
-    if len(own) < 2 or not is_subject(sweep, "supar"):
-        return []
-    worst, text = _worst_regret(own)
-    is_unknown = isnan(worst) or (worst < MAX_REGRET and not all(curve.bracketed for curve in own))
-    passed = None if is_unknown else worst < MAX_REGRET
-    text += " (unknown: a run failed, or no inner optimum)" if passed is None else CONTROL[passed]
-    return [Verdict(what=f"{SHORT['sp']}: regret", passed=passed, control=True, text=text)]
+    found = []
+    for name, is_control in (("supar", False), ("sp", True)):
+        own = [curve for curve in curves if curve.name == name]
+        if len(own) < 2 or not is_subject(sweep, "supar") or (not is_control and len(own[0].losses) < 2):
+            continue
+        worst, text = _worst_regret(own)
+        is_unknown = isnan(worst) or (worst < MAX_REGRET and not all(curve.bracketed for curve in own))
+        passed = None if is_unknown else worst < MAX_REGRET
+        if passed is None:
+            text += " (unknown: a run failed, or no inner optimum)"
+        elif is_control:
+            text += CONTROL[passed]
+        found.append(Verdict(what=f"{SHORT[own[0].name]}: regret", passed=passed, control=is_control, text=text))
+    return found
 
 
 def _level(tuned: str, curve: Curve, optimum: Optimum, first_best: float, first_octaves: float) -> Data:
