@@ -84,7 +84,7 @@ class Vocabulary:
         model = document["model"]
         self._unknown = ids.get(model.get("unk_token"), model.get("unk_id"))
         self._tokens = self._unknowns = self._within = 0
-        self._letters = Counter[str]()  # of a sample
+        self._sampled, self._letters = 0, Counter[str]()  # characters
         self._is_reserved = bool(known) and (known[0] in special or known[0] in ENDS)
 
     def encode(self, texts: Iterator[str]) -> Iterator[NDArray[Any]]:
@@ -96,7 +96,8 @@ class Vocabulary:
             except Exception as error:  # bare Exception again, from a tokenizer that loads but is incomplete
                 raise SetupError(f"{self.path}: can't encode the text: {error}") from None
             for text, one in zip(batch, found, strict=True):
-                if self._letters.total() < SAMPLED:
+                if self._sampled < SAMPLED:
+                    self._sampled += len(text)
                     self._letters.update(text)
                 content = one.ids
                 self._tokens += len(content)
@@ -119,9 +120,7 @@ class Vocabulary:
             share = f"{self._unknowns / self._tokens:.2%} of the tokens ({self._unknowns:,})"
             found.append(f"{self.path}: {share} are its token for unknown text; another tokenizer may keep the text")
         if lost := {letter: count for letter, count in self._letters.items() if self._is_lost(letter)}:
-            share = (
-                f"{sum(lost.values()) / self._letters.total():.2%} of the first {self._letters.total():,} characters"
-            )
+            share = f"{sum(lost.values()) / self._sampled:.2%} of the first {self._sampled:,} characters"
             letters = ", ".join(map(repr, islice(lost, LOST_NAMED)))
             found.append(f"{self.path}: {share} are in no token and lost, such as {letters}")
         return found
