@@ -152,8 +152,11 @@ HANDLES_TENSORS = [f"supar_cli.{name}" for name in ("planning", "sparse", "model
 
 
 def recognition_offences(module: str, source: str) -> list[str]:
-    """A tensor is known by role and site: where tensors are handled there are no regular expressions and no `ndim`."""
-    if module == "supar_cli.planning.document" or not is_below(module, *HANDLES_TENSORS):
+    """A tensor is known by role and site: where tensors are handled there are no regular expressions and no `ndim`.
+
+    Documents and the first bytes of data files are no tensors.
+    """
+    if module in ("supar_cli.planning.document", "supar_cli.data.formats") or not is_below(module, *HANDLES_TENSORS):
         return []
     found = [
         f"{module}:{line} imports {name}" for line, name in imports(module, source) if is_below(name, "re", "fnmatch")

@@ -129,7 +129,10 @@ class TestUnderTheRun:
         assert supar_here("train", "-o", "run", "-q").status == 0
         assert_same_run(tmp_path / "run", tmp_path / "whole")
         called = supar_here("train", "-o", "run", "-q")
-        assert called.status == 2 and "corpus is not the data this document was made with" in called.err
+        what = (
+            "no training split, only one for validation" if deleted else "is not the data this document was made with"
+        )
+        assert called.status == 2 and f"corpus{':' if deleted else ''} {what}" in called.err
 
     def test_unseen_it_would_be_another_experiment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """What the checks are for: without them a run goes on with other data to another end, and says nothing."""

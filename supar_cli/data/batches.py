@@ -95,6 +95,10 @@ class Mixture:
         self.splits = splits
         exact = [Fraction(weight) for weight in weights]
         self._ends: list[Fraction] = [end / sum(exact) for end in accumulate(exact)]  # the last is 1
+        for at, weight in enumerate(exact):
+            if weight * DRAWS < sum(exact):
+                what = f"{weights[at]} is less than one draw in 2^64 of the sum"
+                raise InputError(f"data.sources[{at}].weight: {what}; expected a larger weight, or no such source")
         self._last_draws = np.array([int(end * DRAWS) - 1 for end in self._ends], np.uint64)
 
     @property
@@ -233,6 +237,8 @@ class _Reader:
         texts = documents.texts(self._found.kind, files, self._data, self.decoding)
         parts = list(self._encoder.encode(texts))
         self.documents[split] = len(parts)
+        if self.decoding.is_raw and len(files) == 1:  # the same tokens, packed or not: one document has no end within
+            parts = [parts[0][:-1]]
         return [Segment(str(self._found.root), np.concatenate(parts) if parts else np.zeros(0, np.uint8))]
 
     def _token_file(self, path: Path) -> TokenFile:

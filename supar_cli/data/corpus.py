@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -27,8 +28,9 @@ _SPLITS = {  # the words by which the Hugging Face Hub splits data sets
     **dict.fromkeys(("train", "training"), "train"),
 }
 _CARDS = ("readme", "license", "licence", "copying", "notice", "citation", "datasetcard")
+_ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "metadata.json")
 _ABOUT = {  # files about data or models
-    *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json", "config.json"),
+    *(*_ABOUT_DATA, "state.json", "config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("generation_config.json", "merges.txt", "vocab.txt", "requirements.txt"),
 }
@@ -116,7 +118,10 @@ def find(data: Data) -> Corpus:
         raise InputError(f"data.source: {data.source}: no data in it{others}; expected {', '.join(SUFFIXES)} files")
     corpus = replace(corpus, is_packed=any(kind.is_packed for kind in kinds.values()))
     held_out = [one for one in files if _split_word(one.relative_to(path)) == "validation"]
-    if held_out and len(held_out) < len(files):
+    if held_out == files:
+        what = f"no training split, only one for validation ({_some(corpus.names(held_out))})"
+        raise InputError(f"data.source: {data.source}: {what}; expected a training file, or one file as the source")
+    if held_out:
         return replace(corpus, train=[one for one in files if one not in set(held_out)], validation=held_out)
     return _split(corpus)
 
@@ -133,7 +138,9 @@ def _data_files(root: Path, data: Data) -> tuple[list[Path], dict[Path, str]]:
 
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        leave_out((Path(folder, name) for name in folders if Path(folder, name).is_symlink()), "links to folders")
         files |= {Path(folder, name): suffix_of(Path(name))[0] for name in names if not name.startswith(".")}
+    leave_out((path for path in files if path.exists() and not path.is_file()), "neither files nor folders")
     words = {path: _split_word(path.relative_to(root)) for path in files}
     leave_out((path for path in files if _is_about(path)), "about data, such as a card or a licence")
     leave_out((path for path, suffix in files.items() if suffix not in SUFFIXES), "of no format that supar reads")
@@ -155,6 +162,8 @@ def _is_about(path: Path) -> bool:
     """Whether a file is about data, by its name, or a cache that `datasets` keeps beside them."""
     name = path.name.lower()
     is_card = next(iter(_words(name)), "") in _CARDS and path.suffix.lower() in ("", ".md", ".txt", ".rst")
+    stem = name.split(".")[0] + ".json"
+    is_card = is_card or (stem in _ABOUT_DATA and suffix_of(path)[0] in SUFFIXES)
     return is_card or name in _ABOUT or (name.endswith(".arrow") and name.startswith(("cache-", "tmp")))
 
 
@@ -214,14 +223,17 @@ def _reading(data: Data, corpus: Corpus, before: Corpus | None) -> dict[str, Any
     """How a corpus is read, as far as that makes other tokens of its files than the first reader did."""
     found: dict[str, Any] = {}
     if corpus.is_text:
-        found |= {
-            key: vars(data)[key] for key in ("encoding", "separator") if vars(data)[key] != Data.fields()[key].value
-        }
+        encoding = codecs.lookup(data.encoding).name
+        found |= {"encoding": encoding} if encoding != "utf-8" else {}
+        found |= {"separator": data.separator} if data.separator is not None else {}
         found |= {"tokenizer": "vocabulary"} if data.tokenizer != "bytes" else {}
         found |= {"field": data.field} if corpus.kind != "text" and data.field != "text" else {}
     elif data.dtype == "uint32":
         found["dtype"] = data.dtype
     same = before and (before.kind, before.train, before.validation) == (corpus.kind, corpus.train, corpus.validation)
+    if data.format != "auto":  # its hash did not cover the format, so that auto's is the one it had
+        usual = _first_reader(data.model_copy(update={"format": "auto"}))
+        same = same and usual is not None and usual.kind == corpus.kind
     if not same or corpus.is_packed:
         found |= {
             "kind": corpus.kind,
@@ -277,12 +289,13 @@ def identify(data: Data, corpus: Corpus | None = None) -> Data:
         read = (
             "the text alone, without what tokenizer.json adds or cuts for inference"
             if tokenizer
-            else "its files otherwise"
+            else ("its files otherwise" if data.format == "auto" else f"its files as {corpus.kind}")
         )
         remedy = "expected a document made anew, or `-s data.hash=null` to take the tokens as they are now"
         raise InputError(f"data.hash: {data.source}: supar now reads {read}, which gives other tokens; {remedy}")
     why = " (the standard library's sources differ between Python versions)" if data.source == "stdlib" else ""
-    what = f"{data.source} is not the data this document was made with"
+    more = f", or the tokenizer {tokenizer} or the way of reading it has changed," if tokenizer else ""
+    what = f"{data.source}{more} is not the data this document was made with"
     raise InputError(f"data.hash: {what}: {found[:19]}…, not {data.hash[:19]}…{why}")
 
 

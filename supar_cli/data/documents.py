@@ -22,6 +22,12 @@ MOST_UNDECODED = (
 FILES_NAMED = 3  # chosen: warnings of one kind that are read
 CHUNK_BYTES = 2**22  # chosen: a few MB
 REPLACEMENT = "\ufffd"
+_MARKS = {
+    "utf-16-le": codecs.BOM_UTF16_LE,
+    "utf-16-be": codecs.BOM_UTF16_BE,
+    "utf-32-le": codecs.BOM_UTF32_LE,
+    "utf-32-be": codecs.BOM_UTF32_BE,
+}
 
 
 class Decoding:
@@ -74,7 +80,8 @@ class Decoding:
 
 def decoding_of(kind: str, data: Data) -> Decoding:
     """A count for a corpus of a kind: plain text in UTF-8 whose bytes are the tokens is taken as it is."""
-    return Decoding(data.tokenizer == "bytes" and kind == "text" and data.encoding == "utf-8", data.encoding)
+    encoding = codecs.lookup(data.encoding).name
+    return Decoding(data.tokenizer == "bytes" and kind == "text" and encoding == "utf-8", encoding)
 
 
 def texts(kind: str, files: list[Path], data: Data, decoding: Decoding) -> Iterator[str]:
@@ -99,11 +106,23 @@ def texts(kind: str, files: list[Path], data: Data, decoding: Decoding) -> Itera
 @contextmanager
 def open_text(path: Path, data: Data, is_raw: bool = False) -> Iterator[io.TextIOWrapper]:
     """A file as text in lines that end with a line feed; an undecodable byte becomes a lone surrogate."""
-    encoding = data.encoding if data.encoding != "utf-8" or is_raw else "utf-8-sig"  # without a mark of the byte order
-    is_wide = codecs.lookup(encoding).name.startswith(("utf-16", "utf-32"))
-    errors = "surrogatepass" if is_wide else "surrogateescape"
-    with open_bytes(path) as file, io.TextIOWrapper(file, encoding, errors, newline="\n") as lines:
-        yield lines
+    name = codecs.lookup(data.encoding).name
+    encoding = name if name != "utf-8" or is_raw else "utf-8-sig"  # without a mark of the byte order
+    errors = "surrogatepass" if name.startswith(("utf-16", "utf-32")) else "surrogateescape"
+    with open_bytes(path) as file:
+        _skip_mark(file, path, name)
+        with io.TextIOWrapper(file, encoding, errors, newline="\n") as lines:
+            yield lines
+
+
+def _skip_mark(file: Any, path: Path, encoding: str) -> None:
+    """Skip the mark of the byte order that an encoding names. Raises InputError where the file has the other one."""
+    if mark := _MARKS.get(encoding):
+        start = file.peek(len(mark))[: len(mark)]
+        if start == mark[::-1]:
+            what = f"its mark of the byte order is not that of {encoding}"
+            raise InputError(f"{path}: {what}; expected data.encoding: {encoding[:6]}")
+        file.read(len(mark) if start == mark else 0)
 
 
 def check_text(path: Path, decoding: Decoding) -> None:

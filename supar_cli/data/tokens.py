@@ -172,4 +172,6 @@ def _open_array(file: StampedFile) -> TokenFile:
         raise SetupError(
             f"{path}: {what}; expected integers along one axis and at least one, as array.reshape(-1) makes them"
         )
+    if (more := file.stamp.size_bytes - found.offset - found.nbytes) > 0:
+        raise SetupError(f"{path}: holds {more:,} bytes after the array of its header; expected one array a file")
     return TokenFile(file, found.dtype, found.offset, len(found))
