@@ -315,11 +315,12 @@ def _explain_demo(result: dict[str, Any], folder: Path) -> str:
     return f"""\
 best rate ÷ dense: a density's best learning rate over the dense model's best.
 regret: nats per token lost by re-using the dense model's learning rate.
-Shown: with the dense model's rate, sparse SP training {worst["sp"]},
-  sparse SμPar training {worst["supar"]}. SμPar is meant to make re-tuning unnecessary.
-Not shown: that SμPar beats SP with a learning rate re-tuned at every density. Re-tuned SP
-  can be as good: compare the column "loss at best". The models are tiny, trained for
-  seconds, {seeds} seed{"s" if seeds > 1 else ""} per point.
+With the dense model's rate, sparse SP training
+  {worst["sp"]}, sparse SμPar training
+  {worst["supar"]}. SμPar is meant to make re-tuning unnecessary.
+Not shown: that SμPar beats SP with a learning rate re-tuned at every density.
+  Re-tuned SP can be as good: compare the column "loss at best". The models are
+  tiny, trained for seconds, {seeds} seed{"s" if seeds > 1 else ""} per point.
 Figure: {folder / "lr_transfer.png"}
 
 Next, with a proxy that is tuned for longer:
