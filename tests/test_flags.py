@@ -106,6 +106,13 @@ class TestPlace:
         Path(f"x.{ending}").write_text('[{"text": "an array"}]')
         assert call("data", "inspect", f"x.{ending}", "--format", "jsonl").err.startswith(f"error: x.{ending}:")
 
+    def test_where_there_is_no_document_keys_are_flags(self) -> None:
+        Path("wide.bin").write_bytes(bytes([7, 0, 0, 0]) * 4096)
+        Path("empty").mkdir()
+        for source, words in (("wide.bin", "--dtype uint32"), ("empty", "error: empty: no data in it")):
+            said = call("data", "inspect", source).err
+            assert words in said and "data." not in said
+
     def test_of_every_key_that_is_set_is_the_setting(self) -> None:
         value, tried = "[{a: 1}]", 0  # what no key of a document takes
         for words in (["transfer", "p.yaml"], ["train"], ["tune-proxy", "s.yaml"], ["sweep", "p.yaml"]):

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from supar_cli.cli.options import Flags
+from supar_cli.cli.options import Flags, flag_of
 from supar_cli.errors import InputError, Problem
 from supar_cli.files import template
 from supar_cli.planning import document, spec
@@ -123,6 +123,12 @@ def _at_flag(problem: Problem | str, flags: Flags) -> Problem | str:
     place, _, what = str(problem).partition(": ")
     by_path = {path: name for name, path in flags.document_paths.items()}
     given = flags.places.get(by_path.get(place, place.rpartition(".")[2]))
+    if flags.corpus is not None and isinstance(problem, str):  # there is no document: the keys are flags
+        for path, name in by_path.items():
+            problem, what = (
+                text.replace(f"{path}: ", f"{flag_of(name)} ").replace(path, flag_of(name)) for text in (problem, what)
+            )
+        problem = problem.removeprefix("data.source: ")
     return f"{given}: {what}" if given else problem
 
 
