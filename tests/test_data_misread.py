@@ -362,3 +362,9 @@ class TestLoss:
 
 def test_the_table_of_first_bytes_is_not_matched_by_nothing() -> None:
     assert not any(re.match(pattern, b"", re.DOTALL) for pattern in formats._FOREIGN)
+
+
+def test_the_default_corpus_has_its_hash_in_its_own_format_too() -> None:
+    """Documents of the first reader that name the format of `stdlib` go on."""
+    hashes = [corpus.identify(Data(source="stdlib", format=word)).hash for word in ("auto", "text")]  # type: ignore[arg-type]
+    assert hashes[0] == hashes[1] == corpus.content_hash(corpus.find(Data(source="stdlib")))

@@ -231,7 +231,9 @@ def _reading(data: Data, corpus: Corpus, before: Corpus | None) -> dict[str, Any
     elif data.dtype == "uint32":
         found["dtype"] = data.dtype
     same = before and (before.kind, before.train, before.validation) == (corpus.kind, corpus.train, corpus.validation)
-    if data.format != "auto":  # its hash did not cover the format, so that auto's is the one it had
+    if (
+        data.format != "auto" and data.source != "stdlib"
+    ):  # its hash did not cover the format, so that auto's is the one it had
         usual = _first_reader(data.model_copy(update={"format": "auto"}))
         same = same and usual is not None and usual.kind == corpus.kind
     if not same or corpus.is_packed:
@@ -326,15 +328,18 @@ def with_hash(document: DocumentT, log: Callable[[str], None] = lambda _: None) 
     check_vocabulary(found.data, getattr(found.model, "vocab", BYTES))
     if found.data.hash is not None:
         return document
-    for _, part in parts(found.data) or [(1.0, found.data)]:
-        for line in find(part).lines() if part.source != "stdlib" else ():
+    sources = [part for _, part in parts(found.data)] or [found.data]
+    corpora = [find(part) for part in sources]
+    for part, one in zip(sources, corpora, strict=True):
+        for line in one.lines() if part.source != "stdlib" else ():
             log(line)
-    return found.model_copy(update={"data": identify(found.data)})  # type: ignore[no-any-return]
+    own = None if found.data.sources else corpora[0]
+    return found.model_copy(update={"data": identify(found.data, own)})  # type: ignore[no-any-return]
 
 
 def check_vocabulary(data: Data, vocab: int) -> None:
     """Raise InputError for a vocabulary that text read as bytes does not fit; data that are not here are not looked at."""
     for _, part in parts(data) or [(1.0, data)]:
-        is_here = part.source == "stdlib" or Path(part.source).exists()
+        is_here = part.source == "stdlib" or os.path.exists(os.path.expanduser(part.source))
         if vocab < BYTES and part.tokenizer == "bytes" and is_here and find(part).is_text:
             raise InputError(f"model.vocab: {vocab} is less than the {BYTES} tokens of the tokenizer 'bytes'")
