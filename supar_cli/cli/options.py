@@ -216,7 +216,11 @@ OPTIONS = {
     "shape": Option(str, "Shape of the weight.", metavar="OUTxIN"),
     "rounds": Option(int, "Timed rounds, after one warm-up round.", minimum=3),
     "picture": Option(str, "Draw the ratios over density.", metavar="FILE.png"),
-    "compare": Option(str, "Earlier result to compare with; exit 5 if a value is worse by a tenth.", metavar="FILE"),
+    "compare": Option(
+        str,
+        "Earlier result to compare with; exit 5 if one is worse by a tenth and out of the quartiles.",
+        metavar="FILE",
+    ),
     "format": Option(str, "text, jsonl, parquet, arrow, nanogpt, llmc, npy or auto, the default.", "data.format"),
     "tokenizer": Option(str, "bytes, a tokenizer.json or its folder. [default: bytes]", "data.tokenizer"),
     "field": Option(str, "The key or column of the text, such as text or a.b. [default: text]", "data.field"),

@@ -285,7 +285,7 @@ def _explain_comparison(rows: list[dict[str, Any]], log: terminal.Log) -> None:
         "tuned dense: SP at its best learning rate of the first row\n"
         "re-tuned: SP at its best learning rate of each row, searched in octaves; the\n"
         "  same runs are searched and scored, so this loss is slightly optimistic\n"
-        "the others: at the proxy's learning rate; SμPar should need no re-tuning"
+        "SP, μP and SμPar: at the proxy's learning rate; SμPar should need no re-tuning"
     )
     if rows[0]["cells"] and all(cell["standard_error"] is None for row in rows for cell in row["cells"].values()):
         log.log("one seed: no standard errors; differences may be chance")

@@ -92,7 +92,7 @@ def _verdicts(arm: Data, curves: list[Curve]) -> list[Verdict]:
     between = "" if arm["drift_ci95"] is None else " [{:+.3f}, {:+.3f}]".format(*arm["drift_ci95"])
     marks = {
         "drift": (abs(drift) < MAX_DRIFT, f"γ = {drift:+.3f}{between}; |γ| < {MAX_DRIFT:g}"),
-        "shift": (shift < MAX_SHIFT_OCTAVES, f"at most {shift:.2f} octaves; < {MAX_SHIFT_OCTAVES:g}"),
+        "shift": (shift < MAX_SHIFT_OCTAVES, f"largest {shift:.2f} octaves; < {MAX_SHIFT_OCTAVES:g}"),
         "regret": (worst < MAX_REGRET, lost),
     }
     outer = [f"{curve.level.axis} {curve.level.value:g}" for curve in curves if not curve.bracketed]
@@ -113,7 +113,7 @@ def _worst_regret(curves: list[Curve]) -> tuple[float, str]:
     regrets = [curve.regret(curves[0].best) for curve in curves]
     worst = max(regrets, key=lambda value: inf if isnan(value) else value)
     lost = "diverged" if worst == inf else "unknown" if isnan(worst) else f"{100 * worst:.2f} %"
-    return worst, f"at most {lost}; < {100 * MAX_REGRET:g} %"
+    return worst, f"largest {lost}; < {100 * MAX_REGRET:g} %"
 
 
 def regret_verdicts(sweep: Sweep, curves: list[Curve]) -> list[Verdict]:
