@@ -14,7 +14,7 @@ from supar_cli.errors import InputError
 from supar_cli.planning import document, estimate, layout
 from supar_cli.planning.advice import plan_rows, warnings
 from supar_cli.planning.explain import explain
-from supar_cli.planning.layout import Layout
+from supar_cli.planning.layout_document import Layout
 from supar_cli.planning.plan import Plan, with_steps
 from supar_cli.planning.problems import parse
 

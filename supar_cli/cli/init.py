@@ -11,7 +11,7 @@ from supar_cli.cli.options import Flags, command
 from supar_cli.cli.values import one_of
 from supar_cli.errors import InputError, SetupError, suggestion
 from supar_cli.planning import templates
-from supar_cli.planning.layout import Layout
+from supar_cli.planning.layout_document import Layout
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.schema import Section
 from supar_cli.planning.spec import Proxy, Spec

@@ -7,7 +7,7 @@ from typing import get_args
 
 from supar_cli.errors import InputError
 from supar_cli.planning.document import Document, read_file
-from supar_cli.planning.layout import Layout
+from supar_cli.planning.layout_document import Layout
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import parse, wrong_kind
 from supar_cli.planning.spec import Proxy, Spec

@@ -45,7 +45,8 @@ class PlanModel(Model):
 class OwnModel(Section):
     """A user's model: made by `factory` (`module:function`) at the size `target`, its tensors those of a layout.
 
-    Its multipliers are folded into the numbers of its tensors.
+    Its multipliers are folded into the numbers of its tensors. `hooks` are those that can't be: factors on the inputs of
+    modules by name, and under `""` on the logits, which the user's own forward pass has to apply.
     """
 
     family: Literal["own"]
@@ -53,6 +54,7 @@ class OwnModel(Section):
     factory: str
     base: dict[str, int]
     target: dict[str, int]
+    hooks: dict[str, float] = Field(default_factory=dict, neutral=True, omit=True)
 
     def check(self) -> None:
         if not self.target or set(self.target) != set(self.base):
@@ -179,7 +181,8 @@ class PlanTensor(Section):
     """One tensor. `kept` is its number of live weights (its expectation for `bernoulli`); `because` the multipliers.
 
     `fan_in` and `base_fan_in` are the products of the extents along `fan_in_axes`, here and in the proxy. The start is
-    `init_constant` or normal with deviation `init_std`. `fold` is a factor of the forward pass that was moved into these
+    `init_constant` or normal with deviation `init_std`; with `init: own` it is that of the model's constructor, scaled so
+    that its root mean square is `init_std`. `fold` is a factor of the forward pass that was moved into these
     numbers. A tensor that is `tied_to` another shares its memory, and its own numbers are not used.
     """
 
@@ -195,6 +198,7 @@ class PlanTensor(Section):
     kept: int = Field(gt=0)
     init_std: float | None = Field(default=None, neutral=True, omit=True, ge=0)
     init_constant: float | None = Field(default=None, neutral=True, omit=True)
+    init: Literal["normal", "own"] = Field(default="normal", neutral=True, omit=True)
     lr: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
     eps: float = Field(ge=0)
@@ -230,7 +234,7 @@ class PlanTensor(Section):
             raise ValueError(f"density: {self.density} on a tensor of role {self.role}; only hidden weights are sparse")
         if self.tied_to == self.name:
             raise ValueError(f"tied_to: {self.tied_to}, the tensor itself; expected another tensor of the plan")
-        if self.role == "norm" and self.init_std is not None:
+        if self.role == "norm" and self.init_std is not None and self.init == "normal":
             raise ValueError(f"init_std: {self.init_std}; expected init_constant: a gain starts at a number")
 
 
