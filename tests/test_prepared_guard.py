@@ -89,13 +89,13 @@ class TestRates:
             ),
             (lambda o: o.param_groups[0].update(lr=0.003), "only the first group was changed"),
             (lambda o: o.param_groups[-1].update(lr=math.nan), "its rate is nan"),
-            (lambda o: o.param_groups[-1].update(weight_decay=0.1), "weight_decay: 0.1 in a group; the plan says 0.2"),
-            (lambda o: o.param_groups[-1].update(eps=1e-8), r"eps is 1e-08; the plan says 5e-09"),
+            (lambda o: o.param_groups[-1].update(weight_decay=0.1), "weight_decay: 0.1; the plan says 0.2"),
+            (lambda o: o.param_groups[-1].update(eps=1e-8), "eps: 1e-08; the plan says 5e-09"),
             (
                 lambda o: o.param_groups[1]["params"].append(o.param_groups[2]["params"].pop()),
                 "several rates or decays",
             ),
-            (lambda o: [g.update(lr=-g["lr"]) for g in o.param_groups], "its rate is -"),
+            (lambda o: [g.update(lr=-g["lr"]) for g in o.param_groups], "the rates are -1 times the plan's"),
         ],
     )
     def test_a_loop_that_overwrites_numbers_is_told(self, edit: Callable[[Optimizer], Any], words: str) -> None:

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from supar_cli.errors import InputError
 from supar_cli.own import dead_weights, modules
 from supar_cli.own.initial import live_text
-from supar_cli.own.parameters import local_shard, match, named_parameters, submodules, sum_shards_, total_square
+from supar_cli.own.parameters import local_shard, match, named_parameters, shown, submodules, sum_shards_, total_square
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.masks import Mask
 
@@ -57,7 +57,7 @@ class MaskedModel:
         if names := self.replaced():
             what = "the model has other parameters than when its optimizer was made (sharded, resized or converted)"
             remedy = "call prepared.optimizer(model) or, for an optimizer of yours, prepared.attach(model) after that"
-            raise InputError(f"{', '.join(names)}: {what}; {remedy}")
+            raise InputError(f"{shown(names)}: {what}; {remedy}")
 
     def changed(self) -> list[str]:
         """Names of masked tensors that were written to since `mark`, as far as torch counts what writes to a tensor."""
