@@ -41,6 +41,8 @@ def transfer(flags: Flags) -> None:
       supar transfer proxy.yaml --width 2048 --density 1/128 -o wide.yaml
     """
     log = terminal.Log(flags.quiet)
+    if flags.masks is not None and not Path(flags.masks).exists():
+        raise InputError(f"--masks {flags.masks}: is not there; expected a safetensors file or a folder of them")
     for one, other in (("density", "sparsity"), ("masks", "density"), ("masks", "sparsity")):
         require_one(flags, one, other)
     read = _read_proxy(flags)
