@@ -18,11 +18,17 @@ from supar_cli.errors import InputError
 from supar_cli.models.transformer import Transformer
 from supar_cli.models.transformer import loss_of as decoder_loss
 from supar_cli.own.prepared import Prepared
+from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
+from supar_cli.planning.problems import validate
+from supar_cli.planning.spec import Proxy
+from supar_cli.planning.transfer import transfer
 from supar_cli.sparse.mask_files import write_masks
 from supar_cli.training import optimizer as builtin_optimizer
 from supar_cli.training import prepare as builtin
+from tests.conftest import plan_from, proxy_fields
 from tests.own_models import Small, make, plan_of, rows_of, steps
+from tests.test_own_transfer import layout_of
 
 Row = dict[str, Any]
 
@@ -371,33 +377,48 @@ class TestSparseEngine:
             supar.prepare(make(), plan_of(make()), engine="block")  # type: ignore[arg-type]
 
 
-def as_own(plan: Plan) -> Plan:
-    """A built-in plan as that of somebody's module, whose weights have their attribute's name behind the module's."""
-    data = plan.model_dump()
-    data["model"] = {"family": "own", "layout": "sha256:0", "factory": "m:make", "base": {"w": 32}, "target": {"w": 64}}
+def as_own(proxy: Proxy, folder: Path) -> Proxy:
+    """A proxy of a built-in family as that of somebody's module, whose weights have their attribute's name behind the module's."""
+    data = layout_of(proxy.decoder).model_dump()
     for row in data["tensors"]:
         row["name"] += "" if row["name"].endswith(".bias") else ".weight"
-    return Plan.model_validate(data)
+    path = folder / "layout.yaml"
+    path.write_text(document.write([data]), encoding="utf-8")
+    model = {"family": "own", "layout": str(path)}
+    return validate(Proxy, proxy.model_dump() | {"model": model, "data": None}, "proxy")
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(("family", "optimizer"), [("llama", "adamw"), ("gpt2", "adamw"), ("llama", "sgd")])
 def test_supars_own_transformer_trains_bit_for_bit_as_under_the_built_in_plan(
-    family: str, plan_of: Callable[..., Plan]
+    family: str, optimizer: str, text_file: Path, tmp_path: Path
 ) -> None:
-    shape: dict[str, Any] = {"tied": False, "kv_heads": 1} if family == "llama" else {}
-    plan = plan_of(model={"family": family, "layers": 6, **shape})
-    theirs = supar.prepare(Transformer(plan.decoder), as_own(plan))
+    """As somebody's module without multipliers, which the plan folds; all of them are powers of two."""
+    warnings.filterwarnings("ignore", "no group has the tuned rate")  # SGD multiplies all of them by a ratio
+    shape = {"family": family, "width": 64, "layers": 6, "heads": 4, "kv_heads": 2, "ffn_width": 128}
+    shape |= {"tied": False} if family == "llama" else {}
+    hyper = {"alpha_input": 2.0, "alpha_output": 4.0}
+    fields = proxy_fields(
+        str(text_file), model=shape, hyperparameters=hyper, train={"optimizer": optimizer}, target={"width": 128}
+    )
+    proxy, plan = validate(Proxy, fields, "proxy"), plan_from(fields)
+    theirs_plan = transfer(as_own(proxy, tmp_path), proxy.target, "supar", allow_low_wpn=True)
+    none = plan.decoder.multipliers.model_copy(update={"input": 1.0, "output": 1.0})
+    theirs = supar.prepare(Transformer(plan.decoder.model_copy(update={"multipliers": none})), theirs_plan)
     ours = builtin.prepare(plan, torch.device("cpu"))
     optimizers = [builtin_optimizer.build(plan, ours.tensors), theirs.optimizer()]
-    assert len(theirs.tensors) == len(plan.tensors) and len(plan.tensors) == (57 if family == "llama" else 51)
-    assert len(theirs.masks) == len(ours.masks) > 0
-    assert all(theirs.masks[f"{name}.weight"] == mask for name, mask in ours.masks.items())
+    assert len(theirs.tensors) == len(plan.tensors) == (57 if family == "llama" else 51)
+    assert {name.removesuffix(".weight"): mask for name, mask in theirs.masks.items()} == ours.masks != {}
     for step in range(3):
-        for model, optimizer in zip((ours.model, theirs.model), optimizers, strict=True):
+        losses = []
+        for made, stepper in zip((ours.model, theirs.model), optimizers, strict=True):
             tokens = torch.randint(0, 256, (2, 17), generator=torch.Generator().manual_seed(step))
-            optimizer.zero_grad()
-            decoder_loss(model, tokens[:, :-1], tokens[:, 1:]).backward()
-            optimizer.step()
+            stepper.zero_grad()
+            loss = decoder_loss(made, tokens[:, :-1], tokens[:, 1:])
+            loss.backward()
+            stepper.step()
+            losses.append(loss.item())
         ours.sync_engines()
+        assert losses[0] == losses[1]
         for name, tensor in theirs.tensors.items():
-            assert torch.equal(tensor, ours.weight(name.removesuffix(".weight"))), (step, name)
+            true = ours.weight(name.removesuffix(".weight")) * (theirs.rows[name].fold or 1.0)
+            assert torch.equal(tensor, true), (step, name)

@@ -291,7 +291,6 @@ def gap(one: list[float], other: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:no group has the tuned rate")
 class TestFolding:
     @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
     @pytest.mark.parametrize("tied", [False, True])

@@ -20,6 +20,8 @@ from supar_cli.planning.plan import PlanTensor
 RATE_TOLERANCE, TENSOR_RATE_TOLERANCE = 1e-9, 1e-6
 CHECK_EVERY = 100  # chosen: steps between checks of all dead weights; what torch sees being written is checked at once
 
+_LABELS = ("names", "ratio")  # what groups have beside torch's own settings
+
 _LINE = "for g in optimizer.param_groups: g['lr'] = lr * g['ratio']"
 _ONE_NUMBER = (
     f"all groups have one rate; write prepared.set_rate(lr) or `{_LINE}`, or give the scheduler a list, such as "
@@ -51,9 +53,8 @@ class Numbers:
 
     def __init__(self, masked: MaskedModel, optimizer: torch.optim.Optimizer) -> None:
         self._masked, self._has_warned = masked, False
-        self.labels = [
-            {key: group[key] for key in ("names", "ratio") if key in group} for group in optimizer.param_groups
-        ]
+        groups: list[dict[str, Any]] = optimizer.param_groups
+        self.labels = [{key: one[key] for key in _LABELS if key in one} for one in groups]
 
     def require_same_names(self, state: Mapping[str, Any]) -> None:
         """Raise InputError for an optimizer's state whose groups are those of another plan."""
