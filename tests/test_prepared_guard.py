@@ -186,6 +186,14 @@ class TestOtherOptimizers:
         steps(made.model, optimizer, 2)
         assert made.check() == {}
 
+    def test_the_plans_groups_want_to_be_kept(self) -> None:
+        made = prepared()
+        with pytest.warns(
+            UserWarning, match=r"AdamW: trains a prepared model, and nothing watches its numbers; .*keep"
+        ):
+            steps(made.model, torch.optim.AdamW(made.groups()), 2)
+        assert made.check() == {}
+
     def test_a_foreign_parameter_may_have_a_group_of_its_own(self) -> None:
         made = prepared()
         optimizer = made.optimizer()
@@ -227,6 +235,17 @@ class TestReplacedParameters:
         assert made.check() == {}
         with pytest.raises(InputError, match=r"the optimizer's parameter is not the prepared model's"):
             steps(made.model, optimizer, 1)
+
+    def test_one_of_another_shape_in_the_same_place_is_noticed(self) -> None:
+        """As Hugging Face resizes embeddings: fused kernels of torch would write beyond the moments."""
+        made = prepared()
+        optimizer = made.optimizer()
+        steps(made.model, optimizer, 1)
+        made.model.table.weight.data = torch.zeros(60, 32)
+        with pytest.raises(InputError, match=r"^table\.weight: the model has other parameters"):
+            steps(made.model, optimizer, 1)
+        with pytest.raises(InputError, match=r"table\.weight: the plan has the shape \[48, 32\], the model \[60, 32\]"):
+            made.optimizer()
 
     def test_a_new_part_of_the_model_is_noticed_before_the_first_step(self) -> None:
         made = prepared()

@@ -142,7 +142,7 @@ class TestDeadWeightsStay:
         steps(made.model, kept, 3)
         assert dead_bits(made.model, made) == 0
         with pytest.warns(
-            UserWarning, match=r"Muon: trains a prepared model by numbers .* expected prepared\.optimizer"
+            UserWarning, match=r"Muon: trains a prepared model, by numbers .* expected prepared\.optimizer"
         ):
             steps(made.model, torch.optim.Muon(weights, lr=1e-3), 1)
         assert sum(made.check().values()) > 1000  # the control

@@ -77,10 +77,18 @@ def error_of(function: Callable[[], object]) -> str:
     return ""
 
 
-def ddp() -> dict[str, Any]:
+def dead_moments(made: Prepared, optimizer: torch.optim.Optimizer) -> int:
+    """How many moments of dead weights are not 0 in this process."""
+    moments = [(dead, optimizer.state[made.tensors[name]]["exp_avg"]) for name, dead in made.dead.items()]
+    return sum(int(dead.count_live(moment)) for dead, moment in moments)
+
+
+def ddp(**options: Any) -> dict[str, Any]:
     made = prepared(make())
-    model = DistributedDataParallel(made.model)
-    return {"losses": losses(model, made.optimizer(model, clip=LIMIT)), "check": made.check()}
+    model = DistributedDataParallel(made.model, **options)
+    optimizer = made.optimizer(model, clip=LIMIT)
+    found = losses(model, optimizer)
+    return {"losses": found, "check": made.check(), "moments": dead_moments(made, optimizer)}
 
 
 def fsdp(clip: float | None = LIMIT, **options: Any) -> dict[str, Any]:
@@ -102,7 +110,8 @@ def fsdp(clip: float | None = LIMIT, **options: Any) -> dict[str, Any]:
 def fsdp_first() -> dict[str, Any]:
     """Sharded, then prepared."""
     made = prepared(sharded(make()))
-    found = {"losses": losses(made.model, made.optimizer(clip=LIMIT)), "check": made.check()}
+    optimizer = made.optimizer(clip=LIMIT)
+    found = {"losses": losses(made.model, optimizer), "check": made.check(), "moments": dead_moments(made, optimizer)}
     up = made.tensors["blocks.0.up.weight"]
     with torch.no_grad():
         up.to_local().fill_(1.0)
@@ -151,6 +160,7 @@ def main() -> None:
     sgd = {"train": {"optimizer": "sgd", "momentum": 0.9}}
     cases: dict[str, Callable[[], Any]] = {
         "ddp": ddp,
+        "views": lambda: ddp(gradient_as_bucket_view=True, static_graph=True),
         "fsdp": fsdp,
         "sgd": lambda: fsdp(**sgd),
         "first": fsdp_first,
@@ -183,11 +193,11 @@ def alone(clip: float | None = LIMIT, **plan: Any) -> list[float]:
     return losses(made.model, made.optimizer(clip=clip))
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp", "first"])
+@pytest.mark.parametrize("how", ["ddp", "views", "fsdp", "first"])
 def test_two_processes_train_as_one(found: list[dict[str, Any]], how: str) -> None:
     expected = alone()
     for one in found:
-        assert one[how]["check"] == {}
+        assert one[how]["check"] == {} and one[how].get("moments", 0) == 0
         assert max(abs(a - b) for a, b in zip(one[how]["losses"], expected, strict=True)) <= AGREE
 
 

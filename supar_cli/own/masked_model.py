@@ -43,14 +43,14 @@ class MaskedModel:
         modules.call_after_load(inside[""], self._check_load)
 
     def replaced(self) -> list[str]:
-        """Names of parameters that the model holds no longer. Tensors that FSDP2 gathers between passes replace none."""
-        now = named_parameters(self.model, self.rows)
-        return [
-            name
-            for name, held in self.tensors.items()
-            if (present := now.get(name)) is not held
-            and (present is None or isinstance(present, DTensor) or not isinstance(held, DTensor))
-        ]
+        """Names of parameters that the model holds no longer, or in another shape. What FSDP2 gathers replaces none."""
+        now, found = named_parameters(self.model, self.rows), list[str]()
+        for name, held in self.tensors.items():
+            present = now.get(name)
+            is_gathered = isinstance(held, DTensor) and present is not None and not isinstance(present, DTensor)
+            if (present is not held and not is_gathered) or list(held.shape) != self.rows[name].shape:
+                found.append(name)
+        return found
 
     def require_current(self) -> None:
         """Raise InputError if the model has other parameters than those that the masks are on."""
