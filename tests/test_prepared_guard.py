@@ -272,6 +272,15 @@ class TestReplacedParameters:
             prepared().keep(torch.optim.AdamW(make().parameters()))
 
 
+def test_an_optimizer_of_earlier_masks_is_refused() -> None:
+    made = prepared()
+    optimizer = made.optimizer()
+    again = supar.prepare(made.model, plan_of(make(), train={"seed": 1}))
+    with pytest.raises(InputError, match=r"blocks\.0\.qkv\.weight.* was prepared again, with other masks"):
+        steps(made.model, optimizer, 1)
+    steps(made.model, again.optimizer(), 1)
+
+
 class TestLiveWeights:
     def test_a_load_of_other_masks_is_an_error_before_any_pass(self) -> None:
         made = prepared()

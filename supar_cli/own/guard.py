@@ -199,7 +199,8 @@ class Kept:
     def _require_parameters(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise InputError unless the optimizer's parameters are the masked ones and, where it has to, it has all of them."""
         masked, self._present = self.masked, _parameters(optimizer)
-        if stale := [name for key, name in self._names.items() if key in self._present - masked.by_id.keys()]:
+        unknown = self._present - masked.by_id.keys()
+        if stale := [name for key, name in self._names.items() if key in unknown]:
             what = "the optimizer's parameter is not the prepared model's"
             raise InputError(f"{shown(stale)}: {what}; make the optimizer after attach, by prepared.optimizer(model)")
         missing = {id(tensor) for tensor in masked.tensors.values() if tensor.requires_grad} - self._present

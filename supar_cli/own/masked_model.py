@@ -58,6 +58,9 @@ class MaskedModel:
             what = "the model has other parameters than when its optimizer was made (sharded, resized or converted)"
             remedy = "call prepared.optimizer(model) or, for an optimizer of yours, prepared.attach(model) after that"
             raise InputError(f"{shown(names)}: {what}; {remedy}")
+        if names := [name for name, dead in self.dead.items() if dead_weights.of(self.tensors[name]) is not dead]:
+            remedy = "make the optimizer from what that call of prepare returned"
+            raise InputError(f"{shown(names)}: the model was prepared again, with other masks; {remedy}")
 
     def changed(self) -> list[str]:
         """Names of masked tensors that were written to since `mark`, as far as torch counts what writes to a tensor."""
