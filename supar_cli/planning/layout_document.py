@@ -95,7 +95,8 @@ class Layout(Section):
     """`supar.layout/v1`: the tensors of a user's model, from which those of every other size follow.
 
     Extents are affine in the size: `third`, a size that need not be built for anything else, checks that they are. Where
-    they are not, `target` has its extents listed. `ignored` parameters are nobody's: nothing reads them. `factory` is the `module:function` that the layout was read from.
+    they are not, `target` has its extents listed. `ignored` names parameters that nothing reads. `factory` is the
+    `module:function` that the layout was read from.
     """
 
     kind: Literal["supar.layout/v1"]
