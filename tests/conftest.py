@@ -26,6 +26,9 @@ from supar_cli.planning.spec import Proxy, Target
 from supar_cli.planning.transfer import transfer
 from tests.fuzzing import tried as tried
 
+# mup asks for torchvision. PyPI's does not import beside a CPU build of torch, and then transformers does not either.
+sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
+
 CHECKOUT = Path(supar_cli.__file__).resolve().parent.parent
 TEXT_BYTES = 24_000  # enough for a validation tail, small enough to hash in no time
 

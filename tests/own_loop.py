@@ -38,7 +38,9 @@ def row(name: str, role: str, shape: list[int], times: float, **keys: Any) -> di
     """A row whose rate is `times` the tuned one."""
     axes = [1] if role in ("hidden", "unembedding") else []
     fan_in = prod(shape[axis] for axis in axes)
-    start = {"init_constant": 1.0} if role == "norm" else {"init_constant": 0.0} if role == "bias" else {"init_std": 0.1}
+    start = (
+        {"init_constant": 1.0} if role == "norm" else {"init_constant": 0.0} if role == "bias" else {"init_std": 0.1}
+    )
     places = {"site": name.rpartition(".")[0], "fan_in_axes": axes, "fan_in": fan_in, "base_fan_in": fan_in}
     numbers = {"density": 1.0, "kept": prod(shape), "lr": LR * times, "weight_decay": 0.0, "eps": 1e-8, "because": {}}
     return {"name": name, "role": role, "shape": shape, **places, **start, **numbers, **keys}

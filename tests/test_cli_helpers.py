@@ -100,9 +100,16 @@ class TestInit:
         assert [line.split()[0] for line in supar_here("init", "--list").out.splitlines()] == [
             *TEMPLATES,
             *FIGURES,
+            "gpt.py",
+            "llama.py",
         ]
         called = supar_here("init", "papr")
         assert called.status == 2 and "did you mean 'paper'?" in called.err
+
+    def test_writes_a_script_and_names_its_layout(self, supar_here: Supar, tmp_path: Path) -> None:
+        called = supar_here("init", "gpt.py", "-o", "mine.py")
+        assert called.status == 0 and (tmp_path / "mine.py").read_text("utf-8") == templates.text("gpt.py")
+        assert "next: supar layout mine:make --base width=64" in called.err and "--example mine:example" in called.err
 
 
 class TestSchema:

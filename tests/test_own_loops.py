@@ -10,12 +10,10 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import supar_cli as supar
-from supar_cli.errors import InputError, SuparError
+from supar_cli.errors import SuparError
 
-from .own_loop import LR, VOCAB, WIDTH, Net, Training, plan_of, rows
+from .own_loop import LR, WIDTH, Net, Training, plan_of, rows
 
 Loop = Callable[[Training], object]
 

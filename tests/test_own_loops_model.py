@@ -12,10 +12,9 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import supar_cli as supar
-from supar_cli.errors import InputError, SuparError
+from supar_cli.errors import SuparError
 
-from .own_loop import LR, VOCAB, WIDTH, Net, Training, plan_of, rows
+from .own_loop import VOCAB, WIDTH, Net, Training, plan_of, rows
 
 Loop = Callable[[Training], object]
 

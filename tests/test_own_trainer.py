@@ -54,7 +54,13 @@ class Windows(torch.utils.data.Dataset):
 
 
 def arguments(folder: Path, **changes: Any) -> Any:
-    given = {"max_steps": STEPS, "per_device_train_batch_size": 4, "save_steps": 3, "logging_steps": 1, "warmup_steps": 2}
+    given = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "save_steps": 3,
+        "logging_steps": 1,
+        "warmup_steps": 2,
+    }
     given |= {"max_grad_norm": 0, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "seed": 1}
     return transformers.TrainingArguments(output_dir=str(folder), **(given | changes))
 

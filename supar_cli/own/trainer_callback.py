@@ -106,7 +106,9 @@ def _sharding_problems(args: Any) -> list[str]:
 def _clipping_problems(args: Any, prepared: Prepared) -> list[str]:
     if not args.max_grad_norm or all((row.fold or 1.0) == 1.0 for row in prepared.plan.tensors):
         return []
-    what = f"max_grad_norm: {args.max_grad_norm}; Trainer's clipping knows nothing of the multipliers folded into tensors"
+    what = (
+        f"max_grad_norm: {args.max_grad_norm}; Trainer's clipping knows nothing of the multipliers folded into tensors"
+    )
     return [f"{what}; expected max_grad_norm=0 and prepared.optimizer(clip={args.max_grad_norm})"]
 
 
