@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from supar_cli.experiments.sweep import compare as compare
     from supar_cli.experiments.sweep import demo as demo
     from supar_cli.experiments.sweep import sweep as sweep
+    from supar_cli.own.trainer_callback import Callback as Callback
+    from supar_cli.own.trainer_callback import TrainerMixin as TrainerMixin
     from supar_cli.planning.explain import explain as explain
     from supar_cli.planning.kinds import load as load
     from supar_cli.planning.plan import Plan
@@ -39,6 +41,8 @@ _FUNCTIONS = {
     "sweep": "experiments.sweep.sweep",
     "compare": "experiments.sweep.compare",
     "demo": "experiments.sweep.demo",
+    "Callback": "own.trainer_callback.Callback",
+    "TrainerMixin": "own.trainer_callback.TrainerMixin",
     "report": "reporting.read.report",
     "weights": "training.checkpoint_reader.weights_of_run",
 }

@@ -94,6 +94,5 @@ class Training:
         return loss.item()
 
     def rates(self) -> list[float]:
-        """Each group's rate as a multiple of its planned one, over the first group's."""
-        found = [group["lr"] / group["ratio"] for group in self.optimizer.param_groups]
-        return [rate / found[0] for rate in found]
+        """The tuned rate that each group's rate says: equal ones where the plan's proportions hold."""
+        return [group["lr"] / group["ratio"] for group in self.optimizer.param_groups]

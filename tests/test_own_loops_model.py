@@ -258,7 +258,7 @@ def test_its_twin_passes(loop: Loop) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loop(run)
-    run.prepared.check()
+    assert run.prepared.check() == {}
     assert run.steps >= 2 or loop in (replace_and_attach,)
 
 

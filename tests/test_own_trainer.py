@@ -100,7 +100,7 @@ class TestTrainer:
     def test_trains_as_planned(self, whole: tuple[Path, Any]) -> None:
         folder, done = whole
         prepared = done.callback_handler.callbacks[-2].prepared
-        prepared.check()
+        assert prepared.check() == {}
         peaks = {group["initial_lr"] / group["ratio"] for group in done.optimizer.param_groups}
         assert peaks == pytest.approx({LR}) and len(losses(done)) == STEPS
         assert supar.load(str(folder / "checkpoint-3" / "plan.yaml")).hash() == prepared.plan.hash()
@@ -190,7 +190,7 @@ class TestAccelerate:
         accelerator = Accelerator(cpu=True)
         run.model, run.optimizer = accelerator.prepare(run.model, run.optimizer)
         assert [run.step() for _ in range(3)] == [plain.step() for _ in range(3)]
-        run.prepared.check()
+        assert run.prepared.check() == {}
 
     def test_its_clipping_is_torchs_and_told(self) -> None:
         from accelerate import Accelerator
@@ -243,7 +243,7 @@ class TestLightning:
         for _ in range(3):
             plain.step()
         assert run.steps == 3 and same_tensors(run.model, plain.model)
-        run.prepared.check()
+        assert run.prepared.check() == {}
 
     def test_its_clipping_is_told(self, lightning: Any, tmp_path: Path) -> None:
         with pytest.warns(UserWarning, match=r"prepared\.clip_grad_norm_\("):

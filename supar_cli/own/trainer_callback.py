@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from supar_cli.errors import InputError, SetupError
+from supar_cli.own.guard import kept
+from supar_cli.own.initial import live_text
 from supar_cli.own.prepared import Prepared
 
 try:
@@ -33,7 +35,7 @@ class Callback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
         model, optimizer = trainer["model"], unwrap(trainer["optimizer"])
         problems = [*_sharding_problems(args), *_clipping_problems(args, self.prepared)]
-        if not self.prepared.is_kept(optimizer):
+        if optimizer not in kept or kept[optimizer][0].masked is not self.prepared:
             what = f"Trainer's optimizer ({type(optimizer).__name__}) was not made by prepared"
             problems.append(f"{what}; expected {_PASS_OPTIMIZER}, or class MyTrainer(supar.TrainerMixin, Trainer)")
         if problems:
@@ -44,10 +46,10 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         folder = _checkpoint_folder(args, state)
         if state.global_step and (folder / "plan.yaml").exists():
             self.prepared.verify(folder)
-        self.prepared.check()
+        _require_dead(self.prepared)
 
     def on_save(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
-        self.prepared.check()
+        _require_dead(self.prepared)
         if state.is_world_process_zero:
             self.prepared.save(_checkpoint_folder(args, state))
 
@@ -93,14 +95,16 @@ def _checkpoint_folder(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
+def _require_dead(prepared: Prepared) -> None:
+    """Raise InputError, by tensor, if weights live where the plan has dead ones."""
+    if found := prepared.check():
+        what = "weights: expected those of a model of this plan and seed"
+        raise InputError(*(live_text(name, count) for name, count in found.items()), what)
+
+
 def _sharding_problems(args: Any) -> list[str]:
-    """Ways of holding the model in which tensors have not the plan's shapes."""
-    found = []
-    if args.deepspeed:
-        found.append("deepspeed: its optimizer holds flattened copies of the tensors; expected fsdp with version 2")
-    if args.fsdp and int((args.fsdp_config or {}).get("version", 1)) == 1:
-        found.append("fsdp: version 1 flattens tensors; expected fsdp_config={'version': 2}")
-    return found
+    """What keeps tensors in other places than the model; FSDP1 is refused where the model is attached."""
+    return ["deepspeed: its optimizer holds copies of the tensors; expected DDP or FSDP2"] if args.deepspeed else []
 
 
 def _clipping_problems(args: Any, prepared: Prepared) -> list[str]:
