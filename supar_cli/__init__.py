@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from supar_cli.experiments.sweep import compare as compare
     from supar_cli.experiments.sweep import demo as demo
     from supar_cli.experiments.sweep import sweep as sweep
+    from supar_cli.own.prepared import Prepared as Prepared
+    from supar_cli.own.prepared import prepare as prepare
     from supar_cli.own.trainer_callback import Callback as Callback
     from supar_cli.own.trainer_callback import TrainerMixin as TrainerMixin
     from supar_cli.planning.explain import explain as explain
@@ -37,6 +39,8 @@ _FUNCTIONS = {
     "explain": "planning.explain.explain",
     "tune": "experiments.search.tune",
     "train": "training.train.train",
+    "prepare": "own.prepared.prepare",
+    "Prepared": "own.prepared.Prepared",
     "check": "experiments.coordinate_check.check",
     "sweep": "experiments.sweep.sweep",
     "compare": "experiments.sweep.compare",

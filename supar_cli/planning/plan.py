@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal
 from supar_cli.errors import InputError
 from supar_cli.planning import layout, plan_sections
 from supar_cli.planning.document import content_hash, read_file
-from supar_cli.planning.plan_sections import DecoderBase, OwnModel, Parameterization, PlanSparsity, PlanTask, Values
+from supar_cli.planning.plan_sections import DecoderBase, Parameterization, PlanSparsity, PlanTask, Values
+from supar_cli.planning.plan_sections import OwnModel as OwnModel
 from supar_cli.planning.plan_sections import PlanModel as PlanModel
 from supar_cli.planning.plan_sections import PlanTensor as PlanTensor
 from supar_cli.planning.plan_sections import PlanTrain as PlanTrain

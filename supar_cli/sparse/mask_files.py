@@ -54,7 +54,7 @@ def read_masks(path: Path, wanted_hash: str | None, wanted: Mapping[str, WantedM
             for name, shape in shapes.items():
                 try:
                     mask = Mask(shape, file.get_tensor(name)) if is_packed else _read_plain(file.get_slice(name))
-                    _require(mask, wanted.get(name))
+                    require_mask(mask, wanted.get(name))
                     masks[name] = mask
                 except ValueError as error:
                     problems.append(f"{path}: {name}: {error}")
@@ -91,7 +91,7 @@ def _read_plain(stored: Any) -> Mask:
     return Mask.of_parts(shape, map(alive, row_parts(shape)))
 
 
-def _require(mask: Mask, wanted: WantedMask | None) -> None:
+def require_mask(mask: Mask, wanted: WantedMask | None) -> None:
     """Raise ValueError if a mask is not the one wanted; a mask that is not wanted must be dense."""
     if wanted is None:
         if mask.count < mask.size:
