@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -176,6 +177,21 @@ def supar_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> C
         return Called(int(status), *capfd.readouterr())
 
     return call
+
+
+@pytest.fixture(scope="session")
+def lightning() -> Any:
+    """Lightning's package; it asks which version of torchvision is installed, see above. Skips where it is missing."""
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "torchvision":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", version)
+        return pytest.importorskip("lightning.pytorch")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +36,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def reader(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What a reader's session holds: the folder's modules, and libraries that ask for torchvision without it."""
+def reader(folder: Path, monkeypatch: pytest.MonkeyPatch, lightning: Any) -> dict[str, Any]:
+    """What a reader's session in the folder holds."""
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
-    for name in ("gpt", "torchvision", "torchvision.models"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-
-    for name in ("torchvision", "torchvision.models"):
-        empty = types.ModuleType(name)
-        vars(empty).update(__path__=[], transforms=None, resnet50=None)
-        monkeypatch.setitem(sys.modules, name, empty)
+    monkeypatch.delitem(sys.modules, "gpt", raising=False)
     return {"__name__": "reader"}
 
 
@@ -66,7 +59,6 @@ def test_the_layout_is_shown_as_it_is_written(folder: Path) -> None:
 
 
 def test_python_blocks_run_in_one_session(folder: Path, reader: dict[str, Any]) -> None:
-    pytest.importorskip("lightning")
     found = [block for language, block in blocks(PAGE) if language == "python"]
     for block in found:
         exec(compile(block, "own-models.md", "exec"), reader)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -209,20 +207,6 @@ class TestAccelerate:
         accelerator.clip_grad_norm_(run.model.parameters(), 0.1)
         with pytest.warns(UserWarning, match=r"prepared\.clip_grad_norm_\("):
             run.optimizer.step()
-
-
-@pytest.fixture
-def lightning(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Lightning; torchmetrics imports torchvision where that is installed, whether it can be or not."""
-    pytest.importorskip("lightning")
-    for name in ("torchvision", "torchvision.models"):
-        if sys.modules.get(name) is None:
-            empty = types.ModuleType(name)
-            vars(empty).update(__path__=[], transforms=None, resnet50=None)
-            monkeypatch.setitem(sys.modules, name, empty)
-    import lightning.pytorch as imported
-
-    return imported
 
 
 class TestLightning:
