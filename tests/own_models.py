@@ -124,5 +124,5 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 3, fi
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        found.append(float(loss))
+        found.append(loss.item())
     return found

@@ -104,7 +104,7 @@ def _rate_problems(
     if not factors:
         return []
     values = list(factors.values())
-    common = sorted(values)[len(values) // 2]
+    common = sorted(values)[(len(values) - 1) // 2]
     off = [at for at, factor in factors.items() if not math.isclose(factor, common, rel_tol=tolerance)]
     if not off and common >= 0:
         return []

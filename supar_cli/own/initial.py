@@ -81,7 +81,7 @@ def fill(plan: Plan, tensors: Mapping[str, nn.Parameter], masks: Mapping[str, Ma
 def _draw(plan: Plan, row: PlanTensor, tensor: nn.Parameter, mask: Mask | None) -> None:
     precise = np.float64 if tensor.dtype == torch.float64 else np.float32
     drawn = to_dense(initial_values(row, plan.train.seed, mask, precise), mask)
-    check_init(row, drawn, plan.sparsity.pattern, mask)
+    check_init(row, drawn.float(), plan.sparsity.pattern, mask)
     local_shard(tensor).copy_(shard_like(drawn, tensor))
 
 
@@ -103,8 +103,9 @@ def keep_padding(model: nn.Module, tensors: Mapping[str, nn.Parameter], chosen: 
     """Set the padding rows of embeddings to 0, as torch's constructor does: no gradient of a look-up reaches them."""
     filled = {id(tensors[name]) for name in chosen}
     for module in model.modules():
-        has_padding = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None
-        if has_padding and id(module.weight) in filled:
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or module.padding_idx is None:
+            continue
+        if id(module.weight) in filled:
             is_padding = torch.zeros(module.weight.shape)
             is_padding[module.padding_idx] = 1
             local_shard(module.weight).masked_fill_(shard_like(is_padding, module.weight) == 1, 0)

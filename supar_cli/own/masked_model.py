@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from supar_cli.errors import InputError
 from supar_cli.own import dead_weights, modules
 from supar_cli.own.initial import live_text
-from supar_cli.own.parameters import local_shard, match, places, submodules, sum_shards_, total_square
+from supar_cli.own.parameters import local_shard, match, named_parameters, submodules, sum_shards_, total_square
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.masks import Mask
 
@@ -36,7 +36,6 @@ class MaskedModel:
         hooked = {name: dead_weights.hook(tensor, self.masks.get(name)) for name, tensor in self.tensors.items()}
         self.dead = {name: dead for name, dead in hooked.items() if dead is not None}
         self.by_id = {id(tensor): self.rows[name] for name, tensor in self.tensors.items()}
-        self._places = places(model, self.tensors)
         self._versions: dict[str, int] = {}
         inside = submodules(model, self.tensors)
         modules.multiply_inputs(inside, getattr(self.plan.model, "hooks", {}))
@@ -45,11 +44,12 @@ class MaskedModel:
 
     def replaced(self) -> list[str]:
         """Names of parameters that the model holds no longer. Tensors that FSDP2 gathers between passes replace none."""
+        now = named_parameters(self.model, self.rows)
         return [
             name
-            for name, (module, leaf) in self._places.items()
-            if (now := getattr(module, leaf, None)) is not (held := self.tensors[name])
-            and not (isinstance(held, DTensor) and not isinstance(now, DTensor))
+            for name, held in self.tensors.items()
+            if (present := now.get(name)) is not held
+            and (present is None or isinstance(present, DTensor) or not isinstance(held, DTensor))
         ]
 
     def require_current(self) -> None:

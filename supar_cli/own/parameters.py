@@ -168,10 +168,3 @@ def sum_shards_(value: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]
         if not placement.is_replicate():
             dist.all_reduce(value, group=mesh.get_group(axis))
     return value
-
-
-def places(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[nn.Module, str]]:
-    """The module that holds each parameter, and the parameter's name there."""
-    names = list(names)
-    modules, split = submodules(model, names), {name: name.rpartition(".") for name in names}
-    return {name: (modules[path], leaf) for name, (path, _, leaf) in split.items()}

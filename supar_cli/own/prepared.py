@@ -68,7 +68,7 @@ class Prepared(MaskedModel):
     """What holds between a model and its plan. `masks` are by the plan's names of tensors.
 
     After what gives the model other parameters (fully_shard, deepcopy), call `attach`, or `optimizer`, which does it.
-    A step of a kept optimizer raises InputError where its groups or the model's weights are not the plan's any more.
+    Raises InputError at a step of a kept optimizer whose groups, or the model's weights, are not the plan's any more.
     """
 
     def __init__(
