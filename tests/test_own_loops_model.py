@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from supar_cli.errors import SuparError
+from supar_cli.own.clip_watch import describe_clip
 
 from .own_loop import VOCAB, WIDTH, Net, Training, plan_of, rows
 
@@ -59,6 +63,38 @@ def accumulate(run: Training) -> None:
             (run.loss() / 3).backward()
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=False)
+        run.steps += 1
+
+
+def average_gradients(run: Training) -> None:
+    """Summed over micro-batches, then divided by their number, as some loops have it."""
+    for _ in range(2):
+        for _ in range(3):
+            run.loss().backward()
+        for parameter in run.model.parameters():
+            parameter.grad /= 3
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.steps += 1
+
+
+def add_gradient_noise(run: Training) -> None:
+    for _ in range(2):
+        run.loss().backward()
+        for parameter in run.model.parameters():
+            parameter.grad += 1e-3 * torch.randn_like(parameter)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.steps += 1
+
+
+def measure_the_norm(run: Training) -> None:
+    """As loggers and Trainer have it: a limit of infinity, for the norm alone."""
+    for _ in range(2):
+        run.loss().backward()
+        clip_grad_norm_(run.model.parameters(), math.inf)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
         run.steps += 1
 
 
@@ -204,12 +240,6 @@ def average(run: Training) -> None:
     run.step()
 
 
-def compile_the_model(run: Training) -> None:
-    run.model = torch.compile(run.model, backend="aot_eager")
-    for _ in range(2):
-        run.step()
-
-
 WRONG: dict[Loop, tuple[str, int]] = {
     clip_by_torch: ("prepared.clip_grad_norm_(", 0),
     clip_values_by_torch: ("prepared.clip_grad_norm_(", 0),
@@ -228,6 +258,9 @@ HARMLESS: list[Loop] = [
     clip_by_prepared,
     clip_in_the_optimizer,
     accumulate,
+    average_gradients,
+    add_gradient_noise,
+    measure_the_norm,
     scale_gradients,
     scale_and_clip,
     load_its_own_checkpoint,
@@ -237,7 +270,6 @@ HARMLESS: list[Loop] = [
     freeze,
     train_a_copy_that_is_attached,
     average,
-    compile_the_model,
 ]
 
 
@@ -260,6 +292,36 @@ def test_its_twin_passes(loop: Loop) -> None:
         loop(run)
     assert run.prepared.check() == {}
     assert run.steps >= 2 or loop in (replace_and_attach,)
+
+
+SCALES = st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 999)
+
+
+@settings(max_examples=60, deadline=None)
+@given(*SCALES, st.floats(0.02, 0.98))
+def test_a_clip_is_told_from_what_is_none(dtype: torch.dtype, seed: int, factor: float) -> None:
+    """One factor, or values limited one by one; not averages, scales taken back, noise, or means over processes."""
+    generator = torch.Generator().manual_seed(seed)
+    made, others = (torch.randn(64, generator=generator).to(dtype) for _ in range(2))
+    eps = 4 * torch.finfo(dtype).eps
+
+    def told(after: torch.Tensor) -> str | None:
+        return describe_clip(made.double(), after.to(dtype).double(), eps)
+
+    if dtype == torch.float32 and abs(1 / factor - round(1 / factor)) > 1e-3:
+        assert "clip_grad_norm_" in (told(made * factor) or "")
+    assert "clip_grad_value_" in (told(made.clamp(-0.5, 0.5)) or "")
+    assert "clip_grad_value_" in (told(made.clamp(-1e-6, 1e-6)) or "")
+    for harmless in (
+        made,
+        made / (1 + seed % 40),
+        made / 2**16,
+        made + 1e-2 * others,
+        (made + others) / 2,
+        made * 0,
+        made * 3,
+    ):
+        assert told(harmless) is None
 
 
 def test_torchs_clipping_is_right_where_nothing_is_folded() -> None:

@@ -175,18 +175,18 @@ class Kept:
                 match(masked.model, masked.plan)
             masked.require_dead(masked.dead if is_full else masked.changed())
         self.steps += 1
-        if self.clip is None:
-            return None
-        if (changed := _with_closure(args, kwargs, lambda: self._clip(optimizer))) is not None:
+        if (changed := _with_closure(args, kwargs, lambda: self._with_gradients(optimizer))) is not None:
             return changed
-        self._clip(optimizer)
+        self._with_gradients(optimizer)
         return None
 
-    def _clip(self, optimizer: torch.optim.Optimizer) -> None:
-        assert self.clip is not None
-        self.masked.clip_grad_norm_(
-            self.clip, scale=getattr(optimizer, "grad_scale", None)
-        )  # fused, under a GradScaler
+    def _with_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """What is done when all gradients are there: they are clipped, or it is seen whether others clipped them."""
+        if self.clip is not None:
+            scale = getattr(optimizer, "grad_scale", None)  # fused, under a GradScaler
+            self.masked.clip_grad_norm_(self.clip, scale=scale)
+        elif not _is_capturing():
+            self.masked.clips.look()
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._zero(optimizer)

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from supar_cli.errors import InputError
 from supar_cli.own import dead_weights, modules
+from supar_cli.own.clip_watch import ClipWatch
 from supar_cli.own.initial import live_text
 from supar_cli.own.parameters import local_shard, match, named_parameters, submodules, sum_shards_, total_square
 from supar_cli.planning.plan import Plan
@@ -22,7 +23,7 @@ class MaskedModel:
     def __init__(self, model: nn.Module, plan: Plan, masks: Mapping[str, Mask], engine: str | None = None) -> None:
         self.plan, self.masks = plan, dict(masks)
         self.rows = {row.name: row for row in plan.tensors if row.tied_to is None}
-        self._engine = engine
+        self._engine, self.clips = engine, ClipWatch({}, {}, ())
         self.attach(model)
 
     def attach(self, model: nn.Module) -> None:
@@ -37,6 +38,8 @@ class MaskedModel:
         self.dead = {name: dead for name, dead in hooked.items() if dead is not None}
         self.by_id = {id(tensor): self.rows[name] for name, tensor in self.tensors.items()}
         self._versions: dict[str, int] = {}
+        self.clips.close()
+        self.clips = ClipWatch(self.tensors, self.rows, self.dead)
         inside = submodules(model, self.tensors)
         modules.multiply_inputs(inside, getattr(self.plan.model, "hooks", {}))
         modules.use_engine(inside, self.masks, self._engine)
@@ -90,6 +93,7 @@ class MaskedModel:
         if not limit > 0:
             raise InputError(f"clip: {limit}; expected a number above 0")
         self.require_current()
+        self.clips.look()
         found = {name: tensor.grad for name, tensor in self.tensors.items() if tensor.grad is not None}
         for name in found.keys() & self.dead.keys():
             self.dead[name].zero_(found[name])
@@ -101,6 +105,7 @@ class MaskedModel:
             alike.setdefault(grad.device, []).append(local_shard(grad))
         for device, grads in alike.items():
             torch._foreach_mul_(grads, factor.to(device))
+        self.clips.forget()
         return norm
 
     @torch.no_grad()
