@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from supar_cli.experiments.sweep import compare as compare
     from supar_cli.experiments.sweep import demo as demo
     from supar_cli.experiments.sweep import sweep as sweep
+    from supar_cli.own.report import report_loss as report_loss
     from supar_cli.planning.explain import explain as explain
     from supar_cli.planning.kinds import load as load
     from supar_cli.planning.plan import Plan
@@ -40,6 +41,7 @@ _FUNCTIONS = {
     "compare": "experiments.sweep.compare",
     "demo": "experiments.sweep.demo",
     "report": "reporting.read.report",
+    "report_loss": "own.report.report_loss",
     "weights": "training.checkpoint_reader.weights_of_run",
 }
 __all__ = ["__version__", "transfer", *_FUNCTIONS]

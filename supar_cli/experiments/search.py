@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import warnings
 from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,21 +12,22 @@ from pathlib import Path
 from statistics import fmean
 from typing import Unpack
 
-import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from supar_cli.data import corpus
-from supar_cli.errors import InputError, SetupError, UnusableResult
+from supar_cli.errors import InputError, RunFailed, SetupError, UnusableResult
 from supar_cli.experiments.dry_run import Part
+from supar_cli.experiments.samplers import SeededByTrialNumber, make_pruner
 from supar_cli.experiments.statistics import Fit, fit_quadratic
 from supar_cli.files import Record
 from supar_cli.jobs import runs
 from supar_cli.jobs.clusters import WorkerOptions, check_keywords, make_workers
 from supar_cli.jobs.queue import SharedStudy, Wanted, state_of
-from supar_cli.jobs.storage import RetryPolicy, absolute, redact_url
+from supar_cli.jobs.storage import RetryPolicy, absolute, folder_beside, redact_url
 from supar_cli.jobs.workers import Local, Workers
 from supar_cli.planning.document import content_hash
+from supar_cli.planning.layout_document import OwnShape
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Proxy, Search, Spec
 from supar_cli.planning.transfer import as_trial
@@ -37,11 +36,15 @@ from supar_cli.training.runtime import versions
 
 Values = dict[str, float]
 RUNS = "-runs"  # suffix of the name of the study that stores a study's extra runs
+FILES = ".trials"  # suffix of the folder with the files of runs by a command
+FAILURES = 5  # chosen: in a row end a search; where each fourth trial fails by its values, one search in 50 ends so
 
 
 def study_name(spec: Spec) -> str:
     """Name of a spec's study. What changes a trial's loss or the ranges makes another study; the number of trials and the sampler don't."""
     deciding = spec.identity(include={"model", "hyperparameters", "parameterization", "sparsity", "data", "train"})
+    if spec.run.command is not None:  # of a user's model, it computes the loss
+        deciding["command"] = spec.run.command
     return "supar-" + content_hash({**deciding, "ranges": spec.search.ranges()})[7:19]
 
 
@@ -89,7 +92,7 @@ def tune(
         raise InputError(f"{type(spec).__name__}: expected a Spec")
     check_keywords(tune, workers)
     spec = spec.model_copy(update={"data": corpus.identify(spec.data)})
-    folder = Path("proxy" if "://" in str(study) else study).with_suffix(".slurm")
+    folder = folder_beside(str(study), ".slurm")
     with make_workers(device=spec.run.device, on_cpu=1, folder=folder, **workers) as ready:
         return search(spec, str(study), workers=ready, reporter=reporter or NullReporter())
 
@@ -115,6 +118,9 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
         raise UnusableResult(
             f"all {len(trials)} trials diverged or were pruned; expected lower learning rates or init scales in search"
         )
+    if len(complete) > 2 and complete[0].value == complete[-1].value:
+        what = f"all {len(complete)} trials have the loss {complete[0].value}, whatever their values"
+        raise UnusableResult(f"{what}; expected a script that trains the plan that it is given")
     finalists = tuning.run_finalists(complete[: spec.search.finalists])
     winner = min(finalists, key=lambda finalist: (finalist["mean"], finalist["trial"]))
     values, fit = {name: winner[name] for name in ranges}, None
@@ -154,8 +160,13 @@ def run_next(spec: Spec, storage: str, wanted: Wanted) -> FrozenTrial | None:
     None if none is left or another process took it over. Raises the errors of a bad spec.
     """
     study = SharedStudy(storage, study_name(spec) + ("" if isinstance(wanted, int) else RUNS), join=True)
-    study.study.sampler, study.study.pruner = SeededByTrialNumber(spec.search), _make_pruner(spec)
-    trial = study.claim(wanted)
+    steps = spec.train.steps
+    if isinstance(
+        spec.model, OwnShape
+    ):  # the script counts its steps as it likes: a whole run has those of the longest
+        steps = max((trial.last_step or 0 for trial in _rank(study.trials())), default=0)
+    study.study.sampler, study.study.pruner = SeededByTrialNumber(spec.search), make_pruner(spec.search, steps)
+    trial, folder = study.claim(wanted), folder_beside(storage, FILES)
 
     def try_values(trial: optuna.Trial) -> float:
         ranges = spec.search.ranges().items()
@@ -163,15 +174,15 @@ def run_next(spec: Spec, storage: str, wanted: Wanted) -> FrozenTrial | None:
 
         def on_evaluation(step: int, loss: float) -> None:
             trial.report(loss, step)
-            if step < spec.train.steps and trial.should_prune():
+            if step < steps and trial.should_prune():
                 raise optuna.TrialPruned
 
-        history = runs.train_plan(_plan(spec, values, spec.train.seed), on_evaluation)
+        history = runs.train_plan(_plan(spec, values, spec.train.seed), on_evaluation, folder)
         trial.set_user_attr("clipped_share", history.clipped_share)
         return history.evaluations[-1][1]
 
     def run_again(trial: optuna.Trial) -> float:
-        return runs.validation_loss(_plan(spec, *json.loads(trial.user_attrs["run"])))
+        return runs.validation_loss(_plan(spec, *json.loads(trial.user_attrs["run"])), folder)
 
     return None if trial is None else study.run(trial, try_values if isinstance(wanted, int) else run_again)
 
@@ -212,10 +223,16 @@ class _Tuning:
         if counted:
             reporter.log(f"study {study.study.study_name}: {len(counted)} trials done, {total} wanted")
         self._report(len(counted))
+        failures = 0
         for trial in self._run(study, total):
             state, counted = state_of(trial), study.counted()
             outcome = f"loss {trial.value:.4f}" if state == "complete" else state
             reporter.log(f"trial {trial.number}: {outcome}, {format_values(trial.params)}")
+            failures = failures + 1 if state == "failed" else 0
+            if failures == FAILURES:
+                raise RunFailed(f"the last {failures} trials failed; trial {trial.number}: {trial.user_attrs[state]}")
+            if failures:
+                reporter.warn(f"trial {trial.number}: {trial.user_attrs[state]}")
             best = next((best.value for best in _rank(counted)), float("inf"))
             self._report(len(counted), best)
         return study.counted()
@@ -233,9 +250,10 @@ class _Tuning:
         for count, trial in enumerate(self._run(study, wanted), 1):
             outcome = "diverged" if trial.value is None else f"loss {trial.value:.4f}"
             values, seed = json.loads(trial.user_attrs["run"])
-            self.reporter.log(
-                f"{self.parts[index].what[:-1]} {count}/{len(wanted)}: {outcome}, {format_values(values)}, seed {seed}"
-            )
+            what = f"{self.parts[index].what[:-1]} {count}/{len(wanted)}"
+            if "failed" in trial.user_attrs:
+                raise RunFailed(f"{what}, {format_values(values)}, seed {seed}: {trial.user_attrs['failed']}")
+            self.reporter.log(f"{what}: {outcome}, {format_values(values)}, seed {seed}")
             self._report(before + len(wanted) - study.missing(wanted)[0], trial.value or nan)
         self._report(before + len(wanted))
         found = {trial.user_attrs["run"]: trial.value for trial in study.counted()}
@@ -277,6 +295,7 @@ class _Tuning:
         known = {} if clipped is None else {"clipped_share": clipped}  # studies of earlier versions don't have it
         return {
             "study": {"storage": redact_url(self.storage), "name": study_name(self.spec)},
+            **self.spec.run.model_dump(include={"command"}),
             **search.model_dump(include={"sampler", "pruner", "seed"}),
             "ranges": {name: list(bounds) for name, bounds in search.ranges().items()},
             "trials": {state: states.count(state) for state in ("complete", "pruned", "diverged")},
@@ -284,52 +303,3 @@ class _Tuning:
             "lr_fit": fit and fit.evidence(winner["lr"]),
             **known,
         }
-
-
-class SeededByTrialNumber(optuna.samplers.RandomSampler):  # type: ignore[misc]
-    """A search's sampler, made anew for each trial from (search seed, trial number).
-
-    Numbers are given out once by the study's storage, so no two processes draw the same proposal, and a study that is
-    continued draws what it would have drawn. Raises SetupError when the sampler needs a package that is missing.
-    """
-
-    def __init__(self, search: Search) -> None:
-        if search.sampler in ("qmc", "gp") and importlib.util.find_spec("scipy") is None:
-            raise SetupError(f"search.sampler: {search.sampler} needs scipy: pip install scipy")
-        super().__init__()
-        self._search = search
-
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampler = _make_sampler(self._search, trial.number)
-        sampler.before_trial(study, trial)
-        for asked in ("infer_relative_search_space", "sample_relative", "sample_independent", "after_trial"):
-            setattr(self, asked, getattr(sampler, asked))
-
-
-def _make_sampler(search: Search, number: int) -> optuna.samplers.BaseSampler:
-    seed = int(np.random.SeedSequence([search.seed, number]).generate_state(1)[0])
-    if search.sampler == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    if search.sampler == "qmc":
-        # one sequence for the study; Optuna's own place in it, an attribute of the study, is not safe from races
-        first = optuna.samplers.RandomSampler(seed=seed)
-        sampler = optuna.samplers.QMCSampler(
-            seed=search.seed, scramble=True, independent_sampler=first, warn_independent_sampling=False
-        )
-        sampler._find_sample_id = lambda study, space: number
-        return sampler
-    if search.sampler == "tpe":
-        return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
-    return optuna.samplers.GPSampler(seed=seed)
-
-
-def _make_pruner(spec: Spec) -> optuna.pruners.BasePruner:
-    """Stops a trial at an evaluation that is worse than the others' were at that step."""
-    if spec.search.pruner == "median":
-        # chosen: five trials to compare with, and a quarter of the run before the learning rates can be told apart
-        return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=spec.train.steps // 4)
-    if spec.search.pruner == "halving":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, spec.train.steps // 8), reduction_factor=2)
-    return optuna.pruners.NopPruner()

@@ -21,7 +21,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from supar_cli.errors import SetupError, SuparError, UnusableResult
+from supar_cli.errors import RunFailed, SetupError, SuparError, UnusableResult
 from supar_cli.jobs.storage import RetryPolicy, open_study
 from supar_cli.jobs.workers import POLL_S, WorkerFailure, Workers
 from supar_cli.training.reporter import Reporter
@@ -41,7 +41,7 @@ def is_counted(trial: FrozenTrial) -> bool:
 
 
 def state_of(trial: FrozenTrial) -> str:
-    return "diverged" if "diverged" in trial.user_attrs else str(trial.state.name).lower()
+    return next((one for one in ("diverged", "failed") if one in trial.user_attrs), str(trial.state.name).lower())
 
 
 def run_of(trial: FrozenTrial) -> Any:
@@ -173,8 +173,8 @@ class SharedStudy:
                     value, state = objective(trial), TrialState.COMPLETE
                 except optuna.TrialPruned:
                     state = TrialState.PRUNED
-                except UnusableResult as error:
-                    trial.set_user_attr("diverged", str(error))
+                except (UnusableResult, RunFailed) as error:  # a failed one does not count: another takes its place
+                    trial.set_user_attr("failed" if isinstance(error, RunFailed) else "diverged", str(error))
                     state = TrialState.FAIL
             ended: FrozenTrial = self.study.tell(trial, value, state, skip_if_finished=True)
         except optuna.exceptions.UpdateFinishedTrialError:
