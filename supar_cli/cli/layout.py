@@ -15,11 +15,6 @@ COLUMNS = ["site", "", "role", "extents, at base → wider", "start", "notes"]
 @command(
     "make base wider third target example run role ignore",
     "explain out force json quiet",
-    run={
-        "help": "A function of the model that makes a forward pass of yours, instead of --example.",
-        "argument": False,
-        "metavar": "MODULE:NAME",
-    },
     role={
         "type": list[str],
         "help": "The role of a tensor: embedding, hidden, norm, bias or unembedding; repeatable.",

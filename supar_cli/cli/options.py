@@ -89,7 +89,7 @@ OPTIONS = {
     "tensor": _argument(str, "Tensors to explain: blocks.0.mlp.up, mlp.up (in all blocks) or mlp. [default: all]"),
     "template": _argument(str, "Name of a template; --list shows them.", default="quickstart"),
     "folder": _argument(str, "Folder that holds run directories, directly or one level below.", default="runs"),
-    "run": _argument(str, "A run directory. [default: the newest of runs/]"),
+    "directory": _argument(str, "A run directory. [default: the newest of runs/]", metavar="RUN"),
     "paths": _argument(
         list[str],
         "Run directories, folders of sweeps, checks, comparisons or demos, plans or proxies; - for stdin. "
@@ -110,6 +110,7 @@ OPTIONS = {
         str, "The size to train, where extents are not in proportion to it.", metavar="NAME=N[,…]", read=values.sizes
     ),
     "example": Option(str, "What the model is called with: a function that returns it, or it.", metavar="MODULE:NAME"),
+    "run": Option(str, "A function of the model that makes a pass of yours, instead of --example.", metavar="MODULE:NAME"),
     "ignore": Option(list[str], "A parameter that the training never uses; repeatable.", metavar="NAME", default=None),
     "layout": Option(str, "The layout of your own model, which `supar layout` writes.", "model.layout", metavar="FILE"),
     "command": Option(

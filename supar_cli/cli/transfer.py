@@ -48,7 +48,7 @@ def transfer(flags: Flags) -> None:
     for plan in plans:
         log.log(
             f"{plan.parameterization.name}: sparsity {plan.sparsity.sparsity:g}, density {plan.sparsity.density:g}; "
-            f"width {plan.decoder.width}, {plan.decoder.layers} layer{'s' * (plan.decoder.layers > 1)}; "
+            f"{plan.model.shape_text}; "
             f"{plan.live:,} of {plan.parameters:,} parameters live"
         )
         if flags.dry_run or flags.explain or (log.is_terminal and not flags.quiet):
@@ -58,7 +58,7 @@ def transfer(flags: Flags) -> None:
     if flags.dry_run:
         return
     terminal.emit([plan.model_dump() for plan in plans], flags, log, "plan.yaml")
-    if not terminal.prints(flags):
+    if not terminal.prints(flags) and all(plan.data is not None for plan in plans):
         log.next("supar train" + (f" {flags.out}" if flags.out else ""))
 
 
@@ -75,7 +75,7 @@ def _plan(read: Document, flags: Flags, word: str = "", share: Share | None = No
     """The plan of the document's target; `word` (sparsity or density) sets its level if given."""
     level = f"--{word} {share}" if "," in flags.places.get(word, "") else flags.places.get(word, "")
     documents.override(read, ("target", "sparsity"), {word: share}, {word: level})
-    proxy = parse(Proxy, read)
+    proxy = parse(Proxy, read).beside(read.name)
     with documents.with_locations(read):
         return supar_cli.transfer(proxy, parameterization=flags.parameterization, allow_low_wpn=flags.allow_low_wpn)
 

@@ -91,7 +91,9 @@ def tune(
     if not isinstance(spec, Spec):
         raise InputError(f"{type(spec).__name__}: expected a Spec")
     check_keywords(tune, workers)
-    spec = spec.model_copy(update={"data": corpus.identify(spec.data)})
+    if spec.data is not None:
+        spec = spec.model_copy(update={"data": corpus.identify(spec.data)})
+    spec = corpus.with_hash(spec)
     folder = folder_beside(str(study), ".slurm")
     with make_workers(device=spec.run.device, on_cpu=1, folder=folder, **workers) as ready:
         return search(spec, str(study), workers=ready, reporter=reporter or NullReporter())
@@ -216,8 +218,8 @@ class _Tuning:
         spec, reporter, total = self.spec, self.reporter, self.spec.search.trials
         study = self._open(at_once=True)
         ranges = spec.search.ranges()
-        own = {name: getattr(spec.hyperparameters, name) for name in ranges}
-        if all(low <= own[name] <= high for name, (low, high) in ranges.items()):
+        own = {name: getattr(spec.hyperparameters, name) for name in ranges}  # None: the model's own, which is no number
+        if all(own[name] is not None and low <= own[name] <= high for name, (low, high) in ranges.items()):
             study.queue_once(own)  # the spec's own values are run as a trial
         counted = study.counted()
         if counted:

@@ -28,15 +28,11 @@ from supar_cli.training.trainer import Trainer
 def require_runnable(plan: Plan, device: bool = True, warn: Callable[[str], None] = lambda _: None) -> None:
     """Raise errors of a plan's data, and of its device if it is on this machine, before any work is done.
 
-    `warn` is told what is wrong with the data. Of a user's model only the command is known; of other models it is refused.
+    `warn` is told what is wrong with the data. Of a user's model only the command is known.
     """
     if isinstance(plan.model, OwnModel):
         require_command(plan)
         return
-    for name in ("command", "timeout_s"):
-        if vars(plan.run)[name] is not None:
-            what = f"{vars(plan.run)[name]!r}; supar itself trains the family {plan.model.family}"
-            raise InputError(f"run.{name}: {what}; expected it with model.family: own")
     if device:
         Runtime.of(plan)
     for message in getattr(load_task(plan), "warnings", ()):
