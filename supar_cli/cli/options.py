@@ -110,9 +110,13 @@ OPTIONS = {
         str, "The size to train, where extents are not in proportion to it.", metavar="NAME=N[,…]", read=values.sizes
     ),
     "example": Option(str, "What the model is called with: a function that returns it, or it.", metavar="MODULE:NAME"),
-    "run": Option(str, "A function of the model that makes a pass of yours, instead of --example.", metavar="MODULE:NAME"),
+    "run": Option(
+        str, "A function of the model that makes a pass of yours, instead of --example.", metavar="MODULE:NAME"
+    ),
     "ignore": Option(list[str], "A parameter that the training never uses; repeatable.", metavar="NAME", default=None),
-    "layout": Option(str, "The layout of your own model, which `supar layout` writes.", "model.layout", metavar="FILE"),
+    "layout": Option(
+        str, "The layout of your own model, from `supar layout`.", "model.layout", metavar="FILE", read=values.file
+    ),
     "command": Option(
         str,
         "What trains your own model: a shell command with {plan} for the file of a plan.",

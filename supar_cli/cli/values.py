@@ -1,6 +1,7 @@
 """The values of flags, read from their texts with errors that name the flag, and the words that shells complete."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, get_args
 
 from supar_cli.errors import InputError, suggestion
@@ -78,6 +79,11 @@ def one_of(*words: str) -> Callable[[str, str], str]:
 
 
 parameterization = one_of(*get_args(ParameterizationName))
+
+
+def file(_flag: str, text: str) -> str:
+    """The path of a file that a document elsewhere is to name."""
+    return str(Path(text).absolute())
 
 
 def sizes(flag: str, text: str) -> dict[str, int]:

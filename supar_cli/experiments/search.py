@@ -77,6 +77,17 @@ def _plan(spec: Spec, values: Values, seed: int) -> Plan:
     return as_trial(proxy_of(spec, values, seed))
 
 
+def refused_ranges(spec: Spec) -> dict[str, str]:
+    """The searched names that a user's model can't take, and why: nothing in it to fold a multiplier into."""
+    found = {}
+    for name, (_, high) in spec.search.ranges().items():
+        try:
+            _plan(spec, {name: high}, spec.train.seed)
+        except InputError as error:
+            found[name] = str(error)
+    return found
+
+
 def tune(
     spec: Spec,
     study: str | Path = "proxy.journal",
@@ -112,6 +123,8 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
         raise InputError("search: no range is given; expected one of " + ", ".join(Search.SEARCHED))
     SeededByTrialNumber(spec.search)
     first = _plan(spec, {}, spec.train.seed)
+    if isinstance(spec.model, OwnShape) and (refused := refused_ranges(spec)):
+        raise InputError(*(f"search.{name}: {why}; expected null" for name, why in refused.items()))
     runs.require_runnable(first, device=workers.is_local, warn=reporter.warn)  # before a study is made
     tuning = _Tuning(spec, storage, workers, reporter, parts(spec))
     trials = tuning.run_trials()
@@ -218,7 +231,9 @@ class _Tuning:
         spec, reporter, total = self.spec, self.reporter, self.spec.search.trials
         study = self._open(at_once=True)
         ranges = spec.search.ranges()
-        own = {name: getattr(spec.hyperparameters, name) for name in ranges}  # None: the model's own, which is no number
+        own = {
+            name: getattr(spec.hyperparameters, name) for name in ranges
+        }  # None: the model's own, which is no number
         if all(own[name] is not None and low <= own[name] <= high for name, (low, high) in ranges.items()):
             study.queue_once(own)  # the spec's own values are run as a trial
         counted = study.counted()
