@@ -23,6 +23,7 @@ from supar_cli.experiments.statistics import Fit, fit_quadratic
 from supar_cli.files import Record
 from supar_cli.jobs import runs
 from supar_cli.jobs.clusters import WorkerOptions, check_keywords, make_workers
+from supar_cli.jobs.command import script_files
 from supar_cli.jobs.queue import SharedStudy, Wanted, state_of
 from supar_cli.jobs.storage import RetryPolicy, absolute, folder_beside, redact_url
 from supar_cli.jobs.workers import Local, Workers
@@ -37,7 +38,9 @@ from supar_cli.training.runtime import versions
 Values = dict[str, float]
 RUNS = "-runs"  # suffix of the name of the study that stores a study's extra runs
 FILES = ".trials"  # suffix of the folder with the files of runs by a command
-FAILURES = 5  # chosen: in a row end a search; where each fourth trial fails by its values, one search in 50 ends so
+# failed trials in a row that end a search: of the first ones, for the script is wrong then, and later ones.
+# chosen: where each fourth trial fails by its values, the one ends a search in 60, the other in 50
+FIRST_FAILURES, FAILURES = 3, 5
 
 
 def study_name(spec: Spec) -> str:
@@ -239,6 +242,8 @@ class _Tuning:
         counted = study.counted()
         if counted:
             reporter.log(f"study {study.study.study_name}: {len(counted)} trials done, {total} wanted")
+        if spec.run.command is not None:
+            self._compare_scripts(study, spec.run.command)
         self._report(len(counted))
         failures = 0
         for trial in self._run(study, total):
@@ -246,13 +251,23 @@ class _Tuning:
             outcome = f"loss {trial.value:.4f}" if state == "complete" else state
             reporter.log(f"trial {trial.number}: {outcome}, {format_values(trial.params)}")
             failures = failures + 1 if state == "failed" else 0
-            if failures == FAILURES:
+            if failures == (FAILURES if counted else FIRST_FAILURES):
                 raise RunFailed(f"the last {failures} trials failed; trial {trial.number}: {trial.user_attrs[state]}")
             if failures:
                 reporter.warn(f"trial {trial.number}: {trial.user_attrs[state]}")
             best = next((best.value for best in _rank(counted)), float("inf"))
             self._report(len(counted), best)
         return study.counted()
+
+    def _compare_scripts(self, study: SharedStudy, command: str) -> None:
+        """Say where the runs' files are, and warn if the script is not the one that the study began with."""
+        self.reporter.log(f"plan, output and reports of each run: {folder_beside(self.storage, FILES)}/")
+        files = script_files(command)
+        before = study.study.user_attrs.get("script", files)
+        study.study.set_user_attr("script", before)
+        if changed := sorted({name for name, _ in before.items() ^ files.items()}):
+            what = "changed since the study began, so its earlier losses may not compare"
+            self.reporter.warn(f"{', '.join(changed)}: {what}; another --study starts anew")
 
     def losses(self, candidates: list[Values], seeds: range, index: int) -> list[list[float | None]]:
         """Losses of each candidate's runs over the seeds, those of the part at an index, None for a candidate that diverges.
@@ -305,6 +320,11 @@ class _Tuning:
             points += [(x, seed, loss) for seed, loss in zip(seeds, row, strict=True) if loss is not None]
         return fit_quadratic(points)
 
+    def _command(self) -> Record:
+        """What trained a user's model."""
+        command = self.spec.run.command
+        return {} if command is None else {"command": command, "script": script_files(command)}
+
     def evidence(self, trials: list[FrozenTrial], finalists: list[Record], winner: Record, fit: Fit | None) -> Record:
         """How the values were found, as proxy.yaml has it."""
         search, states = self.spec.search, [state_of(trial) for trial in trials]
@@ -312,7 +332,7 @@ class _Tuning:
         known = {} if clipped is None else {"clipped_share": clipped}  # studies of earlier versions don't have it
         return {
             "study": {"storage": redact_url(self.storage), "name": study_name(self.spec)},
-            **self.spec.run.model_dump(include={"command"}),
+            **self._command(),
             **search.model_dump(include={"sampler", "pruner", "seed"}),
             "ranges": {name: list(bounds) for name, bounds in search.ranges().items()},
             "trials": {state: states.count(state) for state in ("complete", "pruned", "diverged")},

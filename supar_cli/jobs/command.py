@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from supar_cli.errors import InputError, RunFailed, SetupError, UnusableResult
-from supar_cli.files import Record, naming_write_errors, read_jsonl, write_file
+from supar_cli.files import Record, file_hash, naming_write_errors, read_jsonl, write_file
 from supar_cli.jobs.workers import describe_end
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
@@ -55,6 +55,15 @@ def require_command(plan: Plan) -> str:
         expected = "expected what trains a plan, such as --command 'python train.py {plan}'"
         raise InputError(f"run.command: is missing; {expected}")
     return plan.run.command
+
+
+def script_files(command: str) -> dict[str, str]:
+    """The files that a command names, and the hashes of their content: a changed script has other losses."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quote is not closed; the shell will say so
+        words = command.split()
+    return {word: file_hash(Path(word)) for word in words if Path(word).is_file()}
 
 
 def _make_folder(folder: Path, name: str) -> Path:
