@@ -13,6 +13,7 @@ from supar_cli.errors import InputError
 from supar_cli.planning import density, layout, patterns, rules
 from supar_cli.planning.advice import WPN_IMPOSSIBLE, remedy
 from supar_cli.planning.layout_document import OwnShape
+from supar_cli.planning.live_counts import GivenMasks, asked_density, live_counts
 from supar_cli.planning.own_shapes import OwnTensors, folded
 from supar_cli.planning.plan import CURRENT_RULES, Plan, PlanModel, PlanTensor, PlanTrain
 from supar_cli.planning.plan_sections import (
@@ -76,8 +77,12 @@ def transfer(
     *,
     allow_low_wpn: bool = False,
     edition: rules.Edition = CURRENT_RULES,
+    masks: GivenMasks | None = None,
 ) -> Plan:
-    """The plan of training `target` with the hyperparameters of `proxy`. Raises InputError for a target that can't work."""
+    """The plan of training `target` with the hyperparameters of `proxy`; with `masks` their densities are the tensors'.
+
+    Raises InputError for a target that can't work.
+    """
     if parameterization not in get_args(rules.ParameterizationName):
         names = ", ".join(get_args(rules.ParameterizationName))
         raise InputError(f"parameterization: {parameterization!r}; expected one of {names}")
@@ -85,18 +90,15 @@ def transfer(
     scheme = rules.Scheme(parameterization, proxy.train.optimizer, **options, edition=edition)
     if scheme.depth_rule == "completep" and scheme.optimizer == "sgd":
         raise InputError("parameterization.depth_rule: completep has no rule for SGD; expected the optimizer adamw")
-    wanted = target.sparsity
-    share, drawn = _density(wanted), wanted.model_dump(include=("pattern", "block", "distribution"))
-    drawn["overrides"] = {name: float(density.literal(value)) for name, value in wanted.overrides.items()}
     planned = _plan_own if isinstance(proxy.model, OwnShape) else _plan_decoder
-    model, base, rows, task = planned(proxy, target, scheme)
+    model, base, rows, task = planned(proxy, target, scheme, masks)
     plan = Plan(
         kind="supar.plan/v2",
         parents={"proxy": proxy.hash()},
         model=model,
         parameterization=Parameterization(name=parameterization, **options, base=base, edition=edition),
         hyperparameters=proxy.hyperparameters,
-        sparsity=PlanSparsity(density=float(share), sparsity=float(1 - share), **drawn),
+        sparsity=_plan_sparsity(target.sparsity, rows, masks),
         tensors=rows,
         task=task,
         data=proxy.data,
@@ -111,10 +113,22 @@ def transfer(
     return plan
 
 
+def _plan_sparsity(wanted: Sparsity, rows: list[PlanTensor], masks: GivenMasks | None) -> PlanSparsity:
+    """The plan's section: the density asked for, or the share of all hidden weights that masks from a file leave alive."""
+    if masks is not None:
+        hidden = [row for row in rows if row.role == "hidden"]
+        share = Fraction(sum(row.kept for row in hidden), sum(row.size for row in hidden))
+        fixed: dict[str, Any] = {"pattern": "exact", "distribution": "uniform", "source": masks.source}
+        return PlanSparsity(density=float(share), sparsity=float(1 - share), **fixed)
+    share, drawn = asked_density(wanted), wanted.model_dump(include=("pattern", "block", "distribution"))
+    drawn["overrides"] = {name: float(density.literal(value)) for name, value in wanted.overrides.items()}
+    return PlanSparsity(density=float(share), sparsity=float(1 - share), **drawn)
+
+
 _Planned = tuple[PlanModel | OwnModel, Base, list[PlanTensor], PlanTask]
 
 
-def _plan_decoder(proxy: Proxy, target: Target, scheme: rules.Scheme) -> _Planned:
+def _plan_decoder(proxy: Proxy, target: Target, scheme: rules.Scheme, masks: GivenMasks | None) -> _Planned:
     """Model, proxy's shape, rows and task of a model of supar's own families."""
     own, hyper = proxy.decoder, proxy.hyperparameters
     if target.size is not None:
@@ -123,7 +137,8 @@ def _plan_decoder(proxy: Proxy, target: Target, scheme: rules.Scheme) -> _Planne
     base = _base(proxy, model)
     shapes = _DecoderTensors(proxy, model, base, scheme.edition)
     derived, rows = derived_keys(model, base), []
-    for tensor, context, keys in _numbers(proxy, target, scheme, shapes, lambda _: hyper.init_std or 0.0):
+    kept = live_counts(shapes.tensors, target.sparsity, "target.sparsity.overrides", masks)
+    for tensor, context, keys in _numbers(proxy, scheme, shapes, kept, lambda _: hyper.init_std or 0.0):
         if tensor.role in rules.STARTS:
             del keys["init_std"]
             keys["init_constant"] = rules.STARTS[tensor.role]
@@ -135,7 +150,7 @@ def _plan_decoder(proxy: Proxy, target: Target, scheme: rules.Scheme) -> _Planne
     return PlanModel(**model.model_dump(), multipliers=multipliers), base, rows, PlanTask()
 
 
-def _plan_own(proxy: Proxy, target: Target, scheme: rules.Scheme) -> _Planned:
+def _plan_own(proxy: Proxy, target: Target, scheme: rules.Scheme, masks: GivenMasks | None) -> _Planned:
     """Model, proxy's shape, rows and task of a user's model, its multipliers folded into the rows."""
     assert isinstance(proxy.model, OwnShape)
     document, hyper = proxy.model.read_layout(), proxy.hyperparameters
@@ -145,7 +160,8 @@ def _plan_own(proxy: Proxy, target: Target, scheme: rules.Scheme) -> _Planned:
     shapes = OwnTensors.of(document, target)
     factors, hooks = shapes.folds(scheme, hyper)
     rows = []
-    for tensor, context, keys in _numbers(proxy, target, scheme, shapes, lambda one: shapes.sigma(one, hyper)):
+    kept = live_counts(shapes.tensors, target.sparsity, "target.sparsity.overrides", masks)
+    for tensor, context, keys in _numbers(proxy, scheme, shapes, kept, lambda one: shapes.sigma(one, hyper)):
         start = shapes.start(tensor, keys.pop("init_std"), hyper)
         because = _because(scheme, context)
         if (start.get("init_std") and hyper.init_std is None) or start.get("init") == "own":
@@ -165,13 +181,12 @@ def _plan_own(proxy: Proxy, target: Target, scheme: rules.Scheme) -> _Planned:
 
 def _numbers(
     proxy: Proxy,
-    target: Target,
     scheme: rules.Scheme,
     shapes: _DecoderTensors | OwnTensors,
+    kept: dict[str, patterns.LiveCount],
     sigma_of: Callable[[layout.Tensor], float],
 ) -> Iterator[tuple[layout.Tensor, rules.TensorContext, dict[str, Any]]]:
     """Every tensor with what the rules were told of it and the keys of its row that hold numbers."""
-    kept = _live_counts(shapes.tensors, target.sparsity, "target.sparsity.overrides")
     base_density, hyper = _base_density(proxy, shapes), proxy.hyperparameters
     for tensor in shapes.tensors:
         own = kept.get(tensor.name, patterns.LiveCount(1.0, tensor.size))
@@ -202,21 +217,6 @@ def as_trial(proxy: Proxy) -> Plan:
     return transfer(proxy, Target(sparsity=proxy.sparsity))
 
 
-def _density(wanted: Sparsity) -> Fraction:
-    own = patterns.density_of(wanted.pattern)
-    word = "density" if wanted.sparsity is None else "sparsity"
-    given = vars(wanted)[word]
-    if given is None:
-        if own is None:
-            raise InputError("target.sparsity: is missing; expected --sparsity or --density")
-        return own
-    asked = density.density_from(word, given)
-    if own is not None and float(asked) not in (float(own), 1.0):  # a document's float is only the nearest to N/M
-        expected = f"{own}, or 1" if word == "density" else f"{1 - own}, or 0"
-        raise InputError(f"target.sparsity.{word}: {given} with the pattern {wanted.pattern}; expected {expected}")
-    return asked
-
-
 def target_model(proxy: Model, target: Target) -> Model:
     """The proxy's shape with the target's changes: unless given, head width, heads per width and FFN ratio are kept."""
     width, group = target.width or proxy.width, proxy.heads // proxy.kv_heads
@@ -242,47 +242,10 @@ def target_model(proxy: Model, target: Target) -> Model:
     return validate(Model, {**proxy.model_dump(), **changes}, "target")
 
 
-def _live_counts(tensors: list[layout.Tensor], wanted: Sparsity, where: str) -> dict[str, patterns.LiveCount]:
-    """Density and kept count of every hidden tensor, by name.
-
-    Of the overrides, the most specific wins, and tensors without one share the target. Raises InputError for an override that
-    matches nothing (`where` is their place in the document) and for a tensor whose density allows no mask of the pattern.
-    """
-    share, overrides = _density(wanted), wanted.overrides
-    hidden = [tensor for tensor in tensors if tensor.role == "hidden"]
-    names = {tensor.name: layout.setting_names(tensor) for tensor in hidden}
-    keys = {name: next((key for key in known if key in overrides), None) for name, known in names.items()}
-    unused = sorted(set(overrides) - set(keys.values()))
-    if unused:
-        sites = sorted({tensor.site for tensor in hidden})
-        raise InputError(
-            f"{where}: {', '.join(unused)} matches no hidden tensor; expected a site ({', '.join(sites)}), attn, mlp or a tensor's name"
-        )
-    free = [tensor for tensor in hidden if keys[tensor.name] is None]
-    shares = dict.fromkeys(keys, share) if wanted.distribution == "uniform" else _erk(free, share)
-    shares |= {name: density.literal(overrides[key]) for name, key in keys.items() if key is not None}
-    how = wanted.pattern, wanted.block
-    return {one.name: patterns.live_count(one.name, one.size, one.fan_in, shares[one.name], *how) for one in hidden}
-
-
-def _erk(tensors: list[layout.Tensor], target: Fraction) -> dict[str, Fraction]:
-    """Erdős–Rényi-Kernel shares, density ∝ (in + out)/(in·out), capped at 1 (Evci et al. 2020, arXiv 1911.11134)."""
-    shares = {tensor.name: Fraction(1) for tensor in tensors}
-    left, open_ = target * sum(tensor.size for tensor in tensors), tensors
-    while open_:
-        scale = left / sum(sum(tensor.shape) for tensor in open_)
-        full = {tensor for tensor in open_ if scale * sum(tensor.shape) > tensor.size}
-        if not full:
-            return shares | {tensor.name: scale * sum(tensor.shape) / tensor.size for tensor in open_}
-        left -= sum(tensor.size for tensor in full)
-        open_ = [tensor for tensor in open_ if tensor not in full]
-    return shares
-
-
 def _base_density(proxy: Proxy, shapes: _DecoderTensors | OwnTensors) -> dict[str, float]:
     """The proxy's density by site. Raises InputError where its blocks differ."""
     tensors = shapes.base_tensors
-    kept = _live_counts(tensors, proxy.sparsity, "sparsity.overrides")
+    kept = live_counts(tensors, proxy.sparsity, "sparsity.overrides")
     densities: dict[str, float] = {}
     for tensor in tensors:
         own = kept.get(tensor.name)
