@@ -17,14 +17,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 from supar_cli.data import corpus
 from supar_cli.errors import InputError, RunFailed, SetupError, UnusableResult
+from supar_cli.experiments import script
 from supar_cli.experiments.dry_run import Part
 from supar_cli.experiments.samplers import SeededByTrialNumber, make_pruner
 from supar_cli.experiments.statistics import Fit, fit_quadratic
 from supar_cli.files import Record
 from supar_cli.jobs import runs
 from supar_cli.jobs.clusters import WorkerOptions, check_keywords, make_workers
-from supar_cli.jobs.command import script_files
-from supar_cli.jobs.queue import SharedStudy, Wanted, state_of
+from supar_cli.jobs.queue import SharedStudy, Wanted, is_counted, state_of
 from supar_cli.jobs.storage import RetryPolicy, absolute, folder_beside, redact_url
 from supar_cli.jobs.workers import Local, Workers
 from supar_cli.planning.document import content_hash
@@ -136,10 +136,9 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
         raise UnusableResult(
             f"all {len(trials)} trials diverged or were pruned; expected lower learning rates or init scales in search"
         )
-    if len(complete) > 2 and complete[0].value == complete[-1].value:
-        what = f"all {len(complete)} trials have the loss {complete[0].value}, whatever their values"
-        raise UnusableResult(f"{what}; expected a script that trains the plan that it is given")
+    script.require_different_losses(complete)
     finalists = tuning.run_finalists(complete[: spec.search.finalists])
+    script.warn_of_equal_seeds(finalists, reporter)
     winner = min(finalists, key=lambda finalist: (finalist["mean"], finalist["trial"]))
     values, fit = {name: winner[name] for name in ranges}, None
     if "lr" in ranges and spec.search.lr_fit_octaves:
@@ -234,16 +233,14 @@ class _Tuning:
         spec, reporter, total = self.spec, self.reporter, self.spec.search.trials
         study = self._open(at_once=True)
         ranges = spec.search.ranges()
-        own = {
-            name: getattr(spec.hyperparameters, name) for name in ranges
-        }  # None: the model's own, which is no number
+        own = {name: getattr(spec.hyperparameters, name) for name in ranges}
+        # None is a model's own std, which is not one number
         if all(own[name] is not None and low <= own[name] <= high for name, (low, high) in ranges.items()):
             study.queue_once(own)  # the spec's own values are run as a trial
         counted = study.counted()
         if counted:
             reporter.log(f"study {study.study.study_name}: {len(counted)} trials done, {total} wanted")
-        if spec.run.command is not None:
-            self._compare_scripts(study, spec.run.command)
+        script.compare_scripts(study.study, spec.run, folder_beside(self.storage, FILES), reporter)
         self._report(len(counted))
         failures = 0
         for trial in self._run(study, total):
@@ -259,16 +256,6 @@ class _Tuning:
             self._report(len(counted), best)
         return study.counted()
 
-    def _compare_scripts(self, study: SharedStudy, command: str) -> None:
-        """Say where the runs' files are, and warn if the script is not the one that the study began with."""
-        self.reporter.log(f"plan, output and reports of each run: {folder_beside(self.storage, FILES)}/")
-        files = script_files(command)
-        before = study.study.user_attrs.get("script", files)
-        study.study.set_user_attr("script", before)
-        if changed := sorted({name for name, _ in before.items() ^ files.items()}):
-            what = "changed since the study began, so its earlier losses may not compare"
-            self.reporter.warn(f"{', '.join(changed)}: {what}; another --study starts anew")
-
     def losses(self, candidates: list[Values], seeds: range, index: int) -> list[list[float | None]]:
         """Losses of each candidate's runs over the seeds, those of the part at an index, None for a candidate that diverges.
 
@@ -279,13 +266,19 @@ class _Tuning:
         keys = [[json.dumps([values, seed], sort_keys=True) for seed in seeds] for values in candidates]
         study, wanted = self._open(RUNS), [key for row in keys for key in row]
         before = sum(len(part.plans) for part in self.parts[:index])
-        for count, trial in enumerate(self._run(study, wanted), 1):
-            outcome = "diverged" if trial.value is None else f"loss {trial.value:.4f}"
+        count = failures = 0
+        for trial in self._run(study, wanted):
+            count += is_counted(trial)
+            outcome = state_of(trial) if trial.value is None else f"loss {trial.value:.4f}"
             values, seed = json.loads(trial.user_attrs["run"])
             what = f"{self.parts[index].what[:-1]} {count}/{len(wanted)}"
-            if "failed" in trial.user_attrs:
-                raise RunFailed(f"{what}, {format_values(values)}, seed {seed}: {trial.user_attrs['failed']}")
             self.reporter.log(f"{what}: {outcome}, {format_values(values)}, seed {seed}")
+            if "failed" in trial.user_attrs:
+                then = "counts as diverged" if is_counted(trial) else "is made again"
+                self.reporter.warn(f"this run {then}: {trial.user_attrs['failed']}")
+            failures += not count
+            if failures == FIRST_FAILURES:
+                raise RunFailed(f"the first {failures} runs failed; the last: {trial.user_attrs['failed']}")
             self._report(before + len(wanted) - study.missing(wanted)[0], trial.value or nan)
         self._report(before + len(wanted))
         found = {trial.user_attrs["run"]: trial.value for trial in study.counted()}
@@ -320,11 +313,6 @@ class _Tuning:
             points += [(x, seed, loss) for seed, loss in zip(seeds, row, strict=True) if loss is not None]
         return fit_quadratic(points)
 
-    def _command(self) -> Record:
-        """What trained a user's model."""
-        command = self.spec.run.command
-        return {} if command is None else {"command": command, "script": script_files(command)}
-
     def evidence(self, trials: list[FrozenTrial], finalists: list[Record], winner: Record, fit: Fit | None) -> Record:
         """How the values were found, as proxy.yaml has it."""
         search, states = self.spec.search, [state_of(trial) for trial in trials]
@@ -332,7 +320,7 @@ class _Tuning:
         known = {} if clipped is None else {"clipped_share": clipped}  # studies of earlier versions don't have it
         return {
             "study": {"storage": redact_url(self.storage), "name": study_name(self.spec)},
-            **self._command(),
+            **script.evidence(self.spec.run),
             **search.model_dump(include={"sampler", "pruner", "seed"}),
             "ranges": {name: list(bounds) for name, bounds in search.ranges().items()},
             "trials": {state: states.count(state) for state in ("complete", "pruned", "diverged")},

@@ -173,8 +173,13 @@ class SharedStudy:
                     value, state = objective(trial), TrialState.COMPLETE
                 except optuna.TrialPruned:
                     state = TrialState.PRUNED
-                except (UnusableResult, RunFailed) as error:  # a failed one does not count: another takes its place
-                    trial.set_user_attr("failed" if isinstance(error, RunFailed) else "diverged", str(error))
+                except UnusableResult as error:
+                    trial.set_user_attr("diverged", str(error))
+                    state = TrialState.FAIL
+                except RunFailed as error:
+                    if self._has_failed_before(trial):
+                        trial.set_user_attr("diverged", "it failed twice")  # as its values make it, it seems: it counts
+                    trial.set_user_attr("failed", str(error))
                     state = TrialState.FAIL
             ended: FrozenTrial = self.study.tell(trial, value, state, skip_if_finished=True)
         except optuna.exceptions.UpdateFinishedTrialError:
@@ -185,6 +190,11 @@ class SharedStudy:
                 self._requeue(self.trials()[trial.number], died=False)
             raise
         return ended if ended.state == state else None
+
+    def _has_failed_before(self, trial: optuna.Trial) -> bool:
+        """Whether a run of a name failed in an earlier trial too. A trial that a sampler proposes is made once."""
+        run = trial.user_attrs.get("run")
+        return run is not None and any(run_of(one) == run for one in self.trials() if "failed" in one.user_attrs)
 
     def requeue_abandoned(self) -> list[FrozenTrial]:
         """Fail the trials whose processes are gone, and queue them again: those requeued by this very call."""
