@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from supar_cli.experiments.sweep import sweep as sweep
     from supar_cli.own.prepared import Prepared as Prepared
     from supar_cli.own.prepared import prepare as prepare
+    from supar_cli.own.report import report_loss as report_loss
     from supar_cli.own.trainer_callback import Callback as Callback
     from supar_cli.own.trainer_callback import TrainerMixin as TrainerMixin
     from supar_cli.planning.explain import explain as explain
@@ -50,6 +51,7 @@ _FUNCTIONS = {
     "Callback": "own.trainer_callback.Callback",
     "TrainerMixin": "own.trainer_callback.TrainerMixin",
     "report": "reporting.read.report",
+    "report_loss": "own.report.report_loss",
     "weights": "training.checkpoint_reader.weights_of_run",
 }
 __all__ = ["__version__", "transfer", *_FUNCTIONS]

@@ -49,7 +49,7 @@ def imports(module: str, source: str) -> Iterator[tuple[int, str]]:
                 yield node.lineno, node.args[0].value
 
 
-LEAVES = ("errors", "files", "version", "streams", "standard_streams")
+LEAVES = ("errors", "files", "version", "streams", "standard_streams", "user_code")
 PLANNING_OF_TRAINING = [f"planning.{name}" for name in ("plan", "patterns", "schedule", "document", "estimate")]
 PLANNING_OF_OWN = [
     f"planning.{name}" for name in ("plan", "layout_document", "rules", "patterns", "schedule", "document")

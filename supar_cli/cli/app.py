@@ -41,7 +41,8 @@ COMMANDS = {  # in the order of use
         "compare": "Compare SP, μP and SμPar over sparsities without re-tuning; write compare/NAME/.",
         "bench": "Benchmark time and memory of masked training against plain dense training.",
     },
-    "Data, documents, machine": {
+    "Your own model, data, documents, machine": {
+        "layout": "Read from your own model what each tensor is and what scales; write layout.yaml.",
         "data": "Inspect a corpus, or prepare one as a token file.",
         "help": "Print a page of the manual, or what a key of a document means.",
         "schema": "Print the JSON Schema of a document, for editors.",

@@ -89,7 +89,7 @@ OPTIONS = {
     "tensor": _argument(str, "Tensors to explain: blocks.0.mlp.up, mlp.up (in all blocks) or mlp. [default: all]"),
     "template": _argument(str, "Name of a template; --list shows them.", default="quickstart"),
     "folder": _argument(str, "Folder that holds run directories, directly or one level below.", default="runs"),
-    "run": _argument(str, "A run directory. [default: the newest of runs/]"),
+    "directory": _argument(str, "A run directory. [default: the newest of runs/]", metavar="RUN"),
     "paths": _argument(
         list[str],
         "Run directories, folders of sweeps, checks, comparisons or demos, plans or proxies; - for stdin. "
@@ -99,6 +99,33 @@ OPTIONS = {
     "topic": _argument(str, "A topic, a key or a command. [default: list the topics]"),
     "kind": _argument(str, "Document type: spec, proxy, plan, sweep or layout.", default="spec"),
     "corpus": _argument(str, "`stdlib`, a file, or a folder.", default="stdlib", metavar="source"),
+    # the user's own model
+    "make": _argument(str, "The function that makes your model at a size, as MODULE:FUNCTION.", default=...),
+    "base": Option(str, "The sizes of the model to tune.", metavar="NAME=N[,…]", read=values.sizes, default=...),
+    "wider": Option(str, "Larger sizes, which show what scales.", metavar="NAME=N[,…]", read=values.sizes, default=...),
+    "third": Option(
+        str, "A third size; every tensor has to be in proportion there too.", metavar="NAME=N[,…]", read=values.sizes
+    ),
+    "target": Option(
+        str, "The size to train, where extents are not in proportion to it.", metavar="NAME=N[,…]", read=values.sizes
+    ),
+    "example": Option(str, "What the model is called with: a function that returns it, or it.", metavar="MODULE:NAME"),
+    "run": Option(
+        str, "A function of the model that makes a pass of yours, instead of --example.", metavar="MODULE:NAME"
+    ),
+    "ignore": Option(list[str], "A parameter that the training never uses; repeatable.", metavar="NAME", default=None),
+    "layout": Option(
+        str, "The layout of your own model, from `supar layout`.", "model.layout", metavar="FILE", read=values.file
+    ),
+    "command": Option(
+        str,
+        "What trains your own model: a shell command with {plan} for the file of a plan.",
+        "run.command",
+        metavar="TEXT",
+    ),
+    "timeout": Option(
+        str, "End a run of --command that reports no loss for 90s, 30m or 2h.", "run.timeout_s", read=values.seconds
+    ),
     # the target, and how sparse it is
     "sparsity": Option(
         str,
@@ -246,6 +273,7 @@ OPTIONS = {
 }
 
 GROUPS = {  # of a command's help, in their order; an argument is in none
+    "Your own model": "base wider third target example run ignore layout command timeout",
     "Model": "width layers heads kv_heads head_width ffn_width context vocab parameterization role shape",
     "Training": "index batch_size steps tokens tokens_per_parameter seed resume checkpoint_every keep max_time tracker "
     "device precision compile engine",

@@ -1,12 +1,13 @@
 """The values of flags, read from their texts with errors that name the flag, and the words that shells complete."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, get_args
 
 from supar_cli.errors import InputError, suggestion
 from supar_cli.planning import document, templates
 from supar_cli.planning.density import Share, share
-from supar_cli.planning.rules import ParameterizationName
+from supar_cli.planning.rules import ParameterizationName, Role
 from supar_cli.planning.schema import Section, section_of
 
 PRESETS = ("fig1", "fig6", "fig7", "fig9", "fig10", "fig11", "fig13", "fig14")
@@ -78,6 +79,33 @@ def one_of(*words: str) -> Callable[[str, str], str]:
 
 
 parameterization = one_of(*get_args(ParameterizationName))
+
+
+def file(_flag: str, text: str) -> str:
+    """The path of a file that a document elsewhere is to name."""
+    return str(Path(text).absolute())
+
+
+def sizes(flag: str, text: str) -> dict[str, int]:
+    """`NAME=N` with commas between them. Raises InputError."""
+    found = {}
+    for part in text.split(","):
+        name, equals, value = (word.strip() for word in part.partition("="))
+        if not equals or not name.isidentifier() or name in found:
+            raise InputError(f"{flag} {text}: expected NAME=N[,NAME=N…], such as width=256")
+        found[name] = number(int, 1)(f"{flag} {name}=", value)
+    return found
+
+
+def roles(flag: str, texts: list[str]) -> dict[str, str]:
+    """`NAME=ROLE` of each text. Raises InputError."""
+    found = {}
+    for text in texts:
+        name, equals, role = text.rpartition("=")
+        if not equals or not name:
+            raise InputError(f"{flag} {text}: expected NAME=ROLE, such as blocks.0.router.weight=unembedding")
+        found[name] = one_of(*get_args(Role))(f"{flag} {name}=", role)
+    return found
 
 
 def executor_settings(flag: str, texts: list[str]) -> dict[str, Any]:
