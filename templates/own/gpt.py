@@ -47,8 +47,7 @@ class GPT(nn.Module):
         super().__init__()
         self.tokens, self.positions = nn.Embedding(VOCAB, width), nn.Embedding(CONTEXT, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(LAYERS))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, VOCAB, bias=False)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCAB, bias=False)
         self.head.weight = self.tokens.weight
 
     def forward(self, ids):
@@ -58,13 +57,11 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
 
-def make(width):
-    """The model at a width; `supar layout` and this script call it with the sizes of the layout and of the plan."""
+def make(width):  # called with the sizes of a layout or of a plan
     return GPT(width)
 
 
-def example(model):
-    """What `supar layout` gives to the model's forward pass."""
+def example(model):  # the arguments of one forward pass, for `supar layout`
     return (torch.randint(VOCAB, (2, CONTEXT)),)
 
 
@@ -82,19 +79,17 @@ def batch_of(ids, size, generator):
     return windows[:, :-1], windows[:, 1:]
 
 
-def loss_of(model, batch):
-    inputs, targets = batch
+def loss_of(model, inputs, targets):
     return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
 
 @torch.no_grad()
 def evaluate(model, ids, size):
-    generator = torch.Generator().manual_seed(0)  # the same windows each time
-    return sum(loss_of(model, batch_of(ids, size, generator)).item() for _ in range(8)) / 8
+    batches = (batch_of(ids, size, torch.Generator().manual_seed(seed)) for seed in range(8))  # the same each time
+    return sum(loss_of(model, *batch).item() for batch in batches) / 8
 
 
-def rate(step, train, peak):
-    """Linear warm-up, then a cosine down to a share of the peak."""
+def rate(step, train, peak):  # linear warm-up, then a cosine down to a share of the peak
     if step < train.warmup_steps:
         return peak * (step + 1) / train.warmup_steps
     progress = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
@@ -112,7 +107,7 @@ def main(path):
         if step and step % train.eval_every == 0:
             supar.report_loss(evaluate(model, held_out, train.batch_size), step)
         prepared.set_rate(rate(step, train, plan.hyperparameters.lr))
-        loss_of(model, batch_of(training, train.batch_size, generator)).backward()
+        loss_of(model, *batch_of(training, train.batch_size, generator)).backward()
         prepared.clip_grad_norm_(train.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()

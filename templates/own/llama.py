@@ -23,8 +23,7 @@ VOCAB, CONTEXT, LAYERS, HEAD_WIDTH = (
 )  # bytes; the width of a head is the same at every width of the model
 
 
-def make(width):
-    """The model at a width; `supar layout` and this script call it with the sizes of the layout and of the plan."""
+def make(width):  # called with the sizes of a layout or of a plan
     heads = width // HEAD_WIDTH
     return LlamaForCausalLM(
         LlamaConfig(
@@ -41,8 +40,7 @@ def make(width):
     )
 
 
-def example(model):
-    """What `supar layout` gives to the model's forward pass."""
+def example(model):  # the arguments of one forward pass, for `supar layout`
     return {"input_ids": torch.randint(VOCAB, (2, CONTEXT))}
 
 
