@@ -9,6 +9,7 @@ python gpt.py plan.yaml
 import math
 import sys
 import sysconfig
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -50,11 +51,12 @@ class GPT(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCAB, bias=False)
         self.head.weight = self.tokens.weight
 
-    def forward(self, ids):
+    def forward(self, ids, targets=None):
         x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        logits = self.head(self.norm(x))
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def make(width):  # called with the sizes of a layout or of a plan
@@ -65,6 +67,7 @@ def example(model):  # the arguments of one forward pass, for `supar layout`
     return (torch.randint(VOCAB, (2, CONTEXT)),)
 
 
+@cache
 def read_corpus():
     """The sources of Python's standard library as bytes: all but the last tenth to train on, and the rest."""
     folder = Path(sysconfig.get_path("stdlib"))
@@ -73,20 +76,19 @@ def read_corpus():
     return ids[: -len(ids) // 10], ids[-len(ids) // 10 :]
 
 
-def batch_of(ids, size, generator):
-    starts = torch.randint(len(ids) - CONTEXT, (size, 1), generator=generator)
-    windows = ids[starts + torch.arange(CONTEXT + 1)]
+def batch_of(ids, size, seed, step):
+    generator = torch.Generator().manual_seed(seed * 10**6 + step)
+    windows = ids[torch.randint(len(ids) - CONTEXT, (size, 1), generator=generator) + torch.arange(CONTEXT + 1)]
     return windows[:, :-1], windows[:, 1:]
 
 
-def loss_of(model, inputs, targets):
-    return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+def batches(seed, step):  # for `supar check`
+    return batch_of(read_corpus()[0], 8, seed, step)
 
 
 @torch.no_grad()
 def evaluate(model, ids, size):
-    batches = (batch_of(ids, size, torch.Generator().manual_seed(seed)) for seed in range(8))  # the same each time
-    return sum(loss_of(model, *batch).item() for batch in batches) / 8
+    return sum(model(*batch_of(ids, size, 0, step)).item() for step in range(8)) / 8
 
 
 def rate(step, train, peak):  # linear warm-up, then a cosine down to a share of the peak
@@ -98,7 +100,7 @@ def rate(step, train, peak):  # linear warm-up, then a cosine down to a share of
 
 def main(path):
     plan = supar.load(path)
-    train, generator = plan.train, torch.Generator().manual_seed(plan.train.seed)
+    train = plan.train
     model = make(**plan.model.target)
     prepared = supar.prepare(model, plan)
     optimizer = prepared.optimizer()
@@ -107,7 +109,7 @@ def main(path):
         if step and step % train.eval_every == 0:
             supar.report_loss(evaluate(model, held_out, train.batch_size), step)
         prepared.set_rate(rate(step, train, plan.hyperparameters.lr))
-        loss_of(model, *batch_of(training, train.batch_size, generator)).backward()
+        model(*batch_of(training, train.batch_size, train.seed, step)).backward()
         prepared.clip_grad_norm_(train.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()

@@ -8,6 +8,7 @@ python llama.py plan.yaml
 
 import sys
 import sysconfig
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ def example(model):  # the arguments of one forward pass, for `supar layout`
     return {"input_ids": torch.randint(VOCAB, (2, CONTEXT))}
 
 
+@cache
 def read_corpus():
     """The sources of Python's standard library as windows of bytes: all but the last tenth to train on, and the rest."""
     folder = Path(sysconfig.get_path("stdlib"))
@@ -52,6 +54,13 @@ def read_corpus():
     windows = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     examples = [{"input_ids": window, "labels": window} for window in windows]
     return examples[: -len(examples) // 10], examples[-len(examples) // 10 :]
+
+
+def batches(seed, step):  # for `supar check`
+    examples, generator = read_corpus()[0], torch.Generator().manual_seed(seed * 10**6 + step)
+    chosen = torch.randint(len(examples), (8,), generator=generator)
+    ids = torch.stack([examples[index]["input_ids"] for index in chosen])
+    return {"input_ids": ids, "labels": ids}
 
 
 class ReportLoss(TrainerCallback):
