@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from supar_cli.errors import InputError, suggestion
-from supar_cli.own import constants, initial
+from supar_cli.own import constants, starts
 from supar_cli.own.flow import Flow
 from supar_cli.own.models import Shapes, plain_operations, refusals, shapes_of
 from supar_cli.own.questions import apply_said, class_keys, questions
@@ -250,10 +250,10 @@ class _Reader:
     # rows
 
     def _rows(self, readings: dict[str, Reading], uses: Uses) -> list[LayoutRow]:
-        own = {name: initial.measure(parameter) for name, parameter in self.own.items()}
+        own = {name: starts.measure(parameter) for name, parameter in self.own.items()}
         kept = {
             name: readings[name].role is not None
-            and initial.keeps_own(parameter, readings[name].role or "bias", readings[name].is_looked_up)
+            and starts.keeps_own(parameter, readings[name].role or "bias", readings[name].is_looked_up)
             for name, parameter in self.own.items()
         }
         alike = {
