@@ -31,8 +31,8 @@ class Block(nn.Module):
         super().__init__()
         self.heads = width // HEAD_WIDTH
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.o = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.qkv, self.o = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x):
         batch, length, width = x.shape
@@ -49,6 +49,9 @@ class GPT(nn.Module):
         self.tokens, self.positions = nn.Embedding(VOCAB, width), nn.Embedding(CONTEXT, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(LAYERS))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCAB, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
         self.head.weight = self.tokens.weight
 
     def forward(self, ids, targets=None):
