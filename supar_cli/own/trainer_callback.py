@@ -58,6 +58,7 @@ class TrainerMixin:
     """A Trainer that makes the plan's optimizer itself, as sharding (FSDP2) needs: `class MyTrainer(supar.TrainerMixin, Trainer)`.
 
     `MyTrainer(..., prepared=prepared, clip=1.0)`; keywords in `optimizer_options` go to the optimizer. Adds the callback.
+    Raises InputError where the model is not the prepared one.
     """
 
     optimizer: torch.optim.Optimizer | None
