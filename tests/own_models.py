@@ -87,7 +87,7 @@ def rows_of(model: nn.Module, density: float = 0.25) -> list[dict[str, Any]]:
 
 
 def plan_of(
-    model: nn.Module, density: float = 0.25, change: Change = lambda row: row, **sections: dict[str, Any]
+    module: nn.Module, /, density: float = 0.25, change: Change = lambda row: row, **sections: dict[str, Any]
 ) -> Plan:
     """The plan of a model; `change` edits each row, and sections are merged into those of the plan."""
     hyper = {"lr": 0.01, "init_std": 0.08, "alpha_input": 1.0, "alpha_output": 1.0, "weight_decay": 0.1}
@@ -97,7 +97,7 @@ def plan_of(
         "parameterization": {"name": "supar", "base": {"steps": 10, "batch_size": 4}, "edition": 2},
         "hyperparameters": hyper,
         "sparsity": {"density": density, "sparsity": 1 - density, "pattern": "exact", "distribution": "uniform"},
-        "tensors": [change(row) for row in rows_of(model, density)],
+        "tensors": [change(row) for row in rows_of(module, density)],
         "data": {"source": "theirs", "hash": "sha256:1"},
         "train": {"steps": 10, "batch_size": 4, "warmup_steps": 1},
     }

@@ -89,13 +89,13 @@ class TestRates:
             ),
             (lambda o: o.param_groups[0].update(lr=0.003), "only the first group was changed"),
             (lambda o: o.param_groups[-1].update(lr=math.nan), "its rate is nan"),
-            (lambda o: o.param_groups[-1].update(weight_decay=0.1), "weight_decay: 0.1 in a group; the plan says 0.2"),
-            (lambda o: o.param_groups[-1].update(eps=1e-8), r"eps is 1e-08; the plan says 5e-09"),
+            (lambda o: o.param_groups[-1].update(weight_decay=0.1), "weight_decay: 0.1; the plan says 0.2"),
+            (lambda o: o.param_groups[-1].update(eps=1e-8), "eps: 1e-08; the plan says 5e-09"),
             (
                 lambda o: o.param_groups[1]["params"].append(o.param_groups[2]["params"].pop()),
                 "several rates or decays",
             ),
-            (lambda o: [g.update(lr=-g["lr"]) for g in o.param_groups], "its rate is -"),
+            (lambda o: [g.update(lr=-g["lr"]) for g in o.param_groups], "the rates are -1 times the plan's"),
         ],
     )
     def test_a_loop_that_overwrites_numbers_is_told(self, edit: Callable[[Optimizer], Any], words: str) -> None:
@@ -186,6 +186,14 @@ class TestOtherOptimizers:
         steps(made.model, optimizer, 2)
         assert made.check() == {}
 
+    def test_the_plans_groups_want_to_be_kept(self) -> None:
+        made = prepared()
+        with pytest.warns(
+            UserWarning, match=r"AdamW: trains a prepared model, and nothing watches its numbers; .*keep"
+        ):
+            steps(made.model, torch.optim.AdamW(made.groups()), 2)
+        assert made.check() == {}
+
     def test_a_foreign_parameter_may_have_a_group_of_its_own(self) -> None:
         made = prepared()
         optimizer = made.optimizer()
@@ -228,6 +236,17 @@ class TestReplacedParameters:
         with pytest.raises(InputError, match=r"the optimizer's parameter is not the prepared model's"):
             steps(made.model, optimizer, 1)
 
+    def test_one_of_another_shape_in_the_same_place_is_noticed(self) -> None:
+        """As Hugging Face resizes embeddings: fused kernels of torch would write beyond the moments."""
+        made = prepared()
+        optimizer = made.optimizer()
+        steps(made.model, optimizer, 1)
+        made.model.table.weight.data = torch.zeros(60, 32)
+        with pytest.raises(InputError, match=r"^table\.weight: the model has other parameters"):
+            steps(made.model, optimizer, 1)
+        with pytest.raises(InputError, match=r"table\.weight: the plan has the shape \[48, 32\], the model \[60, 32\]"):
+            made.optimizer()
+
     def test_a_new_part_of_the_model_is_noticed_before_the_first_step(self) -> None:
         made = prepared()
         optimizer = made.optimizer()
@@ -251,6 +270,15 @@ class TestReplacedParameters:
     def test_an_optimizer_of_another_model_is_refused(self) -> None:
         with pytest.raises(InputError, match="none of the optimizer's parameters is the prepared model's"):
             prepared().keep(torch.optim.AdamW(make().parameters()))
+
+
+def test_an_optimizer_of_earlier_masks_is_refused() -> None:
+    made = prepared()
+    optimizer = made.optimizer()
+    again = supar.prepare(made.model, plan_of(make(), train={"seed": 1}))
+    with pytest.raises(InputError, match=r"blocks\.0\.qkv\.weight.* was prepared again, with other masks"):
+        steps(made.model, optimizer, 1)
+    steps(made.model, again.optimizer(), 1)
 
 
 class TestLiveWeights:

@@ -142,7 +142,7 @@ class TestDeadWeightsStay:
         steps(made.model, kept, 3)
         assert dead_bits(made.model, made) == 0
         with pytest.warns(
-            UserWarning, match=r"Muon: trains a prepared model by numbers .* expected prepared\.optimizer"
+            UserWarning, match=r"Muon: trains a prepared model, by numbers .* expected prepared\.optimizer"
         ):
             steps(made.model, torch.optim.Muon(weights, lr=1e-3), 1)
         assert sum(made.check().values()) > 1000  # the control
@@ -291,7 +291,6 @@ def gap(one: list[float], other: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:no group has the tuned rate")
 class TestFolding:
     @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
     @pytest.mark.parametrize("tied", [False, True])

@@ -87,6 +87,12 @@ def hook(parameter: nn.Parameter, mask: Mask | None) -> DeadWeights | None:
     return dead  # type: ignore[no-any-return]
 
 
+def of(parameter: Tensor) -> DeadWeights | None:
+    """The dead weights that a parameter has now."""
+    found: tuple[DeadWeights | None, Any] = _hooked.get(parameter, (None, None))  # type: ignore[no-untyped-call]
+    return found[0]
+
+
 def is_hooked(parameters: Iterable[Tensor]) -> bool:
     """Whether any of the parameters has a mask."""
     return any(parameter in _hooked for parameter in parameters)

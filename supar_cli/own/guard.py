@@ -6,19 +6,21 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from supar_cli.errors import InputError
 from supar_cli.own.masked_model import MaskedModel
-from supar_cli.own.parameters import match
+from supar_cli.own.parameters import match, shown
 from supar_cli.planning.plan import PlanTensor
 
 # chosen: schedulers in double precision keep proportions to 1e-13, rates in float32 tensors to 1e-7
 RATE_TOLERANCE, TENSOR_RATE_TOLERANCE = 1e-9, 1e-6
-NAMES_SHOWN = 3  # chosen: enough to find a group by
 CHECK_EVERY = 100  # chosen: steps between checks of all dead weights; what torch sees being written is checked at once
+
+_LABELS = ("names", "ratio")  # what groups have beside torch's own settings
 
 _LINE = "for g in optimizer.param_groups: g['lr'] = lr * g['ratio']"
 _ONE_NUMBER = (
@@ -32,97 +34,77 @@ _FLOOR = (
 )
 
 
+@dataclass
+class _Group:
+    """A group of an optimizer that has planned tensors: its `place` in words, its settings and its first row."""
+
+    place: str
+    settings: dict[str, Any]
+    row: PlanTensor
+
+    @property
+    def factor(self) -> float:
+        """Its rate divided by the plan's."""
+        return float(self.settings["lr"]) / self.row.lr
+
+
 class Numbers:
     """The plan's numbers of the groups of one optimizer."""
 
     def __init__(self, masked: MaskedModel, optimizer: torch.optim.Optimizer) -> None:
         self._masked, self._has_warned = masked, False
-        self.labels = [{key: group.get(key) for key in ("names", "ratio")} for group in optimizer.param_groups]
-
-    def restore_labels(self, optimizer: torch.optim.Optimizer) -> None:
-        """Write names and ratios into the groups again, after a state was loaded over them."""
-        for group, label in zip(optimizer.param_groups, self.labels, strict=False):
-            group.update({key: value for key, value in label.items() if value is not None})
+        groups: list[dict[str, Any]] = optimizer.param_groups
+        self.labels = [{key: one[key] for key in _LABELS if key in one} for one in groups]
 
     def require_same_names(self, state: Mapping[str, Any]) -> None:
         """Raise InputError for an optimizer's state whose groups are those of another plan."""
         for at, (label, group) in enumerate(zip(self.labels, state["param_groups"], strict=False)):
-            if group.get("names", label["names"]) != label["names"]:
-                raise InputError(
-                    f"load_state_dict: group {at} of the state holds {_shown(group['names'])}; expected a state of this "
-                    f"plan, whose group {at} holds {_shown(label['names'])}"
-                )
+            if "names" in group and group["names"] != label.get("names"):
+                what = f"load_state_dict: group {at} of the state holds {shown(group['names'])}"
+                raise InputError(f"{what}; expected a state of this plan, with {shown(label.get('names', ()))} there")
+
+    def restore_labels(self, optimizer: torch.optim.Optimizer) -> None:
+        """Write names and ratios into the groups again, after a state was loaded over them."""
+        for group, label in zip(optimizer.param_groups, self.labels, strict=False):
+            group.update(label)
 
     def require(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise InputError, naming the group and the line to write, unless the groups have the plan's numbers."""
-        planned = self._masked.by_id
-        factors, rates, tolerance = dict[int, float](), dict[int, float](), RATE_TOLERANCE
-        decays, problems = list[tuple[float, float]](), list[str]()
-        for at, group in enumerate(optimizer.param_groups):
-            rows = [planned[id(tensor)] for tensor in group["params"] if id(tensor) in planned]
-            if not rows:
-                continue
+        planned, groups, problems = self._masked.by_id, list[_Group](), list[str]()
+        for at, settings in enumerate(optimizer.param_groups):
+            rows = [planned[id(tensor)] for tensor in settings["params"] if id(tensor) in planned]
+            if rows:
+                groups.append(_Group(f"param_groups[{at}] ({shown(row.name for row in rows)})", settings, rows[0]))
             if len({(row.lr, row.weight_decay, row.eps) for row in rows}) > 1:
-                problems.append(
-                    f"group {at} ({_shown(row.name for row in rows)}): its tensors have several rates or decays"
-                )
-                continue
-            if isinstance(group["lr"], torch.Tensor):
-                tolerance = TENSOR_RATE_TOLERANCE
-            rates[at] = float(group["lr"])
-            factors[at] = rates[at] / rows[0].lr
-            decays.append((float(group["weight_decay"]), rows[0].weight_decay))
-            if "eps" in group and rows[0].eps and group["eps"] != rows[0].eps:
-                place = f"group {at} ({_shown(row.name for row in rows)})"
-                problems.append(f"{place}: eps is {group['eps']:g}; the plan says {rows[0].eps:g}")
-        problems += self._decay_problems(decays)
-        problems += _rate_problems(optimizer, factors, rates, tolerance, planned)
+                problems.append(f"{groups[-1].place}: its tensors have several rates or decays in the plan")
+        if not groups or problems:
+            raise InputError(*problems or ["param_groups: none has a tensor of the plan"])
+        is_undecayed = not any(group.settings["weight_decay"] for group in groups)
+        if is_undecayed and not self._has_warned and any(group.row.weight_decay for group in groups):
+            self._has_warned = True
+            warnings.warn("weight_decay: is 0 in all groups; the plan has others, which are not used", stacklevel=4)
+        for group in groups:
+            for key in ("weight_decay", "eps"):
+                found, wanted = group.settings.get(key), getattr(group.row, key)
+                if found not in (wanted, None) and not (is_undecayed and key == "weight_decay"):
+                    problems.append(f"{group.place}: {key}: {found:g}; the plan says {wanted:g}, as groups() has it")
+        problems += _rate_problems(groups)
         if problems:
             raise InputError(*problems)
 
-    def _decay_problems(self, decays: list[tuple[float, float]]) -> list[str]:
-        wrong = [(found, planned) for found, planned in decays if found != planned]
-        if wrong and not any(found for found, _ in decays):
-            if not self._has_warned:
-                warnings.warn("weight_decay: is 0 in all groups; the plan has others, which are not used", stacklevel=5)
-                self._has_warned = True
-            return []
-        remedy = "expected the groups' decay as prepared.groups() has it, or 0 in all groups"
-        return [
-            f"weight_decay: {found:g} in a group; the plan says {planned:g}; {remedy}" for found, planned in wrong[:1]
-        ]
 
-
-def _rate_problems(
-    optimizer: torch.optim.Optimizer,
-    factors: Mapping[int, float],
-    rates: Mapping[int, float],
-    tolerance: float,
-    rows: Mapping[int, PlanTensor],
-) -> list[str]:
-    """What is wrong with the rates of groups, `factors` times the plan's; empty where all factors are one number."""
-    if not factors:
-        return []
-    values = list(factors.values())
-    common = sorted(values)[(len(values) - 1) // 2]
-    off = [at for at, factor in factors.items() if not math.isclose(factor, common, rel_tol=tolerance)]
-    if not off and common >= 0:
-        return []
-    at = off[0] if off else next(iter(factors))
-    names = _shown(rows[id(tensor)].name for tensor in optimizer.param_groups[at]["params"] if id(tensor) in rows)
-    remedy = _FLOOR
-    if len(set(rates.values())) == 1:
-        remedy = _ONE_NUMBER
-    elif off == [next(iter(factors))]:
-        remedy = _FIRST_ONLY
-    what = f"its rate is {rates[at]:g}, {factors[at]:g} times the plan's, where others have {common:g} times the plan's"
-    return [f"optimizer.param_groups[{at}] ({names}): {what}; {remedy}"]
-
-
-def _shown(names: Any) -> str:
-    found = list(names)
-    more = f" and {len(found) - NAMES_SHOWN} more" if len(found) > NAMES_SHOWN else ""
-    return ", ".join(found[:NAMES_SHOWN]) + more
+def _rate_problems(groups: list[_Group]) -> list[str]:
+    """What is wrong with the rates: empty where they are the plan's times one common factor, which may be 0."""
+    in_tensors = any(isinstance(group.settings["lr"], torch.Tensor) for group in groups)
+    tolerance = TENSOR_RATE_TOLERANCE if in_tensors else RATE_TOLERANCE
+    common = sorted(group.factor for group in groups)[(len(groups) - 1) // 2]
+    off = [group for group in groups if not math.isclose(group.factor, common, rel_tol=tolerance)]
+    if not off:
+        return [] if common >= 0 else [f"param_groups: the rates are {common:g} times the plan's; expected 0 or more"]
+    is_one = len({float(group.settings["lr"]) for group in groups}) == 1
+    remedy = _ONE_NUMBER if is_one else _FIRST_ONLY if off == groups[:1] else _FLOOR
+    found = f"its rate is {float(off[0].settings['lr']):g}, {off[0].factor:g} times the plan's"
+    return [f"{off[0].place}: {found}, where others have {common:g} times the plan's; {remedy}"]
 
 
 def _with_closure(args: tuple[Any, ...], kwargs: dict[str, Any], after: Callable[[], object]) -> Any:
@@ -183,7 +165,7 @@ class Kept:
     def _with_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """What is done when all gradients are there: they are clipped, or it is seen whether others clipped them."""
         if self.clip is not None:
-            scale = getattr(optimizer, "grad_scale", None)  # fused, under a GradScaler
+            scale = getattr(optimizer, "grad_scale", None)  # a GradScaler leaves it to fused optimizers
             self.masked.clip_grad_norm_(self.clip, scale=scale)
         elif not _is_capturing():
             self.masked.clips.look()
@@ -217,20 +199,18 @@ class Kept:
 
     def _require_parameters(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise InputError unless the optimizer's parameters are the masked ones and, where it has to, it has all of them."""
-        self._present = _parameters(optimizer)
-        masked = self.masked
-        stale = [name for key, name in self._names.items() if key in self._present and key not in masked.by_id]
-        if stale:
+        masked, self._present = self.masked, _parameters(optimizer)
+        unknown = self._present - masked.by_id.keys()
+        if stale := [name for key, name in self._names.items() if key in unknown]:
             what = "the optimizer's parameter is not the prepared model's"
-            raise InputError(f"{_shown(stale)}: {what}; make the optimizer after attach, by prepared.optimizer(model)")
-        missing = [
-            name for name, tensor in masked.tensors.items() if tensor.requires_grad and id(tensor) not in self._present
-        ]
+            raise InputError(f"{shown(stale)}: {what}; make the optimizer after attach, by prepared.optimizer(model)")
+        missing = {id(tensor) for tensor in masked.tensors.values() if tensor.requires_grad} - self._present
         if missing and self.is_whole:
-            others = set[int]().union(*(_parameters(other) for other, (one, _) in kept.items() if one.masked is masked))
-            if names := [name for name in missing if id(masked.tensors[name]) not in others]:
-                what = "requires_grad and is in no group of the optimizer, so it would not be trained"
-                raise InputError(f"{_shown(names)}: {what}; make the optimizer again, by prepared.optimizer()")
+            missing -= set().union(*(_parameters(other) for other, (one, _) in kept.items() if one.masked is masked))
+        if missing and self.is_whole:
+            what = "requires_grad and is in no group of the optimizer, so it would not be trained"
+            names = shown(masked.by_id[key].name for key in masked.by_id if key in missing)
+            raise InputError(f"{names}: {what}; make the optimizer again, by prepared.optimizer()")
 
 
 # the kept optimizers, so that keeping one twice replaces its hooks
@@ -243,4 +223,5 @@ def _parameters(optimizer: torch.optim.Optimizer) -> set[int]:
 
 def _is_capturing() -> bool:
     """Whether a CUDA graph is being recorded, when nothing can be read from the device."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    is_used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return is_used and torch.cuda.is_current_stream_capturing()

@@ -12,7 +12,7 @@ from supar_cli.errors import InputError
 from supar_cli.own import dead_weights, modules
 from supar_cli.own.clip_watch import ClipWatch
 from supar_cli.own.initial import live_text
-from supar_cli.own.parameters import local_shard, match, named_parameters, submodules, sum_shards_, total_square
+from supar_cli.own.parameters import local_shard, match, named_parameters, shown, submodules, sum_shards_, total_square
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.masks import Mask
 
@@ -46,21 +46,24 @@ class MaskedModel:
         modules.call_after_load(inside[""], self._check_load)
 
     def replaced(self) -> list[str]:
-        """Names of parameters that the model holds no longer. Tensors that FSDP2 gathers between passes replace none."""
-        now = named_parameters(self.model, self.rows)
-        return [
-            name
-            for name, held in self.tensors.items()
-            if (present := now.get(name)) is not held
-            and (present is None or isinstance(present, DTensor) or not isinstance(held, DTensor))
-        ]
+        """Names of parameters that the model holds no longer, or in another shape. What FSDP2 gathers replaces none."""
+        now, found = named_parameters(self.model, self.rows), list[str]()
+        for name, held in self.tensors.items():
+            present = now.get(name)
+            is_gathered = isinstance(held, DTensor) and present is not None and not isinstance(present, DTensor)
+            if (present is not held and not is_gathered) or list(held.shape) != self.rows[name].shape:
+                found.append(name)
+        return found
 
     def require_current(self) -> None:
         """Raise InputError if the model has other parameters than those that the masks are on."""
         if names := self.replaced():
             what = "the model has other parameters than when its optimizer was made (sharded, resized or converted)"
             remedy = "call prepared.optimizer(model) or, for an optimizer of yours, prepared.attach(model) after that"
-            raise InputError(f"{', '.join(names)}: {what}; {remedy}")
+            raise InputError(f"{shown(names)}: {what}; {remedy}")
+        if names := [name for name, dead in self.dead.items() if dead_weights.of(self.tensors[name]) is not dead]:
+            remedy = "make the optimizer from what that call of prepare returned"
+            raise InputError(f"{shown(names)}: the model was prepared again, with other masks; {remedy}")
 
     def changed(self) -> list[str]:
         """Names of masked tensors that were written to since `mark`, as far as torch counts what writes to a tensor."""

@@ -20,6 +20,16 @@ from supar_cli.planning.plan import Plan
 _INSERTED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
+NAMES_SHOWN = 3  # chosen: enough to find a group by
+
+
+def shown(names: Iterable[str]) -> str:
+    """The first few of some names, and how many more there are."""
+    found = list(names)
+    more = f" and {len(found) - NAMES_SHOWN} more" if len(found) > NAMES_SHOWN else ""
+    return ", ".join(found[:NAMES_SHOWN]) + more
+
+
 def plain_name(name: str) -> str:
     """A parameter's name without what wrappers insert."""
     return ".".join(part for part in name.split(".") if part not in _INSERTED)

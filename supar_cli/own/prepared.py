@@ -232,8 +232,10 @@ def _watch_optimizers() -> None:
             return
         _noticed.add(optimizer)
         if dead_weights.is_hooked(tensor for group in optimizer.param_groups for tensor in group["params"]):
-            what = f"{type(optimizer).__name__}: trains a prepared model by numbers that are not the plan's"
-            warnings.warn(f"{what}; expected prepared.optimizer(), or prepared.keep(optimizer)", stacklevel=3)
+            has_numbers = any("ratio" in group for group in optimizer.param_groups)
+            what = "and nothing watches its numbers" if has_numbers else "by numbers that are not the plan's"
+            remedy = "expected prepared.optimizer(), or prepared.keep(optimizer)"
+            warnings.warn(f"{type(optimizer).__name__}: trains a prepared model, {what}; {remedy}", stacklevel=3)
 
     register_optimizer_step_pre_hook(notice)
 
