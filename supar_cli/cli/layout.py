@@ -70,11 +70,13 @@ def _load(flags: Flags, sizes: list[dict[str, int]]) -> dict[str, Any]:
 
 def _table_rows(found: Layout) -> list[list[Any]]:
     """A row for the tensors of each site that are alike: site, count, role, extents, start, notes."""
-    alike: dict[tuple[str, ...], int] = {}
+    alike: dict[tuple[str, ...], list[LayoutRow]] = {}
     for row in found.tensors:
-        key = (row.site, row.role, _extents(row), _start(row), _notes(row))
-        alike[key] = alike.get(key, 0) + 1
-    return [[site, f"× {count}" if count > 1 else "", *rest] for (site, *rest), count in alike.items()]
+        alike.setdefault((row.site, row.role, _extents(row), row.init, _notes(row)), []).append(row)
+    return [
+        [site, f"× {len(rows)}" if len(rows) > 1 else "", role, extents, _start(rows), notes]
+        for (site, role, extents, _, notes), rows in alike.items()
+    ]
 
 
 def _extents(row: LayoutRow) -> str:
@@ -83,14 +85,15 @@ def _extents(row: LayoutRow) -> str:
     return " × ".join(f"[{one}]" if axis in row.fan_in_axes else one for axis, one in enumerate(both))
 
 
-def _start(row: LayoutRow) -> str:
-    if row.own is None:
+def _start(rows: list[LayoutRow]) -> str:
+    """What the model's own constructor gives: a number, or a deviation, which in one site differs by chance."""
+    known = [row.own for row in rows if row.own is not None]
+    if not known:
         return ""
-    return (
-        f"{row.own.mean:.3g}"
-        if row.own.std == 0
-        else f"std {row.own.std:.3g}" + (", kept" if row.init == "own" else "")
-    )
+    if not any(own.std for own in known):
+        return ", ".join(dict.fromkeys(f"{own.mean:.3g}" for own in known))
+    ends = dict.fromkeys(f"{end(own.std for own in known):.2g}" for end in (min, max))
+    return f"std {' to '.join(ends)}" + (", kept" if rows[0].init == "own" else "")
 
 
 def _notes(row: LayoutRow) -> str:
