@@ -34,8 +34,6 @@ def layout(flags: Flags) -> None:
     """
     log = terminal.Log(flags.quiet)
     sizes = {name: getattr(flags, name) for name in ("base", "wider", "third", "target")}
-    if (flags.example is None) == (flags.run is None):
-        raise InputError("--example: expected either --example or --run, as one pass of the model is read")
     own = _load(flags, [size for size in sizes.values() if size is not None])
     with calling_user_code():
         found = supar_cli.layout(**own, **sizes, roles=flags.role, ignore=flags.ignore or ())
@@ -54,6 +52,8 @@ def layout(flags: Flags) -> None:
 def _load(flags: Flags, sizes: list[dict[str, int]]) -> dict[str, Any]:
     """The functions that flags name, by their names. Raises InputError with every problem of them."""
     found, problems = dict[str, Any](), list[Problem | str]()
+    if (flags.example is None) == (flags.run is None):
+        problems.append("--example: expected either --example or --run, as one kind of pass is read")
     for name in ("make", "example", "run"):
         try:
             if getattr(flags, name) is not None:
