@@ -22,9 +22,9 @@ _NOT_HIS = [
 ]
 
 
-def load_function(name: str, flag: str) -> Any:
+def load_function(name: str, flag: str = "") -> Any:
     """What `module:function` names; modules are sought in the working directory first. Raises InputError at the flag."""
-    place = f"{flag} {name}"
+    place = f"{flag} {name}".strip()
     module, colon, function = name.partition(":")
     is_file = module.endswith(".py")
     if is_file or not (colon and all(part.isidentifier() for part in [*module.split("."), *function.split(".")])):
@@ -61,7 +61,7 @@ def _modules_here(module: str) -> list[str]:
 def require_keywords(function: Callable[..., Any], place: str, keywords: dict[str, Any]) -> None:
     """Raise InputError for a function that can't be called with these keywords alone."""
     if not callable(function):
-        raise InputError(f"{place}: is a {type(function).__name__}; expected a function")
+        raise InputError(f"{place}: a value of type {type(function).__name__}; expected a function")
     try:
         signature(function).bind(**keywords)
     except TypeError as error:

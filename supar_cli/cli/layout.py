@@ -57,10 +57,10 @@ def _load(flags: Flags, sizes: list[dict[str, int]]) -> dict[str, Any]:
     for name in ("make", "example", "run"):
         try:
             if getattr(flags, name) is not None:
-                found[name] = load_function(getattr(flags, name), name if name == "make" else flag_of(name))
+                found[name] = load_function(getattr(flags, name), "" if name == "make" else flag_of(name))
             if name == "make":
                 for size in sizes:
-                    require_keywords(found[name], f"make {flags.make}", size)
+                    require_keywords(found[name], flags.make, size)
         except InputError as error:
             problems += error.problems
     if problems:
