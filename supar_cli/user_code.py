@@ -22,13 +22,14 @@ _NOT_HIS = [
 ]
 
 
-def load_function(name: str, flag: str) -> Any:
+def load_function(name: str, flag: str = "") -> Any:
     """What `module:function` names; modules are sought in the working directory first. Raises InputError at the flag."""
-    place = f"{flag} {name}"
+    place = f"{flag} {name}".strip()
     module, colon, function = name.partition(":")
-    if not (colon and all(part.isidentifier() for part in [*module.split("."), *function.split(".")])):
-        expected = f"{Path(module).stem}:{function or 'make'}" if module.endswith(".py") else "mymodel:make"
-        raise InputError(f"{place}: expected MODULE:FUNCTION, such as {expected}")
+    is_file = module.endswith(".py")
+    if is_file or not (colon and all(part.isidentifier() for part in [*module.split("."), *function.split(".")])):
+        example = f"{Path(module).stem if is_file else module or 'mymodel'}:{function or 'make'}"
+        raise InputError(f"{place}: expected MODULE:FUNCTION, such as {example}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     importlib.invalidate_caches()  # a module may have been written a moment ago
@@ -38,9 +39,9 @@ def load_function(name: str, flag: str) -> Any:
         except ModuleNotFoundError as error:
             if not (error.name and (module == error.name or module.startswith(f"{error.name}."))):
                 raise
-            raise InputError(
-                f"{place}: no module {error.name} here; {suggestion(module, _modules_here(module))}"
-            ) from None
+            here = _modules_here(module)
+            expected = suggestion(module, here) if here else "expected a file of that name with .py"
+            raise InputError(f"{place}: no module {error.name} here; {expected}") from None
         for part in function.split("."):
             if not hasattr(found, part):
                 public = [one for one, value in vars(found).items() if callable(value) and not one.startswith("_")]
@@ -54,15 +55,13 @@ def _modules_here(module: str) -> list[str]:
     package = module.rpartition(".")[0]
     folder = Path(*package.split(".")) if package else Path()
     files = [path.stem for path in folder.glob("*.py")] + [path.parent.name for path in folder.glob("*/__init__.py")]
-    return sorted(f"{package}.{one}" if package else one for one in files if one != "__init__") or [
-        "a file MODULE.py in this folder"
-    ]
+    return sorted(f"{package}.{one}" if package else one for one in files if one != "__init__")
 
 
 def require_keywords(function: Callable[..., Any], place: str, keywords: dict[str, Any]) -> None:
     """Raise InputError for a function that can't be called with these keywords alone."""
     if not callable(function):
-        raise InputError(f"{place}: is a {type(function).__name__}; expected a function")
+        raise InputError(f"{place}: a value of type {type(function).__name__}; expected a function")
     try:
         signature(function).bind(**keywords)
     except TypeError as error:

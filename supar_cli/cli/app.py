@@ -193,8 +193,9 @@ def usage_problem(error: typer.TyperException) -> str:
         return f"{option}: no such option; " + (f"did you mean {close[0]}?" if close else see)
     if option is not None:
         return f"{option}: " + ("takes no value" if "does not take" in error.message else "expected a value")
-    if found.get("param") is not None:
-        return f"{found['param'].make_metavar(ctx)}: is missing; {see}"
+    if (param := found.get("param")) is not None:
+        is_argument = param.param_type_name == "argument"
+        return f"{param.make_metavar(ctx) if is_argument else param.opts[0]}: is missing; {see}"
     return f"{error.message.rpartition('(')[2].rstrip(')')}: unexpected argument; {see}"
 
 

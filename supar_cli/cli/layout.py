@@ -34,8 +34,6 @@ def layout(flags: Flags) -> None:
     """
     log = terminal.Log(flags.quiet)
     sizes = {name: getattr(flags, name) for name in ("base", "wider", "third", "target")}
-    if (flags.example is None) == (flags.run is None):
-        raise InputError("--example: expected either --example or --run, as one pass of the model is read")
     own = _load(flags, [size for size in sizes.values() if size is not None])
     with calling_user_code():
         found = supar_cli.layout(**own, **sizes, roles=flags.role, ignore=flags.ignore or ())
@@ -54,13 +52,15 @@ def layout(flags: Flags) -> None:
 def _load(flags: Flags, sizes: list[dict[str, int]]) -> dict[str, Any]:
     """The functions that flags name, by their names. Raises InputError with every problem of them."""
     found, problems = dict[str, Any](), list[Problem | str]()
+    if (flags.example is None) == (flags.run is None):
+        problems.append("--example: expected either --example or --run, as one kind of pass is read")
     for name in ("make", "example", "run"):
         try:
             if getattr(flags, name) is not None:
-                found[name] = load_function(getattr(flags, name), name if name == "make" else flag_of(name))
+                found[name] = load_function(getattr(flags, name), "" if name == "make" else flag_of(name))
             if name == "make":
                 for size in sizes:
-                    require_keywords(found[name], f"make {flags.make}", size)
+                    require_keywords(found[name], flags.make, size)
         except InputError as error:
             problems += error.problems
     if problems:
@@ -70,11 +70,13 @@ def _load(flags: Flags, sizes: list[dict[str, int]]) -> dict[str, Any]:
 
 def _table_rows(found: Layout) -> list[list[Any]]:
     """A row for the tensors of each site that are alike: site, count, role, extents, start, notes."""
-    alike: dict[tuple[str, ...], int] = {}
+    alike: dict[tuple[str, ...], list[LayoutRow]] = {}
     for row in found.tensors:
-        key = (row.site, row.role, _extents(row), _start(row), _notes(row))
-        alike[key] = alike.get(key, 0) + 1
-    return [[site, f"× {count}" if count > 1 else "", *rest] for (site, *rest), count in alike.items()]
+        alike.setdefault((row.site, row.role, _extents(row), row.init, _notes(row)), []).append(row)
+    return [
+        [site, f"× {len(rows)}" if len(rows) > 1 else "", role, extents, _start(rows), notes]
+        for (site, role, extents, _, notes), rows in alike.items()
+    ]
 
 
 def _extents(row: LayoutRow) -> str:
@@ -83,14 +85,15 @@ def _extents(row: LayoutRow) -> str:
     return " × ".join(f"[{one}]" if axis in row.fan_in_axes else one for axis, one in enumerate(both))
 
 
-def _start(row: LayoutRow) -> str:
-    if row.own is None:
+def _start(rows: list[LayoutRow]) -> str:
+    """What the model's own constructor gives: a number, or a deviation, which in one site differs by chance."""
+    known = [row.own for row in rows if row.own is not None]
+    if not known:
         return ""
-    return (
-        f"{row.own.mean:.3g}"
-        if row.own.std == 0
-        else f"std {row.own.std:.3g}" + (", kept" if row.init == "own" else "")
-    )
+    if not any(own.std for own in known):
+        return ", ".join(dict.fromkeys(f"{own.mean:.3g}" for own in known))
+    ends = dict.fromkeys(f"{end(own.std for own in known):.2g}" for end in (min, max))
+    return f"std {' to '.join(ends)}" + (", kept" if rows[0].init == "own" else "")
 
 
 def _notes(row: LayoutRow) -> str:

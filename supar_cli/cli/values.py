@@ -90,21 +90,22 @@ def sizes(flag: str, text: str) -> dict[str, int]:
     """`NAME=N` with commas between them. Raises InputError."""
     found = {}
     for part in text.split(","):
-        name, equals, value = (word.strip() for word in part.partition("="))
-        if not equals or not name.isidentifier() or name in found:
-            raise InputError(f"{flag} {text}: expected NAME=N[,NAME=N…], such as width=256")
-        found[name] = number(int, 1)(f"{flag} {name}=", value)
+        name, _, value = (word.strip() for word in part.partition("="))
+        if not name.isidentifier() or name in found or not value.isdecimal() or int(value) < 1:
+            raise InputError(f"{flag} {text}: expected NAME=N[,NAME=N…] with whole numbers above 0, such as width=256")
+        found[name] = int(value)
     return found
 
 
 def roles(flag: str, texts: list[str]) -> dict[str, str]:
     """`NAME=ROLE` of each text. Raises InputError."""
-    found = {}
+    found, known = {}, get_args(Role)
     for text in texts:
-        name, equals, role = text.rpartition("=")
-        if not equals or not name:
-            raise InputError(f"{flag} {text}: expected NAME=ROLE, such as blocks.0.router.weight=unembedding")
-        found[name] = one_of(*get_args(Role))(f"{flag} {name}=", role)
+        name, _, role = text.rpartition("=")
+        if not name or role not in known:
+            expected = suggestion(role, known) if name else "expected NAME=ROLE, such as router.weight=unembedding"
+            raise InputError(f"{flag} {text}: {expected}")
+        found[name] = role
     return found
 
 

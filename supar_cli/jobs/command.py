@@ -24,7 +24,9 @@ from supar_cli.training.run_directory import RunHistory
 
 RESULT, PLAN = "SUPAR_RESULT", "SUPAR_PLAN"  # environment variables of the command; `own.report` writes to the first
 POLL_S = 0.1  # chosen: between two looks at what a script reports; trials take minutes
-GRACE_S = 3.0  # chosen: for a script to end by SIGTERM; less than workers.STOP_S, which its worker has for that
+GRACE_S = (
+    2.0  # chosen: for a script to end by SIGTERM, and by SIGKILL; both in workers.STOP_S, which its worker has for that
+)
 LINES, TAIL_BYTES = 10, 2**14  # chosen: the end of a traceback, which says what went wrong
 
 
@@ -170,9 +172,14 @@ def _end(process: subprocess.Popen[bytes], here: Path) -> None:
             time.sleep(POLL_S / 2)
     finally:
         _signal_group(process, signal.SIGKILL)
-        for left in _processes_of(here):
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(left, signal.SIGKILL)
+        limit = time.monotonic() + GRACE_S
+        while (
+            left := list(_processes_of(here))
+        ) and time.monotonic() < limit:  # until they are gone, with their memory
+            for one in left:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(one, signal.SIGKILL)
+            time.sleep(POLL_S / 10)
         process.wait()
 
 
