@@ -83,6 +83,10 @@ def trainer(folder: Path, plan: Plan | None = None, **changes: Any) -> Any:
     )
 
 
+class Planned(supar.TrainerMixin, transformers.Trainer):  # type: ignore[misc,name-defined]
+    """As a user under FSDP2 has it."""
+
+
 def losses(done: Any) -> list[float]:
     return [record["loss"] for record in done.state.log_history if "loss" in record]
 
@@ -157,10 +161,17 @@ class TestTrainer:
         said = [str(one.message) for one in told if "has no effect" in str(one.message)]
         assert {text.split("=")[0].removeprefix("supar: ") for text in said} == set(given)
 
-    def test_the_mixin_makes_the_same_run(self, whole: tuple[Path, Any], tmp_path: Path) -> None:
-        class Planned(supar.TrainerMixin, transformers.Trainer):  # type: ignore[misc,name-defined]
-            pass
+    @pytest.mark.parametrize("source", ["model", "model_init"])
+    def test_another_model_is_refused(self, source: str, tmp_path: Path) -> None:
+        """Without masks nothing else would show it."""
+        dense = [{**row.model_dump(), "density": 1.0, "kept": row.size} for row in llama_plan().tensors]
+        prepared = supar.prepare(llama(), plan_of(dense))
+        other = {"model": llama()} if source == "model" else {"model_init": llama}
+        made = Planned(**other, args=arguments(tmp_path), train_dataset=Windows(), prepared=prepared)
+        with pytest.raises(InputError, match=r"expected model=prepared\.model, and no model_init"):
+            made.train()
 
+    def test_the_mixin_makes_the_same_run(self, whole: tuple[Path, Any], tmp_path: Path) -> None:
         prepared = supar.prepare(llama(), llama_plan())
         made = Planned(
             model=prepared.model, args=arguments(tmp_path), train_dataset=Windows(), prepared=prepared, clip=1.0

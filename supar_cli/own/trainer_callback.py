@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from supar_cli.errors import InputError, SetupError
 from supar_cli.own.guard import kept
 from supar_cli.own.initial import live_text
+from supar_cli.own.parameters import match
 from supar_cli.own.prepared import Prepared
 
 try:
@@ -42,6 +44,7 @@ class Callback(TrainerCallback):  # type: ignore[misc]
             raise InputError(*problems)
         for message in _ignored(args, self.prepared):
             warnings.warn(message, stacklevel=2)
+        _require_prepared(self.prepared, model)
         self.prepared.attach(model)
         folder = _checkpoint_folder(args, state)
         if state.global_step and (folder / "plan.yaml").exists():
@@ -80,6 +83,7 @@ class TrainerMixin:
         """What Trainer calls before it shards or wraps the model."""
         if self.optimizer is None:
             whole = self.model if model is None else model
+            _require_prepared(self.prepared, whole)
             self.optimizer = self.prepared.optimizer(whole, clip=self.clip, **self.optimizer_options)
         return self.optimizer
 
@@ -94,6 +98,14 @@ def unwrap(optimizer: Any) -> Any:
 def _checkpoint_folder(args: Any, state: Any) -> Path:
     """Where Trainer writes the checkpoint of this step."""
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _require_prepared(prepared: Prepared, model: torch.nn.Module) -> None:
+    """Raise InputError for a model that is not the prepared one, or its shards."""
+    now = match(model, prepared.plan)
+    if any(now[name] is not held and not isinstance(now[name], DTensor) for name, held in prepared.tensors.items()):
+        what = "model: is not the one that was prepared, so it has not the plan's initial values and masks"
+        raise InputError(f"{what}; expected model=prepared.model, and no model_init")
 
 
 def _require_dead(prepared: Prepared) -> None:
