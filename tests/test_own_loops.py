@@ -11,9 +11,12 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
-from supar_cli.errors import SuparError
+import supar_cli as supar
+from supar_cli.cli.help import PAGES
+from supar_cli.errors import InputError, SuparError
 
 from .own_loop import LR, WIDTH, Net, Training, plan_of, rows
+from .test_readme import blocks
 
 Loop = Callable[[Training], object]
 
@@ -266,3 +269,30 @@ def test_schedules_that_multiply_pass(name: str) -> None:
         warnings.simplefilter("error")
         scheduled(run, RELATIVE[name](run.optimizer), steps=12)
     assert run.rates() == pytest.approx(run.rates()[:1] * len(run.rates()), rel=1e-9)
+
+
+class Router(nn.Module):
+    """Two layers of experts, chosen softly."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.table, self.router = nn.Embedding(50, width), nn.Linear(width, 4, bias=False)
+        self.experts, self.head = nn.Parameter(torch.randn(4, width, width)), nn.Linear(width, 50, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        mixed = torch.einsum("btd,edf,bte->btf", x, self.experts, self.router(x).softmax(-1))
+        return self.head(mixed)
+
+
+def test_the_manual_shows_a_question_as_it_is_asked() -> None:
+    (shown,) = (block for language, block in blocks(PAGES / "own-models.md") if language == "text")
+    sizes = {"base": {"width": 32}, "wider": {"width": 64}}
+    with pytest.raises(InputError) as asked:
+        supar.layout(Router, **sizes, example=lambda _: (torch.randint(50, (2, 8)),))
+    assert " ".join(shown.split()) == f"error: {asked.value}"
+    found = supar.layout(
+        Router, **sizes, example=lambda _: (torch.randint(50, (2, 8)),), roles={"router.weight": "unembedding"}
+    )
+    (router,) = (row for row in found.tensors if row.name == "router.weight")
+    assert router.said and router.role == "unembedding" and router.uses == []
