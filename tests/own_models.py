@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import supar_cli as supar
+from supar_cli.own.prepared import Prepared
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import parse
@@ -126,3 +128,9 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 3, fi
         optimizer.step()
         found.append(loss.item())
     return found
+
+
+def prepared(model: nn.Module | None = None, **plan: Any) -> Prepared:
+    """A model, by default `make()`, prepared by its plan."""
+    model = make() if model is None else model
+    return supar.prepare(model, plan_of(model, **plan))

@@ -66,7 +66,7 @@ class _ZeroGradient:
             self.dead.zero_(parameter.grad)
 
 
-# what is hooked to each parameter, so that preparing twice replaces a hook: (dead weights, handle)
+# what each prepared parameter has, so that preparing twice replaces a hook: (dead weights, handle)
 _hooked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -76,6 +76,7 @@ def hook(parameter: nn.Parameter, mask: Mask | None) -> DeadWeights | None:
     if handle is not None:
         handle.remove()
     if mask is None:
+        _hooked[parameter] = (None, None)
         return None
     if dead is None or dead.mask != mask:
         dead = DeadWeights(mask, parameter)
@@ -93,6 +94,6 @@ def of(parameter: Tensor) -> DeadWeights | None:
     return found[0]
 
 
-def is_hooked(parameters: Iterable[Tensor]) -> bool:
-    """Whether any of the parameters has a mask."""
+def is_prepared(parameters: Iterable[Tensor]) -> bool:
+    """Whether any of the parameters is a prepared model's."""
     return any(parameter in _hooked for parameter in parameters)

@@ -70,7 +70,7 @@ def fill(plan: Plan, tensors: Mapping[str, nn.Parameter], masks: Mapping[str, Ma
     for row in plan.tensors:
         if row.name in chosen:
             tensor, mask = tensors[row.name], masks.get(row.name)
-            if row.init == "own" and row.init_std is not None:
+            if row.init == "own" and row.init_std:
                 problems += _scale(row, tensor, mask)
             else:
                 _draw(plan, row, tensor, mask)

@@ -76,8 +76,9 @@ class MaskedModel:
     def require_dead(self, names: Iterable[str]) -> None:
         """Raise InputError, with their count by tensor, if weights live where the plan has dead ones, in this process."""
         counts = {name: self.dead[name].count_live(self.tensors[name]) for name in names}
-        if counts and (found := torch.stack(list(counts.values())).tolist()) and any(found):
-            problems = [live_text(name, count) for name, count in zip(counts, found, strict=True) if count]
+        device = next(iter(counts.values())).device if counts else None
+        found = torch.stack([count.to(device) for count in counts.values()]).tolist() if counts else []
+        if problems := [live_text(name, count) for name, count in zip(counts, found, strict=True) if count]:
             raise InputError(*problems, "weights: expected those of a model of this plan and seed; nothing was changed")
 
     def _check_load(self, module: nn.Module) -> None:

@@ -76,7 +76,6 @@ class Prepared(MaskedModel):
     ) -> None:
         super().__init__(model, plan, masks, engine)
         self._is_drawn, self._optimizers = is_drawn, weakref.WeakSet[torch.optim.Optimizer]()
-        _watch_optimizers()
 
     def groups(self, model: nn.Module | None = None) -> list[dict[str, Any]]:
         """Parameter groups for AdamW, Adam without decay or SGD, as the plan's `train.optimizer` says.
@@ -109,13 +108,15 @@ class Prepared(MaskedModel):
     def optimizer(
         self, model: nn.Module | None = None, *, clip: float | None = None, **options: Any
     ) -> torch.optim.Optimizer:
-        """The plan's AdamW or SGD, kept; `clip` limits the gradients' norm before each step, as `clip_grad_norm_` does.
+        """The plan's AdamW or SGD, kept; `clip` limits the gradients' norm before each step (0: no limit), as `clip_grad_norm_` does.
 
         `options` go to torch's class, such as betas, momentum or foreach. `defaults["lr"]` is the tuned rate.
         """
         if fixed := options.keys() & {"lr", "eps", "weight_decay", "params"}:
             raise InputError(*(f"{name}: is the plan's, tensor by tensor; expected it in the plan" for name in fixed))
-        groups, train = self.groups(model), self.plan.train
+        if clip is not None and not clip >= 0:
+            raise InputError(f"clip: {clip}; expected a number above 0, or 0 for none")
+        groups, train, eta = self.groups(model), self.plan.train, self.plan.hyperparameters.lr
         tensors = [tensor for group in groups for tensor in group["params"]]
         if not options.keys() & {"fused", "foreach", "capturable", "differentiable"}:
             is_whole = all(local_shard(tensor) is tensor for tensor in tensors)  # fused SGD can't update shards
@@ -123,14 +124,11 @@ class Prepared(MaskedModel):
             options["fused"] = is_fast and (is_whole or train.optimizer == "adamw")
         made: torch.optim.Optimizer
         if train.optimizer == "adamw":
-            made = torch.optim.AdamW(
-                groups, **{"lr": self.plan.hyperparameters.lr, "betas": tuple(train.betas), **options}
-            )
+            made = torch.optim.AdamW(groups, **{"lr": eta, "betas": tuple(train.betas), **options})
         else:
-            made = torch.optim.SGD(
-                groups, **{"lr": self.plan.hyperparameters.lr, "momentum": train.momentum, **options}
-            )
-        return self._keep(made, clip=clip, is_whole=True)
+            made = torch.optim.SGD(groups, **{"lr": eta, "momentum": train.momentum, **options})
+        self._keep(made, clip=clip or None, is_whole=True)
+        return made
 
     def keep(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Hold the masks in any optimizer of this model: dead weights are set to 0 after each step, their moments now.
@@ -138,7 +136,8 @@ class Prepared(MaskedModel):
         Where its groups are those of `groups()`, their numbers are held too. Raises InputError for numbers of the plan in an
         optimizer for which they are wrong; warns where the plan gives masks and no numbers.
         """
-        return self._keep(getattr(optimizer, "optimizer", optimizer), clip=None, is_whole=False)
+        self._keep(getattr(optimizer, "optimizer", optimizer), clip=None, is_whole=False)  # inside of a wrapper
+        return optimizer
 
     def set_rate(self, lr: float) -> None:
         """Set the tuned rate: every group of the kept optimizers gets lr times its ratio."""
@@ -181,15 +180,12 @@ class Prepared(MaskedModel):
         if problems:
             raise InputError(*problems)
 
-    def _keep(self, optimizer: torch.optim.Optimizer, *, clip: float | None, is_whole: bool) -> torch.optim.Optimizer:
+    def _keep(self, optimizer: torch.optim.Optimizer, *, clip: float | None, is_whole: bool) -> None:
         if not any(id(tensor) in self.by_id for group in optimizer.param_groups for tensor in group["params"]):
             what = "none of the optimizer's parameters is the prepared model's"
-            raise InputError(
-                f"keep: {what}; call attach(model) after what gave the model new ones, then make the optimizer"
-            )
+            raise InputError(f"keep: {what}; call attach(model) after what made new ones, then make the optimizer")
         Kept(self, optimizer, clip, is_whole, _has_numbers(self.plan, optimizer))
         self._optimizers.add(optimizer)
-        return optimizer
 
 
 def _has_numbers(plan: Plan, optimizer: torch.optim.Optimizer) -> bool:
@@ -218,29 +214,25 @@ def _has_numbers(plan: Plan, optimizer: torch.optim.Optimizer) -> bool:
     return has_numbers
 
 
-_noticed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-
-
-def _watch_optimizers() -> None:
-    """Warn, at its first step, of an optimizer of a prepared model that is not kept: the plan's numbers are not in it."""
-    if _watch_optimizers.__dict__.setdefault("is_on", False):
-        return
-    _watch_optimizers.__dict__["is_on"] = True
-
-    def notice(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if optimizer in _noticed or optimizer in kept:
-            return
-        _noticed.add(optimizer)
-        if dead_weights.is_hooked(tensor for group in optimizer.param_groups for tensor in group["params"]):
-            has_numbers = any("ratio" in group for group in optimizer.param_groups)
-            what = "and nothing watches its numbers" if has_numbers else "by numbers that are not the plan's"
-            remedy = "expected prepared.optimizer(), or prepared.keep(optimizer)"
-            warnings.warn(f"{type(optimizer).__name__}: trains a prepared model, {what}; {remedy}", stacklevel=3)
-
-    register_optimizer_step_pre_hook(notice)
-
-
 def _with_source(plan: Plan, **source: str | None) -> Plan:
     """The plan with masks from elsewhere."""
     sparsity = plan.sparsity.model_copy(update={"source": plan.sparsity.source.model_copy(update=source)})
     return plan.model_copy(update={"sparsity": sparsity})
+
+
+_noticed: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+
+def _notice(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Warn, at its first step, of an optimizer of a prepared model that is not kept: nothing holds the plan's numbers there."""
+    if optimizer in _noticed or optimizer in kept:
+        return
+    _noticed.add(optimizer)
+    if dead_weights.is_prepared(tensor for group in optimizer.param_groups for tensor in group["params"]):
+        has_numbers = any("ratio" in group for group in optimizer.param_groups)
+        what = "and nothing watches its numbers" if has_numbers else "by numbers that are not the plan's"
+        remedy = "expected prepared.optimizer(), or prepared.keep(optimizer)"
+        warnings.warn(f"{type(optimizer).__name__}: trains a prepared model, {what}; {remedy}", stacklevel=3)
+
+
+register_optimizer_step_pre_hook(_notice)  # of every optimizer, so that one made without supar is noticed

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,8 @@ def require_mask(mask: Mask, wanted: WantedMask | None) -> None:
         return
     if mask.shape != wanted.shape:
         raise ValueError(f"has the shape {list(mask.shape)}; the plan's is {list(wanted.shape)}")
-    if mask.count != wanted.kept:
+    spread = sqrt(wanted.kept * (1 - wanted.kept / mask.size)) if wanted.pattern == "bernoulli" else 0
+    if abs(mask.count - wanted.kept) > 6 * spread:  # six standard deviations, as where masks are drawn
         raise ValueError(f"{mask.count} weights live; the plan keeps {wanted.kept}")
     if wanted.pattern in ("exact", "bernoulli"):
         return
