@@ -74,6 +74,10 @@ class TestClaims:
     def test_only_plans_of_own_models_are_taken(self) -> None:
         with pytest.raises(InputError, match="plan: dict; expected the plan of a model of your own"):
             supar.prepare(make(), {})  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="initialise: None; expected True, False, or names"):
+            supar.prepare(make(), plan_of(make()), initialise=None)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="masks: str; expected a mask, or a tensor whose non-zeros live, by name"):
+            supar.prepare(make(), plan_of(make()), masks="masks.safetensors")  # type: ignore[arg-type]
 
     @pytest.mark.parametrize(
         ("spoil", "words"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -124,7 +125,8 @@ class TestFolding:
     def test_the_clip_is_that_of_the_model_with_multipliers(self, tied: bool) -> None:
         true = run(scaled(ANY, tied=tied), unfolded, "adamw", "torch")
         assert gap(true, run(make(tied=tied), folded("adamw", ANY, tied), "adamw", "prepared")) <= 1e-12
-        with pytest.warns(UserWarning, match=r"write prepared\.clip_grad_norm_\(limit\)"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is said of it is tested with the loops
             clipped = run(make(tied=tied), folded("adamw", ANY, tied), "adamw", "torch")
         assert gap(true, clipped) > 1e-3
 

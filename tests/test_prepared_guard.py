@@ -176,6 +176,15 @@ class TestOtherOptimizers:
         with pytest.warns(UserWarning, match="SGD: trains a prepared model, by numbers that are not the plan's"):
             steps(made.model, torch.optim.SGD(made.model.parameters(), lr=0.1), 2)
 
+    def test_keeping_the_plans_own_leaves_its_clip(self) -> None:
+        losses = []
+        for keeps in (False, True):
+            made = prepared(train={"optimizer": "sgd"})
+            optimizer = made.optimizer(clip=0.01)
+            losses.append(steps(made.model, made.keep(optimizer) if keeps else optimizer))
+        free = prepared(train={"optimizer": "sgd"})
+        assert losses[0] == losses[1] != steps(free.model, free.optimizer())
+
     def test_the_plans_groups_want_to_be_kept(self) -> None:
         made = prepared()
         with pytest.warns(

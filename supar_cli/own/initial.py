@@ -27,6 +27,8 @@ def masks_of(plan: Plan, given: Mapping[str, Any] | None) -> dict[str, Mask]:
     """
     if given is None:
         return make_masks(plan)
+    if not isinstance(given, Mapping):
+        raise InputError(f"masks: {type(given).__name__}; expected a mask, or a tensor whose non-zeros live, by name")
     rows = {row.name: row for row in plan.tensors}
     wanted = {name: wanted_mask(plan, row) for name, row in rows.items() if row.kept < row.size}
     problems = [f"masks: {name}: unknown tensor; {suggestion(name, rows)}" for name in given if name not in rows]
@@ -48,6 +50,8 @@ def names_to_initialise(plan: Plan, initialise: bool | Collection[str]) -> set[s
     names = {row.name for row in plan.tensors}
     if isinstance(initialise, bool):
         return names if initialise else set()
+    if not isinstance(initialise, Collection):
+        raise InputError(f"initialise: {initialise!r}; expected True, False, or names of modules or tensors")
     chosen, problems = set[str](), list[str]()
     for part in [initialise] if isinstance(initialise, str) else initialise:
         matching = {name for name in names if name == part or name.startswith(f"{part}.")}

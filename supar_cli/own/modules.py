@@ -107,9 +107,6 @@ class _AfterLoad:
         if check is not None:
             check(module)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _AfterLoad:
-        return _AfterLoad()
-
     def __reduce__(self) -> Any:
         return _AfterLoad, ()
 

@@ -44,7 +44,7 @@ def prepare(
     """
     if not isinstance(plan, Plan) or not isinstance(plan.model, OwnModel):
         found = plan.model.family if isinstance(plan, Plan) else type(plan).__name__
-        raise InputError(f"plan: {found}; expected the plan of a model of your own, made from its layout")
+        raise InputError(f"plan: {found}; expected the plan of a model of your own, as supar.load reads it")
     chosen = initial.names_to_initialise(plan, initialise)
     tensors = match(model, plan)
     found_masks = initial.masks_of(plan, masks)
@@ -136,7 +136,10 @@ class Prepared(MaskedModel):
         Where its groups are those of `groups()`, their numbers are held too. Raises InputError for numbers of the plan in an
         optimizer for which they are wrong; warns where the plan gives masks and no numbers.
         """
-        self._keep(getattr(optimizer, "optimizer", optimizer), clip=None, is_whole=False)  # inside of a wrapper
+        inner = getattr(optimizer, "optimizer", optimizer)  # inside of a wrapper
+        before = kept[inner][0] if inner in kept else None
+        clip, is_whole = (None, False) if before is None else (before.clip, before.is_whole)
+        self._keep(inner, clip=clip, is_whole=is_whole)
         return optimizer
 
     def set_rate(self, lr: float) -> None:
