@@ -171,7 +171,7 @@ def state_of_another_plan(run: Training) -> None:
 
 def state_with_another_decay(run: Training) -> None:
     tensors = rows()
-    tensors[1]["weight_decay"], tensors[3]["weight_decay"] = 0.25, 1.0
+    tensors[1]["weight_decay"] = 0.25
     run.optimizer.load_state_dict(Training(plan_of(tensors)).optimizer.state_dict())
     run.step()
 
@@ -188,6 +188,36 @@ def another_group(run: Training) -> None:
     """A new head beside the model, in the same optimizer."""
     run.optimizer.add_param_group({"params": nn.Linear(WIDTH, 2).parameters(), "lr": LR})
     run.step()
+
+
+def one_decay_for_all(run: Training) -> None:
+    for group in run.optimizer.param_groups:
+        group["weight_decay"] = 0.04
+    run.step()
+
+
+def scheduled_decay(run: Training) -> None:
+    """As self-supervised vision has it: one factor on all decays."""
+    for step in range(1, 4):
+        for group, planned in zip(run.optimizer.param_groups, run.prepared.groups(), strict=True):
+            group["weight_decay"] = step * planned["weight_decay"]
+        run.step()
+
+
+def some_groups(run: Training) -> None:
+    run.optimizer = run.prepared.keep(torch.optim.AdamW(run.prepared.groups()[:2]))
+    run.step()
+
+
+def two_optimizers(run: Training) -> None:
+    groups = run.prepared.groups()
+    optimizers = [run.prepared.keep(torch.optim.AdamW(part)) for part in (groups[:2], groups[2:])]
+    for _ in range(2):
+        run.loss().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        run.steps += 1
 
 
 def lbfgs(run: Training) -> None:
@@ -223,7 +253,8 @@ WRONG: dict[Loop, tuple[str, int]] = {
     state_of_a_plain_optimizer: ("set_rate", 0),
     state_of_another_plan: ("load_state_dict", 0),
     state_with_another_decay: ("weight_decay", 0),
-    another_group: ("group", 0),
+    one_decay_for_all: ("weight_decay", 0),
+    some_groups: ("prepared.keep(optimizer)", 0),
     lbfgs: ("LBFGS", 0),
 }
 HARMLESS: list[Loop] = [
@@ -236,6 +267,9 @@ HARMLESS: list[Loop] = [
     kept_rmsprop,
     other_models_adamw,
     own_state,
+    scheduled_decay,
+    two_optimizers,
+    another_group,
     closure,
 ]
 

@@ -12,6 +12,7 @@ from supar_cli.errors import InputError
 from supar_cli.own import dead_weights, modules
 from supar_cli.own.clip_watch import ClipWatch
 from supar_cli.own.initial import live_text
+from supar_cli.own.oversights import InitialValues
 from supar_cli.own.parameters import local_shard, match, named_parameters, shown, submodules, sum_shards_, total_square
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.masks import Mask
@@ -24,6 +25,7 @@ class MaskedModel:
         self.plan, self.masks = plan, dict(masks)
         self.rows = {row.name: row for row in plan.tensors if row.tied_to is None}
         self._engine, self.clips = engine, ClipWatch({}, {}, ())
+        self.initial_values = InitialValues({})
         self.attach(model)
 
     def attach(self, model: nn.Module) -> None:
@@ -83,6 +85,7 @@ class MaskedModel:
 
     def _check_load(self, module: nn.Module) -> None:
         """After a load_state_dict, before the first forward pass with its values."""
+        self.initial_values.forget()
         if module is submodules(self.model, self.tensors)[""] and not self.replaced():
             self.require_dead(self.dead)
 
