@@ -14,6 +14,7 @@ from torch.optim import lr_scheduler as schedulers
 import supar_cli as supar
 from supar_cli.cli.help import PAGES
 from supar_cli.errors import InputError, SuparError
+from supar_cli.own.guard import Kept
 
 from .own_loop import LR, WIDTH, Net, Training, plan_of, rows
 from .test_readme import blocks
@@ -294,6 +295,16 @@ def test_its_twin_passes(loop: Loop) -> None:
         loop(run)
     assert run.prepared.check() == {}
     assert run.steps >= 1 and all(not torch.equal(start[name], now) for name, now in run.model.state_dict().items())
+
+
+@pytest.mark.parametrize("loop", list(WRONG)[:8], ids=lambda loop: loop.__name__)
+def test_without_the_guard_wrong_rates_pass_in_silence(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: it is the guard that tells them, and their rates are wrong."""
+    monkeypatch.setattr(Kept, "_before", lambda *_: None)
+    run, off = Training(), list[float]()
+    run.optimizer.register_step_pre_hook(lambda *_: off.append(max(run.rates()) / min(run.rates())))
+    loop(run)
+    assert run.steps >= 3 and max(off) > 1.5
 
 
 @pytest.mark.parametrize("name", RELATIVE)
