@@ -311,8 +311,12 @@ def test_the_layout_is_shown_as_it_is_written(folder: Path) -> None:
 
 def test_python_blocks_run_in_one_session(folder: Path, reader: dict[str, Any]) -> None:
     found = [block for language, block in blocks(PAGE) if language == "python"]
-    for block in found:
-        exec(compile(block, "own-models.md", "exec"), reader)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for block in found:
+            exec(compile(block, "own-models.md", "exec"), reader)
+    told = [str(one.message) for one in caught if one.filename == "own-models.md" or "supar_cli" in one.filename]
+    assert [text for text in told if not text.startswith("RMSprop: its numbers are not the plan's")] == []
     assert len(found) >= 9 and (folder / "saved" / "plan.yaml").exists()
     with pytest.raises(NameError):
         exec(found[-1].replace("prepared.", "unprepared."), reader)
