@@ -58,6 +58,21 @@ class TestClaims:
         with pytest.raises(InputError, match=r"head\.weight: in the model only"):
             supar.prepare(make(), plan_of(make(tied=True)))
 
+    def test_what_nothing_reads_stays_as_it_is(self) -> None:
+        model = make(layers=3)
+        for block in model.blocks:
+            block.unused = nn.Parameter(torch.full((2,), 3.0))
+        with pytest.raises(InputError, match=r"blocks\.2\.unused: in the model only"):
+            supar.prepare(model, plan_of(make(layers=3)))
+        made = supar.prepare(model, plan_of(make(layers=3), model={"ignored": ["blocks.0.unused"]}))
+        assert steps(model, made.optimizer(clip=1.0), 2) and model.blocks[2].unused.eq(3).all()
+        model.blocks[1].norm.register_forward_hook(lambda module, _, out: out * model.blocks[1].unused.mean())
+        with pytest.warns(
+            UserWarning, match=r"^blocks\.1\.unused: model\.ignored leaves it out, but it has a gradient"
+        ):
+            steps(model, made.optimizer(), 2)
+        assert not any("unused" in name for group in made.groups() for name in group["names"])
+
     def test_names_of_wrappers_are_no_names(self) -> None:
         class Wrapper(nn.Module):
             def __init__(self, module: nn.Module) -> None:

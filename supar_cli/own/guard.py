@@ -14,7 +14,7 @@ import torch
 from supar_cli.errors import InputError
 from supar_cli.own.masked_model import MaskedModel
 from supar_cli.own.oversights import warn_of_untrained
-from supar_cli.own.parameters import match, shown
+from supar_cli.own.parameters import match, named_parameters, shown
 from supar_cli.planning.plan import PlanTensor
 
 # chosen: schedulers in double precision keep proportions to 1e-13, rates in float32 tensors to 1e-7
@@ -171,6 +171,8 @@ class Kept:
             is_full = self.steps < CHECKED_FIRST or self.steps % CHECK_EVERY == 0
             if is_full:
                 match(masked.model, masked.plan)
+                if self.is_whole and self.steps == 0:
+                    self._warn_of_ignored()
             masked.require_dead(masked.dead if is_full else masked.changed())
             masked.initial_values.warn_if_replaced(masked.tensors)
         self.steps += 1
@@ -215,6 +217,14 @@ class Kept:
                 dead.zero_(tensor)
                 zeroed.append(name)
         self.masked.mark(zeroed)
+
+    def _warn_of_ignored(self) -> None:
+        """Warn of parameters that the plan leaves out as unread and that have a gradient."""
+        named = named_parameters(self.masked.model, self.masked.rows)
+        others = {name: tensor for name, tensor in named.items() if id(tensor) not in self.masked.by_id}
+        if read := [name for name, tensor in others.items() if tensor.grad is not None and tensor.grad.any()]:
+            what = "model.ignored leaves it out, but it has a gradient, so something reads it"
+            warnings.warn(f"{shown(read)}: {what}; it is not trained by the plan's optimizer", stacklevel=5)
 
     def _require_parameters(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise InputError unless the optimizer's parameters are the masked ones and, where it has to, it has all of them."""

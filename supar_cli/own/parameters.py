@@ -64,6 +64,11 @@ def _prefix(names: Collection[str], planned: Iterable[str]) -> str:
     return prefix
 
 
+def _site(name: str) -> str:
+    """A parameter's name with `*` for the numbers of blocks."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
 def match(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
     """The model's parameters by the plan's names, each tensor once; tied rows are left out.
 
@@ -85,7 +90,9 @@ def match(model: nn.Module, plan: Plan) -> dict[str, nn.Parameter]:
             problems.append(f"{row.name}: the model ties it to {claimed[id(tensor)]}; the plan has two tensors")
     of_rows = {id(named[row.name]) for row in plan.tensors if row.name in named}
     unclaimed = {id(tensor): name for name, tensor in reversed(named.items()) if id(tensor) not in of_rows}
-    problems += [f"{name}: in the model only" for name in reversed(unclaimed.values())]
+    ignored = {_site(name) for name in getattr(plan.model, "ignored", ())}  # of further blocks too: layers may differ
+    names = reversed(unclaimed.values())
+    problems += [f"{name}: in the model only" for name in names if _site(name) not in ignored]
     hooks = getattr(plan.model, "hooks", {})
     modules = submodules(model, (row.name for row in plan.tensors))
     problems += [f"model.hooks.{name}: the model has no such module" for name in hooks if name not in modules]
