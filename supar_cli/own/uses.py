@@ -42,7 +42,8 @@ def find_uses(record: Record, readings: Mapping[str, Reading], model: nn.Module,
             _before_head(record, name, readings, model, found)
     for names, writers in record.residuals:
         if not names & record.barred:
-            found.writers |= set(writers) & set(readings)
+            wide = {name for name in writers if name in readings and record.scales[name]}
+            found.writers |= {name for name in wide if readings[name].role != "unembedding"}
     for name, reading in readings.items():
         if reading.derived:
             found.add("derived", {name})
@@ -81,7 +82,9 @@ def _first_sums(record: Record, readings: Mapping[str, Reading], found: Uses) ->
 def _is_first(one: Readers, record: Record) -> bool:
     """Whether a sum is read as it is, by more than a norm alone; behind a norm that alone reads a first sum."""
     labels = set(one.by.values())
-    if not labels or labels == {"norm"} or one.is_weak or (record.roots and not one.names & record.roots):
+    if not any(record.scales[name] for name in one.names if name) and not one.names & record.fed:
+        return False
+    if not labels or labels == {"norm"} or one.is_weak or one.names <= record.conditions - record.roots:
         return False
     through = one.through
     return through is None or (set(through.by.values()) == {"norm"} and not through.names & record.barred)
