@@ -333,8 +333,8 @@ class TestSearch:
         assert told.status == 0 and "not searched: hyperparameters.alpha_input: no tensor can take" in told.err
 
     def test_divergence_counts_and_a_failed_trial_does_not(self, here: Path, supar_here: Callable[..., Called]) -> None:
-        fault = "assert x < 1.5, 'too hot'\nif x < -1: loss = float('nan')"
-        spec = write_spec(here, fault=fault, seeds=1, lr_fit_octaves=[-0.5, 2.5])
+        fault = "assert x < 1.5, 'too hot'\nif x < -0.3: loss = float('nan')"
+        spec = write_spec(here, fault=fault, seeds=1, lr_fit_octaves=[0.5, 2.5])
         called = supar_here("tune-proxy")
         assert called.status == 0, called.err
         states = [tuning.state_of(trial) for trial in trials_of(spec)]
