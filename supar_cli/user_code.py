@@ -8,7 +8,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,18 @@ def require_keywords(function: Callable[..., Any], place: str, keywords: dict[st
         raise InputError(f"{place}: {error}; expected a function that can be called with ({called})") from None
     except ValueError:  # of a function without a signature only a call tells
         pass
+
+
+def can_be_called(function: Any, *arguments: Any) -> bool:
+    """Whether something is a function that takes these arguments; of one without a signature only a call would tell."""
+    if not callable(function):
+        return False
+    with suppress(ValueError):
+        try:
+            signature(function).bind(*arguments)
+        except TypeError:
+            return False
+    return True
 
 
 @contextmanager

@@ -56,6 +56,17 @@ def batch(model):
 def step(model):
     return model(*batch(model))
 
+def tokens():
+    return torch.randint(0, 50, (2, 8))
+
+def pair(model, other):
+    return model
+
+def keywords(size=8):
+    return {"ids": tokens()[:, :size]}
+
+fixed = [tokens()]
+
 def broken(model):
     return model.nothing
 
@@ -105,6 +116,9 @@ def test_the_document_says_what_each_tensor_is(name: str, supar_here: Callable[.
     assert parse(Layout, document.read(printed.out, "stdout")[0]) == layout and "wrote" not in printed.err
     as_json = supar_here("layout", *asked[:-2], "--run", f"{name}:step", "--json", "-o", "-")
     assert json.loads(as_json.out)["tensors"][0]["name"] == "table.weight", as_json.err
+    for example in ("tokens", "keywords", "fixed"):
+        same = supar_here("layout", *asked[:-1], f"{name}:{example}", "-o", "-")
+        assert same.out == printed.out, same.err
     other = supar_here("layout", f"{name}:make", *SIZES, "--example", f"{name}:batch")
     assert other.status == 2 and "layout.yaml: exists and differs; expected --force" in other.err  # it may be edited
 
@@ -123,6 +137,14 @@ def test_the_document_says_what_each_tensor_is(name: str, supar_here: Callable[.
         (
             ["@:make", *SIZES, "--example", "@:bach"],
             "--example @:bach: @ has no bach; did you mean 'batch'?",
+        ),
+        (
+            ["@:make", *SIZES, "--run", "@:tokens"],
+            "--run @:tokens: expected a function that can be called with (model)",
+        ),
+        (
+            ["@:make", *SIZES, "--example", "@:pair"],
+            "--example @:pair: expected a function that can be called with (model) or ()",
         ),
         (["@:make", *SIZES], "--example: expected either --example or --run"),
         (["@:make", *SIZES, "--example", "@:batch", "--run", "@:step"], "--example: expected either"),
@@ -223,7 +245,7 @@ def test_notes_are_warnings_and_questions_are_errors(
         *asked, "-q", "-f", "--role", "a.b=hidden", "--role", "c=norm", "--ignore", "d", "--target", "width=4096"
     )
     assert answered.status == 0 and answered.err == "warning: a number moves with the size\n"
-    assert given.pop("make").__name__ == "make" and given.pop("example").__name__ == "batch"
+    assert given.pop("make").__name__ == "make" and given.pop("example").args[0].__name__ == "batch"
     assert given == {
         "base": {"width": 32},
         "wider": {"width": 64},

@@ -110,6 +110,16 @@ class TestRun:
         assert heard == [(1, 11.0), (2, 12.0), (3, 13.0)]
         assert history.evaluations[-1][1] == 1.5
 
+    def test_of_many_reports_only_some_are_passed_on_and_the_same_ones_in_each_run(self, here: Path) -> None:
+        by = """seq 1 5000 | sed 's/.*/{"loss": &, "step": &}/' > $SUPAR_RESULT"""
+        heard: list[list[int]] = [[], []]
+        for steps in heard:
+            history = command.run_command(
+                plan_with(by), here / "trials", lambda step, _, steps=steps: steps.append(step)
+            )  # type: ignore[misc]
+        assert len(history.evaluations) == 5000 and heard[0] == heard[1]
+        assert heard[0][:99] == [*range(1, 100)] and 200 < len(heard[0]) < 400
+
     def test_the_command_gets_the_plan_as_a_file_of_any_path(self, here: Path) -> None:
         folder = here / "a 'b' $c"
         plan = plan_with(f'cp {{plan}} copy.yaml; cmp {{plan}} "$SUPAR_PLAN" && {REPORT}')
@@ -322,14 +332,15 @@ class TestSearch:
         told = supar_here("tune-proxy", "--layout", "layout.yaml", "--command", KEPT, "--dry-run")
         assert told.status == 0 and "not searched: hyperparameters.alpha_input: no tensor can take" in told.err
 
-    def test_a_failed_trial_does_not_count(self, here: Path, supar_here: Callable[..., Called]) -> None:
-        spec = write_spec(here, fault="assert x < 1.5, 'too hot'", lr_fit_octaves=[-1.0, 2.0])
+    def test_divergence_counts_and_a_failed_trial_does_not(self, here: Path, supar_here: Callable[..., Called]) -> None:
+        fault = "assert x < 1.5, 'too hot'\nif x < -0.3: loss = float('nan')"
+        spec = write_spec(here, fault=fault, seeds=1, lr_fit_octaves=[0.5, 2.5])
         called = supar_here("tune-proxy")
         assert called.status == 0, called.err
         states = [tuning.state_of(trial) for trial in trials_of(spec)]
-        assert states.count("complete") + states.count("pruned") == 6 and "failed" in states
+        assert len(states) - states.count("failed") == 6 and {"failed", "diverged", "complete"} <= {*states}
         assert "AssertionError: too hot" in called.err
-        assert called.err.count("is made again: the script failed") == called.err.count("counts as diverged") == 2
+        assert called.err.count("is made again: the script failed") == called.err.count("counts as diverged") == 1
 
     @pytest.mark.parametrize(
         ("by", "what"),
@@ -350,12 +361,6 @@ class TestSearch:
         assert runs_made(here) == 3 and not Path("proxy.yaml").exists()
         write_spec(here, by=by)  # a search with another script begins anew; this one goes on
         assert supar_here("tune-proxy").status == 4 and runs_made(here) == 6
-
-    def test_divergence_counts(self, here: Path, supar_here: Callable[..., Called]) -> None:
-        write_spec(here, fault="if x > 1: loss = float('nan')", finalists=1, seeds=1, lr_fit_octaves=[])
-        assert supar_here("tune-proxy").status == 0
-        trials = load("proxy.yaml").evidence["trials"]  # type: ignore[union-attr]
-        assert trials["diverged"] > 0 and sum(trials.values()) == 6
 
     def test_bad_trials_are_pruned_by_their_reports(self, here: Path, supar_here: Callable[..., Called]) -> None:
         fault = "if x < -2.2: supar.report_loss(99, 10); open('slow', 'w').write(str(os.getpid())); time.sleep(60)"
@@ -432,9 +437,10 @@ def test_ctrl_c_ends_the_scripts_of_all_jobs_and_the_study_continues(
     assert processes[0].returncode == 130 and "the same command continues" in err, err
     assert not any(is_alive(int(path.name[3:])) for path in scripts)
     assert not [trial for trial in trials_of(spec) if trial.state == optuna.trial.TrialState.RUNNING]
-    (here / "go").touch()
-    assert supar_here("tune-proxy").status == 0
-    assert sum(map(tuning.is_counted, trials_of(spec))) == 3
+    if jobs == 2:
+        (here / "go").touch()
+        assert supar_here("tune-proxy").status == 0
+        assert sum(map(tuning.is_counted, trials_of(spec))) == 3
 
 
 def test_a_reported_loss_needs_no_torch() -> None:

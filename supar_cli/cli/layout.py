@@ -1,5 +1,7 @@
 """`supar layout`: the user's model becomes a document of its tensors."""
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import supar_cli
@@ -7,7 +9,7 @@ from supar_cli.cli import terminal, text, values
 from supar_cli.cli.options import Flags, command, flag_of
 from supar_cli.errors import InputError, Problem
 from supar_cli.planning.layout_document import Layout, LayoutRow
-from supar_cli.user_code import calling_user_code, load_function, require_keywords
+from supar_cli.user_code import calling_user_code, can_be_called, load_function, require_keywords
 
 COLUMNS = ["site", "", "role", "extents, at base → wider", "start", "notes"]
 
@@ -63,9 +65,23 @@ def _load(flags: Flags, sizes: list[dict[str, int]]) -> dict[str, Any]:
                     require_keywords(found[name], flags.make, size)
         except InputError as error:
             problems += error.problems
+    if "run" in found and not can_be_called(found["run"], None):
+        problems.append(f"--run {flags.run}: expected a function that can be called with (model)")
+    if callable(example := found.get("example")) and not (can_be_called(example) or can_be_called(example, None)):
+        problems.append(f"--example {flags.example}: expected a function that can be called with (model) or ()")
     if problems:
         raise InputError(*problems)
+    if "example" in found:
+        found["example"] = partial(_arguments, found["example"])
     return found
+
+
+def _arguments(example: Any, model: Any) -> Any:
+    """What to call the model with: a tuple of arguments, or keywords. `example` is a function, of the model or not, or it itself."""
+    found = example
+    if callable(example):
+        found = example() if can_be_called(example) else example(model)
+    return tuple(found) if isinstance(found, list) else found if isinstance(found, tuple | Mapping) else (found,)
 
 
 def _table_rows(found: Layout) -> list[list[Any]]:

@@ -117,7 +117,7 @@ OPTIONS = {
     "wider": Option(str, "Larger sizes, which show what scales.", read=values.sizes, default=...),
     "third": Option(str, "A third size; every tensor has to be in proportion there too.", read=values.sizes),
     "target": Option(str, "The size to train, where tensors are not in proportion to it.", read=values.sizes),
-    "example": Option(str, "A function of the model that returns what to call it with.", metavar="MODULE:FUNCTION"),
+    "example": Option(str, "What the model is called with, or a function that returns it.", metavar="MODULE:NAME"),
     "run": Option(str, "A function of the model that makes a pass, instead of --example.", metavar="MODULE:FUNCTION"),
     "ignore": Option(list[str], "A parameter that the training never uses; repeatable.", metavar="NAME"),
     "layout": Option(str, "Layout of your own model, by `supar layout`.", "model.layout", read=values.file),

@@ -69,7 +69,7 @@ def tune_proxy(flags: Flags) -> None:
     proxy = _beside(proxy, out)
     terminal.emit([proxy.model_dump()], flags, log, "proxy.yaml")
     if not terminal.prints(flags):
-        log.next(" ".join(["supar transfer", *([out] if out else []), "--sparsity 0.992"]))
+        log.next(" ".join(["supar transfer", *([out] if out else []), *_wider(spec), "--sparsity 0.992"]))
 
 
 def _read_spec(flags: Flags, log: terminal.Log) -> Spec:
@@ -107,6 +107,12 @@ def _with_usable_ranges(spec: Spec, log: terminal.Log) -> Spec:
     for why in refused.values():
         log.log(f"not searched: {why}")
     return spec.model_copy(update={"search": spec.search.model_copy(update=dict.fromkeys(refused))})
+
+
+def _wider(spec: Spec) -> list[str]:
+    """The flag of a width to go on with, where a user's model has one; a plan of the proxy's own size has no use."""
+    width = spec.model.read_layout().base.get("width") if isinstance(spec.model, OwnShape) else None
+    return [] if width is None else [f"--width {16 * width}"]
 
 
 def _beside(proxy: Proxy, out: str | None) -> Proxy:

@@ -27,16 +27,16 @@ def compare_scripts(study: optuna.Study, run: Run, folder: Path, reporter: Repor
         reporter.warn(f"{', '.join(changed)}: {what}; another --study starts anew")
 
 
-def require_different_losses(complete: list[FrozenTrial]) -> None:
+def require_different_losses(complete: list[FrozenTrial], run: Run) -> None:
     """Raise UnusableResult where several trials, sorted by their loss, have the same one: the script trains no plan."""
-    if len(complete) > 2 and complete[0].value == complete[-1].value:
+    if run.command is not None and len(complete) > 2 and complete[0].value == complete[-1].value:
         what = f"all {len(complete)} trials have the loss {complete[0].value}, whatever their values"
         raise UnusableResult(f"{what}; expected a script that trains the plan that it is given")
 
 
-def warn_of_equal_seeds(finalists: list[Record], reporter: Reporter) -> None:
+def warn_of_equal_seeds(finalists: list[Record], run: Run, reporter: Reporter) -> None:
     """Warn where a seed changes no loss: then runs with several say nothing about chance."""
-    if all(len(one["losses"]) > 1 and len(set(one["losses"])) == 1 for one in finalists):
+    if run.command is not None and all(len(one["losses"]) > 1 and len(set(one["losses"])) == 1 for one in finalists):
         reporter.warn("another seed changes no loss; expected a script that uses plan.train.seed, or search.seeds: 1")
 
 

@@ -136,9 +136,9 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
         raise UnusableResult(
             f"all {len(trials)} trials diverged or were pruned; expected lower learning rates or init scales in search"
         )
-    script.require_different_losses(complete)
+    script.require_different_losses(complete, spec.run)
     finalists = tuning.run_finalists(complete[: spec.search.finalists])
-    script.warn_of_equal_seeds(finalists, reporter)
+    script.warn_of_equal_seeds(finalists, spec.run, reporter)
     winner = min(finalists, key=lambda finalist: (finalist["mean"], finalist["trial"]))
     values, fit = {name: winner[name] for name in ranges}, None
     if "lr" in ranges and spec.search.lr_fit_octaves:
