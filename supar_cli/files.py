@@ -75,7 +75,7 @@ def read_jsonl(path: Path, key: str) -> list[Record]:
     """
     if not path.exists():
         return []
-    return [_record(path, at, line, key) for at, line in enumerate(_read_bytes(path).split(b"\n")[:-1], 1)]
+    return [parse_record(path, at, line, key) for at, line in enumerate(_read_bytes(path).split(b"\n")[:-1], 1)]
 
 
 def append_lines(path: Path, lines: str) -> None:
@@ -106,7 +106,8 @@ def _end_of_lines(file: io.FileIO) -> int:
     return 0
 
 
-def _record(path: Path, at: int, line: bytes, key: str) -> Record:
+def parse_record(path: Path, at: int, line: bytes, key: str) -> Record:
+    """The record in a line of a JSONL file. Raises SetupError that names the file and line."""
     try:
         record = _parse_json(line)
     except (ValueError, RecursionError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -25,6 +26,9 @@ from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy, Target
 from supar_cli.planning.transfer import transfer
 from tests.fuzzing import tried as tried
+
+# mup asks for torchvision. PyPI's does not import beside a CPU build of torch, and then transformers does not either.
+sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
 
 CHECKOUT = Path(supar_cli.__file__).resolve().parent.parent
 TEXT_BYTES = 24_000  # enough for a validation tail, small enough to hash in no time
@@ -173,6 +177,21 @@ def supar_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> C
         return Called(int(status), *capfd.readouterr())
 
     return call
+
+
+@pytest.fixture(scope="session")
+def lightning() -> Any:
+    """Lightning's package; it asks which version of torchvision is installed, see above. Skips where it is missing."""
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "torchvision":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", version)
+        return pytest.importorskip("lightning.pytorch")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -49,7 +49,7 @@ def proxy_of(name: str, text_file: Path) -> Proxy:
 
 class TestTemplates:
     def test_are_the_ones_listed(self) -> None:
-        assert templates.names() == [*TEMPLATES, *FIGURES]
+        assert templates.names() == [TEMPLATES[0], "own", *TEMPLATES[1:], *FIGURES]
 
     @pytest.mark.parametrize("name", TEMPLATES)
     def test_have_the_parameters_that_their_comments_say(self, name: str, text_file: Path) -> None:
@@ -98,11 +98,20 @@ class TestInit:
 
     def test_lists_and_names_close_misses(self, supar_here: Supar) -> None:
         assert [line.split()[0] for line in supar_here("init", "--list").out.splitlines()] == [
-            *TEMPLATES,
+            TEMPLATES[0],
+            "own",
+            *TEMPLATES[1:],
             *FIGURES,
+            "gpt.py",
+            "llama.py",
         ]
         called = supar_here("init", "papr")
         assert called.status == 2 and "did you mean 'paper'?" in called.err
+
+    def test_writes_a_script_and_names_its_layout(self, supar_here: Supar, tmp_path: Path) -> None:
+        called = supar_here("init", "gpt.py", "-o", "mine.py")
+        assert called.status == 0 and (tmp_path / "mine.py").read_text("utf-8") == templates.text("gpt.py")
+        assert "next: supar layout mine:make --base width=64" in called.err and "--example mine:example" in called.err
 
 
 class TestSchema:

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from supar_cli.errors import InputError
+from supar_cli.own.clip_watch import describe_clip
 from tests.own_models import Small, batch, loss_of, make, prepared, steps
 
 Row = dict[str, Any]
@@ -160,3 +163,30 @@ class TestClipping:
             prepared().clip_grad_norm_(limit)
         with pytest.raises(InputError, match=r"clip: .*expected a number above 0"):
             prepared().optimizer(clip=limit)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 999), st.floats(0.02, 0.98))
+def test_a_clip_is_told_from_what_is_none(dtype: torch.dtype, seed: int, factor: float) -> None:
+    """One factor, or values limited one by one; not averages, scales taken back, noise, or means over processes."""
+    generator = torch.Generator().manual_seed(seed)
+    made, others = (torch.randn(64, generator=generator).to(dtype) for _ in range(2))
+    eps = 4 * torch.finfo(dtype).eps
+
+    def told(after: torch.Tensor) -> str | None:
+        return describe_clip(made.double(), after.to(dtype).double(), eps)
+
+    if dtype == torch.float32 and abs(1 / factor - round(1 / factor)) > 1e-3:
+        assert "clip_grad_norm_" in (told(made * factor) or "")
+    assert "clip_grad_value_" in (told(made.clamp(-0.5, 0.5)) or "")
+    assert "clip_grad_value_" in (told(made.clamp(-1e-6, 1e-6)) or "")
+    for harmless in (
+        made,
+        made / (1 + seed % 40),
+        made / 2**16,
+        made + 1e-2 * others,
+        (made + others) / 2,
+        made * 0,
+        made * 3,
+    ):
+        assert told(harmless) is None

@@ -125,6 +125,8 @@ class TestDeadWeightsStay:
     def test_in_muon_only_if_it_is_kept(self) -> None:
         made = prepared()
         weights = [made.tensors[name] for name in made.masks]
+        for name, tensor in made.tensors.items():
+            tensor.requires_grad_(name in made.masks)
         with pytest.warns(UserWarning, match="Muon: its numbers are not the plan's: the masks hold"):
             kept = made.keep(torch.optim.Muon(weights, lr=1e-3))
         steps(made.model, kept, 3)

@@ -75,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 class TestBlocks:
-    @pytest.mark.parametrize("topic", topics())
+    @pytest.mark.parametrize("topic", sorted({*topics()} - {"own-models"}))  # which tests/test_own_trainer.py runs
     def test_of_a_page_run_as_written(self, folder: Path, topic: str) -> None:
         run_all(folder, PAGES / f"{topic}.md")
 

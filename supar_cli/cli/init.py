@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Any, get_args
 
 from supar_cli.cli import terminal
@@ -24,6 +25,8 @@ NEXT = {
     "supar.sweep/v1": (None, "sweep{}"),
 }
 
+SIZES = "--base width=64 --wider width=128 --third width=192"  # of the models that the scripts make
+
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 TYPES: dict[str, type[Section]] = {"spec": Spec, "proxy": Proxy, "plan": Plan, "sweep": Sweep, "layout": Layout}
 
@@ -31,34 +34,43 @@ TYPES: dict[str, type[Section]] = {"spec": Spec, "proxy": Proxy, "plan": Plan, "
 @command(
     "template list out force quiet",
     out={
-        "help": "Where to write; - for stdout only. [default: supar.yaml for a spec, proxy.yaml for a proxy, NAME.yaml for a sweep]"
+        "help": "Where to write; - for stdout only. [default: supar.yaml for a spec, proxy.yaml for a proxy, else the template's name]"
     },
 )
 def init(flags: Flags) -> None:
-    """Write a commented template to start from.
+    """Write a commented template to start from: a document, or a training script of a model of your own.
 
     Examples:
       supar init
+      supar init gpt.py
       supar init interpretability -o spec.yaml
     """
-    names, name = templates.names(), flags.template
+    names, name = [*templates.names(), *templates.scripts()], flags.template
     if not names:
         raise SetupError("the installation lacks its templates; install again")
     if flags.list:
         wide = max(map(len, names))
-        listed = [f"{name:{wide}}  {templates.text(name).splitlines()[0].strip('# ')}" for name in names]
+        titles = {name: templates.text(name).splitlines()[0].strip('#" ') for name in names}
+        listed = [f"{name:{wide}}  {title}" for name, title in titles.items()]
         columns = words.width() if sys.stdout.isatty() else 10**6
         terminal.to_stdout("".join(f"{part}\n" for line in listed for part in words.wrap(line, columns, wide + 2)))
         return
     if name not in names:
         raise InputError(f"{name}: no such template; {suggestion(name, names)}")
     text, log = templates.text(name), terminal.Log(flags.quiet)
-    default, command = NEXT[next(line for line in text.splitlines() if line.startswith("kind:")).removeprefix("kind: ")]
+    default, command = _next(name, text)
     file = default or f"{name}.yaml"
     terminal.write_text(text, flags, log, file)
     if flags.out != "-":
         out = flags.out or file
-        log.next(f"supar {command.format('' if out == default else f' {out}')}")
+        log.next(f"supar {command.format('' if out == default else f' {out}', module=Path(out).stem)}")
+
+
+def _next(name: str, text: str) -> tuple[str | None, str]:
+    """A template's default file (None: its name with .yaml), and the command that comes next."""
+    if name in templates.scripts():
+        return name, f"layout {{module}}:make {SIZES} --example {{module}}:example"
+    return NEXT[next(line for line in text.splitlines() if line.startswith("kind:")).removeprefix("kind: ")]
 
 
 @command(

@@ -13,12 +13,15 @@ import torch
 
 from supar_cli.errors import InputError
 from supar_cli.own.masked_model import MaskedModel
+from supar_cli.own.oversights import warn_of_untrained
 from supar_cli.own.parameters import match, named_parameters, shown
 from supar_cli.planning.plan import PlanTensor
 
 # chosen: schedulers in double precision keep proportions to 1e-13, rates in float32 tensors to 1e-7
 RATE_TOLERANCE, TENSOR_RATE_TOLERANCE = 1e-9, 1e-6
-CHECK_EVERY = 100  # chosen: steps between checks of all dead weights; what torch sees being written is checked at once
+# chosen: steps between checks of all dead weights; what torch sees being written is checked at once, and what a loop does
+# at each step through `.data`, which it does not see, at one of the first
+CHECK_EVERY, CHECKED_FIRST = 100, 3
 
 _LABELS = ("names", "ratio")  # what groups have beside torch's own settings
 
@@ -84,13 +87,26 @@ class Numbers:
             self._has_warned = True
             warnings.warn("weight_decay: is 0 in all groups; the plan has others, which are not used", stacklevel=4)
         for group in groups:
-            for key in ("weight_decay", "eps"):
-                found, wanted = group.settings.get(key), getattr(group.row, key)
-                if found not in (wanted, None) and not (is_undecayed and key == "weight_decay"):
-                    problems.append(f"{group.place}: {key}: {found:g}; the plan says {wanted:g}, as groups() has it")
+            if group.settings.get("eps") not in (group.row.eps, None):
+                wanted = f"the plan says {group.row.eps:g}, as groups() has it"
+                problems.append(f"{group.place}: eps: {group.settings['eps']:g}; {wanted}")
+        problems += _decay_problems(groups)
         problems += _rate_problems(groups)
         if problems:
             raise InputError(*problems)
+
+
+def _decay_problems(groups: list[_Group]) -> list[str]:
+    """What is wrong with the decays: empty where they are the plan's times one common factor, which may be 0."""
+    factors = [group.settings["weight_decay"] / group.row.weight_decay for group in groups if group.row.weight_decay]
+    common = 1.0 if 1.0 in factors or not factors else sorted(factors)[(len(factors) - 1) // 2]
+    return [
+        f"{group.place}: weight_decay: {found:g}; the plan says {wanted:g}, as groups() has it; a schedule multiplies all alike"
+        for group in groups
+        if not math.isclose(
+            found := group.settings["weight_decay"], common * (wanted := group.row.weight_decay), rel_tol=RATE_TOLERANCE
+        )
+    ]
 
 
 def _rate_problems(groups: list[_Group]) -> list[str]:
@@ -152,24 +168,28 @@ class Kept:
             self._require_parameters(optimizer)
             if self.numbers is not None:
                 self.numbers.require(optimizer)
-            is_full = self.steps % CHECK_EVERY == 0
+            is_full = self.steps < CHECKED_FIRST or self.steps % CHECK_EVERY == 0
             if is_full:
                 match(masked.model, masked.plan)
                 if self.is_whole and self.steps == 0:
                     self._warn_of_ignored()
             masked.require_dead(masked.dead if is_full else masked.changed())
+            masked.initial_values.warn_if_replaced(masked.tensors)
         self.steps += 1
-        if self.clip is None:
-            return None
-        if (changed := _with_closure(args, kwargs, lambda: self._clip(optimizer))) is not None:
+        if (changed := _with_closure(args, kwargs, lambda: self._with_gradients(optimizer))) is not None:
             return changed
-        self._clip(optimizer)
+        self._with_gradients(optimizer)
         return None
 
-    def _clip(self, optimizer: torch.optim.Optimizer) -> None:
-        assert self.clip is not None
-        scale = getattr(optimizer, "grad_scale", None)  # a GradScaler leaves it to fused optimizers
-        self.masked.clip_grad_norm_(self.clip, scale=scale)
+    def _with_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """What is done when all gradients are there: they are clipped, or it is seen whether others clipped them."""
+        if self.steps == 1:
+            warn_of_untrained(self.masked.tensors, self._held(), self._present)
+        if self.clip is not None:
+            scale = getattr(optimizer, "grad_scale", None)  # a GradScaler leaves it to fused optimizers
+            self.masked.clip_grad_norm_(self.clip, scale=scale)
+        elif not _is_capturing():
+            self.masked.clips.look()
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._zero(optimizer)
@@ -214,12 +234,14 @@ class Kept:
             what = "the optimizer's parameter is not the prepared model's"
             raise InputError(f"{shown(stale)}: {what}; make the optimizer after attach, by prepared.optimizer(model)")
         missing = {id(tensor) for tensor in masked.tensors.values() if tensor.requires_grad} - self._present
-        if missing and self.is_whole:
-            missing -= set().union(*(_parameters(other) for other, (one, _) in kept.items() if one.masked is masked))
-        if missing and self.is_whole:
+        if self.is_whole and (missing := missing - self._held()):
             what = "requires_grad and is in no group of the optimizer, so it would not be trained"
             names = shown(masked.by_id[key].name for key in masked.by_id if key in missing)
             raise InputError(f"{names}: {what}; make the optimizer again, by prepared.optimizer()")
+
+    def _held(self) -> set[int]:
+        """The parameters of all kept optimizers of the model."""
+        return set().union(*(_parameters(other) for other, (one, _) in kept.items() if one.masked is self.masked))
 
 
 # the kept optimizers, so that keeping one twice replaces its hooks

@@ -10,7 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from supar_cli.errors import InputError
 from supar_cli.own import dead_weights, modules
+from supar_cli.own.clip_watch import ClipWatch
 from supar_cli.own.initial import live_text
+from supar_cli.own.oversights import InitialValues
 from supar_cli.own.parameters import local_shard, match, named_parameters, shown, submodules, sum_shards_, total_square
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.masks import Mask
@@ -22,7 +24,8 @@ class MaskedModel:
     def __init__(self, model: nn.Module, plan: Plan, masks: Mapping[str, Mask], engine: str | None = None) -> None:
         self.plan, self.masks = plan, dict(masks)
         self.rows = {row.name: row for row in plan.tensors if row.tied_to is None}
-        self._engine = engine
+        self._engine, self.clips = engine, ClipWatch({}, {}, ())
+        self.initial_values = InitialValues({})
         self.attach(model)
 
     def attach(self, model: nn.Module) -> None:
@@ -37,6 +40,8 @@ class MaskedModel:
         self.dead = {name: dead for name, dead in hooked.items() if dead is not None}
         self.by_id = {id(tensor): self.rows[name] for name, tensor in self.tensors.items()}
         self._versions: dict[str, int] = {}
+        self.clips.close()
+        self.clips = ClipWatch(self.tensors, self.rows, self.dead)
         inside = submodules(model, self.tensors)
         modules.multiply_inputs(inside, getattr(self.plan.model, "hooks", {}))
         modules.use_engine(inside, self.masks, self._engine)
@@ -80,6 +85,7 @@ class MaskedModel:
 
     def _check_load(self, module: nn.Module) -> None:
         """After a load_state_dict, before the first forward pass with its values."""
+        self.initial_values.forget()
         if module is submodules(self.model, self.tensors)[""] and not self.replaced():
             self.require_dead(self.dead)
 
@@ -94,6 +100,7 @@ class MaskedModel:
         if not limit > 0:
             raise InputError(f"clip: {limit}; expected a number above 0")
         self.require_current()
+        self.clips.look()
         found = {name: tensor.grad for name, tensor in self.tensors.items() if tensor.grad is not None}
         for name in found.keys() & self.dead.keys():
             self.dead[name].zero_(found[name])
@@ -105,6 +112,7 @@ class MaskedModel:
             alike.setdefault(grad.device, []).append(local_shard(grad))
         for device, grads in alike.items():
             torch._foreach_mul_(grads, factor.to(device))
+        self.clips.forget()
         return norm
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ from supar_cli.own import dead_weights, initial, modules
 from supar_cli.own.dead_weights import DeadWeights
 from supar_cli.own.guard import Kept, kept
 from supar_cli.own.masked_model import MaskedModel
+from supar_cli.own.oversights import InitialValues
 from supar_cli.own.parameters import local_shard, match
 from supar_cli.planning import document
 from supar_cli.planning.plan import OwnModel, Plan, read_plan
@@ -61,7 +62,9 @@ def prepare(
         text = f"no tensor of the model can take the output multiplier; multiply the logits by {factor!r} in your forward pass"
         warnings.warn(f"model.hooks: {text}", stacklevel=2)
     is_drawn = masks is None and plan.sparsity.source.kind == "random"
-    return Prepared(model, plan, found_masks, engine, is_drawn)
+    made = Prepared(model, plan, found_masks, engine, is_drawn)
+    made.initial_values = InitialValues({name: tensors[name] for name in sorted(chosen)})
+    return made
 
 
 class Prepared(MaskedModel):

@@ -99,7 +99,9 @@ class Plan(Section):
     def text(self) -> Data:
         """The data section of a plan of supar's own families. Raises InputError for a user's model, which has none."""
         if self.data is None:
-            raise InputError("data: null; the training script of an own model reads its own data")
+            command = (self.run.command or "python train.py {plan}").replace("{plan}", "plan.yaml")
+            what = "supar trains only its own families, gpt2 and llama"
+            raise InputError(f"model.family: own; {what}; expected your script, with supar_cli.prepare: {command}")
         return self.data
 
     @property

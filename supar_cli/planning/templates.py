@@ -1,4 +1,4 @@
-"""The documents that supar ships, as text: files of their own, and the paper's figures, which share most of their lines."""
+"""The documents and scripts that supar ships, as text: files of their own, and the paper's figures, which share lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ def names() -> list[str]:
     return [*sorted(found - {FIGURES}, key=_rank), *sorted(figures, key=lambda name: (len(name), name))]
 
 
-ORDER = ("quickstart", "gpt2-124m", "interpretability", "paper", "paper-proxy")
+def scripts() -> list[str]:
+    """The names of the training scripts of models that supar did not make, such as `gpt.py`."""
+    return sorted(path.name for path in files.template("own").glob("*.py"))
+
+
+ORDER = ("quickstart", "own", "gpt2-124m", "interpretability", "paper", "paper-proxy")
 
 
 def _rank(name: str) -> tuple[int, str]:
@@ -27,6 +32,8 @@ def _rank(name: str) -> tuple[int, str]:
 
 def text(name: str) -> str:
     """A template's text with its comments. A figure has two documents: a small one, and one of the paper's size."""
+    if name in scripts():
+        return files.template(f"own/{name}").read_text("utf-8")
     figures = _read_figures()
     if (name,) not in figures:
         return files.template(f"{name}.yaml").read_bytes().decode("utf-8")
