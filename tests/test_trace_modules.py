@@ -20,12 +20,13 @@ from tests import (
     own_modules_nets,
     own_modules_pairs,
     own_modules_products,
+    own_modules_scripts,
     own_modules_sums,
 )
 from tests.own_modules import BASE, VOCAB, WIDER, Answer, Case, Net, features, ids, judge, read
 
 FILES = (own_modules_products, own_modules_lookups, own_modules_pairs)
-FILES += (own_modules_sums, own_modules_heads, own_modules_nets)
+FILES += (own_modules_sums, own_modules_heads, own_modules_nets, own_modules_scripts)
 CASES = [case for file in FILES for case in file.cases()]
 
 
