@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from supar_cli.version import __version__ as __version__
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
     from supar_cli.experiments.sweep import sweep as sweep
     from supar_cli.planning.explain import explain as explain
     from supar_cli.planning.kinds import load as load
+    from supar_cli.planning.live_counts import GivenMasks
     from supar_cli.planning.plan import Plan
     from supar_cli.planning.rules import ParameterizationName
-    from supar_cli.planning.spec import Proxy
+    from supar_cli.planning.spec import Proxy, Target
     from supar_cli.reporting.read import report as report
     from supar_cli.training.checkpoint_reader import weights_of_run
     from supar_cli.training.train import train as train
@@ -46,10 +48,19 @@ __all__ = ["__version__", "transfer", *_FUNCTIONS]
 
 
 def transfer(
-    proxy: Proxy, *, parameterization: ParameterizationName = "supar", allow_low_wpn: bool = False, **target: Any
+    proxy: Proxy,
+    *,
+    parameterization: ParameterizationName = "supar",
+    allow_low_wpn: bool = False,
+    masks: str | Path | None = None,
+    masks_out: str | Path = "masks.safetensors",
+    **target: Any,
 ) -> Plan:
     """Make the plan of a target; keywords as the flags of `supar transfer`: sparsity or density (0.008 or "1/128"),
     width, layers, steps, pattern, … Warns of what does not transfer (TransferWarning). Raises InputError.
+
+    `masks`: a safetensors file of masks, or a file or folder of a pruned model's weights, whose zeros are the dead ones;
+    the plan's densities are theirs. They are written to `masks_out`, which the plan names.
     """
     from supar_cli.data import corpus
     from supar_cli.errors import InputError, TransferWarning
@@ -60,13 +71,28 @@ def transfer(
     if not isinstance(proxy, Proxy):
         raise InputError(f"{type(proxy).__name__}: expected a Proxy")
     try:
-        wanted = proxy.target.override(**target)
-        plan = transfer(corpus.with_hash(proxy), wanted, parameterization, allow_low_wpn=allow_low_wpn)
+        wanted, known = proxy.target.override(**target), corpus.with_hash(proxy)
+        given = None if masks is None else _given_masks(known, wanted, Path(masks), Path(masks_out))
+        plan = transfer(known, wanted, parameterization, allow_low_wpn=allow_low_wpn, masks=given)
     except InputError as error:
         raise InputError(*(_at_keyword(problem, target) for problem in error.problems)) from None
     for message in advice.warnings(plan):
         warnings.warn(message, TransferWarning, stacklevel=2)
     return plan
+
+
+def _given_masks(proxy: Proxy, target: Target, path: Path, out: Path) -> GivenMasks:
+    """The masks found at a path for a target's hidden tensors, written to `out`."""
+    from supar_cli.planning.live_counts import GivenMasks
+    from supar_cli.planning.plan_sections import MaskSource
+    from supar_cli.planning.transfer import transfer
+    from supar_cli.sparse.mask_files import find_masks, write_masks
+
+    dense = transfer(proxy, target.override(density=1.0, pattern="exact", distribution="uniform"))
+    hidden = {row.name: (tuple(row.shape), tuple(row.fan_in_axes)) for row in dense.tensors if row.role == "hidden"}
+    found = find_masks(path, hidden)
+    source = MaskSource(kind="file", path=str(out.resolve()), hash=write_masks(out, found))
+    return GivenMasks(source, {name: mask.count for name, mask in found.items()})
 
 
 def _at_keyword(problem: Any, keywords: dict[str, Any]) -> Any:

@@ -70,7 +70,7 @@ def proxy_fields(source: str, **changes: dict[str, Any]) -> dict[str, Any]:
 def plan_from(fields: dict[str, Any], name: Any = "supar") -> Plan:
     """The plan of a proxy document's own target, its data identified."""
     proxy = parse(Proxy, document.read(document.write([fields]), "proxy.yaml")[0])
-    if Path(proxy.data.source).exists():
+    if proxy.data is not None and Path(proxy.data.source).exists():
         proxy = proxy.model_copy(update={"data": corpus.identify(proxy.data)})
     return transfer(proxy, Target(**proxy.target.model_dump()), name, allow_low_wpn=True)
 

@@ -165,6 +165,11 @@ OPTIONS = {
         metavar="WHAT",
     ),
     "preset": Option(str, "Run a figure of the paper at a small size", metavar="NAME"),
+    "masks": Option(
+        str,
+        "Take masks from a safetensors file, or the zeros of a pruned model's weights in a file or folder.",
+        metavar="PATH",
+    ),
     "full": _switch("Run the preset at the paper's size."),
     "role": Option(str, "Show only this role: embedding, hidden, norm, bias or unembedding.", metavar="ROLE"),
     # training
@@ -245,7 +250,7 @@ GROUPS = {  # of a command's help, in their order; an argument is in none
     "Training": "index batch_size steps tokens tokens_per_parameter seed resume checkpoint_every keep max_time tracker "
     "device precision compile engine",
     "Data": "data format tokenizer field dtype encoding separator",
-    "Sparsity": "sparsity density pattern block distribution from_paper allow_low_wpn",
+    "Sparsity": "sparsity density masks pattern block distribution from_paper allow_low_wpn",
     "Measurement": "trials seeds max_seeds sampler search study over iso preset full rounds compare",
     "Input and output": "list explain dry_run set name out picture force json quiet verbose",
     "Processes and clusters": "nproc parallel max_restarts jobs executor executor_set",

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import supar_cli
 from supar_cli.cli import documents, terminal
 from supar_cli.cli.options import Flags, command, require_one
 from supar_cli.cli.values import parameterization
 from supar_cli.errors import InputError
-from supar_cli.files import template
+from supar_cli.files import naming_write_errors, template, write_file
 from supar_cli.planning.advice import warnings
 from supar_cli.planning.density import Share
 from supar_cli.planning.document import Document
@@ -17,9 +18,11 @@ from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy
 
+MASKS = "masks.safetensors"
+
 
 @command(
-    "proxy sparsity density width layers heads kv_heads head_width ffn_width context batch_size steps",
+    "proxy sparsity density masks width layers heads kv_heads head_width ffn_width context batch_size steps",
     "tokens tokens_per_parameter parameterization pattern block distribution data tokenizer field format seed",
     "from_paper allow_low_wpn explain dry_run",
     "set out force json quiet verbose",
@@ -38,7 +41,10 @@ def transfer(flags: Flags) -> None:
       supar transfer proxy.yaml --width 2048 --density 1/128 -o wide.yaml
     """
     log = terminal.Log(flags.quiet)
-    require_one(flags, "density", "sparsity")
+    if flags.masks is not None and not Path(flags.masks).exists():
+        raise InputError(f"--masks {flags.masks}: is not there; expected a safetensors file or a folder of them")
+    for one, other in (("density", "sparsity"), ("masks", "density"), ("masks", "sparsity")):
+        require_one(flags, one, other)
     read = _read_proxy(flags)
     tuned = read.data.get("data") if isinstance(read.data, dict) else None
     tuned_on = tuned.get("hash") if isinstance(tuned, dict) else None
@@ -48,7 +54,7 @@ def transfer(flags: Flags) -> None:
     for plan in plans:
         log.log(
             f"{plan.parameterization.name}: sparsity {plan.sparsity.sparsity:g}, density {plan.sparsity.density:g}; "
-            f"width {plan.decoder.width}, {plan.decoder.layers} layer{'s' * (plan.decoder.layers > 1)}; "
+            f"{plan.model.shape_text}; "
             f"{plan.live:,} of {plan.parameters:,} parameters live"
         )
         if flags.dry_run or flags.explain or (log.is_terminal and not flags.quiet):
@@ -58,7 +64,7 @@ def transfer(flags: Flags) -> None:
     if flags.dry_run:
         return
     terminal.emit([plan.model_dump() for plan in plans], flags, log, "plan.yaml")
-    if not terminal.prints(flags):
+    if not terminal.prints(flags) and all(plan.data is not None for plan in plans):
         log.next("supar train" + (f" {flags.out}" if flags.out else ""))
 
 
@@ -75,9 +81,27 @@ def _plan(read: Document, flags: Flags, word: str = "", share: Share | None = No
     """The plan of the document's target; `word` (sparsity or density) sets its level if given."""
     level = f"--{word} {share}" if "," in flags.places.get(word, "") else flags.places.get(word, "")
     documents.override(read, ("target", "sparsity"), {word: share}, {word: level})
-    proxy = parse(Proxy, read)
-    with documents.with_locations(read):
-        return supar_cli.transfer(proxy, parameterization=flags.parameterization, allow_low_wpn=flags.allow_low_wpn)
+    proxy = parse(Proxy, read).beside(read.name)
+    options = {"parameterization": flags.parameterization, "allow_low_wpn": flags.allow_low_wpn}
+    with documents.with_locations(read), documents.naming_flags(flags), TemporaryDirectory() as folder:
+        if flags.masks is None:
+            return supar_cli.transfer(proxy, **options)
+        made = Path(folder, MASKS)
+        plan = supar_cli.transfer(proxy, **options, masks=flags.masks, masks_out=made)
+        if not flags.dry_run:
+            _keep_masks(made.read_bytes(), flags)
+    source = plan.sparsity.source.model_copy(update={"path": MASKS})  # beside the plan
+    return plan.model_copy(update={"sparsity": plan.sparsity.model_copy(update={"source": source})})
+
+
+def _keep_masks(content: bytes, flags: Flags) -> None:
+    """Write the file of masks beside the plan. Raises InputError when it would replace one that differs without `--force`."""
+    path = Path("." if flags.out in (None, "-") else flags.out).parent / MASKS
+    if not (path.is_file() and path.read_bytes() == content):
+        terminal.check_writable(path, flags.force)
+        with naming_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, content)
 
 
 @command(

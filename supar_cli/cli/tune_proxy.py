@@ -10,7 +10,7 @@ from supar_cli.data import corpus
 from supar_cli.errors import InputError
 from supar_cli.planning import document
 from supar_cli.planning.problems import parse
-from supar_cli.planning.spec import Proxy, Search, Spec, Target
+from supar_cli.planning.spec import Model, Proxy, Search, Spec, Target
 from supar_cli.planning.transfer import target_model
 
 SHAPE = ("width", "layers", "heads", "context")
@@ -84,11 +84,14 @@ def _reshaped(spec: Spec, flags: Flags) -> Spec:
     """The spec with the shape, the number of tokens and the searched names that flags ask for. Raises InputError."""
     shape = {name: getattr(flags, name) for name in SHAPE}
     model = (
-        target_model(spec.model, Target(**shape)) if any(value is not None for value in shape.values()) else spec.model
+        target_model(spec.decoder, Target(**shape))
+        if any(value is not None for value in shape.values())
+        else spec.model
     )
     train, search = spec.train, spec.search
     if flags.tokens is not None:
-        train = train.model_copy(update={"steps": ceil(flags.tokens / (train.batch_size * model.context))})
+        context = model.context if isinstance(model, Model) else spec.decoder.context
+        train = train.model_copy(update={"steps": ceil(flags.tokens / (train.batch_size * context))})
     if flags.search is not None:
         wanted = [name.replace("-", "_") for name in flags.search]
         for name in wanted:

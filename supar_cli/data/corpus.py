@@ -320,11 +320,14 @@ def identify_mixture(data: Data, found: list[Data]) -> Data:
 
 
 def with_hash(document: DocumentT, log: Callable[[str], None] = lambda _: None) -> DocumentT:
-    """A document with the hash of its data filled in; an existing hash is kept. `log` is told of the files and the split.
+    """A document with the hash of its data filled in, or that of an own model's layout; an existing hash is kept.
 
-    Raises InputError, SetupError.
+    `log` is told of the files and the split. Raises InputError, SetupError.
     """
     found: Any = document
+    if found.data is None:  # an own model's training script reads its own
+        shape = getattr(found.model, "with_hash", None)
+        return found.model_copy(update={"model": shape()}) if shape else document  # type: ignore[no-any-return]
     check_vocabulary(found.data, getattr(found.model, "vocab", BYTES))
     if found.data.hash is not None:
         return document

@@ -83,13 +83,13 @@ def sweeps_of(
     for width in widths:
         if not isinstance(width, int) or width < 1:
             raise InputError(f"width: {width!r}; expected a whole number above 0")
-        if not isinstance(subject, Plan) and width % subject.model.head_width:
-            what = f"{width} is not a multiple of the proxy's head width {subject.model.head_width}"
+        if not isinstance(subject, Plan) and width % subject.decoder.head_width:
+            what = f"{width} is not a multiple of the proxy's head width {subject.decoder.head_width}"
             raise InputError(f"width: {what}; expected a multiple of it")
     whole = {"precision": "float32", "compile": "off", "micro_batch_size": None, "loss_chunk_tokens": None}
     hyper = subject.hyperparameters.model_copy(update={"lr": subject.hyperparameters.lr * lr_factor})
     subject = subject.model_copy(update={"run": subject.run.model_copy(update=whole), "hyperparameters": hyper})
-    context = subject.decoder.context if isinstance(subject, Plan) else subject.model.context
+    context = subject.decoder.context
     train = {"steps": steps, "batch_size": batch_size or max(1, TOKENS // context), **CONSTANT}
     if not isinstance(subject, Plan):
         sweeps = _proxy_sweeps(subject, name, widths, densities, train)
@@ -119,7 +119,7 @@ def _proxy_sweeps(
         densities = sorted(set(densities), key=lambda share: density_from("density", share), reverse=True)
     except ValueError as error:
         raise InputError(str(error)) from None
-    widths = sorted(set(widths or [proxy.model.width * factor for factor in WIDTHS]))
+    widths = sorted(set(widths or [proxy.decoder.width * factor for factor in WIDTHS]))
     kept = ("model", "hyperparameters", "parameterization", "sparsity", "data", "run")
     fields = {key: getattr(proxy, key) for key in kept}
     base = Proxy(kind="supar.proxy/v1", train=proxy.train.model_copy(update=train), **fields)
@@ -171,7 +171,7 @@ def _plan_sweeps(plan: Plan, train: Record) -> list[SlopeSweep]:
     drawn = Sparsity(density=sparsity.density, pattern=sparsity.pattern, block=sparsity.block)
     supar_dense, sp_dense = (partial(reference, name, whole, proxy.sparsity) for name in ("supar", "sp"))
     base_density = float(literal(proxy.sparsity.density or 1.0))
-    m_rho, m_d = sparsity.density / base_density, model.width / proxy.model.width
+    m_rho, m_d = sparsity.density / base_density, model.width / proxy.decoder.width
     sweeps = []
     if m_rho != 1:
         by_density: dict[float, Maker] = {base_density: supar_dense, sparsity.density: own}

@@ -248,7 +248,7 @@ def check(
     sweeps = sweeps_at()
     first, hashes = sweeps[0].base[0], {plan.hash() for sweep in sweeps for plans in sweep.plans for plan in plans}
     batch = f"{first.train.batch_size} sequences of {first.decoder.context} tokens"
-    reporter.log(f"{len(hashes)} runs of {steps} steps, {batch}, {subject.data.source}")
+    reporter.log(f"{len(hashes)} runs of {steps} steps, {batch}, {subject.data and subject.data.source}")
     with make_workers(device=first.run.device, folder=folder / "slurm", **workers) as ready:
         runs.require_runnable(first, device=ready.is_local, warn=reporter.warn)
         runs.open_study_folder(folder, _question(sweeps), force)

@@ -88,7 +88,9 @@ def tune(
     if not isinstance(spec, Spec):
         raise InputError(f"{type(spec).__name__}: expected a Spec")
     check_keywords(tune, workers)
-    spec = spec.model_copy(update={"data": corpus.identify(spec.data)})
+    if spec.data is not None:
+        spec = spec.model_copy(update={"data": corpus.identify(spec.data)})
+    spec = corpus.with_hash(spec)
     folder = Path("proxy" if "://" in str(study) else study).with_suffix(".slurm")
     with make_workers(device=spec.run.device, on_cpu=1, folder=folder, **workers) as ready:
         return search(spec, str(study), workers=ready, reporter=reporter or NullReporter())

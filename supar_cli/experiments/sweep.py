@@ -115,7 +115,8 @@ def demo(
     with naming_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with make_workers(device=spec.run.device, jobs=jobs, verbose=verbose) as ready:
-        shape = f"width {spec.model.width}, {spec.model.layers} layers, {steps} steps on {spec.data.source}"
+        model, source = spec.decoder, spec.data.source if spec.data else ""
+        shape = f"width {model.width}, {model.layers} layers, {steps} steps on {source}"
         reporter.log(f"1. Tuning a dense proxy: {shape}.")
         swept = len(grid_plans(_demo_study(search.proxy_of(spec, {}), seeds)))
         proxy = search.search(

@@ -9,8 +9,10 @@ from fractions import Fraction
 from math import ceil, exp, inf
 
 from supar_cli.planning.density import literal
+from supar_cli.planning.layout_document import LAYERS
 from supar_cli.planning.patterns import has_equal_rows
 from supar_cli.planning.plan import Plan, PlanModel, PlanTensor
+from supar_cli.planning.plan_sections import OwnModel
 
 # [P §3.1]: the smallest weights-per-neuron count the paper trained; below 4, Bernoulli rows are empty with P ≈ e^-WPN
 WPN_TRAINED, WPN_EMPTY_ROWS, WPN_IMPOSSIBLE = 16, 4, 1
@@ -27,7 +29,7 @@ def warnings(plan: Plan, tuned_on: str | None = None) -> list[str]:
     """The warnings about this plan; `tuned_on` is the hash of the data that its proxy was tuned on, None if not known."""
     hidden = [row for row in plan.tensors if row.role == "hidden"]
     found = [*_of_sparsity(plan, hidden), *_of_decay(plan, hidden)] if hidden else []
-    if tuned_on is not None and plan.data.hash not in (None, tuned_on):
+    if tuned_on is not None and plan.data is not None and plan.data.hash not in (None, tuned_on):
         found.append(f"data: not the proxy's, or read in another way: {_TRANSFER} alone; tune the proxy on these")
     return [*found, *_of_changes(plan)]
 
@@ -82,6 +84,10 @@ def _of_changes(plan: Plan) -> Iterator[str]:
         if base.kv_share is not None and abs(kv_share - base.kv_share) > 1e-9:
             shares = f"kv_heads/heads is {kv_share:g}, but {base.kv_share:g} in the proxy"
             yield f"{shares}: the proxy was tuned with another grouped-query attention"
+    elif (layers := model.target.get(LAYERS)) != model.base.get(LAYERS) and plan.parameterization.depth_rule == "none":
+        yield f"layers: {layers}, but {model.base.get(LAYERS)} at the base: {_TRANSFER}, not over depth"
+    if isinstance(model, OwnModel) and "" in model.hooks:
+        yield f"logits: no tensor can take their multiplier; multiply them by {model.hooks['']!r} in your forward pass"
     batch, base_batch = train.batch_size * length, base.batch_size * base_length
     if batch != base_batch:
         rows, rest = divmod(base_batch, length)
@@ -118,10 +124,9 @@ def _asked_density(plan: Plan, row: PlanTensor) -> Fraction:
     return (Fraction(row.kept * row.fan_in, row.size) - Fraction(1, 2)) / row.fan_in
 
 
-def _label(name: str) -> str:
+def _label(row: PlanTensor) -> str:
     """`*.attn.q` for `blocks.3.attn.q`: the name that equal rows of all blocks share."""
-    head, _, rest = name.partition(".")
-    return f"*.{rest.partition('.')[2]}" if head == "blocks" else name
+    return row.site if row.block is None or "*" in row.site else f"*.{row.site}"
 
 
 def number(value: float) -> str:
@@ -143,7 +148,7 @@ def plan_rows(plan: Plan) -> list[list[str]]:
     rows = []
     for members in groups.values():
         first, hidden, decay = members[0], members[0].role == "hidden", timescale_steps(members[0])
-        names = list(dict.fromkeys(_label(row.name) for row in members))
+        names = list(dict.fromkeys(map(_label, members)))
         prefix = names[0].rpartition(".")[0] + "."
         short_names = [names[0], *(name.removeprefix(prefix) for name in names[1:])]
         label = (", " if len(",".join(short_names)) > 16 else ",").join(short_names)  # wraps where it doesn't fit

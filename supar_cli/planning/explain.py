@@ -10,7 +10,7 @@ from textwrap import wrap
 from typing import Any, get_args
 
 from supar_cli.errors import InputError
-from supar_cli.planning import layout, rules
+from supar_cli.planning import folding, layout, rules
 from supar_cli.planning.advice import timescale_steps
 from supar_cli.planning.plan import Plan, PlanModel, PlanTensor, base_model, decoder_base
 
@@ -31,7 +31,14 @@ TITLES |= {"supar-init-only": "SμPar's init only", "supar-lr-only": "SμPar's r
 FACTORS = {"input": "embeddings ×", "output": "logits ×", "attention": "q·k ×", "residual": "residual ×"}
 SYMBOLS = {"init_std": "σ", "lr": "η", "weight_decay": "λ", "eps": "ε"}
 NOT_OF_MODEL = "the model has no such tensor: explained as if it were outside the blocks"
-RATIOS = {"m_d": "width", "m_fan_out": "fan-out", "m_out": "output", "m_rho": "density", "m_L": "depth"}
+RATIOS = {
+    "m_d": "width",
+    "m_fan_out": "fan-out",
+    "m_out": "output",
+    "m_rho": "density",
+    "m_L": "depth",
+    "own_std": "size of its own values at the base",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +121,13 @@ class Explained:
             *f"residual_init {own.residual_init}, unembedding_init {own.unembedding_init}".split(),
         ]
         hyper = plan.hyperparameters.model_dump().items()
-        tuned = [f"{_symbol(name)} = {short(value)}" for name, value in hyper]
+        tuned = [f"{_symbol(name)} = {'own' if value is None else short(value)}" for name, value in hyper]
         lines = [f"{title}: {plan.name}", *wrapped("rules", head), *wrapped("proxy", [own.base.text, *_listed(tuned)])]
         if self.factors:
             lines += ["", "forward pass", *(line for number in self.factors for line in number.lines())]
+        for module, factor in getattr(plan.model, "hooks", {}).items():
+            where = f"input of {module}" if module else "logits, in your own forward pass"
+            lines += ["", *wrapped("not folded", [f"{where} × {short(factor)}"])]
         groups: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
             groups.setdefault(row.sameness, []).append(row)
@@ -155,7 +165,6 @@ def explain(plan: Plan, tensor: str | None = None, role: str | None = None) -> E
 
 def _rows(plan: Plan, scheme: rules.Scheme) -> list[Row]:
     hyper, decoder = plan.hyperparameters, plan.model if isinstance(plan.model, PlanModel) else None
-    tuned = rules.ProxyValues(hyper.init_std, hyper.lr, hyper.weight_decay, hyper.eps)
     known = {tensor.name: tensor for tensor in layout.tensors(decoder)} if decoder else {}
     base = {tensor.site: tensor for tensor in layout.tensors(base_model(plan))} if decoder else {}
     m_width = decoder.width / decoder_base(plan).width if decoder else None
@@ -185,26 +194,58 @@ def _rows(plan: Plan, scheme: rules.Scheme) -> list[Row]:
             for key, value in shapes.items()
             if value is not None and given[key] != value
         ]
-        rows.append(Row(row, _numbers(row, scheme, tuned, context), tuple(remarks)))
+        sigma = row.because.get("own_std", hyper.init_std or 0.0)
+        tuned = rules.ProxyValues(sigma, hyper.lr, hyper.weight_decay, hyper.eps)
+        rows.append(Row(row, _numbers(row, scheme, tuned, context, _fold_formula(plan, row)), tuple(remarks)))
     return rows
 
 
 def _numbers(
-    row: PlanTensor, scheme: rules.Scheme, tuned: rules.ProxyValues, context: rules.TensorContext
+    row: PlanTensor, scheme: rules.Scheme, tuned: rules.ProxyValues, context: rules.TensorContext, fold: str
 ) -> tuple[Number, ...]:
     symbols = {"σ": tuned.sigma, "η": tuned.eta, "λ": tuned.lam, "ε": tuned.eps, "layers": context.layers}
     symbols |= {"m_d": context.m_d, "m_fan_out": context.fan_out, "m_out": context.m_out}
-    symbols |= {"m_ρ": context.m_rho, "β": scheme.density_exponent, "m_L": context.m_L}
+    symbols |= {"a": row.fold or 1.0, "m_ρ": context.m_rho, "β": scheme.density_exponent, "m_L": context.m_L}
     found = rules.tensor_rules(scheme, tuned, context)
     if row.init_constant is not None:  # a constant initial value where the rules give a deviation
         std, constant = found.pop("init_std"), rules.STARTS.get(row.role, row.init_constant)
         why = std.why if row.role in rules.STARTS else "a constant"
         found = {"init_constant": rules.Rule(constant, f"{constant:g}", std.source, why), **found}
+    if row.init == "own" and row.role in rules.STARTS:
+        found["init_std"] = rules.Rule(tuned.sigma, "σ", "D", "the constructor's own values, scaled to this size")
+    if row.fold is not None:
+        found = {name: _folded(name, rule, row.fold, fold, scheme.optimizer) for name, rule in found.items()}
     decay = timescale_steps(row)
     notes = {"weight_decay": f"1/(lr·λ) = {decay:.0f} steps" if decay else ""}
     if row.lr != found["lr"].value or row.weight_decay != found["weight_decay"].value:
         found["weight_decay"] = found["weight_decay"]._replace(why="")  # what it says of lr·λ holds for the rules' own
     return tuple(Number.of(name, vars(row)[name], rule, symbols, notes.get(name, "")) for name, rule in found.items())
+
+
+def _fold_formula(plan: Plan, row: PlanTensor) -> str:
+    """The multipliers of the forward pass that a row's fold stands for."""
+    hyper, m_d, m_out = plan.hyperparameters, row.because["m_d"], row.because.get("m_out", row.because["m_d"])
+    known = {
+        "α_input": hyper.alpha_input,
+        "α_output/m_d": hyper.alpha_output / m_d,
+        "1/m_d": 1.0 / m_d,
+        "α_output/(m_out·α_input)": hyper.alpha_output / m_out / hyper.alpha_input,
+        "α_output/m_out": hyper.alpha_output / m_out,
+        "1/m_L": 1.0 / row.because.get("m_L", 1.0),
+    }
+    return next((formula for formula, value in known.items() if value == row.fold), "a multiplier")
+
+
+def _folded(name: str, rule: rules.Rule, factor: float, formula: str, optimizer: rules.Optimizer) -> rules.Rule:
+    """The rule of a number with a multiplier of the forward pass folded into it."""
+    numbers = {"lr": 0.0, "weight_decay": 0.0, "eps": 0.0, name: rule.value}
+    value = vars(folding.fold(folding.Numbers(**numbers), factor, optimizer))[name]
+    if rule.value == 0:
+        return rule
+    times = "×" if name in ("lr", "init_std", "init_constant") else "÷"
+    square = "²" if optimizer == "sgd" and name in ("lr", "weight_decay") else ""
+    why = f"{times} {factor:.6g}{square}: {formula} folded, the forward pass is yours"
+    return rules.Rule(value, f"{rule.formula} {times} a{square}", rule.source, "; ".join(filter(None, (rule.why, why))))
 
 
 def _factors(plan: Plan, scheme: rules.Scheme) -> list[Number]:

@@ -1,6 +1,6 @@
 """Forward multipliers moved into tensors' init, rate, decay and epsilon, so that models without them train the same.
 
-For models that supar did not make and for export: `transfer` folds nothing, its own models have the multipliers.
+For models that supar did not make (`fold_each`) and for export (`fold_factors`): supar's own models have the multipliers.
 
 Derived by supar: A parameter w that the forward pass uses as W = a·w is replaced by u = a·w.
 Gradients obey g_w = a·g_u, so with the numbers of `fold` u equals a·w at every step, exactly in real numbers. The
@@ -43,7 +43,8 @@ class TensorUse:
     `in_first_sum`: a summand of the first activations, or gain or shift of a norm directly on their sum (then not the
     summands). `writes_residual`: weight or bias of the last product of a residual branch. `tied`: also the weight of
     the head. `feeds_head`: gain or shift of a norm whose result only the head reads. `derived`: not used as it is
-    (1 + g).
+    (1 + g). `leaves_model`: the weight of a product that leaves the model; an unembedding without it is an inner readout.
+    `m_d` is its ratio to the proxy's, `multiply_at` the module whose input takes a tied head's multiplier if no norm can.
     """
 
     name: str
@@ -53,6 +54,9 @@ class TensorUse:
     tied: bool = False
     feeds_head: bool = False
     derived: bool = False
+    leaves_model: bool = False
+    m_d: float = 1.0
+    multiply_at: str | None = None
 
 
 def fold(numbers: Numbers, factor: float, optimizer: str) -> Numbers:
@@ -130,6 +134,53 @@ def fold_factors(uses: Iterable[TensorUse], multipliers: Multipliers) -> dict[st
     if problems:
         raise InputError(*problems)
     return {row.name: asked.get(row.name, 1.0) for row in rows}
+
+
+def fold_each(
+    uses: Iterable[TensorUse], alpha_input: float, alpha_output: float, residual: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return {name: a} of the tensors of any model that a multiplier goes into, and {module: a} for what can't be folded. [D]
+
+    As `fold_factors`, but every head has the multiplier α_output/m_d of its own fan-in, and an inner readout 1/m_d. If no
+    norm with a plain gain feeds a tied head alone, the factor goes to the input of the module `multiply_at`, or under
+    `""`, to be applied by the user's forward pass. InputError names everything that can't have its factor.
+    """
+    rows = list(uses)
+    factors: dict[str, list[float]] = {}
+    hooks: dict[str, float] = {}
+    problems: list[str] = []
+    carriers = [row for row in rows if row.feeds_head]
+    foldable = any(row.role == "norm" for row in carriers) and not any(row.derived for row in carriers)
+    heads = [row for row in rows if row.tied or row.leaves_model]
+    for row in rows:
+        wanted = []
+        if row.in_first_sum:
+            wanted.append(alpha_input)
+        if row.writes_residual:
+            wanted.append(residual)
+        if row.role == "unembedding":
+            wanted.append((alpha_output if row.leaves_model else 1.0) / row.m_d)
+        if row.tied:
+            output = alpha_output / row.m_d / (alpha_input if row.in_first_sum else 1.0)
+            if foldable:
+                for carrier in carriers:
+                    factors.setdefault(carrier.name, []).append(output)
+            elif output != 1:
+                hooks[row.multiply_at or ""] = output
+        if row.derived and any(factor != 1 for factor in wanted):
+            problems.append(
+                f"{row.name}: {wanted} can't be folded into a tensor that the forward pass uses derived (1 + g)"
+            )
+        factors.setdefault(row.name, []).extend(wanted)
+    if alpha_input != 1 and not any(row.in_first_sum for row in rows):
+        problems.append(f"hyperparameters.alpha_input: no tensor can take the factor {alpha_input!r}; expected 1")
+    if alpha_output != 1 and not heads:
+        problems.append(f"hyperparameters.alpha_output: no tensor can take the factor {alpha_output!r}; expected 1")
+    asked = {name: [factor for factor in found if factor != 1] for name, found in factors.items()}
+    problems += [f"{name}: its uses need the factors {found}" for name, found in asked.items() if len(set(found)) > 1]
+    if problems:
+        raise InputError(*problems)
+    return {name: found[0] for name, found in asked.items() if found}, hooks
 
 
 def describe_uses(tensors: Iterable[layout.Tensor], tied: bool) -> list[TensorUse]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from typing import Literal
 
-from supar_cli.errors import InputError
+from supar_cli.errors import InputError, suggestion
 from supar_cli.planning.document import content_hash, read_file
 from supar_cli.planning.layout import MOST_EXTENTS, Tensor, check_axes, check_names
 from supar_cli.planning.problems import parse
@@ -87,17 +88,22 @@ class LayoutRow(Section):
         )
 
 
+LAYERS = "layers"  # the size that is the number of blocks; it need not differ between base and wider
+
+
 class Layout(Section):
     """`supar.layout/v1`: the tensors of a user's model, from which those of every other size follow.
 
-    Extents are affine in the size: `third`, a size that need not be built for anything else, checks that they are.
+    Extents are affine in the size: `third`, a size that need not be built for anything else, checks that they are. Where
+    they are not, `target` has its extents listed. `factory` is the `module:function` that the layout was read from.
     """
 
     kind: Literal["supar.layout/v1"]
+    factory: str | None = Field(default=None, neutral=True, omit=True)
     base: dict[str, int]
     wider: dict[str, int]
     third: dict[str, int] | None = None
-    target: dict[str, int] | None = Field(default=None, neutral=True, omit=True)  # a size that is not on their line
+    target: dict[str, int] | None = Field(default=None, neutral=True, omit=True)
     tensors: list[LayoutRow] = Field(min_length=1)
     notes: list[str] = Field(default_factory=list)
 
@@ -105,18 +111,20 @@ class Layout(Section):
         check_names(self.tensors)
         if self.base == self.wider:
             raise ValueError("wider: equals base, so nothing shows what scales; expected a larger size")
-        times = self._times(self.wider, "wider")
-        if self.third is not None:
+        self._times(self.wider, "wider")
+        for row in self.tensors:
+            if (row.target is None) != (self.target is None):
+                raise ValueError(f"tensors: {row.name}: target is {row.target}; expected it in all rows or in none")
+        if self.third is not None and self.target is None:
             times = self._times(self.third, "third")
             for row in self.tensors:
                 if row.third is None or row.extents(times) != row.third:
-                    raise ValueError(f"tensors: {row.name}: third is {row.third}; expected {_words(row, times)}")
+                    what = f"third is {row.third}; expected {_words(row, times)}"
+                    raise ValueError(f"tensors: {row.name}: {what}, or the sizes to train at as the layout's target")
 
-        for row in self.tensors:
-            if (row.target is None) != (self.target is None):
-                raise ValueError(
-                    f"tensors: {row.name}: target is {row.target}; expected it in all rows and above, or in none"
-                )
+    def hash(self) -> str:
+        """Identity of the layout."""
+        return content_hash(self.identity(exclude=("notes", "factory")))
 
     def _times(self, size: dict[str, int], where: str) -> Fraction:
         """How far a size is from base, in steps from base to wider. Raises ValueError for one that is not on their line."""
@@ -125,24 +133,75 @@ class Layout(Section):
         if set(size) != set(self.base) or set(self.wider) != set(self.base):
             raise ValueError(f"{where}: {size}; expected the same names as base: {', '.join(self.base)}")
         steps = {name: self.wider[name] - self.base[name] for name in self.base}
+        is_free = {name: name == LAYERS and not step for name, step in steps.items()}
         times = next((Fraction(size[name] - self.base[name], step) for name, step in steps.items() if step), None)
-        if times is None or any(self.base[name] + times * step != size[name] for name, step in steps.items()):
+        if times is None or any(
+            self.base[name] + times * step != size[name] for name, step in steps.items() if not is_free[name]
+        ):
             raise ValueError(f"{where}: {size} is not on the line through base {self.base} and wider {self.wider}")
         return times
 
-    def hash(self) -> str:
-        """Identity of the layout."""
-        return content_hash(self.identity(exclude=("notes",)))
+    def complete(self, given: dict[str, int]) -> dict[str, int]:
+        """The whole size from the values of some of its names; the others follow along the line through base and wider.
+
+        Raises InputError for names that the layout does not have and for values that are not on the line.
+        """
+        if unknown := [name for name in given if name not in self.base]:
+            what = "is not a size of the layout"
+            raise InputError(*(f"target.{name}: {what}; {suggestion(name, list(self.base))}" for name in unknown))
+        if self.target is not None and given.items() <= self.target.items():
+            return self.target
+        steps = {name: self.wider[name] - self.base[name] for name in self.base}
+        times = next(
+            (Fraction(given[name] - self.base[name], steps[name]) for name in given if steps[name]), Fraction(0)
+        )
+        followed = {name: self.base[name] + times * step for name, step in steps.items()}
+        if not all(value.denominator == 1 for value in followed.values()):
+            sizes = ", ".join(f"{name} {value}" for name, value in followed.items())
+            raise InputError(f"target.size: {given} makes {sizes}; expected whole numbers")
+        return {name: int(value) for name, value in followed.items()} | given
 
     def at(self, size: dict[str, int]) -> list[Tensor]:
-        """The tensors at a size, such as {"width": 4096}. Raises InputError if a shape would not have whole extents."""
+        """The tensors at a size, such as {"width": 4096}. Raises InputError if a shape would not have whole extents.
+
+        At another number of layers the tensors of further blocks are those of the first block at their sites.
+        """
         if self.target is not None and size == self.target:
-            return [row.tensor_of(row.target or row.base) for row in self.tensors]
-        try:
-            times = self._times(size, "size")
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        return [row.tensor(times) for row in self.tensors]
+            found = [row.tensor_of(row.target or row.base) for row in self.tensors]
+        else:
+            try:
+                times = self._times(size, "size")
+            except ValueError as error:
+                raise InputError(str(error)) from None
+            found = [row.tensor(times) for row in self.tensors]
+        layers, wanted = self.base.get(LAYERS), size.get(LAYERS)
+        return found if layers is None or wanted is None else _with_blocks(found, layers, wanted)
+
+
+def _with_blocks(tensors: list[Tensor], layers: int, wanted: int) -> list[Tensor]:
+    """The tensors of a model with another number of blocks; sites that do not have `layers` blocks stay as they are."""
+    if layers == wanted:
+        return tensors
+    blocks: dict[str, int] = {}
+    for tensor in tensors:
+        if tensor.block is not None:
+            blocks[tensor.site] = max(blocks.get(tensor.site, 0), tensor.block + 1)
+    grows = {site for site, count in blocks.items() if count == layers}
+    if not grows:
+        raise InputError(f"target.layers: {wanted}, but no site of the layout has {layers} blocks; expected {layers}")
+    found = []
+    for tensor in tensors:
+        if tensor.site not in grows:
+            found.append(tensor)
+        elif tensor.block == 0:
+            found += [replace(tensor, name=_in_block(tensor, block), block=block) for block in range(wanted)]
+    return found
+
+
+def _in_block(tensor: Tensor, block: int) -> str:
+    """The name of a tensor of the first block in another block: the number takes the place of the site's first `*`."""
+    parts, at = tensor.name.split("."), tensor.site.split(".").index("*")
+    return ".".join([*parts[:at], str(block), *parts[at + 1 :]])
 
 
 class OwnShape(Section):
@@ -155,6 +214,12 @@ class OwnShape(Section):
     layout: str
     hash: str | None = None
     factory: str | None = None
+
+    UNHASHED = ("layout",)  # the hash says which one it is
+
+    def with_hash(self) -> OwnShape:
+        """The section with the hash of its layout filled in. Raises InputError as `read_layout` does."""
+        return self.model_copy(update={"hash": self.read_layout().hash()})
 
     def read_layout(self) -> Layout:
         """The layout. Raises InputError for a file that can't be read or has another hash."""

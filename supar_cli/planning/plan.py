@@ -43,7 +43,7 @@ class Plan(Section):
     values: Values = Field(default_factory=Values, neutral=True)
     tensors: list[PlanTensor] = Field(min_length=1)
     task: PlanTask = Field(default_factory=PlanTask, neutral=True)
-    data: Data
+    data: Data | None
     train: PlanTrain
     run: Run = Field(default_factory=Run)
     meta: dict[str, Any] = Field(default_factory=dict)
@@ -64,6 +64,8 @@ class Plan(Section):
 
     def _check_decoder(self, model: PlanModel) -> None:
         """Check the keys that follow from the model section. Raises ValueError."""
+        if self.data is None:
+            raise ValueError("data: null; expected the data to train on")
         train, tokens = self.train, self.train.steps * self.train.batch_size * model.context
         if train.tokens is None:
             raise ValueError("train.tokens: is missing")
@@ -93,6 +95,13 @@ class Plan(Section):
         return self.model_copy(update={"sparsity": sparsity})
 
     @property
+    def text(self) -> Data:
+        """The data section of a plan of supar's own families. Raises InputError for a user's model, which has none."""
+        if self.data is None:
+            raise InputError("data: null; the training script of an own model reads its own data")
+        return self.data
+
+    @property
     def decoder(self) -> PlanModel:
         """The model section of supar's own families. Raises InputError for a user's model, which has no such shape."""
         if isinstance(self.model, PlanModel):
@@ -118,7 +127,7 @@ class Plan(Section):
         """
         found = self.identity()
         found["parameterization"].pop("edition", None)  # every number is in the plan, so its derivation does not matter
-        if self.data.hash is not None:
+        if self.data is not None and self.data.hash is not None:
             del found["data"]["source"]
             for one in found["data"].get("sources", ()):
                 del one["source"]

@@ -32,6 +32,11 @@ class PlanModel(Model):
         return f"w{self.width}-l{self.layers}"
 
     @property
+    def shape_text(self) -> str:
+        """The shape in words."""
+        return f"width {self.width}, {self.layers} layer{'s' * (self.layers > 1)}"
+
+    @property
     def attention_flops_per_token(self) -> float:
         """Forward and backward FLOPs of q·k and of the mixing of values, as if no pair were masked."""
         return 12.0 * self.layers * self.context * self.attention_width
@@ -51,7 +56,7 @@ class OwnModel(Section):
 
     family: Literal["own"]
     layout: str
-    factory: str
+    factory: str | None
     base: dict[str, int]
     target: dict[str, int]
     hooks: dict[str, float] = Field(default_factory=dict, neutral=True, omit=True)
@@ -65,6 +70,10 @@ class OwnModel(Section):
 
     attention_flops_per_token: ClassVar[float] = 0.0  # not known for a user's model; only its products with weights are
     tied_head_size: ClassVar[int] = 0
+
+    @property
+    def shape_text(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self.target.items())
 
     @property
     def label(self) -> str:
@@ -155,9 +164,9 @@ class Values(Section):
 
 
 class PlanTask(Section):
-    """What is learned: the next token of text."""
+    """What is learned: the next token of text, or what the training script of an own model says."""
 
-    kind: Literal["next_token"] = "next_token"
+    kind: Literal["next_token", "own"] = "next_token"
 
 
 class PlanTrain(Train):

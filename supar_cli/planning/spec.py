@@ -2,96 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from math import gcd
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 from supar_cli.errors import InputError, suggestion
 from supar_cli.planning.data_section import Data as Data  # re-exported: a section of these documents
+from supar_cli.planning.decoder import MOST_LAYERS as MOST_LAYERS
+from supar_cli.planning.decoder import Model as Model
 from supar_cli.planning.density import Share, density_from
 from supar_cli.planning.document import content_hash
+from supar_cli.planning.layout_document import OwnShape
 from supar_cli.planning.patterns import Block, Pattern, PatternKeys
 from supar_cli.planning.problems import validate
 from supar_cli.planning.rules import DecayRule, DepthRule, Optimizer, ResidualInit, UnembeddingInit
 from supar_cli.planning.schema import Field, Section
 
-Family = Literal["gpt2", "llama"]
 Engine = Literal["auto", "dense", "sparse", "block"]
 Distribution = Literal["uniform", "erk"]
-
-MOST_LAYERS = 10_000  # chosen: ten times the deepest transformer trained; a plan has a line for each layer's tensors
-
-FAMILY_PARTS: dict[str, dict[str, Any]] = {
-    "gpt2": {"norm": "layernorm", "activation": "gelu", "positions": "learned"},
-    "llama": {"norm": "rmsnorm", "activation": "swiglu", "positions": "rope"},
-}
-
-
-class Model(Section):
-    """Shape of a decoder-only transformer. What is left out follows from the family and the width, and is written out."""
-
-    family: Family
-    width: int = Field(gt=0, le=2**31)
-    layers: int = Field(gt=0, le=MOST_LAYERS)
-    heads: int = Field(gt=0, le=2**31)
-    kv_heads: int = Field(gt=0, le=2**31)
-    ffn_width: int = Field(gt=0, le=2**31)
-    context: int = Field(gt=0, le=2**31)
-    vocab: int = Field(gt=1, le=2**31)
-    head_width: int = Field(default=None, neutral=True, gt=0, le=2**31)  # never None in a valid section
-    norm: Literal["layernorm", "rmsnorm"]
-    activation: Literal["gelu", "gelu_tanh", "swiglu"]
-    positions: Literal["learned", "rope", "alibi"]
-    bias: bool = False
-    tied: bool = True
-    norm_eps: float = Field(default=1e-5, gt=0)
-    rope_theta: float = Field(default=10000.0, gt=0)
-
-    @classmethod
-    def fill_defaults(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        filled = {**FAMILY_PARTS.get(str(data.get("family")), FAMILY_PARTS["gpt2"]), **data}
-        # where the key it follows from is wrong, a filled-in value is not reported as a second mistake
-        heads, width = (found if isinstance(found := filled.get(key), int) else 1 for key in ("heads", "width"))
-        filled.setdefault("kv_heads", max(1, heads))
-        filled.setdefault("ffn_width", 4 * max(1, width))
-        if filled.get("head_width") is None and width % max(1, heads) == 0:
-            filled["head_width"] = max(1, width // max(1, heads))
-        return filled
-
-    def check(self) -> None:
-        if self.head_width is None:
-            what = f"heads: {self.heads} heads don't divide the width {self.width}"
-            raise ValueError(f"{what}; expected a divisor of it, or head_width")
-        if self.attention_width > 2**31:
-            raise ValueError(f"head_width: {self.heads} heads of {self.head_width} are wider than {2**31}")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads: {self.kv_heads} don't divide the {self.heads} heads; expected a divisor")
-        if self.positions == "rope" and self.head_width % 2:
-            raise ValueError(f"heads: rope positions need an even head width, not {self.head_width}")
-
-    def model_dump(self, *, exclude: Collection[str] = (), **options: Any) -> dict[str, Any]:
-        """As every section's; documents and hashes leave the head width out where it is the usual one, width / heads."""
-        usual = {"head_width"} if self.attention_width == self.width else set()
-        return super().model_dump(exclude={*exclude, *usual}, **options)
-
-    @property
-    def attention_width(self) -> int:
-        """Extent of the queries and of the output projection's input: that of all heads together."""
-        return self.heads * self.head_width
-
-    @property
-    def width_step(self) -> int:
-        """The widths with as many heads per width, in whole heads, are the multiples of this one."""
-        return self.width // gcd(self.width, self.heads)
 
 
 class Hyperparameters(Section):
     """What is tuned on the proxy and holds for every target."""
 
     lr: float = Field(gt=0)
-    init_std: float = Field(gt=0)
+    init_std: float | None = Field(gt=0)  # None, in own models only: each tensor's own, measured at the base
     alpha_input: float = Field(gt=0)
     alpha_output: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
@@ -221,6 +155,7 @@ class Target(Section):
 
     width: int | None = Field(default=None, gt=0, le=2**31)
     layers: int | None = Field(default=None, gt=0, le=MOST_LAYERS)
+    size: dict[str, int] | None = Field(default=None, neutral=True, omit=True)  # of an own model, by its layout's names
     heads: int | None = Field(default=None, gt=0, le=2**31)
     kv_heads: int | None = Field(default=None, gt=0, le=2**31)
     ffn_width: int | None = Field(default=None, gt=0, le=2**31)
@@ -280,15 +215,51 @@ class Search(Section):
         return {name: bounds for name in self.SEARCHED if (bounds := vars(self)[name]) is not None}
 
 
-class Spec(Section):
+class _Shaped:
+    """What a spec and a proxy know of their model."""
+
+    __slots__ = ()
+    model: Model | OwnShape
+    hyperparameters: Hyperparameters
+    data: Data | None
+
+    @classmethod
+    def fill_defaults(cls, data: Any) -> Any:
+        is_own = isinstance(data, dict) and isinstance(data.get("model"), dict) and data["model"].get("family") == "own"
+        return {"data": None, **data} if is_own else data
+
+    def check(self) -> None:
+        own = isinstance(self.model, OwnShape)
+        if not own and self.data is None:
+            raise ValueError("data: null; expected the data to train on")
+        if not own and self.hyperparameters.init_std is None:
+            raise ValueError("hyperparameters.init_std: null; expected a number; null is for a model of your own")
+
+    @property
+    def decoder(self) -> Model:
+        """The shape of supar's own families. Raises InputError for a user's model, which has no such shape."""
+        if isinstance(self.model, Model):
+            return self.model
+        raise InputError("model.family: own; this needs one of supar's own families, gpt2 or llama")
+
+    def beside(self, document: str) -> Self:
+        """The document with the path of its layout resolved from its folder; for `-`, from the working directory."""
+        if isinstance(self.model, Model) or document == "-" or Path(self.model.layout).is_absolute():
+            return self
+        path = str((Path(document).parent / self.model.layout).resolve())
+        model = self.model.model_copy(update={"layout": path})
+        return self.model_copy(update={"model": model})  # type: ignore[attr-defined,no-any-return]
+
+
+class Spec(_Shaped, Section):
     """`supar.spec/v1`: the proxy's shape, data and training, what to search, and the target it is for."""
 
     kind: Literal["supar.spec/v1"]
-    model: Model
+    model: Model | OwnShape
     hyperparameters: Hyperparameters
     parameterization: Options = Field(default_factory=Options)
     sparsity: Sparsity = Field(default_factory=lambda: Sparsity(density=1.0))
-    data: Data = Field(default_factory=Data)
+    data: Data | None = Field(default_factory=Data)
     train: Train
     search: Search = Field(default_factory=Search)
     target: Target = Field(default_factory=Target)
@@ -296,18 +267,18 @@ class Spec(Section):
     meta: dict[str, Any] = Field(default_factory=dict)
 
 
-class Proxy(Section):
+class Proxy(_Shaped, Section):
     """`supar.proxy/v1`: hyperparameters, the shape, data and training they hold for, and the evidence."""
 
     UNHASHED = ("run", "meta", "target")  # which flags set and the plan resolves
 
     kind: Literal["supar.proxy/v1"]
     parents: dict[str, str] = Field(default_factory=dict)
-    model: Model
+    model: Model | OwnShape
     hyperparameters: Hyperparameters
     parameterization: Options = Field(default_factory=Options)
     sparsity: Sparsity = Field(default_factory=lambda: Sparsity(density=1.0))
-    data: Data = Field(default_factory=Data)
+    data: Data | None = Field(default_factory=Data)
     train: Train
     target: Target = Field(default_factory=Target)
     run: Run = Field(default_factory=Run)

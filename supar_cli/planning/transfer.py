@@ -2,18 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from math import ceil, gcd
 from typing import Any, get_args
 
 from supar_cli.errors import InputError
 from supar_cli.planning import density, layout, patterns, rules
 from supar_cli.planning.advice import WPN_IMPOSSIBLE, remedy
+from supar_cli.planning.layout_document import OwnShape
+from supar_cli.planning.live_counts import GivenMasks, asked_density, live_counts
+from supar_cli.planning.own_shapes import OwnTensors, folded
 from supar_cli.planning.plan import CURRENT_RULES, Plan, PlanModel, PlanTensor, PlanTrain
-from supar_cli.planning.plan_sections import Base, Multipliers, Parameterization, PlanSparsity, derived_keys
+from supar_cli.planning.plan_sections import (
+    Base,
+    Multipliers,
+    OwnModel,
+    Parameterization,
+    PlanSparsity,
+    PlanTask,
+    derived_keys,
+)
 from supar_cli.planning.problems import validate
 from supar_cli.planning.schema import LARGEST
 from supar_cli.planning.spec import Model, Proxy, Sparsity, Target
+
+
+@dataclass(frozen=True)
+class _DecoderTensors:
+    """The tensors of one of supar's families, and those of its proxy."""
+
+    proxy: Proxy
+    model: Model
+    base: Base
+    edition: rules.Edition
+
+    @cached_property
+    def tensors(self) -> list[layout.Tensor]:
+        return layout.tensors(self.model)
+
+    @cached_property
+    def base_tensors(self) -> list[layout.Tensor]:
+        return layout.tensors(self.proxy.decoder)
+
+    @cached_property
+    def narrow(self) -> dict[str, layout.Tensor]:
+        """The proxy's tensors by site."""
+        return {tensor.site: tensor for tensor in self.base_tensors}
+
+    def context(self, tensor: layout.Tensor, m_rho: float) -> rules.TensorContext:
+        """What the rules need to know of a tensor at its density ratio."""
+        own = self.proxy.decoder
+        m_d, m_fan_out = layout.ratios(tensor, self.narrow[tensor.site])
+        m_width = self.model.width / own.width
+        return rules.TensorContext(
+            tensor.role,
+            m_width if self.edition == 1 and tensor.role != "hidden" else m_d,
+            m_fan_out=m_fan_out,
+            m_out=m_width,
+            m_rho=m_rho,
+            m_L=self.model.layers / own.layers,
+            layers=self.model.layers,
+            in_block=tensor.block is not None,
+            writes_residual=tensor.writes_residual,
+        )
 
 
 def transfer(
@@ -23,9 +77,12 @@ def transfer(
     *,
     allow_low_wpn: bool = False,
     edition: rules.Edition = CURRENT_RULES,
+    masks: GivenMasks | None = None,
 ) -> Plan:
-    """The plan of training `target` with the hyperparameters of `proxy`. Raises InputError for a target that can't work."""
-    model = target_model(proxy.model, target)
+    """The plan of training `target` with the hyperparameters of `proxy`; with `masks` their densities are the tensors'.
+
+    Raises InputError for a target that can't work.
+    """
     if parameterization not in get_args(rules.ParameterizationName):
         names = ", ".join(get_args(rules.ParameterizationName))
         raise InputError(f"parameterization: {parameterization!r}; expected one of {names}")
@@ -33,65 +90,113 @@ def transfer(
     scheme = rules.Scheme(parameterization, proxy.train.optimizer, **options, edition=edition)
     if scheme.depth_rule == "completep" and scheme.optimizer == "sgd":
         raise InputError("parameterization.depth_rule: completep has no rule for SGD; expected the optimizer adamw")
-    wanted, hyper, base = target.sparsity, proxy.hyperparameters, _base(proxy, model)
-    share, rows = _density(wanted), _rows(proxy, scheme, model, base, wanted)
-    m_width, m_L = model.width / proxy.model.width, model.layers / proxy.model.layers
-    factors = rules.forward_rules(scheme, hyper.alpha_input, hyper.alpha_output, m_width, m_L, model.head_width)
-    multipliers = Multipliers(**{name: rule.value for name, rule in factors.items()})
-    drawn = wanted.model_dump(include=("pattern", "block", "distribution"))
-    drawn["overrides"] = {name: float(density.literal(value)) for name, value in wanted.overrides.items()}
+    planned = _plan_own if isinstance(proxy.model, OwnShape) else _plan_decoder
+    model, base, rows, task = planned(proxy, target, scheme, masks)
     plan = Plan(
         kind="supar.plan/v2",
         parents={"proxy": proxy.hash()},
-        model=PlanModel(**model.model_dump(), multipliers=multipliers),
+        model=model,
         parameterization=Parameterization(name=parameterization, **options, base=base, edition=edition),
-        hyperparameters=hyper,
-        sparsity=PlanSparsity(density=float(share), sparsity=float(1 - share), **drawn),
+        hyperparameters=proxy.hyperparameters,
+        sparsity=_plan_sparsity(target.sparsity, rows, masks),
         tensors=rows,
+        task=task,
         data=proxy.data,
         train=_train(proxy, target, model, sum(row.kept for row in rows)),
         run=proxy.run,
     )
-    low = min((row for row in plan.tensors if row.role == "hidden"), key=lambda row: row.wpn)
-    if low.wpn < WPN_IMPOSSIBLE and not allow_low_wpn:
+    low = min((row for row in plan.tensors if row.role == "hidden"), key=lambda row: row.wpn, default=None)
+    if low is not None and low.wpn < WPN_IMPOSSIBLE and not allow_low_wpn:
         few = f"{low.wpn:.3g} weights per neuron (fan-in {low.fan_in} × density {low.density:g})"
         remedies = f"{remedy(plan, low)}; --allow-low-wpn plans it anyway"
         raise InputError(f"{low.name}: {few}: most outputs would have no input at all; {remedies}")
     return plan
 
 
-def _rows(proxy: Proxy, scheme: rules.Scheme, model: Model, base: Base, wanted: Sparsity) -> list[PlanTensor]:
-    """Every tensor of `model` with its numbers."""
-    kept = _live_counts(model, wanted, "target.sparsity.overrides")
-    narrow, base_density = {tensor.site: tensor for tensor in layout.tensors(proxy.model)}, _base_density(proxy)
-    derived, hyper = derived_keys(model, base), proxy.hyperparameters
-    tuned = rules.ProxyValues(hyper.init_std, hyper.lr, hyper.weight_decay, hyper.eps)
-    m_width, m_L = model.width / proxy.model.width, model.layers / proxy.model.layers
+def _plan_sparsity(wanted: Sparsity, rows: list[PlanTensor], masks: GivenMasks | None) -> PlanSparsity:
+    """The plan's section: the density asked for, or the share of all hidden weights that masks from a file leave alive."""
+    if masks is not None:
+        hidden = [row for row in rows if row.role == "hidden"]
+        share = Fraction(sum(row.kept for row in hidden), sum(row.size for row in hidden))
+        fixed: dict[str, Any] = {"pattern": "exact", "distribution": "uniform", "source": masks.source}
+        return PlanSparsity(density=float(share), sparsity=float(1 - share), **fixed)
+    share, drawn = asked_density(wanted), wanted.model_dump(include=("pattern", "block", "distribution"))
+    drawn["overrides"] = {name: float(density.literal(value)) for name, value in wanted.overrides.items()}
+    return PlanSparsity(density=float(share), sparsity=float(1 - share), **drawn)
+
+
+_Planned = tuple[PlanModel | OwnModel, Base, list[PlanTensor], PlanTask]
+
+
+def _plan_decoder(proxy: Proxy, target: Target, scheme: rules.Scheme, masks: GivenMasks | None) -> _Planned:
+    """Model, proxy's shape, rows and task of a model of supar's own families."""
+    own, hyper = proxy.decoder, proxy.hyperparameters
+    if target.size is not None:
+        raise InputError("target.size: is for models of your own; expected target.width, layers, …")
+    model = target_model(own, target)
+    base = _base(proxy, model)
+    shapes = _DecoderTensors(proxy, model, base, scheme.edition)
+    derived, rows = derived_keys(model, base), []
+    kept = live_counts(shapes.tensors, target.sparsity, "target.sparsity.overrides", masks)
+    for tensor, context, keys in _numbers(proxy, scheme, shapes, kept, lambda _: hyper.init_std or 0.0):
+        if tensor.role in rules.STARTS:
+            del keys["init_std"]
+            keys["init_constant"] = rules.STARTS[tensor.role]
+        keys |= derived[tensor.name]
+        rows.append(PlanTensor(name=tensor.name, role=tensor.role, **keys, because=_because(scheme, context)))
+    m_width, m_L = model.width / own.width, model.layers / own.layers
+    factors = rules.forward_rules(scheme, hyper.alpha_input, hyper.alpha_output, m_width, m_L, model.head_width)
+    multipliers = Multipliers(**{name: rule.value for name, rule in factors.items()})
+    return PlanModel(**model.model_dump(), multipliers=multipliers), base, rows, PlanTask()
+
+
+def _plan_own(proxy: Proxy, target: Target, scheme: rules.Scheme, masks: GivenMasks | None) -> _Planned:
+    """Model, proxy's shape, rows and task of a user's model, its multipliers folded into the rows."""
+    assert isinstance(proxy.model, OwnShape)
+    document, hyper = proxy.model.read_layout(), proxy.hyperparameters
+    if scheme.residual_init == "gpt2" and hyper.init_std is None:
+        what = "gpt2 scales the residual branches, whose own deviations a model of your own already has"
+        raise InputError(f"parameterization.residual_init: {what}; expected none, or hyperparameters.init_std")
+    shapes = OwnTensors.of(document, target)
+    factors, hooks = shapes.folds(scheme, hyper)
     rows = []
-    for tensor in layout.tensors(model):
+    kept = live_counts(shapes.tensors, target.sparsity, "target.sparsity.overrides", masks)
+    for tensor, context, keys in _numbers(proxy, scheme, shapes, kept, lambda one: shapes.sigma(one, hyper)):
+        start = shapes.start(tensor, keys.pop("init_std"), hyper)
+        because = _because(scheme, context)
+        if (start.get("init_std") and hyper.init_std is None) or start.get("init") == "own":
+            because["own_std"] = shapes.sigma(tensor, hyper)
+        keys = folded(keys | start, factors.get(tensor.name, 1.0), scheme.optimizer)
+        keys |= {"site": tensor.site, "block": tensor.block, "fan_in_axes": list(tensor.fan_in_axes)}
+        keys |= {"base_fan_in": shapes.base[tensor.name].fan_in, "tied_to": tensor.tied_to}
+        rows.append(PlanTensor(name=tensor.name, role=tensor.role, **keys, because=because))
+    base = Base(
+        steps=proxy.train.steps, batch_size=proxy.train.batch_size, clipped_share=proxy.evidence.get("clipped_share")
+    )
+    factory = proxy.model.factory or document.factory
+    sizes = document.base, shapes.size
+    model = OwnModel(family="own", layout=document.hash(), factory=factory, base=sizes[0], target=sizes[1], hooks=hooks)
+    return model, base, rows, PlanTask(kind="own")
+
+
+def _numbers(
+    proxy: Proxy,
+    scheme: rules.Scheme,
+    shapes: _DecoderTensors | OwnTensors,
+    kept: dict[str, patterns.LiveCount],
+    sigma_of: Callable[[layout.Tensor], float],
+) -> Iterator[tuple[layout.Tensor, rules.TensorContext, dict[str, Any]]]:
+    """Every tensor with what the rules were told of it and the keys of its row that hold numbers."""
+    base_density, hyper = _base_density(proxy, shapes), proxy.hyperparameters
+    for tensor in shapes.tensors:
         own = kept.get(tensor.name, patterns.LiveCount(1.0, tensor.size))
         if own.count == 0:
             raise InputError(f"{tensor.name}: density {own.density} keeps none of its {tensor.size} weights")
-        m_d, m_fan_out = layout.ratios(tensor, narrow[tensor.site])
-        context = rules.TensorContext(
-            tensor.role,
-            m_width if scheme.edition == 1 and tensor.role != "hidden" else m_d,
-            m_fan_out=m_fan_out,
-            m_out=m_width,
-            m_rho=own.density / base_density.get(tensor.site, 1.0),
-            m_L=m_L,
-            layers=model.layers,
-            in_block=tensor.block is not None,
-            writes_residual=tensor.writes_residual,
-        )
-        numbers = {name: rule.value for name, rule in rules.tensor_rules(scheme, tuned, context).items()}
-        if tensor.role in rules.STARTS:
-            del numbers["init_std"]
-            numbers["init_constant"] = rules.STARTS[tensor.role]
-        keys: dict[str, Any] = {**derived[tensor.name], **numbers, "because": _because(scheme, context)}
+        context = shapes.context(tensor, own.density / base_density.get(tensor.site, 1.0))
+        tuned = rules.ProxyValues(sigma_of(tensor), hyper.lr, hyper.weight_decay, hyper.eps)
+        keys: dict[str, Any] = {name: rule.value for name, rule in rules.tensor_rules(scheme, tuned, context).items()}
         keys |= {"shape": list(tensor.shape), "fan_in": tensor.fan_in, "density": own.density, "kept": own.count}
-        rows.append(PlanTensor(name=tensor.name, role=tensor.role, **keys))
-    return rows
+        yield tensor, context, keys
 
 
 def _because(scheme: rules.Scheme, context: rules.TensorContext) -> dict[str, float]:
@@ -110,21 +215,6 @@ def _because(scheme: rules.Scheme, context: rules.TensorContext) -> dict[str, fl
 def as_trial(proxy: Proxy) -> Plan:
     """The plan of training the proxy itself: m_d = m_rho = 1."""
     return transfer(proxy, Target(sparsity=proxy.sparsity))
-
-
-def _density(wanted: Sparsity) -> Fraction:
-    own = patterns.density_of(wanted.pattern)
-    word = "density" if wanted.sparsity is None else "sparsity"
-    given = vars(wanted)[word]
-    if given is None:
-        if own is None:
-            raise InputError("target.sparsity: is missing; expected --sparsity or --density")
-        return own
-    asked = density.density_from(word, given)
-    if own is not None and float(asked) not in (float(own), 1.0):  # a document's float is only the nearest to N/M
-        expected = f"{own}, or 1" if word == "density" else f"{1 - own}, or 0"
-        raise InputError(f"target.sparsity.{word}: {given} with the pattern {wanted.pattern}; expected {expected}")
-    return asked
 
 
 def target_model(proxy: Model, target: Target) -> Model:
@@ -152,48 +242,12 @@ def target_model(proxy: Model, target: Target) -> Model:
     return validate(Model, {**proxy.model_dump(), **changes}, "target")
 
 
-def _live_counts(model: Model, wanted: Sparsity, where: str) -> dict[str, patterns.LiveCount]:
-    """Density and kept count of every hidden tensor, by name.
-
-    Of the overrides, the most specific wins, and tensors without one share the target. Raises InputError for an override that
-    matches nothing (`where` is their place in the document) and for a tensor whose density allows no mask of the pattern.
-    """
-    share, overrides = _density(wanted), wanted.overrides
-    hidden = [tensor for tensor in layout.tensors(model) if tensor.role == "hidden"]
-    names = {tensor.name: layout.setting_names(tensor) for tensor in hidden}
-    keys = {name: next((key for key in known if key in overrides), None) for name, known in names.items()}
-    unused = sorted(set(overrides) - set(keys.values()))
-    if unused:
-        sites = sorted({tensor.site for tensor in hidden})
-        raise InputError(
-            f"{where}: {', '.join(unused)} matches no hidden tensor; expected a site ({', '.join(sites)}), attn, mlp or a tensor's name"
-        )
-    free = [tensor for tensor in hidden if keys[tensor.name] is None]
-    shares = dict.fromkeys(keys, share) if wanted.distribution == "uniform" else _erk(free, share)
-    shares |= {name: density.literal(overrides[key]) for name, key in keys.items() if key is not None}
-    how = wanted.pattern, wanted.block
-    return {one.name: patterns.live_count(one.name, one.size, one.fan_in, shares[one.name], *how) for one in hidden}
-
-
-def _erk(tensors: list[layout.Tensor], target: Fraction) -> dict[str, Fraction]:
-    """Erdős–Rényi-Kernel shares, density ∝ (in + out)/(in·out), capped at 1 (Evci et al. 2020, arXiv 1911.11134)."""
-    shares = {tensor.name: Fraction(1) for tensor in tensors}
-    left, open_ = target * sum(tensor.size for tensor in tensors), tensors
-    while open_:
-        scale = left / sum(sum(tensor.shape) for tensor in open_)
-        full = {tensor for tensor in open_ if scale * sum(tensor.shape) > tensor.size}
-        if not full:
-            return shares | {tensor.name: scale * sum(tensor.shape) / tensor.size for tensor in open_}
-        left -= sum(tensor.size for tensor in full)
-        open_ = [tensor for tensor in open_ if tensor not in full]
-    return shares
-
-
-def _base_density(proxy: Proxy) -> dict[str, float]:
+def _base_density(proxy: Proxy, shapes: _DecoderTensors | OwnTensors) -> dict[str, float]:
     """The proxy's density by site. Raises InputError where its blocks differ."""
-    kept = _live_counts(proxy.model, proxy.sparsity, "sparsity.overrides")
+    tensors = shapes.base_tensors
+    kept = live_counts(tensors, proxy.sparsity, "sparsity.overrides")
     densities: dict[str, float] = {}
-    for tensor in layout.tensors(proxy.model):
+    for tensor in tensors:
         own = kept.get(tensor.name)
         if own is not None and densities.setdefault(tensor.site, own.density) != own.density:
             what = f"the density of {tensor.site} differs between the proxy's blocks"
@@ -202,7 +256,7 @@ def _base_density(proxy: Proxy) -> dict[str, float]:
 
 
 def _base(proxy: Proxy, model: Model) -> Base:
-    own = proxy.model
+    own = proxy.decoder
     found: dict[str, Any] = own.model_dump(include=("width", "ffn_width", "layers"))
     found |= proxy.train.model_dump(include=("steps", "batch_size"))
     found |= {"kv_share": own.kv_heads / own.heads, "clipped_share": proxy.evidence.get("clipped_share")}
@@ -211,9 +265,9 @@ def _base(proxy: Proxy, model: Model) -> Base:
     return validate(Base, found, "evidence")  # all else was validated with the proxy
 
 
-def _train(proxy: Proxy, target: Target, model: Model, live: int) -> PlanTrain:
+def _train(proxy: Proxy, target: Target, model: PlanModel | OwnModel, live: int) -> PlanTrain:
     batch_size = target.batch_size or proxy.train.batch_size
-    step_tokens = batch_size * model.context
+    step_tokens = batch_size * (model.context if isinstance(model, PlanModel) else 1)
     if batch_size % (proxy.run.micro_batch_size or 1):
         what = f"{proxy.run.micro_batch_size} does not divide the batch size {batch_size}"
         close = gcd(proxy.run.micro_batch_size or 1, batch_size)
@@ -227,7 +281,8 @@ def _train(proxy: Proxy, target: Target, model: Model, live: int) -> PlanTrain:
     if steps * step_tokens > LARGEST:
         raise InputError(f"train.steps: {steps} steps of {step_tokens} tokens are more than a run can have")
     fields: dict[str, Any] = proxy.train.model_dump()
-    fields |= {"steps": steps, "batch_size": batch_size, "tokens": steps * step_tokens}
+    fields |= {"steps": steps, "batch_size": batch_size}
+    fields["tokens"] = steps * step_tokens if isinstance(model, PlanModel) else None
     fields["warmup_steps"] = int(Fraction(density.literal(proxy.train.warmup_fraction)) * steps)
     if proxy.train.decay_fraction is not None:
         fields["decay_steps"] = int(Fraction(density.literal(proxy.train.decay_fraction)) * steps)

@@ -12,7 +12,7 @@ from supar_cli.planning.advice import COLUMNS, number, plan_rows, start_text
 from supar_cli.planning.document import Document
 from supar_cli.planning.kinds import parse_any
 from supar_cli.planning.plan import Plan, PlanModel, read_plan
-from supar_cli.planning.spec import Proxy
+from supar_cli.planning.spec import Model, Proxy
 from supar_cli.reporting.result import Figure, Line, Panel, ReportPart, Table, Verdict, finite, flatten
 from supar_cli.training import run_directory
 
@@ -244,7 +244,7 @@ def _plan_facts(plan: Plan) -> dict[str, dict[str, str]]:
         "parameters": f"{plan.parameters:,}; live {plan.live:,}",
         "sparsity": f"{plan.sparsity.sparsity:g} ({plan.sparsity.pattern_text}, {plan.sparsity.distribution})",
         "training": f"{plan.train.steps:,} steps of {plan.train.batch_size} sequences{length}",
-        "data": plan.data.source,
+        "data": "the training script's own" if plan.data is None else plan.data.source,
     }
     return {
         "Model": sizes,
@@ -252,7 +252,7 @@ def _plan_facts(plan: Plan) -> dict[str, dict[str, str]]:
         "Hyperparameters": flatten(plan.hyperparameters.model_dump()),
         "Multipliers of the forward pass": flatten(multipliers),
         "Notes of the plan": flatten(plan.meta),
-        "Hashes": flatten({"plan": plan.hash(), **plan.parents, "data": plan.data.hash}),
+        "Hashes": flatten({"plan": plan.hash(), **plan.parents, "data": plan.data and plan.data.hash}),
     }
 
 
@@ -260,7 +260,10 @@ def _proxy_part(proxy: Proxy, source: str) -> ReportPart:
     """A proxy: what it is, and the evidence of its tuning."""
     model, evidence = proxy.model, dict(proxy.evidence)
     state = "tuned" if evidence else "a proxy without evidence of tuning"
-    part = ReportPart(source, "proxy", f"Proxy of width {model.width}, {model.layers} layers", state)
+    title = (
+        f"Proxy of width {model.width}, {model.layers} layers" if isinstance(model, Model) else "Proxy of an own model"
+    )
+    part = ReportPart(source, "proxy", title, state)
     finalists = evidence.pop("finalists", None)
     if isinstance(finalists, list) and finalists and all(isinstance(one, dict) for one in finalists):
         columns = list(finalists[0])
@@ -272,7 +275,7 @@ def _proxy_part(proxy: Proxy, source: str) -> ReportPart:
         "Model": flatten(model.model_dump()),
         "Training": flatten(proxy.train.model_dump()),
         "Notes of the proxy": flatten(proxy.meta),
-        "Hashes": flatten({"proxy": proxy.hash(), **proxy.parents, "data": proxy.data.hash}),
+        "Hashes": flatten({"proxy": proxy.hash(), **proxy.parents, "data": proxy.data and proxy.data.hash}),
     }
     return part
 

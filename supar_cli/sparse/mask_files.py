@@ -109,3 +109,53 @@ def _require(mask: Mask, wanted: WantedMask | None) -> None:
     selected = select(wanted.pattern, keys, wanted.kept, block=wanted.block)
     if not np.array_equal(selected.alive(), ~dead):
         raise ValueError(f"is not {describe(wanted.pattern, wanted.block)} along the fan-in, as the plan says")
+
+
+def find_masks(path: Path, wanted: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[str, Mask]:
+    """The masks of tensors, given as name: (shape, fan-in axes), in a safetensors file or all such files of a folder.
+
+    Packed masks, tensors of booleans, or weights: of those what is not zero lives. Tensors that are not in the files or
+    have no dead weight have no mask. Raises SetupError for files that can't be read, and InputError for files without
+    any of the tensors, another shape, a tensor without a live weight, and rows or columns that are dead as a whole.
+    """
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"{path}: holds no .safetensors file; expected masks, or the weights of a pruned model")
+    problems: list[str] = []
+    masks: dict[str, Mask] = {}
+    for one in files:
+        try:
+            with safe_open(one, framework="pt") as file:
+                shapes, is_packed = _shapes(one, file)
+                for name in wanted.keys() & shapes.keys():
+                    try:
+                        stored = file.get_tensor(name)
+                        mask = Mask(shapes[name], stored.numpy()) if is_packed else Mask.of((stored != 0).numpy())
+                        _require_spread(mask, *wanted[name])
+                        masks[name] = mask
+                    except ValueError as error:
+                        problems.append(f"{one}: {name}: {error}")
+        except (SafetensorError, OSError) as error:
+            raise SetupError(f"{one}: is not an intact safetensors file: {error}") from None
+    if problems:
+        raise InputError(*problems)
+    if not masks:
+        expected = f"expected masks or weights of {', '.join(list(wanted)[:3])}, …"
+        raise InputError(f"{path}: has none of the target's {len(wanted)} hidden tensors; {expected}")
+    return {name: mask for name, mask in masks.items() if mask.count < mask.size}
+
+
+def _require_spread(mask: Mask, shape: tuple[int, ...], fan_in_axes: tuple[int, ...]) -> None:
+    """Raise ValueError for another shape, for a mask without live weights, and where whole rows and columns are dead.
+
+    Such a tensor is a narrower dense one, and rules by density are wrong for it [D, measured: slopes .5 to 1.1].
+    """
+    if mask.shape != shape:
+        raise ValueError(f"has the shape {list(mask.shape)}; the target's is {list(shape)}")
+    if not mask.count:
+        raise ValueError("has no live weight")
+    alive = to_matrix(mask.alive(), fan_in_axes)
+    rows, columns = int(alive.any(axis=1).sum()), int(alive.any(axis=0).sum())
+    if mask.size > 2 * rows * columns:  # chosen: then the density of what is left is more than twice the tensor's
+        what = f"only {rows} of {len(alive)} rows and {columns} of {alive.shape[1]} columns have a live weight"
+        raise ValueError(f"{what}: it is a narrower tensor; expected a model of that width")

@@ -59,7 +59,7 @@ class Task(Protocol):
 
 def load(plan: Plan) -> Task:
     """Load the task of a plan. Raises InputError for the wrong data, SetupError for data that can't be used."""
-    return NextToken(plan, batches.load(plan.data, vocab=plan.decoder.vocab, context=plan.decoder.context))
+    return NextToken(plan, batches.load(plan.text, vocab=plan.decoder.vocab, context=plan.decoder.context))
 
 
 class NextToken:
@@ -155,4 +155,4 @@ def _load_tokens(data: str, vocab: int, context: int) -> batches.Tokens:
 
 def load_task(plan: Plan) -> Task:
     """The task of a plan, as `load` makes it; the data are read once for all plans in a row that share them."""
-    return NextToken(plan, _load_tokens(json.dumps(plan.data.model_dump()), plan.decoder.vocab, plan.decoder.context))
+    return NextToken(plan, _load_tokens(json.dumps(plan.text.model_dump()), plan.decoder.vocab, plan.decoder.context))

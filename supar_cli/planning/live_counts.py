@@ -1,0 +1,84 @@
+"""How many weights of every hidden tensor live: a uniform density, ERK, overrides, or masks from a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from supar_cli.errors import InputError
+from supar_cli.planning import density, layout, patterns
+from supar_cli.planning.plan_sections import MaskSource
+from supar_cli.planning.spec import Sparsity
+
+
+@dataclass(frozen=True)
+class GivenMasks:
+    """Masks from a file: its place and hash, and the number of live weights of each tensor, by name."""
+
+    source: MaskSource
+    live: dict[str, int]
+
+    def counts(self, hidden: list[layout.Tensor]) -> dict[str, patterns.LiveCount]:
+        """Density and kept count of hidden tensors; those without a mask are dense. Raises InputError for other names."""
+        sizes = {tensor.name: tensor.size for tensor in hidden}
+        if unknown := sorted(set(self.live) - set(sizes)):
+            raise InputError(f"masks: {', '.join(unknown)}: the target has no such hidden tensor")
+        live = {**sizes, **self.live}
+        return {name: patterns.LiveCount(live[name] / size, live[name]) for name, size in sizes.items()}
+
+
+def asked_density(wanted: Sparsity) -> Fraction:
+    """The density that a section asks for, exactly. Raises InputError where there is none or the pattern has another."""
+    own = patterns.density_of(wanted.pattern)
+    word = "density" if wanted.sparsity is None else "sparsity"
+    given = vars(wanted)[word]
+    if given is None:
+        if own is None:
+            raise InputError("target.sparsity: is missing; expected --sparsity or --density")
+        return own
+    asked = density.density_from(word, given)
+    if own is not None and float(asked) not in (float(own), 1.0):  # a document's float is only the nearest to N/M
+        expected = f"{own}, or 1" if word == "density" else f"{1 - own}, or 0"
+        raise InputError(f"target.sparsity.{word}: {given} with the pattern {wanted.pattern}; expected {expected}")
+    return asked
+
+
+def live_counts(
+    tensors: list[layout.Tensor], wanted: Sparsity, where: str, masks: GivenMasks | None = None
+) -> dict[str, patterns.LiveCount]:
+    """Density and kept count of every hidden tensor, by name.
+
+    Of the overrides, the most specific wins, and tensors without one share the target. Raises InputError for an override that
+    matches nothing (`where` is their place in the document) and for a tensor whose density allows no mask of the pattern.
+    """
+    hidden = [tensor for tensor in tensors if tensor.role == "hidden"]
+    if masks is not None:
+        return masks.counts(hidden)
+    share, overrides = asked_density(wanted), wanted.overrides
+    names = {tensor.name: layout.setting_names(tensor) for tensor in hidden}
+    keys = {name: next((key for key in known if key in overrides), None) for name, known in names.items()}
+    unused = sorted(set(overrides) - set(keys.values()))
+    if unused:
+        sites = sorted({tensor.site for tensor in hidden})
+        raise InputError(
+            f"{where}: {', '.join(unused)} matches no hidden tensor; expected a site ({', '.join(sites)}), attn, mlp or a tensor's name"
+        )
+    free = [tensor for tensor in hidden if keys[tensor.name] is None]
+    shares = dict.fromkeys(keys, share) if wanted.distribution == "uniform" else _erk(free, share)
+    shares |= {name: density.literal(overrides[key]) for name, key in keys.items() if key is not None}
+    how = wanted.pattern, wanted.block
+    return {one.name: patterns.live_count(one.name, one.size, one.fan_in, shares[one.name], *how) for one in hidden}
+
+
+def _erk(tensors: list[layout.Tensor], target: Fraction) -> dict[str, Fraction]:
+    """Erdős–Rényi-Kernel shares, density ∝ (in + out)/(in·out), capped at 1 (Evci et al. 2020, arXiv 1911.11134)."""
+    shares = {tensor.name: Fraction(1) for tensor in tensors}
+    left, open_ = target * sum(tensor.size for tensor in tensors), tensors
+    while open_:
+        scale = left / sum(sum(tensor.shape) for tensor in open_)
+        full = {tensor for tensor in open_ if scale * sum(tensor.shape) > tensor.size}
+        if not full:
+            return shares | {tensor.name: scale * sum(tensor.shape) / tensor.size for tensor in open_}
+        left -= sum(tensor.size for tensor in full)
+        open_ = [tensor for tensor in open_ if tensor not in full]
+    return shares

@@ -1,0 +1,166 @@
+"""The tensors of a user's model at the proxy's and at the target's size: their ratios, starts, and folded multipliers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod, sqrt
+from typing import Any
+
+from supar_cli.errors import InputError
+from supar_cli.planning import rules
+from supar_cli.planning.folding import Numbers, TensorUse, fold, fold_each
+from supar_cli.planning.layout import Tensor
+from supar_cli.planning.layout_document import LAYERS, Layout, LayoutRow
+from supar_cli.planning.spec import Hyperparameters, Target
+
+_OF_FAMILIES = ("heads", "kv_heads", "ffn_width", "head_width", "context", "tokens", "tokens_per_parameter")
+
+
+@dataclass(frozen=True)
+class OwnTensors:
+    """A layout at a size. `tensors` are the target's; ratios are to those at the layout's base."""
+
+    layout: Layout
+    size: dict[str, int]
+
+    @classmethod
+    def of(cls, layout: Layout, target: Target) -> OwnTensors:
+        """The layout's tensors at a target's size. Raises InputError for a size that the layout doesn't have."""
+        given = [name for name in _OF_FAMILIES if getattr(target, name) is not None]
+        sizes = {name: getattr(target, name) for name in ("width", LAYERS) if getattr(target, name) is not None}
+        if given:
+            what = "a model of your own has only the sizes of its layout"
+            raise InputError(*(f"target.{name}: {what}; expected {', '.join(layout.base)}" for name in given))
+        return cls(layout, layout.complete(sizes | (target.size or {})))
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor at the size."""
+        return self.layout.at(self.size)
+
+    @property
+    def base_tensors(self) -> list[Tensor]:
+        """Every tensor of the proxy."""
+        return self.layout.at(self.layout.base)
+
+    @cached_property
+    def rows(self) -> dict[str, LayoutRow]:
+        """The layout's row of each tensor: its own, or for the tensors of further blocks that of the first block."""
+        named = {row.name: row for row in self.layout.tensors}
+        first = {row.site: row for row in reversed(self.layout.tensors)}
+        return {tensor.name: named.get(tensor.name, first[tensor.site]) for tensor in self.tensors}
+
+    @cached_property
+    def base(self) -> dict[str, Tensor]:
+        """The tensor at the base of each tensor, by name."""
+        return {name: row.tensor_of(row.base) for name, row in self.rows.items()}
+
+    @property
+    def m_L(self) -> float:
+        """The ratio of the numbers of layers; 1 where the layout's sizes have none."""
+        return self.size[LAYERS] / self.layout.base[LAYERS] if LAYERS in self.size else 1.0
+
+    @property
+    def layers(self) -> int:
+        return self.size.get(LAYERS, 1)
+
+    def m_d(self, tensor: Tensor) -> float:
+        """The ratio of a tensor's own extent that scales: its fan-in in a product, else the product of what scales."""
+        row, base = self.rows[tensor.name], self.base[tensor.name]
+        if tensor.role in ("hidden", "unembedding"):
+            return tensor.fan_in / base.fan_in
+        return prod(tensor.shape[axis] / base.shape[axis] for axis in row.scales)
+
+    @cached_property
+    def m_out(self) -> float:
+        """The smallest ratio in the multipliers of the products that leave the model; 1 without such a product."""
+        heads = [tensor for tensor in self.tensors if "head" in self.rows[tensor.name].uses]
+        return min(map(self.m_d, heads), default=1.0)
+
+    def context(self, tensor: Tensor, m_rho: float) -> rules.TensorContext:
+        """What the rules need to know of a tensor at its density ratio."""
+        row, base = self.rows[tensor.name], self.base[tensor.name]
+        after_head = "after_head" in row.uses
+        return rules.TensorContext(
+            tensor.role,
+            1.0 if after_head else self.m_d(tensor),  # ε and SGD's rate are then undivided
+            m_fan_out=tensor.fan_out / base.fan_out if tensor.role == "hidden" else None,
+            m_out=1.0 if after_head else self.m_out,
+            m_rho=m_rho,
+            m_L=self.m_L,
+            layers=self.layers,
+            in_block=tensor.block is not None,
+            writes_residual=tensor.writes_residual,
+            after_head=after_head,
+        )
+
+    @cached_property
+    def own_stds(self) -> dict[str, float]:
+        """The size that a tensor's values have at the base, by site: their deviation, or root mean square where they are kept.
+
+        Tensors of one site share it, as they differ by chance only.
+        """
+        squares: dict[str, list[float]] = {}
+        for row in self.layout.tensors:
+            if row.own is not None:
+                keeps = row.init == "own" or row.role in rules.STARTS
+                squares.setdefault(row.site, []).append(row.own.std**2 + (row.own.mean**2 if keeps else 0.0))
+        return {site: sqrt(sum(found) / len(found)) for site, found in squares.items()}
+
+    def sigma(self, tensor: Tensor, hyper: Hyperparameters) -> float:
+        """The deviation at the base of a tensor that does not start from a constant. Raises InputError where it is not known."""
+        if tensor.role not in rules.STARTS and hyper.init_std is not None:
+            return hyper.init_std
+        found = self.own_stds.get(tensor.site)
+        if found is None:
+            raise InputError(
+                f"{tensor.name}: the layout has no `own` values; expected them, or hyperparameters.init_std"
+            )
+        return found
+
+    def start(self, tensor: Tensor, rule: float, hyper: Hyperparameters) -> dict[str, Any]:
+        """The keys of a row that say how a tensor starts, given the deviation that the rules give it."""
+        row = self.rows[tensor.name]
+        if row.own is not None and row.own.std == 0:
+            return {"init_constant": row.own.mean}
+        if tensor.role not in rules.STARTS:
+            return {"init_std": rule, "init": row.init}
+        if row.own is None:
+            return {"init_constant": rules.STARTS[tensor.role]}
+        return {"init_std": self.sigma(tensor, hyper), "init": "own"}
+
+    def folds(self, scheme: rules.Scheme, hyper: Hyperparameters) -> tuple[dict[str, float], dict[str, float]]:
+        """The factor that is folded into each tensor, by name, and the factors on inputs of modules that can't be folded."""
+        if scheme.name == "sp":
+            return {}, {}
+        residual = 1.0 / self.m_L if scheme.depth_rule == "completep" else 1.0
+        return fold_each(self._uses(), hyper.alpha_input, hyper.alpha_output, residual)
+
+    def _uses(self) -> Iterable[TensorUse]:
+        for tensor in self.tensors:
+            row = self.rows[tensor.name]
+            is_head = "head" in row.uses
+            yield TensorUse(
+                name=tensor.name,
+                role=tensor.role,
+                in_first_sum="first_sum" in row.uses,
+                writes_residual=row.writes_residual,
+                tied=is_head and tensor.role != "unembedding",
+                feeds_head="before_head" in row.uses,
+                derived="derived" in row.uses,
+                leaves_model=is_head,
+                m_d=self.m_d(tensor),
+                multiply_at=row.multiply_at,
+            )
+
+
+def folded(numbers: dict[str, Any], factor: float, optimizer: rules.Optimizer) -> dict[str, Any]:
+    """The keys of a row with a factor of the forward pass folded into its numbers."""
+    if factor == 1:
+        return numbers
+    start = numbers.get("init_std"), numbers.get("init_constant")
+    known = Numbers(numbers["lr"], numbers["weight_decay"], numbers["eps"], *start)
+    changed = {name: value for name, value in vars(fold(known, factor, optimizer)).items() if value is not None}
+    return {**numbers, **changed, "fold": factor}
