@@ -117,7 +117,8 @@ def _fits(row: LayoutRow, alternative: str, residual: bool) -> bool:
     assert match, f"{alternative!r} is no row"
     if row.role not in match["roles"].split(","):
         return False
-    if match["axes"] is not None and row.fan_in_axes != [int(axis) for axis in match["axes"].split(",") if axis]:
+    long = {axis for axis, extent in enumerate(row.wider) if extent > 1}  # an axis of one tap changes no fan-in
+    if match["axes"] is not None and long & set(row.fan_in_axes) != long & set(map(int, match["axes"].split(","))):
         return False
     uses = set(match["uses"].split())
     if residual and row.writes_residual != ("writes" in uses):
@@ -132,14 +133,13 @@ def _fits(row: LayoutRow, alternative: str, residual: bool) -> bool:
 def _names(problem: str, parameters: Iterable[str]) -> set[str]:
     """The parameters that a problem is about: those in its place, the words before the first colon with a space behind.
 
-    A place may be a site, in which numbers are `*`.
+    A place may be a site, in which numbers and other keys of containers are `*`.
     """
     place = problem.partition(": ")[0]
 
     def found(name: str) -> bool:
-        pattern = re.sub(
-            r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)", lambda match: rf"(?:{match[0]}|\\*)", re.escape(name).replace(r"\.", ".")
-        )
+        parts = [rf"(?:{re.escape(part)}|\*)" for part in name.split(".")[:-1]]
+        pattern = r"\.".join([*parts, re.escape(name.rpartition(".")[2])])
         return re.search(rf"(?<![\w.*]){pattern}(?![\w*]|\.\w)", place) is not None
 
     return {name for name in parameters if found(name)}

@@ -144,7 +144,7 @@ def heads() -> Iterator[Case]:
         lambda width: {**actor(width), "head": _head(width), "temperature": ()},
         lambda m, x: m.head(m.stem(x).tanh()) * m.temperature.exp(),
         features,
-        temperature="norm,bias after_head",
+        temperature="norm,bias after_head derived | norm,bias after_head",
         **stem,
         **HEAD,
     )

@@ -95,7 +95,7 @@ def experts() -> Iterator[Case]:
 
 
 def _relation(product: Callable[[Any, Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    return lambda model, h, x: product(model, h.flatten(0, 1), _PICK).view(BATCH, TOKENS, -1)
+    return lambda model, h, x: product(model, h.tanh().flatten(0, 1), _PICK).view(BATCH, TOKENS, -1)
 
 
 def lookups() -> Iterator[Case]:
@@ -125,7 +125,7 @@ def lookups() -> Iterator[Case]:
         "a table looked up, then a product",
         lambda width: {"types": nn.Embedding(EXPERTS, width), "mix": nn.Linear(width, width)},
         _relation(lambda m, t, r: (t + m.mix(m.types(r)).tanh()).tanh()),
-        types__weight="embedding",
+        types__weight="embedding | embedding first_sum",
         mix__weight="hidden[1]",
         mix__bias="bias",
     )
@@ -163,7 +163,7 @@ def lookups() -> Iterator[Case]:
         "a codebook, nearest by distance, then looked up",
         lambda width: {"codes": (EXPERTS, width), "mix": (width, width)},
         lambda model, h, x: model.codes[torch.cdist(h @ model.mix, model.codes[None]).argmin(-1)].tanh(),
-        codes="ask | refuse | embedding",
+        codes="ask | refuse | embedding *",
         mix="hidden[0]",
         answers={"codes": "embedding"},
     )
@@ -209,14 +209,14 @@ def queries() -> Iterator[Case]:
             lambda model, h, x, spread=spread: F.scaled_dot_product_attention(
                 spread(model.queries, h) @ model.weight, h @ model.weight, h
             ),
-            queries="embedding",
+            queries="embedding | embedding first_sum",
             weight="hidden[0]",
         )
         yield inside(
             f"learned queries: {name}",
             lambda width: {"queries": (EXPERTS, width), **{n: nn.Linear(width, width, bias=False) for n in "qkv"}},
             lambda model, h, x, spread=spread: _attend(model, spread(model.queries, h), h),
-            queries="embedding | ask",
+            queries="embedding | embedding first_sum | ask",
             q__weight="hidden[1] | ask",
             k__weight="hidden[1]",
             v__weight="hidden[1]",
@@ -234,7 +234,7 @@ def queries() -> Iterator[Case]:
         "a whole table as activations",
         lambda width: {"nodes": nn.Embedding(TOKENS, width), "weight": (width, width)},
         lambda model, h, x: h.tanh() + (torch.eye(TOKENS) @ (model.nodes.weight @ model.weight)).tanh(),
-        nodes__weight="embedding | ask",
+        nodes__weight="embedding | embedding first_sum | ask",
         weight="hidden[0] | ask",
         answers={"nodes.weight": "embedding", "weight": "hidden"},
     )
@@ -242,16 +242,16 @@ def queries() -> Iterator[Case]:
         "a whole table mixed by neighbours, then a product that activations meet",
         lambda width: {"nodes": nn.Embedding(TOKENS, width), "weight": (width, width)},
         lambda model, h, x: (h @ model.weight).tanh() + (torch.eye(TOKENS) @ model.nodes.weight) @ model.weight,
-        nodes__weight="embedding",
+        nodes__weight="embedding | embedding first_sum",
         weight="hidden[0]",
     )
     yield inside(
         "memory that is normalised, then multiplied",
         lambda width: {"memory": (EXPERTS, width), "norm": nn.LayerNorm(width), "weight": (width, width)},
-        lambda model, h, x: F.scaled_dot_product_attention(h, model.norm(model.memory).expand(BATCH, -1, -1) @ model.weight, h[:, :3]),
-        memory="embedding",
-        norm__weight="norm",
-        norm__bias="bias",
+        lambda model, h, x: F.scaled_dot_product_attention(h.tanh(), model.norm(model.memory).expand(BATCH, -1, -1) @ model.weight, h[:, :3].tanh()),
+        memory="embedding | embedding first_sum",
+        norm__weight="norm | norm first_sum",
+        norm__bias="bias | bias first_sum",
         weight="hidden[0]",
     )  # fmt: skip
 

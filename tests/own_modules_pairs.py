@@ -126,7 +126,7 @@ def pairs() -> Iterator[Case]:
             "code": nn.Embedding(EXPERTS, FEATURES),
             "maker": nn.Linear(FEATURES, width * width, bias=False),
         },
-        lambda m, h, x: torch.bmm(h, m.maker(m.code(torch.arange(BATCH))).view(BATCH, h.shape[-1], -1)),
+        lambda m, h, x: torch.bmm(h.tanh(), m.maker(m.code(torch.arange(BATCH))).view(BATCH, h.shape[-1], -1)),
         options={"third": None},
         code__weight="embedding * | ask",
         maker__weight="ask | refuse",
@@ -134,14 +134,14 @@ def pairs() -> Iterator[Case]:
     yield inside(
         "a bilinear form",
         lambda width: {"form": nn.Bilinear(width, width, width, bias=False)},
-        lambda m, h, x: m.form(h, h.roll(1, 1)),
+        lambda m, h, x: m.form(h.tanh(), h.roll(1, 1).tanh()),
         form__weight="hidden[1,2] | refuse | ask",
     )
     yield inside(
         "a bilinear form by einsum",
         lambda width: {"form": (width, width, width)},
-        lambda m, h, x: torch.einsum("bti,kij,btj->btk", h, m.form, h.roll(1, 1)),
-        form="hidden[1,2] | refuse | ask",
+        lambda m, h, x: torch.einsum("bti,kij,btj->btk", h.tanh(), m.form, h.roll(1, 1).tanh()),
+        form="hidden[1] | hidden[1,2] | refuse | ask",  # as h·(W h) of attention, where the second sum is over activations
     )
     yield inside(
         "used both ways round",

@@ -139,7 +139,16 @@ FORMS = {
 
 # where a·w in place of w does not give a times the product: no multiplier can be folded into such a weight
 _NOT_LINEAR = ("tanh", "clamped", "noise added", "weight norm without a gain", "standardized")
-_EITHER = ("rounded straight through",)  # linear in its size, which an operation at a time doesn't show
+# linear, or linear in its size, which an operation at a time may not show
+_EITHER = (
+    "rounded straight through",
+    "mask multiplied",
+    "mask first",
+    "dropout of weights",
+    "noise multiplied",
+    "negated",
+)
+_EITHER += ("a mask broadcast over outputs", "a constant")
 
 
 def products() -> Iterator[Case]:

@@ -46,11 +46,12 @@ def first_sums() -> Iterator[Case]:
         **table,
         **HEAD,
     )
+    yield net("tokens scaled by a constant", token, lambda m, x: m.head((m.table(x) * 4.0).tanh()), **table, **HEAD)
     yield net(
-        "tokens scaled by a constant, then fixed positions",
+        "tokens, then fixed positions",
         lambda width: {**token(width), "waves": torch.randn(TOKENS, width)},
-        lambda m, x: m.head((m.table(x) * 4.0 + m.waves).tanh()),
-        **table,
+        lambda m, x: m.head((m.table(x) + m.waves).tanh()),
+        table__weight="embedding",  # the fixed positions can take no factor: all summands or none
         **HEAD,
     )
     norms: dict[str, Callable[[int], nn.Module]] = {
