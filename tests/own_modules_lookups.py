@@ -248,12 +248,14 @@ def queries() -> Iterator[Case]:
     yield inside(
         "memory that is normalised, then multiplied",
         lambda width: {"memory": (EXPERTS, width), "norm": nn.LayerNorm(width), "weight": (width, width)},
-        lambda model, h, x: F.scaled_dot_product_attention(h.tanh(), model.norm(model.memory).expand(BATCH, -1, -1) @ model.weight, h[:, :3].tanh()),
+        lambda model, h, x: F.scaled_dot_product_attention(
+            h.tanh(), model.norm(model.memory).expand(BATCH, -1, -1) @ model.weight, h[:, :EXPERTS].tanh()
+        ),
         memory="embedding | embedding first_sum",
         norm__weight="norm | norm first_sum",
         norm__bias="bias | bias first_sum",
         weight="hidden[0]",
-    )  # fmt: skip
+    )
 
 
 def cases() -> Iterator[Case]:
