@@ -1,0 +1,117 @@
+"""Where multipliers of the forward pass can be folded: first sums, heads, norms before them, writers of the residual."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from supar_cli.own.record import Record
+from supar_cli.own.roles import Reading
+from supar_cli.own.values import CONSTANT, Names, Readers
+from supar_cli.planning.layout_document import Use
+
+
+@dataclass
+class Uses:
+    """Uses by parameter; writers of the residual; modules whose input a multiplier may go to; what has to be said."""
+
+    of: dict[str, list[Use]] = field(default_factory=dict)
+    writers: set[str] = field(default_factory=set)
+    multiply_at: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, use: Use, names: Names | set[str]) -> None:
+        for name in names:
+            if name in self.of and use not in self.of[name]:
+                self.of[name].append(use)
+
+
+def find_uses(record: Record, readings: Mapping[str, Reading], model: nn.Module, returns: bool) -> Uses:
+    """Find the uses of all parameters. `returns`: whether the pass returned what leaves the model."""
+    found = Uses({name: [] for name in readings})
+    _first_sums(record, readings, found)
+    heads = _heads(record, readings, found, returns)
+    for name in readings:
+        after = [one.after & heads for one in record.sightings[name]]
+        if after and all(after) and readings[name].role in ("bias", "norm"):
+            found.add("after_head", {name})
+    for name in sorted(heads):
+        if readings[name].is_tied:
+            _before_head(record, name, readings, model, found)
+    for names, writers in record.residuals:
+        if not names & record.barred:
+            found.writers |= set(writers) & set(readings)
+    for name, reading in readings.items():
+        if reading.derived:
+            found.add("derived", {name})
+    return found
+
+
+def _first_sums(record: Record, readings: Mapping[str, Reading], found: Uses) -> None:
+    """All summands of the first activations, or gain and shift of the norm that alone reads their sum, or none."""
+    norms, sums = set[str](), []
+    for one in record.sums:
+        if record.roots and not one.names & record.roots:
+            continue  # it conditions activations that have another beginning
+        labels = set(one.by.values())
+        if labels == {"norm"} and one.norms:
+            norms |= one.norms
+        elif labels:
+            sums.append(one)
+    summands = {name for one in sums for name in one.names}
+    while True:
+        broken = [one for one in sums if not _can_take(one, summands, readings, record)]
+        lost = {name for one in broken for name in one.names} & summands
+        if not lost:
+            break
+        summands -= lost
+    found.add("first_sum", summands | norms)
+    for one in sums:
+        kept = sorted(name for name in one.names if name in readings and readings[name].role in ("embedding", "bias"))
+        if kept and CONSTANT in one.names and not one.names & record.barred:
+            why = "a constant is added to the first activations, so no multiplier of theirs can be folded"
+            found.notes.append(f"{', '.join(kept)}: {why}")
+
+
+def _can_take(one: Readers, summands: set[str], readings: Mapping[str, Reading], record: Record) -> bool:
+    if one.names & record.barred or not one.names <= summands:
+        return False
+    return all(name in readings and readings[name].role in ("embedding", "bias") for name in one.names)
+
+
+def _heads(record: Record, readings: Mapping[str, Reading], found: Uses, returns: bool) -> set[str]:
+    """Weights of products that leave the model with no other weight behind them."""
+    heads = set[str]()
+    for name, reading in readings.items():
+        if reading.role != "unembedding" and not reading.is_tied:
+            continue
+        if (returns and name not in record.leaving) or name in record.inner:
+            continue
+        heads.add(name)
+    found.add("head", heads)
+    return heads
+
+
+def _before_head(record: Record, head: str, readings: Mapping[str, Reading], model: nn.Module, found: Uses) -> None:
+    """Gain and shift of the norm that only a tied head reads; else the module whose input can be multiplied."""
+    norms = record.heads[head]
+    names: set[str] = set()
+    for one in norms:
+        names |= one.names if one is not None else set()
+    every = [one for one in record.norms if one.names & names]
+    alone = all(label == f"product {head}" for one in every for label in one.by.values())
+    takes = any(readings[name].role == "norm" for name in names if name in readings)
+    if names and alone and takes and all(one is not None for one in norms):
+        found.add("before_head", names)
+        if not any(readings[name].derived for name in names if name in readings):
+            return
+    at = record.at.get(head, "")
+    module = model.get_submodule(at)
+    if at and any(own is record.parameters[head] for own in module.parameters(recurse=False)):
+        found.multiply_at[head] = at
+    if not found.multiply_at.get(head):
+        found.notes.append(
+            f"{head}: no norm is read by this tied head alone; the forward pass has to apply its multiplier"
+        )
