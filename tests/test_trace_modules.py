@@ -15,6 +15,7 @@ from supar_cli.planning import document
 from supar_cli.planning.layout_document import Layout, LayoutRow
 from supar_cli.planning.problems import parse
 from tests import (
+    own_modules_habits,
     own_modules_heads,
     own_modules_lookups,
     own_modules_nets,
@@ -26,7 +27,7 @@ from tests import (
 from tests.own_modules import BASE, VOCAB, WIDER, Answer, Case, Net, features, ids, judge, read
 
 FILES = (own_modules_products, own_modules_lookups, own_modules_pairs)
-FILES += (own_modules_sums, own_modules_heads, own_modules_nets, own_modules_scripts)
+FILES += (own_modules_sums, own_modules_heads, own_modules_nets, own_modules_scripts, own_modules_habits)
 CASES = [case for file in FILES for case in file.cases()]
 
 
