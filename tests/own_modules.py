@@ -39,6 +39,7 @@ class Case:
     residual: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     multiply_at: Mapping[str, str | None] = field(default_factory=dict)
+    unread: frozenset[str] | None = None  # of which alone a problem may say that they are not read
 
 
 class Net(nn.Module):
@@ -82,7 +83,9 @@ def inside(name: str, parts: Parts, body: Body, outputs: int = 1, **settings: An
         return Net(lambda model, x: model.head(body(model, model.table(x), x)), table=table, **made, head=head)
 
     expected = {"table.weight": "embedding first_sum", "head.weight": "unembedding[1] head"}
-    options = {key: settings.pop(key) for key in ("answers", "first_sums", "residual", "options") if key in settings}
+    options = {
+        key: settings.pop(key) for key in ("answers", "first_sums", "residual", "options", "unread") if key in settings
+    }
     expected |= {name.replace("__", "."): text for name, text in settings.items()}
     return Case(name, make, ids, expected, **options)
 
@@ -159,6 +162,8 @@ def _judge_problems(case: Case, problems: Iterable[str]) -> tuple[list[Finding],
         named |= about
         for name in about:
             wanted = _alternatives(case.expected[name])
+            if case.unread is not None and name not in case.unread and "not read" in problem:
+                findings.append(Finding("silent", case.name, name, f"it is read, but: {problem}"))
             if not {"ask", "refuse"} & set(wanted):
                 findings.append(Finding("question", case.name, name, f"expected {case.expected[name]}, got: {problem}"))
             elif "refuse" not in wanted and "roles" not in problem:

@@ -165,12 +165,6 @@ def layers() -> Iterator[Case]:
         mix___orig_mod__bias="bias",
     )
     yield inside(
-        "called with other parameters",
-        lambda width: {"mix": nn.Linear(width, width)},
-        lambda m, h, x: torch.func.functional_call(m.mix, dict(m.mix.named_parameters()), (h,)).tanh(),
-        **MIX,
-    )
-    yield inside(
         "an ensemble by vmap",
         lambda width: {"weights": (EXPERTS, width, width)},
         lambda m, h, x: torch.vmap(lambda w: (h @ w).tanh())(m.weights).mean(0),
@@ -309,7 +303,44 @@ def copies() -> Iterator[Case]:
     yield net("a momentum encoder, in place", make, averaged, features, **both)
 
 
+def several_inputs() -> Iterator[Case]:
+    """Nets whose first activations are several, and terms beside them."""
+    critic = lambda width: nn.Sequential(nn.Linear(FEATURES, width), nn.ReLU(), nn.Linear(width, 1))  # noqa: E731
+    rows = {"0__weight": "embedding first_sum", "0__bias": "bias first_sum"}
+    rows |= {"2__weight": "unembedding[1] head", "2__bias": "bias after_head"}
+    yield net(
+        "two critics of one input",
+        lambda width: {"a": critic(width), "b": critic(width)},
+        lambda m, x: (lambda z: torch.min(m.a(z), m.b(z)))(torch.cat([x[..., :3], x[..., 3:].tanh()], -1)),
+        features,
+        **{f"{part}__{name}": text for part in "ab" for name, text in rows.items()},
+    )
+    yield net(
+        "terms of single words beside a net",
+        lambda width: {
+            "table": nn.Embedding(VOCAB, width),
+            "single": nn.Embedding(VOCAB, 1),
+            "head": nn.Linear(width, 1),
+        },
+        lambda m, x: m.single(x).sum(1) + m.head(m.table(x).sum(1).relu()),
+        table__weight="embedding first_sum",
+        single__weight="embedding,bias | embedding,bias after_head",
+        head__weight="unembedding[1] head",
+        head__bias="bias after_head",
+    )
+    yield inside(
+        "kernels of complex numbers",
+        lambda width: {"decay": (width,), "wave": (width, 2)},
+        lambda m, h, x: (
+            lambda k: torch.fft.irfft(torch.fft.rfft(h.mT, n=16) * torch.fft.rfft(k, n=16), n=16)[..., :5].mT
+        )((torch.view_as_complex(m.wave)[:, None] * torch.exp(m.decay[:, None] * 1j * torch.arange(5))).real),
+        decay="norm,bias,embedding | ask | refuse",
+        wave="norm,bias,embedding | ask | refuse",
+        unread=frozenset(),
+    )
+
+
 def cases() -> Iterator[Case]:
     """All of them."""
-    for group in (passes, layers, copies):
+    for group in (passes, layers, copies, several_inputs):
         yield from group()
