@@ -2,169 +2,227 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from supar_cli.own.record import Call
-from supar_cli.own.values import Value, axes_along
+from supar_cli.own.values import NONE, Mention, Value, axes_along
+
+
+@dataclass
+class Side:
+    """One factor of a product: what is known of it, and the dimensions that are summed over or that both factors share.
+
+    `result`: from the indices of a weight, those in the product's result with the summed dimensions left out.
+    """
+
+    value: Value
+    tensor: Tensor
+    dims: tuple[int, ...]
+    batch: tuple[int, ...] = ()
+    result: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def candidates(self) -> dict[str, Mention]:
+        """The parameters that are its weight, if it is one."""
+        return self.value.weights or self.value.picks or self.value.mentions
+
+    @property
+    def free(self) -> tuple[int, ...]:
+        """The dimensions that the result keeps from this factor alone."""
+        return tuple(dim for dim in range(len(self.tensor.shape)) if dim not in self.dims and dim not in self.batch)
 
 
 def product(call: Call) -> Value:
+    """mm, bmm and their like."""
     shift = 1 if call.name in ("addmm", "baddbmm", "addmv", "addbmm") else 0
     left, right = call.args[shift], call.args[shift + 1]
-    dims = (left.dim() - 1,), (max(right.dim() - 2, 0),)
     bias = call.args[0] if shift else None
+    rows, columns = len(left.shape) - 1, max(len(right.shape) - 2, 0)
     if call.name == "linear":
         bias = call.args[2] if len(call.args) > 2 else None
-        dims = (left.dim() - 1,), (right.dim() - 1,)
-    batch = min(left.dim(), right.dim()) > 2
-    return _contract(call, (left, dims[0]), (right, dims[1]), bias, batch)
+        columns = len(right.shape) - 1
+    batch = (0,) if min(len(left.shape), len(right.shape)) > 2 else ()
+    whole = min(len(left.shape), len(right.shape)) > 1 and call.name != "_grouped_mm"
+
+    def of_left(index: Tensor) -> Tensor:
+        return index.select(rows, 0).unsqueeze(-1).expand(call.shape)
+
+    def of_right(index: Tensor) -> Tensor:
+        return index.select(columns, 0).unsqueeze(-2).expand(call.shape)
+
+    sides = (
+        Side(call.known[id(left)], left, (rows,), batch, of_left if whole else None),
+        Side(call.known[id(right)], right, (columns,), batch, of_right if whole else None),
+    )
+    return _contract(call, sides, bias)
 
 
 def convolution(call: Call) -> Value:
-    weight, transposed, groups = call.args[1], call.args[6], call.args[8]
+    """A convolution, transposed or not."""
+    inputs, weight, bias, transposed, groups = call.args[0], call.args[1], call.args[2], call.args[6], call.args[8]
     out = 1 if transposed else 0
-    dims = tuple(dim for dim in range(weight.dim()) if dim != out)
+    dims = tuple(dim for dim in range(len(weight.shape)) if dim != out)
     if transposed and groups > 1:
-        if groups != weight.shape[0]:
+        if groups != weight.shape[0]:  # its first axis holds groups and inputs of one at once
             for name, mention in call.known[id(weight)].weights.items():
-                call.see(name, "unknown", replace(mention))
-        dims = tuple(range(2, weight.dim()))
-    return _contract(call, (call.args[0], ()), (weight, dims), call.args[2], False, is_filter=True)
+                call.see(name, "unknown", mention)
+        dims = tuple(range(2, len(weight.shape)))
+    sides = Side(call.known[id(inputs)], inputs, ()), Side(call.known[id(weight)], weight, dims)
+    return _contract(call, sides, bias, is_filter=True)
 
 
 def trilinear(call: Call) -> Value:
-    left, weight, right = call.args[:3]
-    other = call.union(call.known[id(left)], call.known[id(right)])
-    expanded = set(call.args[4])
-    dims = tuple(dim for dim in call.args[6] if dim not in expanded) if len(call.args) > 6 else (1, 2)
-    dims = dims or (1, 2)
-    return _meet(call, call.known[id(weight)], dims, replace(other, is_live=True), None)
+    """A product of three factors of which the second may be a weight: nn.Bilinear."""
+    left, weight, right = (call.known[id(argument)] for argument in call.args[:3])
+    axes = [axis for axis in range(len(call.inputs[1].shape) + len(call.args[4])) if axis not in call.args[4]]
+    dims = tuple(dim for dim, axis in enumerate(axes) if axis in call.args[6])
+    other = replace(call.union(left, right), is_live=True, is_touched=left.is_touched or right.is_touched)
+    if not weight.weights:
+        return other
+    return _meet(call, Side(weight, call.inputs[1], dims), other)
 
 
-def _contract(
-    call: Call,
-    left: tuple[Tensor, tuple[int, ...]],
-    right: tuple[Tensor, tuple[int, ...]],
-    bias: Tensor | None,
-    batch: bool,
-    is_filter: bool = False,
-) -> Value:
-    sides = [(call.known[id(tensor)], dims, tensor) for tensor, dims in (left, right)]
-    chosen = _weight_side(call, sides, batch, is_filter)
-    if chosen is None:
-        a, b = sides[0][0], sides[1][0]
-        made = call.union(a, b)
-        made.is_live = a.acts or b.acts
-        if a.acts and b.acts and not is_filter:
-            extent = left[0].shape[left[1][0]]
-            call.record.numbers.append((call.where, f"{call.name} of activations", (float(extent),)))
-        for value in (a, b):
-            call.consume(value)
-        return _with_bias(call, made, bias)
-    weight, dims, _ = sides[chosen]
-    return _with_bias(call, _meet(call, weight, dims, sides[1 - chosen][0], bias), bias)
+def _contract(call: Call, sides: tuple[Side, Side], bias: Tensor | None, is_filter: bool = False) -> Value:
+    chosen = _weight_side(call, sides, is_filter)
+    if chosen is not None:
+        return _with_bias(call, _meet(call, sides[chosen], sides[1 - chosen].value), bias)
+    left, right = sides[0].value, sides[1].value
+    made = call.union(left, right)
+    if left.acts and right.acts and not is_filter:
+        extent = sides[0].tensor.shape[sides[0].dims[0]]
+        call.record.numbers.append((call.where, f"{call.name} of activations", (float(extent),)))
+        for side in sides:
+            _note_made_weight(call, side)
+    for side, other in (sides, sides[::-1]):
+        call.consume(side.value)
+        if other.value.is_constant and other.tensor.numel() == side.tensor.shape[side.dims[0]]:
+            _sum_by_constant(call, side, made)
+    return _with_bias(call, made, bias)
 
 
-def _weight_side(
-    call: Call, sides: list[tuple[Value, tuple[int, ...], Tensor]], batch: bool, is_filter: bool
-) -> int | None:
+def _sum_by_constant(call: Call, side: Side, made: Value) -> None:
+    """A product with a vector of constants is a sum."""
+    for name, mention in side.value.mentions.items():
+        fan = axes_along(mention.index, side.dims, call.shape_of(name))
+        if mention.met and not mention.is_result and fan:
+            call.note_sum(name, mention, fan, side.value, made)
+
+
+def _note_made_weight(call: Call, side: Side) -> None:
+    """One axis of a weight's result is split over summed and kept extents: the result is itself used as a weight."""
+    for name, mention in side.value.mentions.items():
+        if mention.is_result and side.free:
+            shape = call.shape_of(name)
+            split = axes_along(mention.index, side.dims, shape) & axes_along(mention.index, side.free, shape)
+            kept = mention.index
+            for dim in sorted((*side.dims, *side.batch), reverse=True):
+                kept = kept.select(dim, 0)
+            if split & call.record.scales[name] and len(set(kept.flatten().tolist())) == kept.numel():
+                call.see(name, "made weight", mention)
+
+
+def _weight_side(call: Call, sides: tuple[Side, Side], is_filter: bool) -> int | None:
     """Which of two factors is the weight; None: neither, or both."""
-    (a, _, _), (b, _, _) = sides
+    left, right = sides[0].value, sides[1].value
     if is_filter:
-        return 1 if b.mentions else None
-    if a.weights and b.weights:
+        return 1 if right.mentions else None
+    if left.weights and right.weights:
         return _of_two_parameters(call, sides)
-    if a.weights or b.weights:
-        return 0 if a.weights else 1
-    picked = [bool(value.picks) for value in (a, b)]
-    if all(picked) and set(a.picks) != set(b.picks):
-        return _of_two_parameters(call, sides)
-    if any(picked) and not all(picked):
-        side = picked.index(True)
-        return side if sides[1 - side][0].is_active else None
-    for side in (0, 1):  # a weight that was multiplied by activations
-        if sides[1 - side][0].is_active and _is_matrix(call, *sides[side], batch):
+    if left.weights or right.weights:
+        return 0 if left.weights else 1
+    for side in (0, 1):  # a weight that was multiplied by activations, or made of several
+        other = sides[1 - side].value
+        if other.acts and not other.picks.keys() & sides[side].value.mentions and _is_matrix(call, sides[side]):
             return side
+    if left.picks and right.picks and set(left.picks) != set(right.picks):
+        return _of_two_parameters(call, sides)
+    if bool(left.picks) != bool(right.picks):
+        side = 0 if left.picks else 1
+        return side if sides[1 - side].value.is_active else None
     return None
 
 
-def _is_matrix(call: Call, value: Value, dims: tuple[int, ...], tensor: Tensor, batch: bool) -> bool:
-    for name, mention in value.mentions.items():
-        if mention.met is not None:
-            shape = call.shape_of(name)
-            free = tuple(d for d in range(int(batch), tensor.dim()) if d not in dims)
-            fan = axes_along(mention.index, dims, shape)
-            if fan and (axes_along(mention.index, free, shape) - fan) & call.record.scales[name]:
-                return True
+def _is_matrix(call: Call, side: Side) -> bool:
+    """Whether a factor holds a weight that more was done to: kept and summed extents are its own."""
+    for name, mention in side.value.mentions.items():
+        scales, shape = call.record.scales[name], call.shape_of(name)
+        if not mention.met or mention.is_shift:
+            continue
+        if mention.is_result and any(sighting.fan & scales for sighting in mention.met):
+            continue
+        fan = axes_along(mention.index, side.dims, shape)
+        if fan and (axes_along(mention.index, side.free, shape) - fan) & scales:
+            return True
     return False
 
 
-def _of_two_parameters(call: Call, sides: list[tuple[Value, tuple[int, ...], Tensor]]) -> int | None:
+def _of_two_parameters(call: Call, sides: tuple[Side, Side]) -> int | None:
     """Of two parameters in one product the weight is that one whose free extents scale too."""
-    a, b = (set(value.weights or value.picks) for value, _, _ in sides)
-    if a & b:
+    names = [set(side.candidates) for side in sides]
+    if names[0] & names[1]:
         return None
     free, contracted = [], []
-    for value, dims, _ in sides:
-        scaling, summed = set[int](), set[int]()
-        for name, mention in (value.weights or value.picks).items():
-            fan = axes_along(mention.index, dims, call.shape_of(name))
-            scaling |= call.record.scales[name] - fan
-            summed |= call.record.scales[name] & fan
-        free.append(bool(scaling))
-        contracted.append(bool(summed))
+    for side in sides:
+        fans = {n: axes_along(m.index, side.dims, call.shape_of(n)) for n, m in side.candidates.items()}
+        free.append(any(call.record.scales[name] - fan for name, fan in fans.items()))
+        contracted.append(any(call.record.scales[name] & fan for name, fan in fans.items()))
     if free[0] != free[1] and all(contracted):
         return free.index(True)
-    for (value, dims, _), partners in zip(sides, (b, a), strict=True):
-        for name, mention in (value.weights or value.picks).items():
-            fan = axes_along(mention.index, dims, call.shape_of(name))
+    for side, partners in zip(sides, names[::-1], strict=True):
+        for name, mention in side.candidates.items():
+            fan = axes_along(mention.index, side.dims, call.shape_of(name))
             call.see(name, "contract", mention, fan=fan, partners=frozenset(partners))
     return None
 
 
-def _meet(call: Call, weight: Value, dims: tuple[int, ...], other: Value, bias: Tensor | None) -> Value:
+def _meet(call: Call, side: Side, other: Value) -> Value:
     """The product of a weight with an activation."""
     strong = other.acts or bool(other.weights)
-    names = weight.weights or weight.picks or weight.mentions
+    names = frozenset(side.candidates)
     made = call.union(other)
     made.is_live = strong
-    for name, mention in names.items():
-        fan = axes_along(mention.index, dims, call.shape_of(name))
-        if mention.met is not None:
-            mention.met.kind, mention.met.fan = "contract", fan
-        else:
-            call.see(name, "contract", mention, fan=fan, is_weak=not strong)
+    fans = {n: axes_along(m.index, side.dims, call.shape_of(n)) for n, m in side.candidates.items()}
+    for name, mention in side.candidates.items():
+        if not fans[name] and any(fans.values()):
+            call.see(name, "scale", mention)  # a factor of the weight
+            continue
+        seen = mention.met or (call.see(name, "contract", mention, is_weak=not strong),)
+        for sighting in seen:
+            inside = sighting.fan if sighting.fan & call.record.scales[name] else NO_AXES
+            sighting.kind, sighting.fan = "contract", fans[name] | inside
+        if side.result is not None and strong:
+            index = side.result(mention.index)
+            made.mentions[name] = replace(mention, index=index, met=seen, is_result=True, is_shift=False)
         call.record.at[name] = call.where
         call.record.heads[name].append(other.norm)
     for name, mention in other.weights.items():
         call.see(name, "input", mention)
-    call.record.inner |= other.products - set(names)
-    made.products = made.trail = frozenset(names)
+    call.record.inner |= other.products - names
+    made.products = made.trail = names
     if strong and not other.is_touched:
-        made.sum = call.start(call.record.sums, frozenset(names))
-    if other.norm is not None:
-        for name in names:
-            call.consumed.append((other.norm, f"product {name}"))
+        made.sum = call.start(call.record.sums, names)
+    call.consumed += [(other.norm, f"product {name}") for name in names if other.norm is not None]
     if other.sum is not None:
         call.consumed.append((other.sum, call.name))
     elif other.weights and not other.is_active:
-        started = call.start(call.record.sums, frozenset(other.weights))
-        call.consumed.append((started, call.name))
+        call.consumed.append((call.start(call.record.sums, other.weights), call.name))
     return made
 
 
 def _with_bias(call: Call, made: Value, bias: Tensor | None) -> Value:
-    if bias is None:
-        return made
-    value = call.known[id(bias)]
+    value = call.known[id(bias)] if bias is not None else Value()
     for name, mention in value.weights.items():
         call.see(name, "shift", mention, after=made.trail)
-        made.trail |= {name}
+        made.trail |= {name} if made.trail else NONE
     if made.sum is not None:
         made.sum.names |= set(value.weights)
     if value.is_active:
         made.trail |= value.trail
         call.consume(value)
     return made
+
+
+NO_AXES: frozenset[int] = frozenset()

@@ -113,7 +113,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.record.storages.write(output, replace(whole, mentions=shaped), call.copied)
         if outputs:
             bit = self.record.storages.bit_of(outputs[0])
-            self.record.reverted += [(bit, sighting) for sighting in call.summed]
+            self.record.summed += [(bit, *summed) for summed in call.summed]
             for readers, label in call.consumed:
                 readers.by[bit] = label
 
@@ -123,8 +123,9 @@ BY_TABLE: list[tuple[frozenset[str], Callable[[Call], Value]]] = [
     (operations.CONVOLUTIONS, contraction.convolution),
     (frozenset(["_trilinear"]), contraction.trilinear),
     (frozenset(operations.NORMS), movement.normalise),
-    (operations.LOOKED_UP | operations.MOVED, movement.move),
+    (operations.LOOKED_UP | operations.MOVED | operations.RESAMPLED, movement.move),
     (operations.SUMS, movement.reduce),
+    (frozenset(["_weight_norm_interface"]), movement.weight_norm),
     (operations.ACCUMULATED, elementwise.accumulate),
 ]
 
@@ -139,6 +140,8 @@ def follow(call: Call) -> Value:
         return elementwise.add(call, pair[0], pair[1])
     if call.name in operations.MULTIPLIED and len(pair) == 2:
         return elementwise.multiply(call, pair[0], pair[1], divides=call.name == "div")
+    if call.name in ("neg", "positive"):
+        return elementwise.multiply(call, pair[0], Value(numel=1))
     if call.name in ("addcmul", "addcdiv"):
         third = call.operand(call.args[2])
         return elementwise.add(call, pair[0], elementwise.multiply(call, pair[1], third, call.name == "addcdiv"))

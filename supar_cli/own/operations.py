@@ -13,8 +13,13 @@ MOVED = _names(
     "masked_fill index_put _index_put_impl scatter slice_scatter select_scatter masked_scatter index_copy "
     "diagonal_scatter reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d sort topk _unsafe_view "
     "_reshape_alias repeat_interleave native_dropout index_fill unsafe_split split_with_sizes_copy pixel_shuffle "
-    "pixel_unshuffle channel_shuffle im2col diag_embed upsample_nearest1d upsample_nearest2d as_strided_scatter "
+    "pixel_unshuffle channel_shuffle im2col diag_embed as_strided_scatter "
     "block_diag view_copy permute_copy slice_copy nan_to_num"
+)
+# values between the given ones, of the same channels
+RESAMPLED = _names(
+    "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d "
+    "upsample_trilinear3d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa"
 )
 LOOKED_UP = _names("embedding index index_select gather take _unsafe_index _embedding_bag")
 SUMS = _names("sum mean nansum cumsum")

@@ -65,6 +65,5 @@ def _answer(site: str, name: str, reading: Reading) -> str:
         more = [f"or {role!r}" for role in reading.answers[1:]]
         return " ".join([f"say roles={{{site!r}: {reading.answers[0]!r}}}", *more])
     if not reading.sightings:
-        other = f"roles={{{site!r}: 'bias'}} if another pass reads it, or ignore=[{name!r}] if it is frozen"
-        return f"expected a pass that reads it, or {other}"
+        return f"expected a pass that reads it, or ignore=[{name!r}] to leave it out of the layout"
     return "expected a model that uses it as one weight, gain, bias or table"

@@ -22,8 +22,8 @@ class Record:
 
     `inner`: parameters whose product reaches another parameter's product; `leaving`: those whose product leaves the
     model with no other between; `roots`: those of the first sums of what leaves. `barred`: tables that are added to
-    other activations than the first. `residuals`: (tables in the stream, what a branch ends with). `heads`: the norm
-    that each product reads, if any; `at`: the module that takes it.
+    other activations than the first. `undone`: those whose result a norm reads. `residuals`: (tables in the stream, what
+    a branch ends with). `heads`: the norm that each product reads, if any; `at`: the module that takes it.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], scales: Mapping[str, Iterable[int]]) -> None:
@@ -34,6 +34,7 @@ class Record:
         self.leaving: set[str] = set()
         self.roots: set[str] = set()
         self.barred: set[str] = set()
+        self.undone: set[str] = set()
         self.residuals: list[tuple[Names, Names]] = []
         self.norms: list[Readers] = []
         self.sums: list[Readers] = []
@@ -42,11 +43,14 @@ class Record:
         self.numbers: list[Number] = []
         self.storages = Storages()
         self.streams: dict[int, int] = defaultdict(int)  # how often a first sum, by its bit, is added to activations
-        self.reverted: list[tuple[int, Sighting]] = []  # sums over extents, by the bit of their result
+        # sums over extents: the bit of the result, the parameter, its use, and the use's kind before
+        self.summed: list[tuple[int, str, Sighting, str]] = []
 
     def begin(self) -> None:
         """Forget all values but the parameters'."""
         self.storages = Storages()
+        self.streams.clear()
+        self.summed.clear()
         for name, parameter in self.parameters.items():
             index = torch.arange(parameter.numel()).view(parameter.shape)
             self.storages.write(parameter.detach(), Value({name: Mention(index)}, is_touched=True))
@@ -75,7 +79,7 @@ class Call:
         self.name = name if name.startswith("__") else name.rstrip("_")
         self.shape = torch.Size()  # of the result
         self.copied: Value | None = None
-        self.summed: list[Sighting] = []
+        self.summed: list[tuple[str, Sighting, str]] = []
         self.consumed: list[tuple[Readers, str]] = []
         self.known = {id(tensor): value for tensor, value in zip(inputs, values, strict=True)}
 
@@ -110,10 +114,41 @@ class Call:
             made.roots |= value.origin
         return made
 
-    def start(self, kept: list[Readers], names: Iterable[str]) -> Readers:
+    def start(self, kept: list[Readers], names: Iterable[str], through: Readers | None = None) -> Readers:
         """A new sum or result of a norm, whose readers are noted from now on."""
-        kept.append(Readers(frozenset(names)))
+        kept.append(Readers(frozenset(names), through=through))
         return kept[-1]
+
+    def is_open(self, name: str, mention: Mention) -> bool:
+        """Whether two axes or more of a weight are not summed over, so that a later sum may sum over one."""
+        fan = frozenset[int]().union(*(sighting.fan for sighting in mention.met))
+        return sum(extent > 1 and axis not in fan for axis, extent in enumerate(self.shape_of(name))) > 1
+
+    def axis_values(self, name: str, mention: Mention) -> list[int | None]:
+        """For each axis of a parameter, the index along it that a tensor holds, if it holds a single one."""
+        held, stride, found = mention.index[mention.index >= 0], 1, list[int | None]()
+        for extent in reversed(self.shape_of(name)):
+            places = held // stride % extent
+            found.append(int(places[0]) if bool((places == places[0]).all()) else None)
+            stride *= extent
+        return found[::-1]
+
+    def note_sum(self, name: str, mention: Mention, fan: frozenset[int], value: Value, made: Value) -> None:
+        """Note that a parameter times activations, or added to them, is summed over these axes of it."""
+        scaling = bool(fan & self.record.scales[name])
+        if mention.is_shift and not scaling:
+            return
+        for sighting in mention.met:
+            self.summed.append((name, sighting, sighting.kind))
+            average = "average" if self.name == "mean" and scaling else "contract"
+            sighting.kind, sighting.fan = "distance" if mention.is_shift else average, sighting.fan | fan
+        if mention.is_shift:
+            return
+        self.record.at[name] = self.where
+        self.record.inner |= value.products - {name}
+        made.products = made.trail = frozenset([name])
+        if not value.products and not value.origin and not value.picks:
+            made.sum = self.start(self.record.sums, made.products)
 
     def note_numbers(self) -> None:
         """Note the numbers written in the call, and in elementwise operations those in constants of a single value."""

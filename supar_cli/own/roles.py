@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import get_args
 
 from supar_cli.own.record import Record
 from supar_cli.own.values import Sighting
 from supar_cli.planning.rules import Role
+
+ODD = {
+    "distance": "it is added to activations, and then sums run over its extents that scale",
+    "average": "activations times it are averaged over an extent that scales, which divides by the width already",
+    "made weight": "its result is itself used as a weight of another product",
+}
 
 
 @dataclass
@@ -46,6 +53,11 @@ def read(record: Record, name: str, shape: Sequence[int], scales: frozenset[int]
         found.question = f"it is read by {', '.join(unknown)}, of which supar does not know what it does with a weight"
     elif {one.kind for one in sightings} == {"statistic"}:
         found.question = f"only {', '.join(found.operations)} read it, and no activation meets it"
+    elif odd := sorted({ODD[one.kind] for one in sightings if one.kind in ODD}):
+        found.question = odd[0]
+        found.answers = tuple(get_args(Role))
+        averages = {one.fan for one in sightings if one.kind in ("average", "distance")}
+        found.fan = tuple(sorted(next(iter(averages)))) if len(averages) == 1 else found.fan
     elif contracts:
         _contracted(record, name, found, sightings, shape, scales)
     else:
@@ -76,7 +88,7 @@ def _contracted(
         return
     fan = next(iter(fans))
     infan, free = bool(fan & scales), bool(scales - fan)
-    found.is_tied = whole_table and infan and not free
+    found.is_tied = whole_table and not free
     if partners:
         found.question = f"it meets another parameter in a product: {', '.join(partners)}"
         found.answers = ("hidden", "embedding", "unembedding") if infan else ("embedding",)
@@ -86,7 +98,7 @@ def _contracted(
     elif kinds and not found.is_looked_up:
         found.question = "it is a weight in one product and what another weight multiplies in another"
         found.answers = _possible(infan, free)
-    elif whole_table and not found.is_tied and scales:
+    elif whole_table and not found.is_tied:
         found.question = "it is looked up and contracted, but not as a table that is also the head"
         found.answers = _possible(infan, free)
     elif found.is_tied:
@@ -97,6 +109,11 @@ def _contracted(
         found.role = "embedding"
     elif name in record.inner:
         found.question = "it has a fan-in that scales and a fan-out that does not, and other weights take its result"
+        found.answers = ("hidden", "unembedding")
+    elif name in record.undone:
+        found.question = (
+            "it has a fan-in that scales and a fan-out that does not, and a norm divides its result by its size"
+        )
         found.answers = ("hidden", "unembedding")
     else:
         found.role = "unembedding"
@@ -130,7 +147,8 @@ def _uncontracted(
     elif found.is_looked_up:
         gain = is_constant and "scale" in kinds
         expert = any(_has_picked_weight(record, one) for one in sightings if one.kind == "shift")
-        single = len(extents) < 2 and not scales
+        single = len(extents) < 2
+        gain |= single and "scale" in kinds and "shift" not in kinds
         found.role = "norm" if gain else "bias" if expert or single else "embedding"
     elif kinds & {"join", "input", "stream"}:
         found.role = "embedding" if scales or len(extents) > 1 else "bias"

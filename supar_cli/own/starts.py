@@ -36,6 +36,9 @@ def keeps_own(values: Tensor, role: Role, is_table: bool) -> bool:
     mean, std = values.mean(), values.std(correction=0)
     if abs(mean) > max(MEAN_ERRORS * std / values.numel() ** 0.5, MEAN_SHARE * std):
         return True
+    steps = values.flatten().diff()
+    if bool((steps >= 0).all()) or bool((steps <= 0).all()):
+        return True
     return any(_has_odd_slices(values.movedim(axis, 0)) for axis in range(len(values.shape)))
 
 

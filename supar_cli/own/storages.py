@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from supar_cli.own.values import Value
+from supar_cli.own.values import NONE, Value
 
 
 class Storages:
@@ -26,6 +26,8 @@ class Storages:
 
     def key(self, tensor: Tensor) -> int:
         """The memory of a tensor; 0: it has no numbers."""
+        if tensor.layout is not torch.strided:
+            return -id(tensor)
         return tensor.untyped_storage().data_ptr() if tensor.numel() else 0
 
     def holds(self, tensor: Tensor) -> bool:
@@ -57,12 +59,16 @@ class Storages:
         if key == 0:
             return
         old = self._values.get(key)
-        part = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+        is_strided = tensor.layout is torch.strided
+        part = is_strided and tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+        if not tensor.is_floating_point():  # a result that was rounded or compared is the model's no longer
+            value = replace(value, products=NONE, roots=NONE, trail=NONE, norm=None, sum=None)
         mentions = dict(old.mentions) if old and part else {}
         for name, mention in value.mentions.items():
             whole = _whole(tensor, mentions[name].index if name in mentions else None)
             _as_view(whole, tensor).copy_(mention.index)
-            mentions[name] = replace(mention, index=whole)
+            met = mention.met + (mentions[name].met if name in mentions and mention.met else ())
+            mentions[name] = replace(mention, index=whole, met=met)
         if old and part:
             for name in set(mentions) - set(value.mentions):
                 whole = mentions[name].index.clone()
@@ -79,6 +85,7 @@ class Storages:
                 bits=value.bits | old.bits,
                 products=value.products | old.products,
                 roots=value.roots | old.roots,
+                parts=value.parts | old.parts,
                 trail=value.trail | old.trail,
             )
             self._values[key] = replace(value, mentions=mentions)
@@ -97,7 +104,8 @@ class Storages:
         self._next += 1
 
     def _place(self, key: int, tensor: Tensor) -> tuple[int, int, int]:
-        return self._serial[key], int(tensor.storage_offset()), tensor.numel()
+        offset = int(tensor.storage_offset()) if tensor.layout is torch.strided else 0
+        return self._serial[key], offset, tensor.numel()
 
     def _bit(self, key: int, tensor: Tensor) -> int:
         place = self._place(key, tensor)

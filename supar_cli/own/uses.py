@@ -51,34 +51,50 @@ def find_uses(record: Record, readings: Mapping[str, Reading], model: nn.Module,
 
 def _first_sums(record: Record, readings: Mapping[str, Reading], found: Uses) -> None:
     """All summands of the first activations, or gain and shift of the norm that alone reads their sum, or none."""
-    norms, sums = set[str](), []
-    for one in record.sums:
-        if record.roots and not one.names & record.roots:
-            continue  # it conditions activations that have another beginning
-        labels = set(one.by.values())
-        if labels == {"norm"} and one.norms:
-            norms |= one.norms
-        elif labels:
-            sums.append(one)
+    sums = [one for one in record.sums if _is_first(one, record)]
+    barred = set(record.barred) | _norms_used_elsewhere(record, sums)
+    for one in sums:
+        for parent in one.parents:  # what is added to a copy of the first activations is not part of them
+            if set(parent.by.values()) - {"output"}:
+                barred |= one.names - parent.names
     summands = {name for one in sums for name in one.names}
     while True:
-        broken = [one for one in sums if not _can_take(one, summands, readings, record)]
+        broken = [one for one in sums if one.names & barred or not _can_take(one, summands, readings)]
         lost = {name for one in broken for name in one.names} & summands
         if not lost:
             break
         summands -= lost
-    found.add("first_sum", summands | norms)
+    found.add("first_sum", summands)
     for one in sums:
         kept = sorted(name for name in one.names if name in readings and readings[name].role in ("embedding", "bias"))
-        if kept and CONSTANT in one.names and not one.names & record.barred:
+        if kept and CONSTANT in one.names and not one.names & barred:
             why = "a constant is added to the first activations, so no multiplier of theirs can be folded"
             found.notes.append(f"{', '.join(kept)}: {why}")
 
 
-def _can_take(one: Readers, summands: set[str], readings: Mapping[str, Reading], record: Record) -> bool:
-    if one.names & record.barred or not one.names <= summands:
+def _is_first(one: Readers, record: Record) -> bool:
+    """Whether a sum is read as it is, by more than a norm alone; behind a norm that alone reads a first sum."""
+    labels = set(one.by.values())
+    if not labels or labels == {"norm"} or (record.roots and not one.names & record.roots):
         return False
-    return all(name in readings and readings[name].role in ("embedding", "bias") for name in one.names)
+    through = one.through
+    return through is None or (set(through.by.values()) == {"norm"} and not through.names & record.barred)
+
+
+def _norms_used_elsewhere(record: Record, sums: list[Readers]) -> set[str]:
+    """Gains and shifts behind first sums that the forward pass uses in another place too."""
+    found = set[str]()
+    for name in {name for one in sums if one.through is not None for name in one.names}:
+        here = sum(one.through is not None and name in one.names for one in sums)
+        uses = sum(one.kind in ("scale", "shift") for one in record.sightings[name])
+        if uses > here:
+            found.add(name)
+    return found
+
+
+def _can_take(one: Readers, summands: set[str], readings: Mapping[str, Reading]) -> bool:
+    roles = ("norm", "bias", "embedding") if one.through is not None or one.parents else ("embedding", "bias")
+    return one.names <= summands and all(n in readings and readings[n].role in roles for n in one.names)
 
 
 def _heads(record: Record, readings: Mapping[str, Reading], found: Uses, returns: bool) -> set[str]:

@@ -22,8 +22,10 @@ CONSTANT = ""  # stands among the names of a sum for a summand that is no parame
 class Sighting:
     """One use of a parameter. `fan` are its axes that a product sums over.
 
-    `kind`: contract, scale, shift, look up, join (its values become activations), input (it is what another parameter
-    multiplies), statistic, unknown. `is_weak`: contracted with a constant. `derived`: by a function of it. `after`: the
+    `kind`: contract, scale, shift, stream (what comes from it is added to it), look up, join (its values become
+    activations), input (another parameter multiplies it), statistic, distance (added, then summed), average (multiplied,
+    then averaged), made weight (its result is used as a weight), unknown. `is_weak`: contracted with a constant.
+    `derived`: by a function of it. `after`: the
     products that it is added to or scales. `partners`: other parameters in the same product.
     """
 
@@ -42,31 +44,35 @@ class Sighting:
 class Readers:
     """Who reads a value that multipliers may be folded into: the result of a norm, or a sum of first activations.
 
-    `names`: the parameters that made it. `by`: what reads it, by the bit of what that made.
-    `norms`: gain and shift of the norm that reads it.
+    `names`: the parameters that made it. `by`: what reads it, by the bit of what that made. Of a sum: `parents` are the
+    sums that are part of it, `through` the one that a norm read to make it.
     """
 
     names: Names
     by: dict[int, str] = field(default_factory=dict)
-    norms: Names = NONE
+    parents: list[Readers] = field(default_factory=list)
+    through: Readers | None = None
 
 
 @dataclass
 class Mention:
     """A parameter's values in a tensor: `index` says which of its elements stands at each position, -1: none.
 
-    `met`: its use as a factor of an activation, until that product is summed.
+    `met`: its uses that go on: as a factor of an activation, until that product is summed; in a product, while extents of
+    its `is_result` may be summed; as a summand, while it `is_shift` whose distance may be measured.
     """
 
     index: Tensor
     picked: bool = False
     derived: bool = False
-    met: Sighting | None = None
+    met: tuple[Sighting, ...] = ()
+    is_result: bool = False
+    is_shift: bool = False
 
     @property
     def is_weight(self) -> bool:
         """Whether it is a parameter as it is or a function of it, neither looked up nor multiplied by activations."""
-        return not self.picked and self.met is None
+        return not self.picked and not self.met
 
 
 @dataclass
@@ -75,7 +81,8 @@ class Value:
 
     `is_live`: an activation, not only parameters and constants. `products`: parameters' products that it comes from,
     none between. `trail`: those whose result it is but for sums, views, dropout and scaling, with their biases.
-    `norm`, `sum`: whether it is a norm's result or a sum of first activations. `is_normalised`: divided by its own size.
+    `norm`, `sum`: whether it is a norm's result or a sum of first activations. `is_normalised`: divided by its own size,
+    as was `normalised_sum`; `after_norm_of`: and then multiplied by a gain. `parts`: the bits of what was added to it.
     `is_data`: it depends on the example. `is_touched`: it depends on parameters. `roots`: parameters of the first sums
     that it comes from, but for those that only condition it.
     """
@@ -93,6 +100,8 @@ class Value:
     roots: Names = NONE
     is_normalised: bool = False
     normalised_sum: Readers | None = None
+    after_norm_of: Readers | None = None
+    parts: int = 0
     numel: int = 0
 
     @property
@@ -103,7 +112,7 @@ class Value:
     @property
     def picks(self) -> dict[str, Mention]:
         """The parameters whose looked-up values it holds."""
-        return {name: one for name, one in self.mentions.items() if one.picked and one.met is None}
+        return {name: one for name, one in self.mentions.items() if one.picked and not one.met}
 
     @property
     def is_active(self) -> bool:
