@@ -172,9 +172,10 @@ def heads() -> Iterator[Case]:
         lambda width: {**actor(width), "head": _head(width), "norm": nn.BatchNorm1d(VOCAB + 2)},
         lambda m, x: m.norm(m.head(m.stem(x).tanh()).flatten(0, 1)),
         features,
-        head__weight="unembedding[1] | unembedding[1] head derived",
+        head__weight="unembedding[1] | unembedding[1] head derived | ask",
         norm__weight="norm *",
         norm__bias="bias *",
+        answers={"head.weight": "unembedding"},
         **stem,
     )
 

@@ -156,13 +156,14 @@ def lookups() -> Iterator[Case]:
         features,
         stem__weight="embedding first_sum",
         stem__bias="bias first_sum",
-        prototypes="ask | refuse | unembedding[1] head",
+        prototypes="ask | refuse",  # a sum of squares over the width grows with it, whatever a fold does
         answers={"prototypes": "unembedding"},
     )
     yield inside(
         "a codebook, nearest by distance, then looked up",
         lambda width: {"codes": (EXPERTS, width), "mix": (width, width)},
         lambda model, h, x: model.codes[torch.cdist(h @ model.mix, model.codes[None]).argmin(-1)].tanh(),
+        table__weight="embedding *",  # the choice of a code has no gradient
         codes="ask | refuse | embedding *",
         mix="hidden[0]",
         answers={"codes": "embedding"},

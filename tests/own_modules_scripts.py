@@ -325,7 +325,7 @@ def sequences() -> Iterator[Case]:
         },
         bare,
         table__weight="embedding",
-        values__weight="embedding",
+        values__weight="embedding | embedding first_sum",
         gate__weight="norm,bias,embedding",
         keep="norm,bias",
         again="norm,bias",
