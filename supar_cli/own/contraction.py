@@ -91,6 +91,13 @@ def _contract(call: Call, sides: tuple[Side, Side], bias: Tensor | None, is_filt
         return _with_bias(call, _meet(call, sides[chosen], sides[1 - chosen].value), bias)
     left, right = sides[0].value, sides[1].value
     made = call.union(left, right)
+    if _are_two_parameters(sides):
+        _merge(call, sides, made)
+        made.is_live = bool(left.picks or right.picks)
+        for side in sides:
+            call.consume(side.value)
+            made.products |= set(side.candidates) if made.is_live else NONE
+        return _with_bias(call, made, bias)
     if left.acts and right.acts and not is_filter:
         extent = sides[0].tensor.shape[sides[0].dims[0]]
         call.record.numbers.append((call.where, f"{call.name} of activations", (float(extent),)))
@@ -101,6 +108,12 @@ def _contract(call: Call, sides: tuple[Side, Side], bias: Tensor | None, is_filt
         if other.value.is_constant and other.tensor.numel() == side.tensor.shape[side.dims[0]]:
             _sum_by_constant(call, side, made)
     return _with_bias(call, made, bias)
+
+
+def _are_two_parameters(sides: tuple[Side, Side]) -> bool:
+    """Whether both factors are parameters, and not the same ones."""
+    left, right = (side.value.weights or side.value.picks for side in sides)
+    return bool(left) and bool(right) and not left.keys() & right.keys()
 
 
 def _sum_by_constant(call: Call, side: Side, made: Value) -> None:
@@ -171,11 +184,20 @@ def _of_two_parameters(call: Call, sides: tuple[Side, Side]) -> int | None:
         contracted.append(any(call.record.scales[name] & fan for name, fan in fans.items()))
     if free[0] != free[1] and all(contracted):
         return free.index(True)
-    for side, partners in zip(sides, names[::-1], strict=True):
+    return None
+
+
+def _merge(call: Call, sides: tuple[Side, Side], made: Value) -> None:
+    """A product of two parameters, of which none is the other's input: their result may be a weight."""
+    for side, other in (sides, sides[::-1]):
         for name, mention in side.candidates.items():
             fan = axes_along(mention.index, side.dims, call.shape_of(name))
-            call.see(name, "contract", mention, fan=fan, partners=frozenset(partners))
-    return None
+            seen = mention.met or (call.see(name, "contract", mention, partners=frozenset(other.candidates)),)
+            for sighting in seen:
+                sighting.fan |= fan
+            if side.result is not None:
+                index = side.result(mention.index)
+                made.mentions[name] = replace(mention, index=index, met=seen, is_merged=True)
 
 
 def _meet(call: Call, side: Side, other: Value) -> Value:
@@ -186,24 +208,31 @@ def _meet(call: Call, side: Side, other: Value) -> Value:
     made.is_live = strong
     fans = {n: axes_along(m.index, side.dims, call.shape_of(n)) for n, m in side.candidates.items()}
     for name, mention in side.candidates.items():
-        if not fans[name] and any(fans.values()):
+        if not fans[name] and any(fans.values()) and not mention.is_merged:
             call.see(name, "scale", mention)  # a factor of the weight
             continue
         seen = mention.met or (call.see(name, "contract", mention, is_weak=not strong),)
         for sighting in seen:
             inside = sighting.fan if sighting.fan & call.record.scales[name] else NO_AXES
-            sighting.kind, sighting.fan = "contract", fans[name] | inside
-        if side.result is not None and strong:
-            index = side.result(mention.index)
-            made.mentions[name] = replace(mention, index=index, met=seen, is_result=True, is_shift=False)
+            if mention.is_merged:
+                inside, sighting.partners = NO_AXES if fans[name] else sighting.fan, NONE
+            sighting.kind, sighting.fan, sighting.picked = "contract", fans[name] | inside, mention.picked
+        if side.result is not None:
+            kept = replace(mention, index=side.result(mention.index), met=seen, is_result=True)
+            kept = replace(kept, is_shift=False, is_merged=False)
+            if strong:
+                made.mentions[name] = kept
+            elif call.is_open(name, kept):  # weights mixed by constants
+                made.mentions[name] = replace(kept, met=(), is_result=False)
         call.record.at[name] = call.where
         call.record.heads[name].append(other.norm)
     for name, mention in other.weights.items():
         call.see(name, "input", mention)
     call.record.inner |= other.products - names
     made.products = made.trail = names
-    if strong and not other.is_touched:
+    if other.is_raw and not made.mentions.keys() - names:
         made.sum = call.start(call.record.sums, names)
+        made.sum.is_weak = not strong
     call.consumed += [(other.norm, f"product {name}") for name in names if other.norm is not None]
     if other.sum is not None:
         call.consumed.append((other.sum, call.name))

@@ -18,7 +18,7 @@ def add(call: Call, left: Value, right: Value) -> Value:
             _shift(call, name, mention, one, other, made)
     for one, statistic in pairs:
         if _is_own_statistic(call, statistic, one):  # values are centred
-            made.trail, made.roots = one.trail, one.origin
+            made.trail, made.roots, made.parts = one.trail, one.origin, one.bit | one.parts
             _note_normalising(call, one, statistic, made)
             return made
     made.trail |= left.trail | right.trail
@@ -30,7 +30,7 @@ def add(call: Call, left: Value, right: Value) -> Value:
                 made.sum = call.start(call.record.sums, made.norm.names, other.after_norm_of)
         elif other.norm is not None:
             call.consumed.append((other.norm, call.name))
-    made.sum = made.sum or sum_of(call, [left, right])
+    made.sum = made.sum or sum_of(call, [left, right], adds=True)
     for one, other in pairs:
         _bar(call, one, other, is_first=made.sum is not None)
     if made.sum is None:
@@ -97,8 +97,8 @@ def _is_own_statistic(call: Call, statistic: Value, one: Value) -> bool:
     return statistic.is_active and fewer and statistic.descends_from(one) and statistic.products <= own
 
 
-def sum_of(call: Call, values: list[Value]) -> Readers | None:
-    """The sum of first activations that values add or join to, if they do."""
+def sum_of(call: Call, values: list[Value], adds: bool = False) -> Readers | None:
+    """The sum of first activations that values add (`adds`) or join to, if they do."""
     names: Names = NONE
     parents = []
     for value in values:
@@ -108,7 +108,7 @@ def sum_of(call: Call, values: list[Value]) -> Readers | None:
         elif value.weights and not value.is_active:
             names |= set(value.weights)
         elif not value.is_touched:
-            names |= NONE if _is_zero(call, value) else {CONSTANT}
+            names |= {CONSTANT} if adds and not _is_zero(call, value) else NONE
         else:
             call.consumed += [(other.sum, call.name) for other in values if other.sum is not None]
             return None
@@ -191,7 +191,7 @@ def multiply(call: Call, left: Value, right: Value, divides: bool = False) -> Va
         call.consume(left)
         call.consume(right)
         for one, other in pairs:
-            if other.numel == call.shape.numel():
+            if other.numel == call.shape.numel() and other.is_active:
                 _bar(call, one, other, is_first=other.descends_from(one))
         made.trail = NONE if left.trail and right.trail else left.trail | right.trail
         _condition(call, left, right, made)
@@ -211,7 +211,9 @@ def _pass_on(call: Call, one: Value, factor: Value, made: Value) -> None:
     elif gains and one.acts:
         made.trail = gains if one.is_normalised else one.trail
         made.norm = call.start(call.record.norms, gains)
-        call.consume(one)
+        made.sum = one.sum
+        if one.norm is not None:
+            call.consumed.append((one.norm, call.name))
         if one.is_normalised and one.normalised_sum is not None:
             made.sum = call.start(call.record.sums, gains, one.normalised_sum)
             made.after_norm_of = one.normalised_sum
@@ -231,11 +233,16 @@ def _scale(call: Call, name: str, mention: Mention, other: Value, is_divisor: bo
             made.mentions[name] = call.spread(replace(mention, met=(met,)))
     elif mention.picked and other.acts and other.is_touched:
         _scale_picked(call, name, mention, other, made)
-    elif mention.is_weight and other.weights and not own and mention.index.numel() < other.numel and not is_divisor:
+    elif mention.is_weight and other.weights and not own and not is_divisor and _is_factor(call, name, mention, other):
         call.see(name, "scale", mention)  # a factor of another parameter
     elif name not in made.mentions:
         is_function = is_divisor or own or bool(other.bits & _bit_of(call, name))
         made.mentions[name] = call.spread(mention, is_function)
+
+
+def _is_factor(call: Call, name: str, mention: Mention, other: Value) -> bool:
+    """Whether of two parameters that are multiplied this is the smaller one: a gain of the other."""
+    return mention.index.numel() < other.numel and len(call.record.scales[name]) < 2
 
 
 def _scale_picked(call: Call, name: str, mention: Mention, other: Value, made: Value) -> None:

@@ -84,7 +84,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # what a backward pass does with a parameter says nothing of its role
         if torch._C._current_graph_task_id() == -1:
             call = Call(self.record, func, self._modules[-1], (args, kwargs), inputs, values)
-            outputs = [tensor for tensor in tensors_in(result) if tensor.numel()]
+            outputs = list(tensors_in(result))
             if not self._is_view(call, outputs):
                 self._follow(call, outputs)
         return result

@@ -143,11 +143,12 @@ class Call:
             average = "average" if self.name == "mean" and scaling else "contract"
             sighting.kind, sighting.fan = "distance" if mention.is_shift else average, sighting.fan | fan
         if mention.is_shift:
+            made.products |= {name}
             return
         self.record.at[name] = self.where
         self.record.inner |= value.products - {name}
         made.products = made.trail = frozenset([name])
-        if not value.products and not value.origin and not value.picks:
+        if value.is_raw:
             made.sum = self.start(self.record.sums, made.products)
 
     def note_numbers(self) -> None:

@@ -110,11 +110,6 @@ def _contracted(
     elif name in record.inner:
         found.question = "it has a fan-in that scales and a fan-out that does not, and other weights take its result"
         found.answers = ("hidden", "unembedding")
-    elif name in record.undone:
-        found.question = (
-            "it has a fan-in that scales and a fan-out that does not, and a norm divides its result by its size"
-        )
-        found.answers = ("hidden", "unembedding")
     else:
         found.role = "unembedding"
 

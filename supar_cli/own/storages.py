@@ -95,7 +95,8 @@ class Storages:
             self._bits[self._place(key, tensor)] = same_as.bit
 
     def bit_of(self, tensor: Tensor) -> int:
-        return self._bit(self.key(tensor), tensor)
+        key = self.key(tensor)
+        return self._bit(key, tensor) if key in self._values else 0
 
     def _keep(self, key: int, tensor: Tensor, value: Value) -> None:
         self._values[key] = value

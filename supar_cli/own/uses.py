@@ -34,7 +34,7 @@ def find_uses(record: Record, readings: Mapping[str, Reading], model: nn.Module,
     _first_sums(record, readings, found)
     heads = _heads(record, readings, found, returns)
     for name in readings:
-        after = [one.after & heads for one in record.sightings[name]]
+        after = [one.after & heads for one in record.sightings[name] if one.kind != "statistic"]
         if after and all(after) and readings[name].role in ("bias", "norm"):
             found.add("after_head", {name})
     for name in sorted(heads):
@@ -53,10 +53,16 @@ def _first_sums(record: Record, readings: Mapping[str, Reading], found: Uses) ->
     """All summands of the first activations, or gain and shift of the norm that alone reads their sum, or none."""
     sums = [one for one in record.sums if _is_first(one, record)]
     barred = set(record.barred) | _norms_used_elsewhere(record, sums)
-    for one in sums:
-        for parent in one.parents:  # what is added to a copy of the first activations is not part of them
-            if set(parent.by.values()) - {"output"}:
-                barred |= one.names - parent.names
+    for one in sums[::-1]:  # what is added to a copy of the first activations is not part of them
+        read = [parent for parent in one.parents if set(parent.by.values()) - {"output"}]
+        strange = {name for name in one.names if name in readings and readings[name].role in ("hidden", "unembedding")}
+        if one.parents and (read or strange):
+            kept = {name for parent in one.parents for name in parent.names} - strange
+            barred |= one.names - (kept if strange else {name for parent in read for name in parent.names})
+            for parent in one.parents:
+                parent.by.setdefault(-1, "sum")
+            sums = [other for other in sums if other is not one]
+            sums += [parent for parent in one.parents if not any(parent is other for other in sums)]
     summands = {name for one in sums for name in one.names}
     while True:
         broken = [one for one in sums if one.names & barred or not _can_take(one, summands, readings)]
@@ -66,16 +72,16 @@ def _first_sums(record: Record, readings: Mapping[str, Reading], found: Uses) ->
         summands -= lost
     found.add("first_sum", summands)
     for one in sums:
-        kept = sorted(name for name in one.names if name in readings and readings[name].role in ("embedding", "bias"))
-        if kept and CONSTANT in one.names and not one.names & barred:
+        tables = sorted(name for name in one.names if name in readings and readings[name].role in ("embedding", "bias"))
+        if tables and CONSTANT in one.names and not one.names & barred:
             why = "a constant is added to the first activations, so no multiplier of theirs can be folded"
-            found.notes.append(f"{', '.join(kept)}: {why}")
+            found.notes.append(f"{', '.join(tables)}: {why}")
 
 
 def _is_first(one: Readers, record: Record) -> bool:
     """Whether a sum is read as it is, by more than a norm alone; behind a norm that alone reads a first sum."""
     labels = set(one.by.values())
-    if not labels or labels == {"norm"} or (record.roots and not one.names & record.roots):
+    if not labels or labels == {"norm"} or one.is_weak or (record.roots and not one.names & record.roots):
         return False
     through = one.through
     return through is None or (set(through.by.values()) == {"norm"} and not through.names & record.barred)
@@ -104,6 +110,12 @@ def _heads(record: Record, readings: Mapping[str, Reading], found: Uses, returns
         if reading.role != "unembedding" and not reading.is_tied:
             continue
         if (returns and name not in record.leaving) or name in record.inner:
+            continue
+        if name in record.undone:
+            why = "a norm divides its result by its size, which undoes every multiplier"
+            found.notes.append(
+                f"{name}: {why}: it is no head; if it should be trained as a hidden weight, say so in roles"
+            )
             continue
         heads.add(name)
     found.add("head", heads)

@@ -51,6 +51,7 @@ class Readers:
     names: Names
     by: dict[int, str] = field(default_factory=dict)
     parents: list[Readers] = field(default_factory=list)
+    is_weak: bool = False  # of a product with constants alone: no activation by itself
     through: Readers | None = None
 
 
@@ -59,7 +60,8 @@ class Mention:
     """A parameter's values in a tensor: `index` says which of its elements stands at each position, -1: none.
 
     `met`: its uses that go on: as a factor of an activation, until that product is summed; in a product, while extents of
-    its `is_result` may be summed; as a summand, while it `is_shift` whose distance may be measured.
+    its `is_result` may be summed; as a summand, while it `is_shift` whose distance may be measured; in a product of two
+    parameters, which `is_merged` into one weight.
     """
 
     index: Tensor
@@ -68,11 +70,12 @@ class Mention:
     met: tuple[Sighting, ...] = ()
     is_result: bool = False
     is_shift: bool = False
+    is_merged: bool = False
 
     @property
     def is_weight(self) -> bool:
         """Whether it is a parameter as it is or a function of it, neither looked up nor multiplied by activations."""
-        return not self.picked and not self.met
+        return not self.picked and (not self.met or self.is_merged)
 
 
 @dataclass
@@ -112,7 +115,7 @@ class Value:
     @property
     def picks(self) -> dict[str, Mention]:
         """The parameters whose looked-up values it holds."""
-        return {name: one for name, one in self.mentions.items() if one.picked and not one.met}
+        return {name: one for name, one in self.mentions.items() if one.picked and (not one.met or one.is_merged)}
 
     @property
     def is_active(self) -> bool:
@@ -134,9 +137,14 @@ class Value:
         """The roots of what is made of it."""
         return self.roots if self.sum is None else self.roots | self.sum.names
 
+    @property
+    def is_raw(self) -> bool:
+        """Whether no table, learned input or product of a parameter is in it."""
+        return not (self.products or self.origin or self.weights or self.picks)
+
     def descends_from(self, other: Value) -> bool:
-        """Whether it was made of another value."""
-        return self is not other and bool(other.bit & self.bits)
+        """Whether it was made of another value, or of what that was made of by additions."""
+        return self is not other and bool((other.bit | other.parts) & self.bits)
 
 
 def axes_along(index: Tensor, dims: tuple[int, ...], shape: tuple[int, ...]) -> frozenset[int]:
