@@ -103,6 +103,14 @@ def pairs() -> Iterator[Case]:
         k="hidden[1]",
         v="hidden[1]",
     )
+    for name, factor, answer in (("gain", lambda h, a: h * a, "norm"), ("weight", lambda h, a: h @ a, "hidden[0]")):
+        yield inside(
+            f"a {name}, then a product by sums",
+            lambda width, name=name: {"a": (width,) if name == "gain" else (width, width), "b": (width, width)},
+            lambda m, h, x, factor=factor: (factor(h.tanh(), m.a)[..., None] * m.b).sum(-2),
+            a=answer,
+            b="hidden[0]",
+        )
     yield inside(
         "three factors in one einsum",
         lambda width: {"a": (width, width), "b": (width, 2 * width)},
