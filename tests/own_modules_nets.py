@@ -47,6 +47,14 @@ def recurrent() -> Iterator[Case]:
             **{f"cell__weight_{side}": "hidden[1]" for side in ("ih", "hh")},
         )
     yield inside(
+        "a cell by hand, from zeros",
+        lambda width: {"enter": (width, width), "again": (width, width), "shift": (width,)},
+        lambda m, h, x: _from_zeros(lambda one, state: one @ m.enter + state @ m.again + m.shift, h),
+        enter="hidden[0]",
+        again="hidden[0]",
+        shift="bias",
+    )
+    yield inside(
         "nn.LSTM with a projection, both ways",
         lambda width: {"cell": nn.LSTM(width, width, bidirectional=True, proj_size=width // 2, bias=False)},
         lambda m, h, x: m.cell(h)[0],
@@ -71,6 +79,13 @@ def recurrent() -> Iterator[Case]:
         state="bias,embedding | bias,embedding first_sum",
         **HEAD,
     )
+
+
+def _from_zeros(step: Any, h: Tensor) -> Tensor:
+    state = torch.zeros_like(h[:, 0])
+    for token in h.unbind(1):
+        state = torch.tanh(step(token, state))
+    return state
 
 
 def _unrolled(cell: nn.Module, h: Tensor) -> Tensor:
@@ -308,15 +323,6 @@ def decoders() -> Iterator[Case]:
         attention__in_proj_bias="bias",
         attention__out_proj__weight="hidden[1]",
         attention__out_proj__bias="bias",
-    )
-    yield inside(
-        "nn.MultiheadAttention, without weights, other keys",
-        lambda width: {"attention": nn.MultiheadAttention(width, 4, kdim=width, vdim=2 * width, bias=False)},
-        lambda m, h, x: m.attention(h, h, torch.cat([h, h], -1), need_weights=False)[0],
-        attention__q_proj_weight="hidden[1]",
-        attention__k_proj_weight="hidden[1]",
-        attention__v_proj_weight="hidden[1]",
-        attention__out_proj__weight="hidden[1]",
     )
     layer = {
         "linear1__weight": "hidden[1]",

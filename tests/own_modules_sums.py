@@ -155,6 +155,15 @@ def first_sums() -> Iterator[Case]:
         **HEAD,
     )  # fmt: skip
     yield net(
+        "a table bent and added in the middle",
+        lambda width: {**token(width), "late": nn.Embedding(VOCAB, width), "mix": nn.Linear(width, width, bias=False)},
+        lambda m, x: m.head(m.mix(m.table(x)).tanh() + m.late(x).tanh()),
+        late__weight="embedding",
+        mix__weight="hidden[1]",
+        **table,
+        **HEAD,
+    )
+    yield net(
         "an encoder and a decoder with tables of their own",
         lambda width: {**token(width), "memory": nn.Embedding(VOCAB, width), **attention(width)},
         lambda m, x: m.head(
