@@ -126,7 +126,7 @@ def _bar(call: Call, table: Value, other: Value, is_first: bool) -> None:
         return
     call.record.streams[table.bit] += 1
     again = call.record.streams[table.bit] > 1 and bool(names & other.origin)
-    if again or (not is_first and not other.descends_from(table)):
+    if again or not (is_first or other.descends_from(table) or names <= other.origin):
         call.record.barred |= names
 
 
@@ -136,6 +136,7 @@ def _condition(call: Call, left: Value, right: Value, made: Value) -> None:
     for one, other in ((left, right), (right, left)):
         if one.numel == whole > other.numel and one.acts and other.is_active and one.origin:
             made.roots = one.origin
+            call.record.conditions |= other.origin - one.origin
 
 
 def _note_residual(call: Call, stream: Value, branch: Value, made: Value) -> None:
@@ -188,9 +189,11 @@ def multiply(call: Call, left: Value, right: Value, divides: bool = False) -> Va
         if not (divides and one is right) and (not other.acts or is_raw):
             _pass_on(call, one, other, made)
     if left.acts and right.acts and made.sum is None:
-        call.consume(left)
-        call.consume(right)
         for one, other in pairs:
+            if one.sum is not None and one.numel == call.shape.numel() > other.numel and not other.descends_from(one):
+                made.sum = one.sum  # scaled from outside, the same at many of its places
+            else:
+                call.consume(one)
             if other.numel == call.shape.numel() and other.is_active:
                 _bar(call, one, other, is_first=other.descends_from(one))
         made.trail = NONE if left.trail and right.trail else left.trail | right.trail

@@ -79,7 +79,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = list(tensors_in([args, kwargs]))
-        values = [self.record.storages.read(tensor) for tensor in inputs]
+        values = [self._read(tensor) for tensor in inputs]
         result = func(*args, **kwargs)
         # what a backward pass does with a parameter says nothing of its role
         if torch._C._current_graph_task_id() == -1:
@@ -89,13 +89,20 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._follow(call, outputs)
         return result
 
+    def _read(self, tensor: Tensor) -> Value:
+        """What is known of an argument. Parameters whose memory is read as other numbers can't be followed."""
+        value = self.record.storages.read(tensor)
+        for name in self.record.storages.unread(tensor):
+            self.record.see(name, Sighting("unknown", "a view as other numbers", self._modules[-1]))
+        return value
+
     def _is_view(self, call: Call, outputs: list[Tensor]) -> bool:
         """Whether nothing is made: a view, which has the memory of its argument, or an optimizer's step."""
         key = self.record.storages.key
         if call.func._schema.is_mutable:
             return any(key(tensor) in self._own for tensor in call.inputs[:1])
         keys = {key(tensor) for tensor in call.inputs}
-        return bool(outputs) and all(key(output) in keys for output in outputs)
+        return call.func.is_view or (bool(outputs) and all(o.numel() and key(o) in keys for o in outputs))
 
     def _follow(self, call: Call, outputs: list[Tensor]) -> None:
         call.shape = outputs[0].shape if outputs else call.shape
@@ -109,6 +116,7 @@ class Flow(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 made.is_touched |= value.is_touched
         for number, output in enumerate(outputs):
             shaped = {name: one for name, one in made.mentions.items() if one.index.shape == output.shape}
+            shaped = shaped if output.is_floating_point() or output.is_complex() else {}
             whole = made if number == 0 else replace(made, norm=None, sum=None)
             self.record.storages.write(output, replace(whole, mentions=shaped), call.copied)
         if outputs:

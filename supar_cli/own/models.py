@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +47,20 @@ def refusals(model: nn.Module) -> list[str]:
         if isinstance(module, FullyShardedDataParallel) or type(module).__module__.partition(".")[0] in QUANTISED:
             found.append(f"{name or 'the model'}: is a {type(module).__name__}; expected the plain module inside")
     return found
+
+
+def arguments_of(example: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments and keywords of a forward pass: from a function of the model or of nothing, or from the values."""
+    if callable(example) and not isinstance(example, Tensor | Mapping):
+        try:
+            signature(example).bind(model)
+        except TypeError:
+            example = example()
+        else:
+            example = example(model)
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (tuple(example) if isinstance(example, tuple | list) else (example,)), {}
 
 
 @contextmanager

@@ -150,7 +150,7 @@ def _moved_index(call: Call, name: str) -> Tensor | None:
     def counted(argument: Any) -> Any:
         if isinstance(argument, Tensor):
             value = call.known[id(argument)]
-            if name in value.mentions:
+            if name in value.mentions and argument.is_floating_point():
                 return value.mentions[name].index + 1
             return torch.tensor(0).expand(argument.shape) if argument.is_floating_point() else argument
         if isinstance(argument, list | tuple):

@@ -56,14 +56,14 @@ def questions(
         reading = readings[names[0]]
         many = f" ({len(names)} tensors)" if len(names) > 1 else ""
         by = f" (read by {', '.join(reading.operations)})" if reading.operations else ""
-        found.append(f"{site}{many}, {shapes[names[0]]}: {question}{by}; {_answer(site, names[0], reading)}")
+        found.append(f"{site}{many}, {shapes[names[0]]}: {question}{by}; {_answer(site, reading)}")
     return found
 
 
-def _answer(site: str, name: str, reading: Reading) -> str:
+def _answer(site: str, reading: Reading) -> str:
     if reading.answers:
         more = [f"or {role!r}" for role in reading.answers[1:]]
         return " ".join([f"say roles={{{site!r}: {reading.answers[0]!r}}}", *more])
     if not reading.sightings:
-        return f"expected a pass that reads it, or ignore=[{name!r}] to leave it out of the layout"
+        return f"expected a pass that reads it, or ignore=[{site!r}] to leave it out of the layout"
     return "expected a model that uses it as one weight, gain, bias or table"

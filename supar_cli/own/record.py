@@ -22,8 +22,9 @@ class Record:
 
     `inner`: parameters whose product reaches another parameter's product; `leaving`: those whose product leaves the
     model with no other between; `roots`: those of the first sums of what leaves. `barred`: tables that are added to
-    other activations than the first. `undone`: those whose result a norm reads. `residuals`: (tables in the stream, what
-    a branch ends with). `heads`: the norm that each product reads, if any; `at`: the module that takes it.
+    other activations than the first; `conditions`: those of activations that scale or shift others. `undone`: those
+    whose result a norm reads. `residuals`: (tables in the stream, what a branch ends with). `heads`: the norm that each
+    product reads, if any; `at`: the module that takes it.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], scales: Mapping[str, Iterable[int]]) -> None:
@@ -34,6 +35,7 @@ class Record:
         self.leaving: set[str] = set()
         self.roots: set[str] = set()
         self.barred: set[str] = set()
+        self.conditions: set[str] = set()
         self.undone: set[str] = set()
         self.residuals: list[tuple[Names, Names]] = []
         self.norms: list[Readers] = []

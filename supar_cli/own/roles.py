@@ -18,6 +18,13 @@ ODD = {
 }
 
 
+# chosen: words that let a person decide: keys of a fixed number of heads are hidden, a router's scores a readout
+NARROW = (
+    "its fan-in scales, its fan-out does not, and other weights take its result: 'hidden' if that is one of many features "
+    "(keys, values, mixed tokens), 'unembedding' if it is a score (a router) or a narrow bottleneck"
+)
+
+
 @dataclass
 class Reading:
     """What a parameter was found to be. `question`: why that can't be decided. `answers`: the roles that could be meant."""
@@ -43,7 +50,7 @@ def read(record: Record, name: str, shape: Sequence[int], scales: frozenset[int]
     sightings = _that_count(found.sightings)
     contracts = [one for one in sightings if one.kind == "contract"]
     found.is_looked_up = any(one.kind == "look up" for one in sightings)
-    found.derived = any(one.derived for one in sightings)
+    found.derived = any(one.derived for one in sightings if one.kind in ("contract", "scale", "shift"))
     fans = {one.fan for one in contracts}
     found.fan = tuple(sorted(next(iter(fans)))) if len(fans) == 1 else ()
     unknown = sorted({one.op for one in sightings if one.kind == "unknown"})
@@ -55,7 +62,9 @@ def read(record: Record, name: str, shape: Sequence[int], scales: frozenset[int]
         found.question = f"only {', '.join(found.operations)} read it, and no activation meets it"
     elif odd := sorted({ODD[one.kind] for one in sightings if one.kind in ODD}):
         found.question = odd[0]
-        found.answers = tuple(get_args(Role))
+        found.answers = (
+            get_args(Role) if "made weight" in {one.kind for one in sightings} else ("norm", "unembedding", "embedding")
+        )
         averages = {one.fan for one in sightings if one.kind in ("average", "distance")}
         found.fan = tuple(sorted(next(iter(averages)))) if len(averages) == 1 else found.fan
     elif contracts:
@@ -92,6 +101,8 @@ def _contracted(
     if partners:
         found.question = f"it meets another parameter in a product: {', '.join(partners)}"
         found.answers = ("hidden", "embedding", "unembedding") if infan else ("embedding",)
+        if found.is_looked_up:
+            found.answers = ("embedding", "unembedding")
     elif kinds - {"input", "join", "stream"} and not (kinds <= {"shift"} and found.is_looked_up):
         found.question = f"products sum over it and it is also {_words(kinds)}"
         found.answers = _possible(infan, free)
@@ -108,7 +119,7 @@ def _contracted(
     elif not infan:
         found.role = "embedding"
     elif name in record.inner:
-        found.question = "it has a fan-in that scales and a fan-out that does not, and other weights take its result"
+        found.question = NARROW
         found.answers = ("hidden", "unembedding")
     else:
         found.role = "unembedding"

@@ -22,7 +22,6 @@ class Storages:
         self._parts: dict[tuple[int, int, int], Value] = {}  # written through a view
         self._next = 0
         self._last_bit = 1
-        self.strange = False  # whether the last value read was stored with another width of its numbers
 
     def key(self, tensor: Tensor) -> int:
         """The memory of a tensor; 0: it has no numbers."""
@@ -43,14 +42,18 @@ class Storages:
         bit = self._bit(key, tensor)
         part = self._parts.get(self._place(key, tensor))
         mentions = {}
-        self.strange = self._sizes[key] != tensor.element_size()
-        for name, mention in stored.mentions.items() if not self.strange else ():
+        for name, mention in stored.mentions.items() if self._sizes[key] == tensor.element_size() else ():
             index = _as_view(mention.index, tensor)
             if bool((index >= 0).any()):
                 mentions[name] = replace(mention, index=index)
         numel = tensor.numel()
         stored = stored if part is None else part
         return replace(stored, mentions=mentions, bit=bit, bits=stored.bits | bit, numel=numel)
+
+    def unread(self, tensor: Tensor) -> list[str]:
+        """The parameters in a tensor's memory that it shows as numbers of another width, such as complex ones."""
+        key = self.key(tensor)
+        return list(self._values[key].mentions) if self._sizes[key] != tensor.element_size() else []
 
     def write(self, tensor: Tensor, value: Value, same_as: Value | None = None) -> None:
         """Keep what is known of a tensor. `same_as`: the value that it is a copy of."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, get_args
 
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from supar_cli.errors import InputError, suggestion
 from supar_cli.own import constants, starts
 from supar_cli.own.flow import Flow
-from supar_cli.own.models import Shapes, plain_operations, refusals, shapes_of
+from supar_cli.own.models import Shapes, arguments_of, plain_operations, refusals, shapes_of
 from supar_cli.own.questions import apply_said, class_keys, questions
 from supar_cli.own.record import Record
 from supar_cli.own.roles import Reading, read
-from supar_cli.own.sites import site_of, sites
+from supar_cli.own.sites import module_site, question_sites, sites
 from supar_cli.own.uses import Uses, find_uses
 from supar_cli.own.values import tensors_in
 from supar_cli.planning.layout_document import Layout, LayoutRow
@@ -41,11 +42,13 @@ def layout(
     """Read the layout of a model from a forward pass at two sizes.
 
     `make(**base)` and `make(**wider)` are built on the CPU and run on `example(model)`, a tuple of arguments or a dict of
-    keywords, or by `run(model)`, which returns what leaves the model. `third` and `target` are built without memory.
+    keywords (the example may also be a function of nothing, or the arguments), or by `run(model)`, which returns what
+    leaves the model. `third` and `target` are built without memory.
     `roles`: {name, site or ClassName.attribute: role} of what can't be decided. `ignore`: names or sites left out.
     Raises InputError with every question and problem.
     """
-    _check_arguments(base, wider, third, example, run, roles or {})
+    sizes = {"base": base, "wider": wider, "third": third, "target": target}
+    _check_arguments(make, sizes, example, run, roles or {})
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         reader = _Reader(make, base, wider, example, run, dict(roles or {}), list(ignore))
@@ -53,13 +56,23 @@ def layout(
 
 
 def _check_arguments(
-    base: Size, wider: Size, third: Size | None, example: Any, run: Any, roles: Mapping[str, str]
+    make: Any, sizes: Mapping[str, Size | None], example: Any, run: Any, roles: Mapping[str, str]
 ) -> None:
     problems = []
-    if dict(base) == dict(wider):
-        problems.append(f"wider: {dict(wider)} equals base, so nothing scales; expected a larger size")
-    if third is not None and dict(third) in (dict(base), dict(wider)):
-        problems.append(f"third: {dict(third)}; expected a size that is neither base nor wider")
+    base, wider, third = (dict(sizes[key] or {}) for key in ("base", "wider", "third"))
+    for key, size in sizes.items():
+        if size is not None and set(size) != set(base):
+            problems.append(f"{key}: {dict(size)}; expected the names of base: {', '.join(base)}")
+        elif size is not None and not all(type(value) is int for value in size.values()):
+            problems.append(f"{key}: {dict(size)}; expected whole numbers")
+    try:
+        signature(make).bind(**base)
+    except (TypeError, ValueError) as error:
+        problems.append(f"make: {error}; expected a function of {', '.join(base)}")
+    if base == wider:
+        problems.append(f"wider: {wider} equals base, so nothing scales; expected a larger size")
+    if third in (base, wider):
+        problems.append(f"third: {third}; expected a size that is neither base nor wider")
     if (example is None) == (run is None):
         problems.append("example: expected either example(model), which returns arguments, or run(model)")
     known = get_args(Role)
@@ -90,6 +103,9 @@ class _Reader:
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.narrow, self.wide = self._build(self.base), self._build(self.wider)
+        every = dict(self.narrow.named_parameters())
+        shapes = {name: list(parameter.shape) for name, parameter in every.items()}
+        self.question_sites = question_sites(self.narrow, shapes)
         self.own = self._parameters(self.narrow)
 
     def read(self, third: Size | None, target: Size | None) -> Layout:
@@ -114,8 +130,9 @@ class _Reader:
         rows = self._rows(readings, uses)
         self.notes += uses.notes
         self._raise()
-        place = self._place(rows)
-        self.notes += constants.compare(passes[0].record.numbers, passes[1].record.numbers, place)
+        self.notes += constants.compare(
+            passes[0].record.numbers, passes[1].record.numbers, lambda module: module_site(module, self.narrow)
+        )
         if not passes[1].returns:
             self.notes.append(
                 "run returned nothing: readouts whose result no other weight takes count as leaving the model"
@@ -137,7 +154,7 @@ class _Reader:
     # models
 
     def _build(self, size: Mapping[str, int]) -> nn.Module:
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         model = self.make(**size)
         if not isinstance(model, nn.Module):
             raise InputError(f"make: returned a {type(model).__name__}; expected a torch.nn.Module")
@@ -154,7 +171,8 @@ class _Reader:
             return self._build(size)
 
     def _is_ignored(self, name: str) -> bool:
-        found = [word for word in self.ignore if name == word or name.startswith(word + ".")]
+        words = (name, self.question_sites.get(name))
+        found = [word for word in self.ignore if word in words or name.startswith(f"{word}.")]
         self.used |= set(found)
         return bool(found)
 
@@ -209,15 +227,15 @@ class _Reader:
     def _pass(self, model: nn.Module, flow: Flow, seed: int) -> bool:
         flow.begin()
         with plain_operations():
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             if self.run is not None:
                 with flow.watching(model):
                     result = self.run(model)
             else:
-                arguments = self.example(model)
-                flow.take(arguments)
+                args, keywords = arguments_of(self.example, model)
+                flow.take((args, keywords))
                 with flow.watching(model):
-                    result = model(**arguments) if isinstance(arguments, Mapping) else model(*arguments)
+                    result = model(*args, **keywords)
         flow.leave(result)
         return next(tensors_in(result), None) is not None
 
@@ -235,11 +253,10 @@ class _Reader:
                 reading.question = reading.question or "base and wider use it in different ways"
                 reading.role, reading.answers = None, ()
             found[name] = reading
-        alike = {name: (self.shapes["base"][name], self.shapes["wider"][name]) for name in self.own}
-        places, _ = sites(self.narrow, list(self.own), alike)
-        words = {name: [name, places[name][0], *class_keys(self.narrow, name)] for name in found}
+        places = self.question_sites
+        words = {name: [name, places[name], *class_keys(self.narrow, name)] for name in found}
         self.problems += apply_said(found, self.roles, words)
-        self.problems += questions(found, {name: place for name, (place, _) in places.items()}, self.shapes["base"])
+        self.problems += questions(found, places, self.shapes["base"])
         self.problems += [
             f"ignore: {word!r} names no parameter; {suggestion(word, list(found))}"
             for word in self.ignore
@@ -268,11 +285,12 @@ class _Reader:
             )
             for name, one in readings.items()
         }
-        self._sites, self.layers = sites(self.narrow, list(self.own), alike)
+        ends = {name for name, found in uses.of.items() if set(found) - {"derived"}}
+        places = sites(self.narrow, alike, ends)
         others = self._other_names()
         rows: list[dict[str, Any]] = []
         for name, reading in readings.items():
-            site, block = self._sites[name]
+            site, block = places[name]
             module = self.narrow.get_submodule(name.rpartition(".")[0])
             if reading.role is None:
                 continue
@@ -307,6 +325,3 @@ class _Reader:
             if known is not None and known != name:
                 found.setdefault(known, []).append(name)
         return found
-
-    def _place(self, rows: list[LayoutRow]) -> Callable[[str], str]:
-        return lambda module: site_of(module, self.narrow, self.layers)[0] if module else ""

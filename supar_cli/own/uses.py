@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from supar_cli.own import operations
 from supar_cli.own.record import Record
 from supar_cli.own.roles import Reading
 from supar_cli.own.values import CONSTANT, Names, Readers
@@ -42,7 +43,8 @@ def find_uses(record: Record, readings: Mapping[str, Reading], model: nn.Module,
             _before_head(record, name, readings, model, found)
     for names, writers in record.residuals:
         if not names & record.barred:
-            found.writers |= set(writers) & set(readings)
+            wide = {name for name in writers if name in readings and record.scales[name]}
+            found.writers |= {name for name in wide if readings[name].role != "unembedding"}
     for name, reading in readings.items():
         if reading.derived:
             found.add("derived", {name})
@@ -65,7 +67,7 @@ def _first_sums(record: Record, readings: Mapping[str, Reading], found: Uses) ->
             sums += [parent for parent in one.parents if not any(parent is other for other in sums)]
     summands = {name for one in sums for name in one.names}
     while True:
-        broken = [one for one in sums if one.names & barred or not _can_take(one, summands, readings)]
+        broken = [one for one in sums if one.names & barred or not _can_take(one, summands, readings, record)]
         lost = {name for one in broken for name in one.names} & summands
         if not lost:
             break
@@ -81,9 +83,13 @@ def _first_sums(record: Record, readings: Mapping[str, Reading], found: Uses) ->
 def _is_first(one: Readers, record: Record) -> bool:
     """Whether a sum is read as it is, by more than a norm alone; behind a norm that alone reads a first sum."""
     labels = set(one.by.values())
-    if not labels or labels == {"norm"} or one.is_weak or (record.roots and not one.names & record.roots):
+    if not any(record.scales[name] for name in one.names if name) and not labels & operations.PRODUCTS:
+        return False
+    if not labels or labels == {"norm"} or one.is_weak or one.names <= record.conditions - record.roots:
         return False
     through = one.through
+    if through is not None and not all(record.scales.get(name) for name in one.names):
+        return False
     return through is None or (set(through.by.values()) == {"norm"} and not through.names & record.barred)
 
 
@@ -98,9 +104,11 @@ def _norms_used_elsewhere(record: Record, sums: list[Readers]) -> set[str]:
     return found
 
 
-def _can_take(one: Readers, summands: set[str], readings: Mapping[str, Reading]) -> bool:
+def _can_take(one: Readers, summands: set[str], readings: Mapping[str, Reading], record: Record) -> bool:
     roles = ("norm", "bias", "embedding") if one.through is not None or one.parents else ("embedding", "bias")
-    return one.names <= summands and all(n in readings and readings[n].role in roles for n in one.names)
+    if not one.names <= summands or not all(n in readings and readings[n].role in roles for n in one.names):
+        return False
+    return all(record.scales[name] for name in one.names if readings[name].role == "norm")
 
 
 def _heads(record: Record, readings: Mapping[str, Reading], found: Uses, returns: bool) -> set[str]:
