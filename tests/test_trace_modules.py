@@ -25,6 +25,7 @@ from tests import (
     own_modules_sums,
 )
 from tests.own_modules import BASE, VOCAB, WIDER, Answer, Case, Net, features, ids, judge, read
+from tests.own_modules_drawn import draw
 
 FILES = (own_modules_products, own_modules_lookups, own_modules_pairs)
 FILES += (own_modules_sums, own_modules_heads, own_modules_nets, own_modules_scripts, own_modules_habits)
@@ -42,6 +43,11 @@ def test_a_module_is_read_right(case: Case) -> None:
 
 def test_every_name_is_used_once() -> None:
     assert len({case.name for case in CASES}) == len(CASES) > 400
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_drawn_net_is_read_right(seed: int) -> None:
+    assert [str(finding) for finding in judge(draw(seed), layout)] == []
 
 
 # The judge can fail: answers are changed on their way to it, and each kind of change is found on modules of its kind.
