@@ -227,12 +227,6 @@ def layers() -> Iterator[Case]:
         **MIX,
     )
     yield inside(
-        "a flattened grid",
-        lambda width: {"mix": nn.Linear(TOKENS * width, width)},
-        lambda m, h, x: m.mix(h.flatten(1)).tanh(),
-        **MIX,
-    )
-    yield inside(
         "squeezed and excited, both growing",
         lambda width: {"squeeze": nn.Linear(width, width // 4), "mix": nn.Linear(width // 4, width)},
         lambda m, h, x: h * m.mix(m.squeeze(h.mean(1, keepdim=True)).relu()).sigmoid(),
@@ -252,9 +246,29 @@ def layers() -> Iterator[Case]:
         "slots drawn around a learned mean",
         lambda width: {"mean": (1, 1, width), "spread": (1, 1, width), "mix": nn.Linear(width, width)},
         lambda m, h, x: (m.mean + m.spread.exp() * torch.randn(2, 3, h.shape[-1])).tanh() + m.mix(h[:, :3]),
-        mean="bias,embedding *",
-        spread="norm,bias,embedding *",
+        mean="bias,embedding | bias,embedding first_sum",
+        spread="norm,bias,embedding | norm,bias,embedding first_sum derived",  # no factor goes through exp
         **MIX,
+    )
+
+
+def rotations() -> Iterator[Case]:
+    """Activations that are taken for complex numbers, as rotary positions are."""
+
+    def turned(m: Any, h: Tensor, x: Tensor) -> Tensor:
+        q = torch.view_as_complex(m.q(h).unflatten(-1, (-1, 2)).contiguous()) * torch.polar(
+            torch.ones(8), torch.ones(8)
+        ).repeat(h.shape[-1] // 16)
+        return F.scaled_dot_product_attention(torch.view_as_real(q).flatten(-2), m.q(h), m.v(h))
+
+    yield inside(
+        "positions by complex rotation",
+        lambda width: {"q": nn.Linear(width, width), "v": nn.Linear(width, width)},
+        turned,
+        q__weight="hidden[1]",
+        q__bias="bias",
+        v__weight="hidden[1]",
+        v__bias="bias",
     )
 
 
@@ -342,5 +356,5 @@ def several_inputs() -> Iterator[Case]:
 
 def cases() -> Iterator[Case]:
     """All of them."""
-    for group in (passes, layers, copies, several_inputs):
+    for group in (passes, layers, rotations, copies, several_inputs):
         yield from group()

@@ -204,6 +204,16 @@ def graphs() -> Iterator[Case]:
             **rows,
             **HEAD,
         )
+    yield net(
+        "graph convolutions, sparse, biases behind the neighbours",
+        lambda width: {"a": (FEATURES, width), "b": (width,), "c": (width, 3), "d": (3,)},
+        lambda m, x: torch.sparse.mm(sparse, (torch.sparse.mm(sparse, x @ m.a) + m.b).relu() @ m.c) + m.d,
+        node_features,
+        a="embedding first_sum",
+        b="bias first_sum",
+        c="unembedding[0] head",
+        d="bias after_head",
+    )
     edges = near.nonzero().t()
 
     def scattered(m: Any, x: Tensor) -> Tensor:
