@@ -105,6 +105,9 @@ def _contract(call: Call, sides: tuple[Side, Side], bias: Tensor | None, is_filt
             _note_made_weight(call, side)
     for side, other in (sides, sides[::-1]):
         call.consume(side.value)
+        if side.value.is_share and not other.value.is_share and other.value.origin:
+            made.roots = other.value.origin  # shares weigh values, they do not become part of them
+            call.record.conditions |= side.value.origin - other.value.origin
         if other.value.is_constant and other.tensor.numel() == side.tensor.shape[side.dims[0]]:
             _sum_by_constant(call, side, made)
     return _with_bias(call, made, bias)
@@ -173,7 +176,7 @@ def _is_matrix(call: Call, side: Side) -> bool:
 
 
 def _of_two_parameters(call: Call, sides: tuple[Side, Side]) -> int | None:
-    """Of two parameters in one product the weight is that one whose free extents scale too."""
+    """Of two parameters in one product the weight is that one whose free extents scale too, or that is not repeated."""
     names = [set(side.candidates) for side in sides]
     if names[0] & names[1]:
         return None
@@ -184,7 +187,13 @@ def _of_two_parameters(call: Call, sides: tuple[Side, Side]) -> int | None:
         contracted.append(any(call.record.scales[name] & fan for name, fan in fans.items()))
     if free[0] != free[1] and all(contracted):
         return free.index(True)
-    return None
+    repeats = [_repeats(side) for side in sides]
+    return repeats.index(False) if repeats[0] != repeats[1] else None
+
+
+def _repeats(side: Side) -> bool:
+    """Whether a parameter stands in a factor several times, as learned inputs do once for each example."""
+    return all(one.index.unique().numel() < one.index.numel() for one in side.candidates.values())  # type: ignore[no-untyped-call]
 
 
 def _merge(call: Call, sides: tuple[Side, Side], made: Value) -> None:
@@ -230,6 +239,8 @@ def _meet(call: Call, side: Side, other: Value) -> Value:
         call.see(name, "input", mention)
     call.record.inner |= other.products - names
     made.products = made.trail = names
+    made.roots |= set(other.weights)
+    made.ancestry |= made.roots
     if other.is_raw and not made.mentions.keys() - names:
         made.sum = call.start(call.record.sums, names)
         made.sum.is_weak = not strong

@@ -125,8 +125,8 @@ def _bar(call: Call, table: Value, other: Value, is_first: bool) -> None:
     if not names or (table.is_active and table.sum is None) or not (other.acts and other.is_touched):
         return
     call.record.streams[table.bit] += 1
-    again = call.record.streams[table.bit] > 1 and bool(names & other.origin)
-    if again or not (is_first or other.descends_from(table) or names <= other.origin):
+    again = call.record.streams[table.bit] > 1 and bool(names & other.ancestry)
+    if again or not (is_first or other.descends_from(table) or names <= other.ancestry):
         call.record.barred |= names
 
 
@@ -209,7 +209,7 @@ def _pass_on(call: Call, one: Value, factor: Value, made: Value) -> None:
     if not gains and (one.acts or one.weights):
         made.trail, made.norm, made.sum, made.parts = one.trail, one.norm, one.sum, one.parts
         made.is_normalised, made.normalised_sum = one.is_normalised, one.normalised_sum
-        made.after_norm_of = one.after_norm_of
+        made.after_norm_of, made.is_share = one.after_norm_of, one.is_share
         call.copied = one
     elif gains and one.acts:
         made.trail = gains if one.is_normalised else one.trail

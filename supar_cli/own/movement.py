@@ -127,7 +127,7 @@ def _keep_through_move(call: Call, values: list[Value], made: Value, picks: bool
         (value,) = values
         made.trail, made.norm, made.sum, made.parts = value.trail, value.norm, value.sum, value.parts
         made.is_normalised, made.normalised_sum = value.is_normalised, value.normalised_sum
-        made.after_norm_of = value.after_norm_of
+        made.after_norm_of, made.is_share = value.after_norm_of, value.is_share
         if not picks:
             call.copied = value
         elif value.weights and not value.is_active:
@@ -188,6 +188,7 @@ def apply(call: Call) -> Value:
         for name, mention in value.mentions.items():
             live |= _apply_to(call, name, mention, acts, made)
     made.is_live = live or (acts and not made.mentions)
+    made.is_share = call.name in ("softmax", "_softmax", "_safe_softmax")
     if is_chosen:
         made.sum = sum_of(call, values)
     return made

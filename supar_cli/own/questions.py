@@ -65,5 +65,6 @@ def _answer(site: str, reading: Reading) -> str:
         more = [f"or {role!r}" for role in reading.answers[1:]]
         return " ".join([f"say roles={{{site!r}: {reading.answers[0]!r}}}", *more])
     if not reading.sightings:
-        return f"expected a pass that reads it, or ignore=[{site!r}] to leave it out of the layout"
+        keep = f"roles={{{site!r}: 'bias'}} keeps it as it is, ignore=[{site!r}] leaves it out"
+        return f"expected a pass that reads it; only if none ever does, and so nothing trains it, {keep}"
     return "expected a model that uses it as one weight, gain, bias or table"

@@ -114,6 +114,7 @@ class Call:
         for value in values:
             made.products |= value.products
             made.roots |= value.origin
+            made.ancestry |= value.ancestry | value.origin
         return made
 
     def start(self, kept: list[Readers], names: Iterable[str], through: Readers | None = None) -> Readers:

@@ -65,7 +65,7 @@ class Storages:
         is_strided = tensor.layout is torch.strided
         part = is_strided and tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
         if not tensor.is_floating_point():  # a result that was rounded or compared is the model's no longer
-            value = replace(value, products=NONE, roots=NONE, trail=NONE, norm=None, sum=None)
+            value = replace(value, products=NONE, roots=NONE, ancestry=NONE, trail=NONE, norm=None, sum=None)
         mentions = dict(old.mentions) if old and part else {}
         for name, mention in value.mentions.items():
             whole = _whole(tensor, mentions[name].index if name in mentions else None)
@@ -88,6 +88,7 @@ class Storages:
                 bits=value.bits | old.bits,
                 products=value.products | old.products,
                 roots=value.roots | old.roots,
+                ancestry=value.ancestry | old.ancestry,
                 parts=value.parts | old.parts,
                 trail=value.trail | old.trail,
             )

@@ -87,7 +87,8 @@ class Value:
     `norm`, `sum`: whether it is a norm's result or a sum of first activations. `is_normalised`: divided by its own size,
     as was `normalised_sum`; `after_norm_of`: and then multiplied by a gain. `parts`: the bits of what was added to it.
     `is_data`: it depends on the example. `is_touched`: it depends on parameters. `roots`: parameters of the first sums
-    that it comes from, but for those that only condition it.
+    that it comes from, but for those that only condition it; `ancestry`: all of them.
+    `is_share`: a softmax, whose shares weigh other values.
     """
 
     mentions: dict[str, Mention] = field(default_factory=dict)
@@ -101,6 +102,8 @@ class Value:
     norm: Readers | None = None
     sum: Readers | None = None
     roots: Names = NONE
+    ancestry: Names = NONE
+    is_share: bool = False
     is_normalised: bool = False
     normalised_sum: Readers | None = None
     after_norm_of: Readers | None = None
