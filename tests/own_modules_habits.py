@@ -252,26 +252,6 @@ def layers() -> Iterator[Case]:
     )
 
 
-def rotations() -> Iterator[Case]:
-    """Activations that are taken for complex numbers, as rotary positions are."""
-
-    def turned(m: Any, h: Tensor, x: Tensor) -> Tensor:
-        q = torch.view_as_complex(m.q(h).unflatten(-1, (-1, 2)).contiguous()) * torch.polar(
-            torch.ones(8), torch.ones(8)
-        ).repeat(h.shape[-1] // 16)
-        return F.scaled_dot_product_attention(torch.view_as_real(q).flatten(-2), m.q(h), m.v(h))
-
-    yield inside(
-        "positions by complex rotation",
-        lambda width: {"q": nn.Linear(width, width), "v": nn.Linear(width, width)},
-        turned,
-        q__weight="hidden[1]",
-        q__bias="bias",
-        v__weight="hidden[1]",
-        v__bias="bias",
-    )
-
-
 def _routed(m: Any, h: Tensor, x: Tensor) -> Tensor:
     tokens, out = h.flatten(0, 1), torch.zeros_like(h.flatten(0, 1))
     for number, expert in enumerate(m.experts):
@@ -356,5 +336,5 @@ def several_inputs() -> Iterator[Case]:
 
 def cases() -> Iterator[Case]:
     """All of them."""
-    for group in (passes, layers, rotations, copies, several_inputs):
+    for group in (passes, layers, copies, several_inputs):
         yield from group()

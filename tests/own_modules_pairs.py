@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -221,7 +222,27 @@ def merged() -> Iterator[Case]:
         )
 
 
+def rotations() -> Iterator[Case]:
+    """Activations that are taken for complex numbers, as rotary positions are."""
+
+    def turned(m: Any, h: Tensor, x: Tensor) -> Tensor:
+        q = torch.view_as_complex(m.q(h).unflatten(-1, (-1, 2)).contiguous()) * torch.polar(
+            torch.ones(8), torch.ones(8)
+        ).repeat(h.shape[-1] // 16)
+        return F.scaled_dot_product_attention(torch.view_as_real(q).flatten(-2), m.q(h), m.v(h))
+
+    yield inside(
+        "positions by complex rotation",
+        lambda width: {"q": nn.Linear(width, width), "v": nn.Linear(width, width)},
+        turned,
+        q__weight="hidden[1]",
+        q__bias="bias",
+        v__weight="hidden[1]",
+        v__bias="bias",
+    )
+
+
 def cases() -> Iterator[Case]:
     """All of them."""
-    for group in (pairs, merged):
+    for group in (pairs, merged, rotations):
         yield from group()
