@@ -184,6 +184,43 @@ def first_sums() -> Iterator[Case]:
         first_sums=(frozenset({"table.weight"}), frozenset({"up.weight", "up.bias"})),
         **HEAD,
     )
+    narrow = lambda width: {"table": nn.Embedding(VOCAB, 4), "up": nn.Linear(4, width), "head": _head(width)}  # noqa: E731
+    yield net(
+        "a narrow table, normalised, projected",
+        lambda width: {**narrow(width), "norm": nn.LayerNorm(4)},
+        lambda m, x: m.head(m.up(m.norm(m.table(x))).tanh()),
+        table__weight="embedding",
+        norm__weight="norm *",
+        norm__bias="bias *",
+        up__weight="embedding *",
+        up__bias="bias *",
+        first_sums=(frozenset({"norm.weight", "norm.bias"}), frozenset({"up.weight", "up.bias"})),
+        **HEAD,
+    )
+    yield net(
+        "a norm on the sum, a norm before a branch, neighbours mixed",
+        lambda width: {
+            **token(width),
+            "first": nn.LayerNorm(width),
+            "norm": nn.LayerNorm(width),
+            "mix": (width,),
+            "o": (width, width),
+        },
+        lambda m, x: m.head(_shifted(m, m.first(m.table(x)))),
+        table__weight="embedding",
+        first__weight="norm first_sum",
+        first__bias="bias first_sum",
+        norm__weight="norm",
+        norm__bias="bias",
+        mix="norm",
+        o="hidden[0]",
+        **HEAD,
+    )
+
+
+def _shifted(m: Any, h: Tensor) -> Tensor:
+    y = m.norm(h)
+    return h + (y * m.mix + F.pad(y, (0, 0, 1, -1)) * (1 - m.mix)) @ m.o
 
 
 def _normalised(h: Tensor) -> Tensor:
