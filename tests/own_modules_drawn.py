@@ -160,36 +160,52 @@ class Draw:
         made = plain[kind](size)
         return lambda m, h: made(m, h.tanh())
 
-    def start(self) -> tuple[Step, bool]:
-        """What makes the first activations, of the width; whether it takes token numbers."""
+    def norm(self, size: int, use: str = "") -> Step:
+        """A norm with a gain, and with a shift or without."""
+        gain = self.add(lambda w: nn.Parameter(torch.ones(size * w)), f"norm{use}")
+        shift = self.one_of(None, "shift") and self.add(lambda w: nn.Parameter(torch.zeros(size * w)), f"bias{use}")
+        ways: list[Callable[[Tensor], Tensor]] = [
+            lambda h: F.layer_norm(h, h.shape[-1:]),
+            lambda h: F.rms_norm(h, h.shape[-1:]),
+            lambda h: h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6),
+            lambda h: (h - h.mean(-1, keepdim=True)) / (h.std(-1, keepdim=True) + 1e-6),
+        ]
+        way = self.one_of(*ways)
+        return lambda m, h: _shifted(m, way(h) * getattr(m, gain), shift)
+
+    def start(self) -> tuple[Step, str | None]:
+        """What makes the first activations, of the width; the table that token numbers are looked up in, or None for numbers."""
         kind = self.random.randrange(3)
         if kind == 0:
             names = [self.add(lambda w: (VOCAB, w), "embedding first_sum")]
             names += [self.add(lambda w: (TOKENS, w), "embedding first_sum") for _ in range(self.random.randint(0, 1))]
-            return lambda m, x: sum((getattr(m, n) for n in names[1:]), getattr(m, names[0])[x]), True
+            return lambda m, x: sum((getattr(m, n) for n in names[1:]), getattr(m, names[0])[x]), names[0]
         if kind == 1:
             table = self.add(lambda w: (VOCAB, w), "embedding")
-            gain = self.add(lambda w: nn.Parameter(torch.ones(w)), "norm first_sum")
-            norm = self.one_of(F.layer_norm, F.rms_norm)
-            return lambda m, x: norm(
-                F.embedding(x, getattr(m, table)), (len(getattr(m, gain)),), getattr(m, gain)
-            ), True
+            norm = self.norm(1, " first_sum")
+            return lambda m, x: norm(m, F.embedding(x, getattr(m, table))), table
         linear = [name for name in FORMS if name not in _NOT_LINEAR and "convolution" not in name]
         form = FORMS[self.one_of(*linear)]
-        table = self.add(lambda w: form.shape(FEATURES, w), "embedding first_sum | embedding first_sum derived")
+        weight = self.add(lambda w: form.shape(FEATURES, w), "embedding first_sum | embedding first_sum derived")
         shift = self.add(lambda w: (w,), "bias first_sum")
-        return lambda m, x: form.apply(x, getattr(m, table)) + getattr(m, shift), False
+        return lambda m, x: form.apply(x, getattr(m, weight)) + getattr(m, shift), None
 
-    def end(self) -> Step:
-        """The head, with a bias or without."""
-        form = FORMS[self.one_of(*(name for name in FORMS if name not in _NOT_LINEAR))]
-        answer = f"unembedding[{form.axes}] head"
-        head = self.add(lambda w: form.shape(w, VOCAB), f"{answer} | {answer} derived")
-        shift = self.one_of(None, self.add(lambda w: (VOCAB,), "bias after_head"))
-        if shift is None:
-            del self.parts[f"p{len(self.parts) - 1}"], self.expected[f"p{len(self.expected) - 1}"]
-            return lambda m, h: form.apply(h, getattr(m, head))
-        return lambda m, h: form.apply(h, getattr(m, head)) + getattr(m, shift)
+    def end(self, table: str | None) -> Step:
+        """The head behind a norm: the table again, if it is given, or a weight of its own; with a bias or without."""
+        norm = self.norm(1, " before_head" if table else "")
+        if table:
+            head, apply, shift = table, F.linear, None
+            self.expected[table] += " head"
+        else:
+            form = FORMS[self.one_of(*(name for name in FORMS if name not in _NOT_LINEAR))]
+            answer, apply = f"unembedding[{form.axes}] head", form.apply
+            head = self.add(lambda w: form.shape(w, VOCAB), f"{answer} | {answer} derived")
+            shift = self.one_of(None, "shift") and self.add(lambda w: (VOCAB,), "bias after_head")
+        return lambda m, h: _shifted(m, apply(norm(m, h), getattr(m, head)), shift)
+
+
+def _shifted(m: Any, h: Tensor, shift: str | None) -> Tensor:
+    return h + getattr(m, shift) if shift else h
 
 
 def _words(h: Tensor) -> Tensor:
@@ -204,16 +220,24 @@ def _chain(m: Any, h: Tensor, steps: list[Step]) -> Tensor:
 
 
 def draw(seed: int) -> Case:
-    """The net of a seed."""
+    """The net of a seed: steps in a row, or branches of a stream, each behind a norm."""
     drawn = Draw(random.Random(seed))
-    start, takes_ids = drawn.start()
-    steps = [drawn.step(1) for _ in range(drawn.random.randint(1, 4))]
-    end = drawn.end()
+    start, table = drawn.start()
+    in_stream = drawn.one_of(False, True)
+    steps = list[Step]()
+    for _ in range(drawn.random.randint(1, 4)):
+        steps.append(_behind(drawn.norm(1), drawn.step(1)) if in_stream else drawn.step(1))
+    end = drawn.end(drawn.one_of(None, table))
 
     def run(m: Any, x: Tensor) -> Tensor:
-        return end(m, _chain(m, start(m, x).tanh(), steps).tanh())
+        h = start(m, x)
+        return end(m, _chain(m, h if in_stream else h.tanh(), steps))
 
     def make(width: int) -> nn.Module:
         return Net(run, **{name: made(width) for name, made in drawn.parts.items()})
 
-    return Case(f"drawn {seed}", make, ids if takes_ids else features, drawn.expected, drawn.answers)
+    return Case(f"drawn {seed}", make, ids if table else features, drawn.expected, drawn.answers)
+
+
+def _behind(norm: Step, step: Step) -> Step:
+    return lambda m, h: h + step(m, norm(m, h))
