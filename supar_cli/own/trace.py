@@ -103,6 +103,7 @@ class _Reader:
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.narrow, self.wide = self._build(self.base), self._build(self.wider)
+        self._refuse(self.narrow)
         every = dict(self.narrow.named_parameters())
         shapes = {name: list(parameter.shape) for name, parameter in every.items()}
         self.question_sites = question_sites(self.narrow, shapes)
@@ -170,6 +171,10 @@ class _Reader:
             )
             return self._build(size)
 
+    def _refuse(self, model: nn.Module) -> None:
+        self.problems += refusals(model)
+        self._raise()
+
     def _is_ignored(self, name: str) -> bool:
         words = (name, self.question_sites.get(name))
         found = [word for word in self.ignore if word in words or name.startswith(f"{word}.")]
@@ -177,9 +182,8 @@ class _Reader:
         return bool(found)
 
     def _parameters(self, model: nn.Module) -> dict[str, Tensor]:
-        """Those of a model by name, without the ignored; refuses what can't be read."""
-        self.problems += refusals(model)
-        self._raise()
+        """Those of a model by name, without the ignored."""
+        self._refuse(model)
         return {name: one for name, one in model.named_parameters() if not self._is_ignored(name)}
 
     def _shapes(self, model: nn.Module, key: str) -> Shapes:

@@ -95,7 +95,8 @@ class Layout(Section):
     """`supar.layout/v1`: the tensors of a user's model, from which those of every other size follow.
 
     Extents are affine in the size: `third`, a size that need not be built for anything else, checks that they are. Where
-    they are not, `target` has its extents listed. `factory` is the `module:function` that the layout was read from.
+    they are not, `target` has its extents listed. `ignored` names parameters that nothing reads. `factory` is the
+    `module:function` that the layout was read from.
     """
 
     kind: Literal["supar.layout/v1"]
@@ -105,6 +106,7 @@ class Layout(Section):
     third: dict[str, int] | None = None
     target: dict[str, int] | None = Field(default=None, neutral=True, omit=True)
     tensors: list[LayoutRow] = Field(min_length=1)
+    ignored: list[str] = Field(default_factory=list, neutral=True, omit=True)
     notes: list[str] = Field(default_factory=list)
 
     def check(self) -> None:

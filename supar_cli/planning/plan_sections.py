@@ -60,6 +60,7 @@ class OwnModel(Section):
     base: dict[str, int]
     target: dict[str, int]
     hooks: dict[str, float] = Field(default_factory=dict, neutral=True, omit=True)
+    ignored: list[str] = Field(default_factory=list, neutral=True, omit=True)  # parameters that stay as they are
 
     def check(self) -> None:
         if not self.target or set(self.target) != set(self.base):

@@ -175,7 +175,15 @@ def _plan_own(proxy: Proxy, target: Target, scheme: rules.Scheme, masks: GivenMa
     )
     factory = proxy.model.factory or document.factory
     sizes = document.base, shapes.size
-    model = OwnModel(family="own", layout=document.hash(), factory=factory, base=sizes[0], target=sizes[1], hooks=hooks)
+    model = OwnModel(
+        family="own",
+        layout=document.hash(),
+        factory=factory,
+        base=sizes[0],
+        target=sizes[1],
+        hooks=hooks,
+        ignored=document.ignored,
+    )
     return model, base, rows, PlanTask(kind="own")
 
 
