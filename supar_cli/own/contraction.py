@@ -37,7 +37,7 @@ class Side:
 
 def product(call: Call) -> Value:
     """mm, bmm and their like."""
-    shift = 1 if call.name in ("addmm", "baddbmm", "addmv", "addbmm") else 0
+    shift = 1 if call.name in ("addmm", "_sparse_addmm", "baddbmm", "addmv", "addbmm") else 0
     left, right = call.args[shift], call.args[shift + 1]
     bias = call.args[0] if shift else None
     rows, columns = len(left.shape) - 1, max(len(right.shape) - 2, 0)
@@ -98,6 +98,8 @@ def _contract(call: Call, sides: tuple[Side, Side], bias: Tensor | None, is_filt
             call.consume(side.value)
             made.products |= set(side.candidates) if made.is_live else NONE
         return _with_bias(call, made, bias)
+    for name, mention in {**left.weights, **right.weights}.items():
+        call.see(name, "statistic", mention)  # a product of a parameter with itself
     if left.acts and right.acts and not is_filter:
         extent = sides[0].tensor.shape[sides[0].dims[0]]
         call.record.numbers.append((call.where, f"{call.name} of activations", (float(extent),)))
@@ -105,6 +107,9 @@ def _contract(call: Call, sides: tuple[Side, Side], bias: Tensor | None, is_filt
             _note_made_weight(call, side)
     for side, other in (sides, sides[::-1]):
         call.consume(side.value)
+        if other.value.is_constant or (other.value.is_active and not other.value.is_touched):  # mixed by constants
+            made.trail, made.sum = side.value.trail, side.value.sum
+            call.consumed = [found for found in call.consumed if found[0] is not made.sum]
         if side.value.is_share and not other.value.is_share and other.value.origin:
             made.roots = other.value.origin  # shares weigh values, they do not become part of them
             call.record.conditions |= side.value.origin - other.value.origin
@@ -211,10 +216,11 @@ def _merge(call: Call, sides: tuple[Side, Side], made: Value) -> None:
 
 def _meet(call: Call, side: Side, other: Value) -> Value:
     """The product of a weight with an activation."""
-    strong = other.acts or bool(other.weights)
     names = frozenset(side.candidates)
+    own = any(other.bits & call.record.storages.bit_of(call.record.parameters[name]) for name in names)
+    strong = bool(other.weights) or (other.acts and (other.is_data or not own))  # else a statistic of itself
     made = call.union(other)
-    made.is_live = strong
+    made.is_live = True
     fans = {n: axes_along(m.index, side.dims, call.shape_of(n)) for n, m in side.candidates.items()}
     for name, mention in side.candidates.items():
         if not fans[name] and any(fans.values()) and not mention.is_merged:
@@ -232,12 +238,13 @@ def _meet(call: Call, side: Side, other: Value) -> Value:
             if strong:
                 made.mentions[name] = kept
             elif call.is_open(name, kept):  # weights mixed by constants
-                made.mentions[name] = replace(kept, met=(), is_result=False)
+                made.mentions[name], made.is_live = replace(kept, met=(), is_result=False), False
         call.record.at[name] = call.where
         call.record.heads[name].append(other.norm)
     for name, mention in other.weights.items():
         call.see(name, "input", mention)
     call.record.inner |= other.products - names
+    call.record.fed |= other.ancestry | other.origin | set(other.weights)
     made.products = made.trail = names
     made.roots |= set(other.weights)
     made.ancestry |= made.roots

@@ -32,10 +32,22 @@ def add(call: Call, left: Value, right: Value) -> Value:
             call.consumed.append((other.norm, call.name))
     made.sum = made.sum or sum_of(call, [left, right], adds=True)
     for one, other in pairs:
+        if one.bent and other.acts and other.is_touched and _comes_later(call, one.bent, other.ancestry | other.origin):
+            call.record.barred |= one.bent  # bent by a function, then added to activations
+            if other.sum is not None and made.sum is None:
+                made.sum = other.sum
+                call.consumed = [found for found in call.consumed if found[0] is not other.sum]
+    for one, other in pairs:
         _bar(call, one, other, is_first=made.sum is not None)
     if made.sum is None:
         _condition(call, left, right, made)
     return made
+
+
+def _comes_later(call: Call, names: Names, others: Names) -> bool:
+    """Whether the first sums of these names began after those of others, and are none of them."""
+    firsts = [next((n for n, one in enumerate(call.record.sums) if one.names & group), -1) for group in (names, others)]
+    return not names & others and firsts[0] > firsts[1] >= 0
 
 
 def _shift(call: Call, name: str, mention: Mention, one: Value, other: Value, made: Value) -> None:
@@ -116,6 +128,7 @@ def sum_of(call: Call, values: list[Value], adds: bool = False) -> Readers | Non
         return None
     made = call.start(call.record.sums, names)
     made.parents = parents
+    made.through = next((parent.through for parent in parents if parent.through is not None), None)
     return made
 
 
@@ -209,7 +222,7 @@ def _pass_on(call: Call, one: Value, factor: Value, made: Value) -> None:
     if not gains and (one.acts or one.weights):
         made.trail, made.norm, made.sum, made.parts = one.trail, one.norm, one.sum, one.parts
         made.is_normalised, made.normalised_sum = one.is_normalised, one.normalised_sum
-        made.after_norm_of, made.is_share = one.after_norm_of, one.is_share
+        made.after_norm_of, made.is_share, made.bent = one.after_norm_of, one.is_share, one.bent
         call.copied = one
     elif gains and one.acts:
         made.trail = gains if one.is_normalised else one.trail
@@ -217,7 +230,7 @@ def _pass_on(call: Call, one: Value, factor: Value, made: Value) -> None:
         made.sum = one.sum
         if one.norm is not None:
             call.consumed.append((one.norm, call.name))
-        if one.is_normalised and one.normalised_sum is not None:
+        if one.is_normalised and one.normalised_sum is not None and factor.numel > 1:
             made.sum = call.start(call.record.sums, gains, one.normalised_sum)
             made.after_norm_of = one.normalised_sum
 
@@ -227,9 +240,10 @@ def _scale(call: Call, name: str, mention: Mention, other: Value, is_divisor: bo
     own = name in other.mentions
     if mention.met:
         _revert(call, name, other)
-        if not is_divisor and not (other.is_active and (mention.is_result or mention.is_shift)):
+        is_finished = bool(other.weights) or (other.is_active and (mention.is_result or mention.is_shift))
+        if not is_divisor and (own or not is_finished):
             made.mentions[name] = call.spread(mention, own)
-    elif mention.is_weight and other.acts:
+    elif mention.is_weight and other.acts and (other.is_data or not other.bits & _bit_of(call, name)):
         met = call.see(name, "scale", mention, after=other.trail)
         made.is_live = True
         if not is_divisor:

@@ -65,7 +65,7 @@ def normalise(call: Call) -> Value:
             gains |= {name}
     if value.weights and not value.is_active:  # a norm of weights or of learned inputs
         made.is_live = False
-        made.mentions = {name: replace(one, derived=True) for name, one in value.weights.items()}
+        made.mentions = {name: replace(one, is_normed=True) for name, one in value.weights.items()}
     call.record.undone |= value.trail
     made.trail = gains
     made.norm = call.start(call.record.norms, gains) if gains else None
@@ -127,7 +127,7 @@ def _keep_through_move(call: Call, values: list[Value], made: Value, picks: bool
         (value,) = values
         made.trail, made.norm, made.sum, made.parts = value.trail, value.norm, value.sum, value.parts
         made.is_normalised, made.normalised_sum = value.is_normalised, value.normalised_sum
-        made.after_norm_of, made.is_share = value.after_norm_of, value.is_share
+        made.after_norm_of, made.is_share, made.bent = value.after_norm_of, value.is_share, value.bent
         if not picks:
             call.copied = value
         elif value.weights and not value.is_active:
@@ -188,6 +188,8 @@ def apply(call: Call) -> Value:
         for name, mention in value.mentions.items():
             live |= _apply_to(call, name, mention, acts, made)
     made.is_live = live or (acts and not made.mentions)
+    for value in values:
+        made.bent |= value.bent | (value.sum.names if value.sum is not None else NONE)
     made.is_share = call.name in ("softmax", "_softmax", "_safe_softmax")
     if is_chosen:
         made.sum = sum_of(call, values)

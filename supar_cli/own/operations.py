@@ -28,7 +28,7 @@ STATISTICS = _names(
     "amax amin max min prod std var var_mean std_mean norm linalg_vector_norm logsumexp median argmax argmin any all "
     "aminmax cumprod logcumsumexp count_nonzero mode kthvalue isfinite equal _local_scalar_dense trace dist mse_loss"
 )
-PRODUCTS = _names("mm bmm mv dot vdot addmm baddbmm addmv addbmm linear _grouped_mm matmul")
+PRODUCTS = _names("_sparse_addmm _sparse_mm mm bmm mv dot vdot addmm baddbmm addmv addbmm linear _grouped_mm matmul")
 CONVOLUTIONS = _names("convolution")
 ADDED = _names("add sub rsub")
 MULTIPLIED = _names("mul div")

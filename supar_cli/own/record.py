@@ -21,10 +21,10 @@ class Record:
     """What passes did with parameters. `scales`: the axes of each that grow with the size.
 
     `inner`: parameters whose product reaches another parameter's product; `leaving`: those whose product leaves the
-    model with no other between; `roots`: those of the first sums of what leaves. `barred`: tables that are added to
-    other activations than the first; `conditions`: those of activations that scale or shift others. `undone`: those
-    whose result a norm reads. `residuals`: (tables in the stream, what a branch ends with). `heads`: the norm that each
-    product reads, if any; `at`: the module that takes it.
+    model with no other between; `fed`: those of first sums that reach a product; `roots`: those of the first sums of
+    what leaves. `barred`: tables that are added to other activations than the first; `conditions`: those of activations
+    that scale or shift others. `undone`: those whose result a norm reads. `residuals`: (tables in the stream, what a
+    branch ends with). `heads`: the norm that each product reads, if any; `at`: the module that takes it.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], scales: Mapping[str, Iterable[int]]) -> None:
@@ -34,6 +34,7 @@ class Record:
         self.inner: set[str] = set()
         self.leaving: set[str] = set()
         self.roots: set[str] = set()
+        self.fed: set[str] = set()
         self.barred: set[str] = set()
         self.conditions: set[str] = set()
         self.undone: set[str] = set()
@@ -95,7 +96,8 @@ class Call:
 
     def see(self, name: str, kind: str, mention: Mention, **more: Any) -> Sighting:
         """Note one use of a parameter by this operation."""
-        made = Sighting(kind, self.name, self.where, derived=mention.derived, picked=mention.picked, **more)
+        derived = mention.derived or (kind == "contract" and mention.is_normed)
+        made = Sighting(kind, self.name, self.where, derived=derived, picked=mention.picked, **more)
         return self.record.see(name, made)
 
     def spread(self, mention: Mention, derived: bool = False) -> Mention:

@@ -50,7 +50,7 @@ def read(record: Record, name: str, shape: Sequence[int], scales: frozenset[int]
     sightings = _that_count(found.sightings)
     contracts = [one for one in sightings if one.kind == "contract"]
     found.is_looked_up = any(one.kind == "look up" for one in sightings)
-    found.derived = any(one.derived for one in sightings if one.kind in ("contract", "scale", "shift"))
+    found.derived = any(one.derived for one in sightings if one.kind in ("contract", "scale", "shift", "input"))
     fans = {one.fan for one in contracts}
     found.fan = tuple(sorted(next(iter(fans)))) if len(fans) == 1 else ()
     unknown = sorted({one.op for one in sightings if one.kind == "unknown"})
@@ -156,7 +156,7 @@ def _uncontracted(
         single = len(extents) < 2
         gain |= single and "scale" in kinds and "shift" not in kinds
         found.role = "norm" if gain else "bias" if expert or single else "embedding"
-    elif kinds & {"join", "input", "stream"}:
+    elif kinds & {"join", "input"} or ("stream" in kinds and "shift" not in kinds):
         found.role = "embedding" if scales or len(extents) > 1 else "bias"
     elif "scale" in kinds:
         found.role = "norm"

@@ -50,17 +50,22 @@ def question_sites(model: nn.Module, alike: Mapping[str, Any]) -> dict[str, str]
     return {name: site for name, (site, _) in _sites(model, alike, shared).items()}
 
 
-def sites(model: nn.Module, alike: Mapping[str, Any], ends: Collection[str]) -> dict[str, tuple[str, int | None]]:
+def sites(
+    model: nn.Module, alike: Mapping[str, tuple[Any, Any]], ends: Collection[str]
+) -> dict[str, tuple[str, int | None]]:
     """{name: (site, block)}: a number is `*` if all entries are layers of one kind and the parameter is alike in all.
 
-    Layers are of one kind if none lacks a parameter that the smallest has. `ends`: the parameters that do what only the
+    `alike`: a parameter's shapes, and what else makes it differ. Layers are of one kind if none lacks a parameter that the
+    smallest has, in the same shapes. `ends`: the parameters that do what only the
     first or last layer can do, so that a single layer says nothing of others.
     """
 
     def shared(entries: dict[int, dict[str, Any]], rest: str) -> bool:
         smallest = min(entries.values(), key=len)
-        if not all(smallest.keys() <= entry.keys() for entry in entries.values()) or rest not in smallest:
-            return False
+        shapes = {key: shape for key, (shape, _) in smallest.items()}
+        for entry in entries.values():
+            if any(key not in entry or entry[key][0] != shape for key, shape in shapes.items()) or rest not in smallest:
+                return False
         return all(entry[rest] == smallest[rest] for entry in entries.values())
 
     found = _sites(model, alike, shared)

@@ -53,7 +53,7 @@ class Storages:
     def unread(self, tensor: Tensor) -> list[str]:
         """The parameters in a tensor's memory that it shows as numbers of another width, such as complex ones."""
         key = self.key(tensor)
-        return list(self._values[key].mentions) if self._sizes[key] != tensor.element_size() else []
+        return list(self._values[key].weights) if self._sizes[key] != tensor.element_size() else []
 
     def write(self, tensor: Tensor, value: Value, same_as: Value | None = None) -> None:
         """Keep what is known of a tensor. `same_as`: the value that it is a copy of."""

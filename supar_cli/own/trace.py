@@ -102,6 +102,7 @@ class _Reader:
         self.roles, self.ignore, self.used = roles, ignore, set[str]()
         self.problems: list[str] = []
         self.notes: list[str] = []
+        self.ignored: dict[str, None] = {}
         self.narrow, self.wide = self._build(self.base), self._build(self.wider)
         self._refuse(self.narrow)
         every = dict(self.narrow.named_parameters())
@@ -145,6 +146,7 @@ class _Reader:
             third=dict(third) if third else None,
             target=dict(target) if target else None,
             tensors=rows,
+            ignored=list(self.ignored),
             notes=list(dict.fromkeys(self.notes)),
         )
 
@@ -179,6 +181,7 @@ class _Reader:
         words = (name, self.question_sites.get(name))
         found = [word for word in self.ignore if word in words or name.startswith(f"{word}.")]
         self.used |= set(found)
+        self.ignored |= dict.fromkeys([name] if found else [])
         return bool(found)
 
     def _parameters(self, model: nn.Module) -> dict[str, Tensor]:
@@ -279,13 +282,8 @@ class _Reader:
         }
         alike = {
             name: (
-                self.shapes["base"][name],
-                self.shapes["wider"][name],
-                one.role,
-                one.fan,
-                tuple(uses.of[name]),
-                name in uses.writers,
-                kept[name],
+                (self.shapes["base"][name], self.shapes["wider"][name]),
+                (one.role, one.fan, tuple(uses.of[name]), name in uses.writers, kept[name]),
             )
             for name, one in readings.items()
         }

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from supar_cli.own import operations
 from supar_cli.own.record import Record
 from supar_cli.own.roles import Reading
 from supar_cli.own.values import CONSTANT, Names, Readers
@@ -67,7 +66,7 @@ def _first_sums(record: Record, readings: Mapping[str, Reading], found: Uses) ->
             sums += [parent for parent in one.parents if not any(parent is other for other in sums)]
     summands = {name for one in sums for name in one.names}
     while True:
-        broken = [one for one in sums if one.names & barred or not _can_take(one, summands, readings, record)]
+        broken = [one for one in sums if one.names & barred or not _can_take(one, summands, readings)]
         lost = {name for one in broken for name in one.names} & summands
         if not lost:
             break
@@ -83,13 +82,11 @@ def _first_sums(record: Record, readings: Mapping[str, Reading], found: Uses) ->
 def _is_first(one: Readers, record: Record) -> bool:
     """Whether a sum is read as it is, by more than a norm alone; behind a norm that alone reads a first sum."""
     labels = set(one.by.values())
-    if not any(record.scales[name] for name in one.names if name) and not labels & operations.PRODUCTS:
+    if not any(record.scales[name] for name in one.names if name) and not one.names & record.fed:
         return False
     if not labels or labels == {"norm"} or one.is_weak or one.names <= record.conditions - record.roots:
         return False
     through = one.through
-    if through is not None and not all(record.scales.get(name) for name in one.names):
-        return False
     return through is None or (set(through.by.values()) == {"norm"} and not through.names & record.barred)
 
 
@@ -104,11 +101,9 @@ def _norms_used_elsewhere(record: Record, sums: list[Readers]) -> set[str]:
     return found
 
 
-def _can_take(one: Readers, summands: set[str], readings: Mapping[str, Reading], record: Record) -> bool:
+def _can_take(one: Readers, summands: set[str], readings: Mapping[str, Reading]) -> bool:
     roles = ("norm", "bias", "embedding") if one.through is not None or one.parents else ("embedding", "bias")
-    if not one.names <= summands or not all(n in readings and readings[n].role in roles for n in one.names):
-        return False
-    return all(record.scales[name] for name in one.names if readings[name].role == "norm")
+    return one.names <= summands and all(n in readings and readings[n].role in roles for n in one.names)
 
 
 def _heads(record: Record, readings: Mapping[str, Reading], found: Uses, returns: bool) -> set[str]:

@@ -61,7 +61,7 @@ class Mention:
 
     `met`: its uses that go on: as a factor of an activation, until that product is summed; in a product, while extents of
     its `is_result` may be summed; as a summand, while it `is_shift` whose distance may be measured; in a product of two
-    parameters, which `is_merged` into one weight.
+    parameters, which `is_merged` into one weight. `is_normed`: divided by its size.
     """
 
     index: Tensor
@@ -71,6 +71,7 @@ class Mention:
     is_result: bool = False
     is_shift: bool = False
     is_merged: bool = False
+    is_normed: bool = False
 
     @property
     def is_weight(self) -> bool:
@@ -87,7 +88,8 @@ class Value:
     `norm`, `sum`: whether it is a norm's result or a sum of first activations. `is_normalised`: divided by its own size,
     as was `normalised_sum`; `after_norm_of`: and then multiplied by a gain. `parts`: the bits of what was added to it.
     `is_data`: it depends on the example. `is_touched`: it depends on parameters. `roots`: parameters of the first sums
-    that it comes from, but for those that only condition it; `ancestry`: all of them.
+    that it comes from, but for those that only condition it; `ancestry`: all of them. `bent`: those
+    from which functions alone, not products, lead here.
     `is_share`: a softmax, whose shares weigh other values.
     """
 
@@ -103,6 +105,7 @@ class Value:
     sum: Readers | None = None
     roots: Names = NONE
     ancestry: Names = NONE
+    bent: Names = NONE
     is_share: bool = False
     is_normalised: bool = False
     normalised_sum: Readers | None = None
