@@ -48,12 +48,12 @@ class Draw:
         return lambda m, h: form.apply(h, getattr(m, name))
 
     def gain(self, size: int) -> Step:
-        apply = GAINS[self.one_of(*(set(GAINS) - _NO_STEPS))]
+        apply = GAINS[self.one_of(*sorted(set(GAINS) - _NO_STEPS))]
         name = self.add(lambda w: (size * w,), "norm")
         return lambda m, h: apply(h, getattr(m, name))
 
     def shift(self, size: int) -> Step:
-        apply = SHIFTS[self.one_of(*(set(SHIFTS) - _NO_STEPS))]
+        apply = SHIFTS[self.one_of(*sorted(set(SHIFTS) - _NO_STEPS))]
         name = self.add(lambda w: (size * w,), "bias")
         return lambda m, h: apply(h, getattr(m, name))
 
