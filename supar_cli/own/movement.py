@@ -69,7 +69,9 @@ def normalise(call: Call) -> Value:
     call.record.undone |= value.trail
     made.trail = gains
     made.norm = call.start(call.record.norms, gains) if gains else None
-    if value.sum is not None:
+    if not gains:  # a gain may be multiplied behind it
+        made.is_normalised, made.normalised_sum = True, value.sum
+    elif value.sum is not None:
         made.sum = call.start(call.record.sums, gains, value.sum)
     call.consume(value, "norm")
     return made
