@@ -1,8 +1,8 @@
 """supar: tune a small dense proxy, transfer with SμPar to a wide sparse target, train it.
 
 The Python API is documents in, documents out: `load`, `transfer`, `explain`, `tune`, `train`, `check`, `sweep`, `compare`,
-`demo`, `report`; `weights` returns the trained tensors. A function's module is imported on first use; only functions that run
-something import torch.
+`demo`, `report`; `layout` reads a model of yours; `weights` returns the trained tensors. A function's module is imported on
+first use; only functions that run something import torch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from supar_cli.experiments.sweep import compare as compare
     from supar_cli.experiments.sweep import demo as demo
     from supar_cli.experiments.sweep import sweep as sweep
+    from supar_cli.own.prepared import Prepared as Prepared
+    from supar_cli.own.prepared import prepare as prepare
+    from supar_cli.own.report import report_loss as report_loss
+    from supar_cli.own.trace import layout as layout
     from supar_cli.planning.explain import explain as explain
     from supar_cli.planning.kinds import load as load
     from supar_cli.planning.live_counts import GivenMasks
@@ -34,14 +38,18 @@ if TYPE_CHECKING:
 
 _FUNCTIONS = {
     "load": "planning.kinds.load",
+    "layout": "own.trace.layout",
     "explain": "planning.explain.explain",
     "tune": "experiments.search.tune",
     "train": "training.train.train",
+    "prepare": "own.prepared.prepare",
+    "Prepared": "own.prepared.Prepared",
     "check": "experiments.coordinate_check.check",
     "sweep": "experiments.sweep.sweep",
     "compare": "experiments.sweep.compare",
     "demo": "experiments.sweep.demo",
     "report": "reporting.read.report",
+    "report_loss": "own.report.report_loss",
     "weights": "training.checkpoint_reader.weights_of_run",
 }
 __all__ = ["__version__", "transfer", *_FUNCTIONS]

@@ -69,6 +69,12 @@ class UnusableResult(SuparError):
     exit_status = 4
 
 
+class RunFailed(SuparError):
+    """A command that trains a plan crashed, hung or reported no loss; the message has the end of its output (exit status 4)."""
+
+    exit_status = 4
+
+
 class Preempted(SuparError):
     """Training was stopped on request between two steps; the same command continues it (exit status 75)."""
 

@@ -49,7 +49,7 @@ def proxy_of(name: str, text_file: Path) -> Proxy:
 
 class TestTemplates:
     def test_are_the_ones_listed(self) -> None:
-        assert templates.names() == [*TEMPLATES, *FIGURES]
+        assert templates.names() == [TEMPLATES[0], "own", *TEMPLATES[1:], *FIGURES]
 
     @pytest.mark.parametrize("name", TEMPLATES)
     def test_have_the_parameters_that_their_comments_say(self, name: str, text_file: Path) -> None:
@@ -98,7 +98,9 @@ class TestInit:
 
     def test_lists_and_names_close_misses(self, supar_here: Supar) -> None:
         assert [line.split()[0] for line in supar_here("init", "--list").out.splitlines()] == [
-            *TEMPLATES,
+            TEMPLATES[0],
+            "own",
+            *TEMPLATES[1:],
             *FIGURES,
         ]
         called = supar_here("init", "papr")

@@ -34,13 +34,26 @@ SPEC = PROXY.replace("supar.proxy/v1", "supar.spec/v1") + "search: {trials: 2, l
 WRONG = {"sparsity": ["99.2", "1", "x%"], "density": ["0", "3/2"], "data": ["/nope"], "seed": ["-1", "x"]}
 WRONG_NUMBERS, WRONG_TEXTS = ["0", "wrong"], ["wrong"]
 # what a value that is wrong by itself does not exist for: paths, names, lists of names, and counts that may be 0
-ANY_VALUE = ("set", "out", "name", "study", "compare", "picture", "tokenizer", "field", "executor_set", "index")
+ANY_VALUE = (
+    "set",
+    "out",
+    "name",
+    "study",
+    "compare",
+    "picture",
+    "tokenizer",
+    "field",
+    "executor_set",
+    "index",
+    "ignore",
+)
 SOURCES = {
     "transfer": ["p.yaml"],
     "sweep": ["p.yaml"],
     "compare": ["p.yaml"],
     "check": ["p.yaml"],
     "tune-proxy": ["s.yaml"],
+    "layout": ["flags_model:make", "--base", "width=8", "--wider", "width=16", "--example", "flags_model:make"],
 }
 SOURCES |= {"inspect": ["text.txt"], "prepare": ["text.txt", "-o", "tokens"]}
 
@@ -61,6 +74,7 @@ def documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_bytes(real_text(24_000))
     (tmp_path / "p.yaml").write_text(PROXY)
+    (tmp_path / "flags_model.py").write_text("def make(width):\n    return None\n")
     (tmp_path / "s.yaml").write_text(SPEC)
     assert call("transfer", "p.yaml", "-q", "-o", "plan.yaml").status == 0
 

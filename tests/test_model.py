@@ -264,8 +264,8 @@ def test_a_live_weights_first_value_does_not_depend_on_the_mask(plan_of: MakePla
     update = {"name": "w", "shape": list(shape), "init_std": 0.3, "kept": int(alive.sum())}
     row = plan_of().tensors[3].model_copy(update=update)
     whole = np.random.Generator(stream(5, "init:w")).standard_normal(alive.size, np.float32) * np.float32(0.3)
-    assert np.array_equal(prepare._initial_values(row, 5, None).numpy(), whole.reshape(shape))
-    assert np.array_equal(prepare._initial_values(row, 5, Mask.of(alive)).numpy(), whole.reshape(shape)[alive])
+    assert np.array_equal(prepare.initial_values(row, 5, None).numpy(), whole.reshape(shape))
+    assert np.array_equal(prepare.initial_values(row, 5, Mask.of(alive)).numpy(), whole.reshape(shape)[alive])
 
 
 @pytest.mark.parametrize("what", ["std", "count"])

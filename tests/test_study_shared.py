@@ -16,7 +16,7 @@ import optuna
 import pytest
 
 from supar_cli.errors import SetupError, UnusableResult
-from supar_cli.experiments.search import SeededByTrialNumber
+from supar_cli.experiments.samplers import SeededByTrialNumber
 from supar_cli.jobs import queue
 from supar_cli.jobs.queue import SharedStudy, is_counted
 from supar_cli.planning import document

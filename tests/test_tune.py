@@ -24,6 +24,7 @@ from supar_cli.jobs.queue import machine
 from supar_cli.jobs.storage import open_study
 from supar_cli.jobs.workers import Local
 from supar_cli.planning import document
+from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy, Spec
 from supar_cli.planning.transfer import as_trial
@@ -76,7 +77,13 @@ def with_search(spec: Spec, **changes: object) -> Spec:
 
 def ending(loss: Callable[..., float], clipped: tuple[bool, ...] = (True, False)) -> Callable[..., RunHistory]:
     """Training that ends with the loss that a function gives; `clipped` says which of its steps were."""
-    return lambda plan, *at: RunHistory(evaluations=[(plan.train.steps, loss(plan, *at))], clipped=list(clipped))
+
+    def train(
+        plan: Plan, on_evaluation: Callable[[int, float], None] | None = None, folder: Path | None = None
+    ) -> RunHistory:
+        return RunHistory(evaluations=[(plan.train.steps, loss(plan, on_evaluation))], clipped=list(clipped))
+
+    return train
 
 
 def trials_of(spec: Spec, storage: str) -> list[optuna.trial.FrozenTrial]:

@@ -41,7 +41,8 @@ COMMANDS = {  # in the order of use
         "compare": "Compare SP, μP and SμPar over sparsities without re-tuning; write compare/NAME/.",
         "bench": "Benchmark time and memory of masked training against plain dense training.",
     },
-    "Data, documents, machine": {
+    "Your own model, data, documents, machine": {
+        "layout": "Read from your own model what each tensor is and what scales; write layout.yaml.",
         "data": "Inspect a corpus, or prepare one as a token file.",
         "help": "Print a page of the manual, or what a key of a document means.",
         "schema": "Print the JSON Schema of a document, for editors.",
@@ -192,8 +193,9 @@ def usage_problem(error: typer.TyperException) -> str:
         return f"{option}: no such option; " + (f"did you mean {close[0]}?" if close else see)
     if option is not None:
         return f"{option}: " + ("takes no value" if "does not take" in error.message else "expected a value")
-    if found.get("param") is not None:
-        return f"{found['param'].make_metavar(ctx)}: is missing; {see}"
+    if (param := found.get("param")) is not None:
+        is_argument = param.param_type_name == "argument"
+        return f"{param.make_metavar(ctx) if is_argument else param.opts[0]}: is missing; {see}"
     return f"{error.message.rpartition('(')[2].rstrip(')')}: unexpected argument; {see}"
 
 

@@ -22,6 +22,14 @@ import typer
 from supar_cli.cli import values
 from supar_cli.errors import InputError, Problem
 
+# by what reads the value; in other options they are the type's or the name's
+METAVARS: dict[Any, str] = {
+    values.shares: "SHARE[,…]",
+    values.sizes: "NAME=N[,…]",
+    values.seconds: "TIME",
+    values.file: "FILE",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -43,7 +51,11 @@ class Option:
     def parameter(self, name: str) -> Parameter:
         """The option as a function parameter for Typer, to which a number is a text: `value` reads it."""
         kind = str if self.type in (int, float) else self.type
-        metavar = self.metavar or {int: "N", float: "X", bool: None}.get(self.type, name.upper().replace("_", "-"))
+        metavar = (
+            self.metavar
+            or METAVARS.get(self.read)
+            or {int: "N", float: "X", bool: None}.get(self.type, name.upper().replace("_", "-"))
+        )
         shown: dict[str, Any] = {"help": self.help, "metavar": metavar}
         if self.type in (str, list[str]):
             shown["autocompletion"] = lambda incomplete: values.words_of(name, incomplete)
@@ -89,7 +101,7 @@ OPTIONS = {
     "tensor": _argument(str, "Tensors to explain: blocks.0.mlp.up, mlp.up (in all blocks) or mlp. [default: all]"),
     "template": _argument(str, "Name of a template; --list shows them.", default="quickstart"),
     "folder": _argument(str, "Folder that holds run directories, directly or one level below.", default="runs"),
-    "run": _argument(str, "A run directory. [default: the newest of runs/]"),
+    "directory": _argument(str, "A run directory. [default: the newest of runs/]", metavar="RUN"),
     "paths": _argument(
         list[str],
         "Run directories, folders of sweeps, checks, comparisons or demos, plans or proxies; - for stdin. "
@@ -99,18 +111,26 @@ OPTIONS = {
     "topic": _argument(str, "A topic, a key or a command. [default: list the topics]"),
     "kind": _argument(str, "Document type: spec, proxy, plan, sweep or layout.", default="spec"),
     "corpus": _argument(str, "`stdlib`, a file, or a folder.", default="stdlib", metavar="source"),
+    # the user's own model
+    "make": _argument(str, "The function that makes your model at a size, as MODULE:FUNCTION.", default=...),
+    "base": Option(str, "The sizes of the model to tune.", read=values.sizes, default=...),
+    "wider": Option(str, "Larger sizes, which show what scales.", read=values.sizes, default=...),
+    "third": Option(str, "A third size; every tensor has to be in proportion there too.", read=values.sizes),
+    "target": Option(str, "The size to train, where tensors are not in proportion to it.", read=values.sizes),
+    "example": Option(str, "What the model is called with, or a function that returns it.", metavar="MODULE:NAME"),
+    "run": Option(str, "A function of the model that makes a pass, instead of --example.", metavar="MODULE:FUNCTION"),
+    "ignore": Option(list[str], "A parameter that the training never uses; repeatable.", metavar="NAME"),
+    "layout": Option(str, "Layout of your own model, by `supar layout`.", "model.layout", read=values.file),
+    "command": Option(str, "Shell command that trains your own model; {plan} is a plan's file.", "run.command"),
+    "timeout": Option(
+        str, "End a run of --command that reports no loss for 90s, 30m or 2h.", "run.timeout_s", read=values.seconds
+    ),
     # the target, and how sparse it is
     "sparsity": Option(
-        str,
-        "Share of hidden weights that are zero; several, as 0.5,0.75, make several plans.",
-        metavar="SHARE[,…]",
-        read=values.shares,
+        str, "Share of hidden weights that are zero; several, as 0.5,0.75, make several plans.", read=values.shares
     ),
     "density": Option(
-        str,
-        "Share of weights that are not zero, instead of --sparsity: 0.008 or 1/4,1/16.",
-        metavar="SHARE[,…]",
-        read=values.shares,
+        str, "Share of weights that are not zero, instead of --sparsity: 0.008 or 1/4,1/16.", read=values.shares
     ),
     "width": Option(int, "Model width.", "target.width"),
     "layers": Option(int, "Number of blocks.", "target.layers"),
@@ -177,9 +197,7 @@ OPTIONS = {
     "resume": _switch("Continue from the last checkpoint; --no-resume refuses a directory with a run.", default=True),
     "checkpoint_every": Option(int, "Steps between checkpoints.", "run.checkpoint_every", minimum=1),
     "keep": Option(int, "Number of newest checkpoints to keep.", "run.keep", minimum=1),
-    "max_time": Option(
-        str, "Write a checkpoint and stop after 90s, 30m, 2h or 1:30:00; exit 75.", metavar="TIME", read=values.seconds
-    ),
+    "max_time": Option(str, "Write a checkpoint and stop after 90s, 30m, 2h or 1:30:00; exit 75.", read=values.seconds),
     "nproc": Option(int, "Processes to train with on this machine, each on its own GPU.", minimum=1),
     "parallel": Option(
         str,
@@ -246,6 +264,7 @@ OPTIONS = {
 }
 
 GROUPS = {  # of a command's help, in their order; an argument is in none
+    "Your own model": "base wider third target example run ignore layout command timeout",
     "Model": "width layers heads kv_heads head_width ffn_width context vocab parameterization role shape",
     "Training": "index batch_size steps tokens tokens_per_parameter seed resume checkpoint_every keep max_time tracker "
     "device precision compile engine",

@@ -54,7 +54,7 @@ def _row(one: dict[str, Any], root: Path) -> list[str]:
     return [str(Path(one["run"]).relative_to(root)), one["state"], steps, *losses, written]
 
 
-@command("run json quiet")
+@command("directory json quiet")
 def show(flags: Flags) -> None:
     """Show a run: state, plan, environment and the curve of its losses.
 
@@ -63,7 +63,7 @@ def show(flags: Flags) -> None:
       supar show runs/NAME
     """
     log = terminal.Log(flags.quiet)
-    folder = _find(flags.run) if flags.run is not None else _newest(log)
+    folder = _find(flags.directory) if flags.directory is not None else _newest(log)
     if not (folder / "plan.yaml").is_file():
         raise InputError(f"{folder}: not a run directory; expected one that `supar runs` lists")
 

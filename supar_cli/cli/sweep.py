@@ -163,6 +163,10 @@ def read_study(source: str | None, defaults: dict[str, Any], full: bool = False,
     kind = one.data.get("kind")
     if kind not in ("supar.spec/v1", "supar.proxy/v1"):
         raise wrong_kind(one, "supar.spec/v1", "supar.proxy/v1", KIND)
+    model = one.data.get("model")
+    if isinstance(model, dict) and model.get("family") == "own":
+        what = "own; supar sweeps only its own families; expected gpt2 or llama"
+        raise InputError(one.problem(("model", "family"), what))
     target = one.data.get("target")
     own = target.get("sparsity") if isinstance(target, dict) else None
     one.data = {key: value for key, value in one.data.items() if key not in NOT_IN_A_SWEEP}

@@ -1,23 +1,27 @@
 """`supar tune-proxy`: a spec becomes a tuned proxy."""
 
+import os
 from math import ceil
 from pathlib import Path
 
 import supar_cli
 from supar_cli.cli import documents, terminal
-from supar_cli.cli.options import Flags, command, require_one, workers_of
+from supar_cli.cli.options import Flags, command, flag_of, require_one, workers_of
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
+from supar_cli.files import template
 from supar_cli.planning import document
+from supar_cli.planning.layout_document import OwnShape
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Model, Proxy, Search, Spec, Target
 from supar_cli.planning.transfer import target_model
 
+OWN_TEMPLATE = "the template of your own models (`supar init own` writes it to supar.yaml)"
 SHAPE = ("width", "layers", "heads", "context")
 
 
 @command(
-    "spec trials seeds sampler search study jobs executor executor_set",
+    "spec layout command timeout trials seeds sampler search study jobs executor executor_set",
     "width layers heads context batch_size steps tokens data tokenizer field format seed device precision",
     "dry_run set out force json quiet verbose",
     seeds={"help": "Number of seeds for each finalist.", "path": "search.seeds", "minimum": None},
@@ -38,6 +42,7 @@ def tune_proxy(flags: Flags) -> None:
     Examples:
       supar tune-proxy --jobs 2
       supar tune-proxy supar.yaml --data corpus.jsonl --trials 64
+      supar tune-proxy --layout layout.yaml --command 'python train.py {plan}'
     """
     log, out = terminal.Log(flags.quiet), None if flags.out == "-" else flags.out
     require_one(flags, "tokens", "steps")
@@ -61,6 +66,7 @@ def tune_proxy(flags: Flags) -> None:
             progress.warn("stopped; the same command continues the study" + (f"; {best}" if best else ""))
             raise
     _summarize(proxy, log)
+    proxy = _beside(proxy, out)
     terminal.emit([proxy.model_dump()], flags, log, "proxy.yaml")
     if not terminal.prints(flags):
         log.next(" ".join(["supar transfer", *([out] if out else []), "--sparsity 0.992"]))
@@ -69,20 +75,54 @@ def tune_proxy(flags: Flags) -> None:
 def _read_spec(flags: Flags, log: terminal.Log) -> Spec:
     """The spec that the command line asks for, its data identified. Raises InputError."""
     path, name = documents.find(flags.spec, "supar.yaml")
+    is_template = flags.layout is not None and flags.spec is None and not _is_of_own(path)
+    if is_template:
+        path, name = str(template("own.yaml")), OWN_TEMPLATE
     read = documents.read_one(path, "expected a spec, which `supar init` writes", name)
     unnamed = "the quickstart template (`supar init` writes it to supar.yaml)"
-    log.log(f"spec: {unnamed if name != path else name}")
+    log.log(f"spec: {unnamed if name not in (path, OWN_TEMPLATE) else name}")
+    if is_template:
+        del read.data["run"]  # its command is an example
     documents.apply(read, flags)
     if flags.seed is not None:
         documents.set_path(read, ("search", "seed"), flags.seed, flags.places["seed"])
-    spec = parse(Spec, read)
+    spec = parse(Spec, read).beside(path)
     with documents.with_locations(read), documents.naming_flags(flags):
-        return corpus.with_hash(_reshaped(spec, flags), log.log)
+        spec = corpus.with_hash(_reshaped(spec, flags), log.log)
+        return _with_usable_ranges(spec, log) if is_template else spec
+
+
+def _is_of_own(path: str) -> bool:
+    """Whether a file is the spec of a user's model."""
+    data = documents.read_one(path, "").data
+    model = data.get("model") if isinstance(data, dict) else None
+    return isinstance(model, dict) and model.get("family") == "own"
+
+
+def _with_usable_ranges(spec: Spec, log: terminal.Log) -> Spec:
+    """The template's spec without the ranges of what the model can't take."""
+    from supar_cli.experiments import search
+
+    refused = search.refused_ranges(spec)
+    for why in refused.values():
+        log.log(f"not searched: {why}")
+    return spec.model_copy(update={"search": spec.search.model_copy(update=dict.fromkeys(refused))})
+
+
+def _beside(proxy: Proxy, out: str | None) -> Proxy:
+    """The proxy with the path of its layout as seen from the folder that it is written to."""
+    if not isinstance(proxy.model, OwnShape):
+        return proxy
+    layout = os.path.relpath(proxy.model.layout, Path(out or "proxy.yaml").parent)
+    return proxy.model_copy(update={"model": proxy.model.model_copy(update={"layout": layout})})
 
 
 def _reshaped(spec: Spec, flags: Flags) -> Spec:
     """The spec with the shape, the number of tokens and the searched names that flags ask for. Raises InputError."""
     shape = {name: getattr(flags, name) for name in SHAPE}
+    if isinstance(spec.model, OwnShape) and (given := [name for name in (*SHAPE, "tokens") if getattr(flags, name)]):
+        what = "a model of your own has the sizes of its layout, and trains for --steps"
+        raise InputError(*(f"{flag_of(name)}: {what}" for name in given))
     model = (
         target_model(spec.decoder, Target(**shape))
         if any(value is not None for value in shape.values())
@@ -126,4 +166,5 @@ def _summarize(proxy: Proxy, log: terminal.Log) -> None:
     if fit and fit["usable"]:
         low, high = fit["lr_ci95"]
         log.log(f"lr fit over {fit['points']} runs: {fit['lr']:.4g}, 95 % interval {low:.4g} to {high:.4g}")
-    log.log(", ".join(f"{name} {values[name]:.4g}" for name in Search.SEARCHED))
+    known = {name: "each tensor's own" if values[name] is None else f"{values[name]:.4g}" for name in Search.SEARCHED}
+    log.log(", ".join(f"{name} {value}" for name, value in known.items()))

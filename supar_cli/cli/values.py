@@ -1,12 +1,13 @@
 """The values of flags, read from their texts with errors that name the flag, and the words that shells complete."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, get_args
 
 from supar_cli.errors import InputError, suggestion
 from supar_cli.planning import document, templates
 from supar_cli.planning.density import Share, share
-from supar_cli.planning.rules import ParameterizationName
+from supar_cli.planning.rules import ParameterizationName, Role
 from supar_cli.planning.schema import Section, section_of
 
 PRESETS = ("fig1", "fig6", "fig7", "fig9", "fig10", "fig11", "fig13", "fig14")
@@ -78,6 +79,34 @@ def one_of(*words: str) -> Callable[[str, str], str]:
 
 
 parameterization = one_of(*get_args(ParameterizationName))
+
+
+def file(_flag: str, text: str) -> str:
+    """The path of a file that a document elsewhere is to name."""
+    return str(Path(text).absolute())
+
+
+def sizes(flag: str, text: str) -> dict[str, int]:
+    """`NAME=N` with commas between them. Raises InputError."""
+    found = {}
+    for part in text.split(","):
+        name, _, value = (word.strip() for word in part.partition("="))
+        if not name.isidentifier() or name in found or not value.isdecimal() or int(value) < 1:
+            raise InputError(f"{flag} {text}: expected NAME=N[,NAME=N…] with whole numbers above 0, such as width=256")
+        found[name] = int(value)
+    return found
+
+
+def roles(flag: str, texts: list[str]) -> dict[str, str]:
+    """`NAME=ROLE` of each text. Raises InputError."""
+    found, known = {}, get_args(Role)
+    for text in texts:
+        name, _, role = text.rpartition("=")
+        if not name or role not in known:
+            expected = suggestion(role, known) if name else "expected NAME=ROLE, such as router.weight=unembedding"
+            raise InputError(f"{flag} {text}: {expected}")
+        found[name] = role
+    return found
 
 
 def executor_settings(flag: str, texts: list[str]) -> dict[str, Any]:

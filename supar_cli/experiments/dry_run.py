@@ -10,9 +10,11 @@ from typing import Any, Unpack
 
 from supar_cli.errors import SuparError
 from supar_cli.jobs.clusters import CPU_JOBS, WorkerOptions, make_workers
+from supar_cli.jobs.command import require_command
 from supar_cli.jobs.workers import Workers
 from supar_cli.planning import estimate
 from supar_cli.planning.plan import Plan
+from supar_cli.planning.plan_sections import OwnModel
 from supar_cli.training.timing import time_run
 
 LONGEST_S = 20.0  # chosen: a model whose timing may take longer is not timed; there the count of FLOPs is right
@@ -31,6 +33,8 @@ def describe(parts: list[Part], here: str) -> list[str]:
     """The runs, size and memory of the largest, and the time of all by device and `here`, in a few lines."""
     plans = [plan for part in parts for plan in part.plans]
     counts = ", ".join(f"{part.bound}{len(part.plans)} {part.what}" for part in parts if part.plans)
+    if isinstance(plans[0].model, OwnModel):
+        return [f"runs: {counts}; {len(plans)} in all, each by: {require_command(plans[0])}", here]
     largest = estimate.lines(max(plans, key=estimate.run_seconds))
     steps = sum(plan.train.steps for plan in plans)
     found = [f"runs: {counts}; {steps:,} steps in all. The largest:", *(f"  {line}" for line in largest)]
@@ -48,6 +52,8 @@ def time_here(
 
     `started_s` is when the command began, on the monotonic clock; `step_of` is that of `time_run`.
     """
+    if isinstance(parts[0].plans[0].model, OwnModel):
+        return "time: that of the script"
     loaded_s = time.monotonic() - started_s
     by_size = {_size(plan): plan for part in parts for plan in part.plans}
     slowest_s = max(map(estimate.timing_seconds, by_size.values()))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import warnings
 from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,21 +12,23 @@ from pathlib import Path
 from statistics import fmean
 from typing import Unpack
 
-import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from supar_cli.data import corpus
-from supar_cli.errors import InputError, SetupError, UnusableResult
+from supar_cli.errors import InputError, RunFailed, SetupError, UnusableResult
+from supar_cli.experiments import script
 from supar_cli.experiments.dry_run import Part
+from supar_cli.experiments.samplers import SeededByTrialNumber, make_pruner
 from supar_cli.experiments.statistics import Fit, fit_quadratic
 from supar_cli.files import Record
 from supar_cli.jobs import runs
 from supar_cli.jobs.clusters import WorkerOptions, check_keywords, make_workers
-from supar_cli.jobs.queue import SharedStudy, Wanted, state_of
-from supar_cli.jobs.storage import RetryPolicy, absolute, redact_url
+from supar_cli.jobs.queue import SharedStudy, Wanted, is_counted, state_of
+from supar_cli.jobs.storage import RetryPolicy, absolute, folder_beside, redact_url
 from supar_cli.jobs.workers import Local, Workers
 from supar_cli.planning.document import content_hash
+from supar_cli.planning.layout_document import OwnShape
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.spec import Proxy, Search, Spec
 from supar_cli.planning.transfer import as_trial
@@ -37,11 +37,17 @@ from supar_cli.training.runtime import versions
 
 Values = dict[str, float]
 RUNS = "-runs"  # suffix of the name of the study that stores a study's extra runs
+FILES = ".trials"  # suffix of the folder with the files of runs by a command
+# failed trials in a row that end a search: of the first ones, for the script is wrong then, and later ones.
+# chosen: where each fourth trial fails by its values, the one ends a search in 60, the other in 50
+FIRST_FAILURES, FAILURES = 3, 5
 
 
 def study_name(spec: Spec) -> str:
     """Name of a spec's study. What changes a trial's loss or the ranges makes another study; the number of trials and the sampler don't."""
     deciding = spec.identity(include={"model", "hyperparameters", "parameterization", "sparsity", "data", "train"})
+    if spec.run.command is not None:  # of a user's model, it computes the loss
+        deciding["command"] = spec.run.command
     return "supar-" + content_hash({**deciding, "ranges": spec.search.ranges()})[7:19]
 
 
@@ -74,6 +80,17 @@ def _plan(spec: Spec, values: Values, seed: int) -> Plan:
     return as_trial(proxy_of(spec, values, seed))
 
 
+def refused_ranges(spec: Spec) -> dict[str, str]:
+    """The searched names that a user's model can't take, and why: nothing in it to fold a multiplier into."""
+    found = {}
+    for name, (_, high) in spec.search.ranges().items():
+        try:
+            _plan(spec, {name: high}, spec.train.seed)
+        except InputError as error:
+            found[name] = str(error)
+    return found
+
+
 def tune(
     spec: Spec,
     study: str | Path = "proxy.journal",
@@ -91,7 +108,7 @@ def tune(
     if spec.data is not None:
         spec = spec.model_copy(update={"data": corpus.identify(spec.data)})
     spec = corpus.with_hash(spec)
-    folder = Path("proxy" if "://" in str(study) else study).with_suffix(".slurm")
+    folder = folder_beside(str(study), ".slurm")
     with make_workers(device=spec.run.device, on_cpu=1, folder=folder, **workers) as ready:
         return search(spec, str(study), workers=ready, reporter=reporter or NullReporter())
 
@@ -109,6 +126,8 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
         raise InputError("search: no range is given; expected one of " + ", ".join(Search.SEARCHED))
     SeededByTrialNumber(spec.search)
     first = _plan(spec, {}, spec.train.seed)
+    if isinstance(spec.model, OwnShape) and (refused := refused_ranges(spec)):
+        raise InputError(*(f"search.{name}: {why}; expected null" for name, why in refused.items()))
     runs.require_runnable(first, device=workers.is_local, warn=reporter.warn)  # before a study is made
     tuning = _Tuning(spec, storage, workers, reporter, parts(spec))
     trials = tuning.run_trials()
@@ -117,7 +136,9 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
         raise UnusableResult(
             f"all {len(trials)} trials diverged or were pruned; expected lower learning rates or init scales in search"
         )
+    script.require_different_losses(complete, spec.run)
     finalists = tuning.run_finalists(complete[: spec.search.finalists])
+    script.warn_of_equal_seeds(finalists, spec.run, reporter)
     winner = min(finalists, key=lambda finalist: (finalist["mean"], finalist["trial"]))
     values, fit = {name: winner[name] for name in ranges}, None
     if "lr" in ranges and spec.search.lr_fit_octaves:
@@ -156,8 +177,13 @@ def run_next(spec: Spec, storage: str, wanted: Wanted) -> FrozenTrial | None:
     None if none is left or another process took it over. Raises the errors of a bad spec.
     """
     study = SharedStudy(storage, study_name(spec) + ("" if isinstance(wanted, int) else RUNS), join=True)
-    study.study.sampler, study.study.pruner = SeededByTrialNumber(spec.search), _make_pruner(spec)
-    trial = study.claim(wanted)
+    steps = spec.train.steps
+    if isinstance(
+        spec.model, OwnShape
+    ):  # the script counts its steps as it likes: a whole run has those of the longest
+        steps = max((trial.last_step or 0 for trial in _rank(study.trials())), default=0)
+    study.study.sampler, study.study.pruner = SeededByTrialNumber(spec.search), make_pruner(spec.search, steps)
+    trial, folder = study.claim(wanted), folder_beside(storage, FILES)
 
     def try_values(trial: optuna.Trial) -> float:
         ranges = spec.search.ranges().items()
@@ -165,15 +191,15 @@ def run_next(spec: Spec, storage: str, wanted: Wanted) -> FrozenTrial | None:
 
         def on_evaluation(step: int, loss: float) -> None:
             trial.report(loss, step)
-            if step < spec.train.steps and trial.should_prune():
+            if step < steps and trial.should_prune():
                 raise optuna.TrialPruned
 
-        history = runs.train_plan(_plan(spec, values, spec.train.seed), on_evaluation)
+        history = runs.train_plan(_plan(spec, values, spec.train.seed), on_evaluation, folder)
         trial.set_user_attr("clipped_share", history.clipped_share)
         return history.evaluations[-1][1]
 
     def run_again(trial: optuna.Trial) -> float:
-        return runs.validation_loss(_plan(spec, *json.loads(trial.user_attrs["run"])))
+        return runs.validation_loss(_plan(spec, *json.loads(trial.user_attrs["run"])), folder)
 
     return None if trial is None else study.run(trial, try_values if isinstance(wanted, int) else run_again)
 
@@ -208,16 +234,24 @@ class _Tuning:
         study = self._open(at_once=True)
         ranges = spec.search.ranges()
         own = {name: getattr(spec.hyperparameters, name) for name in ranges}
-        if all(low <= own[name] <= high for name, (low, high) in ranges.items()):
+        # None is a model's own std, which is not one number
+        if all(own[name] is not None and low <= own[name] <= high for name, (low, high) in ranges.items()):
             study.queue_once(own)  # the spec's own values are run as a trial
         counted = study.counted()
         if counted:
             reporter.log(f"study {study.study.study_name}: {len(counted)} trials done, {total} wanted")
+        script.compare_scripts(study.study, spec.run, folder_beside(self.storage, FILES), reporter)
         self._report(len(counted))
+        failures = 0
         for trial in self._run(study, total):
             state, counted = state_of(trial), study.counted()
             outcome = f"loss {trial.value:.4f}" if state == "complete" else state
             reporter.log(f"trial {trial.number}: {outcome}, {format_values(trial.params)}")
+            failures = failures + 1 if state == "failed" else 0
+            if failures == (FAILURES if counted else FIRST_FAILURES):
+                raise RunFailed(f"the last {failures} trials failed; trial {trial.number}: {trial.user_attrs[state]}")
+            if failures:
+                reporter.warn(f"trial {trial.number}: {trial.user_attrs[state]}")
             best = next((best.value for best in _rank(counted)), float("inf"))
             self._report(len(counted), best)
         return study.counted()
@@ -232,12 +266,19 @@ class _Tuning:
         keys = [[json.dumps([values, seed], sort_keys=True) for seed in seeds] for values in candidates]
         study, wanted = self._open(RUNS), [key for row in keys for key in row]
         before = sum(len(part.plans) for part in self.parts[:index])
-        for count, trial in enumerate(self._run(study, wanted), 1):
-            outcome = "diverged" if trial.value is None else f"loss {trial.value:.4f}"
+        count = failures = 0
+        for trial in self._run(study, wanted):
+            count += is_counted(trial)
+            outcome = state_of(trial) if trial.value is None else f"loss {trial.value:.4f}"
             values, seed = json.loads(trial.user_attrs["run"])
-            self.reporter.log(
-                f"{self.parts[index].what[:-1]} {count}/{len(wanted)}: {outcome}, {format_values(values)}, seed {seed}"
-            )
+            what = f"{self.parts[index].what[:-1]} {count}/{len(wanted)}"
+            self.reporter.log(f"{what}: {outcome}, {format_values(values)}, seed {seed}")
+            if "failed" in trial.user_attrs:
+                then = "counts as diverged" if is_counted(trial) else "is made again"
+                self.reporter.warn(f"this run {then}: {trial.user_attrs['failed']}")
+            failures += not count
+            if failures == FIRST_FAILURES:
+                raise RunFailed(f"the first {failures} runs failed; the last: {trial.user_attrs['failed']}")
             self._report(before + len(wanted) - study.missing(wanted)[0], trial.value or nan)
         self._report(before + len(wanted))
         found = {trial.user_attrs["run"]: trial.value for trial in study.counted()}
@@ -279,6 +320,7 @@ class _Tuning:
         known = {} if clipped is None else {"clipped_share": clipped}  # studies of earlier versions don't have it
         return {
             "study": {"storage": redact_url(self.storage), "name": study_name(self.spec)},
+            **script.evidence(self.spec.run),
             **search.model_dump(include={"sampler", "pruner", "seed"}),
             "ranges": {name: list(bounds) for name, bounds in search.ranges().items()},
             "trials": {state: states.count(state) for state in ("complete", "pruned", "diverged")},
@@ -286,52 +328,3 @@ class _Tuning:
             "lr_fit": fit and fit.evidence(winner["lr"]),
             **known,
         }
-
-
-class SeededByTrialNumber(optuna.samplers.RandomSampler):  # type: ignore[misc]
-    """A search's sampler, made anew for each trial from (search seed, trial number).
-
-    Numbers are given out once by the study's storage, so no two processes draw the same proposal, and a study that is
-    continued draws what it would have drawn. Raises SetupError when the sampler needs a package that is missing.
-    """
-
-    def __init__(self, search: Search) -> None:
-        if search.sampler in ("qmc", "gp") and importlib.util.find_spec("scipy") is None:
-            raise SetupError(f"search.sampler: {search.sampler} needs scipy: pip install scipy")
-        super().__init__()
-        self._search = search
-
-    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampler = _make_sampler(self._search, trial.number)
-        sampler.before_trial(study, trial)
-        for asked in ("infer_relative_search_space", "sample_relative", "sample_independent", "after_trial"):
-            setattr(self, asked, getattr(sampler, asked))
-
-
-def _make_sampler(search: Search, number: int) -> optuna.samplers.BaseSampler:
-    seed = int(np.random.SeedSequence([search.seed, number]).generate_state(1)[0])
-    if search.sampler == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    if search.sampler == "qmc":
-        # one sequence for the study; Optuna's own place in it, an attribute of the study, is not safe from races
-        first = optuna.samplers.RandomSampler(seed=seed)
-        sampler = optuna.samplers.QMCSampler(
-            seed=search.seed, scramble=True, independent_sampler=first, warn_independent_sampling=False
-        )
-        sampler._find_sample_id = lambda study, space: number
-        return sampler
-    if search.sampler == "tpe":
-        return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
-    return optuna.samplers.GPSampler(seed=seed)
-
-
-def _make_pruner(spec: Spec) -> optuna.pruners.BasePruner:
-    """Stops a trial at an evaluation that is worse than the others' were at that step."""
-    if spec.search.pruner == "median":
-        # chosen: five trials to compare with, and a quarter of the run before the learning rates can be told apart
-        return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=spec.train.steps // 4)
-    if spec.search.pruner == "halving":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=max(1, spec.train.steps // 8), reduction_factor=2)
-    return optuna.pruners.NopPruner()

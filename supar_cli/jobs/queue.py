@@ -21,7 +21,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from supar_cli.errors import SetupError, SuparError, UnusableResult
+from supar_cli.errors import RunFailed, SetupError, SuparError, UnusableResult
 from supar_cli.jobs.storage import RetryPolicy, open_study
 from supar_cli.jobs.workers import POLL_S, WorkerFailure, Workers
 from supar_cli.training.reporter import Reporter
@@ -41,7 +41,7 @@ def is_counted(trial: FrozenTrial) -> bool:
 
 
 def state_of(trial: FrozenTrial) -> str:
-    return "diverged" if "diverged" in trial.user_attrs else str(trial.state.name).lower()
+    return next((one for one in ("diverged", "failed") if one in trial.user_attrs), str(trial.state.name).lower())
 
 
 def run_of(trial: FrozenTrial) -> Any:
@@ -176,6 +176,11 @@ class SharedStudy:
                 except UnusableResult as error:
                     trial.set_user_attr("diverged", str(error))
                     state = TrialState.FAIL
+                except RunFailed as error:
+                    if self._has_failed_before(trial):
+                        trial.set_user_attr("diverged", "it failed twice")  # as its values make it, it seems: it counts
+                    trial.set_user_attr("failed", str(error))
+                    state = TrialState.FAIL
             ended: FrozenTrial = self.study.tell(trial, value, state, skip_if_finished=True)
         except optuna.exceptions.UpdateFinishedTrialError:
             return None
@@ -185,6 +190,11 @@ class SharedStudy:
                 self._requeue(self.trials()[trial.number], died=False)
             raise
         return ended if ended.state == state else None
+
+    def _has_failed_before(self, trial: optuna.Trial) -> bool:
+        """Whether a run of a name failed in an earlier trial too. A trial that a sampler proposes is made once."""
+        run = trial.user_attrs.get("run")
+        return run is not None and any(run_of(one) == run for one in self.trials() if "failed" in one.user_attrs)
 
     def requeue_abandoned(self) -> list[FrozenTrial]:
         """Fail the trials whose processes are gone, and queue them again: those requeued by this very call."""

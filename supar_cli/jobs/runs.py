@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from supar_cli.errors import InputError, SetupError, UnusableResult
+from supar_cli.errors import InputError, RunFailed, SetupError, UnusableResult
 from supar_cli.files import Record, append_lines, naming_write_errors, read_jsonl, write_file
+from supar_cli.jobs.command import require_command, run_command
 from supar_cli.jobs.workers import Call, Function, WorkerFailure, Workers
 from supar_cli.planning.plan import Plan
+from supar_cli.planning.plan_sections import OwnModel
 from supar_cli.training.run_directory import RunHistory
 from supar_cli.training.runtime import Runtime, versions
 from supar_cli.training.tasks import load_task
@@ -26,28 +28,36 @@ from supar_cli.training.trainer import Trainer
 def require_runnable(plan: Plan, device: bool = True, warn: Callable[[str], None] = lambda _: None) -> None:
     """Raise errors of a plan's data, and of its device if it is on this machine, before any work is done.
 
-    `warn` is told what is wrong with the data.
+    `warn` is told what is wrong with the data. Of a user's model only the command is known.
     """
+    if isinstance(plan.model, OwnModel):
+        require_command(plan)
+        return
     if device:
         Runtime.of(plan)
     for message in getattr(load_task(plan), "warnings", ()):
         warn(message)
 
 
-def train_plan(plan: Plan, on_evaluation: Callable[[int, float], None] | None = None) -> RunHistory:
+def train_plan(
+    plan: Plan, on_evaluation: Callable[[int, float], None] | None = None, folder: Path = Path("trials")
+) -> RunHistory:
     """Train a plan without a directory. Raises UnusableResult when it diverges.
 
     Trials, finalists, fit runs and the runs of sweeps are all made here. With `compile: auto` a plan is
-    not compiled: compiling takes longer than a proxy's trial.
+    not compiled: compiling takes longer than a proxy's trial. A plan of a user's model is trained by its command, whose
+    files are kept in `folder`.
     """
+    if isinstance(plan.model, OwnModel):
+        return run_command(plan, folder, on_evaluation)
     if plan.run.compile == "auto":
         plan = plan.model_copy(update={"run": plan.run.model_copy(update={"compile": "off"})})
     return Trainer(plan, load_task(plan)).run(on_evaluation=on_evaluation)
 
 
-def validation_loss(plan: Plan) -> float:
-    """The last validation loss of a plan. Raises UnusableResult when it diverges."""
-    return train_plan(plan).evaluations[-1][1]
+def validation_loss(plan: Plan, folder: Path = Path("trials")) -> float:
+    """The last validation loss of a plan, trained as by `train_plan`. Raises UnusableResult when it diverges."""
+    return train_plan(plan, folder=folder).evaluations[-1][1]
 
 
 def measure_loss(plan: Plan, about: Record) -> Record:
@@ -57,6 +67,8 @@ def measure_loss(plan: Plan, about: Record) -> Record:
         outcome: Record = {"state": "done", "loss": validation_loss(plan)}
     except UnusableResult as error:
         outcome = {"state": "diverged", "loss": None, "why": str(error)}
+    except RunFailed as error:
+        outcome = {"state": "failed", "loss": None, "why": str(error)}
     except (RuntimeError, MemoryError) as error:  # torch's own errors, out of memory among them
         text = f"{error}".partition("\n")[0]
         outcome = {"state": "failed", "loss": None, "why": f"{type(error).__name__}: {text}"}

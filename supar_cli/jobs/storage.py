@@ -202,6 +202,11 @@ def absolute(storage: str) -> str:
     return storage if "://" in storage else str(Path(storage).absolute())
 
 
+def folder_beside(storage: str, suffix: str) -> Path:
+    """The folder of a study's further files: beside its journal, for a database in the working directory."""
+    return Path("proxy" if "://" in storage else storage).with_suffix(suffix)
+
+
 def redact_url(storage: str) -> str:
     """The storage's address for documents and messages: without user and password."""
     if "://" not in storage:

@@ -168,7 +168,7 @@ class Local(Workers):
         except (EOFError, OSError):
             handle.process.join()
             self.cancel([handle])
-            raise WorkerDied(_describe_end(handle.process.exitcode)) from None
+            raise WorkerDied(describe_end(handle.process.exitcode)) from None
         handle.is_idle = True
         return found
 
@@ -200,7 +200,8 @@ class _Worker:
         self.is_idle = True
 
 
-def _describe_end(status: int | None) -> str:
+def describe_end(status: int | None) -> str:
+    """How a process ended, in words."""
     if status is not None and status < 0:
         name = signal.Signals(-status).name
         return f"its process was killed by {name}" + (", as when memory runs out" if name == "SIGKILL" else "")

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal
 from supar_cli.errors import InputError
 from supar_cli.planning import layout, plan_sections
 from supar_cli.planning.document import content_hash, read_file
-from supar_cli.planning.plan_sections import DecoderBase, OwnModel, Parameterization, PlanSparsity, PlanTask, Values
+from supar_cli.planning.plan_sections import DecoderBase, Parameterization, PlanSparsity, PlanTask, Values
+from supar_cli.planning.plan_sections import OwnModel as OwnModel
 from supar_cli.planning.plan_sections import PlanModel as PlanModel
 from supar_cli.planning.plan_sections import PlanTensor as PlanTensor
 from supar_cli.planning.plan_sections import PlanTrain as PlanTrain
@@ -98,7 +99,9 @@ class Plan(Section):
     def text(self) -> Data:
         """The data section of a plan of supar's own families. Raises InputError for a user's model, which has none."""
         if self.data is None:
-            raise InputError("data: null; the training script of an own model reads its own data")
+            command = (self.run.command or "python train.py {plan}").replace("{plan}", "plan.yaml")
+            what = "supar trains only its own families, gpt2 and llama"
+            raise InputError(f"model.family: own; {what}; expected your script, with supar_cli.prepare: {command}")
         return self.data
 
     @property

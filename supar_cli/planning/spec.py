@@ -100,6 +100,14 @@ class Run(Section):
     checkpoint_every: int = Field(default=1000, gt=0)
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list)
     keep: int = Field(default=2, gt=0)  # chosen: the newest checkpoint, and the one before in case it is damaged
+    # what trains a plan of a user's model, and how long it may report nothing; None: there is none, and no limit
+    command: str | None = Field(default=None, neutral=True, omit=True)
+    timeout_s: float | None = Field(default=None, neutral=True, omit=True, gt=0)
+
+    def check(self) -> None:
+        if self.command is not None and "{plan}" not in self.command:
+            expected = "expected {plan} where the file of each trial's plan goes"
+            raise ValueError(f"command: {self.command!r}; {expected}, such as python train.py {{plan}}")
 
 
 class Sparsity(PatternKeys):
@@ -222,6 +230,7 @@ class _Shaped:
     model: Model | OwnShape
     hyperparameters: Hyperparameters
     data: Data | None
+    run: Run
 
     @classmethod
     def fill_defaults(cls, data: Any) -> Any:
@@ -234,6 +243,8 @@ class _Shaped:
             raise ValueError("data: null; expected the data to train on")
         if not own and self.hyperparameters.init_std is None:
             raise ValueError("hyperparameters.init_std: null; expected a number; null is for a model of your own")
+        if not own and (self.run.command, self.run.timeout_s) != (None, None):
+            raise ValueError("run.command: is for a model of your own; expected none, as supar trains this one itself")
 
     @property
     def decoder(self) -> Model:

@@ -18,7 +18,7 @@ def names() -> list[str]:
     return [*sorted(found - {FIGURES}, key=_rank), *sorted(figures, key=lambda name: (len(name), name))]
 
 
-ORDER = ("quickstart", "gpt2-124m", "interpretability", "paper", "paper-proxy")
+ORDER = ("quickstart", "own", "gpt2-124m", "interpretability", "paper", "paper-proxy")
 
 
 def _rank(name: str) -> tuple[int, str]:

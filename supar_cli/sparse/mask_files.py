@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def read_masks(path: Path, wanted_hash: str | None, wanted: Mapping[str, WantedM
             for name, shape in shapes.items():
                 try:
                     mask = Mask(shape, file.get_tensor(name)) if is_packed else _read_plain(file.get_slice(name))
-                    _require(mask, wanted.get(name))
+                    require_mask(mask, wanted.get(name))
                     masks[name] = mask
                 except ValueError as error:
                     problems.append(f"{path}: {name}: {error}")
@@ -91,7 +92,7 @@ def _read_plain(stored: Any) -> Mask:
     return Mask.of_parts(shape, map(alive, row_parts(shape)))
 
 
-def _require(mask: Mask, wanted: WantedMask | None) -> None:
+def require_mask(mask: Mask, wanted: WantedMask | None) -> None:
     """Raise ValueError if a mask is not the one wanted; a mask that is not wanted must be dense."""
     if wanted is None:
         if mask.count < mask.size:
@@ -99,7 +100,8 @@ def _require(mask: Mask, wanted: WantedMask | None) -> None:
         return
     if mask.shape != wanted.shape:
         raise ValueError(f"has the shape {list(mask.shape)}; the plan's is {list(wanted.shape)}")
-    if mask.count != wanted.kept:
+    spread = sqrt(wanted.kept * (1 - wanted.kept / mask.size)) if wanted.pattern == "bernoulli" else 0
+    if abs(mask.count - wanted.kept) > 6 * spread:  # six standard deviations, as where masks are drawn
         raise ValueError(f"{mask.count} weights live; the plan keeps {wanted.kept}")
     if wanted.pattern in ("exact", "bernoulli"):
         return

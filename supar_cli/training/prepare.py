@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ def prepare(
     with torch.no_grad():
         for row in plan.tensors:
             mask = masks.get(row.name)
-            value = values[row.name] if values is not None else _initial_values(row, plan.train.seed, mask)
+            value = values[row.name] if values is not None else initial_values(row, plan.train.seed, mask)
             if mask is None:
                 made.tensors[row.name].copy_(value)
             else:
@@ -113,20 +114,21 @@ def make_masks(plan: Plan) -> dict[str, Mask]:
     source = plan.sparsity.source
     if source.path is None:
         return draw_masks(plan)
-    wanted = {row.name: _wanted_mask(plan, row) for row in plan.tensors if row.kept < row.size}
+    wanted = {row.name: wanted_mask(plan, row) for row in plan.tensors if row.kept < row.size}
     return read_masks(Path(source.path), source.hash, wanted)
 
 
 def draw_masks(plan: Plan) -> dict[str, Mask]:
     """The random masks of all sparse tensors by name. Another layer in the plan changes no mask of the others."""
     return {
-        row.name: masks.draw(row.name, _wanted_mask(plan, row), row.density, plan.train.seed)
+        row.name: masks.draw(stream_name(row), wanted_mask(plan, row), row.density, plan.train.seed)
         for row in plan.tensors
         if row.kept < row.size
     }
 
 
-def _wanted_mask(plan: Plan, row: PlanTensor) -> WantedMask:
+def wanted_mask(plan: Plan, row: PlanTensor) -> WantedMask:
+    """What the plan says of a tensor's mask."""
     sparsity = plan.sparsity
     return WantedMask(tuple(row.shape), row.kept, tuple(row.fan_in_axes), sparsity.pattern, sparsity.block)
 
@@ -146,12 +148,20 @@ def require_same_tensors(plan: Plan, build_model: Callable[[Plan], nn.Module] = 
         raise InputError("\n".join([f"tensors: {what}:", *different]))
 
 
-def _initial_values(row: PlanTensor, seed: int, mask: Mask | None) -> Tensor:
+def stream_name(row: PlanTensor) -> str:
+    """The name that a tensor's mask and values are drawn under: a module's weight under its module's, as in supar's families.
+
+    No two tensors of a model share one, as a module has no parameter and submodule of one name.
+    """
+    return row.name.removesuffix(".weight")
+
+
+def initial_values(row: PlanTensor, seed: int, mask: Mask | None, dtype: type[np.floating[Any]] = np.float32) -> Tensor:
     """A tensor's initial values, constant or normal as the plan says; only those of live weights if there is a mask."""
     shape = row.shape if mask is None else [mask.count]
     if not row.init_std:
-        return torch.full(shape, row.init_constant or 0.0, dtype=torch.float32)
-    generator = np.random.Generator(stream(seed, f"init:{row.name}"))
+        return torch.from_numpy(np.full(shape, row.init_constant or 0.0, dtype))
+    generator = np.random.Generator(stream(seed, f"init:{stream_name(row)}"))
     if mask is None:
         values = generator.standard_normal(row.size, np.float32).reshape(shape)
     else:  # draw for every position, a few at a time: then a live weight's value does not depend on the mask
@@ -159,8 +169,9 @@ def _initial_values(row: PlanTensor, seed: int, mask: Mask | None) -> Tensor:
         parts = (mask.alive(slice(first, first + step)) for first in range(0, mask.shape[0], step))
         drawn = [generator.standard_normal(alive.shape, np.float32)[alive] for alive in parts]
         values = np.concatenate(drawn)
-    values *= np.float32(row.init_std)
-    return torch.from_numpy(values)
+    scaled = values.astype(dtype, copy=False)
+    scaled *= dtype(row.init_std)
+    return torch.from_numpy(scaled)
 
 
 def check_init(row: PlanTensor, tensor: Tensor, pattern: str, mask: Mask | None) -> None:

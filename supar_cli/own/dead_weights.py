@@ -1,0 +1,99 @@
+"""Dead weights of a user's parameters: set to 0 in values, gradients and moments, in whole tensors and in shards.
+
+They are set by clearing their bits, never multiplied: 0 · inf is nan, and 0 · (−1) is −0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from supar_cli.own.parameters import local_shard, shard_like
+from supar_cli.sparse.masks import Mask
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a value
+
+
+class DeadWeights:
+    """The positions that are dead in one parameter, as this process holds it: whole or a shard."""
+
+    def __init__(self, mask: Mask, parameter: Tensor) -> None:
+        self.mask = mask
+        alive = torch.from_numpy(mask.alive()).view(torch.int8)
+        self._bits = shard_like(-alive, parameter)  # all bits set where the weight lives; 1 byte a weight
+
+    @property
+    def live_here(self) -> int:
+        """The number of live weights that this process holds."""
+        return int(torch.count_nonzero(self._bits))
+
+    def zero_(self, tensor: Tensor) -> None:
+        """Set the dead entries of a tensor to 0: the parameter, its gradient or a moment."""
+        values = local_shard(tensor)
+        values.view(_INTEGERS[values.element_size()]).bitwise_and_(self._on(values))
+
+    def count_live(self, tensor: Tensor) -> Tensor:
+        """How many dead entries are not 0, () on the tensor's device. −0 is 0."""
+        values = local_shard(tensor)
+        integers = values.view(_INTEGERS[values.element_size()])
+        return torch.count_nonzero(integers.bitwise_and(~self._on(values)).view(values.dtype))
+
+    def zero_moments_(self, state: Mapping[str, Any], shape: torch.Size) -> None:
+        """Set the dead entries of everything that an optimizer keeps of the parameter's shape to 0."""
+        for moment in state.values():
+            if isinstance(moment, Tensor) and moment.shape == shape and moment.is_floating_point():
+                self.zero_(moment)
+
+    def _on(self, values: Tensor) -> Tensor:
+        if self._bits.device != values.device:  # the model was moved
+            self._bits = self._bits.to(values.device)
+        return self._bits
+
+
+class _ZeroGradient:
+    """Sets dead gradients to 0 as they are accumulated, so that moments and norms never see them."""
+
+    def __init__(self, dead: DeadWeights) -> None:
+        self.dead = dead
+
+    @torch.no_grad()
+    def __call__(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self.dead.zero_(parameter.grad)
+
+
+# what each prepared parameter has, so that preparing twice replaces a hook: (dead weights, handle)
+_hooked: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def hook(parameter: nn.Parameter, mask: Mask | None) -> DeadWeights | None:
+    """Keep the dead gradients of a parameter at 0 under this mask from now on, in place of any earlier one."""
+    dead, handle = _hooked.pop(parameter, (None, None))  # type: ignore[no-untyped-call]
+    if handle is not None:
+        handle.remove()
+    if mask is None:
+        _hooked[parameter] = (None, None)
+        return None
+    if dead is None or dead.mask != mask:
+        dead = DeadWeights(mask, parameter)
+    handle = None
+    if parameter.requires_grad:
+        zero = _ZeroGradient(dead)
+        handle = parameter.register_post_accumulate_grad_hook(zero)  # type: ignore[no-untyped-call]
+    _hooked[parameter] = (dead, handle)
+    return dead  # type: ignore[no-any-return]
+
+
+def of(parameter: Tensor) -> DeadWeights | None:
+    """The dead weights that a parameter has now."""
+    found: tuple[DeadWeights | None, Any] = _hooked.get(parameter, (None, None))  # type: ignore[no-untyped-call]
+    return found[0]
+
+
+def is_prepared(parameters: Iterable[Tensor]) -> bool:
+    """Whether any of the parameters is a prepared model's."""
+    return any(parameter in _hooked for parameter in parameters)

@@ -1,0 +1,226 @@
+"""The guard of an optimizer: at every step its groups have the plan's numbers, all rates times one common factor."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from supar_cli.errors import InputError
+from supar_cli.own.masked_model import MaskedModel
+from supar_cli.own.parameters import match, shown
+from supar_cli.planning.plan import PlanTensor
+
+# chosen: schedulers in double precision keep proportions to 1e-13, rates in float32 tensors to 1e-7
+RATE_TOLERANCE, TENSOR_RATE_TOLERANCE = 1e-9, 1e-6
+CHECK_EVERY = 100  # chosen: steps between checks of all dead weights; what torch sees being written is checked at once
+
+_LABELS = ("names", "ratio")  # what groups have beside torch's own settings
+
+_LINE = "for g in optimizer.param_groups: g['lr'] = lr * g['ratio']"
+_ONE_NUMBER = (
+    f"all groups have one rate; write prepared.set_rate(lr) or `{_LINE}`, or give the scheduler a list, such as "
+    "OneCycleLR(optimizer, max_lr=[g['lr'] for g in optimizer.param_groups], …)"
+)
+_FIRST_ONLY = f"only the first group was changed; write prepared.set_rate(lr) or `{_LINE}`"
+_FLOOR = (
+    f"a floor or an increment of one number breaks the plan's proportions (eta_min, min_lr); use a factor for all groups: "
+    f"LambdaLR(optimizer, factor), or prepared.set_rate(lr), or `{_LINE}`; after load_state_dict: a state of this plan"
+)
+
+
+@dataclass
+class _Group:
+    """A group of an optimizer that has planned tensors: its `place` in words, its settings and its first row."""
+
+    place: str
+    settings: dict[str, Any]
+    row: PlanTensor
+
+    @property
+    def factor(self) -> float:
+        """Its rate divided by the plan's."""
+        return float(self.settings["lr"]) / self.row.lr
+
+
+class Numbers:
+    """The plan's numbers of the groups of one optimizer."""
+
+    def __init__(self, masked: MaskedModel, optimizer: torch.optim.Optimizer) -> None:
+        self._masked, self._has_warned = masked, False
+        groups: list[dict[str, Any]] = optimizer.param_groups
+        self.labels = [{key: one[key] for key in _LABELS if key in one} for one in groups]
+
+    def require_same_names(self, state: Mapping[str, Any]) -> None:
+        """Raise InputError for an optimizer's state whose groups are those of another plan."""
+        for at, (label, group) in enumerate(zip(self.labels, state["param_groups"], strict=False)):
+            if "names" in group and group["names"] != label.get("names"):
+                what = f"load_state_dict: group {at} of the state holds {shown(group['names'])}"
+                raise InputError(f"{what}; expected a state of this plan, with {shown(label.get('names', ()))} there")
+
+    def restore_labels(self, optimizer: torch.optim.Optimizer) -> None:
+        """Write names and ratios into the groups again, after a state was loaded over them."""
+        for group, label in zip(optimizer.param_groups, self.labels, strict=False):
+            group.update(label)
+
+    def require(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise InputError, naming the group and the line to write, unless the groups have the plan's numbers."""
+        planned, groups, problems = self._masked.by_id, list[_Group](), list[str]()
+        for at, settings in enumerate(optimizer.param_groups):
+            rows = [planned[id(tensor)] for tensor in settings["params"] if id(tensor) in planned]
+            if rows:
+                groups.append(_Group(f"param_groups[{at}] ({shown(row.name for row in rows)})", settings, rows[0]))
+            if len({(row.lr, row.weight_decay, row.eps) for row in rows}) > 1:
+                problems.append(f"{groups[-1].place}: its tensors have several rates or decays in the plan")
+        if not groups or problems:
+            raise InputError(*problems or ["param_groups: none has a tensor of the plan"])
+        is_undecayed = not any(group.settings["weight_decay"] for group in groups)
+        if is_undecayed and not self._has_warned and any(group.row.weight_decay for group in groups):
+            self._has_warned = True
+            warnings.warn("weight_decay: is 0 in all groups; the plan has others, which are not used", stacklevel=4)
+        for group in groups:
+            for key in ("weight_decay", "eps"):
+                found, wanted = group.settings.get(key), getattr(group.row, key)
+                if found not in (wanted, None) and not (is_undecayed and key == "weight_decay"):
+                    problems.append(f"{group.place}: {key}: {found:g}; the plan says {wanted:g}, as groups() has it")
+        problems += _rate_problems(groups)
+        if problems:
+            raise InputError(*problems)
+
+
+def _rate_problems(groups: list[_Group]) -> list[str]:
+    """What is wrong with the rates: empty where they are the plan's times one common factor, which may be 0."""
+    in_tensors = any(isinstance(group.settings["lr"], torch.Tensor) for group in groups)
+    tolerance = TENSOR_RATE_TOLERANCE if in_tensors else RATE_TOLERANCE
+    common = sorted(group.factor for group in groups)[(len(groups) - 1) // 2]
+    off = [group for group in groups if not math.isclose(group.factor, common, rel_tol=tolerance)]
+    if not off:
+        return [] if common >= 0 else [f"param_groups: the rates are {common:g} times the plan's; expected 0 or more"]
+    is_one = len({float(group.settings["lr"]) for group in groups}) == 1
+    remedy = _ONE_NUMBER if is_one else _FIRST_ONLY if off == groups[:1] else _FLOOR
+    found = f"its rate is {float(off[0].settings['lr']):g}, {off[0].factor:g} times the plan's"
+    return [f"{off[0].place}: {found}, where others have {common:g} times the plan's; {remedy}"]
+
+
+def _with_closure(args: tuple[Any, ...], kwargs: dict[str, Any], after: Callable[[], object]) -> Any:
+    """The arguments of `step` (optimizer first) with `after` called at the end of its closure; None without a closure."""
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is None:
+        return None
+
+    def wrapped() -> Any:
+        loss = closure()
+        after()
+        return loss
+
+    if len(args) > 1:
+        return (args[0], wrapped, *args[2:]), kwargs
+    return args, {**kwargs, "closure": wrapped}
+
+
+class Kept:
+    """The hooks of one optimizer: checks and clipping before each step, dead weights set to 0 after it."""
+
+    def __init__(
+        self, masked: MaskedModel, optimizer: torch.optim.Optimizer, clip: float | None, is_whole: bool, numbers: bool
+    ) -> None:
+        self.masked, self.clip, self.is_whole = masked, clip, is_whole
+        self.numbers = Numbers(masked, optimizer) if numbers else None
+        self.steps = 0
+        self._present = _parameters(optimizer)
+        self._names = {key: row.name for key, row in masked.by_id.items() if key in self._present}
+        handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
+        ]
+        for handle in kept.pop(optimizer, (None, []))[1]:
+            handle.remove()
+        kept[optimizer] = (self, handles)
+        self._zero(optimizer, with_moments=True)
+
+    def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        masked = self.masked
+        if not _is_capturing():
+            masked.require_current()
+            self._require_parameters(optimizer)
+            if self.numbers is not None:
+                self.numbers.require(optimizer)
+            is_full = self.steps % CHECK_EVERY == 0
+            if is_full:
+                match(masked.model, masked.plan)
+            masked.require_dead(masked.dead if is_full else masked.changed())
+        self.steps += 1
+        if self.clip is None:
+            return None
+        if (changed := _with_closure(args, kwargs, lambda: self._clip(optimizer))) is not None:
+            return changed
+        self._clip(optimizer)
+        return None
+
+    def _clip(self, optimizer: torch.optim.Optimizer) -> None:
+        assert self.clip is not None
+        scale = getattr(optimizer, "grad_scale", None)  # a GradScaler leaves it to fused optimizers
+        self.masked.clip_grad_norm_(self.clip, scale=scale)
+
+    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._zero(optimizer)
+
+    def _before_load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        if self.numbers is not None:
+            self.numbers.require_same_names(state)
+
+    def _after_load(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.numbers is not None:
+            self.numbers.restore_labels(optimizer)
+        self._zero(optimizer, with_moments=True)
+
+    @torch.no_grad()
+    def _zero(self, optimizer: torch.optim.Optimizer, with_moments: bool = False) -> None:
+        """Set dead weights, and the moments of an optimizer that had others, to 0."""
+        zeroed: list[str] = []
+        for name, dead in self.masked.dead.items():
+            tensor = self.masked.tensors[name]
+            if id(tensor) not in self._present:
+                continue
+            if with_moments:
+                dead.zero_moments_(optimizer.state.get(tensor, {}), tensor.shape)
+            else:
+                dead.zero_(tensor)
+                zeroed.append(name)
+        self.masked.mark(zeroed)
+
+    def _require_parameters(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise InputError unless the optimizer's parameters are the masked ones and, where it has to, it has all of them."""
+        masked, self._present = self.masked, _parameters(optimizer)
+        unknown = self._present - masked.by_id.keys()
+        if stale := [name for key, name in self._names.items() if key in unknown]:
+            what = "the optimizer's parameter is not the prepared model's"
+            raise InputError(f"{shown(stale)}: {what}; make the optimizer after attach, by prepared.optimizer(model)")
+        missing = {id(tensor) for tensor in masked.tensors.values() if tensor.requires_grad} - self._present
+        if missing and self.is_whole:
+            missing -= set().union(*(_parameters(other) for other, (one, _) in kept.items() if one.masked is masked))
+        if missing and self.is_whole:
+            what = "requires_grad and is in no group of the optimizer, so it would not be trained"
+            names = shown(masked.by_id[key].name for key in masked.by_id if key in missing)
+            raise InputError(f"{names}: {what}; make the optimizer again, by prepared.optimizer()")
+
+
+# the kept optimizers, so that keeping one twice replaces its hooks
+kept: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[Kept, list[Any]]] = weakref.WeakKeyDictionary()
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+
+
+def _is_capturing() -> bool:
+    """Whether a CUDA graph is being recorded, when nothing can be read from the device."""
+    is_used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return is_used and torch.cuda.is_current_stream_capturing()
