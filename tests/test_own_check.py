@@ -104,9 +104,7 @@ def read_proxy(path: Path) -> Proxy:
 FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "linear": F.linear,
     "matmul": lambda x, w: x @ w.T,
-    "conv1d of transformers": lambda x, w: torch.addmm(torch.zeros(len(w)), x.flatten(0, 1), w.T).view(
-        *x.shape[:2], -1
-    ),
+    "conv1d of transformers": lambda x, w: torch.addmm(torch.zeros(6), x.flatten(0, 1), w.T).view(4, 5, 6),
     "einsum": lambda x, w: torch.einsum("btd,ed->bte", x, w),
     "einsum in heads": lambda x, w: torch.einsum("btd,hed->bthe", x, w.view(2, -1, w.shape[1])).flatten(2),
     "a part at a time": lambda x, w: torch.cat([F.linear(x, part) for part in w.chunk(3)], dim=-1),
@@ -212,9 +210,6 @@ class TestVerdicts:
             _judged[make, role, key] = judge(sweep, by_run)
         return _judged[make, role, key]
 
-    def slope(self, result: CheckResult, quantity: str, tensor: str) -> float:
-        return next(one.value for one in result.findings if (one.quantity, one.tensor) == (quantity, tensor))
-
     @pytest.mark.parametrize("make", [Gpt, tied])
     def test_a_right_plan_passes(self, make: Callable[..., nn.Module], tmp_path: Path) -> None:
         found = self.judge(tmp_path, make)
@@ -235,7 +230,7 @@ class TestVerdicts:
         self, make: Callable[..., nn.Module], role: str, key: str, quantity: str, tensor: str, tmp_path: Path
     ) -> None:
         right, faulty = self.judge(tmp_path, make), self.judge(tmp_path, make, role, key)
-        assert self.slope(faulty, quantity, tensor) - self.slope(right, quantity, tensor) > 0.35
+        assert slope(faulty, quantity, tensor) - slope(right, quantity, tensor) > 0.35
         if tensor != "norm.weight":  # at widths so narrow its share starts at -.19
             assert not (faulty.passed or faulty.inconclusive)
             assert (faulty.violations[0].quantity, faulty.violations[0].tensor) == (quantity, tensor)
@@ -243,8 +238,12 @@ class TestVerdicts:
     def test_a_head_width_that_moves_is_seen_by_the_change_of_q_k(self, tmp_path: Path) -> None:
         right, moving = self.judge(tmp_path, Gpt), self.judge(tmp_path, moving_heads)
         assert (moving.violations[0].quantity, moving.violations[0].tensor) == ("Δattention", "block")
-        assert self.slope(moving, "Δattention", "block") - self.slope(right, "Δattention", "block") > 0.25
-        assert abs(self.slope(moving, "attention", "block")) < 0.15, "q·k of random weights does not show it"
+        assert slope(moving, "Δattention", "block") - slope(right, "Δattention", "block") > 0.25
+        assert abs(slope(moving, "attention", "block")) < 0.15, "q·k of random weights does not show it"
+
+
+def slope(result: CheckResult, quantity: str, tensor: str) -> float:
+    return next(one.value for one in result.findings if (one.quantity, one.tensor) == (quantity, tensor))
 
 
 def with_fault(plan: Plan, role: str, key: str) -> Plan:
@@ -346,6 +345,8 @@ class TestCommand:
         assert ended.status == 2 and message in ended.err
 
     def test_functions_are_for_own_models_only(self, supar_here: Supar, folder: Path, proxy_file: Path) -> None:
+        plan = supar_here("transfer", str(proxy_file), "--width", "64", "--density", "1", "-o", "decoder.yaml")
+        assert plan.status == 0 and supar_here("check", "decoder.yaml", "--dry-run", "--jobs", "1").status == 0
         ended = supar_here("check", str(proxy_file), *NAMED, *SMALL)
         assert ended.status == 2 and "factory: is for a model of your own" in ended.err.replace(
             "--factory mymodel:make", "factory"

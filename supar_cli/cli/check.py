@@ -11,6 +11,7 @@ from supar_cli.cli.values import counts, parameterization
 from supar_cli.errors import UnusableResult
 from supar_cli.planning.kinds import parse_any
 from supar_cli.planning.plan import Plan
+from supar_cli.planning.plan_sections import OwnModel
 from supar_cli.planning.spec import Proxy, Spec
 
 
@@ -57,7 +58,7 @@ def check(flags: Flags) -> None:
     found: Any = parse_any(read, Spec, Proxy, Plan)
     subject = found.beside(path)
     layout = flags.layout
-    if isinstance(subject, Plan) and layout is None and path != "-":
+    if isinstance(subject.model, OwnModel) and layout is None and path != "-":
         layout = str(Path(path).parent / "layout.yaml")
     code = {name: getattr(flags, name) for name in ("factory", "batches", "loss")}
     asked = ("parameterization", "seeds", "max_seeds", "steps", "batch_size", "force")
