@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,7 @@ class Gpt(nn.Module):
         return logits, loss
 
 
-def tied(width: int) -> nn.Module:
-    return Gpt(width, tied=True)
-
-
-def moving_heads(width: int) -> nn.Module:
-    return Gpt(width, heads=2)
+tied, moving_heads = partial(Gpt, tied=True), partial(Gpt, heads=2)
 
 
 def batches(seed: int, step: int) -> tuple[Tensor, Tensor]:

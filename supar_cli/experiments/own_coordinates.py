@@ -57,7 +57,7 @@ class OwnCode:
         """The names of the functions and the hashes of the files that they are in: with others it is another check."""
         named = {"factory": self.factory, "batches": self.batches, "loss": self.loss}
         found = {key: _load(f"--{key}", one) for key, one in named.items() if one is not None}
-        return {key: f"{one.__module__}:{one.__qualname__} {_hash_of_file(one)}" for key, one in found.items()}
+        return {key: f"{_name_of(named[key])} {_hash_of_file(one)}" for key, one in found.items()}
 
 
 def own_code(
@@ -251,7 +251,15 @@ def _to(device: torch.device, batch: Any) -> Any:
     return type(batch)(_to(device, part) for part in batch) if isinstance(batch, list | tuple) else batch
 
 
+def _name_of(function: Function | None) -> str:
+    return function if isinstance(function, str) else getattr(function, "__qualname__", type(function).__name__)
+
+
 def _hash_of_file(function: Callable[..., Any]) -> str:
-    """The hash of the file that a function is in; empty where there is none."""
-    path = inspect.getsourcefile(inspect.unwrap(function))
+    """The hash of the file that a function, a partial one or a callable object's class is in; empty where there is none."""
+    inner = inspect.unwrap(function.func if isinstance(function, partial) else function)
+    try:
+        path = inspect.getsourcefile(inner if hasattr(inner, "__qualname__") else type(inner))
+    except TypeError:  # built in
+        path = None
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if path and Path(path).is_file() else ""
