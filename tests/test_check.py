@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from supar_cli.experiments import check_plans, coordinates
-from supar_cli.experiments import coordinate_check as check
+from supar_cli.experiments import coordinate_bounds as check
 from supar_cli.experiments.statistics import half_widths
 from supar_cli.files import Record
 from supar_cli.planning.plan import Plan
@@ -176,7 +176,8 @@ class TestJudge:
             for z in range(3)
         ]
         makers = {4.0**-z: plans[z].__getitem__ for z in range(3)}
-        sweep = check_plans.SlopeSweep("supar", "density", makers, control)
+        writers = check_plans.writers_of(plan)
+        sweep = check_plans.SlopeSweep("supar", "density", makers, control, writers=writers)
         return sweep.grow(2), [p for row in plans for p in row]
 
     def records(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from supar_cli.experiments import coordinate_check as check
+from supar_cli.experiments import coordinate_bounds as check
 from supar_cli.experiments import coordinates
 from supar_cli.planning.plan import Plan
 from tests.conftest import plan_from, proxy_fields

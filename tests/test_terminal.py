@@ -234,7 +234,7 @@ class TestPictures:
 
     def test_one_seed_has_no_interval(self) -> None:
         from supar_cli.experiments.check_plans import SlopeSweep
-        from supar_cli.experiments.coordinate_check import CheckResult, Finding
+        from supar_cli.experiments.coordinate_bounds import CheckResult, Finding
 
         findings = [Finding("update", "median", 0.15, 0.05), Finding("update", "each", 0.5, 0.9, math.inf, 1, "mlp.up")]
         texts = [CheckResult(SlopeSweep("supar", "width", {}, plans=[[]] * n), findings).text for n in (1, 3)]

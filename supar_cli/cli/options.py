@@ -121,6 +121,11 @@ OPTIONS = {
     "run": Option(str, "A function of the model that makes a pass, instead of --example.", metavar="MODULE:FUNCTION"),
     "ignore": Option(list[str], "A parameter that the training never uses; repeatable.", metavar="NAME"),
     "layout": Option(str, "Layout of your own model, by `supar layout`.", "model.layout", read=values.file),
+    "factory": Option(str, "The function that makes your model. [default: the layout's]", metavar="MODULE:FUNCTION"),
+    "batches": Option(str, "A function of (seed, step) that returns a batch.", metavar="MODULE:FUNCTION"),
+    "loss": Option(
+        str, "A function of (model, batch) that returns the loss, unless the model does.", metavar="MODULE:FUNCTION"
+    ),
     "command": Option(str, "Shell command that trains your own model; {plan} is a plan's file.", "run.command"),
     "timeout": Option(
         str, "End a run of --command that reports no loss for 90s, 30m or 2h.", "run.timeout_s", read=values.seconds
@@ -264,7 +269,7 @@ OPTIONS = {
 }
 
 GROUPS = {  # of a command's help, in their order; an argument is in none
-    "Your own model": "base wider third target example run ignore layout command timeout",
+    "Your own model": "base wider third target example run ignore layout command timeout factory batches loss",
     "Model": "width layers heads kv_heads head_width ffn_width context vocab parameterization role shape",
     "Training": "index batch_size steps tokens tokens_per_parameter seed resume checkpoint_every keep max_time tracker "
     "device precision compile engine",

@@ -192,7 +192,7 @@ def show_dry_run(parts: list[Any], flags: Flags, **how: Any) -> None:
 
     options = {name: value for name, value in workers_of(flags).items() if value is not None}
     here = dry_run.time_here(parts, STARTED_S, **options, **how)
-    Log().log("\n".join(dry_run.describe(parts, here)))
+    Log().log("\n".join(dry_run.describe(parts, here, by_script="step_of" not in how)))
 
 
 def check_writable(path: Path, force: bool, text: str | None = None) -> None:

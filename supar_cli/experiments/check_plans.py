@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import log2
 
+from supar_cli.data import corpus
 from supar_cli.errors import InputError
 from supar_cli.experiments.dry_run import Part
 from supar_cli.files import Record
+from supar_cli.planning import layout
 from supar_cli.planning.density import Share, density_from, literal
+from supar_cli.planning.layout_document import LAYERS, Layout, OwnShape
 from supar_cli.planning.patterns import density_of
 from supar_cli.planning.plan import Plan, decoder_base
+from supar_cli.planning.plan_sections import OwnModel
 from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.spec import WSD, Model, Options, Proxy, Sparsity, Spec, Target, Train
 from supar_cli.planning.transfer import transfer
@@ -26,6 +30,9 @@ CONSTANT = {"schedule": "constant", "warmup_fraction": 0.0, "grad_clip": 0.0, **
 TOKENS = 512  # chosen: tokens per batch; fewer make single gradients noisy, more make the check slow
 
 
+LAYOUT = "layout.yaml"
+
+Subject = Spec | Proxy | Plan
 Maker = Callable[[int], Plan]  # makes the plan of a seed number
 
 
@@ -42,6 +49,7 @@ class SlopeSweep:
     makers: Mapping[float, Maker]
     is_control: bool = False
     logits_slope: float = 0.0
+    writers: frozenset[str] = frozenset()  # the tensors that write the residual stream
     plans: list[list[Plan]] = field(default_factory=list)
 
     def grow(self, seeds: int) -> SlopeSweep:
@@ -78,19 +86,26 @@ def sweeps_of(
     steps: int = 10,
     batch_size: int | None = None,
     lr_factor: float = 1.0,
+    own: OwnShape | None = None,
 ) -> list[SlopeSweep]:
-    """The sweeps that a check of a document needs, all rates times a factor. Raises InputError for what can't be planned."""
+    """The sweeps that a check of a document needs, all rates times a factor. Raises InputError for what can't be planned.
+
+    `own` is the model section of the proxy, where the model is a user's: see `with_layout`.
+    """
     for width in widths:
         if not isinstance(width, int) or width < 1:
             raise InputError(f"width: {width!r}; expected a whole number above 0")
-        if not isinstance(subject, Plan) and width % subject.decoder.head_width:
+        if not own and not isinstance(subject, Plan) and width % subject.decoder.head_width:
             what = f"{width} is not a multiple of the proxy's head width {subject.decoder.head_width}"
             raise InputError(f"width: {what}; expected a multiple of it")
     whole = {"precision": "float32", "compile": "off", "micro_batch_size": None, "loss_chunk_tokens": None}
     hyper = subject.hyperparameters.model_copy(update={"lr": subject.hyperparameters.lr * lr_factor})
     subject = subject.model_copy(update={"run": subject.run.model_copy(update=whole), "hyperparameters": hyper})
-    context = subject.decoder.context
-    train = {"steps": steps, "batch_size": batch_size or max(1, TOKENS // context), **CONSTANT}
+    train = {"steps": steps, **CONSTANT}
+    if not own:
+        train["batch_size"] = batch_size or max(1, TOKENS // subject.decoder.context)
+    elif batch_size is not None:
+        raise InputError(f"batch_size: {batch_size}; of a model of your own, --batches says how large its batches are")
     if not isinstance(subject, Plan):
         sweeps = _proxy_sweeps(subject, name, widths, densities, train)
     elif widths or densities or name != "supar":
@@ -99,8 +114,42 @@ def sweeps_of(
         )
     else:
         rows = [row.model_copy(update={"lr": row.lr * lr_factor}) for row in subject.tensors]
-        sweeps = _plan_sweeps(subject.model_copy(update={"tensors": rows}), train)
-    return [sweep.grow(seeds) for sweep in sweeps]
+        sweeps = _plan_sweeps(subject.model_copy(update={"tensors": rows}), train, own)
+    for sweep in sweeps:
+        sweep.grow(seeds)
+        sweep.writers = writers_of(sweep.base[0], own)
+    return sweeps
+
+
+def with_layout(subject: Subject, path: str | None) -> tuple[Subject, OwnShape | None]:
+    """The subject with all hashes filled in, and the model section of its proxy where the model is a user's.
+
+    `path` is that of the layout: None: a proxy's own, and for a plan `layout.yaml`. Raises InputError, SetupError.
+    """
+    model = subject.model
+    if isinstance(model, OwnModel):
+        return subject, OwnShape(family="own", layout=path or LAYOUT, hash=model.layout, factory=model.factory)
+    if not isinstance(model, OwnShape) and path is not None:
+        raise InputError(f"layout: {path} is for a model of your own; expected none with the family {model.family}")
+    if isinstance(model, OwnShape) and path is not None:
+        subject = subject.model_copy(update={"model": model.model_copy(update={"layout": path})})
+    subject = corpus.with_hash(subject)
+    return subject, subject.model if isinstance(subject.model, OwnShape) else None
+
+
+def _width_of(document: Layout) -> str:
+    """The name among a layout's sizes that a check varies as the width: width, else the first that differs."""
+    scale = (name for name, value in document.base.items() if document.wider[name] != value)
+    return "width" if "width" in document.base else next(scale)
+
+
+def writers_of(plan: Plan, own: OwnShape | None = None) -> frozenset[str]:
+    """The tensors of a plan that write the residual stream."""
+    if own is not None and isinstance(plan.model, OwnModel):
+        tensors = own.read_layout().at(plan.model.target)
+    else:
+        tensors = layout.tensors(plan.decoder)
+    return frozenset(tensor.name for tensor in tensors if tensor.writes_residual)
 
 
 def parts(sweeps: list[SlopeSweep]) -> list[Part]:
@@ -119,14 +168,18 @@ def _proxy_sweeps(
         densities = sorted(set(densities), key=lambda share: density_from("density", share), reverse=True)
     except ValueError as error:
         raise InputError(str(error)) from None
-    widths = sorted(set(widths or [proxy.decoder.width * factor for factor in WIDTHS]))
+    document = proxy.model.read_layout() if isinstance(proxy.model, OwnShape) else None
+    name_of_width = _width_of(document) if document else "width"
+    base_width = document.base[name_of_width] if document else proxy.decoder.width
+    widths = sorted(set(widths or [base_width * factor for factor in WIDTHS]))
     kept = ("model", "hyperparameters", "parameterization", "sparsity", "data", "run")
     fields = {key: getattr(proxy, key) for key in kept}
     base = Proxy(kind="supar.proxy/v1", train=proxy.train.model_copy(update=train), **fields)
 
     def plan(name: ParameterizationName, width: int, density: Share, seed: int) -> Plan:
         sparsity = Sparsity(density=density, pattern=drawn.pattern, block=drawn.block, distribution=drawn.distribution)
-        target = Target(width=width, sparsity=sparsity, seed=proxy.train.seed + seed)
+        size: Record = {"size": {name_of_width: width}} if document else {"width": width}
+        target = Target(**size, sparsity=sparsity, seed=proxy.train.seed + seed)
         return transfer(base, target, name, allow_low_wpn=True)
 
     points: dict[str, dict[float, tuple[int, Share]]] = {
@@ -147,31 +200,30 @@ def _proxy_sweeps(
     return [*(sweep(own, axis, False) for axis in axes), *controls]
 
 
-def _plan_sweeps(plan: Plan, train: Record) -> list[SlopeSweep]:
+def _plan_sweeps(plan: Plan, train: Record, shape: OwnShape | None) -> list[SlopeSweep]:
     """A plan as written, compared with SμPar's plans from its proxy: dense at the plan's shape, and the proxy itself.
 
     The control is SP's plan from that proxy at the plan's shape and density. Over density only the plan's numbers can
     change a size; from the proxy to the plan, narrow widths bend the slope too.
     """
-    proxy, model, sparsity = _proxy_of(plan, train), plan.decoder, plan.sparsity
+    proxy, sparsity = _proxy_of(plan, train, shape), plan.sparsity
+    small, whole, m_d = _shapes(plan, proxy)
     own_train = {**train, "warmup_steps": 0, "decay_steps": None}
-    own_train["tokens"] = train["steps"] * train["batch_size"] * model.context
+    if shape is None:
+        own_train["tokens"] = train["steps"] * train["batch_size"] * plan.decoder.context
 
     def own(seed: int) -> Plan:
         changed = {**own_train, "seed": plan.train.seed + seed}
         return plan.model_copy(update={"train": plan.train.model_copy(update=changed)})
 
-    def reference(name: ParameterizationName, keys: tuple[str, ...], sparsity: Sparsity, seed: int) -> Plan:
-        shape = {key: getattr(model, key) for key in keys}
-        target = Target(sparsity=sparsity, seed=plan.train.seed + seed, **shape)
+    def reference(name: ParameterizationName, size: Record, sparsity: Sparsity, seed: int) -> Plan:
+        target = Target(sparsity=sparsity, seed=plan.train.seed + seed, **size)
         return transfer(proxy, target, name, allow_low_wpn=True, edition=plan.parameterization.edition)
 
-    small = ("layers", "context")
-    whole = ("width", "ffn_width", "heads", "kv_heads", "head_width", *small)
     drawn = Sparsity(density=sparsity.density, pattern=sparsity.pattern, block=sparsity.block)
     supar_dense, sp_dense = (partial(reference, name, whole, proxy.sparsity) for name in ("supar", "sp"))
     base_density = float(literal(proxy.sparsity.density or 1.0))
-    m_rho, m_d = sparsity.density / base_density, model.width / proxy.decoder.width
+    m_rho = sparsity.density / base_density
     sweeps = []
     if m_rho != 1:
         by_density: dict[float, Maker] = {base_density: supar_dense, sparsity.density: own}
@@ -191,14 +243,32 @@ def _plan_sweeps(plan: Plan, train: Record) -> list[SlopeSweep]:
     return sweeps
 
 
-def _proxy_of(plan: Plan, train: Record) -> Proxy:
-    """The proxy that a plan came from, as far as rules need it; its head width is the plan's where that divides its width."""
+def _shapes(plan: Plan, proxy: Proxy) -> tuple[Record, Record, float]:
+    """Keys of a target: of the proxy's shape, which differs from the plan's in width alone, and of the plan's; their ratio."""
+    if isinstance(proxy.model, OwnShape) and isinstance(plan.model, OwnModel):
+        document, size = proxy.model.read_layout(), plan.model.target
+        name = _width_of(document)
+        small = {**document.base, **{key: size[key] for key in size if key == LAYERS}}
+        return {"size": small}, {"size": size}, size[name] / document.base[name]
+    same = ("layers", "context")
+    of_width = ("width", "ffn_width", "heads", "kv_heads", "head_width")
+    small, whole = ({key: getattr(plan.decoder, key) for key in keys} for keys in (same, (*of_width, *same)))
+    return small, whole, plan.decoder.width / proxy.decoder.width
+
+
+def _decoder_of(plan: Plan) -> Model:
+    """The shape of a plan's proxy; its head width is the plan's where that divides its width."""
     base, model = decoder_base(plan), plan.decoder
     attention = base.attention_width or base.width
     heads = attention // model.head_width if attention % model.head_width == 0 else 1
     kv_heads = max(1, round(heads * base.kv_share))
     shape = {"width": base.width, "ffn_width": base.ffn_width, "heads": heads, "head_width": attention // heads}
     shape["kv_heads"] = kv_heads if heads % kv_heads == 0 else heads
+    return Model(**model.model_dump(include=Model.keys()) | shape)
+
+
+def _proxy_of(plan: Plan, train: Record, shape: OwnShape | None) -> Proxy:
+    """The proxy that a plan came from, as far as rules need it."""
     hidden = [row for row in plan.tensors if row.role == "hidden"]
     densities = {min(1.0, row.density / row.because["m_rho"]) for row in hidden}
     if max(densities) - min(densities) > 1e-6:
@@ -207,7 +277,7 @@ def _proxy_of(plan: Plan, train: Record) -> Proxy:
         )
     return Proxy(
         kind="supar.proxy/v1",
-        model=Model(**model.model_dump(include=Model.keys()) | shape),
+        model=shape or _decoder_of(plan),
         hyperparameters=plan.hyperparameters,
         parameterization=Options(**plan.parameterization.model_dump(include=Options.keys())),
         sparsity=Sparsity(density=max(densities), pattern=plan.sparsity.pattern, block=plan.sparsity.block),

@@ -6,10 +6,12 @@ that step's own batch, as means of absolute values:
     activation          Y of every hidden linear, Y = X·Wᵀ
     gain                |dL/dX| / |dL/dY| of every hidden linear: what it does to gradients that pass back through it
     update              ΔY = X·ΔWᵀ of every hidden linear, X the same before and after the step
-    attention           q·k before the softmax, scaled, over the causal pairs of every attention
+    attention           q·k before the softmax, scaled, over the pairs of every attention that its mask lets through
     logits              the model's output, except the logit of each position's own token
     Δlogits             the change of the output by the step, on the same batch
     share of Δlogits    the change of the output by the head's weight alone, and by the final norm alone, with their inputs held fixed
+
+Of a user's model `own_coordinates` measures the same, and Δattention, the change of q·k by the step on the same batch.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from math import isfinite, log2, nan
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -43,10 +45,21 @@ LOSS_RISE = 0.05  # chosen: of the first loss. measured: batches of 32 tokens of
 Sizes = dict[str, dict[str, float | None]]
 
 
+class Watch(Protocol):
+    """Trains a model step by step, and measures each step."""
+
+    def step(self) -> tuple[float, Sizes]:
+        """Make one optimizer step; return the loss before it and the sizes. Raises UnusableResult if it diverges."""
+
+
 def measure(plan: Plan) -> Record:
     """Train a plan's steps and record its sizes: `steps` is a list of {quantity: {name: size}}, one for each step."""
-    watch = _Watch(Trainer(plan, load_task(plan)))
-    record: Record = {"parameterization": plan.parameterization.name, "width": plan.decoder.width}
+    return measure_with(_Watch(Trainer(plan, load_task(plan))), plan, {"width": plan.decoder.width})
+
+
+def measure_with(watch: Watch, plan: Plan, about: Record) -> Record:
+    """As `measure`, by a watch of the plan's model; the record says what it is `about`."""
+    record: Record = {"parameterization": plan.parameterization.name, **about}
     record |= {"density": plan.sparsity.density, "seed": plan.train.seed, "state": "done", "losses": [], "steps": []}
     try:
         for _ in range(plan.train.steps):
@@ -58,14 +71,20 @@ def measure(plan: Plan) -> Record:
     return record
 
 
-def measured_step(trainer: Trainer) -> Callable[[], object]:
-    """A step with all that is measured at it, for a dry run."""
-    return _Watch(trainer).step
+def measured_step(plan: Plan) -> Callable[[], object]:
+    """A step of a plan with all that is measured at it, for a dry run."""
+    return _Watch(Trainer(plan, load_task(plan))).step
 
 
-def log_sizes(records: list[Record], quantity: str) -> NDArray[np.float64]:
+def common_names(records: list[Record], quantity: str) -> list[str]:
+    """The names that every step of every record has, in their order."""
+    every = [step[quantity] for record in records for step in record["steps"]]
+    return [name for name in every[0] if all(name in sizes for sizes in every)]
+
+
+def log_sizes(records: list[Record], quantity: str, names: list[str]) -> NDArray[np.float64]:
     """log2 of a quantity's sizes, by record, step and name; NaN for what is zero or not finite."""
-    sizes = [[[size or nan for size in step[quantity].values()] for step in record["steps"]] for record in records]
+    sizes = [[[step[quantity][name] or nan for name in names] for step in record["steps"]] for record in records]
     return np.asarray(np.log2(sizes))
 
 
@@ -78,12 +97,12 @@ def why_too_hot(base: list[Record]) -> str:
     if losses_S.max() > losses_S[0] * (1 + LOSS_RISE):
         return f"the loss rises from {losses_S[0]:.3g} to {losses_S.max():.3g}"
     for quantity in ("activation", "gain"):
-        log_SN = log_sizes(base, quantity).mean(axis=0)
+        names = common_names(base, quantity)
+        log_SN = log_sizes(base, quantity, names).mean(axis=0)
         first_N = log_SN[np.isfinite(log_SN).argmax(axis=0), np.arange(log_SN.shape[1])]
         growth_N = np.nan_to_num(log_SN - first_N).max(axis=0)
-        name = list(base[0]["steps"][0][quantity])[growth_N.argmax()]
-        if growth_N.max() > log2(GROWTH):
-            return f"{quantity} of {name} grows {2.0 ** growth_N.max():.3g}-fold"
+        if growth_N.max(initial=0.0) > log2(GROWTH):
+            return f"{quantity} of {names[growth_N.argmax()]} grows {2.0 ** growth_N.max():.3g}-fold"
     return ""
 
 
@@ -116,7 +135,7 @@ class _Watch:
         """Make one optimizer step; return the loss before it and the sizes."""
         weight = self.trainer.sparse_model.weight
         before = {name: weight(name) for name in (*self.hidden, self.head)}
-        with _Attentions() as attentions:
+        with Attentions() as attentions:
             loss = self.trainer.step().loss
         with torch.no_grad():
             inputs, outputs, final_norm = self.inputs, self.outputs, self.model.get_submodule("final_norm")
@@ -131,33 +150,65 @@ class _Watch:
                 "activation": {name: outputs[name].abs().mean() for name in self.hidden},
                 "gain": self.gains,
                 "update": {name: update.abs().mean() for name, update in updates.items()},
-                "attention": dict(zip(self.attentions, attentions.sizes, strict=True)),
+                "attention": {
+                    name: q_k.abs().mean() for name, q_k in zip(self.attentions, attentions.scores, strict=True)
+                },
                 "logits": {"logits": (logits_BTV * others_BTV).abs().sum() / others_BTV.sum()},
                 "Δlogits": {"logits": (self.model(tokens_BT) - logits_BTV).abs().mean()},
                 SHARE: {self.head: by_head.abs().mean() * factor, "final_norm": by_norm.abs().mean() * factor},
             }
-        return loss, {quantity: _finite(found) for quantity, found in sizes.items()}
+        return loss, finite(sizes)
 
 
-def _finite(sizes: dict[str, Tensor]) -> dict[str, float | None]:
-    values = torch.stack([size.float() for size in sizes.values()]).tolist()  # one transfer from the device
-    return {name: value if isfinite(value) else None for name, value in zip(sizes, values, strict=True)}
+def finite(sizes: dict[str, dict[str, Tensor]]) -> Sizes:
+    """The sizes as numbers, None for those that are not finite."""
+    flat = [size.float() for found in sizes.values() for size in found.values()]
+    values = iter(torch.stack(flat).tolist() if flat else [])  # one transfer from the device
+    numbers = {quantity: dict(zip(found, values, strict=False)) for quantity, found in sizes.items()}
+    return {
+        quantity: {name: value if isfinite(value) else None for name, value in found.items()}
+        for quantity, found in numbers.items()
+    }
 
 
-class _Attentions(TorchFunctionMode):
-    """Keeps, of each call of scaled_dot_product_attention, mean |scaled q·k| over the pairs that it may attend to."""
+class Attentions(TorchFunctionMode):
+    """Keeps, of each call of scaled_dot_product_attention, the scaled q·k of the pairs that it may attend to.
 
-    def __init__(self) -> None:
+    `place` says where a call is made, which `places` keeps.
+    """
+
+    def __init__(self, place: Callable[[], str] = str) -> None:
         super().__init__()
-        self.sizes: list[Tensor] = []
+        self.scores: list[Tensor] = []
+        self.places: list[str] = []
+        self._place = place
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            self.sizes.append(_mean_score(args[0].detach(), args[1].detach(), kwargs["scale"]))
+            with torch.no_grad():
+                self.scores.append(_scores(*args, **(kwargs or {})))
+            self.places.append(self._place())
         return func(*args, **(kwargs or {}))
 
 
-def _mean_score(q_BHTE: Tensor, k_BKTE: Tensor, scale: float) -> Tensor:
-    k_BHTE = k_BKTE.repeat_interleave(q_BHTE.shape[1] // k_BKTE.shape[1], dim=1)
-    scores_BHTT = (q_BHTE @ k_BHTE.transpose(-2, -1)).float().abs() * scale
-    return scores_BHTT[..., torch.ones(scores_BHTT.shape[-2:], device=q_BHTE.device).tril().bool()].mean()
+def _scores(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The scaled q·k of a call with these arguments, of the pairs that the mask lets through."""
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = (query @ key.transpose(-2, -1)).float() * factor
+    allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+    if is_causal:
+        allowed = allowed.tril()
+    elif attn_mask is not None:  # added to the scores, a mask has -inf, or nearly so, where a pair is left out
+        allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask > torch.finfo(attn_mask.dtype).min / 2
+    return scores[allowed.expand(scores.shape)]

@@ -13,7 +13,7 @@ from supar_cli.jobs.clusters import CPU_JOBS, WorkerOptions, make_workers
 from supar_cli.jobs.command import require_command
 from supar_cli.jobs.workers import Workers
 from supar_cli.planning import estimate
-from supar_cli.planning.plan import Plan
+from supar_cli.planning.plan import Plan, PlanModel
 from supar_cli.planning.plan_sections import OwnModel
 from supar_cli.training.timing import time_run
 
@@ -29,11 +29,11 @@ class Part:
     bound: str = ""
 
 
-def describe(parts: list[Part], here: str) -> list[str]:
+def describe(parts: list[Part], here: str, by_script: bool = True) -> list[str]:
     """The runs, size and memory of the largest, and the time of all by device and `here`, in a few lines."""
     plans = [plan for part in parts for plan in part.plans]
     counts = ", ".join(f"{part.bound}{len(part.plans)} {part.what}" for part in parts if part.plans)
-    if isinstance(plans[0].model, OwnModel):
+    if isinstance(plans[0].model, OwnModel) and by_script:
         return [f"runs: {counts}; {len(plans)} in all, each by: {require_command(plans[0])}", here]
     largest = estimate.lines(max(plans, key=estimate.run_seconds))
     steps = sum(plan.train.steps for plan in plans)
@@ -52,7 +52,7 @@ def time_here(
 
     `started_s` is when the command began, on the monotonic clock; `step_of` is that of `time_run`.
     """
-    if isinstance(parts[0].plans[0].model, OwnModel):
+    if isinstance(parts[0].plans[0].model, OwnModel) and step_of is None:
         return "time: that of the script"
     loaded_s = time.monotonic() - started_s
     by_size = {_size(plan): plan for part in parts for plan in part.plans}
@@ -78,9 +78,10 @@ def time_here(
 
 def _size(plan: Plan) -> tuple[object, ...]:
     """What the time of a plan's run depends on."""
-    train, model = plan.train, plan.decoder
+    train, model = plan.train, plan.model
     kept = tuple((row.size, row.kept) for row in plan.tensors)
-    return kept, model.heads, model.context, train.batch_size, train.steps, train.eval_every, train.eval_batches
+    own = (model.heads, model.context) if isinstance(model, PlanModel) else ()
+    return kept, *own, train.batch_size, train.steps, train.eval_every, train.eval_batches
 
 
 def _time_all(

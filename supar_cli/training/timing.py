@@ -14,17 +14,24 @@ TIMED_S = 1.0  # chosen: long beside a scheduler's slices, short beside any run 
 MOST_STEPS = 50  # chosen: of tiny models, whose steps take a millisecond
 
 
-def time_run(plan: Plan, step_of: Callable[[Trainer], Callable[[], object]] | None = None) -> tuple[float, float]:
+def time_run(plan: Plan, step_of: Callable[[Plan], Callable[[], object]] | None = None) -> tuple[float, float]:
     """Seconds of a plan's run from its making to its last evaluation, and those spent on timing it once its data are loaded.
 
     `step_of` returns what is repeated instead of steps and evaluations. The plan is not compiled, which takes longer than a
     few steps. Raises SetupError where the machine lacks the device, the data or the memory.
     """
-    task = load_task(plan)
+    if plan.data is not None:  # of a user's model, its own code reads them
+        load_task(plan)
     began_s = time.perf_counter()
+    step: Callable[[], object]
+    evaluate: Callable[[], object] | None
     with autotune.keeping_no_measurement():
-        trainer = Trainer(plan.model_copy(update={"run": plan.run.model_copy(update={"compile": "off"})}), task)
-    step = trainer.step if step_of is None else step_of(trainer)
+        plan = plan.model_copy(update={"run": plan.run.model_copy(update={"compile": "off"})})
+        if step_of is None:
+            trainer = Trainer(plan, load_task(plan))
+            step, evaluate = trainer.step, trainer.evaluate
+        else:
+            step, evaluate = step_of(plan), None
     step()  # the first one allocates, and loads or compiles kernels
     warm_s = time.perf_counter()
     timed = 0
@@ -33,7 +40,7 @@ def time_run(plan: Plan, step_of: Callable[[Trainer], Callable[[], object]] | No
         timed += 1
     stepped_s = time.perf_counter()
     run_s = warm_s - began_s + (plan.train.steps - 1) * (stepped_s - warm_s) / timed
-    if step_of is None:
-        trainer.evaluate()
+    if evaluate is not None:
+        evaluate()
         run_s += (time.perf_counter() - stepped_s) * -(-plan.train.steps // plan.train.eval_every)
     return run_s, time.perf_counter() - began_s
