@@ -48,7 +48,6 @@ def check(flags: Flags) -> None:
     against the dense plan of its proxy. A model of your own is made by --factory and trained on --batches.
 
     Examples:
-      supar check proxy.yaml
       supar check plan.yaml --seeds 8 --jobs 2
       supar check proxy.yaml --factory mymodel:make --batches mymodel:batches
     """
