@@ -1,7 +1,8 @@
-"""The coordinate check of a user's model: made by his own functions, trained a few steps by a plan, its sizes measured."""
+"""The coordinate check of a user's model: made by the user's own functions, trained a few steps by a plan, its sizes measured."""
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -109,7 +110,10 @@ def measure(plan: Plan, code: OwnCode) -> Record:
     model = plan.model
     assert isinstance(model, OwnModel)
     found = coordinates.measure_with(watch, plan, {"size": model.target})
-    return {**found, "not_measured": watch.not_measured}
+    not_measured = watch.not_measured
+    del watch  # model, hooks and optimizer refer to each other, and Python seldom looks for such circles by itself
+    gc.collect()
+    return {**found, "not_measured": not_measured}
 
 
 def measured_step(code: OwnCode, plan: Plan) -> Callable[[], object]:
