@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from supar_cli.errors import InputError
 from supar_cli.planning import document, layout
 from supar_cli.planning.advice import warnings
 from supar_cli.planning.explain import explain
-from supar_cli.planning.folding import Numbers, describe_uses, fold, fold_factors
+from supar_cli.planning.folding import Numbers, TensorUse, describe_uses, fold, fold_each, fold_factors
 from supar_cli.planning.layout_document import Layout
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import validate
 from supar_cli.planning.spec import Model, Proxy, Target
-from supar_cli.planning.transfer import transfer
+from supar_cli.planning.transfer import as_trial, transfer
 from tests.conftest import Called, proxy_fields
 
 NUMBERS = ("init_std", "init_constant", "lr", "weight_decay", "eps")
@@ -183,3 +184,62 @@ def test_the_command_plans_a_model_of_the_user(proxy: Proxy, tmp_path: Path, sup
     assert done.status == 0 and "width 256, layers 2" in done.err and "supar train" not in done.err
     plan = supar_cli.load(tmp_path / "plan.yaml")
     assert isinstance(plan, Plan) and plan.model.target == {"width": 256, "layers": 2}  # type: ignore[union-attr]
+
+
+def with_rows(change: Callable[[Any], dict[str, Any]]) -> Callable[[Layout], Layout]:
+    """A change of a layout's rows."""
+
+    def changed(one: Layout) -> Layout:
+        return one.model_copy(update={"tensors": [row.model_copy(update=change(row)) for row in one.tensors]})
+
+    return changed
+
+
+def test_layers_that_start_differently_keep_their_own_deviations(proxy: Proxy, tmp_path: Path) -> None:
+    def by_depth(row: Any) -> dict[str, Any]:
+        own = row.own.model_copy(update={"std": row.own.std / (1 + (row.block or 0))})
+        return {"own": own}
+
+    tuned = own(proxy, tmp_path, with_rows(by_depth), init_std=None)
+    plan = supar_cli.transfer(tuned, density="1/4", width=128)
+    rows = {row.name: row for row in plan.tensors}
+    assert rows["blocks.1.attn.q"].init_std == pytest.approx(0.5 * rows["blocks.0.attn.q"].init_std)
+    with pytest.raises(InputError, match=r"blocks\.2\.\S+: its layers start with different deviations"):
+        supar_cli.transfer(tuned, density="1/4", layers=3)
+
+
+def test_a_listed_target_is_no_size_of_the_trial(proxy: Proxy, tmp_path: Path) -> None:
+    def listed(one: Layout) -> Layout:
+        tensors = {tensor.name: list(tensor.shape) for tensor in one.at({"width": 256, "layers": 2})}
+        changed = with_rows(lambda row: {"target": tensors[row.name]})(one)
+        return changed.model_copy(update={"target": {"width": 256, "layers": 2}})
+
+    tuned = own(proxy, tmp_path, listed)
+    trial = as_trial(tuned)
+    assert trial.model.target == trial.model.base == {"width": 64, "layers": 2}  # type: ignore[union-attr]
+    assert supar_cli.transfer(tuned, density=1, layers=2).model.target["width"] == 64  # type: ignore[union-attr]
+    assert supar_cli.transfer(tuned, density=1, width=256).model.target["width"] == 256  # type: ignore[union-attr]
+
+
+class TestSeveralTiedHeads:
+    """Two tables that are heads too, and one norm before a head: whose it is can't be known from its use."""
+
+    one = TensorUse("one", "embedding", in_first_sum=True, tied=True, m_d=4.0)
+    two = TensorUse("two", "embedding", in_first_sum=True, tied=True, m_d=4.0)
+    norm = TensorUse("norm", "norm", feeds_head=True)
+
+    def test_each_has_its_multiplier_where_its_module_is_known(self) -> None:
+        there = replace(self.two, multiply_at="readout")
+        assert fold_each([self.one, there, self.norm], 2.0, 4.0, 1.0) == (
+            {"one": 2.0, "two": 2.0, "norm": 0.5},
+            {"readout": 0.5},
+        )
+
+    def test_one_norm_for_two_heads_is_refused(self) -> None:
+        with pytest.raises(InputError, match="one, two: 2 tied heads, but 1 norms before a head"):
+            fold_each([self.one, self.two, self.norm], 2.0, 4.0, 1.0)
+
+    def test_two_factors_in_one_forward_pass_are_refused(self) -> None:
+        with pytest.raises(InputError, match="2 tied heads, but 0 norms"):
+            fold_each([self.one, replace(self.two, m_d=8.0)], 2.0, 4.0, 1.0)
+        assert fold_each([self.one, self.two], 2.0, 4.0, 1.0)[1] == {"": 0.5}

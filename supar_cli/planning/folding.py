@@ -149,25 +149,21 @@ def fold_each(
     factors: dict[str, list[float]] = {}
     hooks: dict[str, float] = {}
     problems: list[str] = []
-    carriers = [row for row in rows if row.feeds_head]
-    foldable = any(row.role == "norm" for row in carriers) and not any(row.derived for row in carriers)
     heads = [row for row in rows if row.tied or row.leaves_model]
+    outputs = {
+        row.name: alpha_output / row.m_d / (alpha_input if row.in_first_sum else 1.0) for row in rows if row.tied
+    }
     for row in rows:
         wanted = []
+        if row.feeds_head and not row.derived:
+            wanted += [outputs[head.name] for head in rows if head.tied and head.multiply_at is None]
         if row.in_first_sum:
             wanted.append(alpha_input)
         if row.writes_residual:
             wanted.append(residual)
         if row.role == "unembedding":
             wanted.append((alpha_output if row.leaves_model else 1.0) / row.m_d)
-        if row.tied:
-            output = alpha_output / row.m_d / (alpha_input if row.in_first_sum else 1.0)
-            if foldable:
-                for carrier in carriers:
-                    factors.setdefault(carrier.name, []).append(output)
-            elif output != 1:
-                hooks[row.multiply_at or ""] = output
-        if row.derived and any(factor != 1 for factor in wanted):
+        if row.derived and not row.feeds_head and any(factor != 1 for factor in wanted):
             problems.append(
                 f"{row.name}: {wanted} can't be folded into a tensor that the forward pass uses derived (1 + g)"
             )
@@ -176,11 +172,32 @@ def fold_each(
         problems.append(f"hyperparameters.alpha_input: no tensor can take the factor {alpha_input!r}; expected 1")
     if alpha_output != 1 and not heads:
         problems.append(f"hyperparameters.alpha_output: no tensor can take the factor {alpha_output!r}; expected 1")
+    problems += _unfolded_heads(rows, outputs, hooks)
     asked = {name: [factor for factor in found if factor != 1] for name, found in factors.items()}
     problems += [f"{name}: its uses need the factors {found}" for name, found in asked.items() if len(set(found)) > 1]
     if problems:
         raise InputError(*problems)
     return {name: found[0] for name, found in asked.items() if found}, hooks
+
+
+def _unfolded_heads(rows: list[TensorUse], outputs: dict[str, float], hooks: dict[str, float]) -> list[str]:
+    """Add to `hooks` the factors of tied heads that no norm can take. Returns what is wrong with them."""
+    norms = [row for row in rows if row.feeds_head and row.role == "norm" and not row.derived]
+    heads = [row for row in rows if row.tied and row.multiply_at is None]
+    for row in rows:
+        if row.tied and row.multiply_at is not None and outputs[row.name] != 1:
+            hooks[row.multiply_at] = outputs[row.name]
+    if len(norms) >= len(heads):
+        if len({outputs[row.name] for row in heads}) > 1:
+            what = f"their multipliers are {', '.join(f'{outputs[row.name]:g}' for row in heads)}"
+            return [f"{', '.join(row.name for row in heads)}: {what}; expected one, or modules in multiply_at"]
+        return []
+    if norms or len({outputs[row.name] for row in heads}) > 1:
+        what = f"{len(heads)} tied heads, but {len(norms)} norms before a head"
+        return [f"{', '.join(row.name for row in heads)}: {what}; expected the module of each in multiply_at"]
+    if outputs[heads[0].name] != 1:
+        hooks[""] = outputs[heads[0].name]
+    return []
 
 
 def describe_uses(tensors: Iterable[layout.Tensor], tied: bool) -> list[TensorUse]:

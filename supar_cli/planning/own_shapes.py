@@ -98,27 +98,39 @@ class OwnTensors:
 
     @cached_property
     def own_stds(self) -> dict[str, float]:
-        """The size that a tensor's values have at the base, by site: their deviation, or root mean square where they are kept.
+        """The size that a tensor's values have at the base, by name: their deviation, or root mean square where they are kept.
 
-        Tensors of one site share it, as they differ by chance only.
+        Tensors of one site share their mean where it is by chance that they differ, within 6 standard errors.
         """
-        squares: dict[str, list[float]] = {}
+        found: dict[str, float] = {}
+        by_site: dict[str, list[LayoutRow]] = {}
         for row in self.layout.tensors:
             if row.own is not None:
                 keeps = row.init == "own" or row.role in rules.STARTS
-                squares.setdefault(row.site, []).append(row.own.std**2 + (row.own.mean**2 if keeps else 0.0))
-        return {site: sqrt(sum(found) / len(found)) for site, found in squares.items()}
+                found[row.name] = sqrt(row.own.std**2 + (row.own.mean**2 if keeps else 0.0))
+                by_site.setdefault(row.site, []).append(row)
+        for members in by_site.values():
+            sizes = [found[row.name] for row in members]
+            mean = sqrt(sum(size**2 for size in sizes) / len(sizes))
+            if all(abs(found[row.name] - mean) <= 6 * mean / sqrt(2 * prod(row.base)) for row in members):
+                found |= dict.fromkeys([row.name for row in members], mean)
+        return found
 
     def sigma(self, tensor: Tensor, hyper: Hyperparameters) -> float:
         """The deviation at the base of a tensor that does not start from a constant. Raises InputError where it is not known."""
         if tensor.role not in rules.STARTS and hyper.init_std is not None:
             return hyper.init_std
-        found = self.own_stds.get(tensor.site)
-        if found is None:
+        row = self.rows[tensor.name]
+        if row.own is None:
             raise InputError(
                 f"{tensor.name}: the layout has no `own` values; expected them, or hyperparameters.init_std"
             )
-        return found
+        if row.name != tensor.name:  # of a further block, which the base does not have
+            sizes = {self.own_stds[other.name] for other in self.layout.tensors if other.site == row.site}
+            if len(sizes) > 1:
+                what = f"its layers start with different deviations at the base, {', '.join(f'{s:.3g}' for s in sorted(sizes))}"
+                raise InputError(f"{tensor.name}: {what}; expected the base's layers, or hyperparameters.init_std")
+        return self.own_stds[row.name]
 
     def start(self, tensor: Tensor, rule: float, hyper: Hyperparameters) -> dict[str, Any]:
         """The keys of a row that say how a tensor starts, given the deviation that the rules give it."""
