@@ -175,6 +175,11 @@ def test_another_layout_than_the_tuned_one_is_refused(proxy: Proxy, tmp_path: Pa
         supar_cli.transfer(validate(Proxy, data, "proxy"), density="1/4")
 
 
+def test_data_that_nothing_would_read_are_refused(proxy: Proxy, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="data: is for supar's own families"):
+        validate(Proxy, own(proxy, tmp_path).model_dump() | {"data": {"source": "stdlib"}}, "proxy")
+
+
 def test_the_command_plans_a_model_of_the_user(proxy: Proxy, tmp_path: Path, supar_here: Callable[..., Called]) -> None:
     tuned = own(proxy, tmp_path)
     data = tuned.model_dump() | {"model": {"family": "own", "layout": "layout.yaml", "factory": "mymodel:make"}}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 Names = frozenset[str]
 NONE: Names = frozenset()
+NO_AXES: frozenset[int] = frozenset()
 CONSTANT = ""  # stands among the names of a sum for a summand that is no parameter
 
 
