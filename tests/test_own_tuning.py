@@ -122,7 +122,7 @@ class TestRun:
 
     def test_the_command_gets_the_plan_as_a_file_of_any_path(self, here: Path) -> None:
         folder = here / "a 'b' $c"
-        plan = plan_with(f'cp {{plan}} copy.yaml; cmp {{plan}} "$SUPAR_PLAN" && {REPORT}')
+        plan = plan_with(f"cp {{plan}} copy.yaml && {REPORT}")
         command.run_command(plan, folder)
         assert load("copy.yaml") == plan
         assert [path.name for path in folder.iterdir()] == [plan.hash()[7:15]]

@@ -22,7 +22,7 @@ from supar_cli.planning.plan import Plan
 from supar_cli.training.launch.environment import StopSignals
 from supar_cli.training.run_directory import RunHistory
 
-RESULT, PLAN = "SUPAR_RESULT", "SUPAR_PLAN"  # environment variables of the command; `own.report` writes to the first
+RESULT = "SUPAR_RESULT"  # the environment variable with the file that `own.report` writes to
 POLL_S = 0.1  # chosen: between two looks at what a script reports; trials take minutes
 GRACE_S = 2.0  # chosen: for a script to end by SIGTERM, and again by SIGKILL; its worker has workers.STOP_S for both
 LINES, TAIL_BYTES = 10, 2**14  # chosen: the end of a traceback, which says what went wrong
@@ -88,7 +88,7 @@ def _start(command: str, here: Path, output: int) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
-        env={**threads, **os.environ, PLAN: plan, RESULT: str(here / "result.jsonl")},
+        env={**threads, **os.environ, RESULT: str(here / "result.jsonl")},
         start_new_session=True,
     )
 

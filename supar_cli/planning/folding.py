@@ -176,6 +176,9 @@ def fold_each(
         problems.append(f"hyperparameters.alpha_input: no tensor can take the factor {alpha_input!r}; expected 1")
     if alpha_output != 1 and not heads:
         problems.append(f"hyperparameters.alpha_output: no tensor can take the factor {alpha_output!r}; expected 1")
+    if residual != 1 and not any(row.writes_residual for row in rows):
+        what = f"no tensor writes the residual stream, so none can take the factor {residual!r} of its branches"
+        problems.append(f"parameterization.depth_rule: {what}; expected none")
     asked = {name: [factor for factor in found if factor != 1] for name, found in factors.items()}
     problems += [f"{name}: its uses need the factors {found}" for name, found in asked.items() if len(set(found)) > 1]
     if problems:
