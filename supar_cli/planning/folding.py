@@ -165,8 +165,12 @@ def fold_each(
             if foldable:
                 for carrier in carriers:
                     factors.setdefault(carrier.name, []).append(output)
-            elif output != 1:
-                hooks[row.multiply_at or ""] = output
+            elif hooks.setdefault(row.multiply_at or "", output) != output:
+                problems.append(
+                    f"{row.name}: another head has the factor {hooks[row.multiply_at or '']} at the same place"
+                )
+        if len(set(wanted)) > 1:  # 1 too: what one use asks for would reach the other
+            problems.append(f"{row.name}: its uses need the factors {wanted}")
         if row.derived and any(factor != 1 for factor in wanted):
             problems.append(
                 f"{row.name}: {wanted} can't be folded into a tensor that the forward pass uses derived (1 + g)"
@@ -182,8 +186,9 @@ def fold_each(
     asked = {name: [factor for factor in found if factor != 1] for name, found in factors.items()}
     problems += [f"{name}: its uses need the factors {found}" for name, found in asked.items() if len(set(found)) > 1]
     if problems:
-        raise InputError(*problems)
-    return {name: found[0] for name, found in asked.items() if found}, hooks
+        raise InputError(*dict.fromkeys(problems))
+    folds = {name: found[0] for name, found in asked.items() if found}
+    return folds, {place: factor for place, factor in hooks.items() if factor != 1}
 
 
 def describe_uses(tensors: Iterable[layout.Tensor], tied: bool) -> list[TensorUse]:
