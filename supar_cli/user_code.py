@@ -1,4 +1,4 @@
-"""Functions of the user's own modules, named as `module:function`, and errors in his code told apart from supar's."""
+"""Functions of the user's own modules, named as `module:function`, and errors in that code told apart from supar's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from supar_cli.errors import InputError, suggestion
 
 # folders whose code is not the user's: supar, the standard library, installed packages
-_NOT_HIS = [
+_OTHER_CODE = [
     str(Path(__file__).resolve().parent),
     *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
 ]
@@ -102,16 +102,16 @@ def calling_user_code(place: str = "") -> Iterator[None]:
 
 def _line_of(error: BaseException) -> str | None:
     """FILE:LINE of the last line of the user's code on the way to an error; None if there was none."""
-    if isinstance(error, SyntaxError) and error.filename and _is_his(error.filename):
+    if isinstance(error, SyntaxError) and error.filename and _is_users(error.filename):
         return f"{error.filename}:{error.lineno}"
     lines = [
-        f"{one.filename}:{one.lineno}" for one in traceback.extract_tb(error.__traceback__) if _is_his(one.filename)
+        f"{one.filename}:{one.lineno}" for one in traceback.extract_tb(error.__traceback__) if _is_users(one.filename)
     ]
     return lines[-1] if lines else None
 
 
-def _is_his(filename: str) -> bool:
+def _is_users(filename: str) -> bool:
     """Whether code is the user's."""
     return not filename.startswith("<") and not any(
-        Path(filename).resolve().is_relative_to(folder) for folder in _NOT_HIS
+        Path(filename).resolve().is_relative_to(folder) for folder in _OTHER_CODE
     )

@@ -165,7 +165,7 @@ def stdout_offences(module: str, source: str) -> list[str]:
     return found
 
 
-HANDLES_TENSORS = [f"supar_cli.{name}" for name in ("planning", "sparse", "models", "data", "training")]
+HANDLES_TENSORS = [f"supar_cli.{name}" for name in ("planning", "sparse", "models", "data", "training", "own")]
 
 
 def recognition_offences(module: str, source: str) -> list[str]:

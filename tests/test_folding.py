@@ -17,7 +17,7 @@ from torch import Tensor
 
 from supar_cli.errors import InputError
 from supar_cli.planning import layout
-from supar_cli.planning.folding import Numbers, TensorUse, clip_factor, describe_uses, fold, fold_factors
+from supar_cli.planning.folding import Numbers, TensorUse, clip_factor, describe_uses, fold, fold_each, fold_factors
 
 V, T, D, FFN, BLOCKS, STEPS = 11, 5, 8, 12, 2, 6
 AGREE, DIFFER = 1e-12, 1e-4  # measured here: float64 leaves 1e-15 at most, a planted fault 2e-3 at least
@@ -247,3 +247,15 @@ def test_two_folds_are_one_and_a_fold_by_one_is_none(row: Numbers, a: float, b: 
     for name, value in vars(once).items():
         assert getattr(twice, name) == (value and pytest.approx(value, rel=1e-14, abs=0)), name
     assert repr(fold(row, 1.0, optimizer)) == repr(row)
+
+
+def test_two_uses_of_one_tensor_need_one_factor() -> None:
+    """A factor of 1 is one too: what the first activations are multiplied by must not reach a residual branch."""
+    both = TensorUse("shared", "embedding", in_first_sum=True, writes_residual=True)
+    head = TensorUse("head", "unembedding", leaves_model=True)
+    assert fold_each([both, head], 1.0, 2.0, 1.0) == ({"head": 2.0}, {})
+    with pytest.raises(InputError, match=r"^shared: its uses need the factors \[2\.0, 1\.0\]"):
+        fold_each([both, head], 2.0, 1.0, 1.0)
+    tied = [TensorUse(name, "embedding", in_first_sum=True, tied=True, m_d=m_d) for name, m_d in (("a", 2), ("b", 4))]
+    with pytest.raises(InputError, match=r"^b: another head has the factor 0\.5 at the same place"):
+        fold_each(tied, 1.0, 1.0, 1.0)

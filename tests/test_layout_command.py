@@ -1,4 +1,4 @@
-"""`supar layout`: the user's functions found by name, his errors at their lines, the document and its table."""
+"""`supar layout`: the user's functions found by name, errors in them at their lines, the document and its table."""
 
 from __future__ import annotations
 
@@ -245,7 +245,7 @@ def test_notes_are_warnings_and_questions_are_errors(
         *asked, "-q", "-f", "--role", "a.b=hidden", "--role", "c=norm", "--ignore", "d", "--target", "width=4096"
     )
     assert answered.status == 0 and answered.err == "warning: a number moves with the size\n"
-    assert given.pop("make").__name__ == "make" and given.pop("example").args[0].__name__ == "batch"
+    assert given.pop("make").__name__ == "make" and given.pop("example").__name__ == "batch"
     assert given == {
         "base": {"width": 32},
         "wider": {"width": 64},

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import supar_cli
 from supar_cli.errors import InputError
+from supar_cli.planning import advice
 from supar_cli.planning.problems import validate
 from supar_cli.planning.spec import Proxy
 from supar_cli.training.prepare import make_masks
@@ -46,6 +47,7 @@ def test_zeros_of_weights_are_the_dead_ones(proxy: Proxy, tmp_path: Path, dtype:
     for part, some in enumerate((names[::2], names[1::2])):  # sharded, as checkpoints of the Hub are
         save_file({name: stored[name] for name in some}, tmp_path / "pruned" / f"model-{part}.safetensors")
     plan = supar_cli.transfer(proxy, masks=tmp_path / "pruned", masks_out=tmp_path / "masks.safetensors")
+    assert "masks: 6 of 12 hidden tensors have none and stay dense: blocks.1.attn.q, …" in advice.warnings(plan)
     rows = {row.name: row for row in plan.tensors}
     live = {name: int((weights[name] != 0).sum()) for name in rows}
     hidden = [row for row in plan.tensors if row.role == "hidden"]
@@ -84,6 +86,14 @@ def test_what_the_rules_do_not_hold_for_is_refused(
     save_file(pruned(proxy, **changed), tmp_path / "pruned.safetensors")
     with pytest.raises(InputError, match=what):
         supar_cli.transfer(proxy, masks=tmp_path / "pruned.safetensors", masks_out=tmp_path / "m.safetensors")
+
+
+def test_what_masks_are_read_from_is_not_replaced(proxy: Proxy, tmp_path: Path) -> None:
+    path = tmp_path / "masks.safetensors"
+    save_file(pruned(proxy), path)
+    for source in (path, tmp_path):
+        with pytest.raises(InputError, match="would replace what masks are read from"):
+            supar_cli.transfer(proxy, masks=source, masks_out=path)
 
 
 def test_other_names_are_refused(proxy: Proxy, tmp_path: Path) -> None:

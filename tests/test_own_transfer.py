@@ -176,6 +176,30 @@ def test_another_layout_than_the_tuned_one_is_refused(proxy: Proxy, tmp_path: Pa
         supar_cli.transfer(validate(Proxy, data, "proxy"), density="1/4")
 
 
+def test_rules_by_depth_that_find_nothing_are_refused(proxy: Proxy, tmp_path: Path) -> None:
+    def without_branches(one: Layout) -> Layout:
+        return one.model_copy(
+            update={"tensors": [row.model_copy(update={"writes_residual": False}) for row in one.tensors]}
+        )
+
+    def without_layers(one: Layout) -> Layout:
+        return one.model_copy(update={key: {"width": vars(one)[key]["width"]} for key in ("base", "wider")})
+
+    target = validate(Target, TARGET, "target")
+    with pytest.raises(InputError, match="depth_rule: no tensor writes the residual stream"):
+        transfer(own(proxy, tmp_path, without_branches), target)
+    by_gpt2 = proxy.parameterization.model_copy(update={"residual_init": "gpt2", "depth_rule": "none"})
+    proxy = proxy.model_copy(update={"parameterization": by_gpt2})
+    assert transfer(own(proxy, tmp_path), target)
+    with pytest.raises(InputError, match="residual_init: gpt2 divides by the number of blocks"):
+        transfer(own(proxy, tmp_path, without_layers), target.model_copy(update={"layers": None}))
+
+
+def test_data_that_nothing_would_read_are_refused(proxy: Proxy, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="data: is for supar's own families"):
+        validate(Proxy, own(proxy, tmp_path).model_dump() | {"data": {"source": "stdlib"}}, "proxy")
+
+
 def test_the_command_plans_a_model_of_the_user(proxy: Proxy, tmp_path: Path, supar_here: Callable[..., Called]) -> None:
     tuned = own(proxy, tmp_path)
     data = tuned.model_dump() | {"model": {"family": "own", "layout": "layout.yaml", "factory": "mymodel:make"}}

@@ -1,4 +1,4 @@
-"""Tuning a user's model by his own script: what counts as a run's loss, what ends a run, and that nothing is left of it."""
+"""Tuning a user's model by the user's script: what counts as a run's loss, what ends a run, and that nothing is left of it."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class TestRun:
 
     def test_the_command_gets_the_plan_as_a_file_of_any_path(self, here: Path) -> None:
         folder = here / "a 'b' $c"
-        plan = plan_with(f'cp {{plan}} copy.yaml; cmp {{plan}} "$SUPAR_PLAN" && {REPORT}')
+        plan = plan_with(f"cp {{plan}} copy.yaml && {REPORT}")
         command.run_command(plan, folder)
         assert load("copy.yaml") == plan
         assert [path.name for path in folder.iterdir()] == [plan.hash()[7:15]]
@@ -324,7 +324,7 @@ class TestSearch:
     def test_the_template_searches_what_the_model_can_take(self, here: Path, supar_here: Callable[..., Called]) -> None:
         (here / "layout.yaml").write_text(LAYOUT.replace("uses: [first_sum]", "uses: []"))
         write_spec(here)
-        refused = supar_here("tune-proxy", "-s", "search.alpha_input=[0.5, 2.0]", "--trials", "1")
+        refused = supar_here("tune-proxy", "-s", "search.alpha_input=[0.5, 1.0]", "--trials", "1")
         assert (
             refused.status == 2 and "search.alpha_input: hyperparameters.alpha_input: no tensor can take" in refused.err
         )

@@ -256,7 +256,7 @@ class TestPasses:
 
     def test_examples_may_be_values(self) -> None:
         (example,) = ids(nn.Identity())
-        for given in (example, (example,), {"x": example}, lambda: example):
+        for given in (example, (example,), {"x": example}, lambda: example, lambda at=0: (example,)[at]):
             assert self.rows(layout(net(), example=given)) == self.plain()
 
     def test_random_numbers_of_the_session_are_left_alone(self) -> None:

@@ -1,7 +1,5 @@
 """`supar layout`: the user's model becomes a document of its tensors."""
 
-from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import supar_cli
@@ -71,17 +69,7 @@ def _load(flags: Flags, sizes: list[dict[str, int]]) -> dict[str, Any]:
         problems.append(f"--example {flags.example}: expected a function that can be called with (model) or ()")
     if problems:
         raise InputError(*problems)
-    if "example" in found:
-        found["example"] = partial(_arguments, found["example"])
     return found
-
-
-def _arguments(example: Any, model: Any) -> Any:
-    """What to call the model with: a tuple of arguments, or keywords. `example` is a function, of the model or not, or it itself."""
-    found = example
-    if callable(example):
-        found = example() if can_be_called(example) else example(model)
-    return tuple(found) if isinstance(found, list) else found if isinstance(found, tuple | Mapping) else (found,)
 
 
 def _table_rows(found: Layout) -> list[list[Any]]:

@@ -1,4 +1,4 @@
-"""The coordinate check of a user's model: made by the user's own functions, trained a few steps by a plan, its sizes measured."""
+"""The coordinate check of a user's model: made by the user's functions, trained a few steps by a plan, measured."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class OwnWatch:
         with calling_user_code("batches"):
             batch = _to(self.device, self.batches(self.seed, self.done))
         before = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
-        random = torch.get_rng_state()
+        random = self._random_states()
         with plain_operations(), self._products(batch) as one:
             with Attentions(self._place) as attentions, calling_user_code("loss"):
                 loss = self.loss(self.model, batch)
@@ -172,13 +172,26 @@ class OwnWatch:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.done += 1
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.set_rng_state(random)
+        with torch.no_grad(), torch.random.fork_rng(self._gpus):
+            self._set_random_states(random)
             with plain_operations(), Attentions(self._place) as attentions_after, self._products(batch) as after:
                 self.loss(self.model, batch)
             sizes = self._sizes(one, after, before) | _attention_sizes(attentions, attentions_after)
         self._say_what_is_missing(one, sizes)
         return value, coordinates.finite(sizes)
+
+    @property
+    def _gpus(self) -> list[torch.device]:
+        return [self.device] if self.device.type == "cuda" else []
+
+    def _random_states(self) -> list[Tensor]:
+        """The states that dropout and the like draw from, on the CPU and on the device."""
+        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._gpus)]
+
+    def _set_random_states(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for gpu, state in zip(self._gpus, states[1:], strict=True):
+            torch.cuda.set_rng_state(state, gpu)
 
     def _place(self) -> str:
         """The name of the module that is running."""

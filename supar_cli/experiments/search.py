@@ -83,9 +83,9 @@ def _plan(spec: Spec, values: Values, seed: int) -> Plan:
 def refused_ranges(spec: Spec) -> dict[str, str]:
     """The searched names that a user's model can't take, and why: nothing in it to fold a multiplier into."""
     found = {}
-    for name, (_, high) in spec.search.ranges().items():
-        try:
-            _plan(spec, {name: high}, spec.train.seed)
+    for name, (low, high) in spec.search.ranges().items():
+        try:  # a factor of 1 needs nothing to fold into
+            _plan(spec, {name: low if high == 1 else high}, spec.train.seed)
         except InputError as error:
             found[name] = str(error)
     return found
@@ -178,9 +178,7 @@ def run_next(spec: Spec, storage: str, wanted: Wanted) -> FrozenTrial | None:
     """
     study = SharedStudy(storage, study_name(spec) + ("" if isinstance(wanted, int) else RUNS), join=True)
     steps = spec.train.steps
-    if isinstance(
-        spec.model, OwnShape
-    ):  # the script counts its steps as it likes: a whole run has those of the longest
+    if isinstance(spec.model, OwnShape):  # its script may count otherwise: a whole run has the steps of the longest
         steps = max((trial.last_step or 0 for trial in _rank(study.trials())), default=0)
     study.study.sampler, study.study.pruner = SeededByTrialNumber(spec.search), make_pruner(spec.search, steps)
     trial, folder = study.claim(wanted), folder_beside(storage, FILES)

@@ -1,4 +1,4 @@
-"""Running a plan for its loss by a command of the user: his script trains the plan in a file and reports its losses."""
+"""Running a plan for its loss by a command of the user: it trains the plan in a file and reports its losses."""
 
 from __future__ import annotations
 
@@ -22,11 +22,9 @@ from supar_cli.planning.plan import Plan
 from supar_cli.training.launch.environment import StopSignals
 from supar_cli.training.run_directory import RunHistory
 
-RESULT, PLAN = "SUPAR_RESULT", "SUPAR_PLAN"  # environment variables of the command; `own.report` writes to the first
+RESULT = "SUPAR_RESULT"  # the environment variable with the file that `own.report` writes to
 POLL_S = 0.1  # chosen: between two looks at what a script reports; trials take minutes
-GRACE_S = (
-    2.0  # chosen: for a script to end by SIGTERM, and by SIGKILL; both in workers.STOP_S, which its worker has for that
-)
+GRACE_S = 2.0  # chosen: for a script to end by SIGTERM, and again by SIGKILL; its worker has workers.STOP_S for both
 LINES, TAIL_BYTES = 10, 2**14  # chosen: the end of a traceback, which says what went wrong
 
 
@@ -90,7 +88,7 @@ def _start(command: str, here: Path, output: int) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
-        env={**threads, **os.environ, PLAN: plan, RESULT: str(here / "result.jsonl")},
+        env={**threads, **os.environ, RESULT: str(here / "result.jsonl")},
         start_new_session=True,
     )
 
@@ -177,9 +175,8 @@ def _end(process: subprocess.Popen[bytes], here: Path) -> None:
     finally:
         _signal_group(process, signal.SIGKILL)
         limit = time.monotonic() + GRACE_S
-        while (
-            left := list(_processes_of(here))
-        ) and time.monotonic() < limit:  # until they are gone, with their memory
+        # until they are gone, with their memory
+        while (left := list(_processes_of(here))) and time.monotonic() < limit:
             for one in left:
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(one, signal.SIGKILL)

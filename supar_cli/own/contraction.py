@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from supar_cli.own.record import Call
-from supar_cli.own.values import NONE, Mention, Value, axes_along
+from supar_cli.own.values import NO_AXES, NONE, Mention, Value, axes_along
 
 
 @dataclass
@@ -270,6 +270,3 @@ def _with_bias(call: Call, made: Value, bias: Tensor | None) -> Value:
         made.trail |= value.trail
         call.consume(value)
     return made
-
-
-NO_AXES: frozenset[int] = frozenset()

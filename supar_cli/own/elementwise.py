@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from supar_cli.own.record import Call
-from supar_cli.own.values import CONSTANT, NONE, Mention, Names, Readers, Value
+from supar_cli.own.values import CONSTANT, NO_AXES, NONE, Mention, Names, Readers, Value
 
 
 def add(call: Call, left: Value, right: Value) -> Value:
@@ -284,7 +284,4 @@ def _revert(call: Call, name: str, other: Value) -> None:
     """A sum that only centres or divides the values that were summed is no contraction."""
     for bit, summed, sighting, kind in call.record.summed:
         if summed == name and bit & other.bits:
-            sighting.kind, sighting.fan = kind, NONE_SUMMED
-
-
-NONE_SUMMED: frozenset[int] = frozenset()
+            sighting.kind, sighting.fan = kind, NO_AXES

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from inspect import signature
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 
 from supar_cli.planning.layout import MOST_EXTENTS
+from supar_cli.user_code import can_be_called
 
 Shapes = dict[str, list[int]]
 QUANTISED = ("bitsandbytes", "torchao", "deepspeed", "fairscale", "megatron", "transformer_engine", "apex")
@@ -52,12 +52,7 @@ def refusals(model: nn.Module) -> list[str]:
 def arguments_of(example: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments and keywords of a forward pass: from a function of the model or of nothing, or from the values."""
     if callable(example) and not isinstance(example, Tensor | Mapping):
-        try:
-            signature(example).bind(model)
-        except TypeError:
-            example = example()
-        else:
-            example = example(model)
+        example = example() if can_be_called(example) else example(model)
     if isinstance(example, Mapping):
         return (), dict(example)
     return (tuple(example) if isinstance(example, tuple | list) else (example,)), {}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 Names = frozenset[str]
 NONE: Names = frozenset()
+NO_AXES: frozenset[int] = frozenset()
 CONSTANT = ""  # stands among the names of a sum for a summand that is no parameter
 
 
@@ -158,7 +159,7 @@ def axes_along(index: Tensor, dims: tuple[int, ...], shape: tuple[int, ...]) -> 
     found = set[int]()
     for dim in dims:
         lines = index.movedim(dim, 0)
-        for other in range(1, lines.dim()):
+        for other in range(1, len(lines.shape)):
             extent = lines.shape[other]
             lines = lines.index_select(other, torch.tensor(sorted({0, extent // 2, extent - 1})))
         lines = lines.reshape(lines.shape[0], -1)

@@ -47,6 +47,9 @@ def _of_sparsity(plan: Plan, hidden: list[PlanTensor]) -> Iterator[str]:
         elif sparsity.block and has_empty_rows:
             rows = f"{per_row:.3g} blocks per row of blocks: {empty} of rows have no weight at all"
             yield f"{low.name}: {rows}; a smaller block or more width helps"
+    dense = [row.name for row in hidden if row.density == 1]
+    if sparsity.source.kind == "file" and dense:
+        yield f"masks: {len(dense)} of {len(hidden)} hidden tensors have none and stay dense: {dense[0]}{', …' * (len(dense) > 1)}"
     if sparsity.pattern in ("fixed_fan_in", "block") and sparsity.distribution == "uniform" and not sparsity.overrides:
         off = max(hidden, key=lambda row: abs(row.density / sparsity.density - 1))
         if abs(off.density / sparsity.density - 1) > 0.01:

@@ -163,6 +163,8 @@ def fold_each(
             wanted.append(residual)
         if row.role == "unembedding":
             wanted.append((alpha_output if row.leaves_model else 1.0) / row.m_d)
+        if len(set(wanted)) > 1:  # 1 too: what one use asks for would reach the other
+            problems.append(f"{row.name}: its uses need the factors {wanted}")
         if row.derived and not row.feeds_head and any(factor != 1 for factor in wanted):
             problems.append(
                 f"{row.name}: {wanted} can't be folded into a tensor that the forward pass uses derived (1 + g)"
@@ -173,11 +175,15 @@ def fold_each(
     if alpha_output != 1 and not heads:
         problems.append(f"hyperparameters.alpha_output: no tensor can take the factor {alpha_output!r}; expected 1")
     problems += _unfolded_heads(rows, outputs, hooks)
+    if residual != 1 and not any(row.writes_residual for row in rows):
+        what = f"no tensor writes the residual stream, so none can take the factor {residual!r} of its branches"
+        problems.append(f"parameterization.depth_rule: {what}; expected none")
     asked = {name: [factor for factor in found if factor != 1] for name, found in factors.items()}
     problems += [f"{name}: its uses need the factors {found}" for name, found in asked.items() if len(set(found)) > 1]
     if problems:
-        raise InputError(*problems)
-    return {name: found[0] for name, found in asked.items() if found}, hooks
+        raise InputError(*dict.fromkeys(problems))
+    folds = {name: found[0] for name, found in asked.items() if found}
+    return folds, {place: factor for place, factor in hooks.items() if factor != 1}
 
 
 def _unfolded_heads(rows: list[TensorUse], outputs: dict[str, float], hooks: dict[str, float]) -> list[str]:

@@ -241,6 +241,8 @@ class _Shaped:
         own = isinstance(self.model, OwnShape)
         if not own and self.data is None:
             raise ValueError("data: null; expected the data to train on")
+        if own and self.data is not None:
+            raise ValueError("data: is for supar's own families; expected none, as your script reads its own data")
         if not own and self.hyperparameters.init_std is None:
             raise ValueError("hyperparameters.init_std: null; expected a number; null is for a model of your own")
         if not own and (self.run.command, self.run.timeout_s) != (None, None):

@@ -12,7 +12,7 @@ from typing import Any, get_args
 from supar_cli.errors import InputError
 from supar_cli.planning import density, layout, patterns, rules
 from supar_cli.planning.advice import WPN_IMPOSSIBLE, remedy
-from supar_cli.planning.layout_document import OwnShape
+from supar_cli.planning.layout_document import LAYERS, OwnShape
 from supar_cli.planning.live_counts import GivenMasks, asked_density, live_counts
 from supar_cli.planning.own_shapes import OwnTensors, folded
 from supar_cli.planning.plan import CURRENT_RULES, Plan, PlanModel, PlanTensor, PlanTrain
@@ -157,6 +157,9 @@ def _plan_own(proxy: Proxy, target: Target, scheme: rules.Scheme, masks: GivenMa
     if scheme.residual_init == "gpt2" and hyper.init_std is None:
         what = "gpt2 scales the residual branches, whose own deviations a model of your own already has"
         raise InputError(f"parameterization.residual_init: {what}; expected none, or hyperparameters.init_std")
+    if scheme.residual_init == "gpt2" and LAYERS not in document.base:
+        what = f"gpt2 divides by the number of blocks, and the layout's sizes are {', '.join(document.base)}"
+        raise InputError(f"parameterization.residual_init: {what}; expected {LAYERS} among them, or none")
     shapes = OwnTensors.of(document, target)
     factors, hooks = shapes.folds(scheme, hyper)
     rows = []

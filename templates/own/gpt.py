@@ -18,12 +18,8 @@ from torch.nn import functional as F
 
 import supar_cli as supar
 
-VOCAB, CONTEXT, LAYERS, HEAD_WIDTH = (
-    256,
-    64,
-    2,
-    16,
-)  # bytes; the width of a head is the same at every width of the model
+VOCAB, CONTEXT, LAYERS = 256, 64, 2  # the vocabulary is bytes
+HEAD_WIDTH = 16  # at every width of the model
 
 
 class Block(nn.Module):

@@ -16,12 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 import supar_cli as supar
 
-VOCAB, CONTEXT, LAYERS, HEAD_WIDTH = (
-    256,
-    64,
-    2,
-    16,
-)  # bytes; the width of a head is the same at every width of the model
+VOCAB, CONTEXT, LAYERS = 256, 64, 2  # the vocabulary is bytes
+HEAD_WIDTH = 16  # at every width of the model
 
 
 def make(width):  # called with the sizes of a layout or of a plan
