@@ -85,7 +85,10 @@ def can_be_called(function: Any, *arguments: Any) -> bool:
 
 @contextmanager
 def calling_user_code(place: str = "") -> Iterator[None]:
-    """Raise an error in the user's code as InputError with the file and line in it; what it prints goes to stderr."""
+    """Raise an error in the user's code as InputError with the file and line in it; what it prints goes to stderr.
+
+    A function of the user's that does not take what it is called with has no line of his in it, and is his error too.
+    """
     try:
         with redirect_stdout(sys.stderr):
             yield
@@ -93,7 +96,8 @@ def calling_user_code(place: str = "") -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         at = _line_of(error)
-        if at is None:
+        is_called_wrongly = bool(place) and isinstance(error, TypeError) and "argument" in str(error)
+        if at is None and not is_called_wrongly:
             raise
         text = " ".join(str(error).split())
         what = type(error).__name__ + (f": {text}" if text else "")

@@ -254,3 +254,15 @@ def test_notes_are_warnings_and_questions_are_errors(
         "roles": {"a.b": "hidden", "c": "norm"},
         "ignore": ["d"],
     }
+
+
+def test_a_function_that_does_not_take_its_arguments_is_the_users_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "supar_cli.user_code._line_of", lambda error: None
+    )  # called by supar, it has no line in the function
+    wrong: Any = lambda: None  # noqa: E731
+    told = r"^batches: TypeError: .* takes 0 positional arguments but 2 were given$"
+    with pytest.raises(InputError, match=told), calling_user_code("batches"):
+        wrong(0, 0)
+    with pytest.raises(TypeError), calling_user_code():
+        wrong(0, 0)

@@ -225,8 +225,9 @@ class TestAccelerate:
         run.model, run.optimizer = accelerator.prepare(run.model, run.optimizer)
         accelerator.backward(run.loss())
         accelerator.clip_grad_norm_(run.model.parameters(), 0.1)
-        with pytest.warns(UserWarning, match=r"prepared\.clip_grad_norm_\("):
+        with pytest.warns(UserWarning, match=r"prepared\.clip_grad_norm_\(") as told:
             run.optimizer.step()
+        assert [one.filename for one in told if "clip" in str(one.message)] == [__file__]
 
 
 class TestLightning:

@@ -158,7 +158,7 @@ def test_explain_works_out_every_number(proxy: Proxy, tmp_path: Path) -> None:
     ("target", "what"),
     [
         ({"heads": 8}, "target.heads: a model of your own has only the sizes of its layout; expected width, layers"),
-        ({"size": {"hidden": 3}}, "target.hidden: is not a size of the layout"),
+        ({"size": {"hidden": 3}}, "target.hidden: is not a size of the layout.*-s target.size.width=N"),
         ({"tokens": 1000}, "target.tokens: a model of your own"),
     ],
 )

@@ -318,6 +318,7 @@ class TestSearch:
         proxy = parse(Proxy, document.read_file("out/proxy.yaml")[0])
         assert proxy.model.layout == "../layout.yaml"  # type: ignore[union-attr]
         assert set(proxy.evidence["ranges"]) == {"lr", "alpha_input", "alpha_output"}
+        assert "next: supar transfer out/proxy.yaml --width " in called.err
         plan = supar_here("transfer", "out/proxy.yaml", "--width", "256", "--sparsity", "0.75", "-o", "-")
         assert plan.status == 0 and "fold: 0.25" in plan.out, plan.err
 

@@ -277,6 +277,8 @@ def test_no_optimum_is_claimed_where_there_is_none() -> None:
     bent = fit_quadratic([(x, seed, 1.0 - x * x) for x, seed in places])
     assert not bent.usable and "downwards" in bent.why
     assert not fit_quadratic([(0.0, 0, 1.0), (1.0, 0, 2.0)]).usable
+    deaf = fit_quadratic([(x, seed, 4.0 + seed) for x, seed in places])
+    assert not deaf.usable and "does not use the plan's" in deaf.why
 
 
 def test_student_quantiles_against_tables() -> None:

@@ -111,8 +111,13 @@ def _with_usable_ranges(spec: Spec, log: terminal.Log) -> Spec:
 
 def _wider(spec: Spec) -> list[str]:
     """The flag of a width to go on with, where a user's model has one; a plan of the proxy's own size has no use."""
-    width = spec.model.read_layout().base.get("width") if isinstance(spec.model, OwnShape) else None
-    return [] if width is None else [f"--width {16 * width}"]
+    if not isinstance(spec.model, OwnShape):
+        return []
+    read = spec.model.read_layout()
+    if "width" in read.base:
+        return [f"--width {16 * read.base['width']}"]
+    name = next(name for name, size in read.base.items() if read.wider[name] != size)
+    return [f"-s target.size.{name}={read.base[name] + 15 * (read.wider[name] - read.base[name])}"]
 
 
 def _beside(proxy: Proxy, out: str | None) -> Proxy:

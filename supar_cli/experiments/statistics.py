@@ -56,6 +56,9 @@ def fit_quadratic(points: list[tuple[float, int, float]]) -> Fit:
     freedom = len(points) - design.shape[1]
     if freedom < MIN_FREEDOM or len(set(x.tolist())) < 3:
         return Fit(False, f"{len(points)} finite losses are too few for a parabola", len(points), best)
+    if all(len(set(loss[offsets[:, at] == 1].tolist())) == 1 for at in range(len(seeds))):
+        why = "the loss is the same to the last digit at every rate, so the training does not use the plan's"
+        return Fit(False, why, len(points), best)
     inverse = np.linalg.inv(design.T @ design)
     solution = inverse @ design.T @ loss
     a, b = float(solution[0]), float(solution[1])

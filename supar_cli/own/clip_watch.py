@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from supar_cli.own.parameters import local_shard
+from supar_cli.own.parameters import local_shard, warn_caller
 from supar_cli.planning.plan import PlanTensor
 
 TENSORS, ENTRIES = 2, 256  # chosen: enough to tell one factor for all from values limited one by one
@@ -60,7 +59,7 @@ class ClipWatch:
         precision = max(torch.finfo(values.dtype).eps for *_, values in kept)
         if what := describe_clip(before[before != 0], after[before != 0], 4 * precision):
             self.close()
-            warnings.warn(f"{what}; {_REMEDY}", stacklevel=2)
+            warn_caller(f"{what}; {_REMEDY}")
 
     @torch.no_grad()
     def _note(self, tensor: nn.Parameter) -> None:

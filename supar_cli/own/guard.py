@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from supar_cli.errors import InputError
 from supar_cli.own.masked_model import MaskedModel
 from supar_cli.own.oversights import warn_of_untrained
-from supar_cli.own.parameters import match, named_parameters, shown
+from supar_cli.own.parameters import match, named_parameters, shown, warn_caller
 from supar_cli.planning.plan import PlanTensor
 
 # chosen: schedulers in double precision keep proportions to 1e-13, rates in float32 tensors to 1e-7
@@ -85,7 +84,7 @@ class Numbers:
         is_undecayed = not any(group.settings["weight_decay"] for group in groups)
         if is_undecayed and not self._has_warned and any(group.row.weight_decay for group in groups):
             self._has_warned = True
-            warnings.warn("weight_decay: is 0 in all groups; the plan has others, which are not used", stacklevel=4)
+            warn_caller("weight_decay: is 0 in all groups; the plan has others, which are not used")
         for group in groups:
             if group.settings.get("eps") not in (group.row.eps, None):
                 wanted = f"the plan says {group.row.eps:g}, as groups() has it"
@@ -224,7 +223,7 @@ class Kept:
         others = {name: tensor for name, tensor in named.items() if id(tensor) not in self.masked.by_id}
         if read := [name for name, tensor in others.items() if tensor.grad is not None and tensor.grad.any()]:
             what = "model.ignored leaves it out, but it has a gradient, so something reads it"
-            warnings.warn(f"{shown(read)}: {what}; it is not trained by the plan's optimizer", stacklevel=5)
+            warn_caller(f"{shown(read)}: {what}; it is not trained by the plan's optimizer")
 
     def _require_parameters(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise InputError unless the optimizer's parameters are the masked ones and, where it has to, it has all of them."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from supar_cli.own.parameters import local_shard, shown
+from supar_cli.own.parameters import local_shard, shown, warn_caller
 
 NORM_TOLERANCE = 1e-5  # chosen: norms of the same values on two devices agree to 1e-6
 
@@ -40,7 +39,7 @@ class InitialValues:
         if names:
             what = "its values were changed after prepare had given it the plan's"
             remedy = "initialise the model before prepare; to keep values of yours, name the others in initialise="
-            warnings.warn(f"{shown(names)}: {what}; {remedy}", stacklevel=2)
+            warn_caller(f"{shown(names)}: {what}; {remedy}")
 
 
 def warn_of_untrained(tensors: Mapping[str, nn.Parameter], held: set[int], present: set[int]) -> None:
@@ -48,10 +47,10 @@ def warn_of_untrained(tensors: Mapping[str, nn.Parameter], held: set[int], prese
     if not any(tensor.grad is not None for tensor in tensors.values() if id(tensor) in present):
         what = "the step changes nothing, as no tensor of the optimizer has a gradient"
         remedy = "if a copy of the prepared model is trained: prepared.attach(copy), or prepared.optimizer(copy)"
-        warnings.warn(f"optimizer: {what}; {remedy}", stacklevel=2)
+        warn_caller(f"optimizer: {what}; {remedy}")
     if names := [name for name, tensor in tensors.items() if tensor.grad is not None and id(tensor) not in held]:
         what = "has a gradient and is in no optimizer that prepared made or keeps"
-        warnings.warn(f"{shown(names)}: {what}; expected prepared.keep(optimizer) for each", stacklevel=2)
+        warn_caller(f"{shown(names)}: {what}; expected prepared.keep(optimizer) for each")
 
 
 def _norm(tensor: Tensor) -> float:

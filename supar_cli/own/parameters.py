@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +23,18 @@ from supar_cli.planning.plan import Plan
 _INSERTED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
+# the frames of supar and of the packages beside torch are not the line that a warning is about
+_NOT_THE_USERS = (f"{Path(__file__).parents[1]}/", f"{Path(torch.__file__).parents[1]}/")
+
 NAMES_SHOWN = 3  # chosen: enough to find a group by
+
+
+def warn_caller(message: str) -> None:
+    """Warn at the user's line that led here, however many hooks and wrappers of others lie between."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def shown(names: Iterable[str]) -> str:

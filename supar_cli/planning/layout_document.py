@@ -150,7 +150,10 @@ class Layout(Section):
         """
         if unknown := [name for name in given if name not in self.base]:
             what = "is not a size of the layout"
-            raise InputError(*(f"target.{name}: {what}; {suggestion(name, list(self.base))}" for name in unknown))
+            how = f"set it by -s target.size.{next(iter(self.base))}=N"
+            raise InputError(
+                *(f"target.{name}: {what}; {suggestion(name, list(self.base))}; {how}" for name in unknown)
+            )
         steps = {name: self.wider[name] - self.base[name] for name in self.base}
         is_target = self.target is not None and given.items() <= self.target.items()
         if self.target is not None and is_target and any(steps[name] for name in given):
