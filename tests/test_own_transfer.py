@@ -13,12 +13,12 @@ from supar_cli.errors import InputError
 from supar_cli.planning import document, layout
 from supar_cli.planning.advice import warnings
 from supar_cli.planning.explain import explain
-from supar_cli.planning.folding import Numbers, describe_uses, fold, fold_factors
-from supar_cli.planning.layout_document import Layout
+from supar_cli.planning.folding import Numbers, TensorUse, describe_uses, fold, fold_each, fold_factors
+from supar_cli.planning.layout_document import Layout, LayoutRow, Own
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import validate
 from supar_cli.planning.spec import Model, Proxy, Target
-from supar_cli.planning.transfer import transfer
+from supar_cli.planning.transfer import as_trial, transfer
 from tests.conftest import Called, proxy_fields
 
 NUMBERS = ("init_std", "init_constant", "lr", "weight_decay", "eps")
@@ -183,3 +183,55 @@ def test_the_command_plans_a_model_of_the_user(proxy: Proxy, tmp_path: Path, sup
     assert done.status == 0 and "width 256, layers 2" in done.err and "supar train" not in done.err
     plan = supar_cli.load(tmp_path / "plan.yaml")
     assert isinstance(plan, Plan) and plan.model.target == {"width": 256, "layers": 2}  # type: ignore[union-attr]
+
+
+def test_deviations_that_differ_between_layers_by_more_than_chance_are_kept(proxy: Proxy, tmp_path: Path) -> None:
+    def deeper(one: Layout) -> Layout:
+        def own(row: LayoutRow) -> LayoutRow:
+            std = 0.03 / (1 + row.block) if row.block is not None and row.own and row.own.std else None
+            return row if std is None else row.model_copy(update={"own": Own(mean=0.0, std=std)})
+
+        return one.model_copy(update={"tensors": [own(row) for row in one.tensors]})
+
+    changed = own(proxy, tmp_path, deeper, init_std=None, alpha_output=1.0)
+    rows = {row.name: row for row in supar_cli.transfer(changed, width=256, density="1/4").tensors}
+    assert rows["blocks.0.mlp.down"].init_std == pytest.approx(0.03)
+    assert rows["blocks.1.mlp.down"].init_std == pytest.approx(0.015)
+
+
+def test_a_trial_is_of_the_base_where_the_layout_lists_a_target(proxy: Proxy, tmp_path: Path) -> None:
+    def with_target(one: Layout) -> Layout:
+        rows = [row.model_copy(update={"target": row.wider}) for row in one.tensors]
+        return one.model_copy(update={"tensors": rows, "target": one.wider})
+
+    changed = own(proxy, tmp_path, with_target)
+    trial = as_trial(changed)
+    assert trial.model.target == trial.model.base  # type: ignore[union-attr]
+    assert supar_cli.transfer(changed, width=128, density="1/4").model.target["width"] == 128  # type: ignore[union-attr]
+
+
+class TestSeveralTiedHeads:
+    NORM = TensorUse("norm", "norm", feeds_head=True)
+
+    def test_one_without_a_norm_or_a_module_is_refused(self) -> None:
+        heads = [TensorUse(name, "embedding", tied=True, leaves_model=True, m_d=4.0) for name in ("a", "b")]
+        with pytest.raises(InputError, match="a, b: are tied heads, and not each has a norm that it alone reads"):
+            fold_each([*heads, self.NORM], 1.0, 1.0, 1.0)
+        assert fold_each([*heads, self.NORM], 1.0, 4.0, 1.0) == ({}, {})
+
+    def test_one_with_a_module_of_its_own_has_its_factor_there(self) -> None:
+        first = TensorUse("a", "embedding", tied=True, leaves_model=True, m_d=4.0)
+        second = TensorUse("b", "embedding", tied=True, leaves_model=True, m_d=2.0, multiply_at="head")
+        assert fold_each([first, second, self.NORM], 1.0, 1.0, 1.0) == ({"norm": 0.25}, {"head": 0.5})
+
+    def test_two_factors_on_the_logits_are_refused(self) -> None:
+        heads = [TensorUse(str(m_d), "embedding", tied=True, leaves_model=True, m_d=m_d) for m_d in (2.0, 4.0)]
+        with pytest.raises(InputError, match=r"4\.0: the logits would need the factors 0\.5 and 0\.25"):
+            fold_each(heads, 1.0, 1.0, 1.0)
+
+    def test_factors_of_one_and_another_do_not_agree(self) -> None:
+        first = TensorUse("a", "embedding", in_first_sum=True, tied=True, leaves_model=True)
+        second = TensorUse("b", "embedding", tied=True, leaves_model=True)
+        norms = [self.NORM, TensorUse("other", "norm", feeds_head=True)]
+        with pytest.raises(InputError, match=r"norm: its uses need the factors \[0\.5, 1\.0\]"):
+            fold_each([first, second, *norms], 2.0, 1.0, 1.0)

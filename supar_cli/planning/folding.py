@@ -156,31 +156,40 @@ def fold_each(
         wanted = []
         if row.in_first_sum:
             wanted.append(alpha_input)
-        if row.writes_residual:
+        if row.writes_residual and residual != 1:
             wanted.append(residual)
         if row.role == "unembedding":
             wanted.append((alpha_output if row.leaves_model else 1.0) / row.m_d)
         if row.tied:
             output = alpha_output / row.m_d / (alpha_input if row.in_first_sum else 1.0)
-            if foldable:
+            if foldable and row.multiply_at is None:
                 for carrier in carriers:
                     factors.setdefault(carrier.name, []).append(output)
-            elif output != 1:
-                hooks[row.multiply_at or ""] = output
+            elif hooks.setdefault(row.multiply_at or "", output) != output:
+                place = row.multiply_at or "the logits"
+                problems.append(
+                    f"{row.name}: {place} would need the factors {hooks[row.multiply_at or '']} and {output}"
+                )
         if row.derived and any(factor != 1 for factor in wanted):
             problems.append(
                 f"{row.name}: {wanted} can't be folded into a tensor that the forward pass uses derived (1 + g)"
             )
         factors.setdefault(row.name, []).extend(wanted)
+    folded = [row.name for row in rows if row.tied and foldable and row.multiply_at is None]
+    if len(folded) > len([row for row in carriers if row.role == "norm"]) and any(
+        factor != 1 for factor in factors[carriers[0].name]
+    ):
+        what = "are tied heads, and not each has a norm that it alone reads, so not each can have its multiplier"
+        problems.append(f"{', '.join(folded)}: {what}; expected a norm before each, or a tied nn.Linear as the head")
     if alpha_input != 1 and not any(row.in_first_sum for row in rows):
         problems.append(f"hyperparameters.alpha_input: no tensor can take the factor {alpha_input!r}; expected 1")
     if alpha_output != 1 and not heads:
         problems.append(f"hyperparameters.alpha_output: no tensor can take the factor {alpha_output!r}; expected 1")
-    asked = {name: [factor for factor in found if factor != 1] for name, found in factors.items()}
-    problems += [f"{name}: its uses need the factors {found}" for name, found in asked.items() if len(set(found)) > 1]
+    problems += [f"{name}: its uses need the factors {found}" for name, found in factors.items() if len(set(found)) > 1]
     if problems:
         raise InputError(*problems)
-    return {name: found[0] for name, found in asked.items() if found}, hooks
+    folds = {name: found[0] for name, found in factors.items() if found and found[0] != 1}
+    return folds, {at: by for at, by in hooks.items() if by != 1}
 
 
 def describe_uses(tensors: Iterable[layout.Tensor], tied: bool) -> list[TensorUse]:

@@ -151,6 +151,8 @@ class Layout(Section):
         if unknown := [name for name in given if name not in self.base]:
             what = "is not a size of the layout"
             raise InputError(*(f"target.{name}: {what}; {suggestion(name, list(self.base))}" for name in unknown))
+        if given.items() <= self.base.items():  # nothing else is asked for, so the proxy itself
+            return self.base
         if self.target is not None and given.items() <= self.target.items():
             return self.target
         steps = {name: self.wider[name] - self.base[name] for name in self.base}

@@ -16,6 +16,7 @@ from supar_cli.planning.layout_document import LAYERS, Layout, LayoutRow
 from supar_cli.planning.spec import Hyperparameters, Target
 
 _OF_FAMILIES = ("heads", "kv_heads", "ffn_width", "head_width", "context", "tokens", "tokens_per_parameter")
+CHANCE = 10.0  # chosen: standard errors of a tensor's variance, beyond which it is not that of the other layers
 
 
 @dataclass(frozen=True)
@@ -100,20 +101,26 @@ class OwnTensors:
     def own_stds(self) -> dict[str, float]:
         """The size that a tensor's values have at the base, by site: their deviation, or root mean square where they are kept.
 
-        Tensors of one site share it, as they differ by chance only.
+        Tensors of one site share it where they differ by chance only; where one differs by more, each has its own.
         """
-        squares: dict[str, list[float]] = {}
+        squares: dict[str, dict[str, float]] = {}
         for row in self.layout.tensors:
             if row.own is not None:
                 keeps = row.init == "own" or row.role in rules.STARTS
-                squares.setdefault(row.site, []).append(row.own.std**2 + (row.own.mean**2 if keeps else 0.0))
-        return {site: sqrt(sum(found) / len(found)) for site, found in squares.items()}
+                squares.setdefault(row.site, {})[row.name] = row.own.std**2 + (row.own.mean**2 if keeps else 0.0)
+        stds = {site: sqrt(sum(found.values()) / len(found)) for site, found in squares.items()}
+        for row in self.layout.tensors:
+            own, mean = squares.get(row.site, {}), stds.get(row.site, 0.0) ** 2
+            most = CHANCE * sqrt(2 / prod(row.base)) * mean
+            if row.role not in rules.STARTS and any(abs(one - mean) > most for one in own.values()):
+                stds |= {name: sqrt(one) for name, one in own.items()}
+        return stds
 
     def sigma(self, tensor: Tensor, hyper: Hyperparameters) -> float:
         """The deviation at the base of a tensor that does not start from a constant. Raises InputError where it is not known."""
         if tensor.role not in rules.STARTS and hyper.init_std is not None:
             return hyper.init_std
-        found = self.own_stds.get(tensor.site)
+        found = self.own_stds.get(tensor.name, self.own_stds.get(tensor.site))
         if found is None:
             raise InputError(
                 f"{tensor.name}: the layout has no `own` values; expected them, or hyperparameters.init_std"
