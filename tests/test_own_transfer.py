@@ -260,7 +260,7 @@ class TestSeveralTiedHeads:
         )
 
     def test_one_norm_for_two_heads_is_refused(self) -> None:
-        with pytest.raises(InputError, match="one, two: 2 tied heads, but 1 norms before a head"):
+        with pytest.raises(InputError, match="one, two: 2 tied heads, but 1 norm before a head"):
             fold_each([self.one, self.two, self.norm], 2.0, 4.0, 1.0)
 
     def test_two_factors_in_one_forward_pass_are_refused(self) -> None:

@@ -209,6 +209,14 @@ class TestMultipliers:
         with pytest.raises(InputError, match=r"model\.hooks\.heads: the model has no such module"):
             supar.prepare(make(), plan_of(make(), model={"hooks": {"heads": 2.0}}))
 
+    def test_another_plans_factor_is_taken_off(self) -> None:
+        model = make()
+        supar.prepare(model, plan_of(model, model={"hooks": {"head": 2.0}}))
+        supar.prepare(model, plan_of(model))
+        x = torch.ones(1, 32)
+        assert torch.equal(model.head(x), nn.functional.linear(x, model.head.weight, model.head.bias))
+        assert not model.head._forward_pre_hooks_with_kwargs
+
     def test_the_one_on_the_logits_is_said_once(self) -> None:
         plan = plan_of(make(), model={"hooks": {"": 0.25}})
         with pytest.warns(UserWarning, match=r"multiply the logits by 0\.25 in your forward pass") as said:

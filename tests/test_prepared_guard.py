@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -192,6 +193,12 @@ class TestOtherOptimizers:
         ):
             steps(made.model, torch.optim.AdamW(made.groups()), 2)
         assert made.check() == {}
+
+    def test_an_optimizer_that_was_copied_with_its_model_is_named(self) -> None:
+        made = prepared()
+        model, optimizer = copy.deepcopy((made.model, made.optimizer()))
+        with pytest.warns(UserWarning, match=r"no mask holds there; .* prepared\.optimizer\(copy\)"):
+            steps(model, optimizer, 1)
 
     def test_a_foreign_parameter_may_have_a_group_of_its_own(self) -> None:
         made = prepared()

@@ -300,6 +300,7 @@ class TestStarts:
         fused = torch.cat([torch.randn(64, 64), 2 * torch.randn(64, 64)])
         for values in (nn.init.orthogonal_(torch.empty(64, 64)), fused, torch.eye(32), torch.randn(64, 64) + 1):
             assert starts.keeps_own(values, "hidden", False)
+        assert all(starts.keeps_own(torch.eye(size), "embedding", False) for size in (3, 4, 7, 8, 32))
         assert starts.keeps_own(torch.arange(1.0, 17).log().expand(32, 16), "norm", False)
         assert not starts.keeps_own(torch.ones(32), "norm", False) and starts.keeps_own(torch.rand(32), "bias", False)
 

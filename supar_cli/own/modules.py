@@ -35,7 +35,12 @@ class _Multiply:
 
 
 def multiply_inputs(modules: Mapping[str, nn.Module], factors: Mapping[str, float]) -> None:
-    """Multiply the inputs of modules by the plan's factors, each once however often it is asked for."""
+    """Multiply the inputs of modules by the plan's factors, each once however often it is asked for, and by no earlier ones."""
+    for name, module in modules.items():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _Multiply) and name not in factors:  # of another plan
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
     for name, factor in factors.items():
         if not name:  # on the logits: the user's forward pass applies it
             continue

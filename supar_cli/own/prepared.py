@@ -234,11 +234,15 @@ def _notice(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if optimizer in _noticed or optimizer in kept:
         return
     _noticed.add(optimizer)
+    has_numbers = any("ratio" in group for group in optimizer.param_groups)
     if dead_weights.is_prepared(tensor for group in optimizer.param_groups for tensor in group["params"]):
-        has_numbers = any("ratio" in group for group in optimizer.param_groups)
         what = "and nothing watches its numbers" if has_numbers else "by numbers that are not the plan's"
         remedy = "expected prepared.optimizer(), or prepared.keep(optimizer)"
         warnings.warn(f"{type(optimizer).__name__}: trains a prepared model, {what}; {remedy}", stacklevel=3)
+    elif has_numbers and all("names" in group for group in optimizer.param_groups):  # copied or pickled with its model
+        what = "has a plan's groups and parameters that are not a prepared model's, so no mask holds there"
+        remedy = "if the model was copied: expected prepared.optimizer(copy)"
+        warnings.warn(f"{type(optimizer).__name__}: {what}; {remedy}", stacklevel=3)
 
 
 register_optimizer_step_pre_hook(_notice)  # of every optimizer, so that one made without supar is noticed

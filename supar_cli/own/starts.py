@@ -7,6 +7,7 @@ from torch import Tensor
 from supar_cli.planning.layout_document import Own
 from supar_cli.planning.rules import Role
 
+FEWEST_VALUES = 3  # chosen: in a matrix too small for slices; no draw has so few different ones, an identity has two
 FEWEST = 8  # chosen: slices, and values in each, below which their sizes say nothing
 # chosen: slices of equal size have a spread of sizes near 1 of that of independent values, with a standard error of
 # √(2 / slices); orthogonal rows have 1e-12, a fused matrix with parts of std 1 and 2 has hundreds
@@ -24,7 +25,8 @@ def keeps_own(values: Tensor, role: Role, is_table: bool) -> bool:
     """Whether the constructor's own values say more than a mean and a standard deviation do.
 
     Gains and biases that are not constant; weights whose rows or parts differ in size, or are equal as those of an
-    orthogonal matrix; weights around another mean. An empty row of a table (its padding) is no structure.
+    orthogonal matrix; weights around another mean; small matrices of two or three values, as an identity. An empty row
+    of a table (its padding) is no structure.
     """
     values = values.detach().double()
     if role in ("norm", "bias"):
@@ -33,6 +35,8 @@ def keeps_own(values: Tensor, role: Role, is_table: bool) -> bool:
         values = values[(values != 0).any(1)]
     if values.numel() < FEWEST or bool((values == values.flatten()[0]).all()):
         return False
+    if values.numel() < FEWEST**2 and len(set(values.flatten().tolist())) <= FEWEST_VALUES:
+        return True
     mean, std = values.mean(), values.std(correction=0)
     if abs(mean) > max(MEAN_ERRORS * std / values.numel() ** 0.5, MEAN_SHARE * std):
         return True

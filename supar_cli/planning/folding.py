@@ -199,7 +199,8 @@ def _unfolded_heads(rows: list[TensorUse], outputs: dict[str, float], hooks: dic
             return [f"{', '.join(row.name for row in heads)}: {what}; expected one, or modules in multiply_at"]
         return []
     if norms or len({outputs[row.name] for row in heads}) > 1:
-        what = f"{len(heads)} tied heads, but {len(norms)} norms before a head"
+        count = f"{len(norms)} norm{'s' * (len(norms) != 1)}"
+        what = f"{len(heads)} tied heads, but {count} before a head"
         return [f"{', '.join(row.name for row in heads)}: {what}; expected the module of each in multiply_at"]
     if outputs[heads[0].name] != 1:
         hooks[""] = outputs[heads[0].name]
