@@ -257,5 +257,5 @@ def test_two_uses_of_one_tensor_need_one_factor() -> None:
     with pytest.raises(InputError, match=r"^shared: its uses need the factors \[2\.0, 1\.0\]"):
         fold_each([both, head], 2.0, 1.0, 1.0)
     tied = [TensorUse(name, "embedding", in_first_sum=True, tied=True, m_d=m_d) for name, m_d in (("a", 2), ("b", 4))]
-    with pytest.raises(InputError, match="^a, b: 2 tied heads, but 0 norms before a head"):
+    with pytest.raises(InputError, match=r"^a, b: 2 tied heads, but 0 norms before a head"):
         fold_each(tied, 1.0, 1.0, 1.0)

@@ -147,6 +147,8 @@ class TestRun:
                 "jsonl:2: step is 2; expected",
             ),
             ("sleep 60", "has reported no loss for 0.4 s and was ended"),
+            ("mkfifo $SUPAR_RESULT; sleep 60", "result.jsonl: is no longer a plain file"),
+            ("mkdir $SUPAR_RESULT; sleep 60", "result.jsonl: is no longer a plain file"),
         ],
     )
     def test_a_script_that_fails_is_named(self, here: Path, by: str, what: str) -> None:
@@ -164,7 +166,11 @@ class TestRun:
         assert first.endswith("output.txt:")
         assert lines == [f"  {number}" for number in range(23, 31)] + ["  a", "  b"]
 
-    @pytest.mark.parametrize("loss", ["NaN", "Infinity", "-Infinity", "null"])
+    def test_a_last_line_without_its_end_counts(self, here: Path) -> None:
+        by = """printf '{"loss": 2.5, "step": 1}\\n{"loss": 1.5}' > $SUPAR_RESULT"""
+        assert command.run_command(plan_with(by), here / "trials").evaluations[-1][1] == 1.5
+
+    @pytest.mark.parametrize("loss", ["NaN", "Infinity", "-Infinity", "null", "1" + 400 * "0"])
     @pytest.mark.parametrize("then", ["true", "exit 1", "sleep 60"])
     def test_a_loss_that_is_not_finite_is_divergence(self, here: Path, loss: str, then: str) -> None:
         by = f"""echo '{{"loss": {loss}, "step": 7}}' > $SUPAR_RESULT; {then}"""
@@ -229,14 +235,14 @@ class TestReport:
         report_loss(4.5)
         reports = command._Reports(result)
         taken = [(0, 2.0), (1, 2.5), (2, 0.5), (3, 1.5), (4, 3.0), (9, 1.0), (None, 4.5)]
-        assert reports.take() == taken and reports.take() == []
+        assert reports.take(False) == taken and reports.take(False) == []
 
     @pytest.mark.parametrize("loss", [nan, inf, -inf])
     def test_one_that_is_not_finite_is_valid_json(self, result: Path, loss: float) -> None:
         report_loss(loss)
         assert json.loads(result.read_text()) == {"loss": None}
         with pytest.raises(UnusableResult):
-            command._Reports(result).take()
+            command._Reports(result).take(False)
 
     def test_what_is_no_loss_is_refused_in_a_study_or_not(self, result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import torch

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -100,13 +100,22 @@ class _Reports:
         self.history = RunHistory()
         self._path, self._bytes, self._step = path, 0, -1
 
-    def take(self) -> list[tuple[int | None, float]]:
-        """(step, loss) of each new report. Raises RunFailed for what is not a report, UnusableResult for a loss that is not finite."""
-        if not self._path.exists():
-            return []
-        with self._path.open("rb") as file:
-            file.seek(self._bytes)
-            *lines, _ = file.read().split(b"\n")  # a last line without its end is being written
+    def take(self, has_ended: bool) -> list[tuple[int | None, float]]:
+        """(step, loss) of each new report; a last line without its end counts once the script `has_ended`.
+
+        Raises RunFailed for what is not a report, UnusableResult for a loss that is not finite.
+        """
+        try:
+            if not self._path.is_file():  # a pipe would be waited for
+                if self._path.exists():
+                    raise RunFailed(f"{self._path}: is no longer a plain file; expected reports appended to it")
+                return []
+            with self._path.open("rb") as file:
+                file.seek(self._bytes)
+                *lines, rest = file.read().split(b"\n")
+        except OSError as error:
+            raise RunFailed(f"{self._path}: can't be read: {error.strerror or error}") from None
+        lines += [rest] if has_ended and rest else []
         self._bytes += sum(len(line) + 1 for line in lines)
         return [self._add(line) for line in lines]
 
@@ -117,7 +126,7 @@ class _Reports:
         except SetupError as error:
             raise RunFailed(str(error)) from None
         loss, step, at = record["loss"], record.get("step"), f"{self._path}:{number}"
-        if loss is None or (type(loss) in (int, float) and not math.isfinite(loss)):
+        if loss is None or (type(loss) in (int, float) and not abs(loss) <= sys.float_info.max):  # an int may be beyond
             raise UnusableResult(
                 "the script reports a loss that is not finite" + ("" if step is None else f" at step {step}")
             )
@@ -144,7 +153,7 @@ def _follow(
         with suppress(subprocess.TimeoutExpired):
             process.wait(POLL_S)
         status = process.returncode  # read before the reports: what was written by then is in the file
-        for step, loss in reports.take():
+        for step, loss in reports.take(has_ended=status is not None):
             heard = time.monotonic()
             if step is not None and step >= next_step and on_report is not None:
                 next_step = step + max(1, step // 50)  # chosen: some 400 of a report at each of 100,000 steps
