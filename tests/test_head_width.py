@@ -212,7 +212,7 @@ class TestTraining:
     def test_the_check_sees_a_rate_by_the_wrong_width(self, made: Plan) -> None:
         """The output projection's fan-in is all heads': by the width's ratio alone the rate is off where the heads' differs."""
         shape = {"width": 128, "heads": 16, "kv_heads": 8}  # 8 times the proxy's heads at twice its width
-        other = transfer(_proxy_of(made, {}), Target(**shape, sparsity=Sparsity(density=0.25)))
+        other = transfer(_proxy_of(made, {}, None), Target(**shape, sparsity=Sparsity(density=0.25)))
         o = row(other, "blocks.0.attn.o")
         assert o.because["m_d"] == 8.0
         finding = judge_plan(changed(other, o.name, lr=o.lr * 4))["the plan over density"].violations[0]

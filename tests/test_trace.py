@@ -19,7 +19,7 @@ from supar_cli.planning.problems import parse
 from tests.conftest import CHECKOUT
 from tests.own_families import Family, of_torch, of_transformers
 
-GOLDEN = CHECKOUT / "tests" / "golden" / "layouts.yaml"
+GOLDEN = CHECKOUT / "tests" / "golden" / "own" / "layouts.yaml"
 BASE, WIDER = {"width": 16}, {"width": 32}
 
 

@@ -41,7 +41,6 @@ def init(flags: Flags) -> None:
     """Write a commented template to start from: a document, or a training script of a model of your own.
 
     Examples:
-      supar init
       supar init gpt.py
       supar init interpretability -o spec.yaml
     """

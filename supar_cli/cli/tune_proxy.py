@@ -40,8 +40,7 @@ def tune_proxy(flags: Flags) -> None:
     Running the command again continues the study.
 
     Examples:
-      supar tune-proxy --jobs 2
-      supar tune-proxy supar.yaml --data corpus.jsonl --trials 64
+      supar tune-proxy supar.yaml --data corpus.jsonl --trials 64 --jobs 2
       supar tune-proxy --layout layout.yaml --command 'python train.py {plan}'
     """
     log, out = terminal.Log(flags.quiet), None if flags.out == "-" else flags.out

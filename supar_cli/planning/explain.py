@@ -224,7 +224,8 @@ def _numbers(
 
 def _fold_formula(plan: Plan, row: PlanTensor) -> str:
     """The multipliers of the forward pass that a row's fold stands for."""
-    hyper, m_d, m_out = plan.hyperparameters, row.because["m_d"], row.because.get("m_out", row.because["m_d"])
+    hyper, m_d = plan.hyperparameters, row.because.get("m_d", 1.0)
+    m_out = row.because.get("m_out", m_d)
     known = {
         "α_input": hyper.alpha_input,
         "α_output/m_d": hyper.alpha_output / m_d,
