@@ -96,6 +96,7 @@ class TestLayout:
             ({"tied_to": "nothing"}, "is tied to nothing; expected the name of another tensor"),
             ({"name": "wte.weight"}, r"wte\.weight appears twice"),
             ({"rolle": "hidden"}, "did you mean 'role'"),
+            ({"uses": ["head"]}, "uses: head on a tensor of role hidden; expected an unembedding, or a tied embedding"),
         ],
     )
     def test_what_contradicts_itself_is_named(self, row: dict[str, Any], what: str) -> None:

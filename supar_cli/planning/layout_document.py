@@ -66,6 +66,10 @@ class LayoutRow(Section):
                 raise ValueError(f"{key}: {extents}; expected {len(self.base)} extents of 1 or more, as base has")
         check_axes(self.fan_in_axes, len(self.base), self.role)
         scales = [axis for axis, (narrow, wide) in enumerate(zip(self.base, self.wider, strict=True)) if narrow != wide]
+        if "head" in self.uses and self.role not in ("embedding", "unembedding"):
+            raise ValueError(
+                f"uses: head on a tensor of role {self.role}; expected an unembedding, or a tied embedding"
+            )
         if self.scales != scales:
             raise ValueError(f"scales: {self.scales}; expected {scales}, where base and wider differ")
 
