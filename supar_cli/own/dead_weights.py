@@ -24,7 +24,7 @@ class DeadWeights:
     def __init__(self, mask: Mask, parameter: Tensor) -> None:
         self.mask = mask
         alive = torch.from_numpy(mask.alive()).view(torch.int8)
-        self._bits = shard_like(-alive, parameter)  # all bits set where the weight lives; 1 byte a weight
+        self._bits = shard_like(-alive, parameter)  # all bits set where the weight lives
 
     @property
     def live_here(self) -> int:
@@ -33,14 +33,14 @@ class DeadWeights:
 
     def zero_(self, tensor: Tensor) -> None:
         """Set the dead entries of a tensor to 0: the parameter, its gradient or a moment."""
-        values = local_shard(tensor)
-        values.view(_INTEGERS[values.element_size()]).bitwise_and_(self._on(values))
+        integers = _integers(local_shard(tensor))
+        integers.bitwise_and_(self._like(integers))
 
     def count_live(self, tensor: Tensor) -> Tensor:
         """How many dead entries are not 0, () on the tensor's device. −0 is 0."""
         values = local_shard(tensor)
-        integers = values.view(_INTEGERS[values.element_size()])
-        return torch.count_nonzero(integers.bitwise_and(~self._on(values)).view(values.dtype))
+        integers = _integers(values)
+        return torch.count_nonzero(integers.bitwise_and(~self._like(integers)).view(values.dtype))
 
     def zero_moments_(self, state: Mapping[str, Any], shape: torch.Size) -> None:
         """Set the dead entries of everything that an optimizer keeps of the parameter's shape to 0."""
@@ -48,10 +48,17 @@ class DeadWeights:
             if isinstance(moment, Tensor) and moment.shape == shape and moment.is_floating_point():
                 self.zero_(moment)
 
-    def _on(self, values: Tensor) -> Tensor:
-        if self._bits.device != values.device:  # the model was moved
-            self._bits = self._bits.to(values.device)
+    def _like(self, integers: Tensor) -> Tensor:
+        """The bits on the tensor's device: the model may have been moved. On CPUs also in its type, which they would be copied to."""
+        dtype = integers.dtype if integers.device.type == "cpu" else torch.int8
+        if self._bits.device != integers.device or self._bits.dtype != dtype:
+            self._bits = self._bits.to(integers.device, dtype)
         return self._bits
+
+
+def _integers(values: Tensor) -> Tensor:
+    """The bits of values as integers of their size."""
+    return values.view(_INTEGERS[values.element_size()])
 
 
 class _ZeroGradient:
