@@ -176,11 +176,6 @@ FAULTS: dict[str, tuple[Edit, str, str]] = {
         "recurrent",
         "cell.weight_hh_l0: embedding scales",
     ),
-    "a head taken for a hidden weight": (
-        lambda row: {"role": "hidden"} if row.name == "head.weight" else {},
-        "decoder",
-        "head.weight: hidden scales",
-    ),
 }
 
 
