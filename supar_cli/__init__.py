@@ -77,11 +77,15 @@ def transfer(
     from supar_cli.data import corpus
     from supar_cli.errors import InputError, TransferWarning
     from supar_cli.planning import advice
-    from supar_cli.planning.spec import Proxy
+    from supar_cli.planning.spec import Proxy, Sparsity
     from supar_cli.planning.transfer import transfer
 
     if not isinstance(proxy, Proxy):
         raise InputError(f"{type(proxy).__name__}: expected a Proxy")
+    if masks is not None and (said := [name for name in target if name in Sparsity.keys()]):  # noqa: SIM118
+        raise InputError(
+            *(f"{name}: cannot be combined with masks, which have densities of their own" for name in said)
+        )
     try:
         wanted, known = proxy.target.override(**target), corpus.with_hash(proxy)
         given = None if masks is None else _given_masks(known, wanted, Path(masks), Path(masks_out))

@@ -96,6 +96,13 @@ def test_what_masks_are_read_from_is_not_replaced(proxy: Proxy, tmp_path: Path) 
             supar_cli.transfer(proxy, masks=source, masks_out=path)
 
 
+@pytest.mark.parametrize("said", [{"density": 0.5}, {"sparsity": 0.5}, {"pattern": "fixed_fan_in"}])
+def test_another_density_beside_masks_is_refused(proxy: Proxy, tmp_path: Path, said: dict[str, Any]) -> None:
+    save_file(pruned(proxy), tmp_path / "pruned.safetensors")
+    with pytest.raises(InputError, match=f"{next(iter(said))}: cannot be combined with masks"):
+        supar_cli.transfer(proxy, masks=tmp_path / "pruned.safetensors", masks_out=tmp_path / "m.safetensors", **said)
+
+
 def test_other_names_are_refused(proxy: Proxy, tmp_path: Path) -> None:
     save_file({"other": torch.ones(3, 3)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="has none of the target's 12 hidden tensors"):

@@ -43,8 +43,9 @@ def transfer(flags: Flags) -> None:
     log = terminal.Log(flags.quiet)
     if flags.masks is not None and not Path(flags.masks).exists():
         raise InputError(f"--masks {flags.masks}: is not there; expected a safetensors file or a folder of them")
-    for one, other in (("density", "sparsity"), ("masks", "density"), ("masks", "sparsity")):
-        require_one(flags, one, other)
+    require_one(flags, "density", "sparsity")
+    for name in ("density", "sparsity", "pattern", "block", "distribution"):  # masks say all of it
+        require_one(flags, "masks", name)
     read = _read_proxy(flags)
     tuned = read.data.get("data") if isinstance(read.data, dict) else None
     tuned_on = tuned.get("hash") if isinstance(tuned, dict) else None

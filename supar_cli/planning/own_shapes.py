@@ -16,7 +16,6 @@ from supar_cli.planning.layout_document import LAYERS, Layout, LayoutRow
 from supar_cli.planning.spec import Hyperparameters, Target
 
 _OF_FAMILIES = ("heads", "kv_heads", "ffn_width", "head_width", "context", "tokens", "tokens_per_parameter")
-CHANCE = 10.0  # chosen: standard errors of a tensor's variance, beyond which it is not that of the other layers
 
 
 @dataclass(frozen=True)
