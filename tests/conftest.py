@@ -100,6 +100,16 @@ def proxy_file(tmp_path: Path, text_file: Path) -> Path:
 
 
 @pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with the layout of a user's model in it."""
+    from tests.own_scripts import LAYOUT
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "layout.yaml").write_text(LAYOUT)
+    return tmp_path
+
+
+@pytest.fixture
 def unchanged(tmp_path: Path) -> Iterator[Callable[[], None]]:
     """Call it before a command; at the end of the test the folder must hold the same files."""
     before: dict[Path, bytes] = {}
