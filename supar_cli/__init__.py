@@ -82,7 +82,7 @@ def transfer(
 
     if not isinstance(proxy, Proxy):
         raise InputError(f"{type(proxy).__name__}: expected a Proxy")
-    if masks is not None and (said := [name for name in target if name in Sparsity.keys()]):  # noqa: SIM118
+    if masks is not None and (said := [name for name in target if name in Sparsity.keys() and name != "updates"]):  # noqa: SIM118
         raise InputError(
             *(f"{name}: cannot be combined with masks, which have densities of their own" for name in said)
         )

@@ -156,6 +156,9 @@ OPTIONS = {
         str, "Mask pattern: exact, fixed_fan_in, bernoulli, block or N:M (2:4).", "target.sparsity.pattern"
     ),
     "block": Option(int, "Edge length of the blocks of --pattern block: 16, 32, 64 or 128.", "target.sparsity.block"),
+    "updates": Option(
+        str, "How masks change while training: set, rigl, gmp or topk. [default: not]", "target.sparsity.updates.method"
+    ),
     "distribution": Option(str, "Density by tensor: uniform or erk (Erdős–Rényi).", "target.sparsity.distribution"),
     "data": Option(str, "`stdlib`, a text/JSONL/token file or a folder of them.", "data.source", metavar="PATH"),
     "seed": Option(int, "Seed of init, masks and batches.", "target.seed"),
@@ -274,7 +277,7 @@ GROUPS = {  # of a command's help, in their order; an argument is in none
     "Training": "index batch_size steps tokens tokens_per_parameter seed resume checkpoint_every keep max_time tracker "
     "device precision compile engine",
     "Data": "data format tokenizer field dtype encoding separator",
-    "Sparsity": "sparsity density masks pattern block distribution from_paper allow_low_wpn",
+    "Sparsity": "sparsity density masks pattern block distribution updates from_paper allow_low_wpn",
     "Measurement": "trials seeds max_seeds sampler search study over iso preset full rounds compare",
     "Input and output": "list explain dry_run set name out picture force json quiet verbose",
     "Processes and clusters": "nproc parallel max_restarts jobs executor executor_set",

@@ -31,7 +31,7 @@ COMPARED = {
     "widen": 8,
 }
 NOT_IN_A_SWEEP = ("search", "evidence", "parents", "meta")
-KEPT_OF_TARGET = ("pattern", "block", "distribution")
+KEPT_OF_TARGET = ("pattern", "block", "distribution", "updates")
 RULES = {"sp": "SP", "supar": "SμPar"}  # of the demo
 
 OPTIONS = (

@@ -23,7 +23,7 @@ MASKS = "masks.safetensors"
 
 @command(
     "proxy sparsity density masks width layers heads kv_heads head_width ffn_width context batch_size steps",
-    "tokens tokens_per_parameter parameterization pattern block distribution data tokenizer field format seed",
+    "tokens tokens_per_parameter parameterization pattern block distribution updates data tokenizer field format seed",
     "from_paper allow_low_wpn explain dry_run",
     "set out force json quiet verbose",
     heads={"help": "Attention heads. [default: the proxy's head width]"},

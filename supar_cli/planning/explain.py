@@ -36,6 +36,7 @@ RATIOS = {
     "m_fan_out": "fan-out",
     "m_out": "output",
     "m_rho": "density",
+    "m_rho_start": "density at step 0",
     "m_L": "depth",
     "own_std": "size of its own values at the base",
 }
@@ -158,7 +159,9 @@ def explain(plan: Plan, tensor: str | None = None, role: str | None = None) -> E
         raise InputError(f"--role {role}: expected {', '.join(roles[:-1])} or {roles[-1]}")
     own = plan.parameterization
     options = own.model_dump(include=rules.OPTIONS)
-    scheme = rules.Scheme(own.name, plan.train.optimizer, **options, edition=own.edition)
+    updates, exponent = plan.sparsity.updates, own.density_exponent
+    exponent = updates.exponent if updates else 1.0 if exponent is None else exponent
+    scheme = rules.Scheme(own.name, plan.train.optimizer, **options, density_exponent=exponent, edition=own.edition)
     rows = _chosen(_rows(plan, scheme), tensor, role)
     return Explained(plan, [] if tensor or role else _factors(plan, scheme), rows)
 
@@ -183,6 +186,7 @@ def _rows(plan: Plan, scheme: rules.Scheme) -> list[Row]:
             m_fan_out=given["m_fan_out"],
             m_out=given["m_out"] or given["m_d"] or 1.0,
             m_rho=row.because.get("m_rho", 1.0),
+            m_rho_start=row.because.get("m_rho_start"),
             m_L=row.because.get("m_L", 1.0),
             layers=decoder.layers if decoder else 1,
             in_block=row.block is not None,
@@ -205,7 +209,13 @@ def _numbers(
 ) -> tuple[Number, ...]:
     symbols = {"σ": tuned.sigma, "η": tuned.eta, "λ": tuned.lam, "ε": tuned.eps, "layers": context.layers}
     symbols |= {"m_d": context.m_d, "m_fan_out": context.fan_out, "m_out": context.m_out}
-    symbols |= {"a": row.fold or 1.0, "m_ρ": context.m_rho, "β": scheme.density_exponent, "m_L": context.m_L}
+    symbols |= {
+        "a": row.fold or 1.0,
+        "m_ρ": context.m_rho,
+        "m_ρ,start": context.m_rho_start or 0.0,
+        "β": scheme.density_exponent,
+        "m_L": context.m_L,
+    }
     found = rules.tensor_rules(scheme, tuned, context)
     if row.init_constant is not None:  # a constant initial value where the rules give a deviation
         std, constant = found.pop("init_std"), rules.STARTS.get(row.role, row.init_constant)

@@ -10,6 +10,7 @@ from supar_cli.planning.patterns import Block, Pattern, PatternKeys, describe
 from supar_cli.planning.rules import Edition, ParameterizationName, Role
 from supar_cli.planning.schema import Field, Section
 from supar_cli.planning.spec import MOST_LAYERS, Distribution, Model, Options, Train
+from supar_cli.planning.updates import METHODS, PlanUpdates
 
 
 class Multipliers(Section):
@@ -149,7 +150,17 @@ class PlanSparsity(PatternKeys):
     distribution: Distribution
     overrides: dict[str, float] = Field(default_factory=dict)
     source: MaskSource = Field(default_factory=MaskSource, neutral=True)
-    updates: None = Field(default=None, neutral=True)
+    updates: PlanUpdates | None = Field(default=None, neutral=True)
+
+    def check(self) -> None:
+        super().check()
+        if self.updates is None:
+            return
+        if self.pattern != "exact":
+            raise ValueError(f"updates: can't be combined with the pattern {self.pattern}; expected the pattern exact")
+        if self.updates.start is not None and self.source.kind == "file":
+            name = METHODS[self.updates.method]
+            raise ValueError(f"updates: {name} starts at density {self.updates.start:g}; expected no masks from a file")
 
     @property
     def pattern_text(self) -> str:

@@ -89,6 +89,7 @@ class TensorContext:
     `m_fan_out` is the ratio of a hidden weight's own fan-out; None means m_d.
     `m_out` is the ratio in the multiplier of the product that leaves the model, d_model's in a decoder; 1 without such a
     product, and the smallest of several. It is a number of the model, the same for all its tensors.
+    `m_rho` is the density ratio at the end of training, `m_rho_start` that of step 0, None where it is the same.
     `after_head` marks what is added to the result of that product or scales it, such as the head's own bias.
     """
 
@@ -98,6 +99,7 @@ class TensorContext:
     m_out: float
     m_fan_out: float | None = None
     m_rho: float = 1.0
+    m_rho_start: float | None = None
     m_L: float = 1.0
     layers: int = 1
     in_block: bool = False
@@ -141,7 +143,7 @@ def power(base: float, exponent: float) -> float:
 # Which parameterizations correct for density, and where: the two halves of SμPar are ablations, each right alone where the
 # other is wrong. The decay follows the rate. μP corrects for none.
 _DENSITY_IN_INIT = ("supar", "supar-init-only")
-_DENSITY_IN_RATE = ("supar", "supar-lr-only")
+DENSITY_IN_RATE = ("supar", "supar-lr-only")
 
 
 def init_std(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> Rule:
@@ -157,8 +159,11 @@ def init_std(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> Rule
     value, formula, source = proxy.sigma, "σ", "SP"
     if scheme.name != "sp":
         by_density = scheme.name in _DENSITY_IN_INIT
-        value = proxy.sigma / sqrt(context.m_d * (context.m_rho if by_density else 1.0))
+        m_rho = context.m_rho if context.m_rho_start is None else context.m_rho_start
+        value = proxy.sigma / sqrt(context.m_d * (m_rho if by_density else 1.0))
         formula, source = ("σ/√(m_d·m_ρ)", "P Table 1") if by_density else ("σ/√m_d", "V Table 8")
+        if by_density and context.m_rho_start is not None:
+            formula, source = "σ/√(m_d·m_ρ,start)", "D"
     if scheme.residual_init == "gpt2" and context.writes_residual:
         value, formula, source = value / sqrt(2.0 * context.layers), formula + " /√(2·layers)", source + ", R"
     return Rule(value, formula, source)
@@ -171,7 +176,7 @@ def _hidden_divisor(scheme: Scheme, context: TensorContext) -> tuple[float, list
     That holds if fan-out scales with d_model. At an FFN ratio changed by r, ΔY of the down projection is constant; that of the up
     projection moves as √r at the first step and less later (edition 1: as r, and as 1/√r) [D, measured at widths to 256].
     """
-    follows = scheme.name in _DENSITY_IN_RATE
+    follows = scheme.name in DENSITY_IN_RATE
     m_rho = power(context.m_rho, scheme.density_exponent) if follows else 1.0
     symbols = [] if not follows else ["m_ρ"] if scheme.density_exponent == 1 else ["m_ρ^β"]
     if scheme.optimizer == "adamw":
@@ -203,7 +208,7 @@ def learning_rate(scheme: Scheme, proxy: ProxyValues, context: TensorContext) ->
     if context.role == "hidden":
         divisor, above, below = _hidden_divisor(scheme, context)
         source = "P Table 1" if scheme.optimizer == "adamw" else "P D.3.1, V" if above else "P D.3.1"
-        source = source if scheme.name in _DENSITY_IN_RATE else "V Table 8"
+        source = source if scheme.name in DENSITY_IN_RATE else "V Table 8"
         return Rule(proxy.eta / divisor, _fraction(["η", *above], below), source)
     if scheme.optimizer == "adamw":
         return Rule(proxy.eta, "η", "P Table 1")

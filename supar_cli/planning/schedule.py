@@ -1,8 +1,15 @@
-"""Learning-rate schedules: the factor on every tensor's peak rate as a function of the step."""
+"""Schedules: the factor on every tensor's peak rate as a function of the step, and each tensor's live weights."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
 from math import cos, pi, sqrt
+
+from supar_cli.planning.density import literal
+from supar_cli.planning.plan import Plan, PlanTensor
+from supar_cli.planning.updates import PlanUpdates
 
 
 def factor(
@@ -31,3 +38,84 @@ def factor(
     if shape == "cosine":
         return final_lr_fraction + (1.0 - final_lr_fraction) * 0.5 * (1.0 + cos(pi * progress))
     return 1.0 - (1.0 - final_lr_fraction) * (sqrt(progress) if shape == "sqrt" else progress)
+
+
+@dataclass(frozen=True)
+class MaskSchedule:
+    """When the masks of a plan change, and how many weights of each tensor live after every step.
+
+    `step` counts finished optimizer steps: a mask changes after a step, and holds in the next one.
+    """
+
+    updates: PlanUpdates
+    steps: int
+    decay_rule: str
+
+    @classmethod
+    def of(cls, plan: Plan) -> MaskSchedule | None:
+        """That of a plan, None where masks don't change."""
+        updates = plan.sparsity.updates
+        if updates is None:
+            return None
+        return cls(updates, plan.train.steps, plan.parameterization.weight_decay_rule)
+
+    def _step_at(self, share: float) -> int:
+        """The step at a share of the run, to the nearest."""
+        return int(literal(share) * self.steps + Fraction(1, 2))
+
+    @cached_property
+    def begin(self) -> int:
+        return self._step_at(self.updates.begin)
+
+    @cached_property
+    def end(self) -> int:
+        """The step of the last change."""
+        return self._step_at(self.updates.end)
+
+    def is_update(self, step: int) -> bool:
+        """Whether masks change after this step."""
+        return self.begin < step == self.last_update(step)
+
+    def last_update(self, step: int) -> int:
+        """The last step up to this one after which masks changed, or `begin`."""
+        if step >= self.end:
+            return self.end
+        passed = max(step, self.begin) - self.begin
+        return self.begin + passed - passed % self.updates.every_steps
+
+    def moves(self, row: PlanTensor) -> bool:
+        """Whether the tensor's mask changes at all."""
+        return row.kept < row.size
+
+    def kept(self, row: PlanTensor, step: int) -> int:
+        """A tensor's live weights after a step and the change that follows it: falling from `start` to the row's `kept`."""
+        start = self.updates.start
+        if start is None or not self.moves(row):
+            return row.kept
+        first = max(row.kept, int(literal(start) * row.size + Fraction(1, 2)))
+        at, begin, end = self.last_update(step), self.begin, self._step_at(self.updates.anneal or self.updates.end)
+        if at >= end:
+            return row.kept
+        left = 1 - Fraction(at - begin, end - begin)
+        return row.kept + int((first - row.kept) * (left**3 if self.updates.shape == "cubic" else left))
+
+    def dropped(self, row: PlanTensor, step: int) -> int:
+        """How many of a tensor's live weights SET and RigL replace after a step."""
+        if self.updates.drop is None:
+            return 0
+        progress = min(1.0, step / max(self.end, 1))
+        factors = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + cos(pi * progress))}
+        wanted = round(round(self.updates.drop * factors[self.updates.drop_schedule or "constant"], 12) * row.kept)
+        return min(wanted, row.kept, row.size - row.kept)
+
+    def rate_factor(self, row: PlanTensor, step: int) -> float:
+        """The factor on a tensor's rate in the step after this one: (density at the end / density now)^β."""
+        if self.updates.rates_follow == "end":
+            return 1.0
+        now = self.kept(row, step)
+        return 1.0 if now == row.kept else float((row.kept / now) ** self.updates.exponent)
+
+    def decay_factor(self, row: PlanTensor, step: int) -> float:
+        """The factor on its weight decay: under the rule `independent` rate times decay stays as it is."""
+        rate = self.rate_factor(row, step)
+        return {"independent": 1.0 / rate, "coupled": 1.0, "sqrt": 1.0 / sqrt(rate)}[self.decay_rule]

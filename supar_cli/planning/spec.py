@@ -16,6 +16,7 @@ from supar_cli.planning.patterns import Block, Pattern, PatternKeys
 from supar_cli.planning.problems import validate
 from supar_cli.planning.rules import DecayRule, DepthRule, Optimizer, ResidualInit, UnembeddingInit
 from supar_cli.planning.schema import Field, Section
+from supar_cli.planning.updates import Updates
 
 Engine = Literal["auto", "dense", "sparse", "block"]
 Distribution = Literal["uniform", "erk"]
@@ -39,6 +40,7 @@ class Options(Section):
     depth_rule: DepthRule = "none"
     residual_init: ResidualInit = "none"
     unembedding_init: UnembeddingInit = "normal"
+    density_exponent: float | None = Field(default=None, neutral=True, omit=True, ge=0, le=2)  # β; None: the method's
 
     def check(self) -> None:
         if self.depth_rule == "completep" and self.residual_init == "gpt2":
@@ -124,6 +126,7 @@ class Sparsity(PatternKeys):
     block: Block | None = Field(default=None, neutral=True, omit=True)
     distribution: Distribution = "uniform"
     overrides: dict[str, Share] = Field(default_factory=dict)
+    updates: Updates | None = Field(default=None, neutral=True, omit=True)
 
     def check(self) -> None:
         super().check()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from math import ceil, gcd
@@ -28,6 +28,7 @@ from supar_cli.planning.plan_sections import (
 from supar_cli.planning.problems import validate
 from supar_cli.planning.schema import LARGEST
 from supar_cli.planning.spec import Model, Proxy, Sparsity, Target
+from supar_cli.planning.updates import PlanUpdates, Updates, exponent_of, resolve, start_density
 
 
 @dataclass(frozen=True)
@@ -87,22 +88,34 @@ def transfer(
         names = ", ".join(get_args(rules.ParameterizationName))
         raise InputError(f"parameterization: {parameterization!r}; expected one of {names}")
     options = proxy.parameterization.model_dump(include=rules.OPTIONS)
-    scheme = rules.Scheme(parameterization, proxy.train.optimizer, **options, edition=edition)
+    updates, follows = target.sparsity.updates, parameterization in rules.DENSITY_IN_RATE
+    exponent = exponent_of(updates, proxy.parameterization.density_exponent) if follows else 0.0
+    scheme = rules.Scheme(
+        parameterization, proxy.train.optimizer, **options, density_exponent=exponent, edition=edition
+    )
+    static_exponent = None if updates is not None or exponent == 1 or not follows else exponent
     if scheme.depth_rule == "completep" and scheme.optimizer == "sgd":
         raise InputError("parameterization.depth_rule: completep has no rule for SGD; expected the optimizer adamw")
     planned = _plan_own if isinstance(proxy.model, OwnShape) else _plan_decoder
     model, base, rows, task = planned(proxy, target, scheme, masks)
+    train = _train(proxy, target, model, sum(row.kept for row in rows))
     plan = Plan(
         kind="supar.plan/v2",
         parents={"proxy": proxy.hash()},
         model=model,
-        parameterization=Parameterization(name=parameterization, **options, base=base, edition=edition),
+        parameterization=Parameterization(
+            name=parameterization,
+            **options,
+            density_exponent=static_exponent,
+            base=base,
+            edition=edition,
+        ),
         hyperparameters=proxy.hyperparameters,
-        sparsity=_plan_sparsity(target.sparsity, rows, masks),
+        sparsity=_plan_sparsity(target.sparsity, rows, masks, _plan_updates(updates, exponent, train.steps, rows)),
         tensors=rows,
         task=task,
         data=proxy.data,
-        train=_train(proxy, target, model, sum(row.kept for row in rows)),
+        train=train,
         run=proxy.run,
     )
     low = min((row for row in plan.tensors if row.role == "hidden"), key=lambda row: row.wpn, default=None)
@@ -113,16 +126,39 @@ def transfer(
     return plan
 
 
-def _plan_sparsity(wanted: Sparsity, rows: list[PlanTensor], masks: GivenMasks | None) -> PlanSparsity:
+def _plan_updates(updates: Updates | None, exponent: float, steps: int, rows: list[PlanTensor]) -> PlanUpdates | None:
+    """How the plan's masks change. Raises InputError where none can, and for a floor above a tensor's live weights."""
+    if updates is None:
+        return None
+    moving, where = [row for row in rows if row.kept < row.size], "target.sparsity.updates"
+    if not moving:
+        raise InputError(f"{where}: no tensor is sparse, so no mask changes; expected a sparsity above 0")
+    found = resolve(updates, exponent, steps)
+    least = min(moving, key=lambda row: row.kept * row.fan_in // row.size)
+    most = least.kept * least.fan_in // least.size
+    if updates.min_per_neuron is not None and updates.min_per_neuron > most:
+        what = f"{updates.min_per_neuron} for each neuron are more than the {least.wpn:.3g} of {least.name}"
+        raise InputError(f"{where}.min_per_neuron: {what}; expected at most {most}")
+    return found.model_copy(update={"min_per_neuron": min(found.min_per_neuron, most)})
+
+
+def _plan_sparsity(
+    wanted: Sparsity, rows: list[PlanTensor], masks: GivenMasks | None, updates: PlanUpdates | None
+) -> PlanSparsity:
     """The plan's section: the density asked for, or the share of all hidden weights that masks from a file leave alive."""
     if masks is not None:
         hidden = [row for row in rows if row.role == "hidden"]
         share = Fraction(sum(row.kept for row in hidden), sum(row.size for row in hidden))
-        fixed: dict[str, Any] = {"pattern": "exact", "distribution": "uniform", "source": masks.source}
+        fixed: dict[str, Any] = {
+            "pattern": "exact",
+            "distribution": "uniform",
+            "source": masks.source,
+            "updates": updates,
+        }
         return PlanSparsity(density=float(share), sparsity=float(1 - share), **fixed)
     share, drawn = asked_density(wanted), wanted.model_dump(include=("pattern", "block", "distribution"))
     drawn["overrides"] = {name: float(density.literal(value)) for name, value in wanted.overrides.items()}
-    return PlanSparsity(density=float(share), sparsity=float(1 - share), **drawn)
+    return PlanSparsity(density=float(share), sparsity=float(1 - share), **drawn, updates=updates)
 
 
 _Planned = tuple[PlanModel | OwnModel, Base, list[PlanTensor], PlanTask]
@@ -138,7 +174,8 @@ def _plan_decoder(proxy: Proxy, target: Target, scheme: rules.Scheme, masks: Giv
     shapes = _DecoderTensors(proxy, model, base, scheme.edition)
     derived, rows = derived_keys(model, base), []
     kept = live_counts(shapes.tensors, target.sparsity, "target.sparsity.overrides", masks)
-    for tensor, context, keys in _numbers(proxy, scheme, shapes, kept, lambda _: hyper.init_std or 0.0):
+    start = start_density(target.sparsity.updates)
+    for tensor, context, keys in _numbers(proxy, scheme, shapes, kept, start, lambda _: hyper.init_std or 0.0):
         if tensor.role in rules.STARTS:
             del keys["init_std"]
             keys["init_constant"] = rules.STARTS[tensor.role]
@@ -164,7 +201,8 @@ def _plan_own(proxy: Proxy, target: Target, scheme: rules.Scheme, masks: GivenMa
     factors, hooks = shapes.folds(scheme, hyper)
     rows = []
     kept = live_counts(shapes.tensors, target.sparsity, "target.sparsity.overrides", masks)
-    for tensor, context, keys in _numbers(proxy, scheme, shapes, kept, lambda one: shapes.sigma(one, hyper)):
+    first = start_density(target.sparsity.updates)
+    for tensor, context, keys in _numbers(proxy, scheme, shapes, kept, first, lambda one: shapes.sigma(one, hyper)):
         start = shapes.start(tensor, keys.pop("init_std"), hyper)
         because = _because(scheme, context)
         if (start.get("init_std") and hyper.init_std is None) or start.get("init") == "own":
@@ -195,15 +233,22 @@ def _numbers(
     scheme: rules.Scheme,
     shapes: _DecoderTensors | OwnTensors,
     kept: dict[str, patterns.LiveCount],
+    start: float,
     sigma_of: Callable[[layout.Tensor], float],
 ) -> Iterator[tuple[layout.Tensor, rules.TensorContext, dict[str, Any]]]:
-    """Every tensor with what the rules were told of it and the keys of its row that hold numbers."""
+    """Every tensor with what the rules were told of it and the keys of its row that hold numbers.
+
+    Sparse tensors start at the density `start` where it is above their own: the init is that of step 0.
+    """
     base_density, hyper = _base_density(proxy, shapes), proxy.hyperparameters
     for tensor in shapes.tensors:
         own = kept.get(tensor.name, patterns.LiveCount(1.0, tensor.size))
         if own.count == 0:
             raise InputError(f"{tensor.name}: density {own.density} keeps none of its {tensor.size} weights")
-        context = shapes.context(tensor, own.density / base_density.get(tensor.site, 1.0))
+        base = base_density.get(tensor.site, 1.0)
+        context = shapes.context(tensor, own.density / base)
+        if own.count < tensor.size and start > own.density:
+            context = replace(context, m_rho_start=start / base)
         tuned = rules.ProxyValues(sigma_of(tensor), hyper.lr, hyper.weight_decay, hyper.eps)
         keys: dict[str, Any] = {name: rule.value for name, rule in rules.tensor_rules(scheme, tuned, context).items()}
         keys |= {"shape": list(tensor.shape), "fan_in": tensor.fan_in, "density": own.density, "kept": own.count}
@@ -218,6 +263,8 @@ def _because(scheme: rules.Scheme, context: rules.TensorContext) -> dict[str, fl
         because |= {key: value for key, value in by_output.items() if value != context.m_d}
     if context.role == "hidden":
         because["m_rho"] = context.m_rho
+        if context.m_rho_start is not None:
+            because["m_rho_start"] = context.m_rho_start
     if scheme.depth_rule == "completep" and context.in_block:
         because["m_L"] = context.m_L
     return because
