@@ -110,12 +110,13 @@ class MaskUpdates:
     def after_step(self, model: SparseModel, step: int) -> dict[str, Mask]:
         """The masks that change after `step` steps; of tensors that are stored whole they are changed here."""
         changed: dict[str, Mask] = {}
+        if self.schedule is not None and self.schedule.updates.method != "topk":
+            self._clear_dead(model)  # their moments have moved them, and grown ones start at 0
         if self.schedule is not None and self.schedule.is_update(step):
             moved = [self._change(model, row, self.schedule, step, changed) for row in self.rows]
             self._moved = float(torch.stack(moved).sum()) / sum(self.schedule.kept(row, step) for row in self.rows)
         self._grown = {}
-        for name, alive in self._alive.items():
-            _clear(model.tensors[name], alive)
+        self._clear_dead(model)
         if self.stores_dense(step - 1) and not self.stores_dense(step):  # the last change: only live weights are left
             return {name: self.mask_of(model, name) for name in self._alive}
         return changed
@@ -147,6 +148,10 @@ class MaskUpdates:
         else:
             changed[name] = Mask.of(alive.cpu().numpy())
         return nothing if old is None else (alive & ~old).sum()
+
+    def _clear_dead(self, model: SparseModel) -> None:
+        for name, alive in self._alive.items():
+            _clear(model.tensors[name], alive)
 
     def mask_of(self, model: SparseModel, name: str) -> Mask:
         """The present mask of a tensor."""
