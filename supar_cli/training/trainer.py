@@ -221,19 +221,17 @@ class Trainer:
     def remask(self, masks: Mapping[str, Mask], grown: GrownMoments = "zero") -> None:
         """Change the masks of some tensors. Every rank calls it with the same masks.
 
-        Where parameters get another length, engines, optimizer, DDP, FSDP2 and compiled graphs are made anew, as in a
-        resumed run.
+        Where parameters get another length, all that is made of them is made anew, as in a resumed run.
         """
         own, tensors = self.sparse_model.masks, self.sparse_model.tensors
         lengths = {name: (own[name].count,) if name in own else () for name in masks}
         is_same = all(lengths[n] == (mask.count,) == tuple(tensors[n].shape) for n, mask in masks.items())
         if self.parallel.is_sharded or not is_same:
             self._rebuild(self.capture(gather=True).remasked(masks, grown))
-        else:
-            self.ranks.require_equal(_fingerprints(masks))
-            is_moved = remask_in_place(self.sparse_model, self.optimizer, masks, grown, self.engines.make)
-            if self.runtime.compiles and not is_moved:
-                torch.compiler.reset()  # graphs of the engines before count towards the limit of recompilations
+            return
+        self.ranks.require_equal(_fingerprints(masks))
+        if not remask_in_place(self.sparse_model, self.optimizer, masks, grown, self.engines.make):
+            torch.compiler.reset()  # graphs of the engines before count towards the limit of recompilations
 
     def _rebuild(self, state: State) -> None:
         kind = self.parallel.kind
@@ -265,6 +263,7 @@ class Trainer:
         self._updates.sync_masks(self.sparse_model)
         plan, runtime, masks, losses = self.plan, self.runtime, self.sparse_model.masks, history.losses
         sizes = {name: tensor.numel() for name, tensor in self.sparse_model.tensors.items()}
+        sizes |= {name: mask.count for name, mask in masks.items()}
         return {
             "kind": "supar.result/v1",
             "plan": plan.hash(),
@@ -275,7 +274,7 @@ class Trainer:
             "validation_loss": history.evaluations[-1][1] if history.evaluations else None,
             "clipped_share": history.clipped_share,
             "parameters": plan.parameters,
-            "live_parameters": sum({**sizes, **{name: mask.count for name, mask in masks.items()}}.values()),
+            "live_parameters": sum(sizes.values()),
             "resumed_at": history.resumed_at,
             "seconds": history.seconds,
             "environment": {
