@@ -105,11 +105,6 @@ class PlanUpdates(Updates):
         """The step at a share of a run of `steps` steps, to the nearest."""
         return int(literal(share) * steps + Fraction(1, 2))
 
-    @property
-    def keeps_moments(self) -> bool:
-        """Whether every position has moments, so that tensors are stored dense while masks move."""
-        return self.moments == "keep"
-
 
 def exponent_of(wanted: Updates | None, tuned: float | None) -> float:
     """β, the exponent of the density in rates: of the target's section, else of the proxy, else the method's; 1 of masks that stay."""
