@@ -27,6 +27,7 @@ class Row:
 
     size: int
     kept: int
+    fan_in: int = 1
 
 
 @st.composite
@@ -74,7 +75,7 @@ def assert_agrees(own: Any, other: updates_oracle.Schedule, row: Row) -> None:
     assert [own.rate_factor(row, t) for t in steps[:-1]] == pytest.approx(rates, rel=1e-12)
     assert [own.decay_factor(row, t) for t in steps[:-1]] == pytest.approx(decays, rel=1e-12)
     if other.section.get("drop") is not None:
-        wanted = other.dropped(row.size, row.kept)
+        wanted = other.dropped(row.size, row.kept, row.size // row.fan_in)
         found = {t: own.dropped(row, t) for t in other.updates}
         assert all(abs(found[t] - count) <= 1 for t, count in wanted.items())  # half a weight may go either way
         assert sum(found[t] != count for t, count in wanted.items()) <= 1 + len(wanted) // 20

@@ -57,14 +57,14 @@ class Schedule:
                 found.append(kept + floor((first - kept) * left))
         return found
 
-    def dropped(self, size: int, kept: int) -> dict[int, int]:
-        """How many weights SET and RigL drop at each update."""
-        found = {}
+    def dropped(self, size: int, kept: int, neurons: int) -> dict[int, int]:
+        """How many weights SET and RigL drop at each update: never those that the neurons' floors may need."""
+        found, spare = {}, kept - self.section["min_per_neuron"] * neurons
         for t in self.updates:
             done = t / self.end
             share = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + cos(pi * done)) / 2}
             wanted = self.section["drop"] * share[self.section["drop_schedule"]] * kept
-            found[t] = min(kept, size - kept, nearest(Fraction(round(wanted, 6))))
+            found[t] = min(spare, size - kept, nearest(Fraction(round(wanted, 6))))
         return found
 
     def rates(self, size: int, kept: int) -> list[float]:
@@ -125,7 +125,7 @@ class Tensor:
 
 
 class Training:
-    """AdamW, tensor by tensor, with the masks of a plan's data; `scores` are random numbers for SET by (tensor, step)."""
+    """AdamW or SGD, tensor by tensor, with the masks of a plan's data; `scores` are random numbers for SET by (tensor, step)."""
 
     def __init__(
         self,
@@ -142,36 +142,46 @@ class Training:
             name: Tensor.start(value, alive.get(name, np.ones(value.shape, np.bool_)), self.rows[name])
             for name, value in values.items()
         }
-        self.done = 0
+        self.done = self.clipped = 0
 
     def _sizes(self, name: str) -> tuple[int, int]:
         return self.tensors[name].value.size, self.tensors[name].kept
 
     def step(self, gradients: Mapping[str, Array], factor: float) -> None:
         """One step from dense gradients at the schedule's factor, and the update of the masks that follows it."""
+        taken = {name: self._taken(one, gradients[name]) for name, one in self.tensors.items()}
+        norm, limit = sum(float((one**2).sum()) for one in taken.values()) ** 0.5, self.plan["train"]["grad_clip"]
+        scale = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+        self.clipped += scale < 1
         for name, one in self.tensors.items():
-            self._adamw(name, one, gradients[name], factor)
+            rate = self.rows[name]["lr"] * factor * self.schedule.rates(*self._sizes(name))[self.done]
+            decay = self.rows[name]["weight_decay"] * self.schedule.decays(*self._sizes(name))[self.done]
+            moved = self._moved(name, one, taken[name] * scale, rate, decay)
+            one.value = moved if self._trains_dead(one) else np.where(one.alive, moved, 0.0)
         self.done += 1
         if self.done in self.schedule.updates:
             for name, one in self.tensors.items():
                 if one.kept < one.value.size:
                     self._update(name, one, gradients[name])
 
-    def _moves(self, one: Tensor) -> bool:
-        return one.kept < one.value.size and self.done < self.schedule.end
+    def _trains_dead(self, one: Tensor) -> bool:
+        """Whether dead weights compete with the size of one step: those of top-k while its masks change."""
+        moves = one.kept < one.value.size and self.done < self.schedule.end
+        return moves and self.section["method"] == "topk"
 
-    def _adamw(self, name: str, one: Tensor, gradient: Array, factor: float) -> None:
-        row, (b1, b2), t = self.rows[name], self.plan["train"]["betas"], self.done
-        is_dense = self.section.get("moments") == "keep" and self._moves(one)
-        gradient = gradient if is_dense else np.where(one.alive, gradient, 0.0)
+    def _taken(self, one: Tensor, gradient: Array) -> Array:
+        return gradient if self._trains_dead(one) else np.where(one.alive, gradient, 0.0)
+
+    def _moved(self, name: str, one: Tensor, gradient: Array, rate: float, decay: float) -> Array:
+        """The value after a step of AdamW, or of SGD with momentum, whose decay is part of the gradient."""
+        train, (b1, b2), t = self.plan["train"], self.plan["train"]["betas"], self.done + 1
+        if train["optimizer"] == "sgd":
+            one.m = train["momentum"] * one.m + gradient + decay * one.value
+            return one.value - rate * one.m
         one.m = b1 * one.m + (1 - b1) * gradient
         one.v = b2 * one.v + (1 - b2) * gradient**2
-        rate = row["lr"] * factor * self.schedule.rates(*self._sizes(name))[t]
-        decay = row["weight_decay"] * self.schedule.decays(*self._sizes(name))[t]
-        root = np.sqrt(one.v / (1 - b2 ** (t + 1))) + row["eps"]
-        moved = one.value * (1 - rate * decay) - rate * one.m / (1 - b1 ** (t + 1)) / root
-        everywhere = self.section["method"] == "topk" and self._moves(one)  # dead weights compete with one step's size
-        one.value = moved if everywhere else np.where(one.alive, moved, 0.0)
+        root = np.sqrt(one.v / (1 - b2**t)) + self.rows[name]["eps"]
+        return one.value * (1 - rate * decay) - rate * one.m / (1 - b1**t) / root
 
     def _update(self, name: str, one: Tensor, gradient: Array) -> None:
         method, size, floor_ = self.section["method"], np.abs(one.value), self.section["min_per_neuron"]
@@ -180,7 +190,8 @@ class Training:
             among = one.alive if method == "gmp" else np.ones(one.alive.shape, np.bool_)
             alive = largest(size, among, count, one.fan_in_axes, floor_)
         else:
-            number = self.schedule.dropped(*self._sizes(name))[self.done]
+            of = int(neurons(one.value.shape, one.fan_in_axes).max()) + 1
+            number = self.schedule.dropped(*self._sizes(name), of)[self.done]
             stay = largest(size, one.alive, one.kept - number, one.fan_in_axes, floor_)
             lacking = np.maximum(floor_ - per_neuron(stay, one.fan_in_axes), 0)
             by = np.abs(gradient) if method == "rigl" else self.scores(name, self.done)  # type: ignore[misc]
