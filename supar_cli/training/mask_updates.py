@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from supar_cli.errors import InputError
 from supar_cli.planning.plan import Plan, PlanTensor
 from supar_cli.planning.schedule import MaskSchedule
 from supar_cli.sparse.linear import Engine
@@ -52,6 +53,16 @@ class MaskUpdates:
     def grown(self) -> GrownMoments:
         """What the second moments of grown weights start at."""
         return "mean" if self.schedule is not None and self.schedule.updates.moments == "mean" else "zero"
+
+    def require_counts(self, masks: Mapping[str, Mask], step: int) -> None:
+        """Raise InputError where masks don't have as many live weights as the schedule says of this step."""
+        for row in self.rows:
+            assert self.schedule is not None
+            live, kept = (masks[row.name].count if row.name in masks else row.size), self.schedule.kept(row, step)
+            if live != kept:
+                raise InputError(
+                    f"the mask of {row.name} has {live} live weights; the plan keeps {kept} after step {step}"
+                )
 
     def begin(self, model: SparseModel, step: int) -> None:
         """Take up a model after `step` steps."""
