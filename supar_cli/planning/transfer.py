@@ -13,7 +13,7 @@ from supar_cli.errors import InputError
 from supar_cli.planning import density, layout, patterns, rules
 from supar_cli.planning.advice import WPN_IMPOSSIBLE, remedy
 from supar_cli.planning.layout_document import LAYERS, OwnShape
-from supar_cli.planning.live_counts import GivenMasks, asked_density, live_counts
+from supar_cli.planning.live_counts import GivenMasks, asked_density, live_counts, plan_updates
 from supar_cli.planning.own_shapes import OwnTensors, folded
 from supar_cli.planning.plan import CURRENT_RULES, Plan, PlanModel, PlanTensor, PlanTrain
 from supar_cli.planning.plan_sections import (
@@ -28,7 +28,7 @@ from supar_cli.planning.plan_sections import (
 from supar_cli.planning.problems import validate
 from supar_cli.planning.schema import LARGEST
 from supar_cli.planning.spec import Model, Proxy, Sparsity, Target
-from supar_cli.planning.updates import PlanUpdates, Updates, exponent_of, resolve, start_density
+from supar_cli.planning.updates import PlanUpdates, exponent_of, start_density
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def transfer(
             edition=edition,
         ),
         hyperparameters=proxy.hyperparameters,
-        sparsity=_plan_sparsity(target.sparsity, rows, masks, _plan_updates(updates, exponent, train.steps, rows)),
+        sparsity=_plan_sparsity(target.sparsity, rows, masks, plan_updates(updates, exponent, train.steps, rows)),
         tensors=rows,
         task=task,
         data=proxy.data,
@@ -124,22 +124,6 @@ def transfer(
         remedies = f"{remedy(plan, low)}; --allow-low-wpn plans it anyway"
         raise InputError(f"{low.name}: {few}: most outputs would have no input at all; {remedies}")
     return plan
-
-
-def _plan_updates(updates: Updates | None, exponent: float, steps: int, rows: list[PlanTensor]) -> PlanUpdates | None:
-    """How the plan's masks change. Raises InputError where none can, and for a floor above a tensor's live weights."""
-    if updates is None:
-        return None
-    moving, where = [row for row in rows if row.kept < row.size], "target.sparsity.updates"
-    if not moving:
-        raise InputError(f"{where}: no tensor is sparse, so no mask changes; expected a sparsity above 0")
-    found = resolve(updates, exponent, steps)
-    least = min(moving, key=lambda row: row.kept * row.fan_in // row.size)
-    most = least.kept * least.fan_in // least.size
-    if updates.min_per_neuron is not None and updates.min_per_neuron > most:
-        what = f"{updates.min_per_neuron} for each neuron are more than the {least.wpn:.3g} of {least.name}"
-        raise InputError(f"{where}.min_per_neuron: {what}; expected at most {most}")
-    return found.model_copy(update={"min_per_neuron": min(found.min_per_neuron, most)})
 
 
 def _plan_sparsity(

@@ -43,9 +43,8 @@ class Trainer:
     `sparse.linear.Linear` for masked ones; by default it is the plan's transformer.
     """
 
-    moves_masks = (
-        False  # whether masks change by `remask` too; else a checkpoint's are those of the plan and its schedule
-    )
+    # whether masks change by `remask` too; else a checkpoint's are those of the plan and its schedule
+    moves_masks = False
 
     def __init__(
         self,
@@ -200,8 +199,7 @@ class Trainer:
         # collective: not inside `run_on_all`, where one rank may fail alone
         list(map(self.reporter.log, self.engines.choose({} if dense else masks)))
         values, make = state.values if state else None, self.engines.make
-        parts = home, make, self._model_maker, masks, values, dense
-        self.sparse_model = ranks.run_on_all(prepare.prepare, plan, *parts)
+        self.sparse_model = ranks.run_on_all(prepare.prepare, plan, home, make, self._model_maker, masks, values, dense)
         if runtime.compiles:
             torch.compiler.reset()  # graphs of earlier models count towards the limit of recompilations
         self.parallel = distributed.Parallel(kind, self.sparse_model.model, runtime.device, runtime.compiles, ranks)
@@ -249,6 +247,7 @@ class Trainer:
         masks, own = self.ranks.run_on_all(reader.masks, self.plan), self.sparse_model.masks
         self.done = reader.step
         if self._updates.schedule is not None or self.moves_masks:
+            self._updates.require_counts(masks, reader.step)
             self._rebuild(State.zeros(reader.step, self.plan, masks))
         elif changed := [name for name in {**masks, **own} if masks.get(name) != own.get(name)]:
             text = f"{path}: the mask of {changed[0]} is not the one this plan draws"
