@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from supar_cli.files import read_jsonl
 from supar_cli.planning import density_over_run, estimate
 from supar_cli.planning.advice import warnings
 from supar_cli.planning.explain import explain
 from supar_cli.planning.plan import Plan, PlanTensor
 from supar_cli.planning.schedule import MaskSchedule
+from supar_cli.reporting import runs
+from supar_cli.training import trackers
 
 from .conftest import plan_from, proxy_fields
 from .test_cli import Supar
+from .test_train import trained
 
+MakePlan = Callable[..., Plan]
 METHODS = ("set", "rigl", "gmp", "topk")
 
 
-def plan_of(
+def plan_with(
     updates: dict[str, Any] | str | None, density: Any = "1/16", steps: int = 200, name: str = "supar", **more: Any
 ) -> Plan:
     sparsity = {"density": density, **({"updates": updates} if updates else {}), **more.pop("sparsity", {})}
@@ -49,7 +55,7 @@ def moving(draw: st.DrawFn) -> Plan:
     density = draw(st.sampled_from(["1/2", "1/4", "0.1", "1/16"]))
     rule = draw(st.sampled_from(["independent", "coupled", "sqrt"]))
     distribution = draw(st.sampled_from(["uniform", "erk"]))
-    return plan_of(
+    return plan_with(
         updates,
         density,
         draw(st.integers(3, 600)),
@@ -76,19 +82,19 @@ class TestExplain:
                 decay = hyper.weight_decay * divisor ** powers[plan.parameterization.weight_decay_rule]
                 assert one.weight_decay == pytest.approx(decay, rel=1e-3)
         if updates.rates_follow == "now" and updates.start:  # the control: the end's rates from step 0
-            control = plan_of({"method": updates.method, "rates_follow": "end"})
+            control = plan_with({"method": updates.method, "rates_follow": "end"})
             first = density_over_run.moments(control, sparse_rows(control)[0])[0]
             assert first.peak_lr != pytest.approx(hyper.lr / (4 * first.density), rel=0.5)
 
     def test_gmps_densities_are_those_of_its_paper(self) -> None:
         """Zhu and Gupta: s_t = s_f + (s_i - s_f)(1 - progress)^3, at the last change before each tenth."""
-        plan = plan_of({"method": "gmp", "begin": 0.2, "anneal": 0.7, "end": 0.7, "every_steps": 10})
+        plan = plan_with({"method": "gmp", "begin": 0.2, "anneal": 0.7, "end": 0.7, "every_steps": 10})
         for row in sparse_rows(plan):
             for one in density_over_run.moments(plan, row):
                 progress = min(Fraction(1), max(Fraction(0), Fraction(one.step - 40, 100)))
                 wanted = Fraction(1, 16) + Fraction(15, 16) * (1 - progress) ** 3
                 assert one.density == pytest.approx(float(wanted), abs=2 / row.size)
-        linear = plan_of(
+        linear = plan_with(
             {"method": "gmp", "begin": 0.2, "anneal": 0.7, "end": 0.7, "every_steps": 10, "shape": "linear"}
         )
         assert density_over_run.moments(linear, row)[5].density > 1.5 * density_over_run.moments(plan, row)[5].density
@@ -106,7 +112,7 @@ class TestExplain:
         assert "[D, measured]" in over_run and "how sure" in over_run and "width 128" in over_run
 
     def test_one_table_serves_all_tensors_whose_factors_agree(self) -> None:
-        uniform, erk = plan_of("topk"), plan_of("topk", sparsity={"distribution": "erk"})
+        uniform, erk = plan_with("topk"), plan_with("topk", sparsity={"distribution": "erk"})
         tables = [list(density_over_run.tables(plan, sparse_rows(plan))) for plan in (uniform, erk)]
         assert [len(found) for found in tables] == [1, 2]
         ((members, table),) = tables[0]
@@ -114,16 +120,16 @@ class TestExplain:
         assert table[1][:4] == ["0", "1", "× 0.0625", "× 16"] and table[-1][4:] == ["1,024", "4,096", "0.04"]
 
     def test_set_and_rigl_say_what_share_is_replaced(self) -> None:
-        plan = plan_of({"method": "rigl", "every_steps": 20, "drop": 0.3})
+        plan = plan_with({"method": "rigl", "every_steps": 20, "drop": 0.3})
         (row, *_) = sparse_rows(plan)
         shares = [one.replaced for one in density_over_run.moments(plan, row)]
         assert shares[0] is None and shares[-1] is None, "before the first change, and after the last"
         assert shares[1] == pytest.approx(0.3 * 0.957, rel=0.01) and shares[5] == pytest.approx(0.075, rel=0.01)
-        gmp = plan_of("gmp")
+        gmp = plan_with("gmp")
         assert all(one.replaced is None for one in density_over_run.moments(gmp, sparse_rows(gmp)[0]))
 
     def test_json_has_the_moments_and_static_plans_have_none(self, supar_here: Supar, tmp_path: Path) -> None:
-        moves, stays = plan_of("gmp"), plan_of(None)
+        moves, stays = plan_with("gmp"), plan_with(None)
         (tmp_path / "plan.yaml").write_text(json.dumps(moves.model_dump()))
         (tmp_path / "static.yaml").write_text(json.dumps(stays.model_dump()))
         (told,) = json.loads(supar_here("explain", "plan.yaml", "--json").out)
@@ -145,7 +151,7 @@ class TestExplain:
         ],
     )
     def test_how_sure_it_is(self, updates: Any, name: str, says: str) -> None:
-        assert density_over_run.how_sure(plan_of(updates, name=name)).startswith(says)
+        assert density_over_run.how_sure(plan_with(updates, name=name)).startswith(says)
 
 
 # each with what makes it harmless
@@ -167,18 +173,18 @@ class TestWarnings:
     def test_what_is_known_to_fail_is_warned_of_and_its_twin_is_not(
         self, says: str, updates: dict[str, Any], how: dict[str, Any], harmless: dict[str, Any] | None
     ) -> None:
-        assert sum(says in one for one in warnings(plan_of(updates, **how))) == 1
-        twin = plan_of(updates["method"]) if harmless is None else plan_of(updates, **harmless)
+        assert sum(says in one for one in warnings(plan_with(updates, **how))) == 1
+        twin = plan_with(updates["method"]) if harmless is None else plan_with(updates, **harmless)
         assert [one for one in warnings(twin) if "updates" in one or "coupled" in one] == []
 
     def test_sp_has_no_exponent_to_warn_of(self) -> None:
         for name in ("sp", "mup"):
-            assert not any("exponent" in one for one in warnings(plan_of("rigl", name=name)))
+            assert not any("exponent" in one for one in warnings(plan_with("rigl", name=name)))
 
     def test_a_floor_leaves_no_row_empty(self) -> None:
         words = "rows have no weight at all"
-        assert any(words in one for one in warnings(plan_of("gmp", "1/64")))
-        assert not any(words in one for one in warnings(plan_of({"method": "gmp", "min_per_neuron": 1}, "1/64")))
+        assert any(words in one for one in warnings(plan_with("gmp", "1/64")))
+        assert not any(words in one for one in warnings(plan_with({"method": "gmp", "min_per_neuron": 1}, "1/64")))
 
 
 class TestDryRun:
@@ -195,18 +201,19 @@ class TestDryRun:
         assert estimate.start_live(rows, plan) == first >= sum(row.kept for row in rows)
 
     def test_each_method_takes_what_it_needs(self) -> None:
-        static, dense = plan_of(None), plan_of(None, 1)
-        held = {name: estimate.state_bytes(plan_of(name), "sparse", 4) for name in METHODS}
+        static, dense = plan_with(None), plan_with(None, 1)
+        held = {name: estimate.state_bytes(plan_with(name), "sparse", 4) for name in METHODS}
         bare, most = estimate.state_bytes(static, "sparse", 4), max(row.size for row in sparse_rows(static))
         assert held["set"] == bare and held["rigl"] == bare + 4 * most
         assert held["gmp"] > estimate.state_bytes(dense, "dense", 4) > 4 * bare
-        assert held["topk"] == estimate.state_bytes(plan_of("topk"), "dense", 4) > 4 * bare
-        times = {name: estimate.run_seconds(plan_of(name, steps=2000), sparse=True) for name in METHODS}
+        assert held["topk"] == estimate.state_bytes(plan_with("topk"), "dense", 4) > 4 * bare
+        times = {name: estimate.run_seconds(plan_with(name, steps=2000), sparse=True) for name in METHODS}
         ends = [
-            estimate.run_seconds(plan_of(None, density, steps=2000), sparse=True) for density in ("1/16", "65535/65536")
+            estimate.run_seconds(plan_with(None, density, steps=2000), sparse=True)
+            for density in ("1/16", "65535/65536")
         ]
         assert times["set"] == times["rigl"] == ends[0] < times["gmp"] < ends[1]
-        sooner = plan_of({"method": "topk", "end": 0.5}, steps=2000)
+        sooner = plan_with({"method": "topk", "end": 0.5}, steps=2000)
         assert ends[0] < estimate.run_seconds(sooner, sparse=True) != times["topk"]
 
     @pytest.mark.parametrize(
@@ -219,7 +226,7 @@ class TestDryRun:
         ],
     )
     def test_it_is_said_in_words(self, method: str, says: str | None) -> None:
-        found, static = estimate.lines(plan_of(method)), estimate.lines(plan_of(None))
+        found, static = estimate.lines(plan_with(method)), estimate.lines(plan_with(None))
         assert len(found) == len(static) + (says is not None)
         assert says is None or any(says in line for line in found)
         (flops,) = [line for line in found if "FLOPs" in line]
@@ -235,3 +242,43 @@ class TestDryRun:
         assert "at the end" not in supar_here("transfer", "--sparsity", "0.75", "--updates", "set", "--dry-run").err
         assert supar_here("transfer", "--sparsity", "0.75", "--updates", "gmp", "-q").status == 0
         assert "by timing a few steps: at most" in supar_here("train", "--dry-run").err
+
+
+@pytest.mark.parametrize("method", ["gmp", "rigl"])
+def test_what_a_run_measures_is_the_plans_and_is_shown(
+    method: str, plan_of: MakePlan, supar_here: Supar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sparsity = {"density": 0.1, "updates": {"method": method, "every_steps": 2}}
+    run = {"log_every": 1, "trackers": ["mlflow"]}
+    plan = plan_of(target={"width": 64, "sparsity": sparsity}, train={"steps": 12}, run=run)
+    tracked: dict[tuple[str, int], float] = {}
+    log = trackers.Tracker(lambda name, value, step: tracked.update({(name, step): value}), lambda _: None, None)
+    monkeypatch.setitem(trackers.KINDS, "mlflow", lambda *_: log)
+    monkeypatch.setattr(trackers, "require", lambda _: None)
+    trainer, _ = trained(plan, tmp_path / "run")
+
+    records = read_jsonl(tmp_path / "run/metrics.jsonl", "step")
+    schedule, rows = MaskSchedule.of(plan), sparse_rows(plan)
+    assert schedule is not None and [one["step"] for one in records] == list(range(1, 13))
+    size = sum(row.size for row in rows)
+    for one in records:
+        assert one["density"] == sum(schedule.kept(row, one["step"]) for row in rows) / size
+        assert tracked["density", one["step"]] == one["density"]
+    changed = [one.get("mask_changed") for one in records]
+    dropped = sum(schedule.dropped(row, 2) for row in rows) / sum(row.kept for row in rows)
+    assert changed[1] == (pytest.approx(dropped) if method == "rigl" else None)
+    masks = trainer.sparse_model.masks.values()
+    assert records[-1]["dead_rows"] == sum(int((~mask.alive().any(1)).sum()) for mask in masks)
+
+    shown = supar_here("show", "run").err
+    assert f"masks at step 12: density {plan.sparsity.density:g}" in " ".join(shown.split())
+    assert ("density of the tensors whose masks change" in shown) == (method == "gmp"), "a curve where it moves"
+    names = [figure.name for figure in runs.run_part(tmp_path / "run").figures]
+    assert names[:2] == ["loss", "density"] and "dead_rows" in names
+
+
+def test_a_run_whose_masks_stay_shows_none(plan_of: MakePlan, supar_here: Supar, tmp_path: Path) -> None:
+    trained(plan_of(), tmp_path / "run")
+    assert not any("density" in one for one in read_jsonl(tmp_path / "run/metrics.jsonl", "step"))
+    assert "masks at step" not in supar_here("show", "run").err
+    assert not {"density", "mask_changed"} & {figure.name for figure in runs.run_part(tmp_path / "run").figures}

@@ -16,14 +16,12 @@ def state_bytes(plan: Plan, engine: str, number_bytes: int) -> int:
 
     The most of a run: where density falls that of its start. Activations are not among them.
     """
-    masked, updates = [row for row in plan.tensors if row.kept < row.size], plan.sparsity.updates
+    masked, schedule = [row for row in plan.tensors if row.kept < row.size], MaskSchedule.of(plan)
     size, live = sum(row.size for row in masked), start_live(masked, plan)
     rest = 16 * (plan.parameters - size)  # float32 weight, gradient and two moments
-    if (
-        updates is not None and updates.keeps_moments
-    ):  # all of it at each position, and the masked weight with its gradient
-        return rest + (16 + 2 * number_bytes) * size
-    if updates is not None and updates.grow == "gradient" and engine != "dense":  # of one tensor at a time
+    if schedule and schedule.stores_dense(0):  # each position and its mask; in bfloat16 also a copy and its gradient
+        return rest + (17 + (2 * number_bytes if number_bytes < 4 else 0)) * size
+    if schedule and schedule.updates.grow == "gradient" and engine != "dense":  # of one tensor at a time
         rest += 4 * max(row.size for row in masked)
     # a live weight: value, gradient, two moments, and its index, three for the sparse engine; dense also has
     # the weight and gradient of each position; the indices of blocks are a share of 1/block
@@ -104,7 +102,7 @@ def step_seconds(plan: Plan, device: str = "2 CPU cores", sparse: bool = False) 
     between = numbers_between(plan.model) if isinstance(plan.model, PlanModel) else 0
     seconds = fixed + products + tokens * between * BETWEEN_SECONDS
     schedule = MaskSchedule.of(plan)
-    dense = schedule.end / schedule.steps if schedule and schedule.updates.keeps_moments else 0.0  # share of the steps
+    dense = schedule.end / schedule.steps if schedule and schedule.stores_dense(0) else 0.0  # share of the steps
     for row in masked:
         ends = row.fan_in + row.size // row.fan_in  # numbers of X and of Y a token
         by_sparse = ends * SPARSE_SECONDS + 6.0 * _mean_kept(plan, row) / SPARSE_RATE
@@ -158,7 +156,7 @@ def _of_updates(plan: Plan) -> list[str]:
         return []
     updates, name = schedule.updates, METHODS[schedule.updates.method]
     masked = [row for row in plan.tensors if row.kept < row.size]
-    if updates.keeps_moments:
+    if schedule.stores_dense(0):
         what = "keeps weights, gradients and moments of all positions and computes them densely"
         return [
             f"{name} {what} until step {schedule.end:,}, its last change of the masks: the memory is that of this time"
@@ -201,7 +199,7 @@ def _states(plan: Plan) -> dict[str, int]:
     engines = {"dense in bfloat16": ("dense", 2), "dense in float32": ("dense", 4), "sparse (CPU)": ("sparse", 4)}
     if plan.sparsity.block:
         engines["block"] = ("block", 4)
-    if plan.sparsity.updates is not None and plan.sparsity.updates.keeps_moments:
+    if (schedule := MaskSchedule.of(plan)) and schedule.stores_dense(0):
         del engines["sparse (CPU)"]
     if all(row.kept == row.size for row in plan.tensors):
         engines = {"dense": ("dense", 4)}
