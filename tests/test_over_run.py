@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from supar_cli.planning.advice import warnings
 from supar_cli.planning.explain import explain
 from supar_cli.planning.plan import Plan, PlanTensor
 from supar_cli.planning.schedule import MaskSchedule
+from supar_cli.planning.templates import text
 from supar_cli.reporting import runs
 from supar_cli.training import trackers
 
@@ -102,9 +104,9 @@ class TestExplain:
     @settings(max_examples=25, deadline=None)
     @given(moving())
     def test_the_text_fits_says_the_end_and_has_every_sparse_tensor_once(self, plan: Plan) -> None:
-        text = explain(plan).text("plan.yaml")
-        assert max(map(len, text.splitlines())) <= 80
-        said = " ".join(text.split())
+        shown = explain(plan).text("plan.yaml")
+        assert max(map(len, shown.splitlines())) <= 80
+        said = " ".join(shown.split())
         _, over_run = said.split(" over the run ")
         assert ("at the end of the run" in said) == any("m_rho_start" in row.because for row in plan.tensors)
         for row in plan.tensors:
@@ -232,6 +234,7 @@ class TestDryRun:
         (flops,) = [line for line in found if "FLOPs" in line]
         (memory,) = [line for line in found if line.startswith("memory")]
         assert "without those of dead weights" in flops and ("sparse (CPU)" in memory) == (method != "topk")
+        assert any("sparse engine" in line for line in estimate.times([plan_with(method)])) == (method != "topk")
 
     def test_transfer_and_train_say_that_the_numbers_are_those_of_the_end(
         self, supar_here: Supar, proxy_file: Path, tmp_path: Path
@@ -282,3 +285,33 @@ def test_a_run_whose_masks_stay_shows_none(plan_of: MakePlan, supar_here: Supar,
     assert not any("density" in one for one in read_jsonl(tmp_path / "run/metrics.jsonl", "step"))
     assert "masks at step" not in supar_here("show", "run").err
     assert not {"density", "mask_changed"} & {figure.name for figure in runs.run_part(tmp_path / "run").figures}
+
+
+def test_the_interpretability_template_trains_by_annealed_top_k(
+    plan_of: MakePlan, supar_here: Supar, tmp_path: Path
+) -> None:
+    """At a tiny size, with all that the template says of masks, rates and shape but the sizes."""
+    fields = yaml.safe_load(text("interpretability"))
+    updates = fields["target"]["sparsity"]["updates"]
+    model = {**fields["model"], "width": 32, "layers": 1, "heads": 2, "context": 16}
+    train = {**fields["train"], "steps": 20, "batch_size": 4}
+    plan = plan_of(
+        model=model,
+        train=train,
+        target={"width": 64, "sparsity": {"density": "1/8", "updates": updates}},
+        run={"log_every": 1},
+    )
+    trainer, history = trained(plan, tmp_path / "run")
+    densities = [one["density"] for one in read_jsonl(tmp_path / "run/metrics.jsonl", "step")]
+    assert densities[9:] == [0.125] * 11 and sorted(densities, reverse=True) == densities and densities[0] > 0.85
+    for row in sparse_rows(plan):  # floor of 4 inputs, where 8 live on average; without it some neuron has fewer
+        alive = trainer.sparse_model.masks[row.name].alive()
+        assert alive.sum() == row.kept and alive.sum(1).min() >= 4
+    assert history.losses[-1] < history.losses[0]
+    bare = plan_of(
+        model=model,
+        train=train,
+        target={"width": 64, "sparsity": {"density": "1/8", "updates": {**updates, "min_per_neuron": 0}}},
+    )
+    without, _ = trained(bare, tmp_path / "bare")
+    assert min(without.sparse_model.masks[row.name].alive().sum(1).min() for row in sparse_rows(bare)) < 4

@@ -188,10 +188,16 @@ def times(plans: Sequence[Plan]) -> list[str]:
     what = "time" if len(plans) == 1 else "time of all runs, one after another"
     by_device = ", ".join(f"{name} {total(name)}" for name in RATES)
     found = [f"{what} (estimate; GPUs at an assumed 40 % of peak): {by_device}"]
-    if any(row.kept < row.size for plan in plans for row in plan.tensors):
+    if any(row.kept < row.size for plan in plans if not _stays_dense(plan) for row in plan.tensors):
         missing = "" if find_spec("numba") else ", once numba is installed: `pip install numba`"
         found.append(f"2 CPU cores with the sparse engine: {total('2 CPU cores', sparse=True)}{missing}")
     return found
+
+
+def _stays_dense(plan: Plan) -> bool:
+    """Whether tensors are stored whole until the last step."""
+    schedule = MaskSchedule.of(plan)
+    return schedule is not None and schedule.stores_dense(plan.train.steps - 1)
 
 
 def _states(plan: Plan) -> dict[str, int]:
