@@ -176,8 +176,12 @@ def remask_in_place(
     masks: Mapping[str, Mask],
     grown: GrownMoments,
     engine_of: Callable[[str, Mask], Engine],
-) -> None:
-    """Change masks of as many live weights as before, so that parameters, optimizer and DDP's buckets stay."""
+) -> bool:
+    """Change masks of as many live weights as before, so that parameters, optimizer and DDP's buckets stay.
+
+    Returns whether the engines took the masks in place.
+    """
+    is_moved = True
     for name, mask in masks.items():
         linear, tensor = model.linear(name), model.tensors[name]
         values, moments = carry(
@@ -185,11 +189,12 @@ def remask_in_place(
         )
         engine = linear.engine
         if engine is None or not engine.move(mask):
-            engine = engine_of(name, mask).to(tensor.device)
+            engine, is_moved = engine_of(name, mask).to(tensor.device), False
         linear.remask(mask, values, engine)
         for key, moment in moments.items():
             optimizer.state[tensor][key].copy_(moment)
         model.masks[name] = mask
+    return is_moved
 
 
 def _dead_rows(mask: Mask, fan_in_axes: list[int]) -> int:

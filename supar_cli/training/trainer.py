@@ -65,10 +65,7 @@ class Trainer:
         self.engines = prepare.EngineSelector(plan, self.runtime, self.ranks, units, sharded=kind == "fsdp")
         self._updates, self.done = MaskUpdates(plan, self.ranks), 0
         self._build_model(kind)
-        for line in self.engines.lines():
-            self.reporter.log(line)
-        self._stop = distributed.StopRequest(self.ranks)
-        self._monitor = Monitor()
+        self._stop, self._monitor = distributed.StopRequest(self.ranks), Monitor()
         self.batch = tasks.BatchLoader(self.task, self.runtime, self.ranks).get
 
     def run(
@@ -201,10 +198,10 @@ class Trainer:
         ranks.require_equal({**machine, "plan": plan.hash(), "data": self.task.hash, **_fingerprints(masks)})
         dense = self._updates.stores_dense(self.done)
         # collective: not inside `run_on_all`, where one rank may fail alone
-        self.engines.choose({} if dense else masks)
+        list(map(self.reporter.log, self.engines.choose({} if dense else masks)))
         values, make = state.values if state else None, self.engines.make
-        made = ranks.run_on_all(prepare.prepare, plan, home, make, self._model_maker, masks, values, dense)
-        self.sparse_model = made
+        parts = home, make, self._model_maker, masks, values, dense
+        self.sparse_model = ranks.run_on_all(prepare.prepare, plan, *parts)
         if runtime.compiles:
             torch.compiler.reset()  # graphs of earlier models count towards the limit of recompilations
         self.parallel = distributed.Parallel(kind, self.sparse_model.model, runtime.device, runtime.compiles, ranks)
@@ -234,7 +231,9 @@ class Trainer:
             self._rebuild(self.capture(gather=True).remasked(masks, grown))
         else:
             self.ranks.require_equal(_fingerprints(masks))
-            remask_in_place(self.sparse_model, self.optimizer, masks, grown, self.engines.make)
+            is_moved = remask_in_place(self.sparse_model, self.optimizer, masks, grown, self.engines.make)
+            if self.runtime.compiles and not is_moved:
+                torch.compiler.reset()  # graphs of the engines before count towards the limit of recompilations
 
     def _rebuild(self, state: State) -> None:
         kind = self.parallel.kind
