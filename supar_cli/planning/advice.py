@@ -15,7 +15,7 @@ from supar_cli.planning.patterns import has_equal_rows
 from supar_cli.planning.plan import Plan, PlanModel, PlanTensor
 from supar_cli.planning.plan_sections import OwnModel
 from supar_cli.planning.rules import DENSITY_IN_RATE
-from supar_cli.planning.updates import METHODS, exponent_of
+from supar_cli.planning.updates import METHODS
 
 # [P §3.1]: the smallest weights-per-neuron count the paper trained; below 4, Bernoulli rows are empty with P ≈ e^-WPN
 WPN_TRAINED, WPN_EMPTY_ROWS, WPN_IMPOSSIBLE = 16, 4, 1
@@ -75,14 +75,10 @@ def _of_decay(plan: Plan, hidden: list[PlanTensor]) -> Iterator[str]:
 def _of_updates(plan: Plan) -> Iterator[str]:
     """What is known to fail, or not known, where masks change. [SPEC §9: D, measured]"""
     updates, rule, betas = plan.sparsity.updates, plan.parameterization.weight_decay_rule, plan.train.betas
-    if updates is None:
-        return
-    where, name, (_, longest, _) = (
-        "sparsity.updates",
-        METHODS[updates.method],
-        density_over_run.MEASURED[updates.method],
-    )
     moving = [row for row in plan.tensors if row.kept < row.size]
+    if updates is None or not moving:
+        return
+    where, name = "sparsity.updates", METHODS[updates.method]
     if (count := density_over_run.changes(plan)) < FEWEST_CHANGES:
         more = f"{where}.every_steps below {updates.every_steps}" if updates.every_steps > 1 else "longer run"
         yield f"{where}: {name} changes the masks only {count} times; a {more} makes it more"
@@ -100,18 +96,12 @@ def _of_updates(plan: Plan) -> Iterator[str]:
     if rule == "coupled" and updates.start is not None and any(row.weight_decay for row in moving):
         moves = "weight_decay_rule: coupled moves the best rate by .5 to 1 octave while the density changes"
         yield f"{moves} (400 steps, λ 0.1); `-s parameterization.weight_decay_rule=independent` keeps it"
-    known = exponent_of(updates.model_copy(update={"exponent": None}), None)
-    calibrate = "`supar sweep --calibrate` measures it"
-    if updates.exponent != known:
-        state = f" with moments: {updates.moments}" if updates.moments else ""
-        yield f"{where}.exponent: {updates.exponent:g}, but {known:g} was measured for {name}{state}; {calibrate}"
-    if plan.train.steps > MOST_STEPS:
-        rates = f"rates for {name} were measured over at most {longest:,} steps, {density_over_run.WHERE}"
-        yield f"{where}: the run has {plan.train.steps:,} steps, but {rates}; {calibrate}"
+    if others := density_over_run.not_measured(plan):
+        rates = f"the rates of {name} were not measured with {', '.join(others)}"
+        yield f"{where}: {rates}; `supar sweep --calibrate` measures them"
 
 
 FEWEST_CHANGES, FLOOR_SHARE = 5, 0.8  # chosen: with fewer, or above, it is hardly the method that its name says
-MOST_STEPS = 1000  # measured: no method over more
 _ROUND_DOWN = Context(prec=2, rounding=ROUND_DOWN)
 _TRANSFER = "hyperparameters transfer over width and density"
 

@@ -9,7 +9,7 @@ from supar_cli.planning.explain_lines import places, wrapped
 from supar_cli.planning.plan import Plan, PlanTensor
 from supar_cli.planning.rules import DENSITY_IN_RATE
 from supar_cli.planning.schedule import MaskSchedule
-from supar_cli.planning.updates import METHODS, exponent_of
+from supar_cli.planning.updates import DEFAULTS, METHODS, exponent_of
 
 # SPEC §9 [D, measured]: slope γ of the best rate over density, largest shift of the optimum and regret of the dense one
 MEASURED = {
@@ -34,6 +34,7 @@ MEASURED = {
     ),
 }
 FAILS = "γ +.53 and 10 % regret of GMP over 100 steps, +.83 and 10 to 13 % over 400"
+MOST_STEPS = 1000  # measured: no method over more
 WHERE = "width 128, 2 layers, densities 1/4 to 1/32"
 
 
@@ -116,10 +117,23 @@ def how_sure(plan: Plan) -> str:
     if updates.rates_follow == "end":
         return f"it fails, a control: {FAILS}; {WHERE}"
     sure, _, measured = MEASURED[updates.method]
-    known = exponent_of(updates.model_copy(update={"exponent": None}), None)
-    if updates.exponent != known:
-        sure = f"only as far as β = {updates.exponent:g} was calibrated; with {known:g}: {sure}"
+    if others := not_measured(plan):
+        sure = f"not measured with {', '.join(others)}; else {sure}"
     return f"{sure}; {measured}; {WHERE}"
+
+
+def not_measured(plan: Plan) -> list[str]:
+    """What a plan has of its own where its method's rates were measured with something else."""
+    updates, steps = plan.sparsity.updates, plan.train.steps
+    if updates is None or plan.parameterization.name not in DENSITY_IN_RATE:
+        return []
+    usual, longest = DEFAULTS[updates.method].get("moments"), MEASURED[updates.method][1]
+    known = exponent_of(updates.model_copy(update={"exponent": None}), None)
+    has_state = updates.moments == usual or (updates.method, updates.moments) == ("rigl", "zero")
+    found = [] if updates.exponent == known else [f"β {updates.exponent:g} ({known:g} was)"]
+    found += [] if has_state else [f"moments: {updates.moments} ({usual} was)"]
+    found += [] if plan.train.optimizer == "adamw" else ["SGD (AdamW was)"]
+    return found + ([f"{steps:,} steps (at most {longest:,} were)"] if steps > MOST_STEPS else [])
 
 
 def tables(plan: Plan, rows: Sequence[PlanTensor]) -> Iterator[tuple[list[PlanTensor], list[list[str]]]]:
