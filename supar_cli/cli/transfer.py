@@ -53,8 +53,9 @@ def transfer(flags: Flags) -> None:
     levels = [(word, share) for word in ("sparsity", "density") for share in getattr(flags, word) or []]
     plans = [_plan(read, flags, *level) for level in levels] or [_plan(read, flags)]
     for plan in plans:
+        end = " at the end" if plan.sparsity.updates and plan.sparsity.updates.start else ""
         log.log(
-            f"{plan.parameterization.name}: sparsity {plan.sparsity.sparsity:g}, density {plan.sparsity.density:g}; "
+            f"{plan.parameterization.name}: sparsity {plan.sparsity.sparsity:g}, density {plan.sparsity.density:g}{end}; "
             f"{plan.model.shape_text}; "
             f"{plan.live:,} of {plan.parameters:,} parameters live"
         )

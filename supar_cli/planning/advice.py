@@ -8,11 +8,14 @@ from decimal import ROUND_DOWN, Context
 from fractions import Fraction
 from math import ceil, exp, inf
 
+from supar_cli.planning import density_over_run
 from supar_cli.planning.density import literal
 from supar_cli.planning.layout_document import LAYERS
 from supar_cli.planning.patterns import has_equal_rows
 from supar_cli.planning.plan import Plan, PlanModel, PlanTensor
 from supar_cli.planning.plan_sections import OwnModel
+from supar_cli.planning.rules import DENSITY_IN_RATE
+from supar_cli.planning.updates import METHODS
 
 # [P §3.1]: the smallest weights-per-neuron count the paper trained; below 4, Bernoulli rows are empty with P ≈ e^-WPN
 WPN_TRAINED, WPN_EMPTY_ROWS, WPN_IMPOSSIBLE = 16, 4, 1
@@ -28,7 +31,7 @@ def timescale_steps(row: PlanTensor) -> float | None:
 def warnings(plan: Plan, tuned_on: str | None = None) -> list[str]:
     """The warnings about this plan; `tuned_on` is the hash of the data that its proxy was tuned on, None if not known."""
     hidden = [row for row in plan.tensors if row.role == "hidden"]
-    found = [*_of_sparsity(plan, hidden), *_of_decay(plan, hidden)] if hidden else []
+    found = [*_of_sparsity(plan, hidden), *_of_decay(plan, hidden), *_of_updates(plan)] if hidden else []
     if tuned_on is not None and plan.data is not None and plan.data.hash not in (None, tuned_on):
         found.append(f"data: not the proxy's, or read in another way: {_TRANSFER} alone; tune the proxy on these")
     return [*found, *_of_changes(plan)]
@@ -39,7 +42,8 @@ def _of_sparsity(plan: Plan, hidden: list[PlanTensor]) -> Iterator[str]:
     per_row = low.wpn / (sparsity.block or 1)  # weights or blocks that are drawn for a row
     empty = f"about {100 * exp(-per_row):.2g} %"
     if any(row.density < 1 for row in hidden):
-        has_empty_rows = per_row < WPN_EMPTY_ROWS and not has_equal_rows(sparsity.pattern)
+        floor = sparsity.updates.min_per_neuron if sparsity.updates else 0
+        has_empty_rows = per_row < WPN_EMPTY_ROWS and not has_equal_rows(sparsity.pattern) and not floor
         if low.wpn < WPN_TRAINED:
             rows = f"; {empty} of rows have no weight at all" if has_empty_rows else ""
             few = f"{low.wpn:.3g} weights per neuron, fewer than the {WPN_TRAINED} that the paper trained"
@@ -68,6 +72,36 @@ def _of_decay(plan: Plan, hidden: list[PlanTensor]) -> Iterator[str]:
         yield f"{which}: weight decay has a timescale of {short}; `-s hyperparameters.weight_decay={enough:g}` avoids it"
 
 
+def _of_updates(plan: Plan) -> Iterator[str]:
+    """What is known to fail, or not known, where masks change. [SPEC §9: D, measured]"""
+    updates, rule, betas = plan.sparsity.updates, plan.parameterization.weight_decay_rule, plan.train.betas
+    moving = [row for row in plan.tensors if row.kept < row.size]
+    if updates is None or not moving:
+        return
+    where, name = "sparsity.updates", METHODS[updates.method]
+    if (count := density_over_run.changes(plan)) < FEWEST_CHANGES:
+        more = f"{where}.every_steps below {updates.every_steps}" if updates.every_steps > 1 else "longer run"
+        yield f"{where}: {name} changes the masks only {count} times; a {more} makes it more"
+    row = min(moving, key=lambda row: row.wpn)
+    share = updates.min_per_neuron / row.wpn
+    if share > FLOOR_SHARE:
+        floor = f"{updates.min_per_neuron} for each neuron is {100 * share:.0f} % of the live weights of {row.name}"
+        yield f"{where}.min_per_neuron: {floor}: every neuron has nearly as many (fixed fan-in); {remedy(plan, row)}"
+    if updates.moments == "zero" and plan.train.optimizer == "adamw" and betas[1] >= 0.99:
+        yield f"{where}.moments: zero with β₂ {betas[1]:g}: a grown weight's first steps are too large; `mean` is safe"
+    if plan.parameterization.name not in DENSITY_IN_RATE:
+        return
+    if updates.rates_follow == "end":
+        yield f"{where}.rates_follow: end is a control that fails: {density_over_run.FAILS}; `now` is the rule"
+    if rule == "coupled" and updates.start is not None and any(row.weight_decay for row in moving):
+        moves = "weight_decay_rule: coupled moves the best rate by .5 to 1 octave while the density changes"
+        yield f"{moves} (400 steps, λ 0.1); `-s parameterization.weight_decay_rule=independent` keeps it"
+    if others := density_over_run.not_measured(plan):
+        rates = f"the rates of {name} were not measured with {', '.join(others)}"
+        yield f"{where}: {rates}; `supar sweep --calibrate` measures them"
+
+
+FEWEST_CHANGES, FLOOR_SHARE = 5, 0.8  # chosen: with fewer, or above, it is hardly the method that its name says
 _ROUND_DOWN = Context(prec=2, rounding=ROUND_DOWN)
 _TRANSFER = "hyperparameters transfer over width and density"
 
