@@ -52,7 +52,7 @@ def load(path: Path, plan: Plan, data_hash: str, ranks: Ranks) -> CheckpointRead
 def weights(path: Path) -> Tensors:
     """A checkpoint's tensors by the plan's names and in its shapes, dead weights zero. Raises InputError or SetupError."""
     reader, plan = CheckpointReader(path), read_plan(path / "plan.yaml")
-    state = State.zeros(plan, reader.masks(plan))
+    state = State.zeros(reader.step, plan, reader.masks(plan))
     reader.fill(state)
     return {name: to_dense(value, state.masks.get(name)) for name, value in state.values.items()}
 
