@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from supar_cli.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from supar_cli.experiments.calibration import calibrate as calibrate
     from supar_cli.experiments.coordinate_check import check as check
     from supar_cli.experiments.search import tune as tune
     from supar_cli.experiments.sweep import compare as compare
@@ -48,6 +49,7 @@ _FUNCTIONS = {
     "Prepared": "own.prepared.Prepared",
     "check": "experiments.coordinate_check.check",
     "sweep": "experiments.sweep.sweep",
+    "calibrate": "experiments.calibration.calibrate",
     "compare": "experiments.sweep.compare",
     "demo": "experiments.sweep.demo",
     "Callback": "own.trainer_callback.Callback",

@@ -59,7 +59,6 @@ MODULES = {
     "show": "runs",
     "report": "runs",
     "compare": "sweep",
-    "demo": "sweep",
     "schema": "init",
 }
 

@@ -198,6 +198,7 @@ OPTIONS = {
         "Take masks from a safetensors file, or the zeros of a pruned model's weights in a file or folder.",
         metavar="PATH",
     ),
+    "calibrate": _switch("Fit the exponent of the density in rates for --updates, verify it, and write the proxy."),
     "full": _switch("Run the preset at the paper's size."),
     "role": Option(str, "Show only this role: embedding, hidden, norm, bias or unembedding.", metavar="ROLE"),
     # training
@@ -225,11 +226,7 @@ OPTIONS = {
         str, "Engine for masked weights: auto (the fastest on this machine), dense, sparse or block.", "run.engine"
     ),
     # where runs are executed
-    "jobs": Option(
-        int,
-        "Runs at the same time. [default: as many as the machine or cluster has room for]",
-        minimum=1,
-    ),
+    "jobs": Option(int, "Runs at the same time. [default: as many as there is room for]", minimum=1),
     "executor": Option(
         str,
         "Where runs are executed: local (processes of this machine), ray (a Ray cluster) or slurm.",
@@ -278,7 +275,7 @@ GROUPS = {  # of a command's help, in their order; an argument is in none
     "device precision compile engine",
     "Data": "data format tokenizer field dtype encoding separator",
     "Sparsity": "sparsity density masks pattern block distribution updates from_paper allow_low_wpn",
-    "Measurement": "trials seeds max_seeds sampler search study over iso preset full rounds compare",
+    "Measurement": "trials seeds max_seeds sampler search study over iso preset full calibrate rounds compare",
     "Input and output": "list explain dry_run set name out picture force json quiet verbose",
     "Processes and clusters": "nproc parallel max_restarts jobs executor executor_set",
 }

@@ -19,6 +19,11 @@ SHORT = {**TITLES, "sp": "SP", "supar-lr-only": "SμPar's rate only"}
 Data = dict[str, Any]
 
 
+def title_of(name: str, titles: dict[str, str] = TITLES) -> str:
+    """What an arm is called: a parameterization by its title, others by their names."""
+    return titles.get(name, name)
+
+
 def transfer(sweep: Sweep, curves: list[Curve]) -> Data:
     """The parts of a sweep's result: does each arm's optimum stay constant?"""
     by_name = [[curve for curve in curves if curve.name == name] for name in sweep.all_arms]
@@ -212,7 +217,7 @@ def _optimum_table(sweep: Sweep, arm: Data, curves: list[Curve]) -> Table:
             "": ", ".join(filter(None, notes)),
         }
         rows.append(row)
-    return table(TITLES.get(arm["arm"], arm["arm"]) + (", control" if arm["control"] else ""), rows)
+    return table(title_of(arm["arm"]) + (", control" if arm["control"] else ""), rows)
 
 
 def _cost_table(sweep: Sweep, arms: list[Data]) -> Table:
@@ -223,7 +228,7 @@ def _cost_table(sweep: Sweep, arms: list[Data]) -> Table:
             shares = (level["cost"]["half"], level["cost"]["twice"], level["regret"])
             half, twice, lost = ("–" if share is None else f"{100 * share:+.2f} %" for share in shares)
             size = fraction(level["density"]) if measure == "density" else str(level[measure])
-            name = SHORT.get(arm["arm"], arm["arm"])
+            name = title_of(arm["arm"], SHORT)
             rows.append({"": name, measure: size, "at half": half, "at twice": twice, "against re-tuning": lost})
     return table(f"what half and twice the re-used {sweep.tuned} cost, and itself against re-tuning", rows)
 
@@ -248,7 +253,7 @@ def curves_figure(sweep: Sweep, curves: list[Curve]) -> Figure:
             lines.append(Line.through(f"{curve.level.measure} {size_text(curve.level)}", losses, ring=best))
         octaves = [curve.grid.octaves(curve.best) for curve in own]
         factor = 2.0 ** (max(octaves) - min(octaves))
-        title = f"{TITLES.get(name, name)}\nbest {word} {'stays' if factor == 1 else f'moves {factor:.3g}×'}"
+        title = f"{title_of(name)}\nbest {word} {'stays' if factor == 1 else f'moves {factor:.3g}×'}"
         panels.append(Panel(title=title, vertical=own[0].grid.value(own[0].best), lines=lines))
     title = f"Loss over {word}; rings are optima, the grey band is the first size's"
     return loss_figure(title, f"{word} of the proxy", panels)
@@ -260,7 +265,7 @@ def _optimum_figure(sweep: Sweep, arms: list[Data], by_name: list[list[Curve]]) 
     for arm, curves in zip(arms, by_name, strict=True):
         found = zip(curves, arm["levels"], strict=True)
         points = {curve.level.scale: (level["optimum"], level["optimum_ci95"]) for curve, level in found}
-        lines.append(banded(TITLES.get(arm["arm"], arm["arm"]), points))
+        lines.append(banded(title_of(arm["arm"]), points))
     measure, best = sweep.levels[0].measure, f"best {NAMES.get(sweep.tuned, sweep.tuned)}"
     title = f"{best.capitalize()} over {measure}; bands are 95 % intervals over seeds"
     panel = Panel(title=best, vertical=None, lines=lines)

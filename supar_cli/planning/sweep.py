@@ -193,6 +193,9 @@ class Sweep(Section):
     )  # of the first size, which all re-use
     widen: int = Field(default=6, ge=0, le=30)
     refine: int = Field(default=0, ge=0, le=4)
+    robustness: bool = Field(
+        default=False, neutral=True, omit=True
+    )  # measure half and twice the re-used value everywhere
     run: Run = Field(default_factory=Run)
     meta: dict[str, Any] = Field(default_factory=dict)
 
