@@ -91,7 +91,7 @@ def proxy(request: pytest.FixtureRequest) -> Proxy:
     fields = proxy_fields(
         "stdlib",
         model=FAMILIES[family],
-        hyperparameters={"alpha_input": 3.0, "alpha_output": 5.0, "weight_decay": 0.1},
+        hyperparameters={"alpha_input": 3.0, "alpha_output": 5.0, "weight_decay": 0.1, "embedding_lr_ratio": 2.0},
         train={"optimizer": optimizer},
         parameterization={"depth_rule": "completep" if optimizer == "adamw" else "none"},
     )
@@ -103,7 +103,7 @@ TARGET: dict[str, Any] = {"width": 256, "layers": 4, "sparsity": {"density": 0.2
 
 
 @pytest.mark.parametrize("proxy", CASES, indirect=True, ids=map("-".join, CASES))
-@pytest.mark.parametrize("name", ["supar", "mup", "sp"])
+@pytest.mark.parametrize("name", ["supar", "mup", "sp", "sp-si"])
 def test_rows_are_those_of_the_built_in_plan_with_its_multipliers_folded(
     proxy: Proxy, name: Any, tmp_path: Path
 ) -> None:
@@ -129,6 +129,10 @@ def test_a_fold_that_is_left_out_differs(proxy: Proxy, tmp_path: Path) -> None:
     right = {row.name: row for row in transfer(own(proxy, tmp_path), target).tensors}
     with pytest.raises(InputError, match=r"alpha_input: no tensor can take the factor 3\.0"):
         transfer(own(proxy, tmp_path, without("first_sum")), target)
+    with pytest.raises(
+        InputError, match=r"embedding_lr_ratio: 2, but the layout has no embedding that is summed first"
+    ):
+        transfer(own(proxy, tmp_path, without("first_sum"), alpha_input=1.0), target)
     hooked = transfer(own(proxy, tmp_path, without("before_head")), target)
     assert right["final_norm"].fold == pytest.approx(5 / 4 / 3) and hooked.model.hooks == {"": pytest.approx(5 / 4 / 3)}  # type: ignore[union-attr]
     assert any("multiply them by 0.41666" in message for message in warnings(hooked))

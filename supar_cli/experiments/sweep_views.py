@@ -9,6 +9,7 @@ import numpy as np
 
 from supar_cli.experiments.curves import Curve, Optimum, find_optimum, first_of
 from supar_cli.experiments.statistics import Interval, interval, resample, slope, standard_error
+from supar_cli.planning.rules import SP
 from supar_cli.planning.sweep import Level, Sweep
 from supar_cli.reporting.result import NAMES, TITLES, Figure, Line, Panel, Table, Verdict, finite, fraction, loss_figure
 
@@ -80,7 +81,7 @@ def is_subject(sweep: Sweep, name: str) -> bool:
         return False
     if any(level.density != sweep.levels[0].density for level in sweep.levels):
         return name == "supar"
-    return name != "sp"
+    return name not in SP
 
 
 def _verdicts(arm: Data, curves: list[Curve]) -> list[Verdict]:

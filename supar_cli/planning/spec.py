@@ -31,6 +31,7 @@ class Hyperparameters(Section):
     alpha_output: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
     eps: float = Field(default=1e-8, gt=0)
+    embedding_lr_ratio: float = Field(default=1.0, neutral=True, omit=True, gt=0)
 
 
 class Options(Section):
@@ -213,8 +214,16 @@ class Search(Section):
     alpha_input: list[float] | None = None
     alpha_output: list[float] | None = None
     weight_decay: list[float] | None = None
+    embedding_lr_ratio: list[float] | None = Field(default=None, neutral=True, omit=True)
 
-    SEARCHED: ClassVar[tuple[str, ...]] = ("lr", "init_std", "alpha_input", "alpha_output", "weight_decay")
+    SEARCHED: ClassVar[tuple[str, ...]] = (
+        "lr",
+        "init_std",
+        "alpha_input",
+        "alpha_output",
+        "weight_decay",
+        "embedding_lr_ratio",
+    )
 
     def check(self) -> None:
         for name, bounds in self.ranges().items():
