@@ -159,6 +159,8 @@ def override(section: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
     dropped = {name for changed in given for name in DROPPED_BY.get(changed, ()) if name not in given}
     if given.get("pattern") == "block":  # a document's own blocks go with its pattern
         dropped.discard("block")
+    if ":" in str(given.get("pattern")):  # N:M states the density
+        dropped |= {"sparsity", "density"} - given.keys()
     return {**section, **{name: None for name in dropped if name in section}, **given}
 
 

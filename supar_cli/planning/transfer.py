@@ -112,7 +112,9 @@ def transfer(
             edition=edition,
         ),
         hyperparameters=proxy.hyperparameters,
-        sparsity=_plan_sparsity(target.sparsity, rows, masks, _plan_updates(updates, exponent, train.steps, rows)),
+        sparsity=_plan_sparsity(
+            target.sparsity, rows, masks, _plan_updates(updates, exponent, train.steps, rows), edition
+        ),
         tensors=rows,
         task=task,
         data=proxy.data,
@@ -148,7 +150,11 @@ def _plan_updates(updates: Updates | None, exponent: float, steps: int, rows: li
 
 
 def _plan_sparsity(
-    wanted: Sparsity, rows: list[PlanTensor], masks: GivenMasks | None, updates: PlanUpdates | None
+    wanted: Sparsity,
+    rows: list[PlanTensor],
+    masks: GivenMasks | None,
+    updates: PlanUpdates | None,
+    edition: rules.Edition,
 ) -> PlanSparsity:
     """The plan's section: the density asked for, or the share of all hidden weights that masks from a file leave alive."""
     if masks is not None:
@@ -163,6 +169,8 @@ def _plan_sparsity(
         return PlanSparsity(density=float(share), sparsity=float(1 - share), **fixed)
     share, drawn = asked_density(wanted), wanted.model_dump(include=("pattern", "block", "distribution"))
     drawn["overrides"] = {name: float(density.literal(value)) for name, value in wanted.overrides.items()}
+    if wanted.block is not None and edition > 1:
+        drawn["block_rows"] = "even"
     return PlanSparsity(density=float(share), sparsity=float(1 - share), **drawn, updates=updates)
 
 
