@@ -151,7 +151,7 @@ OPTIONS = {
     "tokens_per_parameter": Option(
         float, "Tokens per live parameter, instead of --steps.", "target.tokens_per_parameter"
     ),
-    "parameterization": Option(str, "One or more of sp, mup, supar, supar-init-only, supar-lr-only.", metavar="NAME"),
+    "parameterization": Option(str, "Some of sp, sp-si, mup, supar, supar-init-only, supar-lr-only.", metavar="NAME"),
     "pattern": Option(
         str, "Mask pattern: exact, fixed_fan_in, bernoulli, block or N:M (2:4).", "target.sparsity.pattern"
     ),
@@ -181,9 +181,9 @@ OPTIONS = {
     ),
     "over": Option(
         list[str],
-        "An axis; repeatable. One hyperparameter (lr, init_std, alpha_input, alpha_output or weight_decay), as a range or a list: "
-        "log2:-12..-4/0.5 is 2^-12 to 2^-4 in half octaves, x:-3..3/1 is the proxy's value times 2^-3 to 2^3. "
-        "And one of sparsity, density, width or layers, as a list such as 0,0.5,0.75.",
+        "An axis; repeatable. One hyperparameter (lr, init_std, alpha_input, alpha_output, weight_decay or "
+        "embedding_lr_ratio), as a range or a list: log2:-12..-4/0.5 is 2^-12 to 2^-4 in half octaves, x:-3..3/1 is the "
+        "proxy's value times 2^-3 to 2^3. And one of sparsity, density, width or layers, as a list such as 0,0.5,0.75.",
         metavar="NAME=VALUES",
     ),
     "iso": Option(

@@ -19,13 +19,19 @@ SOURCES = {
     "R": "the same authors' code: EleutherAI/nanoGPT-mup, branch supar",
     "C": "CompleteP: EleutherAI/nanoGPT-mup, branch completep",
     "V": "Yang et al. 2022, Tensor Programs V (μP), arXiv 2203.03466",
+    "E": "Evci et al. 2022 (sparse-aware init), arXiv 2010.03533",
     "D": "derived by supar; no paper has it",
     "SP": "standard parameterization: nothing is corrected",
 }
 TITLES = {"sp": "SP", "mup": "μP", "supar": "SμPar", "adamw": "AdamW", "sgd": "SGD"}
-TITLES |= {"supar-init-only": "SμPar's init only", "supar-lr-only": "SμPar's rate only"}
+TITLES |= {
+    "sp-si": "SP, sparse-aware init",
+    "supar-init-only": "SμPar's init only",
+    "supar-lr-only": "SμPar's rate only",
+}
 FACTORS = {"input": "embeddings ×", "output": "logits ×", "attention": "q·k ×", "residual": "residual ×"}
-SYMBOLS = {"init_std": "σ", "lr": "η", "weight_decay": "λ", "eps": "ε"}
+SYMBOLS = {"init_std": "σ init_std", "lr": "η lr", "weight_decay": "λ weight_decay", "eps": "ε eps"}
+SYMBOLS |= {"alpha_input": "α_input", "alpha_output": "α_output", "embedding_lr_ratio": "r embedding_lr_ratio"}
 NOT_OF_MODEL = "the model has no such tensor: explained as if it were outside the blocks"
 RATIOS = {
     "m_d": "width",
@@ -34,6 +40,7 @@ RATIOS = {
     "m_rho": "density",
     "m_rho_start": "density at step 0",
     "m_L": "depth",
+    "lr_ratio": "rate of embeddings",
     "own_std": "size of its own values at the base",
 }
 
@@ -122,7 +129,7 @@ class Explained:
             *f"residual_init {own.residual_init}, unembedding_init {own.unembedding_init}".split(),
         ]
         hyper = plan.hyperparameters.model_dump().items()
-        tuned = [f"{_symbol(name)} = {'own' if value is None else short(value)}" for name, value in hyper]
+        tuned = [f"{SYMBOLS[name]} = {'own' if value is None else short(value)}" for name, value in hyper]
         lines = [f"{title}: {plan.name}", *wrapped("rules", head), *wrapped("proxy", [own.base.text, *_listed(tuned)])]
         if self.factors:
             lines += ["", "forward pass", *(line for number in self.factors for line in number.lines())]
@@ -192,6 +199,7 @@ def _rows(plan: Plan, scheme: rules.Scheme) -> list[Row]:
             layers=decoder.layers if decoder else 1,
             in_block=row.block is not None,
             writes_residual=tensor is not None and tensor.writes_residual,
+            first_sum="lr_ratio" in row.because,
         )
         remarks = [NOT_OF_MODEL] if known and not tensor else []
         remarks += [
@@ -200,7 +208,7 @@ def _rows(plan: Plan, scheme: rules.Scheme) -> list[Row]:
             if value is not None and given[key] != value
         ]
         sigma = row.because.get("own_std", hyper.init_std or 0.0)
-        tuned = rules.ProxyValues(sigma, hyper.lr, hyper.weight_decay, hyper.eps)
+        tuned = rules.ProxyValues(sigma, hyper.lr, hyper.weight_decay, hyper.eps, hyper.embedding_lr_ratio)
         rows.append(Row(row, _numbers(row, scheme, tuned, context, _fold_formula(plan, row)), tuple(remarks)))
     return rows
 
@@ -209,14 +217,9 @@ def _numbers(
     row: PlanTensor, scheme: rules.Scheme, tuned: rules.ProxyValues, context: rules.TensorContext, fold: str
 ) -> tuple[Number, ...]:
     symbols = {"σ": tuned.sigma, "η": tuned.eta, "λ": tuned.lam, "ε": tuned.eps, "layers": context.layers}
-    symbols |= {"m_d": context.m_d, "m_fan_out": context.fan_out, "m_out": context.m_out}
-    symbols |= {
-        "a": row.fold or 1.0,
-        "m_ρ": context.m_rho,
-        "m_ρ,start": context.m_rho_start or 0.0,
-        "β": scheme.density_exponent,
-        "m_L": context.m_L,
-    }
+    symbols |= {"r": tuned.ratio, "m_d": context.m_d, "m_fan_out": context.fan_out, "m_out": context.m_out}
+    symbols |= {"a": row.fold or 1.0, "m_ρ": context.m_rho, "m_ρ,start": context.m_rho_start or 0.0}
+    symbols |= {"β": scheme.density_exponent, "m_L": context.m_L}
     found = rules.tensor_rules(scheme, tuned, context)
     if row.init_constant is not None:  # a constant initial value where the rules give a deviation
         std, constant = found.pop("init_std"), rules.STARTS.get(row.role, row.init_constant)

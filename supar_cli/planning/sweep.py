@@ -254,7 +254,7 @@ class Sweep(Section):
 
     def centre(self, name: str) -> dict[str, float]:
         """The hyperparameters of a parameterization before anything is swept."""
-        return {**self.hyperparameters.model_dump(), **self.own.get(name, {})}
+        return {**vars(self.hyperparameters), **self.own.get(name, {})}
 
     def grid(self, name: str) -> Grid:
         return Grid(axis_values(self.tuned, self.over[self.tuned], self.centre(name)[self.tuned]))
