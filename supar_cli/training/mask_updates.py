@@ -168,6 +168,10 @@ class MaskUpdates:
             changed[name] = Mask.of(alive.cpu().numpy())
         return nothing if old is None else (alive & ~old).sum()
 
+    def _clear_dead(self, model: SparseModel) -> None:
+        for name, alive in self._alive.items():
+            _clear(model.tensors[name], alive)
+
     def mask_of(self, model: SparseModel, name: str) -> Mask:
         """The present mask of a tensor."""
         return Mask.of(self._alive[name].cpu().numpy()) if name in self._alive else model.masks[name]
