@@ -38,6 +38,7 @@ RATIOS = {
     "m_rho": "density",
     "m_rho_start": "density at step 0",
     "m_L": "depth",
+    "g": "√(‖W‖²/‖M⊙W‖²), the energy that pruning took",
     "own_std": "size of its own values at the base",
 }
 
@@ -124,6 +125,7 @@ class Explained:
         hyper = plan.hyperparameters.model_dump().items()
         tuned = [f"{_symbol(name)} = {'own' if value is None else short(value)}" for name, value in hyper]
         lines = [f"{title}: {plan.name}", *wrapped("rules", head), *wrapped("proxy", [own.base.text, *_listed(tuned)])]
+        lines += wrapped("values", plan.values.text.split()) if plan.values.path else []
         if self.factors:
             lines += ["", "forward pass", *(line for number in self.factors for line in number.lines())]
         for module, factor in getattr(plan.model, "hooks", {}).items():
@@ -221,6 +223,10 @@ def _numbers(
         std, constant = found.pop("init_std"), rules.STARTS.get(row.role, row.init_constant)
         why = std.why if row.role in rules.STARTS else "a constant"
         found = {"init_constant": rules.Rule(constant, f"{constant:g}", std.source, why), **found}
+    if row.init == "file":
+        gain, why = row.because.get("g"), "measured: the root mean square of the file's values, which training checks"
+        symbols |= {"g": gain or 1.0, "rms": (row.init_std or 0.0) / (gain or 1.0)}
+        found["init_std"] = rules.Rule(row.init_std or 0.0, "g·rms" if gain else "rms", "D", why)
     if row.init == "own" and row.role in rules.STARTS:
         found["init_std"] = rules.Rule(tuned.sigma, "σ", "D", "the constructor's own values, scaled to this size")
     if row.fold is not None:
