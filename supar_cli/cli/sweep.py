@@ -238,8 +238,9 @@ def _finish(result: dict[str, Any], folders: str, flags: Flags) -> None:
 def _describe(study: Sweep, log: terminal.Log) -> None:
     """Describe the runs in a few lines."""
     levels, model, train, target = study.levels, study.model, study.train, study.target
-    arms = ", ".join(study.parameterizations)
-    log.log(f"{study.title or study.name}: {arms}; {study.seeds} seed{'s' if study.seeds > 1 else ''} per point")
+    more = f", {study.first_seeds} at the first size" if study.first_seeds else ""
+    seeds = f"{study.seeds} seed{'s' if study.seeds > 1 else ''} per point{more}"
+    log.log(f"{study.title or study.name}: {'; '.join(study.arms) or ', '.join(study.parameterizations)}; {seeds}")
     log.log(
         f"width {levels[0].width} (proxy {model.width}), {levels[0].layers} layers, context {target.context or model.context}, "
         f"batch {target.batch_size or train.batch_size}, {target.steps or train.steps} steps, data {study.data.source}"
@@ -271,7 +272,7 @@ def _explain_sweep(result: dict[str, Any], log: terminal.Log) -> None:
         if any(counts.values()):
             runs = sum(len(loss["by_seed"]) for level in arm["levels"] for loss in level["losses"])
             said = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-            log.log(f"{arm['parameterization']}: of {runs} runs {said}; a diverged one counts as worse than any loss")
+            log.log(f"{arm['arm']}: of {runs} runs {said}; a diverged one counts as worse than any loss")
     seeds, widen = result["sweep"]["seeds"], result["sweep"]["widen"]
     if seeds == 1:
         log.log("one seed: no interval; differences may be chance")

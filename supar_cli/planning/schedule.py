@@ -106,7 +106,17 @@ class MaskSchedule:
         progress = min(1.0, step / max(self.end, 1))
         factors = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + cos(pi * progress))}
         wanted = round(round(self.updates.drop * factors[self.updates.drop_schedule or "constant"], 12) * row.kept)
-        return min(wanted, row.kept, row.size - row.kept)
+        spare = row.kept - self.updates.min_per_neuron * (row.size // row.fan_in)
+        return min(wanted, spare, row.size - row.kept)
+
+    def stores_dense(self, step: int) -> bool:
+        """Whether tensors are stored dense after a step: while masks move, where every position keeps its moments."""
+        return self.updates.moments == "keep" and step < self.end
+
+    def at_start(self, row: PlanTensor) -> PlanTensor:
+        """The row with its density and live weights at step 0."""
+        kept = self.kept(row, 0)
+        return row if kept == row.kept else row.model_copy(update={"kept": kept, "density": kept / row.size})
 
     def rate_factor(self, row: PlanTensor, step: int) -> float:
         """The factor on a tensor's rate in the step after this one: (density at the end / density now)^β."""

@@ -99,11 +99,6 @@ class PlanUpdates(Updates):
             if vars(self)[key] is None:
                 raise ValueError(f"{key}: is missing; expected a value with the method {self.method}")
 
-    @property
-    def keeps_moments(self) -> bool:
-        """Whether every position has moments, so that tensors are stored dense while masks move."""
-        return self.moments == "keep"
-
 
 def exponent_of(wanted: Updates | None, tuned: float | None) -> float:
     """β, the exponent of the density in rates: of the target's section, else of the proxy, else the method's; 1 of masks that stay."""

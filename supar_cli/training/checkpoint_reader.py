@@ -6,7 +6,6 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def load(path: Path, plan: Plan, data_hash: str, ranks: Ranks) -> CheckpointRead
 def read_values(path: Path) -> tuple[Plan, State]:
     """The plan of a checkpoint, and its masks and values without moments. Raises InputError or SetupError."""
     reader, plan = CheckpointReader(path), read_plan(path / "plan.yaml")
-    state = replace(State.zeros(plan, reader.masks(plan)), step=reader.step)
+    state = State.zeros(reader.step, plan, reader.masks(plan))
     reader.fill(state)
     return plan, state
 
