@@ -38,7 +38,7 @@ RATIOS = {
     "m_rho": "density",
     "m_rho_start": "density at step 0",
     "m_L": "depth",
-    "g": "√(‖W‖²/‖M⊙W‖²), the energy that pruning took",
+    "g": "√(‖W‖²/‖M⊙W‖²), for the energy that pruning took",
     "own_std": "size of its own values at the base",
 }
 
@@ -211,22 +211,16 @@ def _numbers(
 ) -> tuple[Number, ...]:
     symbols = {"σ": tuned.sigma, "η": tuned.eta, "λ": tuned.lam, "ε": tuned.eps, "layers": context.layers}
     symbols |= {"m_d": context.m_d, "m_fan_out": context.fan_out, "m_out": context.m_out}
-    symbols |= {
-        "a": row.fold or 1.0,
-        "m_ρ": context.m_rho,
-        "m_ρ,start": context.m_rho_start or 0.0,
-        "β": scheme.density_exponent,
-        "m_L": context.m_L,
-    }
+    symbols |= {"a": row.fold or 1.0, "m_ρ": context.m_rho, "m_ρ,start": context.m_rho_start or 0.0}
+    gain = row.because.get("g", 1.0)
+    symbols |= {"β": scheme.density_exponent, "m_L": context.m_L, "g": gain, "rms": (row.init_std or 0.0) / gain}
     found = rules.tensor_rules(scheme, tuned, context)
     if row.init_constant is not None:  # a constant initial value where the rules give a deviation
         std, constant = found.pop("init_std"), rules.STARTS.get(row.role, row.init_constant)
         why = std.why if row.role in rules.STARTS else "a constant"
         found = {"init_constant": rules.Rule(constant, f"{constant:g}", std.source, why), **found}
     if row.init == "file":
-        gain, why = row.because.get("g"), "measured: the root mean square of the file's values, which training checks"
-        symbols |= {"g": gain or 1.0, "rms": (row.init_std or 0.0) / (gain or 1.0)}
-        found["init_std"] = rules.Rule(row.init_std or 0.0, "g·rms" if gain else "rms", "D", why)
+        found["init_std"] = rules.Rule(row.init_std or 0.0, "g·rms", "D", "measured: rms of the file's values is this")
     if row.init == "own" and row.role in rules.STARTS:
         found["init_std"] = rules.Rule(tuned.sigma, "σ", "D", "the constructor's own values, scaled to this size")
     if row.fold is not None:
