@@ -63,7 +63,7 @@ def show(flags: Flags) -> None:
       supar show runs/NAME
     """
     log = terminal.Log(flags.quiet)
-    folder = _find(flags.directory) if flags.directory is not None else _newest(log)
+    folder = find_run(flags.directory, log)
     if not (folder / "plan.yaml").is_file():
         raise InputError(f"{folder}: not a run directory; expected one that `supar runs` lists")
 
@@ -85,6 +85,11 @@ def show(flags: Flags) -> None:
             log.log("engine: " + ", ".join(f"{engine} {count}" for engine, count in counts))
         _show_losses(run.records, log)
     terminal.print_documents([found | {"environment": environment}], flags)
+
+
+def find_run(path: str | None, log: terminal.Log) -> Path:
+    """The run directory of a path, or of a name in runs/; by default the newest. Raises InputError where there is none."""
+    return _find(path) if path is not None else _newest(log)
 
 
 def _find(path: str) -> Path:

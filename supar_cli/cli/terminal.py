@@ -189,6 +189,19 @@ def show_plan(plan: Plan, processes: int | None = None) -> None:
         log.log("\n".join([*estimate.lines(plan, processes), *estimate.times([plan])]))
 
 
+def log_plans(plans: Sequence[Plan], flags: Flags, log: Log) -> None:
+    """What plans are, a line each, with their tables where they are asked for or a terminal shows them."""
+    for plan in plans:
+        end = " at the end" if plan.sparsity.updates and plan.sparsity.updates.start else ""
+        log.log(
+            f"{plan.parameterization.name}: sparsity {plan.sparsity.sparsity:g}, density {plan.sparsity.density:g}{end}; "
+            f"{plan.model.shape_text}; "
+            f"{plan.live:,} of {plan.parameters:,} parameters live"
+        )
+        if flags.dry_run or flags.explain or (log.is_terminal and not flags.quiet):
+            show_plan(plan, processes=1 if flags.dry_run else None)
+
+
 def show_dry_run(parts: list[Any], flags: Flags, **how: Any) -> None:
     """What a command would run, its size, memory and time, on stderr; `how` is that of `dry_run.time_here`."""
     from supar_cli.experiments import dry_run
@@ -213,6 +226,16 @@ def persist(path: Path, text: str, force: bool, log: Log) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, text)
     log.log(f"wrote {path}")
+
+
+def keep_file(made: Path, path: Path, force: bool) -> None:
+    """Write a file that was made elsewhere. Raises InputError when it would replace one that differs without `--force`."""
+    content = made.read_bytes()
+    if not (path.is_file() and path.read_bytes() == content):
+        check_writable(path, force)
+        with naming_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, content)
 
 
 def folder_of(flags: Flags, default: str) -> Path:

@@ -87,6 +87,7 @@ def one_of(*words: str) -> Callable[[str, str], str]:
 
 
 parameterization = one_of(*get_args(ParameterizationName))
+scope, scale = one_of("tensor", "global"), one_of("energy", "none")
 
 
 def file(_flag: str, text: str) -> str:

@@ -122,6 +122,17 @@ _ROUND_DOWN = Context(prec=2, rounding=ROUND_DOWN)
 _TRANSFER = "hyperparameters transfer over width and density"
 
 
+def of_pruned(plan: Plan, run: str, step: int) -> Iterator[str]:
+    """The warnings about a run that is pruned after a step. [D, measured at width 128, 2 layers, 400 steps]"""
+    if step < plan.train.steps:
+        yield f"{run}: has not finished: its magnitudes are those after step {step} of {plan.train.steps}"
+    if plan.values.source == "file":
+        what = "a second round's rate is not settled (density 1/16: the best one .8 octaves lower, .5 % of the loss)"
+        yield f"{run}: was pruned before: {what}; `supar sweep --calibrate` fits an exponent"
+    if plan.sparsity.pattern not in ("exact", "bernoulli"):
+        yield f"{run}: its masks are {plan.sparsity.pattern_text}; those of the largest weights are not"
+
+
 def _of_changes(plan: Plan) -> Iterator[str]:
     """What differs from the proxy though it does not transfer, and the remedy. [SPEC §12]"""
     train, base, length, base_length, unit = plan.train, plan.parameterization.base, 1, 1, "rows"
@@ -197,7 +208,8 @@ def plan_rows(plan: Plan) -> list[list[str]]:
     """One row for each set of equal tensors: name, shape, m_d, m_ρ, WPN, init std, lr, λ, decay timescale in steps."""
     groups: dict[tuple[object, ...], list[PlanTensor]] = {}
     for row in plan.tensors:
-        key = (row.role, tuple(row.shape), row.kept, row.init_std, row.init_constant, row.lr, row.weight_decay, row.eps)
+        start = (row.init_std, row.init_constant) if row.init != "file" else None  # measured: alike in no two tensors
+        key = (row.role, tuple(row.shape), row.kept, start, row.lr, row.weight_decay, row.eps)
         groups.setdefault(key, []).append(row)
     rows = []
     for members in groups.values():
@@ -211,6 +223,8 @@ def plan_rows(plan: Plan) -> list[list[str]]:
             label = f"*.{parts.pop()}"
         m_rho, wpn = (first.because.get("m_rho"), first.wpn) if hidden else (None, None)
         sizes = ["" if value is None else number(value) for value in (first.because.get("m_d"), m_rho, wpn)]
-        numbers = [start_text(first), number(first.lr), number(first.weight_decay), f"{decay:.0f}" if decay else "–"]
+        members.sort(key=lambda row: row.init_std or 0.0)
+        starts = "–".join(dict.fromkeys(start_text(row) for row in (members[0], members[-1])))
+        numbers = [starts, number(first.lr), number(first.weight_decay), f"{decay:.0f}" if decay else "–"]
         rows.append([label, "×".join(map(str, first.shape)), *sizes, *numbers])
     return rows

@@ -41,6 +41,7 @@ RATIOS = {
     "m_rho_start": "density at step 0",
     "m_L": "depth",
     "lr_ratio": "rate of embeddings",
+    "g": "√(‖W‖²/‖M⊙W‖²), for the energy that pruning took",
     "own_std": "size of its own values at the base",
 }
 
@@ -131,6 +132,7 @@ class Explained:
         hyper = plan.hyperparameters.model_dump().items()
         tuned = [f"{SYMBOLS[name]} = {'own' if value is None else short(value)}" for name, value in hyper]
         lines = [f"{title}: {plan.name}", *wrapped("rules", head), *wrapped("proxy", [own.base.text, *_listed(tuned)])]
+        lines += wrapped("values", plan.values.text.split()) if plan.values.path else []
         if self.factors:
             lines += ["", "forward pass", *(line for number in self.factors for line in number.lines())]
         for module, factor in getattr(plan.model, "hooks", {}).items():
@@ -219,12 +221,15 @@ def _numbers(
     symbols = {"σ": tuned.sigma, "η": tuned.eta, "λ": tuned.lam, "ε": tuned.eps, "layers": context.layers}
     symbols |= {"r": tuned.ratio, "m_d": context.m_d, "m_fan_out": context.fan_out, "m_out": context.m_out}
     symbols |= {"a": row.fold or 1.0, "m_ρ": context.m_rho, "m_ρ,start": context.m_rho_start or 0.0}
-    symbols |= {"β": scheme.density_exponent, "m_L": context.m_L}
+    gain = row.because.get("g", 1.0)
+    symbols |= {"β": scheme.density_exponent, "m_L": context.m_L, "g": gain, "rms": (row.init_std or 0.0) / gain}
     found = rules.tensor_rules(scheme, tuned, context)
     if row.init_constant is not None:  # a constant initial value where the rules give a deviation
         std, constant = found.pop("init_std"), rules.STARTS.get(row.role, row.init_constant)
         why = std.why if row.role in rules.STARTS else "a constant"
         found = {"init_constant": rules.Rule(constant, f"{constant:g}", std.source, why), **found}
+    if row.init == "file":
+        found["init_std"] = rules.Rule(row.init_std or 0.0, "g·rms", "D", "measured: rms of the file's values is this")
     if row.init == "own" and row.role in rules.STARTS:
         found["init_std"] = rules.Rule(tuned.sigma, "σ", "D", "the constructor's own values, scaled to this size")
     if row.fold is not None:

@@ -142,15 +142,7 @@ def _plan_sparsity(
 ) -> PlanSparsity:
     """The plan's section: the density asked for, or the share of all hidden weights that masks from a file leave alive."""
     if masks is not None:
-        hidden = [row for row in rows if row.role == "hidden"]
-        share = Fraction(sum(row.kept for row in hidden), sum(row.size for row in hidden))
-        fixed: dict[str, Any] = {
-            "pattern": "exact",
-            "distribution": "uniform",
-            "source": masks.source,
-            "updates": updates,
-        }
-        return PlanSparsity(density=float(share), sparsity=float(1 - share), **fixed)
+        return masks.section(rows, updates)
     share, drawn = asked_density(wanted), wanted.model_dump(include=("pattern", "block", "distribution"))
     drawn["overrides"] = {name: float(density.literal(value)) for name, value in wanted.overrides.items()}
     if wanted.block is not None and edition > 1:

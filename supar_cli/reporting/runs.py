@@ -255,11 +255,13 @@ def _plan_facts(plan: Plan) -> dict[str, dict[str, str]]:
     if isinstance(model, PlanModel):
         multipliers, layers = model.multipliers.model_dump(), f"{model.layers} layers, {model.heads} heads"
         shape = f"{model.family}, width {model.width}, {layers}, context {model.context}"
+    files = {"masks": plan.sparsity.source.hash, "values": plan.values.hash, "data": plan.data and plan.data.hash}
     length = "" if plan.train.tokens is None else f", {plan.train.tokens:,} tokens"
     sizes = {
         "shape": shape,
         "parameters": f"{plan.parameters:,}; live {plan.live:,}",
         "sparsity": f"{plan.sparsity.sparsity:g} ({plan.sparsity.pattern_text}, {plan.sparsity.distribution})",
+        "values": plan.values.text,
         "training": f"{plan.train.steps:,} steps of {plan.train.batch_size} sequences{length}",
         "data": "the training script's own" if plan.data is None else plan.data.source,
     }
@@ -269,7 +271,7 @@ def _plan_facts(plan: Plan) -> dict[str, dict[str, str]]:
         "Hyperparameters": flatten(plan.hyperparameters.model_dump()),
         "Multipliers of the forward pass": flatten(multipliers),
         "Notes of the plan": flatten(plan.meta),
-        "Hashes": flatten({"plan": plan.hash(), **plan.parents, "data": plan.data and plan.data.hash}),
+        "Hashes": flatten({"plan": plan.hash(), "parents": plan.parents, **files}),
     }
 
 

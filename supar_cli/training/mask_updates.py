@@ -136,10 +136,6 @@ class MaskUpdates:
             return {name: self.mask_of(model, name) for name in self._alive}
         return changed
 
-    def _clear_dead(self, model: SparseModel) -> None:
-        for name, alive in self._alive.items():
-            _clear(model.tensors[name], alive)
-
     def _change(
         self, model: SparseModel, row: PlanTensor, schedule: MaskSchedule, step: int, changed: dict[str, Mask]
     ) -> Tensor:
