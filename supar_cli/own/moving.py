@@ -21,7 +21,7 @@ from supar_cli.planning.plan import Plan, read_plan
 from supar_cli.planning.schedule import MaskSchedule
 from supar_cli.sparse.mask_files import read_masks
 from supar_cli.sparse.masks import Mask
-from supar_cli.sparse.updates import grow_at_random, grow_by_score, keep_largest
+from supar_cli.sparse.updates import grow_largest, keep_largest, random_scores
 from supar_cli.training.prepare import stream_name
 
 MASKS = "masks.safetensors"
@@ -71,11 +71,11 @@ def _chosen(masked: MaskedModel, schedule: MaskSchedule, name: str) -> Mask | No
     alive = torch.from_numpy(old.alive()).to(weight.device)
     candidates = None if is_free else alive
     chosen = keep_largest(weight, kept - count, row.fan_in_axes, updates.min_per_neuron, candidates)
-    if count and by_gradient is not None:
-        chosen.view(-1)[grow_by_score(by_gradient, alive, count)] = True
-    elif count:
-        grown = grow_at_random(old, count, masked.plan.train.seed, stream_name(row), step)
-        chosen.view(-1)[torch.from_numpy(grown).to(chosen.device)] = True
+    if count:
+        scores = by_gradient
+        if scores is None:
+            scores = random_scores(row.shape, masked.plan.train.seed, stream_name(row), step).to(chosen.device)
+        chosen.view(-1)[grow_largest(scores, alive, count, row.fan_in_axes, updates.min_per_neuron)] = True
     return Mask.of(chosen.cpu().numpy())
 
 
