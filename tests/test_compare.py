@@ -13,7 +13,7 @@ import pytest
 import supar_cli
 from supar_cli.errors import InputError, UnusableResult
 from supar_cli.experiments import statistics
-from supar_cli.experiments.sweep_views import DENSE, RETUNED
+from supar_cli.experiments.comparison_views import DENSE, RETUNED
 from supar_cli.jobs import runs
 from supar_cli.planning.plan import Plan
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from math import inf, isfinite, isnan, nan
+from math import inf, isfinite, isinf, isnan, nan
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,6 @@ from supar_cli.jobs.runs import Records, failed_record, measure_loss
 from supar_cli.jobs.workers import Workers
 from supar_cli.planning.estimate import run_seconds
 from supar_cli.planning.plan import Plan
-from supar_cli.planning.rules import ParameterizationName
 from supar_cli.planning.sweep import Grid, Level, Sweep
 from supar_cli.training.reporter import Reporter, Tally
 
@@ -25,12 +24,12 @@ WINDOW_STEPS, WINDOW_OCTAVES = 2, 1.5
 
 @dataclass(slots=True)
 class Curve:
-    """Validation losses, in nats per token, of one parameterization at one size, by index of the grid and by seed.
+    """Validation losses, in nats per token, of one arm at one size, by index of the grid and by seed.
 
     A diverged run's loss is inf, worse than any; a failed run's is nan, because nothing is known of it.
     """
 
-    name: ParameterizationName
+    name: str
     level: Level
     grid: Grid
     losses: dict[float, dict[int, float]] = field(default_factory=dict)
@@ -62,26 +61,37 @@ class Curve:
         best = self.mean(self.best)
         return (self.mean(index) - best) / best if isfinite(best) else nan
 
+    def loss_at(self, octaves: float) -> float:
+        """The mean loss at a value between those measured, on the parabola through the three nearest; nan beyond them.
+
+        inf beyond the last one that didn't diverge.
+        """
+        means = {self.grid.octaves(index): self.mean(index) for index in self.indices}
+        finite = {x: loss for x, loss in means.items() if isfinite(loss)}
+        if len(finite) < 3 or not min(finite) - 1e-9 <= octaves <= max(finite) + 1e-9:
+            return inf if any(isinf(loss) and x <= octaves + 1e-9 for x, loss in means.items()) else nan
+        near = sorted(finite, key=lambda x: abs(x - octaves))[:3]
+        return float(np.polyfit(np.array(near) - octaves, [finite[x] for x in near], 2)[-1])
+
     def count_runs(self, is_counted: Callable[[float], bool]) -> int:
         return sum(is_counted(loss) for by_seed in self.losses.values() for loss in by_seed.values())
 
 
 def first_of(curve: Curve, curves: list[Curve]) -> Curve:
-    """The curve of the same parameterization at the first size, the densest or narrowest."""
+    """The curve of the same arm at the first size, the densest or narrowest."""
     return next(other for other in curves if other.name == curve.name)
 
 
 def measure_curves(
     sweep: Sweep, folder: Path, workers: Workers, reporter: Reporter, searched: Collection[str] = ()
 ) -> list[Curve]:
-    """A curve for each parameterization and size, measured on the study's grid.
+    """A curve for each arm and size, measured on the study's grid.
 
-    Curves of the `searched` parameterizations (all by default) are also measured beyond the grid and between its points
+    Curves of the `searched` arms (all by default) are also measured beyond the grid and between its points
     until each optimum is bracketed, and at the optimum of their first size. Runs that the folder has records of are not
     made again, except those that failed.
     """
-    levels = sweep.levels
-    curves = [Curve(name, level, sweep.grid(name)) for name in sweep.parameterizations for level in levels]
+    curves = [Curve(name, level, sweep.grid(name)) for name in sweep.all_arms for level in sweep.levels_of(name)]
     measurements = _Measurements(sweep, folder, workers, reporter)
     measurements.add((curve, float(index)) for curve in curves for index in range(len(curve.grid.values)))
     measurements.search([curve for curve in curves if not searched or curve.name in searched])
@@ -89,14 +99,15 @@ def measure_curves(
 
 
 def grid_plans(sweep: Sweep) -> list[Plan]:
-    """The plans of a study's grid, before it is extended."""
-    return [
+    """The plans of a study's grid, before it is extended; arms share the dense ones."""
+    plans = (
         sweep.plan(name, level, float(index), seed)
-        for name in sweep.parameterizations
-        for level in sweep.levels
+        for name in sweep.all_arms
+        for level in sweep.levels_of(name)
         for index in range(len(sweep.grid(name).values))
-        for seed in sweep.run_seeds
-    ]
+        for seed in sweep.seeds_at(level)
+    )
+    return list({plan.hash(): plan for plan in plans}.values())
 
 
 Point = tuple[Curve, float]
@@ -118,7 +129,7 @@ class _Measurements:
         for curve, index in points:
             level, value = curve.level, curve.grid.value(index)
             about = {"arm": curve.name, level.axis: level.value, "width": level.width, self.sweep.tuned: value}
-            for seed in self.sweep.run_seeds:
+            for seed in self.sweep.seeds_at(level):
                 plan = self.sweep.plan(curve.name, level, index, seed)
                 run = plan.hash()
                 calls[run] = (plan, {**about, "seed": seed})
@@ -137,13 +148,22 @@ class _Measurements:
     def search(self, curves: list[Curve]) -> None:
         """Measure beyond the grid's ends until each optimum is an inner one, then between its neighbours.
 
-        Then all curves of a parameterization at the best index of its first size, whose neighbours may be new optima.
+        Then all curves of an arm at the best index of its first size, whose neighbours may be new optima.
         """
         for halving in range(self.sweep.refine + 1):
             self._enclose(curves, 0.5**halving)
         while missing := [(c, best) for c in curves if (best := first_of(c, curves).best) not in c.losses]:
             self.add(missing)
             self._enclose(curves, 0.5**self.sweep.refine)
+        if self.sweep.robustness:
+            self.add(point for curve in curves for point in self._beside(curve, first_of(curve, curves).best))
+            self._enclose(curves, 0.5**self.sweep.refine)
+
+    def _beside(self, curve: Curve, reused: float) -> list[Point]:
+        """Half and twice the re-used value, where the losses around don't tell what they cost."""
+        octave = 1 / (curve.grid.octaves(reused + 1) - curve.grid.octaves(reused))
+        ends = {by: curve.loss_at(curve.grid.octaves(reused) + by) for by in (-1, 1)}
+        return [(curve, round(reused + by * octave, 6)) for by, loss in ends.items() if isnan(loss)]
 
     def _enclose(self, curves: list[Curve], step: float) -> None:
         """Measure on both sides of each optimum, as far from the grid as `widen` allows, until it stays the optimum."""
@@ -192,6 +212,17 @@ def find_optimum(curve: Curve, draws: np.ndarray) -> Optimum:
         found_B = vertices(x, means_XB) if len(x) >= 3 else np.full(len(draws), nan)
         resampled = x0 + np.where(np.isfinite(found_B), found_B, x[means_XB.argmin(0)])
     return Optimum(x0 + shift, why, resampled)
+
+
+def resampled_regret(curve: Curve, index: float, draws: np.ndarray) -> np.ndarray:
+    """The regret of an index for each row of resampled seeds; empty with one seed or where its loss isn't finite."""
+    finite = [other for other in curve.indices if isfinite(curve.mean(other))]
+    if not len(draws) or index not in finite:
+        return np.empty(0)
+    losses_XS = np.array([[curve.losses[other][seed] for seed in sorted(curve.losses[other])] for other in finite])
+    means_XB = losses_XS[:, draws].mean(2)
+    best_B = means_XB.min(0)
+    return np.asarray((means_XB[finite.index(index)] - best_B) / best_B)
 
 
 def _near_best(curve: Curve) -> list[float]:

@@ -75,8 +75,13 @@ def fit_quadratic(points: list[tuple[float, int, float]]) -> Fit:
 
 
 def student_t975(freedom: int) -> float:
-    """97.5 % quantile of Student's t, from the normal's: Abramowitz and Stegun 26.7.5 (under 1 % off from 3 on, 3 % at 2)."""
-    z, v = 1.959963984540054, float(freedom)
+    """97.5 % quantile of Student's t."""
+    return _student_t(1.959963984540054, freedom)
+
+
+def _student_t(normal: float, freedom: int) -> float:
+    """A quantile of Student's t from the normal's: Abramowitz and Stegun 26.7.5 (under 1 % off from 3 on, 3 % at 2)."""
+    z, v = normal, float(freedom)
     first = (z**3 + z) / (4 * v)
     second = (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
@@ -88,15 +93,34 @@ RESAMPLES = 2000  # chosen: the 2.5 % quantile then rests on 50 of them
 Interval = list[float]  # low, high
 
 
-def resample(count: int) -> np.ndarray:
-    """RESAMPLES rows of `count` indices drawn with replacement, always the same ones; no rows if there is a single index."""
+def resample(count: int, more: int = 0) -> np.ndarray:
+    """RESAMPLES rows of `count` indices drawn with replacement, always the same ones; no rows if there is a single index.
+
+    `more` columns of the indices that follow are drawn apart, so that what has the first indices alone stays paired with it.
+    """
     rows = RESAMPLES if count > 1 else 0
-    return np.random.default_rng(0).integers(count, size=(rows, count))
+    further = np.random.default_rng(1).integers(count, count + max(more, 1), size=(rows, more))
+    return np.hstack([np.random.default_rng(0).integers(count, size=(rows, count)), further])
 
 
 def interval(resampled: np.ndarray) -> Interval | None:
     """95 % of the resampled values; None of no values."""
     return np.quantile(resampled, [0.025, 0.975]).tolist() if len(resampled) else None
+
+
+T95_OF_TWO = 6.313751514675043  # Student's t for one degree of freedom, where the expansion is 12 % off
+
+
+def interval_of_few(value: float, resampled: np.ndarray, count: int) -> Interval | None:
+    """90 % around a value from resamples of `count` seeds; None of no resamples.
+
+    Student's t times the resamples' standard error, as quantiles of so few cover too little (of 4 at most 87.5 %).
+    """
+    if not len(resampled) or not isfinite(value):
+        return None
+    t = T95_OF_TWO if count == 2 else _student_t(1.6448536269514722, count - 1)
+    half = t * float(resampled.std()) * sqrt(count / (count - 1))
+    return [value - half, value + half]
 
 
 def vertices(x: np.ndarray, y_XB: np.ndarray) -> np.ndarray:

@@ -9,9 +9,10 @@ from typing import Unpack
 
 from supar_cli.data import corpus
 from supar_cli.errors import InputError, UnusableResult
+from supar_cli.experiments.comparison_views import comparison, regret_verdicts
 from supar_cli.experiments.curves import Curve, first_of, grid_plans, measure_curves
 from supar_cli.experiments.dry_run import Part
-from supar_cli.experiments.sweep_views import SHORT, comparison, curves_figure, is_subject, regret_verdicts, transfer
+from supar_cli.experiments.sweep_views import SHORT, curves_figure, has_promise, transfer
 from supar_cli.files import Record, naming_write_errors, template, write_file
 from supar_cli.jobs import runs
 from supar_cli.jobs.clusters import WorkerOptions, check_keywords, make_workers
@@ -72,10 +73,10 @@ def _run(
     with make_workers(device=study.run.device, folder=folder / "slurm", **options) as workers:
         runs.require_runnable(first, device=workers.is_local, warn=reporter.warn)
         runs.open_study_folder(folder, study.identity(exclude={"run", "meta"}), force)
-        curves = measure_curves(study, folder, workers, reporter, ("sp",) if is_comparison else study.parameterizations)
+        curves = measure_curves(study, folder, workers, reporter, ("sp",) if is_comparison else ())
     parts = (comparison if is_comparison else transfer)(study, curves)
     # over depth without a rule no parameterization is expected to pass, and none to miss
-    if is_subject(study, "supar"):
+    if has_promise(study) or study.arms:
         parts["verdicts"] = with_power(parts["verdicts"])
     result = Result(
         kind=f"supar.{kind}-result/v1",

@@ -59,18 +59,14 @@ class MaskSchedule:
             return None
         return cls(updates, plan.train.steps, plan.parameterization.weight_decay_rule)
 
-    def _step_at(self, share: float) -> int:
-        """The step at a share of the run, to the nearest."""
-        return int(literal(share) * self.steps + Fraction(1, 2))
-
     @cached_property
     def begin(self) -> int:
-        return self._step_at(self.updates.begin)
+        return self.updates.step_at(self.updates.begin, self.steps)
 
     @cached_property
     def end(self) -> int:
         """The step of the last change."""
-        return self._step_at(self.updates.end)
+        return self.updates.step_at(self.updates.end, self.steps)
 
     def is_update(self, step: int) -> bool:
         """Whether masks change after this step."""
@@ -93,7 +89,10 @@ class MaskSchedule:
         if start is None or not self.moves(row):
             return row.kept
         first = max(row.kept, int(literal(start) * row.size + Fraction(1, 2)))
-        at, begin, end = self.last_update(step), self.begin, self._step_at(self.updates.anneal or self.updates.end)
+        at, begin = self.last_update(step), self.begin
+        end = self.updates.step_at(self.updates.anneal or self.updates.end, self.steps)
+        if at <= begin:
+            return first
         if at >= end:
             return row.kept
         left = 1 - Fraction(at - begin, end - begin)
@@ -106,7 +105,17 @@ class MaskSchedule:
         progress = min(1.0, step / max(self.end, 1))
         factors = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + cos(pi * progress))}
         wanted = round(round(self.updates.drop * factors[self.updates.drop_schedule or "constant"], 12) * row.kept)
-        return min(wanted, row.kept, row.size - row.kept)
+        spare = row.kept - self.updates.min_per_neuron * (row.size // row.fan_in)
+        return min(wanted, spare, row.size - row.kept)
+
+    def stores_dense(self, step: int) -> bool:
+        """Whether tensors are stored dense after a step: while masks move, where every position keeps its moments."""
+        return self.updates.moments == "keep" and step < self.end
+
+    def at_start(self, row: PlanTensor) -> PlanTensor:
+        """The row with its density and live weights at step 0."""
+        kept = self.kept(row, 0)
+        return row if kept == row.kept else row.model_copy(update={"kept": kept, "density": kept / row.size})
 
     def rate_factor(self, row: PlanTensor, step: int) -> float:
         """The factor on a tensor's rate in the step after this one: (density at the end / density now)^β."""

@@ -10,10 +10,25 @@ from supar_cli.errors import InputError
 from supar_cli.planning import density as shares
 from supar_cli.planning import rules
 from supar_cli.planning.document import content_hash
+from supar_cli.planning.live_counts import asked_density
+from supar_cli.planning.patterns import Block, Pattern
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.schema import Field, Section
-from supar_cli.planning.spec import Data, Hyperparameters, Model, Options, Proxy, Run, Search, Sparsity, Target, Train
+from supar_cli.planning.spec import (
+    Data,
+    Distribution,
+    Hyperparameters,
+    Model,
+    Options,
+    Proxy,
+    Run,
+    Search,
+    Sparsity,
+    Target,
+    Train,
+)
 from supar_cli.planning.transfer import transfer
+from supar_cli.planning.updates import Updates
 
 TUNED = Search.SEARCHED
 SHARES = ("sparsity", "density")
@@ -118,6 +133,42 @@ class Level:
         return float(getattr(self, self.measure))
 
 
+Mark = Literal["drift", "shift", "regret"]
+MARKS: dict[Mark, float] = {"drift": 0.15, "shift": 0.5, "regret": 0.005}  # SPEC §9: |γ|, octaves, share of the loss
+
+
+class Arm(Section):
+    """What one of a sweep's arms has of its own; None means the sweep's.
+
+    `pattern` may be a mapping from densities to patterns: the arm then has these densities alone, and density 1. At density 1
+    nothing is sparse, so that arms share those runs.
+    """
+
+    parameterization: rules.ParameterizationName = "supar"
+    weight_decay_rule: rules.DecayRule | None = None
+    density_exponent: float | None = Field(default=None, ge=0, le=2)
+    pattern: Pattern | dict[str, Pattern] | None = None
+    block: Block | None = None
+    distribution: Distribution | None = None
+    updates: Updates | None = None
+    control: bool | None = None  # None: as its parameterization is
+    marks: dict[Mark, float] | None = None  # those that it is judged by; None: MARKS
+
+    def own(self, *names: str) -> dict[str, Any]:
+        """Those of the keys that it has a value of."""
+        return {name: value for name in names if (value := vars(self)[name]) is not None}
+
+    def pattern_at(self, level: Level) -> str | None:
+        """The pattern of a density."""
+        if not isinstance(self.pattern, dict):
+            return self.pattern
+        return next((word for share, word in self.pattern.items() if _is_density(share, level)), None)
+
+
+def _is_density(share: str, level: Level) -> bool:
+    return shares.literal(share) == shares.literal(level.share)
+
+
 class Sweep(Section):
     """`supar.sweep/v1`: a proxy, one hyperparameter swept around its values, and the sizes at which its optimum should stay the same."""
 
@@ -132,17 +183,27 @@ class Sweep(Section):
     train: Train
     target: Target = Field(default_factory=Target)
     over: dict[str, Any]
-    parameterizations: list[rules.ParameterizationName] = Field(min_length=1)
-    own: dict[str, dict[str, float]] = Field(default_factory=dict)  # hyperparameters of one parameterization
+    parameterizations: list[rules.ParameterizationName] = Field(default_factory=list, neutral=True, omit=True)
+    arms: dict[str, Arm] = Field(default_factory=dict, neutral=True, omit=True)  # in place of parameterizations
+    own: dict[str, dict[str, float]] = Field(default_factory=dict)  # hyperparameters of one arm
     iso: Literal["none", "parameters", "wpn"] = "none"
     seeds: int = Field(default=2, gt=0, le=1000)
+    first_seeds: int | None = Field(
+        default=None, neutral=True, omit=True, gt=0, le=1000
+    )  # of the first size, which all re-use
     widen: int = Field(default=6, ge=0, le=30)
     refine: int = Field(default=0, ge=0, le=4)
+    robustness: bool = Field(
+        default=False, neutral=True, omit=True
+    )  # measure half and twice the re-used value everywhere
     run: Run = Field(default_factory=Run)
     meta: dict[str, Any] = Field(default_factory=dict)
 
     def check(self) -> None:
-        known = get_args(rules.ParameterizationName)
+        if bool(self.arms) == bool(self.parameterizations):
+            given = "and arms are both given" if self.arms else "is missing, as arms are"
+            raise ValueError(f"parameterizations: {given}; expected exactly one of them")
+        known = list(self.arms) or get_args(rules.ParameterizationName)
         for name in self.over:
             if name not in (*TUNED, *LEVELS):
                 raise ValueError(f"over.{name}: not an axis; expected some of {', '.join((*TUNED, *LEVELS))}")
@@ -158,15 +219,29 @@ class Sweep(Section):
             raise ValueError("parameterizations: one appears twice; expected each once")
         for name, values in self.own.items():
             if name not in known:
-                raise ValueError(f"own.{name}: not a parameterization; expected {', '.join(known)}")
+                what = "an arm" if self.arms else "a parameterization"
+                raise ValueError(f"own.{name}: not {what}; expected {', '.join(known)}")
             for key, value in values.items():
                 if key not in TUNED or value <= 0:
                     raise ValueError(f"own.{name}.{key}: {value:g}; expected values above 0 of {', '.join(TUNED)}")
         if self.iso != "none" and self.level_axis not in SHARES:
             raise ValueError(f"iso: {self.iso} needs a density axis; expected over.sparsity or over.density")
-        for parameterization in self.parameterizations:
-            self.grid(parameterization)
-        _ = self.levels
+        if self.first_seeds is not None and self.first_seeds < self.seeds:
+            raise ValueError(f"first_seeds: {self.first_seeds}; expected at least as many as seeds, {self.seeds}")
+        levels = self.levels
+        for name, arm in self.all_arms.items():
+            self.grid(name)
+            if ":" in name:
+                raise ValueError(f"arms: {name!r}; expected names without a colon")
+            for share in arm.pattern if isinstance(arm.pattern, dict) else ():
+                shares.density_from("density", share, f"arms.{name}.pattern")
+                if not any(_is_density(share, level) for level in levels):
+                    raise ValueError(f"arms.{name}.pattern: {share} is no density of the sweep; expected those of over")
+
+    @property
+    def all_arms(self) -> dict[str, Arm]:
+        """The arms by name; without `arms`, one for each parameterization."""
+        return self.arms or {name: Arm(parameterization=name) for name in self.parameterizations}
 
     @property
     def tuned(self) -> str:
@@ -199,28 +274,46 @@ class Sweep(Section):
         found.sort(key=lambda level: -level.density)
         return found if self.iso == "none" else [self._widened(level, found[0]) for level in found]
 
+    def levels_of(self, name: str) -> list[Level]:
+        """The sizes of an arm: all, but where its pattern names its densities those alone, and density 1."""
+        arm = self.all_arms[name]
+        return [level for level in self.levels if level.density == 1 or arm.pattern is None or arm.pattern_at(level)]
+
     def _widened(self, level: Level, first: Level) -> Level:
         """A level at the width, in whole heads, that keeps the first one's live parameters or weights per neuron."""
         step = self.model.width_step
         ratio = rules.power(first.density / level.density, 0.5 if self.iso == "parameters" else 1.0)
         return replace(level, width=max(1, round(level.width * ratio / step)) * step)
 
-    def plan(self, name: rules.ParameterizationName, level: Level, index: float, seed: int) -> Plan:
-        """The plan of one run, its hyperparameter at an index of the grid. Raises InputError for a size that has no plan."""
+    def plan(self, name: str, level: Level, index: float, seed: int) -> Plan:
+        """The plan of one run of an arm, its hyperparameter at an index of the grid. Raises InputError for a size that has no plan."""
+        arm = self.all_arms[name]
         keys = ("model", "parameterization", "sparsity", "data", "train", "target", "run")
         values = {**self.centre(name), self.tuned: self.grid(name).value(index)}
         sections = {key: getattr(self, key) for key in keys}
+        is_dense = level.density == 1 and not self.target.sparsity.overrides
+        size = (level.density, level.width, level.layers)
+        if size != (self._density, self.model.width, self.model.layers):  # there these change nothing
+            options = arm.own("weight_decay_rule", "density_exponent")
+            sections["parameterization"] = self.parameterization.model_copy(update=options)
         proxy = Proxy(kind="supar.proxy/v1", hyperparameters=values, **sections)  # type: ignore[arg-type]
         swept_width = level.width if self.iso != "none" or level.axis == "width" else None
-        target = self.target.override(width=swept_width, density=level.share)
-        target = target.model_copy(update={"width": level.width, "layers": level.layers, "seed": seed})
-        return transfer(proxy, target, name, allow_low_wpn=True)
+        changes = {} if is_dense else {**arm.own("block", "distribution", "updates"), "pattern": arm.pattern_at(level)}
+        target = self.target.override(width=swept_width, density=level.share, **changes)
+        sparsity = target.sparsity.model_copy(update={"updates": None}) if is_dense else target.sparsity
+        fixed = {"width": level.width, "layers": level.layers, "seed": seed, "sparsity": sparsity}
+        return transfer(proxy, target.model_copy(update=fixed), arm.parameterization, allow_low_wpn=True)
 
     @property
-    def run_seeds(self) -> list[int]:
-        """The same for all runs of a kind, so that they share batches, initial noise and masks."""
+    def _density(self) -> float:
+        """The proxy's own."""
+        return float(asked_density(self.sparsity))
+
+    def seeds_at(self, level: Level) -> list[int]:
+        """The same for all runs at a size, so that they share batches, initial noise and masks; more of them at the first."""
         first = self.train.seed if self.target.seed is None else self.target.seed
-        return [first + i for i in range(self.seeds)]
+        count = self.first_seeds if self.first_seeds is not None and level == self.levels[0] else self.seeds
+        return [first + i for i in range(count)]
 
     def hash(self) -> str:
         """Identity of the study: everything but `run` and `meta`."""
@@ -235,16 +328,16 @@ def _share(axis: str, text: str) -> shares.Share:
 
 def require_comparison(sweep: Sweep) -> None:
     """Raise InputError unless a study has one value of the hyperparameter, and several sizes."""
-    if not sweep.level_axis or any(len(sweep.grid(name).values) > 1 for name in sweep.parameterizations):
+    if sweep.arms or not sweep.level_axis or any(len(sweep.grid(name).values) > 1 for name in sweep.all_arms):
         expected = "expected one value of a hyperparameter at several sizes (`supar sweep` takes several values)"
         raise InputError(f"over: can't be compared; {expected}")
 
 
 def plan_all(sweep: Sweep) -> list[Plan]:
-    """A plan of each parameterization at each size, to find errors before runs start. Raises InputError."""
+    """A plan of each arm at each size, to find errors before runs start. Raises InputError."""
     for level in sweep.levels:
         if level.width % sweep.model.width_step and not (sweep.target.heads or sweep.target.head_width):
             what = f"width {level.width} is not a multiple of {sweep.model.width_step}, the least one with whole heads"
             raise InputError(f"over.{level.axis}: {what}; expected one that is")
-    first = sweep.run_seeds[0]
-    return [sweep.plan(name, level, 0, first) for name in sweep.parameterizations for level in sweep.levels]
+    (first, *_) = sweep.seeds_at(sweep.levels[0])
+    return [sweep.plan(name, level, 0, first) for name in sweep.all_arms for level in sweep.levels_of(name)]

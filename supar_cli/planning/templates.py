@@ -31,7 +31,7 @@ def _rank(name: str) -> tuple[int, str]:
 
 
 def text(name: str) -> str:
-    """A template's text with its comments. A figure has two documents: a small one, and one of the paper's size."""
+    """A template's text with its comments. A figure has a small document, and most one of the paper's size."""
     if name in scripts():
         return files.template(f"own/{name}").read_text("utf-8")
     figures = _read_figures()
@@ -43,14 +43,15 @@ def text(name: str) -> str:
         dedent("".join(above + line for path, (above, line) in lines.items() if path[0] == size))
         for size in ("small", "full")
     )
-    return f"{title}{small}---\n{full}".replace("NAME", name)
+    return "---\n".join([title + small, *filter(None, [full])]).replace("NAME", name)
 
 
 def _figure(figures: Lines, name: str) -> Lines:
-    """A figure's lines by size, section and key: those of the figure that it is like, with its own in their place."""
+    """A figure's lines by size, section and key: those of the figure that it is like, at its own sizes, with its own in their place."""
     found: Lines = {}
     if (name, "like") in figures:
-        found = _figure(figures, figures[name, "like"][1].partition(":")[2].strip())
+        like = _figure(figures, figures[name, "like"][1].partition(":")[2].strip())
+        found = {path: line for path, line in like.items() if (name, path[0]) in figures}
     for path, (above, line) in figures.items():
         if path[0] == name and len(path) > 2:
             known, _ = found.get(path[1:], ("", ""))

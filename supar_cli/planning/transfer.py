@@ -13,7 +13,7 @@ from supar_cli.errors import InputError
 from supar_cli.planning import density, layout, patterns, rules
 from supar_cli.planning.advice import WPN_IMPOSSIBLE, remedy
 from supar_cli.planning.layout_document import LAYERS, OwnShape
-from supar_cli.planning.live_counts import GivenMasks, asked_density, live_counts
+from supar_cli.planning.live_counts import GivenMasks, asked_density, live_counts, plan_updates
 from supar_cli.planning.own_shapes import OwnTensors, folded
 from supar_cli.planning.plan import CURRENT_RULES, Plan, PlanModel, PlanTensor, PlanTrain
 from supar_cli.planning.plan_sections import (
@@ -28,7 +28,7 @@ from supar_cli.planning.plan_sections import (
 from supar_cli.planning.problems import validate
 from supar_cli.planning.schema import LARGEST
 from supar_cli.planning.spec import Model, Proxy, Sparsity, Target
-from supar_cli.planning.updates import PlanUpdates, Updates, exponent_of, resolve, start_density
+from supar_cli.planning.updates import PlanUpdates, exponent_of, start_density
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def transfer(
         ),
         hyperparameters=proxy.hyperparameters,
         sparsity=_plan_sparsity(
-            target.sparsity, rows, masks, _plan_updates(updates, exponent, train.steps, rows), edition
+            target.sparsity, rows, masks, plan_updates(updates, exponent, train.steps, rows), edition
         ),
         tensors=rows,
         task=task,
@@ -133,22 +133,6 @@ def transfer(
     return plan
 
 
-def _plan_updates(updates: Updates | None, exponent: float, steps: int, rows: list[PlanTensor]) -> PlanUpdates | None:
-    """How the plan's masks change. Raises InputError where none can, and for a floor above a tensor's live weights."""
-    if updates is None:
-        return None
-    moving, where = [row for row in rows if row.kept < row.size], "target.sparsity.updates"
-    if not moving:
-        raise InputError(f"{where}: no tensor is sparse, so no mask changes; expected a sparsity above 0")
-    found = resolve(updates, exponent, steps)
-    least = min(moving, key=lambda row: row.kept * row.fan_in // row.size)
-    most = least.kept * least.fan_in // least.size
-    if updates.min_per_neuron is not None and updates.min_per_neuron > most:
-        what = f"{updates.min_per_neuron} for each neuron are more than the {least.wpn:.3g} of {least.name}"
-        raise InputError(f"{where}.min_per_neuron: {what}; expected at most {most}")
-    return found.model_copy(update={"min_per_neuron": min(found.min_per_neuron, most)})
-
-
 def _plan_sparsity(
     wanted: Sparsity,
     rows: list[PlanTensor],
@@ -158,15 +142,7 @@ def _plan_sparsity(
 ) -> PlanSparsity:
     """The plan's section: the density asked for, or the share of all hidden weights that masks from a file leave alive."""
     if masks is not None:
-        hidden = [row for row in rows if row.role == "hidden"]
-        share = Fraction(sum(row.kept for row in hidden), sum(row.size for row in hidden))
-        fixed: dict[str, Any] = {
-            "pattern": "exact",
-            "distribution": "uniform",
-            "source": masks.source,
-            "updates": updates,
-        }
-        return PlanSparsity(density=float(share), sparsity=float(1 - share), **fixed)
+        return masks.section(rows, updates)
     share, drawn = asked_density(wanted), wanted.model_dump(include=("pattern", "block", "distribution"))
     drawn["overrides"] = {name: float(density.literal(value)) for name, value in wanted.overrides.items()}
     if wanted.block is not None and edition > 1:

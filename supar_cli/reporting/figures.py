@@ -20,18 +20,23 @@ from supar_cli.reporting.result import Figure, Result
 # Okabe and Ito: told apart with any colour vision
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
 MARKERS = "os^DvPX*"
+IN_A_ROW = 5
 
 
 def draw(figure: Figure) -> Any:
-    """The figure as matplotlib's, one row of panels with common axes; close it after use."""
-    count = len(figure.panels)
-    drawn, axes = plt.subplots(1, count, figsize=(4.4 * count + 0.4, 4.0), sharex=True, sharey=True, squeeze=False)
+    """The figure as matplotlib's, rows of panels with common axes; close it after use."""
+    columns = min(len(figure.panels), IN_A_ROW)
+    rows = -(-len(figure.panels) // columns)
+    size = (4.4 * columns + 0.4, 4.0 * rows)
+    drawn, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
     first = axes[0][0]
+    for axis in axes.flat[len(figure.panels) :]:
+        axis.remove()
     if figure.x_log2:
         first.set_xscale("log", base=2)
     if figure.y_log2:
         first.set_yscale("log", base=2)
-    for panel, axis in zip(figure.panels, axes[0], strict=True):
+    for panel, axis in zip(figure.panels, axes.flat, strict=False):
         if panel.vertical is not None:
             first_label = next((line.label for line in panel.lines), "")
             axis.axvline(panel.vertical, color="0.75", lw=6, zorder=0, label=_plain(f"best at {first_label}"))

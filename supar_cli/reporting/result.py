@@ -129,16 +129,21 @@ def loss_figure(title: str, x: str, panels: list[Panel], name: str = "loss") -> 
 
 
 class Verdict(Data):
-    """`passed` is None where nothing could be decided. A control is expected to fail, and its text says so."""
+    """`passed` is None where nothing could be decided. A control is expected to fail, and its text says so.
+
+    Without `has_power` its interval is too wide for its threshold.
+    """
 
     what: str
     passed: bool | None
     control: bool = False
     text: str = ""
+    has_power: bool = True
 
 
 def with_power(verdicts: list[Verdict]) -> list[Verdict]:
-    """Verdicts and, if there are controls, one on the measurement itself: it has no power if a control misses no mark.
+    """Verdicts and, if there are controls, one on the measurement itself: it has no power if a control misses no mark,
+    or if the interval of what is measured is too wide.
 
     The marks of a control share what stands before the colon of `what`.
     """
@@ -151,8 +156,11 @@ def with_power(verdicts: list[Verdict]) -> list[Verdict]:
     text = "every control misses, as it should" if missing else "undecided: a control neither passes nor misses"
     if passing:
         text = f"none: {', '.join(passing)} should miss, but passes; that others pass too shows nothing then"
-    passed = False if passing else True if missing else None
-    return [*verdicts, Verdict(what="power", passed=passed, control=False, text=text)] if marks else verdicts
+    wide = [one.what for one in verdicts if not one.has_power]
+    if wide:
+        text = f"none: {', '.join(wide)}: the interval is too wide; more seeds narrow it"
+    passed = False if passing or wide else True if missing else None
+    return [*verdicts, Verdict(what="power", passed=passed, control=False, text=text)] if marks or wide else verdicts
 
 
 class Table(Data):

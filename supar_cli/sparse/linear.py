@@ -8,6 +8,8 @@ weight is not kept: it is filled for each pass, so that no process holds those o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,10 @@ class Engine(nn.Module):
     def refresh(self, values: Tensor) -> None:
         """Take over values that were changed in place. Call it before the next forward pass."""
 
+    def move(self, mask: Mask) -> bool:
+        """Take another mask of as many live weights, in place; False where the engine has to be made anew."""
+        return False
+
 
 class Linear(nn.Module):
     """Linear map (…, in) → (…, out). `weight` is (out, in) or, once masked, (live,); filled by `prepare`, not here."""
@@ -46,6 +52,8 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
         self.engine: Engine | None = None
+        # called in the backward pass with the input and the gradient of the output, which make the dense gradient
+        self.watch: Callable[[Tensor, Tensor], None] | None = None
 
     @property
     def mask(self) -> Mask | None:
@@ -55,8 +63,8 @@ class Linear(nn.Module):
     def remask(self, mask: Mask, values: Tensor, engine: Engine) -> None:
         """Hold `values` (live,), in row-major order, under this mask from now on, in place of any earlier one.
 
-        `weight` is then another parameter, of another length. Raises ValueError for a mask of another shape, for values
-        that are not as many as it has live weights, and for an engine that was made for another mask.
+        `weight` is then another parameter, unless it had as many live weights before. Raises ValueError for a mask of
+        another shape, for values that are not as many as it has live weights, and for an engine of another mask.
         """
         if mask.shape != self.shape:
             raise ValueError(f"mask: shape {mask.shape}; expected the weight's shape {self.shape}")
@@ -64,7 +72,11 @@ class Linear(nn.Module):
             raise ValueError(f"values: shape {tuple(values.shape)}; expected ({mask.count},), one per live weight")
         if engine.mask != mask:
             raise ValueError(f"engine: made for mask {engine.mask.fingerprint}; expected {mask.fingerprint}")
-        self.weight, self.engine = nn.Parameter(values.clone()), engine  # a copy, so that torch aligns its memory
+        if self.weight.shape == values.shape:
+            self.weight.detach().copy_(values)
+        else:
+            self.weight = nn.Parameter(values.clone())  # a copy, so that torch aligns its memory
+        self.engine = engine
         self.refresh()
 
     def refresh(self) -> None:
@@ -76,6 +88,8 @@ class Linear(nn.Module):
         if self.engine is None:
             return F.linear(x, self.weight, self.bias)
         y: Tensor = self.engine(x, self.weight)
+        if self.watch is not None and y.requires_grad:
+            y.register_hook(partial(self.watch, x.detach()))  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -133,3 +147,13 @@ class Dense(Engine):
     def refresh(self, values: Tensor) -> None:
         if self.weight is not None:
             self.weight.view(-1)[self.live] = values.to(self.precision)
+
+    @torch.no_grad()
+    def move(self, mask: Mask) -> bool:
+        if mask.count != self.mask.count:
+            return False
+        if self.weight is not None:
+            self.weight.zero_()
+        self.live.copy_(torch.from_numpy(mask.live(np.int32 if mask.size < 2**31 else np.int64)))
+        self.mask = mask
+        return True

@@ -111,9 +111,10 @@ class Ranks:
             what = "another process of this run is gone; the same command continues from the last checkpoint"
             raise PeerLost(what) from None
 
-    def new_group(self) -> Ranks:
-        """The same ranks with a group of their own, for calls from another thread. Every rank calls it."""
-        return replace(self, group=dist.new_group(backend="gloo") if self.is_distributed else None)
+    def new_group(self, is_default_backend: bool = False) -> Ranks:
+        """The same ranks with a group of their own, for calls from another thread or pass. Every rank calls it."""
+        backend = None if is_default_backend else "gloo"
+        return replace(self, group=dist.new_group(backend=backend) if self.is_distributed else None)
 
 
 ALONE = Ranks()

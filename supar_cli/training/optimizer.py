@@ -11,18 +11,31 @@ from torch.distributed.tensor import DTensor
 
 from supar_cli.planning import schedule
 from supar_cli.planning.plan import Plan
+from supar_cli.planning.schedule import MaskSchedule
 
 
 def build(plan: Plan, tensors: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW or SGD, fused where torch can, with one group for each distinct (lr, weight decay, epsilon).
 
-    Each group has its `peak_lr` and the `names` of its tensors. The plan and `tensors` must name the same tensors.
+    Each group has its `peak_lr`, `peak_decay`, the `names` of its tensors, and the `row` of one whose density moves; all
+    others have as many weights and live ones. The plan and `tensors` must name the same tensors.
     """
+    moving = MaskSchedule.of(plan)
     grouped: dict[tuple[float, ...], dict[str, Any]] = {}
     for row in plan.tensors:
         numbers = {"lr": row.lr, "weight_decay": row.weight_decay, "eps": row.eps}
-        new = {**numbers, "peak_lr": row.lr, "names": [], "params": []}
-        group = grouped.setdefault(tuple(numbers.values()), new)
+        new: dict[str, Any] = {
+            **numbers,
+            "peak_lr": row.lr,
+            "peak_decay": row.weight_decay,
+            "names": [],
+            "params": [],
+            "row": None,
+        }
+        own = tuple(numbers.values())
+        if moving is not None and moving.moves(row):
+            own, new["row"] = (*own, row.size, row.kept), row
+        group = grouped.setdefault(own, new)
         group["names"].append(row.name)
         group["params"].append(tensors[row.name])
     if sorted(row.name for row in plan.tensors) != sorted(tensors):
@@ -48,10 +61,15 @@ def rate_factor(plan: Plan, step: int) -> float:
     return schedule.factor(step, **{key: getattr(plan.train, key) for key in keys})
 
 
-def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's learning rate to its peak times `factor`."""
+def set_rates(
+    optimizer: torch.optim.Optimizer, factor: float, moving: MaskSchedule | None = None, step: int = 0
+) -> None:
+    """Set every group's learning rate to its peak times `factor`, and rate and decay by the density after `step` steps."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        group["lr"], row = group["peak_lr"] * factor, group["row"]
+        if moving is not None and row is not None:
+            group["lr"] *= moving.rate_factor(row, step)
+            group["weight_decay"] = group["peak_decay"] * moving.decay_factor(row, step)
 
 
 def folds(plan: Plan, tensors: Iterable[str]) -> torch.Tensor:

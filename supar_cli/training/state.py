@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,17 +12,20 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from supar_cli.planning.plan import Plan
+from supar_cli.planning.schedule import MaskSchedule
 from supar_cli.sparse.masks import IndexMap, Mask
 from supar_cli.training.prepare import SparseModel
+
+GrownMoments = Literal["zero", "mean"]  # what the second moment of a grown weight starts at
 
 
 @dataclass(frozen=True, slots=True)
 class State:
     """A run after `step` steps.
 
-    The value of a masked tensor is its live weights (live,) in row-major order; of another one, the tensor in its shape.
-    `moments` is what the optimizer keeps, by torch's names: shaped as the value, in the mask's shape if it covers every
-    position, or () if it counts steps. Values and moments may be shards.
+    The value of a masked tensor is its live weights (live,) in row-major order, or the whole tensor, zero where dead, where
+    every position has moments; of another one, the tensor in its shape. `moments` is what the optimizer keeps, by torch's
+    names: shaped as the value, or () if it counts steps. Values and moments may be shards.
     """
 
     step: int
@@ -55,25 +59,30 @@ class State:
         return cls(step, dict(model.masks), values, moments)
 
     @classmethod
-    def zeros(cls, plan: Plan, masks: Mapping[str, Mask]) -> State:
-        """A plan's tensors under these masks, all zero and without moments."""
-        shapes = {row.name: (masks[row.name].count,) if row.name in masks else tuple(row.shape) for row in plan.tensors}
+    def zeros(cls, step: int, plan: Plan, masks: Mapping[str, Mask]) -> State:
+        """A plan's tensors after a step under these masks, all zero and without moments."""
+        schedule = MaskSchedule.of(plan)
+        live = {} if schedule is not None and schedule.stores_dense(step) else masks
+        shapes = {row.name: (live[row.name].count,) if row.name in live else tuple(row.shape) for row in plan.tensors}
         values = {name: torch.zeros(shape) for name, shape in shapes.items()}
-        return cls(0, dict(masks), values, {name: {} for name in values})
+        return cls(step, dict(masks), values, {name: {} for name in values})
 
-    def remasked(self, masks: Mapping[str, Mask]) -> State:
+    def remasked(self, masks: Mapping[str, Mask], grown: GrownMoments = "zero") -> State:
         """The same run with other masks for some tensors, with more, fewer or other live weights.
 
-        Weights that stay alive keep their values and moments; grown ones start at 0. One index map moves a tensor's values
-        and each of its moments; counters and moments of every position stay. Raises ValueError for a mask of another shape
-        and for shards.
+        Weights that stay alive keep their values and moments; grown ones start at 0, and their second moment, with `mean`, at
+        the mean of those that stay. A tensor that was stored whole is stored by its live weights. Raises ValueError for
+        a mask of another shape and for shards.
         """
         values, moments = dict(self.values), dict(self.moments)
         for name, new in masks.items():
-            old = self.masks.get(name)
-            index = IndexMap.between(old or Mask.of(np.ones(tuple(self.values[name].shape), np.bool_)), new)
-            values[name] = _carried(self.values[name], old, index)
-            moments[name] = {key: _carried(moment, old, index) for key, moment in self.moments[name].items()}
+            old, value = self.masks.get(name), self.values[name]
+            if old is None or tuple(value.shape) == old.shape != (old.count,):  # every position has a value
+                old = Mask.of(np.ones(tuple(value.shape), np.bool_))
+            elif tuple(value.shape) != (old.count,):
+                text = f"is neither ({old.count},), the live weights, nor the whole {old.shape}"
+                raise ValueError(f"{name}: {tuple(value.shape)} {text}")
+            values[name], moments[name] = carry(IndexMap.between(old, new), value, self.moments[name], grown)
         return State(self.step, {**self.masks, **masks}, values, moments)
 
     def load_moments(self, model: SparseModel, optimizer: torch.optim.Optimizer) -> None:
@@ -87,19 +96,25 @@ def _host_copy(tensor: Tensor, gather: bool) -> Tensor:
     return whole.detach().to("cpu", copy=True).contiguous()
 
 
-def _carried(tensor: Tensor, old: Mask | None, index: IndexMap) -> Tensor:
-    """Move a tensor's values or one of its moments from the mask `old`, None if it had no mask, to the new one."""
-    if isinstance(tensor, DTensor):
+SECOND_MOMENT = "exp_avg_sq"  # torch's name of Adam's
+
+
+def carry(
+    index: IndexMap, value: Tensor, moments: Mapping[str, Tensor], grown: GrownMoments = "zero"
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A tensor's values and moments under another mask: one index map moves them all, and counters stay.
+
+    Raises ValueError for shards.
+    """
+    if isinstance(value, DTensor):
         raise ValueError("a shard can't move to another mask; expected whole tensors")
-    if not tensor.shape:
-        return tensor
-    if old is None:
-        return index.carry(tensor.flatten())
-    if tuple(tensor.shape) == (old.count,):
-        return index.carry(tensor)
-    if tuple(tensor.shape) == old.shape:
-        return tensor
-    raise ValueError(f"{tuple(tensor.shape)} is neither ({old.count},), the live weights, nor the whole {old.shape}")
+    found: dict[str, Tensor] = {}
+    for key, moment in moments.items():
+        start = 0.0
+        if grown == "mean" and key == SECOND_MOMENT and len(index.old):
+            start = float(moment.flatten()[torch.from_numpy(index.old).to(moment.device)].double().mean())
+        found[key] = index.carry(moment.flatten(), start) if moment.shape else moment
+    return index.carry(value.flatten()), found
 
 
 def _placed(moment: Tensor, tensor: Tensor) -> Tensor:

@@ -20,11 +20,12 @@ from supar_cli.planning.plan import Plan
 from supar_cli.sparse.masks import Mask
 from supar_cli.training import checkpoint, checkpoint_reader, distributed, optimizer, prepare, tasks, trackers
 from supar_cli.training.distributed import ALONE, Ranks, StopReason, collective_error
+from supar_cli.training.mask_updates import MaskUpdates, remask_in_place
 from supar_cli.training.monitor import Monitor, activation_sizes, first_not_finite
 from supar_cli.training.reporter import NullReporter, Reporter
 from supar_cli.training.run_directory import Metrics, RunHistory, is_finished, write_result
 from supar_cli.training.runtime import Runtime, choose_parallelism, device_name, require_host_memory, versions
-from supar_cli.training.state import State
+from supar_cli.training.state import GrownMoments, State
 
 
 class StepResult(NamedTuple):
@@ -42,7 +43,8 @@ class Trainer:
     `sparse.linear.Linear` for masked ones; by default it is the plan's transformer.
     """
 
-    moves_masks = False  # whether masks change in training; if not, a checkpoint's must be those that the plan draws
+    # whether masks change by `remask` too; else a checkpoint's are those of the plan and its schedule
+    moves_masks = False
 
     def __init__(
         self,
@@ -60,12 +62,9 @@ class Trainer:
             self.reporter.log(why)
         units = self.runtime.micro_batch * self.task.units_per_row
         self.engines = prepare.EngineSelector(plan, self.runtime, self.ranks, units, sharded=kind == "fsdp")
+        self._updates, self.done = MaskUpdates(plan, self.ranks), 0
         self._build_model(kind)
-        for line in self.engines.lines():
-            self.reporter.log(line)
-        self.done = 0
-        self._stop = distributed.StopRequest(self.ranks)
-        self._monitor = Monitor()
+        self._stop, self._monitor = distributed.StopRequest(self.ranks), Monitor()
         self.batch = tasks.BatchLoader(self.task, self.runtime, self.ranks).get
 
     def run(
@@ -102,7 +101,7 @@ class Trainer:
                     if reason := self._stop.reason():
                         raise self._preempted(reason, checkpoints)
                     is_logged = directory is not None and (step % plan.run.log_every == 0 or step == steps - 1)
-                    found = self.step(diagnose=is_logged)  # updates of masks belong after this line, by `remask`
+                    found = self.step(diagnose=is_logged)
                     self.reporter.progress(self.done, steps, found.loss)
                     clipped = 0 < plan.train.grad_clip < found.grad_norm
                     record: Record = {"step": self.done, "loss": found.loss, "clipped": clipped}
@@ -128,21 +127,25 @@ class Trainer:
         return history
 
     def step(self, diagnose: bool = False) -> StepResult:
-        """Make one optimizer step. With `diagnose`, watch activations and gradients for a wrong scale too.
+        """Make one optimizer step, then change the masks if the plan says so.
+
+        With `diagnose`, watch activations and gradients for a wrong scale too.
 
         Raises UnusableResult, before any weight changes, if the loss or a gradient is not finite.
         """
-        train, micro_batch = self.plan.train, self.runtime.micro_batch
+        plan, train, micro_batch = self.plan, self.plan.train, self.runtime.micro_batch
         batch = self.batch(self.done)
         rows = len(batch[0])
         own_loss = torch.zeros((), device=self.runtime.device)
         for start in range(0, rows, micro_batch):
+            is_last = start + micro_batch >= rows
             part = self.runtime.to_device(batch, slice(start, start + micro_batch))
-            with self.parallel.gradient_sync(is_last=start + micro_batch >= rows):
+            with self.parallel.gradient_sync(is_last), self._updates.watch(self.sparse_model, self.done + 1, is_last):
                 with self.runtime.autocast():
-                    loss = self.task.loss(self.model, part, self.plan.run.loss_chunk_tokens) * (micro_batch / rows)
+                    loss = self.task.loss(self.model, part, plan.run.loss_chunk_tokens) * (micro_batch / rows)
                 torch.autograd.backward(loss)
             own_loss += loss.detach()
+        self._updates.mask_gradients(self.sparse_model, self.done + 1)
         gradients = [distributed.local_shard(t.grad) for t in self.sparse_model.tensors.values() if t.grad is not None]
         # with a multiplier a folded into it a parameter is a·w, and its gradient is that of w divided by a
         norms = self.parallel.norms(gradients) * self._folds
@@ -153,12 +156,15 @@ class Trainer:
             raise collective_error(UnusableResult, self._not_finite(loss_value, float(own_loss), norms, batch))
         if train.grad_clip and norm_value > train.grad_clip:
             torch._foreach_mul_(gradients, train.grad_clip / (norm_value + 1e-6))
-        optimizer.set_rates(self.optimizer, optimizer.rate_factor(self.plan, self.done))
+        factor = optimizer.rate_factor(plan, self.done)
+        optimizer.set_rates(self.optimizer, factor, self._updates.schedule, self.done)
         self.optimizer.step()
         self.sparse_model.sync_engines()
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
         self._stop.votes = vote_count
+        if changed := self._updates.after_step(self.sparse_model, self.done):
+            self.remask(changed, self._updates.grown)
         return StepResult(loss_value, norm_value, self.diagnostics(batch, norms) if diagnose else {})
 
     def evaluate(self) -> dict[str, float]:
@@ -187,12 +193,13 @@ class Trainer:
         plan, runtime, ranks = self.plan, self.runtime, self.ranks
         home = torch.device("cpu") if kind == "fsdp" else runtime.device  # FSDP2 moves the shards to the device
         masks = state.masks if state else ranks.run_on_all(prepare.make_masks, plan)
-        fingerprints = {f"the mask of {name}": mask.fingerprint for name, mask in masks.items()}
         machine = {"device": runtime.device.type, "precision": str(runtime.precision)}
-        ranks.require_equal({**machine, "plan": plan.hash(), "data": self.task.hash, **fingerprints})
-        self.engines.choose(masks)  # collective: not inside `run_on_all`, where one rank may fail alone
+        ranks.require_equal({**machine, "plan": plan.hash(), "data": self.task.hash, **_fingerprints(masks)})
+        dense = self._updates.stores_dense(self.done)
+        # collective: not inside `run_on_all`, where one rank may fail alone
+        list(map(self.reporter.log, self.engines.choose({} if dense else masks)))
         values, make = state.values if state else None, self.engines.make
-        self.sparse_model = ranks.run_on_all(prepare.prepare, plan, home, make, self._model_maker, masks, values)
+        self.sparse_model = ranks.run_on_all(prepare.prepare, plan, home, make, self._model_maker, masks, values, dense)
         if runtime.compiles:
             torch.compiler.reset()  # graphs of earlier models count towards the limit of recompilations
         self.parallel = distributed.Parallel(kind, self.sparse_model.model, runtime.device, runtime.compiles, ranks)
@@ -202,23 +209,33 @@ class Trainer:
         self._folds = optimizer.folds(plan, self.sparse_model.tensors).to(runtime.device)
         if state is not None:
             state.load_moments(self.sparse_model, self.optimizer)
+        self._updates.begin(self.sparse_model, self.done)
 
     def capture(self, gather: bool = False) -> State:
         """Copy the run's state. With `gather`, which every rank must call, tensors are whole and not in shards."""
+        self._updates.sync_masks(self.sparse_model)
         return State.capture(self.done, self.sparse_model, self.optimizer, gather)
 
-    def remask(self, masks: Mapping[str, Mask]) -> None:
+    def remask(self, masks: Mapping[str, Mask], grown: GrownMoments = "zero") -> None:
         """Change the masks of some tensors. Every rank calls it with the same masks.
 
-        As the parameters get another length, engines, optimizer, DDP, FSDP2 and compiled graphs are made anew, as in a
-        resumed run.
+        Where parameters get another length, all that is made of them is made anew, as in a resumed run.
         """
-        self._rebuild(self.capture(gather=True).remasked(masks))
+        own, tensors = self.sparse_model.masks, self.sparse_model.tensors
+        lengths = {name: (own[name].count,) if name in own else () for name in masks}
+        is_same = all(lengths[n] == (mask.count,) == tuple(tensors[n].shape) for n, mask in masks.items())
+        if self.parallel.is_sharded or not is_same:
+            self._rebuild(self.capture(gather=True).remasked(masks, grown))
+            return
+        self.ranks.require_equal(_fingerprints(masks))
+        if not remask_in_place(self.sparse_model, self.optimizer, masks, grown, self.engines.make):
+            torch.compiler.reset()  # graphs of the engines before count towards the limit of recompilations
 
     def _rebuild(self, state: State) -> None:
         kind = self.parallel.kind
         del self.model, self.parallel, self.sparse_model, self.optimizer
-        gc.collect()  # hooks of DDP and FSDP2 keep a model in cycles; free its memory for the next one
+        if kind != "alone":
+            gc.collect()  # hooks of DDP and FSDP2 keep a model in cycles; free its memory for the next one
         self._build_model(kind, state)
 
     def restore(self, path: Path) -> None:
@@ -228,20 +245,24 @@ class Trainer:
         """
         reader = self.ranks.run_on_all(checkpoint_reader.load, path, self.plan, self.task.hash, self.ranks)
         masks, own = self.ranks.run_on_all(reader.masks, self.plan), self.sparse_model.masks
-        if changed := [name for name in {**masks, **own} if masks.get(name) != own.get(name)]:
-            if not self.moves_masks:
-                text = f"{path}: the mask of {changed[0]} is not the one this plan draws"
-                raise collective_error(InputError, text)
-            self._rebuild(State.zeros(self.plan, masks))
+        self.done = reader.step
+        if self._updates.schedule is not None or self.moves_masks:
+            self._updates.require_counts(masks, reader.step)
+            self._rebuild(State.zeros(reader.step, self.plan, masks))
+        elif changed := [name for name in {**masks, **own} if masks.get(name) != own.get(name)]:
+            text = f"{path}: the mask of {changed[0]} is not the one this plan draws"
+            raise collective_error(InputError, text)
         state = State.of_model(reader.step, self.sparse_model, optimizer.state_names(self.plan))
         self.ranks.run_on_all(reader.fill, state)
         self.sparse_model.sync_engines()
         state.load_moments(self.sparse_model, self.optimizer)
-        self.done = reader.step
 
     def result_document(self, history: RunHistory) -> Record:
         """The result document of a run: losses, sizes, environment and the hashes that identify the run."""
+        self._updates.sync_masks(self.sparse_model)
         plan, runtime, masks, losses = self.plan, self.runtime, self.sparse_model.masks, history.losses
+        sizes = {name: tensor.numel() for name, tensor in self.sparse_model.tensors.items()}
+        sizes |= {name: mask.count for name, mask in masks.items()}
         return {
             "kind": "supar.result/v1",
             "plan": plan.hash(),
@@ -252,7 +273,7 @@ class Trainer:
             "validation_loss": history.evaluations[-1][1] if history.evaluations else None,
             "clipped_share": history.clipped_share,
             "parameters": plan.parameters,
-            "live_parameters": sum(tensor.numel() for tensor in self.sparse_model.tensors.values()),
+            "live_parameters": sum(sizes.values()),
             "resumed_at": history.resumed_at,
             "seconds": history.seconds,
             "environment": {
@@ -295,6 +316,7 @@ class Trainer:
             "grad_norm_by_role": found.grad_norm_by_role,
             f"{self.task.unit}_per_s": rate,
             "peak_share": self.runtime.peak_share(self.task.flops_per_unit, rate / self.ranks.size),
+            **self._updates.measurements(self.sparse_model, self.done),
         }
 
     def diagnostics(self, batch: tasks.Batch, norms: Tensor) -> dict[str, float]:
@@ -320,3 +342,8 @@ class Trainer:
         by_tensor = zip(self.sparse_model.tensors, norms.tolist(), strict=True)
         name = next((name for name, value in by_tensor if not math.isfinite(value)), "the model")
         return f"step {self.done + 1}: the gradient of {name} is not finite"
+
+
+def _fingerprints(masks: Mapping[str, Mask]) -> dict[str, str]:
+    """What ranks compare of their masks."""
+    return {f"the mask of {name}": mask.fingerprint for name, mask in masks.items()}
