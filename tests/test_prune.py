@@ -18,7 +18,7 @@ from supar_cli.planning.live_counts import GivenMasks
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.plan_sections import MaskSource, Values
 from supar_cli.planning.problems import validate
-from supar_cli.planning.pruning import pruned, rules_of
+from supar_cli.planning.pruning import plan_pruned, rules_of
 from supar_cli.planning.spec import Proxy
 from supar_cli.planning.transfer import transfer
 from supar_cli.training import pruning
@@ -147,7 +147,7 @@ class TestOneRound:
     def test_a_planted_fault_is_seen(
         self, plan: Plan, run: Path, prune: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, fault: str
     ) -> None:
-        energy, keys, rewound = pruning._energy, pruning._keys, pruning.rewound
+        energy, keys, state_at = pruning._energy, pruning._keys, pruning.state_at
         if fault == "no gain":
             monkeypatch.setattr(pruning, "sqrt", lambda x: 1.0 if x > 1 else float(np.sqrt(x)))
         elif fault == "1/√density":  # the number of weights in place of their energy
@@ -155,7 +155,7 @@ class TestOneRound:
         elif fault == "smallest":
             monkeypatch.setattr(pruning, "_keys", lambda *given: -keys(*given))
         else:
-            monkeypatch.setattr(pruning, "rewound", lambda *given: rewound(*given[:3], 4))
+            monkeypatch.setattr("supar_cli.jobs.pruning.state_at", lambda *given: state_at(*given[:3], 4))
         with pytest.raises((AssertionError, InputError)):
             assert_pruned(prune(run, **CASES[0]), *expected_of(plan, run, CASES[0]))
 
@@ -215,7 +215,7 @@ def test_rates_are_those_of_a_transfer_to_the_same_masks(text: Path, case: dict[
     values = Values(source="file", path="v", hash="sha256:v", scale="energy")
     starts = {row.name: (0.1, 1.5 if row.name in live else None) for row in own.tensors}
     found, wanted = (
-        pruned(own, masks, values, starts, {}, own.parameterization),
+        plan_pruned(own, masks, values, starts, {}, own.parameterization),
         transfer(proxy, target, name, masks=masks),
     )
     for one, other in zip(found.tensors, wanted.tensors, strict=True):
@@ -226,7 +226,7 @@ def test_rates_are_those_of_a_transfer_to_the_same_masks(text: Path, case: dict[
     changed = own.model_copy(
         update={"tensors": [row.model_copy(update={"lr": 3 * row.lr}) for row in own.tensors]}  # edited by hand
     )
-    again = pruned(changed, masks, values, starts, {}, own.parameterization)
+    again = plan_pruned(changed, masks, values, starts, {}, own.parameterization)
     assert [row.lr for row in again.tensors] == pytest.approx([3 * row.lr for row in found.tensors], rel=1e-12)
 
 
