@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from supar_cli.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from supar_cli.experiments.calibration import calibrate as calibrate
     from supar_cli.experiments.coordinate_check import check as check
     from supar_cli.experiments.search import tune as tune
     from supar_cli.experiments.sweep import compare as compare
@@ -49,6 +50,7 @@ _FUNCTIONS = {
     "Prepared": "own.prepared.Prepared",
     "check": "experiments.coordinate_check.check",
     "sweep": "experiments.sweep.sweep",
+    "calibrate": "experiments.calibration.calibrate",
     "compare": "experiments.sweep.compare",
     "demo": "experiments.sweep.demo",
     "Callback": "own.trainer_callback.Callback",
@@ -104,12 +106,13 @@ def _given_masks(proxy: Proxy, target: Target, path: Path, out: Path) -> GivenMa
     from supar_cli.errors import InputError
     from supar_cli.planning.live_counts import GivenMasks
     from supar_cli.planning.plan_sections import MaskSource
+    from supar_cli.planning.spec import Sparsity
     from supar_cli.planning.transfer import transfer
     from supar_cli.sparse.mask_files import find_masks, write_masks
 
     if out.exists() and out.resolve() in (path.resolve(), path.resolve() / out.name):
         raise InputError(f"masks_out: {out} would replace what masks are read from; expected another file")
-    dense = transfer(proxy, target.override(density=1.0, pattern="exact", distribution="uniform"))
+    dense = transfer(proxy, target.model_copy(update={"sparsity": Sparsity(density=1.0)}))
     hidden = {row.name: (tuple(row.shape), tuple(row.fan_in_axes)) for row in dense.tensors if row.role == "hidden"}
     found = find_masks(path, hidden)
     source = MaskSource(kind="file", path=str(out.resolve()), hash=write_masks(out, found))

@@ -60,7 +60,6 @@ MODULES = {
     "show": "runs",
     "report": "runs",
     "compare": "sweep",
-    "demo": "sweep",
     "schema": "init",
 }
 

@@ -151,7 +151,7 @@ OPTIONS = {
     "tokens_per_parameter": Option(
         float, "Tokens per live parameter, instead of --steps.", "target.tokens_per_parameter"
     ),
-    "parameterization": Option(str, "One or more of sp, mup, supar, supar-init-only, supar-lr-only.", metavar="NAME"),
+    "parameterization": Option(str, "Some of sp, sp-si, mup, supar, supar-init-only, supar-lr-only.", metavar="NAME"),
     "pattern": Option(
         str, "Mask pattern: exact, fixed_fan_in, bernoulli, block or N:M (2:4).", "target.sparsity.pattern"
     ),
@@ -184,9 +184,9 @@ OPTIONS = {
     ),
     "over": Option(
         list[str],
-        "An axis; repeatable. One hyperparameter (lr, init_std, alpha_input, alpha_output or weight_decay), as a range or a list: "
-        "log2:-12..-4/0.5 is 2^-12 to 2^-4 in half octaves, x:-3..3/1 is the proxy's value times 2^-3 to 2^3. "
-        "And one of sparsity, density, width or layers, as a list such as 0,0.5,0.75.",
+        "An axis; repeatable. One hyperparameter (lr, init_std, alpha_input, alpha_output, weight_decay or "
+        "embedding_lr_ratio), as a range or a list: log2:-12..-4/0.5 is 2^-12 to 2^-4 in half octaves, x:-3..3/1 is the "
+        "proxy's value times 2^-3 to 2^3. And one of sparsity, density, width or layers, as a list such as 0,0.5,0.75.",
         metavar="NAME=VALUES",
     ),
     "iso": Option(
@@ -201,6 +201,7 @@ OPTIONS = {
         "Take masks from a safetensors file, or the zeros of a pruned model's weights in a file or folder.",
         metavar="PATH",
     ),
+    "calibrate": _switch("Fit the exponent of the density in rates for --updates, verify it, and write the proxy."),
     "full": _switch("Run the preset at the paper's size."),
     "role": Option(str, "Show only this role: embedding, hidden, norm, bias or unembedding.", metavar="ROLE"),
     # training
@@ -215,9 +216,7 @@ OPTIONS = {
         "How processes hold the model: ddp (a whole copy each), fsdp (in shards) or auto (shards if a copy doesn't fit a device).",
         "run.parallel",
     ),
-    "max_restarts": Option(
-        int, "With --nproc: number of restarts from the last checkpoint when a process dies.", default=0, minimum=0
-    ),
+    "max_restarts": Option(int, "With --nproc: restarts from the last checkpoint, when a process dies.", minimum=0),
     "tracker": Option(
         list[str], "Also log the run to tensorboard, wandb or mlflow, offline; repeatable.", "run.trackers"
     ),
@@ -228,7 +227,7 @@ OPTIONS = {
         str, "Engine for masked weights: auto (the fastest on this machine), dense, sparse or block.", "run.engine"
     ),
     # where runs are executed
-    "jobs": Option(int, "Runs at the same time. [default: as many as the machine or cluster has room for]", minimum=1),
+    "jobs": Option(int, "Runs at the same time. [default: as many as there is room for]", minimum=1),
     "executor": Option(
         str,
         "Where runs are executed: local (processes of this machine), ray (a Ray cluster) or slurm.",
@@ -277,7 +276,7 @@ GROUPS = {  # of a command's help, in their order; an argument is in none
     "device precision compile engine",
     "Data": "data format tokenizer field dtype encoding separator",
     "Sparsity": "sparsity density masks scope rewind scale pattern block distribution updates from_paper allow_low_wpn",
-    "Measurement": "trials seeds max_seeds sampler search study over iso preset full rounds compare",
+    "Measurement": "trials seeds max_seeds sampler search study over iso preset full calibrate rounds compare",
     "Input and output": "list explain dry_run set name out picture force json quiet verbose",
     "Processes and clusters": "nproc parallel max_restarts jobs executor executor_set",
 }

@@ -111,6 +111,11 @@ def _show_losses(records: list[dict[str, Any]], log: terminal.Log) -> None:
     width = min(shutil.get_terminal_size().columns, WIDEST)
     if lines := reading.curve(records, "loss", width, HEIGHT):
         log.log("\n".join(["training loss", *lines]))
+    if len(set(reading.series(records, "density").values())) > 1:
+        lines = reading.curve(records, "density", width, HEIGHT // 2)
+        log.log("\n".join(["density of the tensors whose masks change", *lines]))
+    if masks := reading.masks_text(records):
+        log.log(masks)
     losses = [(record["step"], record.get("validation_loss")) for record in records]
     values = [f"{loss:.4f} at {step}" for step, loss in losses if isinstance(loss, float)]
     if values:

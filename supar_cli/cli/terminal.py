@@ -172,10 +172,13 @@ def verdict_lines(verdicts: Sequence[dict[str, Any]], flags: Flags) -> str:
 def show_plan(plan: Plan, processes: int | None = None) -> None:
     """The numbers of a plan by role; with a number of processes also estimates of size, memory and time, from arithmetic."""
     from supar_cli.planning.advice import COLUMNS, number, plan_rows
+    from supar_cli.planning.density_over_run import summary
 
     log = Log()
     log.log(words.table(COLUMNS, plan_rows(plan), right=range(1, len(COLUMNS))))
     log.log("decay: steps in which weight decay alone divides a weight by e")
+    if moving := summary(plan):
+        log.log(moving)
     if isinstance(plan.model, PlanModel):
         factors = plan.model.multipliers
         log.log(
@@ -189,8 +192,9 @@ def show_plan(plan: Plan, processes: int | None = None) -> None:
 def log_plans(plans: Sequence[Plan], flags: Flags, log: Log) -> None:
     """What plans are, a line each, with their tables where they are asked for or a terminal shows them."""
     for plan in plans:
+        end = " at the end" if plan.sparsity.updates and plan.sparsity.updates.start else ""
         log.log(
-            f"{plan.parameterization.name}: sparsity {plan.sparsity.sparsity:g}, density {plan.sparsity.density:g}; "
+            f"{plan.parameterization.name}: sparsity {plan.sparsity.sparsity:g}, density {plan.sparsity.density:g}{end}; "
             f"{plan.model.shape_text}; "
             f"{plan.live:,} of {plan.parameters:,} parameters live"
         )

@@ -28,7 +28,7 @@ MASKS = "masks.safetensors"
     "set out force json quiet verbose",
     heads={"help": "Attention heads. [default: the proxy's head width]"},
     parameterization={
-        "help": "supar, mup, sp, or one half of supar: supar-init-only, supar-lr-only.",
+        "help": "supar, mup, sp, sp-si (SP with sparse-aware init), or a half of supar: supar-init-only, supar-lr-only.",
         "default": "supar",
         "read": parameterization,
     },

@@ -1,4 +1,4 @@
-"""How many weights of every hidden tensor live: a uniform density, ERK, overrides, or masks from a file."""
+"""How many weights of every hidden tensor live: a uniform density, ERK, overrides, or masks from a file; and how that changes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from supar_cli.errors import InputError
 from supar_cli.planning import density, layout, patterns
 from supar_cli.planning.plan_sections import MaskSource, PlanSparsity, PlanTensor
 from supar_cli.planning.spec import Sparsity
-from supar_cli.planning.updates import PlanUpdates
+from supar_cli.planning.updates import PlanUpdates, Updates, resolve
 
 
 @dataclass(frozen=True)
@@ -92,3 +92,26 @@ def _erk(tensors: Sequence[layout.Tensor | PlanTensor], target: Fraction) -> dic
         left -= sum(tensor.size for tensor in full)
         open_ = [tensor for tensor in open_ if tensor not in full]
     return shares
+
+
+def plan_updates(updates: Updates | None, exponent: float, steps: int, rows: list[PlanTensor]) -> PlanUpdates | None:
+    """How the plan's masks change. Raises InputError where they can't as it says."""
+    if updates is None:
+        return None
+    moving, where = [row for row in rows if row.kept < row.size], "target.sparsity.updates"
+    if not moving:
+        raise InputError(f"{where}: no tensor is sparse, so no mask changes; expected a sparsity above 0")
+    try:
+        found = resolve(updates, exponent, steps)
+    except InputError as error:
+        raise InputError(*(f"{where}.{problem}" for problem in error.problems)) from None
+    lowest = min(row.density for row in moving)
+    if found.start is not None and (found.start < lowest or (found.method == "gmp" and found.start == lowest)):
+        what = f"{found.start:g} is not above the density of any tensor, of which the lowest is {lowest:g}"
+        raise InputError(f"{where}.start: {what}; expected a higher one")
+    least = min(moving, key=lambda row: row.kept * row.fan_in // row.size)
+    most = least.kept * least.fan_in // least.size
+    if updates.min_per_neuron is not None and updates.min_per_neuron > most:
+        what = f"{updates.min_per_neuron} for each neuron are more than the {least.wpn:.3g} of {least.name}"
+        raise InputError(f"{where}.min_per_neuron: {what}; expected at most {most}")
+    return found.model_copy(update={"min_per_neuron": min(found.min_per_neuron, most)})

@@ -53,6 +53,10 @@ class Plan(Section):
         sparsity, density = self.sparsity.sparsity, self.sparsity.density
         if abs(sparsity + density - 1) > 1e-9:
             raise ValueError(f"sparsity.density: {density} and sparsity {sparsity} don't add up to 1")
+        updates, steps = self.sparsity.updates, self.train.steps
+        if updates is not None and updates.step_at(updates.begin, steps) == updates.step_at(updates.end, steps):
+            what = f"{updates.end:g} and begin, {updates.begin:g}, are the same of {steps} steps, so no mask changes"
+            raise ValueError(f"sparsity.updates.end: {what}; expected a later end or more steps")
         layout.check_names(self.tensors)
         self._check_values()
         if isinstance(self.model, PlanModel):

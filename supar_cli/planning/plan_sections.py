@@ -6,7 +6,7 @@ from math import prod
 from typing import Any, ClassVar, Literal
 
 from supar_cli.planning import layout
-from supar_cli.planning.patterns import Block, Pattern, PatternKeys, describe
+from supar_cli.planning.patterns import Block, BlockRows, Pattern, PatternKeys, describe
 from supar_cli.planning.rules import Edition, ParameterizationName, Role
 from supar_cli.planning.schema import Field, Section
 from supar_cli.planning.spec import MOST_LAYERS, Distribution, Model, Options, Train
@@ -152,6 +152,7 @@ class PlanSparsity(PatternKeys):
     sparsity: float = Field(ge=0, lt=1)
     pattern: Pattern
     block: Block | None = Field(default=None, neutral=True, omit=True)
+    block_rows: BlockRows = Field(default="random", neutral=True, omit=True)  # random: as older plans were drawn
     distribution: Distribution
     overrides: dict[str, float] = Field(default_factory=dict)
     source: MaskSource = Field(default_factory=MaskSource, neutral=True)
@@ -159,6 +160,8 @@ class PlanSparsity(PatternKeys):
 
     def check(self) -> None:
         super().check()
+        if self.block_rows == "even" and self.block is None:
+            raise ValueError(f"block_rows: even with the pattern {self.pattern}; expected the pattern block")
         if self.updates is None:
             return
         if self.pattern != "exact":

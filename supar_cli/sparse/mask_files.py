@@ -152,9 +152,10 @@ def require_mask(mask: Mask, wanted: WantedMask | None) -> None:
     dead = ~to_matrix(mask.alive(), wanted.fan_in_axes)  # as keys, so that live weights are selected first
     edge = wanted.block or 1
     keys: NDArray[np.bool_] = np.all(dead.reshape(len(dead) // edge, edge, -1, edge), axis=(1, 3))
-    selected = select(wanted.pattern, keys, wanted.kept, block=wanted.block)
+    selected = select(wanted.pattern, keys, wanted.kept, block=wanted.block, even_rows=wanted.even_rows)
     if not np.array_equal(selected.alive(), ~dead):
-        raise ValueError(f"is not {describe(wanted.pattern, wanted.block)} along the fan-in, as the plan says")
+        words = describe(wanted.pattern, wanted.block) + " in even rows" * wanted.even_rows
+        raise ValueError(f"is not {words} along the fan-in, as the plan says")
 
 
 def find_masks(path: Path, wanted: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[str, Mask]:

@@ -140,7 +140,8 @@ def draw_masks(plan: Plan) -> dict[str, Mask]:
 def wanted_mask(plan: Plan, row: PlanTensor) -> WantedMask:
     """What the plan says of a tensor's mask."""
     sparsity = plan.sparsity
-    return WantedMask(tuple(row.shape), row.kept, tuple(row.fan_in_axes), sparsity.pattern, sparsity.block)
+    even_rows = sparsity.block_rows == "even"
+    return WantedMask(tuple(row.shape), row.kept, tuple(row.fan_in_axes), sparsity.pattern, sparsity.block, even_rows)
 
 
 def require_same_tensors(plan: Plan, build_model: Callable[[Plan], nn.Module] = transformer) -> None:
@@ -232,13 +233,25 @@ class EngineSelector:
         self._rows = {row.name: row for row in plan.tensors}
         self._fastest: dict[tuple[object, ...], EngineChoice] = {}  # layers of one shape and size share a measurement
 
-    def choose(self, masks: Mapping[str, Mask]) -> None:
-        """Choose an engine for every mask (out, in). Every rank calls it with the same masks."""
+    def choose(self, masks: Mapping[str, Mask]) -> list[str]:
+        """Choose an engine for every mask (out, in). Every rank calls it with the same masks.
+
+        Returns the measurements that were not known before, one line for each shape, and a hint at what would be faster.
+        """
+        texts: Counter[str] = Counter()
+        known = set(self._fastest)
         for name, mask in masks.items():
             named, alike = self.plan.engine(self._rows[name]), (mask.shape, self._measured_count(mask))
             if named == "auto" and alike not in self._fastest:
                 self._fastest[alike] = self._ranks.on_main(autotune.fastest, mask, self.case)
             self.choices[name] = self._fastest[alike] if named == "auto" else EngineChoice(named, {})
+            if self.choices[name].seconds and alike not in known:
+                size = f"{'×'.join(map(str, mask.shape))} at density {mask.count / mask.size:.3g}"
+                texts[f"{size}: {self.choices[name].text()}"] += 1
+        lines = [f"engine of {count} tensors {text}" for text, count in texts.items()]
+        if lines and self.case.device.type == "cpu" and not importlib.util.find_spec("numba"):
+            lines.append("numba is not installed: `pip install numba` makes the sparse engine faster")
+        return lines
 
     def _measured_count(self, mask: Mask) -> int:
         """The live weights that a measurement holds for: where density moves, for all of an octave."""
@@ -247,12 +260,3 @@ class EngineSelector:
     def make(self, name: str, mask: Mask) -> Engine:
         """Make the chosen engine of a tensor."""
         return autotune.make(self.choices[name].name, mask, self.case)
-
-    def lines(self) -> list[str]:
-        """The measurements, one line for each shape, and a hint at what would be faster."""
-        measured = [(self._rows[name], choice.text()) for name, choice in self.choices.items() if choice.seconds]
-        texts = [f"{'×'.join(map(str, row.shape))} at density {row.density:.3g}: {text}" for row, text in measured]
-        lines = [f"engine of {count} tensors {text}" for text, count in Counter(texts).items()]
-        if lines and self.case.device.type == "cpu" and not importlib.util.find_spec("numba"):
-            lines.append("numba is not installed: `pip install numba` makes the sparse engine faster")
-        return lines
