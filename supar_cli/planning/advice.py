@@ -122,7 +122,7 @@ _ROUND_DOWN = Context(prec=2, rounding=ROUND_DOWN)
 _TRANSFER = "hyperparameters transfer over width and density"
 
 
-def of_pruned(plan: Plan, run: str, step: int) -> Iterator[str]:
+def of_pruning(plan: Plan, run: str, step: int) -> Iterator[str]:
     """The warnings about a run that is pruned after a step. [D, measured at width 128, 2 layers, 400 steps]"""
     if step < plan.train.steps:
         yield f"{run}: has not finished: its magnitudes are those after step {step} of {plan.train.steps}"
