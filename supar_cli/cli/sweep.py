@@ -1,4 +1,4 @@
-"""`supar sweep`, `compare` and `demo`: does a hyperparameter that was tuned dense still hold where weights are sparse?"""
+"""`supar sweep` and `compare`: does a hyperparameter that was tuned dense still hold where weights are sparse?"""
 
 import copy
 from collections.abc import Callable
@@ -10,15 +10,15 @@ import typer
 import supar_cli
 from supar_cli.cli import documents, terminal
 from supar_cli.cli.options import Flags, command, require_one, workers_of
-from supar_cli.cli.values import PRESETS, names
+from supar_cli.cli.values import PRESETS, names, one_share
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
 from supar_cli.planning import document, templates
 from supar_cli.planning.advice import warnings
 from supar_cli.planning.document import Document
 from supar_cli.planning.problems import parse, wrong_kind
-from supar_cli.planning.sweep import LEVELS, TUNED, Sweep, plan_all
-from supar_cli.reporting.result import fraction
+from supar_cli.planning.spec import Proxy
+from supar_cli.planning.sweep import LEVELS, SHARES, TUNED, Sweep, plan_all
 
 KIND = "supar.sweep/v1"
 PARAMETERIZATIONS = ["sp", "mup", "supar"]
@@ -32,10 +32,17 @@ COMPARED = {
 }
 NOT_IN_A_SWEEP = ("search", "evidence", "parents", "meta")
 KEPT_OF_TARGET = ("pattern", "block", "distribution", "updates")
-RULES = {"sp": "SP", "supar": "SμPar"}  # of the demo
+
+# densities two octaves apart, the fewest seeds that have power, and half octaves around each optimum
+CALIBRATED = {
+    "over": {"lr": "x:-1..1/1", "density": [1.0, 0.25, 0.0625]},
+    "parameterizations": ["supar"],
+    **{"seeds": 4, "widen": 7, "refine": 1, "robustness": True},
+}
+HELD = {"density": ("target", "sparsity", "density"), "sparsity": ("target", "sparsity", "sparsity")}
 
 OPTIONS = (
-    "seeds jobs executor executor_set width layers context batch_size steps data tokenizer field format "
+    "updates seeds jobs executor executor_set width layers context batch_size steps data tokenizer field format "
     "seed device dry_run set out force json quiet verbose"
 )
 MEANINGS: dict[str, dict[str, Any]] = {
@@ -48,11 +55,21 @@ MEANINGS: dict[str, dict[str, Any]] = {
 
 
 @command(
-    "source over parameterization iso preset full",
+    "source over density sparsity parameterization iso preset full calibrate",
     OPTIONS,
     source={"metavar": "[SPEC|PROXY|SWEEP|-]"},
+    density={
+        "help": "Density of all runs, where another size is swept.",
+        "read": one_share,
+        "path": "target.sparsity.density",
+    },
+    sparsity={
+        "help": "Sparsity of all runs, instead of --density.",
+        "read": one_share,
+        "path": "target.sparsity.sparsity",
+    },
     preset={"help": "A figure of the paper, small: " + ", ".join(PRESETS) + "."},
-    out={"help": "Folder. [default: sweeps/NAME]"},
+    out={"help": "Folder; with --calibrate, file of the new proxy. [default: sweeps/NAME]"},
     **MEANINGS,
 )
 def sweep(flags: Flags) -> None:
@@ -60,10 +77,12 @@ def sweep(flags: Flags) -> None:
 
     If an optimum lies at an end of the axis, the axis is extended in its own steps. Running the command again repeats no
     finished run. Exits with status 5 if SμPar misses a threshold: |γ| < 0.15 (γ: slope of log2(optimum) against log2(size)),
-    largest shift < 0.5 octave, regret < 0.5 %.
+    largest shift < 0.5 octave, regret < 0.5 %, by 90 % intervals over seeds, or if an interval is wider than twice its mark.
 
     Examples:
       supar sweep proxy.yaml --over lr=x:-2..2/1 --over density=1,0.25,0.0625
+      supar sweep proxy.yaml --over lr=x:-2..2/1 --over width=128,256 --density 1/16
+      supar sweep proxy.yaml --calibrate --updates rigl -o proxy-rigl.yaml
       supar sweep --preset fig1 --jobs 2
     """
     preset = flags.preset
@@ -71,8 +90,12 @@ def sweep(flags: Flags) -> None:
         raise InputError(f"--preset {preset}: cannot be combined with a document; expected only one of them")
     if preset is not None and preset not in PRESETS:
         raise InputError(f"--preset {preset}: expected {', '.join(PRESETS)}")
+    require_one(flags, "density", "sparsity")
+    axes = {f"--over {text}": text for text in flags.over or []}
+    if flags.calibrate:
+        return _calibrate(axes, flags)
     read = read_study(flags.source, SWEPT, flags.full, preset)
-    result = _measure(supar_cli.sweep, "sweeps", read, {f"--over {text}": text for text in flags.over or []}, flags)
+    result = _measure(supar_cli.sweep, "sweeps", read, axes, flags)
     if not flags.quiet:
         _explain_sweep(result, terminal.Log())
         terminal.show_verdicts(result["verdicts"])
@@ -108,39 +131,6 @@ def compare(flags: Flags) -> None:
     _finish(result, "compare", flags)
 
 
-@command(
-    "data steps trials seeds jobs device dry_run out json quiet verbose",
-    steps={"help": "Training steps of every run.", "default": 120, "minimum": 8},
-    trials={"help": "Trials of the proxy's search.", "default": 6, "minimum": 1},
-    seeds={"help": "Seeds averaged at every point of the sweep.", "default": 1},
-    out={"help": "Folder for proxy.yaml, results.json and lr_transfer.png. [default: demo]"},
-)
-def demo(flags: Flags) -> None:
-    """Show whether the dense model's learning rate stays best as weights go sparse, under SP and SμPar.
-
-    Takes a few minutes on two CPU cores and downloads nothing.
-
-    Examples:
-      supar demo
-      supar demo --data corpus.txt --jobs 2
-    """
-    if flags.dry_run:
-        from supar_cli.experiments.sweep import demo_parts
-
-        asked = (flags.steps, flags.trials, flags.seeds, flags.device)
-        return terminal.show_dry_run(demo_parts(flags.data, *asked), flags)
-    how = {name: getattr(flags, name) for name in ("steps", "trials", "seeds", "jobs", "device", "verbose")}
-    folder = terminal.folder_of(flags, "demo")
-    with terminal.Progress("demo", flags.quiet) as progress, documents.naming_flags(flags):
-        result = supar_cli.demo(flags.data, **how, out=folder, reporter=progress)
-    if not flags.quiet:
-        terminal.show_tables([_regret_table(result["regrets"])])
-        terminal.show_verdicts(result["verdicts"])
-        terminal.Log().log(_explain_demo(result, folder))
-    terminal.print_documents([result], flags)
-    terminal.require_passed(result["verdicts"], flags)
-
-
 def read_study(source: str | None, defaults: dict[str, Any], full: bool = False, preset: str | None = None) -> Document:
     """The document of a study, or a preset's. A spec or a proxy becomes one with the keys of `defaults`.
 
@@ -158,6 +148,11 @@ def read_study(source: str | None, defaults: dict[str, Any], full: bool = False,
         raise InputError(f"{name}: holds {len(found)} documents; expected one, or a small and a full one")
     one = found[1 if full else 0]
     one.name = name
+    return as_study(one, path, defaults)
+
+
+def as_study(one: Document, path: str, defaults: dict[str, Any]) -> Document:
+    """The document of a study; a spec or a proxy of `path` becomes one with the keys of `defaults`. Raises InputError."""
     if not isinstance(one.data, dict) or one.data.get("kind") == KIND:
         return one
     kind = one.data.get("kind")
@@ -204,15 +199,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Plan the study of a document, axes and flags, describe its runs, make them and show its tables. Raises InputError."""
     log = terminal.Log(flags.quiet)
-    set_axes(read, axes)
-    documents.apply(read, flags)
-    study = parse(Sweep, read)
-    with documents.with_locations(read):
-        study = corpus.with_hash(study)
-        plans = plan_all(study)
-    for message in dict.fromkeys(message for plan in plans for message in warnings(plan)[:1]):
-        log.warn(message)
-    _describe(study, log)
+    study = _study(read, axes, flags, log)
     if flags.dry_run:
         from supar_cli.experiments.sweep import sweep_parts
 
@@ -225,6 +212,59 @@ def _measure(
     if not flags.quiet:
         terminal.show_tables(result["tables"])
     return result
+
+
+def _study(read: Document, axes: dict[str, str], flags: Flags, log: terminal.Log) -> Sweep:
+    """The study of a document, axes and flags; its warnings and its runs in words. Raises InputError."""
+    set_axes(read, axes)
+    documents.apply(read, flags)
+    study = parse(Sweep, read)
+    for name in SHARES if study.level_axis in SHARES else (study.level_axis,):
+        if flag := read.flags.get(HELD.get(name, ("target", name))):
+            raise InputError(f"{flag}: over.{study.level_axis} says it too; expected only one of them")
+    with documents.with_locations(read):
+        study = corpus.with_hash(study)
+        plans = plan_all(study)
+    for message in dict.fromkeys(message for plan in plans for message in warnings(plan)[:1]):
+        log.warn(message)
+    _describe(study, log)
+    return study
+
+
+def _calibrate(axes: dict[str, str], flags: Flags) -> None:
+    """Calibrate the exponent of a proxy's densities, and write the proxy that has it. Raises CheckViolated if it isn't verified."""
+    from supar_cli.experiments import calibration
+    from supar_cli.experiments.sweep import sweep_parts
+
+    log, source = terminal.Log(flags.quiet), flags.source or "proxy.yaml"
+    read = documents.read_one(source, "expected a proxy, which `supar tune-proxy` writes")
+    proxy = parse(Proxy, read).beside(read.name)
+    if flags.out not in (None, "-") and Path(flags.out).resolve() == Path(source).resolve():
+        raise InputError(f"--out {flags.out}: is the proxy itself; expected another file")
+    read = as_study(read, source, CALIBRATED)
+    study = _study(read, axes, flags, log)
+    with documents.with_locations(read):
+        before = calibration.exponent_of_plan(calibration.require_calibratable(study))
+    if flags.dry_run:
+        fresh = calibration.with_exponent(study, before, study.seeds_at(study.levels[0])[-1] + 1)
+        return terminal.show_dry_run([*sweep_parts(study), *sweep_parts(fresh)], flags)
+    folder = Path(f"sweeps/{study.name}-calibration")
+    with terminal.Progress("calibrate", flags.quiet, folder / "records.jsonl") as progress:
+        found = supar_cli.calibrate(study, folder, force=flags.force, reporter=progress, **workers_of(flags))
+    evidence = found["evidence"]
+    if not flags.quiet:
+        terminal.show_tables(found["tables"])
+        terminal.show_verdicts(found["verdicts"])
+    low, high = evidence["exponent_ci90"]
+    kept = ", kept: the interval of γ holds 0" if evidence["kept"] else ""
+    log.log(
+        f"β* = {evidence['exponent']:g}, from β₀ = {before:g} and γ = {evidence['drift']:+.3f}; 90 % [{low:.3f}, {high:.3f}]{kept}"
+    )
+    options = proxy.parameterization.model_copy(update={"density_exponent": evidence["exponent"]})
+    known = {"parents": {**proxy.parents, "proxy": proxy.hash()}, "parameterization": options}
+    tuned = proxy.model_copy(update={**known, "evidence": {**proxy.evidence, "density_exponent": evidence}})
+    terminal.emit([tuned.model_dump()], flags, log, f"proxy-{evidence['method']}.yaml")
+    terminal.require_passed(found["verdicts"], flags)
 
 
 def _finish(result: dict[str, Any], folders: str, flags: Flags) -> None:
@@ -278,6 +318,7 @@ def _explain_sweep(result: dict[str, Any], log: terminal.Log) -> None:
         log.log("one seed: no interval; differences may be chance")
     else:
         log.log(f"95 % intervals: {result['resamples']} resamples of the {seeds} seeds")
+        log.log("90 % intervals of verdicts: Student's t times their standard error")
     if at_end := sum(not level["bracketed"] for level in levels):
         log.warn(
             f"{at_end} optima lie at an end of their axis, which was extended by at most {widen} steps; -s widen=N allows more"
@@ -294,41 +335,3 @@ def _explain_comparison(rows: list[dict[str, Any]], log: terminal.Log) -> None:
     )
     if rows[0]["cells"] and all(cell["standard_error"] is None for row in rows for cell in row["cells"].values()):
         log.log("one seed: no standard errors; differences may be chance")
-
-
-def _regret_table(regrets: list[dict[str, Any]]) -> dict[str, Any]:
-    rows = [
-        [
-            RULES[row["parameterization"]],
-            fraction(row["density"]),
-            f"2^{row['optimum_octaves']}",
-            f"{row['loss_at_optimum']:.3f}",
-            *("diverged" if row[key] is None else f"{row[key]:.3f}" for key in ("loss_at_dense_rate", "regret")),
-        ]
-        for row in regrets
-    ]
-    columns = ["rules", "density", "best rate ÷ dense", "loss at best", "loss at dense rate", "regret"]
-    return {"title": "regret of re-using the dense model's learning rate", "columns": columns, "rows": rows}
-
-
-def _explain_demo(result: dict[str, Any], folder: Path) -> str:
-    worst = {}
-    for name in RULES:
-        regrets = [row["regret"] for row in result["regrets"] if row["parameterization"] == name]
-        worst[name] = "diverges" if None in regrets else f"loses up to {max(regrets):.3f} nats per token"
-    seeds = result["seeds"]
-    return f"""\
-best rate ÷ dense: a density's best learning rate over the dense model's best.
-regret: nats per token lost by re-using the dense model's learning rate.
-With the dense model's rate, sparse SP training
-  {worst["sp"]}, sparse SμPar training
-  {worst["supar"]}. SμPar is meant to make re-tuning unnecessary.
-Not shown: that SμPar beats SP with a learning rate re-tuned at every density.
-  Re-tuned SP can be as good: compare the column "loss at best". The models are
-  tiny, trained for seconds, {seeds} seed{"s" if seeds > 1 else ""} per point.
-Figure: {folder / "lr_transfer.png"}
-
-Next, with a proxy that is tuned for longer:
-  supar tune-proxy
-  supar transfer --sparsity 0.992
-  supar train"""

@@ -67,6 +67,14 @@ def shares(flag: str, text: str) -> list[Share]:
     return [share(part) for part in text.split(",")]
 
 
+def one_share(flag: str, text: str) -> Share:
+    """A single number, fraction or percentage. Raises InputError."""
+    found = shares(flag, text)
+    if len(found) != 1:
+        raise InputError(f"{flag} {text}: expected a single one; --over density=… takes several")
+    return found[0]
+
+
 def one_of(*words: str) -> Callable[[str, str], str]:
     """The reader of one of several words."""
 
@@ -79,6 +87,7 @@ def one_of(*words: str) -> Callable[[str, str], str]:
 
 
 parameterization = one_of(*get_args(ParameterizationName))
+scope, scale = one_of("tensor", "global"), one_of("energy", "none")
 
 
 def file(_flag: str, text: str) -> str:

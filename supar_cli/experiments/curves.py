@@ -155,6 +155,15 @@ class _Measurements:
         while missing := [(c, best) for c in curves if (best := first_of(c, curves).best) not in c.losses]:
             self.add(missing)
             self._enclose(curves, 0.5**self.sweep.refine)
+        if self.sweep.robustness:
+            self.add(point for curve in curves for point in self._beside(curve, first_of(curve, curves).best))
+            self._enclose(curves, 0.5**self.sweep.refine)
+
+    def _beside(self, curve: Curve, reused: float) -> list[Point]:
+        """Half and twice the re-used value, where the losses around don't tell what they cost."""
+        octave = 1 / (curve.grid.octaves(reused + 1) - curve.grid.octaves(reused))
+        ends = {by: curve.loss_at(curve.grid.octaves(reused) + by) for by in (-1, 1)}
+        return [(curve, round(reused + by * octave, 6)) for by, loss in ends.items() if isnan(loss)]
 
     def _enclose(self, curves: list[Curve], step: float) -> None:
         """Measure on both sides of each optimum, as far from the grid as `widen` allows, until it stays the optimum."""

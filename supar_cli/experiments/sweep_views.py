@@ -9,6 +9,7 @@ import numpy as np
 
 from supar_cli.experiments.curves import Curve, Optimum, find_optimum, resampled_regret
 from supar_cli.experiments.statistics import Interval, interval, interval_of_few, resample, slope
+from supar_cli.planning.rules import SP
 from supar_cli.planning.sweep import MARKS, Level, Mark, Sweep
 from supar_cli.reporting.result import NAMES, TITLES, Figure, Line, Panel, Table, Verdict, finite, fraction, loss_figure
 
@@ -17,6 +18,11 @@ CONTROL = {True: " (a control: passes, but should miss)", False: " (a control: m
 SHORT = {**TITLES, "sp": "SP", "supar-lr-only": "SμPar's rate only"}
 
 Data = dict[str, Any]
+
+
+def title_of(name: str, titles: dict[str, str] = TITLES) -> str:
+    """What an arm is called: a parameterization by its title, others by their names."""
+    return titles.get(name, name)
 
 
 def transfer(sweep: Sweep, curves: list[Curve]) -> Data:
@@ -84,7 +90,7 @@ def is_subject(sweep: Sweep, name: str) -> bool:
         return False
     if any(level.density != sweep.levels[0].density for level in sweep.levels):
         return parameterization == "supar"
-    return parameterization != "sp"
+    return parameterization not in SP
 
 
 def _verdicts(sweep: Sweep, arm: Data, curves: list[Curve]) -> list[Verdict]:
@@ -212,7 +218,7 @@ def _optimum_table(sweep: Sweep, arm: Data, curves: list[Curve]) -> Table:
             "": ", ".join(filter(None, notes)),
         }
         rows.append(row)
-    return table(TITLES.get(arm["arm"], arm["arm"]) + (", control" if arm["control"] else ""), rows)
+    return table(title_of(arm["arm"]) + (", control" if arm["control"] else ""), rows)
 
 
 def _cost_table(sweep: Sweep, arms: list[Data]) -> Table:
@@ -223,7 +229,7 @@ def _cost_table(sweep: Sweep, arms: list[Data]) -> Table:
             shares = (level["cost"]["half"], level["cost"]["twice"], level["regret"])
             half, twice, lost = ("–" if share is None else f"{100 * share:+.2f} %" for share in shares)
             size = fraction(level["density"]) if measure == "density" else str(level[measure])
-            name = SHORT.get(arm["arm"], arm["arm"])
+            name = title_of(arm["arm"], SHORT)
             rows.append({"": name, measure: size, "at half": half, "at twice": twice, "against re-tuning": lost})
     return table(f"what half and twice the re-used {sweep.tuned} cost, and itself against re-tuning", rows)
 
@@ -248,7 +254,7 @@ def curves_figure(sweep: Sweep, curves: list[Curve]) -> Figure:
             lines.append(Line.through(f"{curve.level.measure} {size_text(curve.level)}", losses, ring=best))
         octaves = [curve.grid.octaves(curve.best) for curve in own]
         factor = 2.0 ** (max(octaves) - min(octaves))
-        title = f"{TITLES.get(name, name)}\nbest {word} {'stays' if factor == 1 else f'moves {factor:.3g}×'}"
+        title = f"{title_of(name)}\nbest {word} {'stays' if factor == 1 else f'moves {factor:.3g}×'}"
         panels.append(Panel(title=title, vertical=own[0].grid.value(own[0].best), lines=lines))
     title = f"Loss over {word}; rings are optima, the grey band is the first size's"
     return loss_figure(title, f"{word} of the proxy", panels)
@@ -260,7 +266,7 @@ def _optimum_figure(sweep: Sweep, arms: list[Data], by_name: list[list[Curve]]) 
     for arm, curves in zip(arms, by_name, strict=True):
         found = zip(curves, arm["levels"], strict=True)
         points = {curve.level.scale: (level["optimum"], level["optimum_ci95"]) for curve, level in found}
-        lines.append(banded(TITLES.get(arm["arm"], arm["arm"]), points))
+        lines.append(banded(title_of(arm["arm"]), points))
     measure, best = sweep.levels[0].measure, f"best {NAMES.get(sweep.tuned, sweep.tuned)}"
     title = f"{best.capitalize()} over {measure}; bands are 95 % intervals over seeds"
     panel = Panel(title=best, vertical=None, lines=lines)

@@ -147,12 +147,14 @@ def open_study_folder(folder: Path, question: Record, force: bool) -> None:
 
 
 def _without_seeds(text: str | bytes) -> Any:
-    """The settings without the seeds: more seeds continue the same measurement."""
+    """The settings without what only adds runs: with more seeds the same measurement continues."""
     try:
         question = json.loads(text)
     except ValueError:
         return None
-    return {**question, "seeds": None, "first_seeds": None} if isinstance(question, dict) else question
+    return (
+        {**question, "seeds": None, "first_seeds": None, "robustness": None} if isinstance(question, dict) else question
+    )
 
 
 def environment(workers: Workers) -> Record:

@@ -94,6 +94,7 @@ class OwnTensors:
             in_block=tensor.block is not None,
             writes_residual=tensor.writes_residual,
             after_head=after_head,
+            first_sum="first_sum" in row.uses,
         )
 
     @cached_property
@@ -145,7 +146,7 @@ class OwnTensors:
 
     def folds(self, scheme: rules.Scheme, hyper: Hyperparameters) -> tuple[dict[str, float], dict[str, float]]:
         """The factor that is folded into each tensor, by name, and the factors on inputs of modules that can't be folded."""
-        if scheme.name == "sp":
+        if scheme.name in rules.SP:
             return {}, {}
         residual = 1.0 / self.m_L if scheme.depth_rule == "completep" else 1.0
         return fold_each(self._uses(), hyper.alpha_input, hyper.alpha_output, residual)

@@ -320,6 +320,9 @@ def _walk(kind: type[Section], location: Path_) -> tuple[Path_, type[Section] | 
             section, annotation = section_of(annotation, part), None
             continue
         path, owner = (*path, part), section
+        if get_origin(annotation) is dict and section is not None:  # a mapping of names to sections: this is a name
+            annotation = section
+            continue
         if isinstance(part, str):
             annotation = section.keys().get(part) if section is not None else None
             section = section_of(annotation)

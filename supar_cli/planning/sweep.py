@@ -193,6 +193,9 @@ class Sweep(Section):
     )  # of the first size, which all re-use
     widen: int = Field(default=6, ge=0, le=30)
     refine: int = Field(default=0, ge=0, le=4)
+    robustness: bool = Field(
+        default=False, neutral=True, omit=True
+    )  # measure half and twice the re-used value everywhere
     run: Run = Field(default_factory=Run)
     meta: dict[str, Any] = Field(default_factory=dict)
 
@@ -251,7 +254,7 @@ class Sweep(Section):
 
     def centre(self, name: str) -> dict[str, float]:
         """The hyperparameters of a parameterization before anything is swept."""
-        return {**self.hyperparameters.model_dump(), **self.own.get(name, {})}
+        return {**vars(self.hyperparameters), **self.own.get(name, {})}
 
     def grid(self, name: str) -> Grid:
         return Grid(axis_values(self.tuned, self.over[self.tuned], self.centre(name)[self.tuned]))

@@ -136,10 +136,6 @@ class MaskUpdates:
             return {name: self.mask_of(model, name) for name in self._alive}
         return changed
 
-    def _clear_dead(self, model: SparseModel) -> None:
-        for name, alive in self._alive.items():
-            _clear(model.tensors[name], alive)
-
     def _change(
         self, model: SparseModel, row: PlanTensor, schedule: MaskSchedule, step: int, changed: dict[str, Mask]
     ) -> Tensor:
@@ -167,6 +163,10 @@ class MaskUpdates:
         else:
             changed[name] = Mask.of(alive.cpu().numpy())
         return nothing if old is None else (alive & ~old).sum()
+
+    def _clear_dead(self, model: SparseModel) -> None:
+        for name, alive in self._alive.items():
+            _clear(model.tensors[name], alive)
 
     def mask_of(self, model: SparseModel, name: str) -> Mask:
         """The present mask of a tensor."""
@@ -196,8 +196,12 @@ def remask_in_place(
     masks: Mapping[str, Mask],
     grown: GrownMoments,
     engine_of: Callable[[str, Mask], Engine],
-) -> None:
-    """Change masks of as many live weights as before, so that parameters, optimizer and DDP's buckets stay."""
+) -> bool:
+    """Change masks of as many live weights as before, so that parameters, optimizer and DDP's buckets stay.
+
+    Returns whether the engines took the masks in place.
+    """
+    is_moved = True
     for name, mask in masks.items():
         linear, tensor = model.linear(name), model.tensors[name]
         values, moments = carry(
@@ -205,11 +209,12 @@ def remask_in_place(
         )
         engine = linear.engine
         if engine is None or not engine.move(mask):
-            engine = engine_of(name, mask).to(tensor.device)
+            engine, is_moved = engine_of(name, mask).to(tensor.device), False
         linear.remask(mask, values, engine)
         for key, moment in moments.items():
             optimizer.state[tensor][key].copy_(moment)
         model.masks[name] = mask
+    return is_moved
 
 
 def _dead_rows(mask: Mask, fan_in_axes: list[int]) -> int:
