@@ -152,7 +152,9 @@ def _without_seeds(text: str | bytes) -> Any:
         question = json.loads(text)
     except ValueError:
         return None
-    return {**question, "seeds": None, "first_seeds": None, "robustness": None} if isinstance(question, dict) else question
+    return (
+        {**question, "seeds": None, "first_seeds": None, "robustness": None} if isinstance(question, dict) else question
+    )
 
 
 def environment(workers: Workers) -> Record:
