@@ -96,7 +96,7 @@ def transfer(
         plan = transfer(known, wanted, parameterization, allow_low_wpn=allow_low_wpn, masks=given)
     except InputError as error:
         raise InputError(*(_at_keyword(problem, target) for problem in error.problems)) from None
-    for message in advice.warnings(plan):
+    for message in advice.warnings(plan, evidence=known.evidence):
         warnings.warn(message, TransferWarning, stacklevel=2)
     return plan
 
