@@ -79,6 +79,15 @@ def plan_pruned(
     return Plan(**{**vars(draft), "tensors": [_with_rates(before, after) for before, after in pairs]})
 
 
+def with_rate(plan: Plan, lr: float) -> Plan:
+    """The plan with another tuned rate, and all rates in proportion: a pruned net has its values, and no proxy to plan from."""
+    factor = lr / plan.hyperparameters.lr
+    rows = [row.model_copy(update={"lr": row.lr * factor}) for row in plan.tensors]
+    return plan.model_copy(
+        update={"tensors": rows, "hyperparameters": plan.hyperparameters.model_copy(update={"lr": lr})}
+    )
+
+
 def _row(row: PlanTensor, count: LiveCount | None, size: float, gain: float | None) -> PlanTensor:
     """The row with its density, and the values that it starts from."""
     because = {key: value for key, value in row.because.items() if key != "g"}
