@@ -162,12 +162,18 @@ class _Measurements:
         key = (level.density, scale, seed)
         if key not in self._pruned:
             source, files = self._folder / f"dense-{seed}", self._folder / "pruned"
-            stem = f"{level.density:g}-{scale}-{seed}"
+            ends = f"{level.density:g}-{scale}-{seed}.safetensors"
+            files.mkdir(exist_ok=True)
             train(self.sweep.plan_to_prune(name, seed), source)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", TransferWarning)  # the study's plans have been warned of
-                outputs = {f"{what}_out": files / f"{what}-{stem}.safetensors" for what in ("masks", "values")}
-                self._pruned[key] = prune(source, density=level.share, scale=scale, **outputs)
+                self._pruned[key] = prune(
+                    source,
+                    density=level.share,
+                    scale=scale,
+                    masks_out=files / f"masks-{ends}",
+                    values_out=files / f"values-{ends}",
+                )
         return with_rate(self._pruned[key], curve.grid.value(index))
 
     def search(self, curves: list[Curve]) -> None:
