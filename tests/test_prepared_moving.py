@@ -19,7 +19,7 @@ from supar_cli.planning.problems import validate
 from supar_cli.planning.schedule import MaskSchedule
 from supar_cli.planning.spec import Proxy
 from supar_cli.planning.transfer import transfer
-from supar_cli.sparse.updates import grow_at_random
+from supar_cli.sparse.updates import random_scores
 from supar_cli.training import optimizer as builtin_optimizer
 from supar_cli.training.trainer import Trainer
 from tests.conftest import plan_from, proxy_fields
@@ -79,8 +79,8 @@ def test_masks_move_as_in_supars_own_trainer(
     assert differ == 0 and apart < AGREE
 
 
-def at_random(scores: torch.Tensor, alive: torch.Tensor, count: int) -> torch.Tensor:
-    return torch.from_numpy(grow_at_random(moving.Mask.of(alive.numpy()), count, 0, "other", 1))
+def at_random(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda scores, *how: plain(random_scores(scores.shape, 0, "other", 1), *how)
 
 
 class Early:
@@ -112,7 +112,7 @@ def zeroed(plain: Callable[..., None]) -> Callable[..., None]:
     [
         ("set", moving, "_fill_squares", lambda _: lambda *_: None),
         ("set", moving, "_fill_squares", elsewhere),
-        ("rigl", moving, "grow_by_score", lambda _: at_random),
+        ("rigl", moving, "grow_largest", at_random),
         ("gmp", Kept, "_scale", early),
         ("gmp", Kept, "_scale", without_factors),
         ("topk", dead_weights._ZeroGradient, "__call__", zeroed),

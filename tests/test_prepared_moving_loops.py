@@ -207,6 +207,16 @@ def test_a_step_that_a_scaler_skips_is_none(fused: bool) -> None:
     assert run.prepared.check() == {}
 
 
+def test_gradients_that_overflowed_are_not_grown_by() -> None:
+    made = supar.prepare(make(), moving_plan())
+    name = "blocks.0.up.weight"
+    dead, gradient = made.dead[name], torch.ones(128, 32)
+    for value, found in ((torch.inf, torch.finfo().max), (2.0, 2.0), (3.0, 5.0), (torch.nan, 0.0)):
+        gradient[0, 0] = value
+        dead.collect(gradient)
+        assert float(dead.gradient(name, 2)[0, 0]) == pytest.approx(found)
+
+
 def test_the_sparse_engine_makes_dense_gradients_where_rigl_needs_them() -> None:
     losses = []
     for engine in (None, "sparse"):

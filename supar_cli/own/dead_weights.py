@@ -40,22 +40,26 @@ class DeadWeights:
         self._bits = shard_like(-alive, parameter)  # all bits set where the weight lives
 
     def collect(self, gradient: Tensor) -> None:
-        """Add what one backward pass gave; a gradient that was made anew begins a new sum."""
-        if self._gradient is None or not hasattr(gradient, "_supar_collected"):
+        """Add what one backward pass gave. A gradient made anew begins a new sum, and so does one after an overflow."""
+        is_on = self._gradient is not None and hasattr(gradient, "_supar_collected")
+        if self._gradient is not None and is_on and bool(local_shard(self._gradient).isfinite().all()):
+            self._gradient.add_(gradient)
+        else:
             self._gradient = gradient.detach().float().clone()
             gradient._supar_collected = True  # type: ignore[attr-defined]
-        else:
-            self._gradient.add_(gradient)
 
-    def take_gradient(self, name: str, step: int) -> Tensor:
-        """The collected gradient of a step, of all processes. Collective. Raises InputError if there is none."""
-        found, self._gradient = self._gradient, None
-        if found is None:
+    def forget(self) -> None:
+        """Begin a new sum of gradients with the next backward pass."""
+        self._gradient = None
+
+    def gradient(self, name: str, step: int) -> Tensor:
+        """The sum of a step's gradients, of all processes. Collective. Raises InputError if there is none."""
+        if (found := self._gradient) is None:
             what = f"the backward pass of step {step} gave it no gradient to grow weights by"
             raise InputError(f"{name}: {what}; expected loss.backward() in each step, in the prepared model")
         if dist.is_initialized() and not isinstance(found, DTensor):  # that of shards is summed already
             dist.all_reduce(found)
-        return whole(found)
+        return whole(found).nan_to_num(nan=0.0)  # overflow at a dead weight, which skips no step
 
     @property
     def live_here(self) -> int:

@@ -217,8 +217,10 @@ class Kept:
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._restore()
         self._zero(optimizer)
-        is_skipped = getattr(optimizer, "found_inf", None)  # a GradScaler leaves it to fused optimizers
-        if self.masked.schedule is not None and (is_skipped is None or not is_skipped.any()):
+        overflow = getattr(optimizer, "found_inf", None)  # a GradScaler leaves it to fused optimizers to skip a step
+        if overflow is not None and overflow.any():
+            self.masked.get_ready()
+        elif self.masked.schedule is not None:
             self.unfinished += 1
 
     def _scale(self, optimizer: torch.optim.Optimizer, schedule: MaskSchedule) -> None:

@@ -63,6 +63,7 @@ class MaskedModel:
         for dead in self.dead.values():
             dead.keeps_moments, dead.keeps_gradients, dead.collects = keeps, keeps and is_free, collects
             dead.is_chosen_next = is_update and is_free
+            dead.forget()
         if self._engine is not None:  # the sparse engine makes gradients of live weights alone
             engine = None if (keeps and is_free) or collects else self._engine
             modules.use_engine(submodules(self.model, self.tensors), self.masks, engine)

@@ -38,7 +38,7 @@ def move(masked: MaskedModel, states: States) -> None:
     schedule, step = masked.schedule, masked.step
     assert schedule is not None
     trained = [name for name in masked.dead if masked.tensors[name].requires_grad]
-    masks = {name: mask for name in trained if (mask := _chosen(masked, schedule, name)) is not None}
+    masks = {name: _chosen(masked, schedule, name) for name in trained}
     _require_same(masks, step)
     for name, mask in masks.items():
         dead, tensor, state = masked.dead[name], masked.tensors[name], states.get(name, {})
@@ -54,28 +54,24 @@ def move(masked: MaskedModel, states: States) -> None:
     masked.mark(masks)
 
 
-def _chosen(masked: MaskedModel, schedule: MaskSchedule, name: str) -> Mask | None:
-    """The mask of a tensor after this step, None if it stays."""
-    row, old, step, updates = masked.rows[name], masked.masks[name], masked.step, schedule.updates
-    kept, count = schedule.kept(row, step), schedule.dropped(row, step)
-    by_gradient = masked.dead[name].take_gradient(name, step) if updates.grow == "gradient" else None
-    is_free = updates.grow == "magnitude"
-    if (
-        not is_free
-        and not count
-        and kept == old.count
-        and schedule.stores_dense(step - 1) == schedule.stores_dense(step)
-    ):
-        return None
-    weight = whole(masked.tensors[name])
-    alive = torch.from_numpy(old.alive()).to(weight.device)
-    candidates = None if is_free else alive
-    chosen = keep_largest(weight, kept - count, row.fan_in_axes, updates.min_per_neuron, candidates)
+def _chosen(masked: MaskedModel, schedule: MaskSchedule, name: str) -> Mask:
+    """The mask of a tensor after this step."""
+    row, step, updates = masked.rows[name], masked.step, schedule.updates
+    weight, count, rule = (
+        whole(masked.tensors[name]),
+        schedule.dropped(row, step),
+        (row.fan_in_axes, updates.min_per_neuron),
+    )
+    alive = torch.from_numpy(masked.masks[name].alive()).to(weight.device)
+    chosen = keep_largest(
+        weight, schedule.kept(row, step) - count, *rule, alive=None if updates.grow == "magnitude" else alive
+    )
     if count:
-        scores = by_gradient
-        if scores is None:
-            scores = random_scores(row.shape, masked.plan.train.seed, stream_name(row), step).to(chosen.device)
-        chosen.view(-1)[grow_largest(scores, alive, count, row.fan_in_axes, updates.min_per_neuron)] = True
+        if updates.grow == "gradient":
+            scores = masked.dead[name].gradient(name, step)
+        else:
+            scores = random_scores(row.shape, masked.plan.train.seed, stream_name(row), step).to(weight.device)
+        chosen.view(-1)[grow_largest(scores, alive, count, *rule)] = True
     return Mask.of(chosen.cpu().numpy())
 
 
