@@ -225,6 +225,27 @@ def with_rows(change: Callable[[Any], dict[str, Any]]) -> Callable[[Layout], Lay
     return changed
 
 
+@pytest.mark.parametrize(("rule", "layers", "refused"), [("completep", 4, 1), ("completep", 2, 0), ("none", 4, 0)])
+def test_a_branch_that_layers_share_has_no_rule_by_depth(
+    proxy: Proxy, rule: str, layers: int, refused: int, tmp_path: Path
+) -> None:
+    def shares(layout: Layout) -> Layout:
+        """One down projection for all layers, beside what each of them has of its own."""
+        rows = [row for row in layout.tensors if row.name != "blocks.1.mlp.down"]
+        shared = {"name": "down", "site": "down", "block": None}
+        rows = [row.model_copy(update=shared) if row.name == "blocks.0.mlp.down" else row for row in rows]
+        return layout.model_copy(update={"tensors": rows})
+
+    scheme = proxy.parameterization.model_copy(update={"depth_rule": rule})
+    changed = own(proxy.model_copy(update={"parameterization": scheme}), tmp_path, shares)
+    target = validate(Target, {**TARGET, "layers": layers}, "target")
+    if refused:
+        with pytest.raises(InputError, match=r"^down: writes the residual stream and is not each layer's own"):
+            transfer(changed, target, "supar")
+    else:
+        assert "down" in {row.name for row in transfer(changed, target, "supar").tensors}
+
+
 def test_layers_that_start_differently_keep_their_own_deviations(proxy: Proxy, tmp_path: Path) -> None:
     def by_depth(row: Any) -> dict[str, Any]:
         own = row.own.model_copy(update={"std": row.own.std / (1 + (row.block or 0))})

@@ -12,7 +12,7 @@ import torch
 
 from supar_cli.errors import InputError
 from supar_cli.own.masked_model import MaskedModel
-from supar_cli.own.oversights import warn_of_untrained
+from supar_cli.own.oversights import PeakRate, warn_of_untrained
 from supar_cli.own.parameters import match, named_parameters, shown, warn_caller
 from supar_cli.planning.plan import PlanTensor
 from supar_cli.planning.schedule import MaskSchedule
@@ -57,6 +57,8 @@ class Numbers:
 
     def __init__(self, masked: MaskedModel, optimizer: torch.optim.Optimizer) -> None:
         self._masked, self._has_warned = masked, False
+        self.factor = 1.0  # of all rates, at the last step
+        self.peak: PeakRate | None = PeakRate()
         groups: list[dict[str, Any]] = optimizer.param_groups
         self.labels = [{key: one[key] for key in _LABELS if key in one} for one in groups]
 
@@ -79,8 +81,7 @@ class Numbers:
             rows = [planned[id(tensor)] for tensor in settings["params"] if id(tensor) in planned]
             if rows:
                 groups.append(_Group(f"param_groups[{at}] ({shown(row.name for row in rows)})", settings, rows[0]))
-            schedule = self._masked.schedule
-            if len({(row.lr, row.weight_decay, row.eps, *density_key(schedule, row)) for row in rows}) > 1:
+            if len({(row.lr, row.weight_decay, row.eps, *self._masked.density_key(row)) for row in rows}) > 1:
                 problems.append(f"{groups[-1].place}: its tensors have several rates or decays in the plan")
         if not groups or problems:
             raise InputError(*problems or ["param_groups: none has a tensor of the plan"])
@@ -96,11 +97,9 @@ class Numbers:
         problems += _rate_problems(groups)
         if problems:
             raise InputError(*problems)
-
-
-def density_key(schedule: MaskSchedule | None, row: PlanTensor) -> tuple[int, ...]:
-    """What tensors of a group have in common beside their numbers, so that one factor is right for all: how density moves."""
-    return (row.size, row.kept) if schedule is not None and schedule.moves(row) else ()
+        self.factor = _common_factor(groups)
+        if self.peak is not None:
+            self.peak.see(self.factor, self._masked.plan.hyperparameters.lr)
 
 
 def _decay_problems(groups: list[_Group]) -> list[str]:
@@ -116,11 +115,16 @@ def _decay_problems(groups: list[_Group]) -> list[str]:
     ]
 
 
+def _common_factor(groups: list[_Group]) -> float:
+    """The factor of most of the rates."""
+    return sorted(group.factor for group in groups)[(len(groups) - 1) // 2]
+
+
 def _rate_problems(groups: list[_Group]) -> list[str]:
     """What is wrong with the rates: empty where they are the plan's times one common factor, which may be 0."""
     in_tensors = any(isinstance(group.settings["lr"], torch.Tensor) for group in groups)
     tolerance = TENSOR_RATE_TOLERANCE if in_tensors else RATE_TOLERANCE
-    common = sorted(group.factor for group in groups)[(len(groups) - 1) // 2]
+    common = _common_factor(groups)
     off = [group for group in groups if not math.isclose(group.factor, common, rel_tol=tolerance)]
     if not off:
         return [] if common >= 0 else [f"param_groups: the rates are {common:g} times the plan's; expected 0 or more"]
@@ -183,6 +187,7 @@ class Kept:
             self._require_parameters(optimizer)
             if self.numbers is not None:
                 self.numbers.require(optimizer)
+                self._require_one_factor(self.numbers.factor)
             is_full = self.steps < CHECKED_FIRST or self.steps % CHECK_EVERY == 0
             if is_full:
                 match(masked.model, masked.plan)
@@ -255,6 +260,7 @@ class Kept:
     def _after_load(self, optimizer: torch.optim.Optimizer) -> None:
         if self.numbers is not None:
             self.numbers.restore_labels(optimizer)
+            self.numbers.peak = None  # it was before
         self._zero(optimizer, with_moments=True)
 
     @torch.no_grad()
@@ -295,6 +301,20 @@ class Kept:
             what = "requires_grad and is in no group of the optimizer, so it would not be trained"
             names = shown(masked.by_id[key].name for key in masked.by_id if key in missing)
             raise InputError(f"{names}: {what}; make the optimizer again, by prepared.optimizer()")
+
+    def _require_one_factor(self, factor: float) -> None:
+        """Raise InputError where another optimizer of the model has made this step at other rates."""
+        for _, other in kept_of(self.masked):
+            is_beside = other.steps == self.steps + 1 and not other._present & self._present
+            if other.numbers is None or not is_beside:
+                continue
+            if not math.isclose(found := other.numbers.factor, factor, rel_tol=TENSOR_RATE_TOLERANCE):
+                what = (
+                    f"{shown(self._names.values())}: the rates are {factor:g} times the plan's, where the model's other"
+                )
+                raise InputError(
+                    f"{what} optimizer has {found:g} times the plan's; write prepared.set_rate(lr) for both"
+                )
 
     def _held(self) -> set[int]:
         """The parameters of all kept optimizers of the model."""

@@ -21,12 +21,12 @@ from supar_cli.sparse.masks import Mask, WantedMask
 from supar_cli.training.prepare import check_init, initial_values, make_masks, start_rows, to_dense, wanted_mask
 
 
-def masks_of(plan: Plan, given: Mapping[str, Any] | None) -> dict[str, Mask]:
-    """The masks of all sparse tensors: the plan's, or those given as masks or as tensors whose non-zeros live.
+def masks_of(plan: Plan, given: Mapping[str, Any] | None, step: int = 0) -> dict[str, Mask]:
+    """The masks of all sparse tensors: the plan's, or those after a step, as masks or tensors whose non-zeros live.
 
     Raises InputError naming each tensor whose mask is missing or does not fit the plan.
     """
-    wanted = wanted_masks(plan)
+    wanted = wanted_masks(plan, step)
     if given is None:
         drawn = make_masks(plan)  # without those that are dense until masks move
         return {name: drawn[name] if name in drawn else _all_live(wanted[name].shape) for name in wanted}
@@ -49,7 +49,7 @@ def masks_of(plan: Plan, given: Mapping[str, Any] | None) -> dict[str, Mask]:
     return {name: found[name] for name in wanted}
 
 
-def wanted_masks(plan: Plan, step: int = 0) -> dict[str, WantedMask]:
+def wanted_masks(plan: Plan, step: int) -> dict[str, WantedMask]:
     """What the plan says of each mask after a step, by the tensor's name."""
     schedule, sparse = MaskSchedule.of(plan), [row for row in plan.tensors if row.kept < row.size]
     kept = {row.name: row.kept if schedule is None else schedule.kept(row, step) for row in sparse}

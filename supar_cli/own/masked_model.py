@@ -14,7 +14,7 @@ from supar_cli.own.clip_watch import ClipWatch
 from supar_cli.own.initial import live_text
 from supar_cli.own.oversights import InitialValues
 from supar_cli.own.parameters import local_shard, match, named_parameters, shown, submodules, sum_shards_, total_square
-from supar_cli.planning.plan import Plan
+from supar_cli.planning.plan import Plan, PlanTensor
 from supar_cli.planning.schedule import MaskSchedule
 from supar_cli.sparse.masks import Mask
 
@@ -66,6 +66,10 @@ class MaskedModel:
         if self._engine is not None:  # the sparse engine makes gradients of live weights alone
             engine = None if (keeps and is_free) or collects else self._engine
             modules.use_engine(submodules(self.model, self.tensors), self.masks, engine)
+
+    def density_key(self, row: PlanTensor) -> tuple[int, ...]:
+        """What tensors of one group have in common where density moves, so that one factor on their rate is right for all."""
+        return (row.size, row.kept) if self.schedule is not None and self.schedule.moves(row) else ()
 
     def replaced(self) -> list[str]:
         """Names of parameters that the model holds no longer, or in another shape. What FSDP2 gathers replaces none."""

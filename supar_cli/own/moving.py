@@ -14,12 +14,12 @@ from torch.distributed.tensor import DTensor
 
 from supar_cli.errors import InputError
 from supar_cli.own.guard import STEP
-from supar_cli.own.initial import wanted_masks
+from supar_cli.own.initial import masks_of, wanted_masks
 from supar_cli.own.masked_model import MaskedModel
 from supar_cli.own.parameters import local_shard, shard_like, shown, sum_shards_, whole
 from supar_cli.planning.plan import Plan, read_plan
 from supar_cli.planning.schedule import MaskSchedule
-from supar_cli.sparse.mask_files import read_masks, require_mask
+from supar_cli.sparse.mask_files import read_masks
 from supar_cli.sparse.masks import Mask
 from supar_cli.sparse.updates import grow_largest, keep_largest, random_scores
 from supar_cli.training.prepare import stream_name
@@ -113,19 +113,12 @@ def masks_of_state(plan: Plan, state: Mapping[str, Any]) -> tuple[int, dict[str,
         raise InputError("state: expected what prepared.state_dict() returned")
     if state["plan"] != plan.hash():
         raise InputError(f"state: is of another plan, {str(state['plan'])[:19]}…; expected {plan.hash()[:19]}…")
-    step, problems, masks = int(state["step"]), list[str](), dict[str, Mask]()
-    wanted = wanted_masks(plan, step)
-    for name in sorted(wanted.keys() | state["masks"].keys()):
-        try:
-            if name not in wanted or name not in state["masks"]:
-                raise ValueError("is in one of state and plan only")
-            masks[name] = Mask(wanted[name].shape, np.array(torch.as_tensor(state["masks"][name]).cpu(), np.uint8))
-            require_mask(masks[name], wanted[name])
-        except ValueError as error:
-            problems.append(f"state: {name}: {error}")
-    if problems:
-        raise InputError(*problems)
-    return step, masks
+    wanted = wanted_masks(plan, step := int(state["step"]))
+    try:
+        given = {name: Mask(wanted[name].shape, np.array(bits, np.uint8)) for name, bits in state["masks"].items()}
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"state: masks: {error}; expected those of the plan's sparse tensors, packed") from None
+    return step, masks_of(plan, given, step)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

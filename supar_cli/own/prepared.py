@@ -16,7 +16,7 @@ from supar_cli.errors import InputError
 from supar_cli.files import naming_write_errors, write_file
 from supar_cli.own import dead_weights, initial, modules
 from supar_cli.own.dead_weights import DeadWeights
-from supar_cli.own.guard import STEP, Kept, density_key, kept, kept_of
+from supar_cli.own.guard import STEP, Kept, kept, kept_of
 from supar_cli.own.masked_model import MaskedModel
 from supar_cli.own.moving import MASKS, masks_of_state, move, read_state
 from supar_cli.own.oversights import InitialValues
@@ -65,9 +65,7 @@ def prepare(
         text = f"no tensor of the model can take the output multiplier; multiply the logits by {factor!r} in your forward pass"
         warnings.warn(f"model.hooks: {text}", stacklevel=2)
     is_drawn = masks is None and state is None and plan.sparsity.source.kind == "random"
-    made = Prepared(model, plan, found_masks, engine, is_drawn)
-    made.step = step
-    made.get_ready()
+    made = _prepared_at(step, model, plan, found_masks, engine, is_drawn)
     made.initial_values = InitialValues({name: tensors[name] for name in sorted(chosen)})
     return made
 
@@ -84,6 +82,10 @@ class Prepared(MaskedModel):
     ) -> None:
         super().__init__(model, plan, masks, engine)
         self._is_drawn = is_drawn
+
+    def __reduce__(self) -> Any:
+        """A copy or pickle has the model with it, prepared as here, and no optimizer."""
+        return _prepared_at, (self.step, self.model, self.plan, self.masks, self._engine, self._is_drawn)
 
     def groups(self, model: nn.Module | None = None) -> list[dict[str, Any]]:
         """Parameter groups for AdamW, Adam without decay or SGD, as the plan's `train.optimizer` says.
@@ -102,7 +104,7 @@ class Prepared(MaskedModel):
             if self.plan.train.optimizer == "adamw":
                 numbers["eps"] = row.eps
             new = {**numbers, "params": [], "names": [], "ratio": row.lr / eta}
-            group = grouped.setdefault((*numbers.values(), *density_key(self.schedule, row)), new)
+            group = grouped.setdefault((*numbers.values(), *self.density_key(row)), new)
             group["params"].append(tensor)
             group["names"].append(name)
         found = sorted(grouped.values(), key=lambda group: group["lr"] != eta)
@@ -242,6 +244,14 @@ class Prepared(MaskedModel):
             what = "none of the optimizer's parameters is the prepared model's"
             raise InputError(f"keep: {what}; call attach(model) after what made new ones, then make the optimizer")
         Kept(self, optimizer, clip, is_whole, _has_numbers(self.plan, optimizer))
+
+
+def _prepared_at(step: int, model: nn.Module, plan: Plan, masks: Mapping[str, Mask], *how: Any) -> Prepared:
+    """A model whose values and masks are those after a step."""
+    made = Prepared(model, plan, masks, *how)
+    made.step = step
+    made.get_ready()
+    return made
 
 
 def _has_numbers(plan: Plan, optimizer: torch.optim.Optimizer) -> bool:

@@ -28,7 +28,7 @@ def rules_of(plan: Plan, name: ParameterizationName | None) -> Parameterization:
     return own.model_copy(update={"name": name or own.name})
 
 
-def kept_by_group(plan: Plan, wanted: Sparsity, scope: str) -> list[dict[str, int]]:
+def live_by_group(plan: Plan, wanted: Sparsity, scope: str) -> list[dict[str, int]]:
     """How many weights of each hidden tensor are to live, in the groups of tensors that share one threshold.
 
     Tensors that the plan's `sparsity.overrides` name keep those densities. Raises InputError where more weights would live
@@ -56,7 +56,7 @@ def kept_by_group(plan: Plan, wanted: Sparsity, scope: str) -> list[dict[str, in
     return groups
 
 
-def pruned(
+def plan_pruned(
     plan: Plan,
     masks: GivenMasks,
     values: Values,
