@@ -194,7 +194,7 @@ class TestCommand:
         assert supar_here(*call, "--dry-run").status == 0 and not (tmp_path / "pruned.yaml").exists()
         assert supar_here(*call).status == 0 and supar_here(*call).status == 0  # the same again
         text = " ".join(supar_here("explain", "pruned.yaml", MASKED).out.split())
-        assert "of pruned.values.safetensors, what lives scaled by g" in text
+        assert "of pruned.values.safetensors, live weights scaled by g to keep each tensor's energy" in text
         assert "init_std g·rms = 1." in text and "[D] (measured on the file's values)" in text
         assert "edited" not in text and "η/(m_d·m_ρ) = 0.01/(1·0.25) = 0.04" in text
         assert supar_here("train", "pruned.yaml", "--name", "p", "-q").status == 0
