@@ -1,8 +1,8 @@
 """supar: tune a small dense proxy, transfer with SμPar to a wide sparse target, train it.
 
 The Python API is documents in, documents out: `load`, `transfer`, `explain`, `tune`, `train`, `check`, `sweep`, `compare`,
-`demo`, `report`; `layout` reads a model of yours; `weights` returns the trained tensors. A function's module is imported on
-first use; only functions that run something import torch.
+`demo`, `report`; `prune` plans a run anew with fewer weights; `layout` reads a model of yours; `weights` returns the trained
+tensors. A function's module is imported on first use; only functions that run something import torch.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from supar_cli.experiments.sweep import compare as compare
     from supar_cli.experiments.sweep import demo as demo
     from supar_cli.experiments.sweep import sweep as sweep
+    from supar_cli.jobs.pruning import prune as prune
     from supar_cli.own.prepared import Prepared as Prepared
     from supar_cli.own.prepared import prepare as prepare
     from supar_cli.own.report import report_loss as report_loss
@@ -54,6 +55,7 @@ _FUNCTIONS = {
     "demo": "experiments.sweep.demo",
     "Callback": "own.trainer_callback.Callback",
     "TrainerMixin": "own.trainer_callback.TrainerMixin",
+    "prune": "jobs.pruning.prune",
     "report": "reporting.read.report",
     "report_loss": "own.report.report_loss",
     "weights": "training.checkpoint_reader.weights_of_run",
@@ -104,12 +106,13 @@ def _given_masks(proxy: Proxy, target: Target, path: Path, out: Path) -> GivenMa
     from supar_cli.errors import InputError
     from supar_cli.planning.live_counts import GivenMasks
     from supar_cli.planning.plan_sections import MaskSource
+    from supar_cli.planning.spec import Sparsity
     from supar_cli.planning.transfer import transfer
     from supar_cli.sparse.mask_files import find_masks, write_masks
 
     if out.exists() and out.resolve() in (path.resolve(), path.resolve() / out.name):
         raise InputError(f"masks_out: {out} would replace what masks are read from; expected another file")
-    dense = transfer(proxy, target.override(density=1.0, pattern="exact", distribution="uniform"))
+    dense = transfer(proxy, target.model_copy(update={"sparsity": Sparsity(density=1.0)}))
     hidden = {row.name: (tuple(row.shape), tuple(row.fan_in_axes)) for row in dense.tensors if row.role == "hidden"}
     found = find_masks(path, hidden)
     source = MaskSource(kind="file", path=str(out.resolve()), hash=write_masks(out, found))

@@ -7,6 +7,9 @@ A number is its tuned value times a product of ratios, each to a power that the 
     out      in the multiplier of the product that leaves the model
     density  of the tensor's density, in rates and decays to the power of the density exponent
     depth    of the number of layers
+    ratio    of the rate of the embeddings that are summed first to all others', under every parameterization
+
+Where density moves while training, the init has that of step 0.
 
 Sources: Dey, Bergsma, Hestness 2024 (arXiv 2405.15743), Table 1, D.3.1 and D.4; Yang et al. 2022 (arXiv 2203.03466), Table 8
 with the forward 1/m_d, where SGD's rate of a matrix has fan-out over fan-in and that of a vector its own extent; CompleteP
@@ -25,12 +28,13 @@ Exponents = dict[str, float]
 WIDTHS = {"own", "fan_out", "out", "depth"}
 SEEN_BY_INIT = {
     "sp": set[str](),
+    "sp-si": {"density"},
     "mup": WIDTHS,
     "supar": WIDTHS | {"density"},
     "supar-init-only": WIDTHS | {"density"},
     "supar-lr-only": WIDTHS,
 }
-SEEN_BY_RATE = {**SEEN_BY_INIT, "supar-init-only": WIDTHS, "supar-lr-only": WIDTHS | {"density"}}
+SEEN_BY_RATE = {**SEEN_BY_INIT, "sp-si": set[str](), "supar-init-only": WIDTHS, "supar-lr-only": WIDTHS | {"density"}}
 
 # of σ; gains and biases don't vary
 INIT: dict[str, Exponents] = {"embedding": {}, "hidden": {"own": -0.5, "density": -0.5}, "unembedding": {}}
@@ -48,8 +52,8 @@ EPSILON: dict[int, Exponents] = {1: {"own": -1}, 2: {"out": -1}}
 EPSILON_IN_BLOCK: Exponents = {"depth": -1}
 
 # exponents of α_input and α_output, and of d_head
-INPUT = {"sp": 0, "mup": 1, "supar": 1, "supar-init-only": 1, "supar-lr-only": 1}
-ATTENTION = {"sp": -0.5, "mup": -1, "supar": -1, "supar-init-only": -1, "supar-lr-only": -1}
+INPUT = {"sp": 0, "sp-si": 0, "mup": 1, "supar": 1, "supar-init-only": 1, "supar-lr-only": 1}
+ATTENTION = {"sp": -0.5, "sp-si": -0.5, "mup": -1, "supar": -1, "supar-init-only": -1, "supar-lr-only": -1}
 OUTPUT: Exponents = {"own": -1}
 RESIDUAL: Exponents = {"depth": -1}
 
@@ -73,34 +77,38 @@ def numbers(
     m_out: float,
     m_fan_out: float | None,
     m_rho: float,
+    m_rho_start: float | None,
     m_L: float,
     layers: int,
     in_block: bool,
     writes_residual: bool,
     after_head: bool,
+    first_sum: bool,
     sigma: float,
     eta: float,
     lam: float,
     eps: float,
+    ratio: float,
 ) -> dict[str, float]:
     """init_std, lr, weight_decay and eps of one tensor."""
     ratios = {
         "own": m_d,
         "fan_out": m_d if m_fan_out is None else m_fan_out,
         "out": m_out,
-        "density": m_rho if role == "hidden" else 1.0,
+        "density": m_rho if m_rho_start is None else m_rho_start,  # of hidden weights alone
         "depth": m_L if depth_rule == "completep" else 1.0,
+        "ratio": ratio if first_sum and role == "embedding" else 1.0,
     }
     std = sigma * scale(ratios, INIT[role], SEEN_BY_INIT[name]) if role in INIT else 0.0
     if role == "unembedding" and unembedding_init == "zero":
         std = 0.0
     if role == "hidden" and writes_residual and residual_init == "gpt2":
         std *= (2 * layers) ** -0.5
-    ratios["density"] **= density_exponent  # of rates and decays alone
+    ratios["density"] = m_rho**density_exponent  # of rates and decays alone
     rate, epsilon = RATE[optimizer, edition][role], EPSILON[edition] | (EPSILON_IN_BLOCK if in_block else {})
     if after_head and edition == 2:  # behind the product that leaves the model the gradient is the loss's own
         rate, epsilon = {}, {}
-    seen = SEEN_BY_RATE[name]
+    rate, seen = {**rate, "ratio": 1}, SEEN_BY_RATE[name] | {"ratio"}
     decay = scale(ratios, rate, seen, -DECAY_SHARE[weight_decay_rule])
     return {
         "init_std": std,

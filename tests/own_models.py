@@ -14,8 +14,10 @@ from supar_cli.own.prepared import Prepared
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import parse
+from supar_cli.planning.updates import Updates, resolve
 
 VOCAB, WIDTH, TOKENS = 48, 32, 8
+METHODS, STEPS = ("set", "rigl", "gmp", "topk"), 12  # of plans whose masks move
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -106,6 +108,20 @@ def plan_of(
     for name, section in sections.items():
         data[name] = {**data[name], **section}
     return parse(Plan, document.Document(data, "plan.yaml"))
+
+
+def updates(method: str, **keys: Any) -> dict[str, Any]:
+    """Updates that change masks in every second step, or in each one for top-k, of which no default is asked for."""
+    exponent = 0.9 if method == "rigl" else 1.0
+    given = {"every_steps": 1 if method == "topk" else 2, "min_per_neuron": 0, "end": 0.9, **keys}
+    return {"method": method, "exponent": exponent, **given}
+
+
+def moving_plan(method: str = "rigl", **changes: Any) -> Plan:
+    """The plan of `Small` with updates after steps 2, 4, …, 10 of 12, for top-k after each."""
+    train, given = {"steps": STEPS, **changes.pop("train", {})}, updates(method)
+    resolved = resolve(Updates(**given), given["exponent"], STEPS).model_dump()
+    return plan_of(make(), sparsity={"updates": resolved}, train=train, **changes)
 
 
 def batch(step: int, rows: int = 4) -> Tensor:

@@ -108,7 +108,7 @@ class TestTransferRefuses:
             (["--sparsity", "0.5", "--density", "0.5"], "expected only one of them"),
             (
                 ["--parameterization", "ntk"],
-                "--parameterization ntk: expected one of supar, mup, sp, supar-init-only, supar-lr-only",
+                "--parameterization ntk: expected one of supar, mup, sp, sp-si, supar-init-only, supar-lr-only",
             ),
             (["--width", "-64"], "error: --width -64: should be greater than 0, not -64"),
             (["--set", "train.lr=1"], "error: -s train.lr=1: unknown key 'lr'"),

@@ -30,7 +30,7 @@ FIGURES = [f"fig{number}" for number in (1, 6, 7, 9, 10, 11, 13, 14)]  # of swee
 # parameters of the proxy and of the target, as the templates' comments say them
 PARAMETERS = {
     "gpt2-124m": (22_583_552, 124_373_760),
-    "interpretability": (3_356_160, 203_010_048),
+    "interpretability": (6_510_848, 101_540_864),
     "paper": (38_044_160, 608_907_264),
     "paper-proxy": (38_044_160, 608_907_264),
     "quickstart": (443_008, 101_459_968),

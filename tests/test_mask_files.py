@@ -165,6 +165,14 @@ class TestRefusals:
         text = "blocks of 16" if block else pattern
         with pytest.raises(InputError, match=f"w: is not {text} along the fan-in, as the plan says"):
             read_masks(tmp_path / "m", None, asked)
+        if pattern == "block":  # whole blocks, but not of even rows
+            uneven = next(m for seed in range(9) if (m := draw("w", asked["w"], 0.5, seed)).alive()[:16].sum() != 512)
+            even = {"w": WantedMask((32, 64), 1024, axes, pattern, block, even_rows=True)}
+            right = draw("w", even["w"], 0.5, 0)
+            assert read_masks(tmp_path / "m", write_masks(tmp_path / "m", {"w": right}), even) == {"w": right}
+            write_masks(tmp_path / "m", {"w": uneven})
+            with pytest.raises(InputError, match=f"w: is not {text} in even rows along the fan-in, as the plan says"):
+                read_masks(tmp_path / "m", None, even)
         if pattern != "block":
             with pytest.raises(InputError, match="along the fan-in"):
                 read_masks(tmp_path / "m", None, {"w": WantedMask((32, 64), 1024, (1 - axes[0],), pattern)})

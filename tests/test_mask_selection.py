@@ -46,6 +46,14 @@ def drawn_whole(
     return smallest(keys.reshape(1, -1), kept // block**2).reshape(rows, columns).repeat(block, 0).repeat(block, 1)
 
 
+def blocks_of(mask: Mask, block: int) -> Array:
+    """True where a block lives, all blocks being whole."""
+    alive = mask.alive()
+    parts = alive.reshape(len(alive) // block, block, -1, block)
+    assert np.array_equal(parts.all(axis=(1, 3)), parts.any(axis=(1, 3)))
+    return parts.any(axis=(1, 3))
+
+
 @pytest.fixture(params=[8, 64, masks.CHUNK_KEYS], ids=["chunks of 8", "chunks of 64", "one chunk"])
 def chunked(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masks, "CHUNK_KEYS", request.param)
@@ -151,6 +159,45 @@ class TestAnyKeys:
         mask = select("block", np.array([[3.0, 1.0], [0.0, 2.0], [9.0, 9.0]]), 2 * 256, block=16)
         assert mask.shape == (48, 32) and mask.count == 512
         assert mask.alive()[:16, 16:].all() and mask.alive()[16:32, :16].all()
+
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    @given(st.integers(1, 8), st.integers(1, 8), st.sampled_from([16, 32]), st.integers(0, 99), st.data())
+    def test_even_rows_of_blocks_differ_by_at_most_one(
+        self, rows: int, columns: int, block: int, seed: int, data: Any
+    ) -> None:
+        blocks = data.draw(st.integers(0, rows * columns))
+        wanted = WantedMask((rows * block, columns * block), blocks * block**2, (1,), "block", block, even_rows=True)
+        parts = blocks_of(draw("w", wanted, blocks / (rows * columns), seed), block)
+        assert parts.sum() == blocks and set(parts.sum(axis=1).tolist()) <= {blocks // rows, -(-blocks // rows)}
+        # of these the smallest keys, by the oracle: each row's first ones, then the rows whose next one is smallest
+        keys = stream(seed, "mask:w").random_raw(rows * columns).reshape(rows, columns)
+        each, left = divmod(blocks, rows)
+        expected = smallest(keys, each)
+        if left:
+            following = np.sort(keys, axis=1)[:, each]
+            for row in np.argsort(following)[:left]:
+                expected[row, keys[row] == following[row]] = True
+        assert np.array_equal(parts, expected)
+
+    def test_the_draw_of_older_plans_does_not(self) -> None:
+        """Rows of 16 blocks, 64 in 16 rows: at random they differ by several, and which rows have more is the seed's."""
+        uneven, longer = 0, set[tuple[int, ...]]()
+        for seed in range(20):
+            for kept, even in ((64, False), (70, True)):
+                wanted = WantedMask((256, 256), kept * 256, (1,), "block", 16, even)
+                counts = blocks_of(draw("w", wanted, kept / 256, seed), 16).sum(axis=1)
+                uneven += not even and counts.max() - counts.min() > 1
+                longer |= {tuple(np.flatnonzero(counts == 5))} if even else set()
+        assert uneven == 20 == len(longer) and set(range(16)) == {row for rows in longer for row in rows}
+
+    def test_pruned_blocks_are_the_largest_of_each_row(self) -> None:
+        keys = -np.array([[9.0, 8.0, 7.0], [1.0, 3.0, 2.0], [6.0, 5.0, 4.0]])
+        parts = blocks_of(select("block", keys, 4 * 256, block=16, even_rows=True), 16)
+        assert parts.tolist() == [[True, True, False], [False, True, False], [True, False, False]]
+        tied = blocks_of(select("block", np.zeros((3, 3)), 4 * 256, block=16, even_rows=True), 16)
+        assert tied.tolist() == [[True, True, False], [True, False, False], [True, False, False]]
+        with pytest.raises(ValueError, match="10 live blocks; expected 0 to 9"):
+            select("block", keys, 10 * 256, block=16, even_rows=True)
 
     def test_infinite_keys_die_first_and_numbers_that_are_none_are_refused(self) -> None:
         keys = np.array([[np.inf, 1.0, np.inf, -np.inf]])

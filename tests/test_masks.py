@@ -26,6 +26,7 @@ from .conftest import environment
 MakePlan = Callable[..., Plan]
 
 BLOCKS = "caea685f9fc1b5e7"
+EVEN_BLOCKS = "dc9f3ae90abee72b"
 EXACT, FIXED_FAN_IN, BERNOULLI = "392c00f9093754e3", "0ab2c369c1593423", "392c00f9093754e3"
 
 
@@ -207,6 +208,8 @@ class TestBlocks:
         assert (first != self.drawn((320, 640), 40, 32, name="v")).any()
         assert (first != self.drawn((320, 640), 40, 32, seed=1)).any()
         assert fingerprint(first) == BLOCKS
+        wanted = WantedMask((320, 640), 40 * 32**2, (1,), "block", 32, even_rows=True)
+        assert masks.draw("w", wanted, 0.2, 0).fingerprint == EVEN_BLOCKS
 
     def test_training_keeps_to_the_blocks(self, plan_of: MakePlan) -> None:
         from supar_cli.training.trainer import Trainer

@@ -20,6 +20,7 @@ from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import validate
 from supar_cli.planning.spec import Model, Proxy, Target
 from supar_cli.planning.transfer import as_trial, transfer
+from supar_cli.training.prepare import draw_masks
 from tests.conftest import Called, proxy_fields
 
 NUMBERS = ("init_std", "init_constant", "lr", "weight_decay", "eps")
@@ -103,11 +104,12 @@ TARGET: dict[str, Any] = {"width": 256, "layers": 4, "sparsity": {"density": 0.2
 
 
 @pytest.mark.parametrize("proxy", CASES, indirect=True, ids=map("-".join, CASES))
-@pytest.mark.parametrize("name", ["supar", "mup", "sp"])
+@pytest.mark.parametrize("name", ["supar", "mup", "sp", "sp-si"])
 def test_rows_are_those_of_the_built_in_plan_with_its_multipliers_folded(
     proxy: Proxy, name: Any, tmp_path: Path
 ) -> None:
-    target = validate(Target, TARGET, "target")
+    target, ratio = validate(Target, TARGET, "target"), {"embedding_lr_ratio": 2.0}
+    proxy = proxy.model_copy(update={"hyperparameters": proxy.hyperparameters.model_copy(update=ratio)})
     expected = folded(transfer(proxy, target, name))
     plan = transfer(own(proxy, tmp_path), target, name)
     assert {row.name for row in plan.tensors} == set(expected)
@@ -129,6 +131,10 @@ def test_a_fold_that_is_left_out_differs(proxy: Proxy, tmp_path: Path) -> None:
     right = {row.name: row for row in transfer(own(proxy, tmp_path), target).tensors}
     with pytest.raises(InputError, match=r"alpha_input: no tensor can take the factor 3\.0"):
         transfer(own(proxy, tmp_path, without("first_sum")), target)
+    with pytest.raises(
+        InputError, match=r"embedding_lr_ratio: 2, but the layout has no embedding that is summed first"
+    ):
+        transfer(own(proxy, tmp_path, without("first_sum"), alpha_input=1.0, embedding_lr_ratio=2.0), target)
     hooked = transfer(own(proxy, tmp_path, without("before_head")), target)
     assert right["final_norm"].fold == pytest.approx(5 / 4 / 3) and hooked.model.hooks == {"": pytest.approx(5 / 4 / 3)}  # type: ignore[union-attr]
     assert any("multiply them by 0.41666" in message for message in warnings(hooked))
@@ -219,6 +225,27 @@ def with_rows(change: Callable[[Any], dict[str, Any]]) -> Callable[[Layout], Lay
     return changed
 
 
+@pytest.mark.parametrize(("rule", "layers", "refused"), [("completep", 4, 1), ("completep", 2, 0), ("none", 4, 0)])
+def test_a_branch_that_layers_share_has_no_rule_by_depth(
+    proxy: Proxy, rule: str, layers: int, refused: int, tmp_path: Path
+) -> None:
+    def shares(layout: Layout) -> Layout:
+        """One down projection for all layers, beside what each of them has of its own."""
+        rows = [row for row in layout.tensors if row.name != "blocks.1.mlp.down"]
+        shared = {"name": "down", "site": "down", "block": None}
+        rows = [row.model_copy(update=shared) if row.name == "blocks.0.mlp.down" else row for row in rows]
+        return layout.model_copy(update={"tensors": rows})
+
+    scheme = proxy.parameterization.model_copy(update={"depth_rule": rule})
+    changed = own(proxy.model_copy(update={"parameterization": scheme}), tmp_path, shares)
+    target = validate(Target, {**TARGET, "layers": layers}, "target")
+    if refused:
+        with pytest.raises(InputError, match=r"^down: writes the residual stream and is not each layer's own"):
+            transfer(changed, target, "supar")
+    else:
+        assert "down" in {row.name for row in transfer(changed, target, "supar").tensors}
+
+
 def test_layers_that_start_differently_keep_their_own_deviations(proxy: Proxy, tmp_path: Path) -> None:
     def by_depth(row: Any) -> dict[str, Any]:
         own = row.own.model_copy(update={"std": row.own.std / (1 + (row.block or 0))})
@@ -243,6 +270,35 @@ def test_a_listed_target_is_no_size_of_the_trial(proxy: Proxy, tmp_path: Path) -
     assert trial.model.target == trial.model.base == {"width": 64, "layers": 2}  # type: ignore[union-attr]
     assert supar_cli.transfer(tuned, density=1, layers=2).model.target["width"] == 64  # type: ignore[union-attr]
     assert supar_cli.transfer(tuned, density=1, width=256).model.target["width"] == 256  # type: ignore[union-attr]
+
+
+def as_conv1d(axes: list[int]) -> Callable[[Layout], Layout]:
+    """Hidden weights stored the other way round, as GPT-2's Conv1D has them, their fan-in said to lie along `axes`."""
+
+    def change(row: Any) -> dict[str, Any]:
+        if row.role != "hidden":
+            return {}
+        return {"base": row.base[::-1], "wider": row.wider[::-1], "fan_in_axes": axes}
+
+    return with_rows(change)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:16", "3:8"])
+def test_groups_lie_along_the_fan_in_of_a_users_model(proxy: Proxy, pattern: str, tmp_path: Path) -> None:
+    live, length = map(int, pattern.split(":"))
+    target = validate(Target, {"width": 128, "sparsity": {"pattern": pattern}}, "target")
+    seen = {}
+    for axes in ([0], [1]):  # the second is planted: the layout calls the fan-out the fan-in
+        plan = transfer(own(proxy, tmp_path, as_conv1d(axes)), target)
+        masks = draw_masks(plan)
+        assert len(masks) == 12 and all(row.kept * length == row.size * live for row in plan.tensors if row.density < 1)
+        seen[axes[0]] = {
+            name: set(mask.alive().T.reshape(-1, length).sum(axis=1).tolist()) for name, mask in masks.items()
+        }
+    assert all(found == {live} for found in seen[0].values()) and all(found != {live} for found in seen[1].values())
+    ragged = validate(Target, {"width": 128, "sparsity": {"pattern": f"{live}:48"}}, "target")
+    with pytest.raises(InputError, match=r"attn\.q: the fan-in 128 is not a multiple of 48; expected whole groups"):
+        transfer(own(proxy, tmp_path, as_conv1d([0])), ragged)
 
 
 class TestSeveralTiedHeads:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supar_cli.errors import InputError
 from supar_cli.planning import document
+from supar_cli.planning.live_counts import asked_density
 from supar_cli.planning.patterns import density_of, describe, group_of, has_equal_rows, live_count
 from supar_cli.planning.plan import Plan
-from supar_cli.planning.problems import parse
-from supar_cli.planning.spec import Sparsity
-from supar_cli.sparse.masks import select
+from supar_cli.planning.problems import parse, validate
+from supar_cli.planning.spec import Sparsity, Target
+from supar_cli.sparse.masks import WantedMask, draw, select
 from supar_cli.training.trainer import Trainer
+
+from .conftest import Called
 
 MakePlan = Callable[..., Plan]
 
@@ -91,7 +96,8 @@ def test_a_document_may_quote_it_or_not_and_is_written_so_that_every_yaml_reads_
         ("4:2", "pattern: 4:2; expected N:M with N < M <= 64"),
         ("4:4", "pattern: 4:4; expected N:M with N < M <= 64"),
         ("1:65", "pattern: 1:65; expected N:M with N < M <= 64"),
-        ("0:4", "pattern: should be 'exact', 'fixed_fan_in', 'bernoulli', 'block' or N:M such as '2:4', not '0:4'"),
+        ("0:4", "'block' or N:M such as '2:4' (quoted: YAML 1.1 reads 2:4 as 124), not '0:4'"),
+        (str(yaml.safe_load("2:4")), "N:M such as '2:4' (quoted: YAML 1.1 reads 2:4 as 124), not 124"),
         ("exakt", "not 'exakt'"),
         ("2:4:8", "not '2:4:8'"),
     ],
@@ -100,6 +106,48 @@ def test_what_is_no_pattern_is_refused(text: str, message: str) -> None:
     with pytest.raises(InputError) as found:
         parse(Sparsity, document.read(f"pattern: {text}\n", "s.yaml")[0])
     assert message in str(found.value)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(1, 63), st.integers(2, 64))
+def test_every_reader_of_yaml_reads_what_was_written(live: int, length: int) -> None:
+    if live < length:
+        text = document.write([Sparsity(pattern=f"{live}:{length}").model_dump()])
+        assert yaml.safe_load(text)["pattern"] == document.read(text, "")[0].data["pattern"] == f"{live}:{length}"
+    # a writer without quotes, read by 1.1: a number, which is refused
+    assert isinstance(yaml.safe_load(f"{live}:{length:02}"), int) == (length < 60)
+
+
+def live_per_group(alive: Any, axes: tuple[int, ...], length: int) -> set[int]:
+    """Live weights in each `length` inputs of an output, in the order of the axes, with no word of matrices."""
+    last = np.moveaxis(alive, axes, range(-len(axes), 0))
+    return set(last.reshape(-1, length).sum(axis=1).tolist())
+
+
+# the fan-in is what the data says, the other axes are the fan-out
+STORED: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+    "linear": (("out", "in"), (1,)),
+    "Conv1D": (("in", "out"), (0,)),
+    "convolution": (("out", "in", "k", "k"), (1, 2, 3)),
+    "convolution, channels last": (("k", "k", "in", "out"), (2, 0, 1)),
+    "experts": (("out", "other", "in"), (2,)),
+}
+
+
+@pytest.mark.parametrize("stored", STORED)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(2, 64), st.integers(0, 99), st.data())
+def test_exactly_n_of_every_m_live_along_the_fan_in(stored: str, length: int, seed: int, data: Any) -> None:
+    names, axes = STORED[stored]
+    live = data.draw(st.integers(1, length - 1))
+    extents = {"in": length * data.draw(st.integers(1, 3)), "k": 2, "out": 2 * length, "other": 3}
+    shape = tuple(extents[name] for name in names)
+    kept, others = int(np.prod(shape)) // length * live, tuple(set(range(len(shape))) - set(axes))
+    mask = draw("w", WantedMask(shape, kept, axes, f"{live}:{length}"), live / length, seed)
+    assert mask.count == kept and live_per_group(mask.alive(), axes, length) == {live}
+    if length >= 8:  # planted: fan-out taken for fan-in
+        wrong = draw("w", WantedMask(shape, kept, others, f"{live}:{length}"), live / length, seed)
+        assert live_per_group(wrong.alive(), axes, length) != {live}
 
 
 class TestGroupsInAPlan:
@@ -138,6 +186,49 @@ class TestGroupsInAPlan:
         assert all(
             row.kept == row.size for row in plan_of(target={"sparsity": {"pattern": "2:4", "density": 1.0}}).tensors
         )
+
+    @pytest.mark.parametrize("own", [{"sparsity": 0.992}, {"density": 0.008}, {"pattern": "block", "block": 16}])
+    def test_it_takes_the_place_of_the_documents_density(self, plan_of: MakePlan, own: dict[str, Any]) -> None:
+        asked = validate(Target, {"sparsity": own}, "target")
+        for changes in ({"pattern": "1:4"}, {"pattern": "1:4", "density": "1/4"}):
+            found = asked.override(**changes).sparsity
+            assert (found.pattern, found.block, asked_density(found)) == ("1:4", None, Fraction(1, 4))
+        with pytest.raises(InputError, match=r"density: 0\.3 with the pattern 1:4; expected 1/4, or 1"):
+            asked_density(asked.override(pattern="1:4", density=0.3).sparsity)
+        if own.get("pattern") is None:  # no other pattern does
+            assert asked.override(pattern="fixed_fan_in").sparsity.model_dump() == {
+                **asked.sparsity.model_dump(),
+                "pattern": "fixed_fan_in",
+            }
+
+    @pytest.mark.parametrize(
+        ("given", "status", "said"),
+        [
+            (["--pattern", "1:4"], 0, "supar: sparsity 0.75, density 0.25;"),  # the proxy's target has 0.5
+            (["--pattern", "1:4", "--sparsity", "0.75"], 0, "density 0.25;"),
+            (
+                ["--pattern", "1:4", "--sparsity", "0.5"],
+                2,
+                "--sparsity 0.5: 0.5 with the pattern 1:4; expected 3/4, or 0",
+            ),
+            (["-s", "target.sparsity.pattern=2:4"], 0, "sparsity 0.5, density 0.5;"),
+            (["--pattern", "3:40"], 2, "blocks.0.attn.q: the fan-in 64 is not a multiple of 40; expected whole groups"),
+            (
+                ["--pattern", "2"],
+                2,
+                "--pattern 2: should be 'exact', 'fixed_fan_in', 'bernoulli', 'block' or N:M such as",
+            ),
+            (["--pattern", "a:b"], 2, "N:M such as '2:4' (quoted: YAML 1.1 reads 2:4 as 124), not 'a:b'"),
+        ],
+    )
+    def test_on_the_command_line(
+        self, supar_here: Callable[..., Called], proxy_file: Path, given: list[str], status: int, said: str
+    ) -> None:
+        called = supar_here("transfer", *given, "-o", "plan.yaml")
+        assert called.status == status and said in called.err, called.err
+        if not status:
+            written = yaml.safe_load(Path("plan.yaml").read_text("utf-8"))["sparsity"]["pattern"]
+            assert written == given[1].rpartition("=")[2]
 
     def test_training_keeps_every_group(self, plan_of: MakePlan) -> None:
         trainer = Trainer(plan_of(target={"width": 64, "sparsity": {"pattern": "2:8", "density": 0.25}}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,8 @@ from supar_cli.planning import document, estimate
 from supar_cli.planning.advice import warnings
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import parse
+from supar_cli.planning.transfer import transfer
+from supar_cli.training.prepare import draw_masks
 from tests.test_plan import GPT2, LLAMA, TRAIN, TUNED, hidden, plan, proxy, row
 
 
@@ -141,14 +144,62 @@ class TestDistribution:
             for message in warnings(uneven)
         )
 
+    def test_rows_of_blocks_are_even_in_new_plans_and_older_ones_keep_their_hash(self) -> None:
+        changes: dict[str, Any] = {
+            "target": {"width": 128, "sparsity": {"density": 0.3, "pattern": "block", "block": 16}}
+        }
+        made, own = plan(**changes), proxy(**changes)
+        written = made.model_dump()
+        assert written["sparsity"].pop("block_rows") == "even"
+        older = parse(Plan, document.read(document.write([written]), "plan.yaml")[0])
+        assert older.sparsity.block_rows == "random" and "block_rows" not in document.write([older.model_dump()])
+        assert older.hash() != made.hash() and older.tensors == made.tensors
+        assert transfer(own, own.target, edition=1).sparsity == older.sparsity  # what check compares an older plan with
+        even, random = (draw_masks(one) for one in (made, older))
+        for name, mask in even.items():
+            per_row = [found[name].alive()[::16, ::16].sum(axis=1) for found in (even, random)]
+            assert np.ptp(per_row[0]) <= 1 and mask.count == random[name].count and mask != random[name]
+        written["sparsity"] |= {"pattern": "exact", "block": None, "block_rows": "even"}
+        with pytest.raises(
+            InputError, match=r"sparsity\.block_rows: even with the pattern exact; expected the pattern block"
+        ):
+            parse(Plan, document.read(document.write([written]), "plan.yaml")[0])
+
     def test_without_blocks_nothing_says_block(self) -> None:
         made = plan(target={"width": 128, "sparsity": {"density": 0.25}})
         assert "block" not in made.model_dump()["sparsity"]
 
     def test_rows_of_blocks_that_are_empty_are_warned_of(self) -> None:
-        """16 weights per neuron in blocks of 32 are half a block a row: e^-.5 of the rows have none."""
+        """16 weights per neuron in blocks of 32 are half a block a row: half of the rows have none, of older plans e^-.5."""
         made = plan(target={"width": 512, "sparsity": {"density": 1 / 32, "pattern": "block", "block": 32}})
-        assert any("0.5 blocks per row of blocks: about 61 % of rows" in message for message in warnings(made))
+        few = "0.5 blocks per row of blocks, fewer than the 4 from which the rules hold"
+        helps = "a width of 4096 or a sparsity of at most 0.75 gives 4"
+        assert any(f"{few}; 50 % of rows have no weight at all; {helps}" in message for message in warnings(made))
+        sparsity = made.sparsity.model_copy(update={"block_rows": "random"})
+        older = warnings(made.model_copy(update={"sparsity": sparsity}))
+        assert any(f"{few}; about 61 % of rows have no weight at all; {helps}" in message for message in older)
+
+    @pytest.mark.parametrize(
+        ("width", "block", "said"),
+        [
+            (512, 16, None),  # 512 / 8 are 64 weights, 4 blocks
+            (
+                512,
+                32,
+                "2 blocks per row of blocks, fewer than the 4 from which the rules hold; `--block 16` has as many",
+            ),
+            (
+                1024,
+                128,
+                "1 blocks per row of blocks, fewer than the 4 from which the rules hold; `--block 32` has as many",
+            ),
+            (256, 16, "2 blocks per row of blocks, fewer than the 4 from which the rules hold; a width of 512 or a"),
+        ],
+    )
+    def test_fewer_than_four_blocks_a_row_are_warned_of(self, width: int, block: int, said: str | None) -> None:
+        made = plan(target={"width": width, "sparsity": {"density": 1 / 8, "pattern": "block", "block": block}})
+        found = [message for message in warnings(made) if "blocks per row" in message]
+        assert found == [] if said is None else said in found[0]
 
     @pytest.mark.parametrize(
         ("wanted", "message"),

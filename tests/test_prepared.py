@@ -16,7 +16,7 @@ import supar_cli as supar
 from supar_cli.errors import InputError
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.mask_files import write_masks
-from tests.own_models import Small, make, plan_of, prepared, rows_of, steps
+from tests.own_models import Small, make, moving_plan, plan_of, prepared, rows_of, steps
 
 Row = dict[str, Any]
 
@@ -274,3 +274,28 @@ class TestFiles:
         assert made.masks == masks
         made.save(tmp_path / "run")
         made.verify(tmp_path / "run")
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+def test_a_copy_or_pickle_has_its_model_prepared(clone: Callable[[Any], Any]) -> None:
+    """Its masks have moved; it goes on as the original does, and neither changes the other."""
+    made = supar.prepare(make(), moving_plan("rigl"))
+    optimizer = made.optimizer()
+
+    def train(one: Any, by: torch.optim.Optimizer, first: int) -> list[float]:
+        found = []
+        for step in range(first, first + 3):
+            found += steps(one.model, by, 1, step)
+            one.update()
+        return found
+
+    train(made, optimizer, 0)
+    twin = clone(made)
+    state = copy.deepcopy(optimizer.state_dict())
+    assert twin.model is not made.model and twin.check() == {} and twin.step == 3
+    again = twin.optimizer()
+    again.load_state_dict(state)
+    assert train(twin, again, 3) == train(made, optimizer, 3) and twin.masks == made.masks
+    with torch.no_grad():
+        twin.tensors["blocks.0.up.weight"].fill_(1.0)
+    assert twin.check() and made.check() == {}

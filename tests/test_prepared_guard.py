@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from supar_cli.errors import InputError
-from tests.own_models import prepared, steps
+from tests.own_models import batch, loss_of, prepared, steps
 
 Optimizer = torch.optim.Optimizer
 
@@ -102,6 +103,58 @@ class TestRates:
             by_line = [group["lr"] for group in optimizer.param_groups]
             made.set_rate(lr)
             assert by_line == [group["lr"] for group in optimizer.param_groups]
+
+    @pytest.mark.parametrize(
+        ("factors", "told"),
+        [
+            ([0.0, 0.5, 1.0, 0.5, 0.1], None),
+            ([0.5, 0.9, 0.85], None),  # a peak between two steps
+            ([1e-3, 2e-3, 4e-3, 8e-3], None),  # a warm-up, so far
+            ([0.1, 0.1, 0.1], None),
+            ([0.01, 0.03, 0.02, 0.01], 2),
+            ([0.03, 0.02], 1),
+            ([0.5, 1.0, 1.5], 2),
+            ([3.0], 0),
+        ],
+    )
+    def test_a_peak_of_the_scripts_own_is_told_once(self, factors: list[float], told: int | None) -> None:
+        made, found = prepared(), []
+        optimizer = made.optimizer()
+        for step, factor in enumerate(factors):
+            made.set_rate(0.01 * factor)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                steps(made.model, optimizer, 1, step)
+            found += [step for one in said if "the loop's largest rate is" in str(one.message)]
+        assert found == ([] if told is None else [told])
+
+    def test_a_resumed_runs_peak_is_not_known(self) -> None:
+        made = prepared()
+        optimizer = made.optimizer()
+        steps(made.model, optimizer, 1)
+        again = made.optimizer()
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for factor in (0.5, 0.4):
+            made.set_rate(0.01 * factor)
+            steps(made.model, again, 1)
+
+    @pytest.mark.parametrize(("factors", "told"), [((1.0, 0.5), True), ((0.5, 0.5), False), ((1.0, 1.0), False)])
+    def test_two_optimizers_have_one_factor(self, factors: tuple[float, float], told: bool) -> None:
+        made = prepared()
+        groups = made.groups()
+        both = [made.keep(torch.optim.AdamW(part)) for part in (groups[:1], groups[1:])]
+        for optimizer, factor in zip(both, factors, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] *= factor
+        loss_of(made.model, batch(0)).backward()
+        both[0].step()
+        if told:
+            with pytest.raises(
+                InputError, match=r"rates are 0\.5 times the plan's, where the model's other optimizer has 1"
+            ):
+                both[1].step()
+        else:
+            both[1].step()
 
     def test_rates_in_tensors_are_set_and_read(self) -> None:
         made = prepared()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -23,10 +24,11 @@ import supar_cli as supar
 from supar_cli.errors import InputError
 from supar_cli.own.prepared import Prepared
 from tests.conftest import CHECKOUT, environment
-from tests.own_models import Small, batch, loss_of, make, plan_of
+from tests.own_models import METHODS, STEPS, Small, batch, loss_of, make, moving_plan, plan_of
 
 AGREE = 1e-5  # nats: over 5 steps in float32; measured: 5e-7
 LIMIT = 0.5  # of the gradients' norm: below it in every step
+HOWS = ("ddp", "views", "fsdp")
 Row = dict[str, Any]
 
 
@@ -51,7 +53,9 @@ def sharded(model: Small) -> Small:
     return model
 
 
-def losses(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 5) -> list[float]:
+def losses(
+    model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 5, update: Callable[[], object] = lambda: None
+) -> list[float]:
     """The losses of steps of 4 rows, each process taking its part of them."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -62,6 +66,7 @@ def losses(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 5) -
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        update()
         mean = loss.detach().clone()
         if dist.is_initialized():
             dist.all_reduce(mean)
@@ -146,6 +151,39 @@ def accumulated() -> dict[str, int]:
     return made.check()
 
 
+def moved(method: str, how: str) -> dict[str, Any]:
+    """A run whose masks move, and where each of them is at its end."""
+    made = supar.prepare(make(), moving_plan(method))
+    if how == "alone":
+        model: nn.Module = made.model
+    elif how == "fsdp":
+        model = sharded(made.model)
+    else:
+        model = DistributedDataParallel(made.model, gradient_as_bucket_view=how == "views")
+    optimizer = made.optimizer(model, clip=1.0)
+    found = losses(model, optimizer, STEPS, made.update)
+    masks = {name: mask.fingerprint for name, mask in made.masks.items()}
+    moments = dead_moments(made, optimizer) if method != "topk" else 0
+    return {"losses": found, "check": made.check(), "masks": masks, "moments": moments}
+
+
+def moved_apart() -> list[str]:
+    """What is said where processes hold other weights, and where they grow weights by their own gradients alone."""
+    said, plain = [], dist.all_reduce
+    for method in ("gmp", "rigl"):
+        made = supar.prepare(make(), moving_plan(method))
+        model = DistributedDataParallel(made.model)
+        if method == "rigl":
+            dist.all_reduce = lambda tensor, **_: None
+        elif dist.get_rank():
+            with torch.no_grad():
+                made.tensors["blocks.1.up.weight"].mul_(torch.linspace(1, 2, 32))
+        optimizer = made.optimizer(model)
+        said.append(error_of(functools.partial(losses, model, optimizer, STEPS, made.update)))
+    dist.all_reduce = plain
+    return said
+
+
 def refusals() -> dict[str, str]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     split = parallelize_module(make(), mesh, {"blocks.0.up": ColwiseParallel()})
@@ -168,6 +206,8 @@ def main() -> None:
         "loaded": loaded,
         "accumulated": accumulated,
         "refusals": refusals,
+        "moved": lambda: {f"{method} {how}": moved(method, how) for method in METHODS for how in HOWS},
+        "apart": moved_apart,
     }
     warnings.simplefilter("ignore")
     found = {name: case() for name, case in cases.items()}
@@ -229,6 +269,25 @@ def test_what_flattens_or_splits_tensors_is_refused_by_name(found: list[dict[str
         assert "FSDP1 flattens parameters" in one["refusals"]["fsdp1"]
         assert one["refusals"]["tensor"].startswith("blocks.0.up.weight: is sharded ")
         assert "blocks.0.up.bias: is sharded" in one["refusals"]["tensor"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_masks_move_alike_in_two_processes(found: list[dict[str, Any]], method: str) -> None:
+    alone = moved(method, "alone")
+    for one in found:
+        for how in HOWS:
+            here = one["moved"][f"{method} {how}"]
+            assert here["check"] == {} and here["moments"] == 0 and here["masks"] == alone["masks"]
+            assert max(abs(a - b) for a, b in zip(here["losses"], alone["losses"], strict=True)) <= AGREE
+
+
+def test_masks_that_differ_between_processes_are_told_in_all(found: list[dict[str, Any]]) -> None:
+    for one in found:
+        first, grown = one["apart"]
+        assert first.startswith(
+            "blocks.1.up.weight: the masks after step 4 differ between processes; expected one model"
+        )
+        assert "and 5 more: the masks after step 2 differ between processes" in grown
 
 
 if __name__ == "__main__":

@@ -22,30 +22,34 @@ from supar_cli.planning import rules
 from . import oracle
 from .conftest import plan_from, proxy_fields
 
-NAMES = ("sp", "mup", "supar", "supar-init-only", "supar-lr-only")
+SP = ("sp", "sp-si")
+NAMES = (*SP, "mup", "supar", "supar-init-only", "supar-lr-only")
 OPTIMIZERS, DEPTHS = ("adamw", "sgd"), ("none", "completep")
 DECAYS, RESIDUALS, UNEMBEDDINGS = ("independent", "coupled", "sqrt"), ("none", "gpt2"), ("normal", "zero")
 OPTIONS = (NAMES, OPTIMIZERS, DECAYS, DEPTHS, RESIDUALS, UNEMBEDDINGS, (1.0, 0.9), (2, 1))
 PLACES = [
-    dict(zip(("role", "in_block", "writes_residual", "after_head"), place, strict=True))
+    dict(zip(("role", "in_block", "writes_residual", "after_head", "first_sum"), place, strict=True))
     for place in (
-        ("embedding", False, False, False),
-        ("embedding", False, False, True),
-        ("hidden", True, False, False),
-        ("hidden", True, True, False),
-        ("norm", True, False, False),
-        ("norm", False, False, True),
-        ("bias", True, False, False),
-        ("bias", False, False, False),
-        ("bias", False, False, True),
-        ("unembedding", False, False, False),
+        ("embedding", False, False, False, False),
+        ("embedding", False, False, False, True),
+        ("embedding", False, False, True, False),
+        ("hidden", True, False, False, False),
+        ("hidden", True, True, False, False),
+        ("norm", True, False, False, False),
+        ("norm", False, False, True, False),
+        ("bias", True, False, False, False),
+        ("bias", False, False, False, False),
+        ("bias", False, False, True, False),
+        ("bias", False, False, False, True),
+        ("unembedding", False, False, False, False),
     )
 ]
 RATIOS = [
     {"m_d": 8.0, "m_fan_out": 3.0, "m_out": 2.0, "m_rho": 1 / 128, "m_L": 3.0},
     {"m_d": 0.5, "m_fan_out": None, "m_out": 1.0, "m_rho": 0.3, "m_L": 0.25},
+    {"m_d": 4.0, "m_fan_out": 2.0, "m_out": 3.0, "m_rho": 1 / 128, "m_rho_start": 0.7, "m_L": 3.0},
 ]
-TUNED = rules.ProxyValues(sigma=0.08665602, eta=1.62e-2, lam=0.1, eps=1e-8)
+TUNED = rules.ProxyValues(sigma=0.08665602, eta=1.62e-2, lam=0.1, eps=1e-8, ratio=5.0)
 TOLERANCE = 1e-12  # relative: a few roundings of a double, far below any exponent's effect
 
 
@@ -98,7 +102,10 @@ def test_the_rules_are_the_tables() -> None:
 
 ratio = st.floats(2.0**-12, 2.0**12)
 ratios = st.fixed_dictionaries(
-    {"m_d": ratio, "m_fan_out": st.none() | ratio, "m_out": ratio, "m_rho": st.floats(2.0**-12, 4.0), "m_L": ratio}
+    {
+        **{"m_d": ratio, "m_fan_out": st.none() | ratio, "m_out": ratio, "m_L": ratio},
+        **{"m_rho": st.floats(2.0**-12, 4.0), "m_rho_start": st.none() | st.floats(2.0**-12, 4.0)},
+    }
 )
 
 
@@ -108,7 +115,7 @@ ratios = st.fixed_dictionaries(
     st.sampled_from(PLACES),
     ratios,
     st.integers(1, 200),
-    st.builds(rules.ProxyValues, *(st.floats(1e-10, 10.0) for _ in range(4))),
+    st.builds(rules.ProxyValues, *(st.floats(1e-10, 10.0) for _ in range(5))),
 )
 def test_at_any_ratio_too(options: Any, place: Any, ratios: Any, layers: int, proxy: rules.ProxyValues) -> None:
     scheme, context = rules.Scheme(*options), rules.TensorContext(**place, **ratios, layers=layers)
@@ -119,7 +126,7 @@ def test_at_any_ratio_too(options: Any, place: Any, ratios: Any, layers: int, pr
 def test_at_the_proxys_density_supar_and_its_halves_are_mup_bit_for_bit(options: Any) -> None:
     for place, m_d, m_L in product(PLACES, (3.0, 8.0, 0.7), (1.0, 2.5)):
         context = rules.TensorContext(**place, m_d=m_d, m_fan_out=1.3, m_out=m_d / 3, m_L=m_L, layers=12)
-        schemes = [rules.Scheme(name, *options, *more) for name in NAMES[1:] for more in ((), (0.9,))]
+        schemes = [rules.Scheme(name, *options, *more) for name in NAMES[2:] for more in ((), (0.9,))]
         found = [numbers_of(rules, scheme, TUNED, context) for scheme in schemes]
         assert all(other == found[0] for other in found)
         forward = [forward_of(rules, scheme, m_d, m_L) for scheme in schemes]
@@ -139,14 +146,14 @@ def test_editions_differ_exactly_where_ratios_do(options: Any) -> None:
     for place, m_d, m_rho in product(PLACES, (3.0, 0.7, 8.0), (0.3, 1 / 128)):
         one = rules.TensorContext(**{**place, "after_head": False}, m_d=m_d, m_out=m_d, m_rho=m_rho, m_L=2.5, layers=12)
         assert differing_editions(options, one) == differing_editions(options, replace(one, m_fan_out=m_d)) == set()
-        if name == "sp":
+        if name in SP:
             expected_to_differ: set[str] = set()
         elif optimizer == "adamw":
             expected_to_differ = {"eps"}
         else:
             expected_to_differ = by_optimizer["sgd"] if place["role"] == "hidden" else set()
         assert differing_editions(options, replace(one, m_fan_out=1.7, m_out=1.3)) == expected_to_differ
-        if place["after_head"] and name != "sp":
+        if place["after_head"] and name not in SP:
             decays = {"weight_decay"} if place["role"] == "embedding" and decay != "coupled" else set()
             after = {"adamw": {"eps"}, "sgd": {"lr"} | decays}[optimizer]
             assert differing_editions(options, replace(one, after_head=True)) == after
@@ -200,23 +207,27 @@ def test_the_decay_timescales_of_a_lambda_left_alone_and_of_one_corrected() -> N
 
 def worked_out(formula: str, symbols: dict[str, float]) -> float:
     """The number that a formula's own text gives."""
-    text = re.sub(r"√(\w+)", r"√(\1)", formula).replace("√", "sqrt").replace("·", "*").replace("^", "**")
+    text = re.sub(r"√(\w+)", r"√(\1)", formula.replace("m_ρ,start", "m_rho_start"))
+    text = text.replace("√", "sqrt").replace("·", "*").replace("^", "**")
     return float(eval(text, {"sqrt": sqrt, **symbols}))
 
 
 def test_every_formula_says_what_was_computed() -> None:
     made = 0
-    for options, place in product(product(*OPTIONS), PLACES):
+    for options, place, ratios in product(product(*OPTIONS), PLACES, (RATIOS[0], RATIOS[2])):
         scheme = rules.Scheme(*options)  # type: ignore[arg-type]
-        context = rules.TensorContext(**place, **RATIOS[0], layers=12)  # type: ignore[arg-type]
-        symbols = {"σ": TUNED.sigma, "η": TUNED.eta, "λ": TUNED.lam, "ε": TUNED.eps, **RATIOS[0], "layers": 12}
+        context = rules.TensorContext(**place, **ratios, layers=12)  # type: ignore[arg-type]
+        symbols = {"σ": TUNED.sigma, "η": TUNED.eta, "λ": TUNED.lam, "ε": TUNED.eps, "r": TUNED.ratio}
+        symbols |= {**ratios, "layers": 12}
         symbols |= {"β": scheme.density_exponent, "m_ρ": symbols["m_rho"]}
         if place["role"] != "hidden":  # what a formula must not name
-            symbols |= {"m_ρ": nan, "m_fan_out": nan}
+            symbols |= {"m_ρ": nan, "m_fan_out": nan, "m_rho_start": nan}
+        if not (place["role"] == "embedding" and place["first_sum"]):
+            symbols["r"] = nan
         for found in rules.tensor_rules(scheme, TUNED, context).values():
             assert worked_out(found.formula, symbols) == pytest.approx(found.value, rel=TOLERANCE), (scheme, context)
             made += 1
-    assert made == 5 * 2 * 3 * 2 * 2 * 2 * 2 * 2 * 10 * 4
+    assert made == 6 * 2 * 3 * 2 * 2 * 2 * 2 * 2 * 12 * 2 * 4
 
 
 class Little(nn.Module):

@@ -273,6 +273,15 @@ class TestNotes:
         assert note == "the model itself: mul with 4 at base, 5.65685 at wider"
         assert layout(net(lambda m, h: m.hidden(h) * 4.0)).notes == []
 
+    @pytest.mark.parametrize("norm", ["spectral_norm", "weight_norm", None])
+    def test_a_weight_that_has_only_a_direction_is_said(self, norm: str | None) -> None:
+        def parts(width: int) -> dict[str, Any]:
+            linear = nn.Linear(width, width)
+            return {"more": getattr(nn.utils.parametrizations, norm)(linear) if norm else linear}
+
+        notes = layout(net(lambda m, h: m.hidden(m.more(h).tanh()), parts)).notes
+        assert any("only its direction counts" in note for note in notes) == bool(norm)
+
     @pytest.mark.parametrize(("heads", "said"), [(lambda width: 4, True), (lambda width: width // 4, False)])
     def test_a_moving_head_width_is_said(self, heads: Any, said: bool) -> None:
         def body(m: Any, h: Tensor) -> Tensor:

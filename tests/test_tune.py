@@ -149,6 +149,21 @@ def test_the_winner_has_the_lowest_mean_over_seeds_not_the_luckiest_run(
     assert proxy.hyperparameters.init_std == chosen[0]["init_std"]
 
 
+@pytest.mark.parametrize(("steps", "expected"), [(999, 1), (1000, 0)])
+def test_a_ratio_of_embeddings_searched_on_short_runs_is_warned_of(
+    spec: Spec, tmp_path: Path, monkeypatch, steps: int, expected: int
+) -> None:
+    monkeypatch.setattr(
+        runs, "train_plan", ending(lambda plan, _=None: 1 + (plan.hyperparameters.embedding_lr_ratio == 1))
+    )
+    asked = with_search(spec, lr=None, embedding_lr_ratio=[0.5, 4.0], trials=2)
+    asked, heard = asked.model_copy(update={"train": asked.train.model_copy(update={"steps": steps})}), Heard()
+    proxy = tuning.search(asked, str(tmp_path / "s.journal"), reporter=heard)
+    assert proxy.hyperparameters.embedding_lr_ratio != 1 and "embedding_lr_ratio" in proxy.evidence["ranges"]
+    said = [line for line in heard.lines if line.startswith("search.embedding_lr_ratio: in runs of 999 steps: ")]
+    assert len(said) == expected
+
+
 def test_a_trial_of_an_earlier_version_does_not_tell_what_was_clipped(spec: Spec, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(runs, "train_plan", ending(lambda plan, on_evaluation=None: plan.hyperparameters.lr, ()))
     proxy = tuning.search(with_search(spec, lr_fit_octaves=[]), str(tmp_path / "s.journal"), reporter=Heard())

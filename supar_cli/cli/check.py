@@ -22,7 +22,7 @@ from supar_cli.planning.spec import Proxy, Spec
     source={"metavar": "[PROXY|SPEC|PLAN|-]"},
     layout={"path": "", "help": "Layout of your own model. [default: the proxy's; layout.yaml beside a plan]"},
     parameterization={
-        "help": "Parameterization to check: supar, mup, sp, supar-init-only or supar-lr-only.",
+        "help": "Parameterization to check: supar, mup, sp, sp-si, supar-init-only or supar-lr-only.",
         "default": "supar",
         "metavar": None,
         "read": parameterization,

@@ -151,7 +151,7 @@ OPTIONS = {
     "tokens_per_parameter": Option(
         float, "Tokens per live parameter, instead of --steps.", "target.tokens_per_parameter"
     ),
-    "parameterization": Option(str, "One or more of sp, mup, supar, supar-init-only, supar-lr-only.", metavar="NAME"),
+    "parameterization": Option(str, "Some of sp, sp-si, mup, supar, supar-init-only, supar-lr-only.", metavar="NAME"),
     "pattern": Option(
         str, "Mask pattern: exact, fixed_fan_in, bernoulli, block or N:M (2:4).", "target.sparsity.pattern"
     ),
@@ -162,6 +162,9 @@ OPTIONS = {
     "distribution": Option(str, "Density by tensor: uniform or erk (Erdős–Rényi).", "target.sparsity.distribution"),
     "data": Option(str, "`stdlib`, a text/JSONL/token file or a folder of them.", "data.source", metavar="PATH"),
     "seed": Option(int, "Seed of init, masks and batches.", "target.seed"),
+    "rewind": Option(int, "Start from the values after this step of the run; 0: as it started.", default=0, minimum=0),
+    "scope": Option(str, "The largest weights of each tensor, or global: of all.", default="tensor", read=values.scope),
+    "scale": Option(str, "energy: what lives gets the energy of all; or none.", default="energy", read=values.scale),
     "from_paper": _switch("Start from the published proxy (arXiv 2405.15743, Table 3)."),
     "allow_low_wpn": _switch("Allow targets with less than one weight per neuron."),
     # measurements: options of searches, sweeps and checks
@@ -181,9 +184,9 @@ OPTIONS = {
     ),
     "over": Option(
         list[str],
-        "An axis; repeatable. One hyperparameter (lr, init_std, alpha_input, alpha_output or weight_decay), as a range or a list: "
-        "log2:-12..-4/0.5 is 2^-12 to 2^-4 in half octaves, x:-3..3/1 is the proxy's value times 2^-3 to 2^3. "
-        "And one of sparsity, density, width or layers, as a list such as 0,0.5,0.75.",
+        "An axis; repeatable. One hyperparameter (lr, init_std, alpha_input, alpha_output, weight_decay or "
+        "embedding_lr_ratio), as a range or a list: log2:-12..-4/0.5 is 2^-12 to 2^-4 in half octaves, x:-3..3/1 is the "
+        "proxy's value times 2^-3 to 2^3. And one of sparsity, density, width or layers, as a list such as 0,0.5,0.75.",
         metavar="NAME=VALUES",
     ),
     "iso": Option(
@@ -213,9 +216,7 @@ OPTIONS = {
         "How processes hold the model: ddp (a whole copy each), fsdp (in shards) or auto (shards if a copy doesn't fit a device).",
         "run.parallel",
     ),
-    "max_restarts": Option(
-        int, "With --nproc: number of restarts from the last checkpoint when a process dies.", default=0, minimum=0
-    ),
+    "max_restarts": Option(int, "With --nproc: restarts from the last checkpoint, when a process dies.", minimum=0),
     "tracker": Option(
         list[str], "Also log the run to tensorboard, wandb or mlflow, offline; repeatable.", "run.trackers"
     ),
@@ -274,7 +275,7 @@ GROUPS = {  # of a command's help, in their order; an argument is in none
     "Training": "index batch_size steps tokens tokens_per_parameter seed resume checkpoint_every keep max_time tracker "
     "device precision compile engine",
     "Data": "data format tokenizer field dtype encoding separator",
-    "Sparsity": "sparsity density masks pattern block distribution updates from_paper allow_low_wpn",
+    "Sparsity": "sparsity density masks scope rewind scale pattern block distribution updates from_paper allow_low_wpn",
     "Measurement": "trials seeds max_seeds sampler search study over iso preset full calibrate rounds compare",
     "Input and output": "list explain dry_run set name out picture force json quiet verbose",
     "Processes and clusters": "nproc parallel max_restarts jobs executor executor_set",

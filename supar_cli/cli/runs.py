@@ -63,7 +63,7 @@ def show(flags: Flags) -> None:
       supar show runs/NAME
     """
     log = terminal.Log(flags.quiet)
-    folder = _find(flags.directory) if flags.directory is not None else _newest(log)
+    folder = find_run(flags.directory, log)
     if not (folder / "plan.yaml").is_file():
         raise InputError(f"{folder}: not a run directory; expected one that `supar runs` lists")
 
@@ -87,6 +87,11 @@ def show(flags: Flags) -> None:
     terminal.print_documents([found | {"environment": environment}], flags)
 
 
+def find_run(path: str | None, log: terminal.Log) -> Path:
+    """The run directory of a path, or of a name in runs/; by default the newest. Raises InputError where there is none."""
+    return _find(path) if path is not None else _newest(log)
+
+
 def _find(path: str) -> Path:
     """The path, or the run of this name in runs/ where there is nothing at the path."""
     named = Path("runs", path)
@@ -106,6 +111,11 @@ def _show_losses(records: list[dict[str, Any]], log: terminal.Log) -> None:
     width = min(shutil.get_terminal_size().columns, WIDEST)
     if lines := reading.curve(records, "loss", width, HEIGHT):
         log.log("\n".join(["training loss", *lines]))
+    if len(set(reading.series(records, "density").values())) > 1:
+        lines = reading.curve(records, "density", width, HEIGHT // 2)
+        log.log("\n".join(["density of the tensors whose masks change", *lines]))
+    if masks := reading.masks_text(records):
+        log.log(masks)
     losses = [(record["step"], record.get("validation_loss")) for record in records]
     values = [f"{loss:.4f} at {step}" for step, loss in losses if isinstance(loss, float)]
     if values:

@@ -107,7 +107,8 @@ def sweep(flags: Flags) -> None:
 def compare(flags: Flags) -> None:
     """Compare SP, μP and SμPar over sparsities at a fixed budget, without re-tuning.
 
-    For reference, it also runs SP with its own learning rate, tuned on the dense model or at every size.
+    For reference, it also runs SP with its own learning rate, tuned on the dense model or at every size. A fairer control
+    than SP alone is SP with sparse-aware init: --parameterization sp,sp-si,mup,supar adds it.
 
     Examples:
       supar compare proxy.yaml

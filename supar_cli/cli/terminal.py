@@ -172,10 +172,13 @@ def verdict_lines(verdicts: Sequence[dict[str, Any]], flags: Flags) -> str:
 def show_plan(plan: Plan, processes: int | None = None) -> None:
     """The numbers of a plan by role; with a number of processes also estimates of size, memory and time, from arithmetic."""
     from supar_cli.planning.advice import COLUMNS, number, plan_rows
+    from supar_cli.planning.density_over_run import summary
 
     log = Log()
     log.log(words.table(COLUMNS, plan_rows(plan), right=range(1, len(COLUMNS))))
     log.log("decay: steps in which weight decay alone divides a weight by e")
+    if moving := summary(plan):
+        log.log(moving)
     if isinstance(plan.model, PlanModel):
         factors = plan.model.multipliers
         log.log(
@@ -184,6 +187,19 @@ def show_plan(plan: Plan, processes: int | None = None) -> None:
         )
     if processes is not None:
         log.log("\n".join([*estimate.lines(plan, processes), *estimate.times([plan])]))
+
+
+def log_plans(plans: Sequence[Plan], flags: Flags, log: Log) -> None:
+    """What plans are, a line each, with their tables where they are asked for or a terminal shows them."""
+    for plan in plans:
+        end = " at the end" if plan.sparsity.updates and plan.sparsity.updates.start else ""
+        log.log(
+            f"{plan.parameterization.name}: sparsity {plan.sparsity.sparsity:g}, density {plan.sparsity.density:g}{end}; "
+            f"{plan.model.shape_text}; "
+            f"{plan.live:,} of {plan.parameters:,} parameters live"
+        )
+        if flags.dry_run or flags.explain or (log.is_terminal and not flags.quiet):
+            show_plan(plan, processes=1 if flags.dry_run else None)
 
 
 def show_dry_run(parts: list[Any], flags: Flags, **how: Any) -> None:
@@ -210,6 +226,16 @@ def persist(path: Path, text: str, force: bool, log: Log) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, text)
     log.log(f"wrote {path}")
+
+
+def keep_file(made: Path, path: Path, force: bool) -> None:
+    """Write a file that was made elsewhere. Raises InputError when it would replace one that differs without `--force`."""
+    content = made.read_bytes()
+    if not (path.is_file() and path.read_bytes() == content):
+        check_writable(path, force)
+        with naming_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, content)
 
 
 def folder_of(flags: Flags, default: str) -> Path:

@@ -154,4 +154,4 @@ def _launch_processes(flags: Flags, log: terminal.Log) -> int:
     stdin = document.standard_input() if flags.plan == "-" else None
     with elastic.launch_environment(flags.nproc, stdin) as folder:
         _jobs(flags, terminal.Log(quiet=True))  # report bad input once, before processes start
-        return elastic.launch(sys.argv[1:], flags.nproc, flags.max_restarts, folder, log.warn)
+        return elastic.launch(sys.argv[1:], flags.nproc, flags.max_restarts or 0, folder, log.warn)

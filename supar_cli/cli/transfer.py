@@ -9,7 +9,7 @@ from supar_cli.cli import documents, terminal
 from supar_cli.cli.options import Flags, command, require_one
 from supar_cli.cli.values import parameterization
 from supar_cli.errors import InputError
-from supar_cli.files import naming_write_errors, template, write_file
+from supar_cli.files import template
 from supar_cli.planning.advice import warnings
 from supar_cli.planning.density import Share
 from supar_cli.planning.document import Document
@@ -28,7 +28,7 @@ MASKS = "masks.safetensors"
     "set out force json quiet verbose",
     heads={"help": "Attention heads. [default: the proxy's head width]"},
     parameterization={
-        "help": "supar, mup, sp, or one half of supar: supar-init-only, supar-lr-only.",
+        "help": "supar, mup, sp, sp-si (SP with sparse-aware init), or a half of supar: supar-init-only, supar-lr-only.",
         "default": "supar",
         "read": parameterization,
     },
@@ -53,14 +53,7 @@ def transfer(flags: Flags) -> None:
     documents.apply(read, flags)
     levels = [(word, share) for word in ("sparsity", "density") for share in getattr(flags, word) or []]
     plans = [_plan(read, flags, *level) for level in levels] or [_plan(read, flags)]
-    for plan in plans:
-        log.log(
-            f"{plan.parameterization.name}: sparsity {plan.sparsity.sparsity:g}, density {plan.sparsity.density:g}; "
-            f"{plan.model.shape_text}; "
-            f"{plan.live:,} of {plan.parameters:,} parameters live"
-        )
-        if flags.dry_run or flags.explain or (log.is_terminal and not flags.quiet):
-            terminal.show_plan(plan, processes=1 if flags.dry_run else None)
+    terminal.log_plans(plans, flags, log)
     for message in dict.fromkeys(message for plan in plans for message in warnings(plan, tuned_on, evidence)):
         log.warn(message)
     if flags.dry_run:
@@ -91,19 +84,8 @@ def _plan(read: Document, flags: Flags, word: str = "", share: Share | None = No
         made = Path(folder, MASKS)
         plan = supar_cli.transfer(proxy, **options, masks=flags.masks, masks_out=made)
         if not flags.dry_run:
-            _keep_masks(made.read_bytes(), flags)
-    source = plan.sparsity.source.model_copy(update={"path": MASKS})  # beside the plan
-    return plan.model_copy(update={"sparsity": plan.sparsity.model_copy(update={"source": source})})
-
-
-def _keep_masks(content: bytes, flags: Flags) -> None:
-    """Write the file of masks beside the plan. Raises InputError when it would replace one that differs without `--force`."""
-    path = Path("." if flags.out in (None, "-") else flags.out).parent / MASKS
-    if not (path.is_file() and path.read_bytes() == content):
-        terminal.check_writable(path, flags.force)
-        with naming_write_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, content)
+            terminal.keep_file(made, Path("." if flags.out in (None, "-") else flags.out).parent / MASKS, flags.force)
+    return plan.with_files(MASKS, None)  # sought beside the plan
 
 
 @command(

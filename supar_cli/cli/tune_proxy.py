@@ -176,5 +176,6 @@ def _summarize(proxy: Proxy, log: terminal.Log) -> None:
     if fit and fit["usable"]:
         low, high = fit["lr_ci95"]
         log.log(f"lr fit over {fit['points']} runs: {fit['lr']:.4g}, 95 % interval {low:.4g} to {high:.4g}")
-    known = {name: "each tensor's own" if values[name] is None else f"{values[name]:.4g}" for name in Search.SEARCHED}
-    log.log(", ".join(f"{name} {value}" for name, value in known.items()))
+    known = {name: values[name] for name in Search.SEARCHED if name in values}
+    texts = {name: "each tensor's own" if value is None else f"{value:.4g}" for name, value in known.items()}
+    log.log(", ".join(f"{name} {text}" for name, text in texts.items()))

@@ -72,6 +72,8 @@ def time_here(
         each_s = [run_s[_size(plan)] for plan in part.plans]
         seconds += max([sum(each_s) / workers.jobs, *each_s])
     bound = next((part.bound for part in parts if part.bound), "")
+    if any(plan.sparsity.updates and plan.sparsity.updates.start for part in parts for plan in part.plans):
+        bound = "at most "  # the steps that were timed are the densest
     jobs = f", {workers.jobs} runs at a time" if workers.jobs > 1 else ""
     return f"here{jobs}, by timing a few steps: {bound}{estimate.duration(seconds)}"
 

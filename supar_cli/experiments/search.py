@@ -27,6 +27,7 @@ from supar_cli.jobs.clusters import WorkerOptions, check_keywords, make_workers
 from supar_cli.jobs.queue import SharedStudy, Wanted, is_counted, state_of
 from supar_cli.jobs.storage import RetryPolicy, absolute, folder_beside, redact_url
 from supar_cli.jobs.workers import Local, Workers
+from supar_cli.planning.advice import RATIO_STEPS, short_ratio
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.layout_document import OwnShape
 from supar_cli.planning.plan import Plan
@@ -128,6 +129,8 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
     first = _plan(spec, {}, spec.train.seed)
     if isinstance(spec.model, OwnShape) and (refused := refused_ranges(spec)):
         raise InputError(*(f"search.{name}: {why}; expected null" for name, why in refused.items()))
+    if "embedding_lr_ratio" in ranges and spec.train.steps < RATIO_STEPS:
+        reporter.warn(f"search.embedding_lr_ratio: in runs of {short_ratio(spec.train.steps)}")
     runs.require_runnable(first, device=workers.is_local, warn=reporter.warn)  # before a study is made
     tuning = _Tuning(spec, storage, workers, reporter, parts(spec))
     trials = tuning.run_trials()

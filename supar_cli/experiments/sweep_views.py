@@ -9,6 +9,7 @@ import numpy as np
 
 from supar_cli.experiments.curves import Curve, Optimum, find_optimum, resampled_regret
 from supar_cli.experiments.statistics import Interval, interval, interval_of_few, resample, slope
+from supar_cli.planning.rules import SP
 from supar_cli.planning.sweep import MARKS, Level, Mark, Sweep
 from supar_cli.reporting.result import NAMES, TITLES, Figure, Line, Panel, Table, Verdict, finite, fraction, loss_figure
 
@@ -86,7 +87,7 @@ def is_subject(sweep: Sweep, name: str) -> bool:
         return False
     if any(level.density != sweep.levels[0].density for level in sweep.levels):
         return parameterization == "supar"
-    return parameterization != "sp"
+    return parameterization not in SP
 
 
 def _verdicts(sweep: Sweep, arm: Data, curves: list[Curve]) -> list[Verdict]:

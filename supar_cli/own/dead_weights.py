@@ -5,26 +5,57 @@ They are set by clearing their bits, never multiplied: 0 · inf is nan, and 0 ·
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from supar_cli.own.parameters import local_shard, shard_like
+from supar_cli.errors import InputError
+from supar_cli.own.parameters import local_shard, shard_like, whole
 from supar_cli.sparse.masks import Mask
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a value
 
 
 class DeadWeights:
-    """The positions that are dead in one parameter, as this process holds it: whole or a shard."""
+    """The positions that are dead in one parameter, as this process holds it: whole or a shard.
+
+    Where masks move they may have moments (`keeps_moments`), gradients (`keeps_gradients`), and values until a mask is
+    chosen by them after the next step (`is_chosen_next`); `collects`: it is chosen by their gradients, which are summed.
+    """
 
     def __init__(self, mask: Mask, parameter: Tensor) -> None:
+        self.keeps_moments = self.keeps_gradients = self.is_chosen_next = self.collects = False
+        self._gradient: Tensor | None = None
+        self.move(mask, parameter)
+
+    def move(self, mask: Mask, parameter: Tensor) -> None:
+        """Take another mask; nothing is set to 0."""
         self.mask = mask
         alive = torch.from_numpy(mask.alive()).view(torch.int8)
         self._bits = shard_like(-alive, parameter)  # all bits set where the weight lives
+
+    def collect(self, gradient: Tensor) -> None:
+        """Add what one backward pass gave; a gradient that was made anew begins a new sum."""
+        if self._gradient is None or not hasattr(gradient, "_supar_collected"):
+            self._gradient = gradient.detach().float().clone()
+            gradient._supar_collected = True  # type: ignore[attr-defined]
+        else:
+            self._gradient.add_(gradient)
+
+    def take_gradient(self, name: str, step: int) -> Tensor:
+        """The collected gradient of a step, of all processes. Collective. Raises InputError if there is none."""
+        found, self._gradient = self._gradient, None
+        if found is None:
+            what = f"the backward pass of step {step} gave it no gradient to grow weights by"
+            raise InputError(f"{name}: {what}; expected loss.backward() in each step, in the prepared model")
+        if dist.is_initialized() and not isinstance(found, DTensor):  # that of shards is summed already
+            dist.all_reduce(found)
+        return whole(found)
 
     @property
     def live_here(self) -> int:
@@ -42,11 +73,16 @@ class DeadWeights:
         integers = _integers(values)
         return torch.count_nonzero(integers.bitwise_and(~self._like(integers)).view(values.dtype))
 
-    def zero_moments_(self, state: Mapping[str, Any], shape: torch.Size) -> None:
-        """Set the dead entries of everything that an optimizer keeps of the parameter's shape to 0."""
+    def moments(self, state: Mapping[str, Any], shape: torch.Size) -> Iterator[Tensor]:
+        """Everything that an optimizer keeps of the parameter's shape."""
         for moment in state.values():
             if isinstance(moment, Tensor) and moment.shape == shape and moment.is_floating_point():
-                self.zero_(moment)
+                yield moment
+
+    def zero_moments_(self, state: Mapping[str, Any], shape: torch.Size) -> None:
+        """Set the dead entries of the moments to 0."""
+        for moment in self.moments(state, shape):
+            self.zero_(moment)
 
     def _like(self, integers: Tensor) -> Tensor:
         """The bits on the tensor's device: the model may have been moved. On CPUs also in its type, which they would be copied to."""
@@ -69,7 +105,11 @@ class _ZeroGradient:
 
     @torch.no_grad()
     def __call__(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:
+        if parameter.grad is None:
+            return
+        if self.dead.collects:
+            self.dead.collect(parameter.grad)
+        if not self.dead.keeps_gradients:
             self.dead.zero_(parameter.grad)
 
 

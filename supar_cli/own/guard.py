@@ -12,9 +12,10 @@ import torch
 
 from supar_cli.errors import InputError
 from supar_cli.own.masked_model import MaskedModel
-from supar_cli.own.oversights import warn_of_untrained
+from supar_cli.own.oversights import PeakRate, warn_of_untrained
 from supar_cli.own.parameters import match, named_parameters, shown, warn_caller
 from supar_cli.planning.plan import PlanTensor
+from supar_cli.planning.schedule import MaskSchedule
 
 # chosen: schedulers in double precision keep proportions to 1e-13, rates in float32 tensors to 1e-7
 RATE_TOLERANCE, TENSOR_RATE_TOLERANCE = 1e-9, 1e-6
@@ -23,6 +24,7 @@ RATE_TOLERANCE, TENSOR_RATE_TOLERANCE = 1e-9, 1e-6
 CHECK_EVERY, CHECKED_FIRST = 100, 3
 
 _LABELS = ("names", "ratio")  # what groups have beside torch's own settings
+STEP = "masks_step"  # and the step that masks are of, where they move
 
 _LINE = "for g in optimizer.param_groups: g['lr'] = lr * g['ratio']"
 _ONE_NUMBER = (
@@ -55,6 +57,8 @@ class Numbers:
 
     def __init__(self, masked: MaskedModel, optimizer: torch.optim.Optimizer) -> None:
         self._masked, self._has_warned = masked, False
+        self.factor = 1.0  # of all rates, at the last step
+        self.peak: PeakRate | None = PeakRate()
         groups: list[dict[str, Any]] = optimizer.param_groups
         self.labels = [{key: one[key] for key in _LABELS if key in one} for one in groups]
 
@@ -77,7 +81,7 @@ class Numbers:
             rows = [planned[id(tensor)] for tensor in settings["params"] if id(tensor) in planned]
             if rows:
                 groups.append(_Group(f"param_groups[{at}] ({shown(row.name for row in rows)})", settings, rows[0]))
-            if len({(row.lr, row.weight_decay, row.eps) for row in rows}) > 1:
+            if len({(row.lr, row.weight_decay, row.eps, *self._masked.density_key(row)) for row in rows}) > 1:
                 problems.append(f"{groups[-1].place}: its tensors have several rates or decays in the plan")
         if not groups or problems:
             raise InputError(*problems or ["param_groups: none has a tensor of the plan"])
@@ -93,6 +97,9 @@ class Numbers:
         problems += _rate_problems(groups)
         if problems:
             raise InputError(*problems)
+        self.factor = _common_factor(groups)
+        if self.peak is not None:
+            self.peak.see(self.factor, self._masked.plan.hyperparameters.lr)
 
 
 def _decay_problems(groups: list[_Group]) -> list[str]:
@@ -108,11 +115,16 @@ def _decay_problems(groups: list[_Group]) -> list[str]:
     ]
 
 
+def _common_factor(groups: list[_Group]) -> float:
+    """The factor of most of the rates."""
+    return sorted(group.factor for group in groups)[(len(groups) - 1) // 2]
+
+
 def _rate_problems(groups: list[_Group]) -> list[str]:
     """What is wrong with the rates: empty where they are the plan's times one common factor, which may be 0."""
     in_tensors = any(isinstance(group.settings["lr"], torch.Tensor) for group in groups)
     tolerance = TENSOR_RATE_TOLERANCE if in_tensors else RATE_TOLERANCE
-    common = sorted(group.factor for group in groups)[(len(groups) - 1) // 2]
+    common = _common_factor(groups)
     off = [group for group in groups if not math.isclose(group.factor, common, rel_tol=tolerance)]
     if not off:
         return [] if common >= 0 else [f"param_groups: the rates are {common:g} times the plan's; expected 0 or more"]
@@ -147,6 +159,11 @@ class Kept:
         self.masked, self.clip, self.is_whole = masked, clip, is_whole
         self.numbers = Numbers(masked, optimizer) if numbers else None
         self.steps = 0
+        self.unfinished = 0  # steps since the last `update`, which a plan needs whose masks move
+        self._planned: list[tuple[dict[str, Any], Any, float]] = []  # groups, and their rate and decay outside of steps
+        if masked.schedule is not None:
+            for group in optimizer.param_groups:
+                group.setdefault(STEP, masked.step)
         self._present = _parameters(optimizer)
         self._names = {key: row.name for key, row in masked.by_id.items() if key in self._present}
         handles = [
@@ -162,11 +179,15 @@ class Kept:
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         masked = self.masked
+        self._restore()
+        if masked.schedule is not None:
+            self._require_updated(optimizer)
         if not _is_capturing():
             masked.require_current()
             self._require_parameters(optimizer)
             if self.numbers is not None:
                 self.numbers.require(optimizer)
+                self._require_one_factor(self.numbers.factor)
             is_full = self.steps < CHECKED_FIRST or self.steps % CHECK_EVERY == 0
             if is_full:
                 match(masked.model, masked.plan)
@@ -190,8 +211,47 @@ class Kept:
         elif not _is_capturing():
             self.masked.clips.look()
 
+        if self.masked.schedule is not None and self.numbers is not None:
+            self._scale(optimizer, self.masked.schedule)
+
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._restore()
         self._zero(optimizer)
+        is_skipped = getattr(optimizer, "found_inf", None)  # a GradScaler leaves it to fused optimizers
+        if self.masked.schedule is not None and (is_skipped is None or not is_skipped.any()):
+            self.unfinished += 1
+
+    def _scale(self, optimizer: torch.optim.Optimizer, schedule: MaskSchedule) -> None:
+        """Multiply rates and decays by the factors of the density now, for this step: loops and schedulers see the plan's."""
+        self._planned = self._planned or [(one, one["lr"], one["weight_decay"]) for one in optimizer.param_groups]
+        for group, lr, decay in self._planned:
+            row = next((self.masked.by_id[id(one)] for one in group["params"] if id(one) in self.masked.by_id), None)
+            if row is not None:
+                group["lr"] = lr * schedule.rate_factor(row, self.masked.step)
+                group["weight_decay"] = decay * schedule.decay_factor(row, self.masked.step)
+
+    def _restore(self) -> None:
+        for group, lr, decay in self._planned:
+            group["lr"], group["weight_decay"] = lr, decay
+        self._planned = []
+
+    def _require_updated(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise InputError where the masks are not those of the step that the optimizer is at."""
+        if _is_capturing():
+            raise InputError(
+                "a CUDA graph is recorded, which keeps its masks; expected steps without one, as masks move"
+            )
+        if self.unfinished:
+            what = "the plan's masks move, and nothing was told of the last step"
+            remedy = "write prepared.update() after each optimizer.step(); callbacks of supar's do so"
+            raise InputError(f"prepared.update: {what}; {remedy}")
+        if (at := _steps(optimizer)) != {self.masked.step}:
+            found = ", ".join(map(str, at))
+            what = f"the optimizer's state is of step {found}, the masks are of step {self.masked.step}"
+            remedy = (
+                "load both: optimizer.load_state_dict and prepared.load_state_dict; or make the optimizer after that"
+            )
+            raise InputError(f"prepared.load_state_dict: {what}; {remedy}")
 
     def _before_load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         if self.numbers is not None:
@@ -200,19 +260,23 @@ class Kept:
     def _after_load(self, optimizer: torch.optim.Optimizer) -> None:
         if self.numbers is not None:
             self.numbers.restore_labels(optimizer)
+            self.numbers.peak = None  # it was before
         self._zero(optimizer, with_moments=True)
 
     @torch.no_grad()
     def _zero(self, optimizer: torch.optim.Optimizer, with_moments: bool = False) -> None:
         """Set dead weights, and the moments of an optimizer that had others, to 0."""
         zeroed: list[str] = []
+        is_of_now = self.masked.schedule is None or _steps(optimizer) == {
+            self.masked.step
+        }  # else its masks are loaded later
         for name, dead in self.masked.dead.items():
             tensor = self.masked.tensors[name]
             if id(tensor) not in self._present:
                 continue
-            if with_moments:
+            if with_moments and not dead.keeps_moments and is_of_now:
                 dead.zero_moments_(optimizer.state.get(tensor, {}), tensor.shape)
-            else:
+            elif not with_moments and not dead.is_chosen_next:
                 dead.zero_(tensor)
                 zeroed.append(name)
         self.masked.mark(zeroed)
@@ -238,13 +302,37 @@ class Kept:
             names = shown(masked.by_id[key].name for key in masked.by_id if key in missing)
             raise InputError(f"{names}: {what}; make the optimizer again, by prepared.optimizer()")
 
+    def _require_one_factor(self, factor: float) -> None:
+        """Raise InputError where another optimizer of the model has made this step at other rates."""
+        for _, other in kept_of(self.masked):
+            is_beside = other.steps == self.steps + 1 and not other._present & self._present
+            if other.numbers is None or not is_beside:
+                continue
+            if not math.isclose(found := other.numbers.factor, factor, rel_tol=TENSOR_RATE_TOLERANCE):
+                what = (
+                    f"{shown(self._names.values())}: the rates are {factor:g} times the plan's, where the model's other"
+                )
+                raise InputError(
+                    f"{what} optimizer has {found:g} times the plan's; write prepared.set_rate(lr) for both"
+                )
+
     def _held(self) -> set[int]:
         """The parameters of all kept optimizers of the model."""
-        return set().union(*(_parameters(other) for other, (one, _) in kept.items() if one.masked is self.masked))
+        return set().union(*(_parameters(optimizer) for optimizer, _ in kept_of(self.masked)))
 
 
 # the kept optimizers, so that keeping one twice replaces its hooks
 kept: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[Kept, list[Any]]] = weakref.WeakKeyDictionary()
+
+
+def kept_of(masked: MaskedModel) -> list[tuple[torch.optim.Optimizer, Kept]]:
+    """The kept optimizers of a model."""
+    return [(optimizer, one) for optimizer, (one, _) in kept.items() if one.masked is masked]
+
+
+def _steps(optimizer: torch.optim.Optimizer) -> set[int | None]:
+    """The steps that the masks were of when the groups were last updated."""
+    return {group.get(STEP) for group in optimizer.param_groups}
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> set[int]:

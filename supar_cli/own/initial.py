@@ -15,24 +15,28 @@ from supar_cli.errors import InputError, suggestion
 from supar_cli.own.dead_weights import DeadWeights
 from supar_cli.own.parameters import local_shard, shard_like, total_square
 from supar_cli.planning.plan import Plan, PlanTensor
+from supar_cli.planning.schedule import MaskSchedule
 from supar_cli.sparse.mask_files import require_mask
-from supar_cli.sparse.masks import Mask
-from supar_cli.training.prepare import check_init, initial_values, make_masks, to_dense, wanted_mask
+from supar_cli.sparse.masks import Mask, WantedMask
+from supar_cli.training.prepare import check_init, initial_values, make_masks, start_rows, to_dense, wanted_mask
 
 
-def masks_of(plan: Plan, given: Mapping[str, Any] | None) -> dict[str, Mask]:
-    """The masks of all sparse tensors: the plan's, or those given as masks or as tensors whose non-zeros live.
+def masks_of(plan: Plan, given: Mapping[str, Any] | None, step: int = 0) -> dict[str, Mask]:
+    """The masks of all sparse tensors: the plan's, or those after a step, as masks or tensors whose non-zeros live.
 
     Raises InputError naming each tensor whose mask is missing or does not fit the plan.
     """
+    wanted = wanted_masks(plan, step)
     if given is None:
-        return make_masks(plan)
+        drawn = make_masks(plan)  # without those that are dense until masks move
+        return {name: drawn[name] if name in drawn else _all_live(wanted[name].shape) for name in wanted}
     if not isinstance(given, Mapping):
         raise InputError(f"masks: {type(given).__name__}; expected a mask, or a tensor whose non-zeros live, by name")
     rows = {row.name: row for row in plan.tensors}
-    wanted = {name: wanted_mask(plan, row) for name, row in rows.items() if row.kept < row.size}
     problems = [f"masks: {name}: unknown tensor; {suggestion(name, rows)}" for name in given if name not in rows]
-    problems += [f"masks: {name}: is missing; the plan keeps {rows[name].kept}" for name in wanted if name not in given]
+    problems += [
+        f"masks: {name}: is missing; the plan keeps {wanted[name].kept}" for name in wanted if name not in given
+    ]
     found: dict[str, Mask] = {}
     for name, mask in given.items():
         try:
@@ -43,6 +47,17 @@ def masks_of(plan: Plan, given: Mapping[str, Any] | None) -> dict[str, Mask]:
     if problems:
         raise InputError(*problems)
     return {name: found[name] for name in wanted}
+
+
+def wanted_masks(plan: Plan, step: int) -> dict[str, WantedMask]:
+    """What the plan says of each mask after a step, by the tensor's name."""
+    schedule, sparse = MaskSchedule.of(plan), [row for row in plan.tensors if row.kept < row.size]
+    kept = {row.name: row.kept if schedule is None else schedule.kept(row, step) for row in sparse}
+    return {row.name: wanted_mask(plan, row.model_copy(update={"kept": kept[row.name]})) for row in sparse}
+
+
+def _all_live(shape: tuple[int, ...]) -> Mask:
+    return Mask.of(np.ones(shape, np.bool_))
 
 
 def names_to_initialise(plan: Plan, initialise: bool | Collection[str]) -> set[str]:
@@ -71,7 +86,7 @@ def fill(plan: Plan, tensors: Mapping[str, nn.Parameter], masks: Mapping[str, Ma
     Raises InputError for constructors' values that can't be scaled, and where a draw is not what the plan says.
     """
     problems: list[str] = []
-    for row in plan.tensors:
+    for row in start_rows(plan):
         if row.name in chosen:
             tensor, mask = tensors[row.name], masks.get(row.name)
             if row.init == "own" and row.init_std:

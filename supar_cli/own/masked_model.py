@@ -14,16 +14,21 @@ from supar_cli.own.clip_watch import ClipWatch
 from supar_cli.own.initial import live_text
 from supar_cli.own.oversights import InitialValues
 from supar_cli.own.parameters import local_shard, match, named_parameters, shown, submodules, sum_shards_, total_square
-from supar_cli.planning.plan import Plan
+from supar_cli.planning.plan import Plan, PlanTensor
+from supar_cli.planning.schedule import MaskSchedule
 from supar_cli.sparse.masks import Mask
 
 
 class MaskedModel:
-    """A model under its plan. `tensors` are its present parameters, `rows` their numbers, `masks` which weights live."""
+    """A model under its plan. `tensors` are its present parameters, `rows` their numbers, `masks` which weights live.
+
+    `schedule` says how masks change, None where they stay; `step` counts the finished steps of a plan whose masks change.
+    """
 
     def __init__(self, model: nn.Module, plan: Plan, masks: Mapping[str, Mask], engine: str | None = None) -> None:
         self.plan, self.masks = plan, dict(masks)
         self.rows = {row.name: row for row in plan.tensors if row.tied_to is None}
+        self.schedule, self.step = MaskSchedule.of(plan), 0
         self._engine, self.clips = engine, ClipWatch({}, {}, ())
         self.initial_values = InitialValues({})
         self.attach(model)
@@ -46,6 +51,25 @@ class MaskedModel:
         modules.multiply_inputs(inside, getattr(self.plan.model, "hooks", {}))
         modules.use_engine(inside, self.masks, self._engine)
         modules.call_after_load(inside[""], self._check_load)
+        self.get_ready()
+
+    def get_ready(self) -> None:
+        """Let the next step keep what the change of masks after it needs."""
+        if self.schedule is None:
+            return
+        updates, is_update = self.schedule.updates, self.schedule.is_update(self.step + 1)
+        keeps, is_free = self.schedule.stores_dense(self.step), updates.grow == "magnitude"
+        collects = is_update and updates.grow == "gradient"
+        for dead in self.dead.values():
+            dead.keeps_moments, dead.keeps_gradients, dead.collects = keeps, keeps and is_free, collects
+            dead.is_chosen_next = is_update and is_free
+        if self._engine is not None:  # the sparse engine makes gradients of live weights alone
+            engine = None if (keeps and is_free) or collects else self._engine
+            modules.use_engine(submodules(self.model, self.tensors), self.masks, engine)
+
+    def density_key(self, row: PlanTensor) -> tuple[int, ...]:
+        """What tensors of one group have in common where density moves, so that one factor on their rate is right for all."""
+        return (row.size, row.kept) if self.schedule is not None and self.schedule.moves(row) else ()
 
     def replaced(self) -> list[str]:
         """Names of parameters that the model holds no longer, or in another shape. What FSDP2 gathers replaces none."""
@@ -81,12 +105,20 @@ class MaskedModel:
         device = next(iter(counts.values())).device if counts else None
         found = torch.stack([count.to(device) for count in counts.values()]).tolist() if counts else []
         if problems := [live_text(name, count) for name, count in zip(counts, found, strict=True) if count]:
-            raise InputError(*problems, "weights: expected those of a model of this plan and seed; nothing was changed")
+            at = (
+                ""
+                if self.schedule is None
+                else f", after step {self.step} (prepared.load_state_dict knows another step's masks)"
+            )
+            raise InputError(
+                *problems, f"weights: expected those of a model of this plan and seed{at}; nothing was changed"
+            )
 
     def _check_load(self, module: nn.Module) -> None:
         """After a load_state_dict, before the first forward pass with its values."""
         self.initial_values.forget()
-        if module is submodules(self.model, self.tensors)[""] and not self.replaced():
+        is_whole = module is submodules(self.model, self.tensors)[""] and not self.replaced()
+        if is_whole and self.schedule is None:  # else the masks of its step may be loaded later; the next step asks
             self.require_dead(self.dead)
 
     @torch.no_grad()
@@ -103,7 +135,8 @@ class MaskedModel:
         self.clips.look()
         found = {name: tensor.grad for name, tensor in self.tensors.items() if tensor.grad is not None}
         for name in found.keys() & self.dead.keys():
-            self.dead[name].zero_(found[name])
+            if not self.dead[name].keeps_gradients:
+                self.dead[name].zero_(found[name])
         norm = total_square((self.rows[name].fold or 1.0, grad) for name, grad in found.items()).sqrt()
         norm = norm if scale is None else norm / scale
         factor = (limit / (norm + 1e-6)).clamp(max=1.0)

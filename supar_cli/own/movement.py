@@ -66,6 +66,8 @@ def normalise(call: Call) -> Value:
     if value.weights and not value.is_active:  # a norm of weights or of learned inputs
         made.is_live = False
         made.mentions = {name: replace(one, is_normed=True) for name, one in value.weights.items()}
+        for name, mention in value.weights.items():
+            call.see(name, "statistic", mention)
     call.record.undone |= value.trail
     made.trail = gains
     made.norm = call.start(call.record.norms, gains) if gains else None
@@ -82,6 +84,7 @@ def weight_norm(call: Call) -> Value:
     made = Value()
     direction, gain = call.values[:2]
     for name, mention in direction.weights.items():
+        call.see(name, "statistic", mention)
         made.mentions[name] = replace(mention, derived=True)
     for name, mention in gain.weights.items():
         call.see(name, "scale", mention)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from supar_cli.own.parameters import local_shard, shown, warn_caller
 
 NORM_TOLERANCE = 1e-5  # chosen: norms of the same values on two devices agree to 1e-6
+PEAK_TOLERANCE = 1.25  # chosen: peaks between two steps, and cycles that overshoot, are closer to 1
 
 
 class InitialValues:
@@ -40,6 +41,24 @@ class InitialValues:
             what = "its values were changed after prepare had given it the plan's"
             remedy = "initialise the model before prepare; to keep values of yours, name the others in initialise="
             warn_caller(f"{shown(names)}: {what}; {remedy}")
+
+
+class PeakRate:
+    """The largest rate of a loop, divided by the plan's: a schedule's is 1, a script's own peak is another one."""
+
+    def __init__(self) -> None:
+        self._largest = self._last = 0.0
+        self._has_warned = False
+
+    def see(self, factor: float, tuned: float) -> None:
+        """Take the factor of a step; warn once, when rates fall after a peak far below the plan's, or are far above it."""
+        falls, self._last, self._largest = factor < self._last * (1 - 1e-9), factor, max(self._largest, factor)
+        if not self._has_warned and (self._largest > PEAK_TOLERANCE or (falls and self._largest * PEAK_TOLERANCE < 1)):
+            self._has_warned = True
+            what = f"the loop's largest rate is {self._largest:.3g} times the plan's, {tuned:g}: what was tuned is not trained"
+            warn_caller(
+                f"{what}; expected a factor whose peak is 1: prepared.set_rate(factor * plan.hyperparameters.lr)"
+            )
 
 
 def warn_of_untrained(tensors: Mapping[str, nn.Parameter], held: set[int], present: set[int]) -> None:

@@ -167,12 +167,17 @@ def local_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def shard_like(whole: Tensor, tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor, gathered from all processes if it is sharded. Collective for shards."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(values: Tensor, tensor: Tensor) -> Tensor:
     """This process's part of a whole tensor that all processes hold, sharded as another one; no communication."""
     if not isinstance(tensor, DTensor):
-        return whole.to(tensor.device)
-    whole = whole.to(tensor.device_mesh.device_type)
-    sharded = distribute_tensor(whole, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        return values.to(tensor.device)
+    values = values.to(tensor.device_mesh.device_type)
+    sharded = distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
     return sharded.to_local().clone()
 
 

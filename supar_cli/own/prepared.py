@@ -16,8 +16,9 @@ from supar_cli.errors import InputError
 from supar_cli.files import naming_write_errors, write_file
 from supar_cli.own import dead_weights, initial, modules
 from supar_cli.own.dead_weights import DeadWeights
-from supar_cli.own.guard import Kept, kept
+from supar_cli.own.guard import STEP, Kept, kept, kept_of
 from supar_cli.own.masked_model import MaskedModel
+from supar_cli.own.moving import MASKS, masks_of_state, move, read_state
 from supar_cli.own.oversights import InitialValues
 from supar_cli.own.parameters import local_shard, match
 from supar_cli.planning import document
@@ -25,8 +26,6 @@ from supar_cli.planning.plan import OwnModel, Plan, read_plan
 from supar_cli.sparse.mask_files import write_masks
 from supar_cli.sparse.masks import Mask
 from supar_cli.training.prepare import make_masks
-
-MASKS = "masks.safetensors"
 
 
 def prepare(
@@ -36,19 +35,23 @@ def prepare(
     initialise: bool | Collection[str] = True,
     masks: Mapping[str, Any] | None = None,
     engine: Literal["sparse"] | None = None,
+    state: Mapping[str, Any] | None = None,
 ) -> Prepared:
     """Initialise and mask a model of your own by its plan, in place; its `Prepared` makes the optimizer.
 
     `initialise`: False keeps all values, as after loading; names of modules or tensors initialise those alone. `masks`: by
     name a mask, or a tensor whose non-zeros live; by default the plan's. `engine="sparse"` multiplies masked nn.Linear
-    layers on CPU at live weights only. Raises InputError with every difference between the plan and the model.
+    layers on CPU at live weights only. `state`: what `Prepared.state_dict` returned, where masks of a run have moved.
+    Raises InputError with every difference between the plan and the model.
     """
     if not isinstance(plan, Plan) or not isinstance(plan.model, OwnModel):
         found = plan.model.family if isinstance(plan, Plan) else type(plan).__name__
         raise InputError(f"plan: {found}; expected the plan of a model of your own, as supar.load reads it")
     chosen = initial.names_to_initialise(plan, initialise)
     tensors = match(model, plan)
-    found_masks = initial.masks_of(plan, masks)
+    if state is not None and (initialise is True or masks is not None):
+        raise InputError("state: is of a run that has begun; expected it with initialise=False and without masks=")
+    step, found_masks = (0, initial.masks_of(plan, masks)) if state is None else masks_of_state(plan, state)
     modules.require_engine(engine, model, plan, found_masks)
     chosen = {name for name, tensor in tensors.items() if name in chosen and tensor.requires_grad}
     dead = {name: DeadWeights(mask, tensors[name]) for name, mask in found_masks.items() if name in tensors}
@@ -61,8 +64,8 @@ def prepare(
     if (factor := plan.model.hooks.get("")) is not None:
         text = f"no tensor of the model can take the output multiplier; multiply the logits by {factor!r} in your forward pass"
         warnings.warn(f"model.hooks: {text}", stacklevel=2)
-    is_drawn = masks is None and plan.sparsity.source.kind == "random"
-    made = Prepared(model, plan, found_masks, engine, is_drawn)
+    is_drawn = masks is None and state is None and plan.sparsity.source.kind == "random"
+    made = _prepared_at(step, model, plan, found_masks, engine, is_drawn)
     made.initial_values = InitialValues({name: tensors[name] for name in sorted(chosen)})
     return made
 
@@ -78,7 +81,11 @@ class Prepared(MaskedModel):
         self, model: nn.Module, plan: Plan, masks: Mapping[str, Mask], engine: str | None, is_drawn: bool
     ) -> None:
         super().__init__(model, plan, masks, engine)
-        self._is_drawn, self._optimizers = is_drawn, weakref.WeakSet[torch.optim.Optimizer]()
+        self._is_drawn = is_drawn
+
+    def __reduce__(self) -> Any:
+        """A copy or pickle has the model with it, prepared as here, and no optimizer."""
+        return _prepared_at, (self.step, self.model, self.plan, self.masks, self._engine, self._is_drawn)
 
     def groups(self, model: nn.Module | None = None) -> list[dict[str, Any]]:
         """Parameter groups for AdamW, Adam without decay or SGD, as the plan's `train.optimizer` says.
@@ -97,7 +104,7 @@ class Prepared(MaskedModel):
             if self.plan.train.optimizer == "adamw":
                 numbers["eps"] = row.eps
             new = {**numbers, "params": [], "names": [], "ratio": row.lr / eta}
-            group = grouped.setdefault(tuple(numbers.values()), new)
+            group = grouped.setdefault((*numbers.values(), *self.density_key(row)), new)
             group["params"].append(tensor)
             group["names"].append(name)
         found = sorted(grouped.values(), key=lambda group: group["lr"] != eta)
@@ -147,25 +154,66 @@ class Prepared(MaskedModel):
 
     def set_rate(self, lr: float) -> None:
         """Set the tuned rate: every group of the kept optimizers gets lr times its ratio."""
-        for optimizer in self._optimizers:
+        for optimizer, _ in kept_of(self):
             for group in optimizer.param_groups:
                 if "ratio" in group and isinstance(group["lr"], Tensor):
                     group["lr"].fill_(lr * group["ratio"])
                 elif "ratio" in group:
                     group["lr"] = lr * group["ratio"]
 
+    def update(self) -> bool:
+        """Change the masks as the plan says: call it after each optimizer.step(), in every process. True where they changed.
+
+        It counts the steps that kept optimizers have made, and does nothing where none was made (accumulated gradients, a
+        step that a GradScaler skipped) or where the plan's masks stay. Raises InputError where processes chose other masks.
+        """
+        optimizers = kept_of(self)
+        if self.schedule is None or not any(one.unfinished for _, one in optimizers):
+            return False
+        self.step += 1
+        states = {name: state for optimizer, _ in optimizers for name, state in self._states(optimizer).items()}
+        if changes := self.schedule.is_update(self.step):
+            move(self, states)
+        for optimizer, one in optimizers:
+            one.unfinished = 0
+            for group in optimizer.param_groups:
+                group[STEP] = self.step
+        self.get_ready()
+        return changes
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs beside model and optimizer where masks move: the plan's hash, the step, packed masks."""
+        masks = {name: torch.from_numpy(mask.bits.copy()) for name, mask in self.masks.items()}
+        return {"plan": self.plan.hash(), "step": self.step, "masks": masks}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the step and the masks of a state, before or after model and optimizer are loaded; no weight is changed.
+
+        Raises InputError for the state of another plan.
+        """
+        self.step, self.masks = masks_of_state(self.plan, state)
+        self.attach(self.model)
+
     def save(self, folder: str | Path) -> None:
-        """Write plan.yaml into a folder, and masks.safetensors unless the plan draws the masks.
+        """Write plan.yaml into a folder, and masks.safetensors unless they are those that the plan draws.
 
         Raises SetupError where they can't be written.
         """
         folder, plan = Path(folder), self.plan
         with naming_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            if not self._is_drawn:
+            if self.schedule is not None:
+                write_masks(folder / MASKS, self.masks)
+                plan = plan.model_copy(update={"meta": {**plan.meta, STEP: self.step}})
+            elif not self._is_drawn:
                 written = write_masks(folder / MASKS, self.masks)
                 plan = _with_source(plan, kind="file", path=MASKS, hash=written)
             write_file(folder / "plan.yaml", document.write([plan.model_dump()]))
+
+    def load(self, folder: str | Path) -> None:
+        """Take the step and the masks that `save` wrote into a folder, if the plan's masks move. Raises InputError or SetupError."""
+        if self.schedule is not None:
+            self.load_state_dict(read_state(Path(folder)))
 
     def verify(self, folder: str | Path) -> None:
         """Raise InputError, naming each tensor, unless a folder's plan and masks and the model's weights agree.
@@ -179,19 +227,31 @@ class Prepared(MaskedModel):
         )
         problems = [f"{path}: {key}: differs from the plan in use" for key in ours if ours[key] != theirs.get(key)]
         if not problems:
-            masks = make_masks(saved)
+            is_moving = self.schedule is not None
+            masks = masks_of_state(self.plan, read_state(path.parent))[1] if is_moving else make_masks(saved)
             differ = [name for name, mask in self.masks.items() if masks.get(name) != mask]
             problems = [f"{path.parent}: {name}: the saved mask is another one than that in use" for name in differ]
         problems += [initial.live_text(name, count) for name, count in self.check().items()]
         if problems:
             raise InputError(*problems)
 
+    def _states(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """What an optimizer keeps of each tensor, by name."""
+        return {self.by_id[id(t)].name: state for t, state in optimizer.state.items() if id(t) in self.by_id}
+
     def _keep(self, optimizer: torch.optim.Optimizer, *, clip: float | None, is_whole: bool) -> None:
         if not any(id(tensor) in self.by_id for group in optimizer.param_groups for tensor in group["params"]):
             what = "none of the optimizer's parameters is the prepared model's"
             raise InputError(f"keep: {what}; call attach(model) after what made new ones, then make the optimizer")
         Kept(self, optimizer, clip, is_whole, _has_numbers(self.plan, optimizer))
-        self._optimizers.add(optimizer)
+
+
+def _prepared_at(step: int, model: nn.Module, plan: Plan, masks: Mapping[str, Mask], *how: Any) -> Prepared:
+    """A model whose values and masks are those after a step."""
+    made = Prepared(model, plan, masks, *how)
+    made.step = step
+    made.get_ready()
+    return made
 
 
 def _has_numbers(plan: Plan, optimizer: torch.optim.Optimizer) -> bool:

@@ -48,8 +48,15 @@ class Callback(TrainerCallback):  # type: ignore[misc]
         self.prepared.attach(model)
         folder = _checkpoint_folder(args, state)
         if state.global_step and (folder / "plan.yaml").exists():
+            self.prepared.load(folder)
             self.prepared.verify(folder)
+        elif state.global_step and self.prepared.schedule is not None and not self.prepared.step:
+            what = f"{folder}: is not there, and only it has the masks of step {state.global_step}"
+            raise InputError(f"{what}; call prepared.load(checkpoint) before trainer.train(checkpoint)")
         _require_dead(self.prepared)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
+        self.prepared.update()
 
     def on_save(self, args: Any, state: Any, control: Any, **trainer: Any) -> None:
         _require_dead(self.prepared)

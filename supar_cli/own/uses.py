@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from supar_cli.own.parameters import shown
 from supar_cli.own.record import Record
 from supar_cli.own.roles import Reading
 from supar_cli.own.values import CONSTANT, Names, Readers
@@ -47,6 +48,12 @@ def find_uses(record: Record, readings: Mapping[str, Reading], model: nn.Module,
     for name, reading in readings.items():
         if reading.derived:
             found.add("derived", {name})
+    weights = [name for name, one in readings.items() if one.derived and one.role in ("hidden", "unembedding")]
+    if scaled := [n for n in weights if any(one.kind == "statistic" or one.is_weak for one in record.sightings[n])]:
+        why = "the forward pass divides it by its own size, so that only its direction counts"
+        found.notes.append(
+            f"{shown(scaled)}: {why}; no rule was tried on such weights: see that both sizes agree (supar check)"
+        )
     return found
 
 

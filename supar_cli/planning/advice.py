@@ -7,16 +7,22 @@ from collections.abc import Iterator
 from decimal import ROUND_DOWN, Context
 from fractions import Fraction
 from math import ceil, exp, inf
-from typing import Any
+from typing import Any, get_args
 
+from supar_cli.planning import density_over_run
 from supar_cli.planning.density import literal
 from supar_cli.planning.layout_document import LAYERS
-from supar_cli.planning.patterns import has_equal_rows
+from supar_cli.planning.patterns import Block, has_equal_rows
 from supar_cli.planning.plan import Plan, PlanModel, PlanTensor
 from supar_cli.planning.plan_sections import OwnModel
+from supar_cli.planning.rules import DENSITY_IN_RATE
+from supar_cli.planning.updates import METHODS
 
 # [P §3.1]: the smallest weights-per-neuron count the paper trained; below 4, Bernoulli rows are empty with P ≈ e^-WPN
 WPN_TRAINED, WPN_EMPTY_ROWS, WPN_IMPOSSIBLE = 16, 4, 1
+# measured: widths 128 and 256; a tuned ratio gains .01 to .05 nat at 100 steps, loses .02 at 400 and .03 at 1200
+RATIO_STEPS = 1000
+LEAST_BLOCKS = 4  # measured: the rules by density hold while about as many feed a row of blocks
 COLUMNS = ("tensor", "shape", "m_d", "m_ρ", "WPN", "init std", "peak lr", "λ", "decay")  # of `plan_rows`
 
 
@@ -29,9 +35,12 @@ def timescale_steps(row: PlanTensor) -> float | None:
 def warnings(plan: Plan, tuned_on: str | None = None, evidence: Any = None) -> list[str]:
     """The warnings about this plan. Of its proxy: `tuned_on`, the hash of the data that it was tuned on, and `evidence`, if known."""
     hidden = [row for row in plan.tensors if row.role == "hidden"]
-    found = [*_of_sparsity(plan, hidden), *_of_decay(plan, hidden)] if hidden else []
+    found = [*_of_sparsity(plan, hidden), *_of_decay(plan, hidden), *_of_updates(plan)] if hidden else []
     if tuned_on is not None and plan.data is not None and plan.data.hash not in (None, tuned_on):
         found.append(f"data: not the proxy's, or read in another way: {_TRANSFER} alone; tune the proxy on these")
+    steps, ratio = plan.parameterization.base.steps, plan.hyperparameters.embedding_lr_ratio
+    if ratio != 1 and steps < RATIO_STEPS:
+        found.append(f"hyperparameters.embedding_lr_ratio: {ratio:g}, tuned on {short_ratio(steps)}")
     calibration = evidence.get("density_exponent") if isinstance(evidence, dict) else None
     return [*found, *_of_changes(plan), *(_of_calibration(plan, calibration) if isinstance(calibration, dict) else ())]
 
@@ -56,19 +65,29 @@ def _of_calibration(plan: Plan, known: dict[str, Any]) -> Iterator[str]:
         yield f"{where} was not verified on fresh seeds; {remedy}, with more seeds"
 
 
+def short_ratio(steps: int) -> str:
+    """What is wrong with a ratio of embeddings that was tuned on runs of fewer than RATIO_STEPS steps, and the remedy."""
+    gain = f"{steps} steps: what it gains in runs under {RATIO_STEPS:,} turns into a loss in longer ones"
+    return f"{gain}; tune it on longer runs, or leave it at 1"
+
+
 def _of_sparsity(plan: Plan, hidden: list[PlanTensor]) -> Iterator[str]:
     low, sparsity = min(hidden, key=lambda row: row.wpn), plan.sparsity
     per_row = low.wpn / (sparsity.block or 1)  # weights or blocks that are drawn for a row
-    empty = f"about {100 * exp(-per_row):.2g} %"
+    is_even = sparsity.block_rows == "even"
+    empty = f"{100 * (1 - per_row):.2g} %" if is_even else f"about {100 * exp(-per_row):.2g} %"
     if any(row.density < 1 for row in hidden):
-        has_empty_rows = per_row < WPN_EMPTY_ROWS and not has_equal_rows(sparsity.pattern)
-        if low.wpn < WPN_TRAINED:
-            rows = f"; {empty} of rows have no weight at all" if has_empty_rows else ""
+        floor = sparsity.updates.min_per_neuron if sparsity.updates else 0
+        may_be_empty = per_row < (1 if is_even else WPN_EMPTY_ROWS) and not has_equal_rows(sparsity.pattern)
+        rows = f"; {empty} of rows have no weight at all" if may_be_empty and not floor else ""
+        if sparsity.block and per_row < LEAST_BLOCKS:
+            few = f"{per_row:.3g} blocks per row of blocks, fewer than the {LEAST_BLOCKS} from which the rules hold"
+            smaller = max((edge for edge in get_args(Block) if low.wpn >= LEAST_BLOCKS * edge), default=None)
+            helps = remedy(plan, low, sparsity.block) if smaller is None else f"`--block {smaller}` has as many"
+            yield f"{low.name}: {few}{rows}; {helps}"
+        elif low.wpn < WPN_TRAINED:
             few = f"{low.wpn:.3g} weights per neuron, fewer than the {WPN_TRAINED} that the paper trained"
             yield f"{low.name}: {few}{rows}; {remedy(plan, low)}"
-        elif sparsity.block and has_empty_rows:
-            rows = f"{per_row:.3g} blocks per row of blocks: {empty} of rows have no weight at all"
-            yield f"{low.name}: {rows}; a smaller block or more width helps"
     dense = [row.name for row in hidden if row.density == 1]
     if sparsity.source.kind == "file" and dense:
         yield f"masks: {len(dense)} of {len(hidden)} hidden tensors have none and stay dense: {dense[0]}{', …' * (len(dense) > 1)}"
@@ -90,8 +109,49 @@ def _of_decay(plan: Plan, hidden: list[PlanTensor]) -> Iterator[str]:
         yield f"{which}: weight decay has a timescale of {short}; `-s hyperparameters.weight_decay={enough:g}` avoids it"
 
 
+def _of_updates(plan: Plan) -> Iterator[str]:
+    """What is known to fail, or not known, where masks change. [SPEC §9: D, measured]"""
+    updates, rule, betas = plan.sparsity.updates, plan.parameterization.weight_decay_rule, plan.train.betas
+    moving = [row for row in plan.tensors if row.kept < row.size]
+    if updates is None or not moving:
+        return
+    where, name = "sparsity.updates", METHODS[updates.method]
+    if (count := density_over_run.changes(plan)) < FEWEST_CHANGES:
+        more = f"{where}.every_steps below {updates.every_steps}" if updates.every_steps > 1 else "longer run"
+        yield f"{where}: {name} changes the masks only {count} times; a {more} makes it more"
+    row = min(moving, key=lambda row: row.wpn)
+    share = updates.min_per_neuron / row.wpn
+    if share > FLOOR_SHARE:
+        floor = f"{updates.min_per_neuron} for each neuron is {100 * share:.0f} % of the live weights of {row.name}"
+        yield f"{where}.min_per_neuron: {floor}: every neuron has nearly as many (fixed fan-in); {remedy(plan, row)}"
+    if updates.moments == "zero" and plan.train.optimizer == "adamw" and betas[1] >= 0.99:
+        yield f"{where}.moments: zero with β₂ {betas[1]:g}: a grown weight's first steps are too large; `mean` is safe"
+    if plan.parameterization.name not in DENSITY_IN_RATE:
+        return
+    if updates.rates_follow == "end":
+        yield f"{where}.rates_follow: end is a control that fails: {density_over_run.FAILS}; `now` is the rule"
+    if rule == "coupled" and updates.start is not None and any(row.weight_decay for row in moving):
+        moves = "weight_decay_rule: coupled moves the best rate by .5 to 1 octave while the density changes"
+        yield f"{moves} (400 steps, λ 0.1); `-s parameterization.weight_decay_rule=independent` keeps it"
+    if others := density_over_run.not_measured(plan):
+        rates = f"the rates of {name} were not measured with {', '.join(others)}"
+        yield f"{where}: {rates}; `supar sweep --calibrate` measures them"
+
+
+FEWEST_CHANGES, FLOOR_SHARE = 5, 0.8  # chosen: with fewer, or above, it is hardly the method that its name says
 _ROUND_DOWN = Context(prec=2, rounding=ROUND_DOWN)
 _TRANSFER = "hyperparameters transfer over width and density"
+
+
+def of_pruning(plan: Plan, run: str, step: int) -> Iterator[str]:
+    """The warnings about a run that is pruned after a step. [D, measured at width 128, 2 layers, 400 steps]"""
+    if step < plan.train.steps:
+        yield f"{run}: has not finished: its magnitudes are those after step {step} of {plan.train.steps}"
+    if plan.values.source == "file":
+        what = "a second round's rate is not settled (density 1/16: the best one .8 octaves lower, .5 % of the loss)"
+        yield f"{run}: was pruned before: {what}; `supar sweep --calibrate` fits an exponent"
+    if plan.sparsity.pattern not in ("exact", "bernoulli"):
+        yield f"{run}: its masks are {plan.sparsity.pattern_text}; those of the largest weights are not"
 
 
 def _of_changes(plan: Plan) -> Iterator[str]:
@@ -126,16 +186,17 @@ def _of_changes(plan: Plan) -> Iterator[str]:
         yield f"steps: {train.steps}, but {base.steps} in the proxy: {_TRANSFER}, not over length{limit}; {remedy}"
 
 
-def remedy(plan: Plan, row: PlanTensor) -> str:
-    """The width, and the sparsity, that give `row` the weights per neuron that the paper trained."""
-    most = 1 - WPN_TRAINED / row.fan_in
+def remedy(plan: Plan, row: PlanTensor, block: int | None = None) -> str:
+    """The width, and the sparsity, that give `row` the weights per neuron that the paper trained, or enough blocks."""
+    needed, gives = (WPN_TRAINED, WPN_TRAINED) if block is None else (LEAST_BLOCKS * block, LEAST_BLOCKS)
+    most = 1 - needed / row.fan_in
     sparsity = f" or a sparsity of at most {int(most * 10000) / 10000:g}" if most > 0 else ""
-    fan_in = WPN_TRAINED / _asked_density(plan, row)
+    fan_in = needed / _asked_density(plan, row)
     if not isinstance(plan.model, PlanModel):
-        return f"a fan-in of {ceil(fan_in)}{sparsity} gives {WPN_TRAINED}"
+        return f"a fan-in of {ceil(fan_in)}{sparsity} gives {gives}"
     step = plan.model.width_step
     width = ceil(fan_in * plan.model.width / row.fan_in / step) * step
-    return f"a width of {width}{sparsity} gives {WPN_TRAINED}"
+    return f"a width of {width}{sparsity} gives {gives}"
 
 
 def _asked_density(plan: Plan, row: PlanTensor) -> Fraction:
@@ -168,7 +229,8 @@ def plan_rows(plan: Plan) -> list[list[str]]:
     """One row for each set of equal tensors: name, shape, m_d, m_ρ, WPN, init std, lr, λ, decay timescale in steps."""
     groups: dict[tuple[object, ...], list[PlanTensor]] = {}
     for row in plan.tensors:
-        key = (row.role, tuple(row.shape), row.kept, row.init_std, row.init_constant, row.lr, row.weight_decay, row.eps)
+        start = (row.init_std, row.init_constant) if row.init != "file" else None  # measured: alike in no two tensors
+        key = (row.role, tuple(row.shape), row.kept, start, row.lr, row.weight_decay, row.eps)
         groups.setdefault(key, []).append(row)
     rows = []
     for members in groups.values():
@@ -182,6 +244,8 @@ def plan_rows(plan: Plan) -> list[list[str]]:
             label = f"*.{parts.pop()}"
         m_rho, wpn = (first.because.get("m_rho"), first.wpn) if hidden else (None, None)
         sizes = ["" if value is None else number(value) for value in (first.because.get("m_d"), m_rho, wpn)]
-        numbers = [start_text(first), number(first.lr), number(first.weight_decay), f"{decay:.0f}" if decay else "–"]
+        members.sort(key=lambda row: row.init_std or 0.0)
+        starts = "–".join(dict.fromkeys(start_text(row) for row in (members[0], members[-1])))
+        numbers = [starts, number(first.lr), number(first.weight_decay), f"{decay:.0f}" if decay else "–"]
         rows.append([label, "×".join(map(str, first.shape)), *sizes, *numbers])
     return rows

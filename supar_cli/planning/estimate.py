@@ -6,20 +6,41 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from math import ceil
 
-from supar_cli.planning.plan import Plan, PlanModel
+from supar_cli.planning.plan import Plan, PlanModel, PlanTensor
+from supar_cli.planning.schedule import MaskSchedule
+from supar_cli.planning.updates import METHODS
 
 
 def state_bytes(plan: Plan, engine: str, number_bytes: int) -> int:
     """Bytes of weights, gradients, AdamW's moments and indices under an engine; `number_bytes` is the size of a number.
 
-    Activations are not among them.
+    The most of a run: where density falls that of its start. Activations are not among them.
     """
-    masked = [row for row in plan.tensors if row.kept < row.size]
-    size, live = sum(row.size for row in masked), sum(row.kept for row in masked)
+    masked, schedule = [row for row in plan.tensors if row.kept < row.size], MaskSchedule.of(plan)
+    size, live = sum(row.size for row in masked), start_live(masked, plan)
     rest = 16 * (plan.parameters - size)  # float32 weight, gradient and two moments
+    if schedule and schedule.stores_dense(0):  # each position and its mask; in bfloat16 also a copy and its gradient
+        return rest + (17 + (2 * number_bytes if number_bytes < 4 else 0)) * size
+    if schedule and schedule.updates.grow == "gradient" and engine != "dense":  # of one tensor at a time
+        rest += 4 * max(row.size for row in masked)
     # a live weight: value, gradient, two moments, and its index, three for the sparse engine; dense also has
     # the weight and gradient of each position; the indices of blocks are a share of 1/block
     return rest + {"sparse": 28 * live, "block": 16 * live}.get(engine, 2 * number_bytes * size + 20 * live)
+
+
+def start_live(rows: Sequence[PlanTensor], plan: Plan) -> int:
+    """The live weights of rows at step 0, the most that they have in a run."""
+    schedule = MaskSchedule.of(plan)
+    return sum(row.kept if schedule is None else schedule.kept(row, 0) for row in rows)
+
+
+def _mean_kept(plan: Plan, row: PlanTensor) -> float:
+    """A row's live weights, on average over the run."""
+    schedule, train = MaskSchedule.of(plan), plan.train
+    if schedule is None or schedule.updates.start is None:
+        return row.kept
+    # chosen: at a hundred steps, which is within 1 % of the mean of all
+    return sum(schedule.kept(row, (2 * i + 1) * train.steps // 200) for i in range(100)) / 100
 
 
 def activation_bytes(plan: Plan, rows: int, number_bytes: int, fused: bool = False) -> int:
@@ -70,7 +91,7 @@ LAYER_SECONDS = 1e-3
 
 
 def step_seconds(plan: Plan, device: str = "2 CPU cores", sparse: bool = False) -> float:
-    """Seconds of a step on one of RATES, by arithmetic; with `sparse` by that engine."""
+    """Seconds of a step on one of RATES, on average over the run, by arithmetic; with `sparse` by that engine."""
     layers = plan.model.layers if isinstance(plan.model, PlanModel) else 0
     tokens = (plan.train.tokens or 0) / plan.train.steps
     masked = [row for row in plan.tensors if row.kept < row.size] if sparse else []
@@ -80,9 +101,12 @@ def step_seconds(plan: Plan, device: str = "2 CPU cores", sparse: bool = False) 
         return max(fixed, products)
     between = numbers_between(plan.model) if isinstance(plan.model, PlanModel) else 0
     seconds = fixed + products + tokens * between * BETWEEN_SECONDS
+    schedule = MaskSchedule.of(plan)
+    dense = schedule.end / schedule.steps if schedule and schedule.stores_dense(0) else 0.0  # share of the steps
     for row in masked:
         ends = row.fan_in + row.size // row.fan_in  # numbers of X and of Y a token
-        seconds += tokens * (ends * SPARSE_SECONDS + 6.0 * row.kept / SPARSE_RATE)
+        by_sparse = ends * SPARSE_SECONDS + 6.0 * _mean_kept(plan, row) / SPARSE_RATE
+        seconds += tokens * ((1 - dense) * by_sparse + dense * 6.0 * row.size / RATES[device])
     return seconds
 
 
@@ -103,11 +127,15 @@ def lines(plan: Plan, processes: int = 1) -> list[str]:
     else:
         flops = plan.flops_per_token * tokens
         length += f", {tokens:,} tokens, {flops:.3g} FLOPs as a dense engine computes them"
+        if plan.sparsity.updates is not None:
+            dead = sum(row.size - _mean_kept(plan, row) for row in plan.tensors if row.kept < row.size)
+            length += f", {flops - 6 * dead * tokens:.3g} without those of dead weights"
     found = [
         f"parameters {plan.parameters:,}; live {plan.live:,}; hidden {live:,} of {size:,} live",
         f"fewest weights per neuron: {min((row.wpn for row in hidden), default=0):.4g}",
         length,
         f"memory of weights, gradients and moments, by engine: {', '.join(f'{name} {_gib(held)}' for name, held in _states(plan).items())}",
+        *_of_updates(plan),
     ]
     rows = plan.run.micro_batch_size or max(1, plan.train.batch_size // processes)
     if activations := activation_bytes(plan, rows, 2):
@@ -119,6 +147,29 @@ def lines(plan: Plan, processes: int = 1) -> list[str]:
     if processes > 1:
         found.append(f"sharded over {processes} processes, each holds 1/{processes} of all but activations")
     return found
+
+
+def _of_updates(plan: Plan) -> list[str]:
+    """What changing masks do to memory and time, in a line; none where masks stay or it is nothing."""
+    schedule = MaskSchedule.of(plan)
+    if schedule is None:
+        return []
+    updates, name = schedule.updates, METHODS[schedule.updates.method]
+    masked = [row for row in plan.tensors if row.kept < row.size]
+    if schedule.stores_dense(0):
+        what = "keeps weights, gradients and moments of all positions and computes them densely"
+        return [
+            f"{name} {what} until step {schedule.end:,}, its last change of the masks: the memory is that of this time"
+        ]
+    if updates.grow == "gradient":
+        most = _gib(4 * max(row.size for row in masked))
+        return [
+            f"{name} makes the dense gradients of one tensor at a time when masks change; the largest, {most}, is counted"
+        ]
+    if updates.start is not None:
+        first = f"{start_live(masked, plan):,} live weights of sparse tensors, {sum(row.kept for row in masked):,} at the end"
+        return [f"{name} starts with {first}: the memory is that of the start, the times are those of the whole run"]
+    return []
 
 
 def timing_seconds(plan: Plan) -> float:
@@ -137,10 +188,16 @@ def times(plans: Sequence[Plan]) -> list[str]:
     what = "time" if len(plans) == 1 else "time of all runs, one after another"
     by_device = ", ".join(f"{name} {total(name)}" for name in RATES)
     found = [f"{what} (estimate; GPUs at an assumed 40 % of peak): {by_device}"]
-    if any(row.kept < row.size for plan in plans for row in plan.tensors):
+    if any(row.kept < row.size for plan in plans if not _stays_dense(plan) for row in plan.tensors):
         missing = "" if find_spec("numba") else ", once numba is installed: `pip install numba`"
         found.append(f"2 CPU cores with the sparse engine: {total('2 CPU cores', sparse=True)}{missing}")
     return found
+
+
+def _stays_dense(plan: Plan) -> bool:
+    """Whether tensors are stored whole until the last step."""
+    schedule = MaskSchedule.of(plan)
+    return schedule is not None and schedule.stores_dense(plan.train.steps - 1)
 
 
 def _states(plan: Plan) -> dict[str, int]:
@@ -148,6 +205,8 @@ def _states(plan: Plan) -> dict[str, int]:
     engines = {"dense in bfloat16": ("dense", 2), "dense in float32": ("dense", 4), "sparse (CPU)": ("sparse", 4)}
     if plan.sparsity.block:
         engines["block"] = ("block", 4)
+    if (schedule := MaskSchedule.of(plan)) and schedule.stores_dense(0):
+        del engines["sparse (CPU)"]
     if all(row.kept == row.size for row in plan.tensors):
         engines = {"dense": ("dense", 4)}
     return {name: state_bytes(plan, *how) for name, how in engines.items()}

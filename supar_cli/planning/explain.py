@@ -6,30 +6,32 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, groupby
-from textwrap import wrap
 from typing import Any, get_args
 
 from supar_cli.errors import InputError
-from supar_cli.planning import folding, layout, rules
+from supar_cli.planning import density_over_run, folding, layout, rules
 from supar_cli.planning.advice import timescale_steps
+from supar_cli.planning.explain_lines import places, short, wrapped
 from supar_cli.planning.plan import Plan, PlanModel, PlanTensor, base_model, decoder_base
-
-COLUMNS, INDENT = 79, 16
-WRAPPING: dict[str, Any] = {"width": COLUMNS, "break_long_words": False, "break_on_hyphens": False}
-UNBROKEN = "\N{NO-BREAK SPACE}"
 
 SOURCES = {
     "P": "Dey, Bergsma, Hestness 2024 (SμPar), arXiv 2405.15743",
     "R": "the same authors' code: EleutherAI/nanoGPT-mup, branch supar",
     "C": "CompleteP: EleutherAI/nanoGPT-mup, branch completep",
     "V": "Yang et al. 2022, Tensor Programs V (μP), arXiv 2203.03466",
+    "E": "Evci et al. 2022 (sparse-aware init), arXiv 2010.03533",
     "D": "derived by supar; no paper has it",
     "SP": "standard parameterization: nothing is corrected",
 }
 TITLES = {"sp": "SP", "mup": "μP", "supar": "SμPar", "adamw": "AdamW", "sgd": "SGD"}
-TITLES |= {"supar-init-only": "SμPar's init only", "supar-lr-only": "SμPar's rate only"}
+TITLES |= {
+    "sp-si": "SP, sparse-aware init",
+    "supar-init-only": "SμPar's init only",
+    "supar-lr-only": "SμPar's rate only",
+}
 FACTORS = {"input": "embeddings ×", "output": "logits ×", "attention": "q·k ×", "residual": "residual ×"}
-SYMBOLS = {"init_std": "σ", "lr": "η", "weight_decay": "λ", "eps": "ε"}
+SYMBOLS = {"init_std": "σ init_std", "lr": "η lr", "weight_decay": "λ weight_decay", "eps": "ε eps"}
+SYMBOLS |= {"alpha_input": "α_input", "alpha_output": "α_output", "embedding_lr_ratio": "r embedding_lr_ratio"}
 NOT_OF_MODEL = "the model has no such tensor: explained as if it were outside the blocks"
 RATIOS = {
     "m_d": "width",
@@ -38,6 +40,8 @@ RATIOS = {
     "m_rho": "density",
     "m_rho_start": "density at step 0",
     "m_L": "depth",
+    "lr_ratio": "rate of embeddings",
+    "g": "√(‖W‖²/‖M⊙W‖²), for the energy that pruning took",
     "own_std": "size of its own values at the base",
 }
 
@@ -93,6 +97,10 @@ class Row:
     remarks: tuple[str, ...]
 
     @property
+    def formulas(self) -> dict[str, str]:
+        return {number.what: number.rule.formula for number in self.numbers}
+
+    @property
     def sameness(self) -> tuple[Any, ...]:
         """Equal for rows that share one explanation."""
         own = self.tensor
@@ -122,8 +130,9 @@ class Explained:
             *f"residual_init {own.residual_init}, unembedding_init {own.unembedding_init}".split(),
         ]
         hyper = plan.hyperparameters.model_dump().items()
-        tuned = [f"{_symbol(name)} = {'own' if value is None else short(value)}" for name, value in hyper]
+        tuned = [f"{SYMBOLS[name]} = {'own' if value is None else short(value)}" for name, value in hyper]
         lines = [f"{title}: {plan.name}", *wrapped("rules", head), *wrapped("proxy", [own.base.text, *_listed(tuned)])]
+        lines += wrapped("values", plan.values.text.split()) if plan.values.path else []
         if self.factors:
             lines += ["", "forward pass", *(line for number in self.factors for line in number.lines())]
         for module, factor in getattr(plan.model, "hooks", {}).items():
@@ -134,6 +143,7 @@ class Explained:
             groups.setdefault(row.sameness, []).append(row)
         for members in groups.values():
             lines += ["", *_group(members)]
+        lines += density_over_run.lines(plan, [(row.tensor, row.formulas) for row in self.rows])
         return "\n".join(lines) + "\n"
 
     def as_json(self) -> dict[str, Any]:
@@ -143,7 +153,7 @@ class Explained:
             "parameterization": self.plan.parameterization.model_dump(),
             "hyperparameters": self.plan.hyperparameters.model_dump(),
             "multipliers": {number.what: number.as_json() for number in self.factors},
-            "tensors": [row.as_json() for row in self.rows],
+            "tensors": [row.as_json() | density_over_run.as_json(self.plan, row.tensor) for row in self.rows],
         }
 
 
@@ -191,6 +201,7 @@ def _rows(plan: Plan, scheme: rules.Scheme) -> list[Row]:
             layers=decoder.layers if decoder else 1,
             in_block=row.block is not None,
             writes_residual=tensor is not None and tensor.writes_residual,
+            first_sum="lr_ratio" in row.because,
         )
         remarks = [NOT_OF_MODEL] if known and not tensor else []
         remarks += [
@@ -199,7 +210,7 @@ def _rows(plan: Plan, scheme: rules.Scheme) -> list[Row]:
             if value is not None and given[key] != value
         ]
         sigma = row.because.get("own_std", hyper.init_std or 0.0)
-        tuned = rules.ProxyValues(sigma, hyper.lr, hyper.weight_decay, hyper.eps)
+        tuned = rules.ProxyValues(sigma, hyper.lr, hyper.weight_decay, hyper.eps, hyper.embedding_lr_ratio)
         rows.append(Row(row, _numbers(row, scheme, tuned, context, _fold_formula(plan, row)), tuple(remarks)))
     return rows
 
@@ -208,19 +219,17 @@ def _numbers(
     row: PlanTensor, scheme: rules.Scheme, tuned: rules.ProxyValues, context: rules.TensorContext, fold: str
 ) -> tuple[Number, ...]:
     symbols = {"σ": tuned.sigma, "η": tuned.eta, "λ": tuned.lam, "ε": tuned.eps, "layers": context.layers}
-    symbols |= {"m_d": context.m_d, "m_fan_out": context.fan_out, "m_out": context.m_out}
-    symbols |= {
-        "a": row.fold or 1.0,
-        "m_ρ": context.m_rho,
-        "m_ρ,start": context.m_rho_start or 0.0,
-        "β": scheme.density_exponent,
-        "m_L": context.m_L,
-    }
+    symbols |= {"r": tuned.ratio, "m_d": context.m_d, "m_fan_out": context.fan_out, "m_out": context.m_out}
+    symbols |= {"a": row.fold or 1.0, "m_ρ": context.m_rho, "m_ρ,start": context.m_rho_start or 0.0}
+    gain = row.because.get("g", 1.0)
+    symbols |= {"β": scheme.density_exponent, "m_L": context.m_L, "g": gain, "rms": (row.init_std or 0.0) / gain}
     found = rules.tensor_rules(scheme, tuned, context)
     if row.init_constant is not None:  # a constant initial value where the rules give a deviation
         std, constant = found.pop("init_std"), rules.STARTS.get(row.role, row.init_constant)
         why = std.why if row.role in rules.STARTS else "a constant"
         found = {"init_constant": rules.Rule(constant, f"{constant:g}", std.source, why), **found}
+    if row.init == "file":
+        found["init_std"] = rules.Rule(row.init_std or 0.0, "g·rms", "D", "measured on the file's values")
     if row.init == "own" and row.role in rules.STARTS:
         found["init_std"] = rules.Rule(tuned.sigma, "σ", "D", "the constructor's own values, scaled to this size")
     if row.fold is not None:
@@ -292,33 +301,18 @@ def _chosen(rows: list[Row], word: str | None, role: str | None) -> list[Row]:
 
 def _group(members: list[Row]) -> list[str]:
     """Title and numbers of rows that share one explanation."""
-    row, blocks = members[0].tensor, dict[str, list[int]]()
-    for tensor in (member.tensor for member in members):
-        blocks.setdefault(tensor.site, []).extend([] if tensor.block is None else [tensor.block])
-    places: dict[str, list[str]] = {}
-    for site, numbers in blocks.items():
-        places.setdefault(_ranges(numbers), []).append(site)
-    title = "; ".join(", ".join(sites) + place for place, sites in places.items())
+    row, title = members[0].tensor, places([member.tensor for member in members])
     count = f"{len(members)} tensors, each " if len(members) > 1 else ""
     shape = f"({row.role}, {count}{'×'.join(map(str, row.shape))})"
     lines = wrapped(None, [*title.split(), *shape.split()])
     if row.role == "hidden":
         own = f"{short(row.density)}: {row.kept:,} of {row.size:,} weights live, {short(row.wpn)} per neuron"
-        lines += wrapped("density", own.split())
+        end = " at the end of the run; so are lr and weight_decay, init_std is that of step 0"
+        lines += wrapped("density", (own + end if "m_rho_start" in row.because else own).split())
     factors = [f"{k.replace('rho', 'ρ')} = {short(v)} ({RATIOS.get(k, '?')})" for k, v in row.because.items()]
     lines += wrapped("because", _listed(factors))
     lines += [line for number in members[0].numbers for line in number.lines()]
     return lines + [line for remark in members[0].remarks for line in wrapped("", remark.split())]
-
-
-def _ranges(blocks: list[int]) -> str:
-    """` in blocks 0–3, 5` for the numbers of blocks."""
-    if not blocks:
-        return ""
-    # consecutive block numbers have the same difference to their index
-    runs = [[block for _, block in run] for _, run in groupby(enumerate(sorted(blocks)), lambda at: at[1] - at[0])]
-    words = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
-    return f" in block{'s' if len(blocks) > 1 else ''} {words}"
 
 
 def _symbol(name: str) -> str:
@@ -333,18 +327,5 @@ def legend(explained: Iterable[Explained]) -> list[str]:
     """What the letters in brackets mean, for those that were used."""
     numbers = chain.from_iterable(chain(one.factors, *(row.numbers for row in one.rows)) for one in explained)
     used = {source.split()[0] for number in numbers for source in number.rule.source.split(", ")}
+    used |= {"D" for one in explained if one.plan.sparsity.updates}
     return ["sources", *(f"  {key:2}  {text}" for key, text in SOURCES.items() if key in used)]
-
-
-def short(value: float) -> str:
-    """Six significant digits at most."""
-    return f"{value:.6g}"
-
-
-def wrapped(label: str | None, parts: Iterable[str]) -> list[str]:
-    """Parts on as few lines as possible after a label, without breaking a part. None: flush left, for a title."""
-    indent = 4 if label is None else INDENT
-    first = "" if label is None else f"  {label:<{INDENT - 2}}"
-    text = " ".join(part.replace(" ", UNBROKEN) for part in parts)
-    lines = wrap(text, initial_indent=first, subsequent_indent=" " * indent, **WRAPPING) or [first.rstrip()]
-    return [line.replace(UNBROKEN, " ") for line in lines]

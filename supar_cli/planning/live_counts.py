@@ -1,14 +1,17 @@
-"""How many weights of every hidden tensor live: a uniform density, ERK, overrides, or masks from a file."""
+"""How many weights of every hidden tensor live: a uniform density, ERK, overrides, or masks from a file; and how that changes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from supar_cli.errors import InputError
 from supar_cli.planning import density, layout, patterns
-from supar_cli.planning.plan_sections import MaskSource
+from supar_cli.planning.plan_sections import MaskSource, PlanSparsity, PlanTensor
 from supar_cli.planning.spec import Sparsity
+from supar_cli.planning.updates import PlanUpdates, Updates, resolve
 
 
 @dataclass(frozen=True)
@@ -18,13 +21,20 @@ class GivenMasks:
     source: MaskSource
     live: dict[str, int]
 
-    def counts(self, hidden: list[layout.Tensor]) -> dict[str, patterns.LiveCount]:
+    def counts(self, hidden: Sequence[layout.Tensor | PlanTensor]) -> dict[str, patterns.LiveCount]:
         """Density and kept count of hidden tensors; those without a mask are dense. Raises InputError for other names."""
         sizes = {tensor.name: tensor.size for tensor in hidden}
         if unknown := sorted(set(self.live) - set(sizes)):
             raise InputError(f"masks: {', '.join(unknown)}: the target has no such hidden tensor")
         live = {**sizes, **self.live}
         return {name: patterns.LiveCount(live[name] / size, live[name]) for name, size in sizes.items()}
+
+    def section(self, rows: list[PlanTensor], updates: PlanUpdates | None = None) -> PlanSparsity:
+        """The plan's section: the share of all hidden weights that these masks leave alive."""
+        hidden = [row for row in rows if row.role == "hidden"]
+        share = Fraction(sum(row.kept for row in hidden), sum(row.size for row in hidden))
+        found: dict[str, Any] = {"pattern": "exact", "distribution": "uniform", "source": self.source}
+        return PlanSparsity(density=float(share), sparsity=float(1 - share), **found, updates=updates)
 
 
 def asked_density(wanted: Sparsity) -> Fraction:
@@ -44,7 +54,7 @@ def asked_density(wanted: Sparsity) -> Fraction:
 
 
 def live_counts(
-    tensors: list[layout.Tensor], wanted: Sparsity, where: str, masks: GivenMasks | None = None
+    tensors: Sequence[layout.Tensor | PlanTensor], wanted: Sparsity, where: str, masks: GivenMasks | None = None
 ) -> dict[str, patterns.LiveCount]:
     """Density and kept count of every hidden tensor, by name.
 
@@ -70,7 +80,7 @@ def live_counts(
     return {one.name: patterns.live_count(one.name, one.size, one.fan_in, shares[one.name], *how) for one in hidden}
 
 
-def _erk(tensors: list[layout.Tensor], target: Fraction) -> dict[str, Fraction]:
+def _erk(tensors: Sequence[layout.Tensor | PlanTensor], target: Fraction) -> dict[str, Fraction]:
     """Erdős–Rényi-Kernel shares, density ∝ (in + out)/(in·out), capped at 1 (Evci et al. 2020, arXiv 1911.11134)."""
     shares = {tensor.name: Fraction(1) for tensor in tensors}
     left, open_ = target * sum(tensor.size for tensor in tensors), tensors
@@ -82,3 +92,26 @@ def _erk(tensors: list[layout.Tensor], target: Fraction) -> dict[str, Fraction]:
         left -= sum(tensor.size for tensor in full)
         open_ = [tensor for tensor in open_ if tensor not in full]
     return shares
+
+
+def plan_updates(updates: Updates | None, exponent: float, steps: int, rows: list[PlanTensor]) -> PlanUpdates | None:
+    """How the plan's masks change. Raises InputError where they can't as it says."""
+    if updates is None:
+        return None
+    moving, where = [row for row in rows if row.kept < row.size], "target.sparsity.updates"
+    if not moving:
+        raise InputError(f"{where}: no tensor is sparse, so no mask changes; expected a sparsity above 0")
+    try:
+        found = resolve(updates, exponent, steps)
+    except InputError as error:
+        raise InputError(*(f"{where}.{problem}" for problem in error.problems)) from None
+    lowest = min(row.density for row in moving)
+    if found.start is not None and (found.start < lowest or (found.method == "gmp" and found.start == lowest)):
+        what = f"{found.start:g} is not above the density of any tensor, of which the lowest is {lowest:g}"
+        raise InputError(f"{where}.start: {what}; expected a higher one")
+    least = min(moving, key=lambda row: row.kept * row.fan_in // row.size)
+    most = least.kept * least.fan_in // least.size
+    if updates.min_per_neuron is not None and updates.min_per_neuron > most:
+        what = f"{updates.min_per_neuron} for each neuron are more than the {least.wpn:.3g} of {least.name}"
+        raise InputError(f"{where}.min_per_neuron: {what}; expected at most {most}")
+    return found.model_copy(update={"min_per_neuron": min(found.min_per_neuron, most)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,6 +95,7 @@ class OwnTensors:
             in_block=tensor.block is not None,
             writes_residual=tensor.writes_residual,
             after_head=after_head,
+            first_sum="first_sum" in row.uses,
         )
 
     @cached_property
@@ -145,10 +147,22 @@ class OwnTensors:
 
     def folds(self, scheme: rules.Scheme, hyper: Hyperparameters) -> tuple[dict[str, float], dict[str, float]]:
         """The factor that is folded into each tensor, by name, and the factors on inputs of modules that can't be folded."""
-        if scheme.name == "sp":
+        if scheme.name in rules.SP:
             return {}, {}
         residual = 1.0 / self.m_L if scheme.depth_rule == "completep" else 1.0
+        if residual != 1:
+            self._require_layers_of_their_own()
         return fold_each(self._uses(), hyper.alpha_input, hyper.alpha_output, residual)
+
+    def _require_layers_of_their_own(self) -> None:
+        """Raise InputError for what writes the residual stream and does not grow in number with the layers."""
+        now, before = (Counter(t.site for t in one if t.block is not None) for one in (self.tensors, self.base_tensors))
+        writers = [tensor for tensor in self.tensors if tensor.writes_residual]
+        what = "writes the residual stream and is not each layer's own, such as a weight that layers share"
+        expected = "expected parameterization.depth_rule none, as completep has no rule for it"
+        others = [t.name for t in writers if not now[t.site] or now[t.site] != self.m_L * before[t.site]]
+        if others:
+            raise InputError(*(f"{name}: {what}; {expected}" for name in others))
 
     def _uses(self) -> Iterable[TensorUse]:
         for tensor in self.tensors:

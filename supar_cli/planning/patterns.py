@@ -18,9 +18,14 @@ from supar_cli.planning.schema import Section, Text
 
 LARGEST_GROUP = 64  # chosen: hardware supports 2:4; measurements go up to 1:16 and 4:8
 
-GroupPattern = Annotated[str, Text(r"^[1-9][0-9]?:[1-9][0-9]?$", "N:M such as '2:4'")]  # N live of every M
+# N live of every M
+GroupPattern = Annotated[
+    str, Text(r"^[1-9][0-9]?:[1-9][0-9]?$", "N:M such as '2:4' (quoted: YAML 1.1 reads 2:4 as 124)")
+]
 Pattern = Literal["exact", "fixed_fan_in", "bernoulli", "block"] | GroupPattern
 Block = Literal[16, 32, 64, 128]  # edges of blocks, as the block engine has them
+# even: rows of blocks differ by at most one block; random: all blocks are drawn alike
+BlockRows = Literal["random", "even"]
 
 
 class PatternKeys(Section):

@@ -53,7 +53,12 @@ class Plan(Section):
         sparsity, density = self.sparsity.sparsity, self.sparsity.density
         if abs(sparsity + density - 1) > 1e-9:
             raise ValueError(f"sparsity.density: {density} and sparsity {sparsity} don't add up to 1")
+        updates, steps = self.sparsity.updates, self.train.steps
+        if updates is not None and updates.step_at(updates.begin, steps) == updates.step_at(updates.end, steps):
+            what = f"{updates.end:g} and begin, {updates.begin:g}, are the same of {steps} steps, so no mask changes"
+            raise ValueError(f"sparsity.updates.end: {what}; expected a later end or more steps")
         layout.check_names(self.tensors)
+        self._check_values()
         if isinstance(self.model, PlanModel):
             self._check_decoder(self.model)
         known = {key for row in self.tensors if row.role == "hidden" for key in layout.setting_names(row)}
@@ -62,6 +67,16 @@ class Plan(Section):
                 raise ValueError(
                     f"run.engine.{name}: expected a hidden tensor, site (`attn.q`), part (`attn`) or `hidden`"
                 )
+
+    def _check_values(self) -> None:
+        """Check that the rows' starts are of the plan's file of values, where it has one. Raises ValueError."""
+        source = self.values.source
+        if source == "file" and isinstance(self.model, OwnModel):
+            remedy = "expected random, and `prepare(model, plan, initialise=False)`, which keeps the model's values"
+            raise ValueError(f"values.source: file, of a model of your own; {remedy}")
+        for at, row in enumerate(self.tensors):
+            if (row.init == "file") != (source == "file"):
+                raise ValueError(f"tensors.{at}.init: {row.init}; expected it as values.source says, which is {source}")
 
     def _check_decoder(self, model: PlanModel) -> None:
         """Check the keys that follow from the model section. Raises ValueError."""
@@ -87,13 +102,18 @@ class Plan(Section):
                     raise ValueError(f"tensors.{at}.{key}: {given}; the model's shape gives {value} to {row.name}")
 
     def beside(self, document: str) -> Plan:
-        """The plan with the path of its mask file resolved from its document's folder; for `-`, from the working directory."""
-        source = self.sparsity.source
-        if source.path is None or document == "-" or Path(source.path).is_absolute():
+        """The plan with the paths of its files resolved from its document's folder; for `-`, from the working directory."""
+        if document == "-":
             return self
-        path = str((Path(document).parent / source.path).resolve())
-        sparsity = self.sparsity.model_copy(update={"source": source.model_copy(update={"path": path})})
-        return self.model_copy(update={"sparsity": sparsity})
+        files = (self.sparsity.source, self.values)
+        paths = [None if one.path is None else str((Path(document).parent / one.path).resolve()) for one in files]
+        return self.with_files(*paths)
+
+    def with_files(self, masks: str | None, values: str | None) -> Plan:
+        """The plan with its files of masks and values in other places."""
+        source = self.sparsity.source.model_copy(update={"path": masks})
+        sparsity = self.sparsity.model_copy(update={"source": source})
+        return self.model_copy(update={"sparsity": sparsity, "values": self.values.model_copy(update={"path": values})})
 
     @property
     def text(self) -> Data:

@@ -6,7 +6,7 @@ from math import prod
 from typing import Any, ClassVar, Literal
 
 from supar_cli.planning import layout
-from supar_cli.planning.patterns import Block, Pattern, PatternKeys, describe
+from supar_cli.planning.patterns import Block, BlockRows, Pattern, PatternKeys, describe
 from supar_cli.planning.rules import Edition, ParameterizationName, Role
 from supar_cli.planning.schema import Field, Section
 from supar_cli.planning.spec import MOST_LAYERS, Distribution, Model, Options, Train
@@ -123,6 +123,15 @@ class Parameterization(Options):
     edition: Edition = Field(default=1, neutral=True)
 
 
+def _check_file(section: MaskSource | Values, key: str) -> None:
+    """Raise ValueError unless a file is named exactly where the key says `file`."""
+    is_file = vars(section)[key] == "file"
+    for name in ("path", "hash"):
+        if is_file != (vars(section)[name] is not None):
+            what = "is missing" if is_file else f"is given; expected it with {key}: file only"
+            raise ValueError(f"{name}: {what}")
+
+
 class MaskSource(Section):
     """Where masks come from: drawn from the seed, or read from a file whose hash is given."""
 
@@ -133,11 +142,7 @@ class MaskSource(Section):
     hash: str | None = Field(default=None, neutral=True, omit=True)
 
     def check(self) -> None:
-        for key in ("path", "hash"):
-            if (self.kind == "file") != (vars(self)[key] is not None):
-                raise ValueError(
-                    f"{key}: {'is missing' if self.kind == 'file' else 'is given; expected it with kind: file only'}"
-                )
+        _check_file(self, "kind")
 
 
 class PlanSparsity(PatternKeys):
@@ -147,6 +152,7 @@ class PlanSparsity(PatternKeys):
     sparsity: float = Field(ge=0, lt=1)
     pattern: Pattern
     block: Block | None = Field(default=None, neutral=True, omit=True)
+    block_rows: BlockRows = Field(default="random", neutral=True, omit=True)  # random: as older plans were drawn
     distribution: Distribution
     overrides: dict[str, float] = Field(default_factory=dict)
     source: MaskSource = Field(default_factory=MaskSource, neutral=True)
@@ -154,6 +160,8 @@ class PlanSparsity(PatternKeys):
 
     def check(self) -> None:
         super().check()
+        if self.block_rows == "even" and self.block is None:
+            raise ValueError(f"block_rows: even with the pattern {self.pattern}; expected the pattern block")
         if self.updates is None:
             return
         if self.pattern != "exact":
@@ -169,10 +177,30 @@ class PlanSparsity(PatternKeys):
 
 
 class Values(Section):
-    """Where initial values come from. `draw: positions`: every position has its draw, whatever the mask."""
+    """Where initial values come from: drawn, or read from a file of tensors by name, of a masked one its live values.
 
-    source: Literal["random"] = "random"
+    `draw: positions`: every position has its draw, whatever the mask. `scale: energy` says that the file's values of masked
+    tensors were multiplied so that they have the energy from before pruning (each row's `because.g`).
+    """
+
+    UNHASHED = ("path",)
+
+    source: Literal["random", "file"] = "random"
     draw: Literal["positions"] = "positions"
+    path: str | None = Field(default=None, neutral=True, omit=True)
+    hash: str | None = Field(default=None, neutral=True, omit=True)
+    scale: Literal["none", "energy"] = Field(default="none", neutral=True, omit=True)
+
+    @property
+    def text(self) -> str:
+        """Where they come from, in words."""
+        scaled = {"none": "", "energy": ", what lives scaled by g to the energy of all"}
+        return "drawn" if self.path is None else f"of {self.path}{scaled[self.scale]}"
+
+    def check(self) -> None:
+        _check_file(self, "source")
+        if self.scale != "none" and self.source != "file":
+            raise ValueError(f"scale: {self.scale}; expected it with source: file only")
 
 
 class PlanTask(Section):
@@ -203,8 +231,9 @@ class PlanTensor(Section):
 
     `fan_in` and `base_fan_in` are the products of the extents along `fan_in_axes`, here and in the proxy. The start is
     `init_constant` or normal with deviation `init_std`; with `init: own` it is that of the model's constructor, scaled so
-    that its root mean square is `init_std`. `fold` is a factor of the forward pass that was moved into these
-    numbers. A tensor that is `tied_to` another shares its memory, and its own numbers are not used.
+    that its root mean square is `init_std`; with `init: file` it is in the plan's file of values, whose root mean square
+    `init_std` is. `fold` is a factor of the forward pass that was moved into these numbers. A tensor that is `tied_to`
+    another shares its memory, and its own numbers are not used.
     """
 
     name: str
@@ -219,7 +248,7 @@ class PlanTensor(Section):
     kept: int = Field(gt=0)
     init_std: float | None = Field(default=None, neutral=True, omit=True, ge=0)
     init_constant: float | None = Field(default=None, neutral=True, omit=True)
-    init: Literal["normal", "own"] = Field(default="normal", neutral=True, omit=True)
+    init: Literal["normal", "own", "file"] = Field(default="normal", neutral=True, omit=True)
     lr: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
     eps: float = Field(ge=0)
@@ -248,6 +277,8 @@ class PlanTensor(Section):
             )
         if (self.init_std is None) == (self.init_constant is None):
             raise ValueError("init_std: expected either init_std or init_constant")
+        if self.init == "file" and self.init_std is None:
+            raise ValueError("init_std: is missing; expected the root mean square of the file's values")
         for key, value in self.because.items():
             if value <= 0:
                 raise ValueError(f"because.{key}: {value}; expected a multiplier above 0")

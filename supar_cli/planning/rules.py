@@ -1,4 +1,4 @@
-"""The scaling rules of SP, μP, SμPar and its two halves: what one tensor's init scale, learning rate, decay and epsilon are, and why.
+"""The scaling rules of SP, μP, SμPar and their halves: what one tensor's init scale, learning rate, decay and epsilon are, and why.
 
 Symbols, as in Dey, Bergsma, Hestness, "Sparse maximal update parameterization" (NeurIPS 2024, arXiv 2405.15743), [P]; each m
 is a ratio of the tensor's, or the model's, to the proxy's:
@@ -8,10 +8,11 @@ is a ratio of the tensor's, or the model's, to the proxy's:
     lam     weight decay of the proxy                   m_out      in the multiplier of the product that leaves the model
     eps     Adam epsilon of the proxy                   m_rho      of the tensor's own density
     beta    density exponent of the rate, 1 in [P]      m_L        of the number of layers
+    r       ratio of the rate of embeddings to eta
 
 Other sources: [R] EleutherAI/nanoGPT-mup, branch supar; [C] the same, branch completep (CompleteP, alpha = 1);
-[V] Tensor Programs V, arXiv 2203.03466; [D] derived by supar. Only + - × ÷ and sqrt, and `power` for other exponents, so
-results are the same everywhere.
+[V] Tensor Programs V, arXiv 2203.03466; [E] Evci et al. 2022, arXiv 2010.03533; [D] derived by supar. Only + - × ÷ and
+sqrt, and `power` for other exponents, so results are the same everywhere.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sys import float_info
 from typing import Literal, NamedTuple
 
 Role = Literal["embedding", "hidden", "norm", "bias", "unembedding"]
-ParameterizationName = Literal["supar", "mup", "sp", "supar-init-only", "supar-lr-only"]
+ParameterizationName = Literal["supar", "mup", "sp", "sp-si", "supar-init-only", "supar-lr-only"]
 Optimizer = Literal["adamw", "sgd"]
 DecayRule = Literal["independent", "coupled", "sqrt"]
 DepthRule = Literal["none", "completep"]
@@ -71,12 +72,13 @@ class Scheme:
 
 @dataclass(frozen=True)
 class ProxyValues:
-    """The tuned hyperparameters of the proxy."""
+    """The tuned hyperparameters of the proxy. `ratio` is that of the rate of embeddings to `eta`."""
 
     sigma: float
     eta: float
     lam: float
     eps: float
+    ratio: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class TensorContext:
     product, and the smallest of several. It is a number of the model, the same for all its tensors.
     `m_rho` is the density ratio at the end of training, `m_rho_start` that of step 0, None where it is the same.
     `after_head` marks what is added to the result of that product or scales it, such as the head's own bias.
+    `first_sum` marks the embeddings whose sum is the first activation, those of tokens and positions.
     """
 
     role: Role
@@ -105,11 +108,17 @@ class TensorContext:
     in_block: bool = False
     writes_residual: bool = False
     after_head: bool = False
+    first_sum: bool = False
 
     @property
     def fan_out(self) -> float:
         """m_fan_out, or m_d if none was given."""
         return self.m_d if self.m_fan_out is None else self.m_fan_out
+
+    @property
+    def has_ratio(self) -> bool:
+        """Whether the rate has the ratio of embeddings, under any parameterization, at every width and density. [D]"""
+        return self.first_sum and self.role == "embedding"
 
 
 # 50 digits: a double has 17, so the rounding to a double decides, and its result is the nearest one. No traps: a result
@@ -140,9 +149,10 @@ def power(base: float, exponent: float) -> float:
     return result
 
 
-# Which parameterizations correct for density, and where: the two halves of SμPar are ablations, each right alone where the
-# other is wrong. The decay follows the rate. μP corrects for none.
-_DENSITY_IN_INIT = ("supar", "supar-init-only")
+# Which parameterizations correct for width at all, for density in the init and for density in the rate, which the decay
+# follows. The halves of SμPar and SP with sparse-aware init are ablations. μP corrects for width alone.
+SP = ("sp", "sp-si")
+_DENSITY_IN_INIT = ("supar", "supar-init-only", "sp-si")
 DENSITY_IN_RATE = ("supar", "supar-lr-only")
 
 
@@ -156,14 +166,13 @@ def init_std(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> Rule
         return Rule(0.0, "0", "V App. D.2", "unembedding_init: zero")
     if context.role != "hidden":
         return Rule(proxy.sigma, "σ", "P Table 1")
-    value, formula, source = proxy.sigma, "σ", "SP"
-    if scheme.name != "sp":
-        by_density = scheme.name in _DENSITY_IN_INIT
-        m_rho = context.m_rho if context.m_rho_start is None else context.m_rho_start
-        value = proxy.sigma / sqrt(context.m_d * (m_rho if by_density else 1.0))
-        formula, source = ("σ/√(m_d·m_ρ)", "P Table 1") if by_density else ("σ/√m_d", "V Table 8")
-        if by_density and context.m_rho_start is not None:
-            formula, source = "σ/√(m_d·m_ρ,start)", "D"
+    by_width, by_density, start = scheme.name not in SP, scheme.name in _DENSITY_IN_INIT, context.m_rho_start
+    m_rho = (context.m_rho if start is None else start) if by_density else 1.0
+    value = proxy.sigma / sqrt((context.m_d if by_width else 1.0) * m_rho)
+    symbols = ["m_d"] * by_width + ["m_ρ" if start is None else "m_ρ,start"] * by_density
+    formula = f"σ/√({'·'.join(symbols)})" if len(symbols) > 1 else "/√".join(["σ", *symbols])
+    source = ("P Table 1" if by_density else "V Table 8") if by_width else "E" if by_density else "SP"
+    source = "D" if by_density and start is not None else source
     if scheme.residual_init == "gpt2" and context.writes_residual:
         value, formula, source = value / sqrt(2.0 * context.layers), formula + " /√(2·layers)", source + ", R"
     return Rule(value, formula, source)
@@ -202,8 +211,15 @@ def _is_after_head(scheme: Scheme, context: TensorContext) -> bool:
 
 
 def learning_rate(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> Rule:
-    """Peak learning rate. [P Table 1; SGD: P D.3.1, V; depth: C, where alpha = 1 makes the factor m_L^0 = 1]"""
-    if scheme.name == "sp":
+    """Peak learning rate. [P Table 1; SGD: P D.3.1, V; depth: C, where alpha = 1 makes the factor m_L^0 = 1; ratio: D]"""
+    rule = _rate_without_ratio(scheme, proxy, context)
+    if not context.has_ratio or proxy.ratio == 1:
+        return rule
+    return Rule(rule.value * proxy.ratio, f"{rule.formula}·r", "D", "r is embedding_lr_ratio")
+
+
+def _rate_without_ratio(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> Rule:
+    if scheme.name in SP:
         return Rule(proxy.eta, "η", "SP")
     if context.role == "hidden":
         divisor, above, below = _hidden_divisor(scheme, context)
@@ -221,14 +237,16 @@ def weight_decay(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> 
     """Decay λ as PyTorch applies it, shrinking by lr·λ a step. [independent: V; coupled: R; sqrt: arXiv 2510.15262]"""
     if context.role in ("bias", "norm"):
         return Rule(0.0, "0", "P Table 1", "biases and gains do not decay")
-    if context.role == "hidden":
+    divisor, symbol, factors = 1.0, "", []
+    if context.role == "hidden" and scheme.name not in SP:
         divisor, above, below = _hidden_divisor(scheme, context)
         symbol = _fraction(below, above)
-    elif scheme.optimizer == "sgd" and not _is_after_head(scheme, context):
-        divisor, symbol = 1.0 / context.m_d, "(1/m_d)"
-    else:
-        divisor, symbol = 1.0, ""
-    if scheme.weight_decay_rule == "coupled" or not symbol or scheme.name == "sp":
+    elif scheme.optimizer == "sgd" and not _is_after_head(scheme, context) and scheme.name not in SP:
+        divisor, factors = 1.0 / context.m_d, ["m_d"]
+    if context.has_ratio and proxy.ratio != 1:
+        divisor, factors = divisor / proxy.ratio, [*factors, "r"]
+    symbol = f"({_fraction(['1'], factors)})" if factors else symbol
+    if scheme.weight_decay_rule == "coupled" or not symbol:
         return Rule(proxy.lam, "λ", "R" if scheme.weight_decay_rule == "coupled" else "V")
     if scheme.weight_decay_rule == "sqrt":
         return Rule(proxy.lam * sqrt(divisor), f"λ·√({symbol})", "arXiv 2510.15262")
@@ -239,7 +257,7 @@ def adam_eps(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> Rule
     """Adam's epsilon, scaled like the gradients, which the output multiplier makes Θ(1/m_out). [C; without m_rho: D]"""
     if scheme.optimizer == "sgd":
         return Rule(0.0, "0", "–", "SGD has no epsilon")
-    if scheme.name == "sp":
+    if scheme.name in SP:
         return Rule(proxy.eps, "ε", "SP")
     if _is_after_head(scheme, context):
         return Rule(proxy.eps, "ε", "D", _AFTER_HEAD)
@@ -259,6 +277,23 @@ def tensor_rules(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> 
     }
 
 
+def because(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> dict[str, float]:
+    """The ratios that a tensor's numbers come from, those of its output only where they differ from m_d."""
+    found = {"m_d": context.m_d}
+    if scheme.edition == 2 and scheme.name not in SP:
+        by_output = {"m_out": context.m_out} if scheme.optimizer == "adamw" else {"m_fan_out": context.fan_out}
+        found |= {key: value for key, value in by_output.items() if value != context.m_d}
+    if context.role == "hidden":
+        found["m_rho"] = context.m_rho
+        if context.m_rho_start is not None:
+            found["m_rho_start"] = context.m_rho_start
+    if scheme.depth_rule == "completep" and context.in_block:
+        found["m_L"] = context.m_L
+    if context.has_ratio and proxy.ratio != 1:
+        found["lr_ratio"] = proxy.ratio
+    return found
+
+
 def forward_rules(
     scheme: Scheme, alpha_input: float, alpha_output: float, m_d: float, m_L: float, head_width: int
 ) -> dict[str, Rule]:
@@ -267,7 +302,7 @@ def forward_rules(
     `input` is on the sum of token and position embedding, `output` on the logits, inside the head, `m_d` being the ratio of
     the head's fan-in, `attention` on q·k, and `residual` on each residual branch.
     """
-    if scheme.name == "sp":
+    if scheme.name in SP:
         one, attention = Rule(1.0, "1", "SP"), Rule(1.0 / sqrt(head_width), "1/√d_head", "SP")
         return {"input": one, "output": one, "attention": attention, "residual": Rule(1.0, "1", "–")}
     by_depth = scheme.depth_rule == "completep"

@@ -59,18 +59,14 @@ class MaskSchedule:
             return None
         return cls(updates, plan.train.steps, plan.parameterization.weight_decay_rule)
 
-    def _step_at(self, share: float) -> int:
-        """The step at a share of the run, to the nearest."""
-        return int(literal(share) * self.steps + Fraction(1, 2))
-
     @cached_property
     def begin(self) -> int:
-        return self._step_at(self.updates.begin)
+        return self.updates.step_at(self.updates.begin, self.steps)
 
     @cached_property
     def end(self) -> int:
         """The step of the last change."""
-        return self._step_at(self.updates.end)
+        return self.updates.step_at(self.updates.end, self.steps)
 
     def is_update(self, step: int) -> bool:
         """Whether masks change after this step."""
@@ -93,7 +89,10 @@ class MaskSchedule:
         if start is None or not self.moves(row):
             return row.kept
         first = max(row.kept, int(literal(start) * row.size + Fraction(1, 2)))
-        at, begin, end = self.last_update(step), self.begin, self._step_at(self.updates.anneal or self.updates.end)
+        at, begin = self.last_update(step), self.begin
+        end = self.updates.step_at(self.updates.anneal or self.updates.end, self.steps)
+        if at <= begin:
+            return first
         if at >= end:
             return row.kept
         left = 1 - Fraction(at - begin, end - begin)

@@ -31,6 +31,7 @@ class Hyperparameters(Section):
     alpha_output: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
     eps: float = Field(default=1e-8, gt=0)
+    embedding_lr_ratio: float = Field(default=1.0, neutral=True, omit=True, gt=0)
 
 
 class Options(Section):
@@ -158,6 +159,8 @@ def override(section: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
     dropped = {name for changed in given for name in DROPPED_BY.get(changed, ()) if name not in given}
     if given.get("pattern") == "block":  # a document's own blocks go with its pattern
         dropped.discard("block")
+    if ":" in str(given.get("pattern")):  # N:M states the density
+        dropped |= {"sparsity", "density"} - given.keys()
     return {**section, **{name: None for name in dropped if name in section}, **given}
 
 
@@ -213,8 +216,16 @@ class Search(Section):
     alpha_input: list[float] | None = None
     alpha_output: list[float] | None = None
     weight_decay: list[float] | None = None
+    embedding_lr_ratio: list[float] | None = Field(default=None, neutral=True, omit=True)
 
-    SEARCHED: ClassVar[tuple[str, ...]] = ("lr", "init_std", "alpha_input", "alpha_output", "weight_decay")
+    SEARCHED: ClassVar[tuple[str, ...]] = (
+        "lr",
+        "init_std",
+        "alpha_input",
+        "alpha_output",
+        "weight_decay",
+        "embedding_lr_ratio",
+    )
 
     def check(self) -> None:
         for name, bounds in self.ranges().items():

@@ -138,6 +138,7 @@ class Arm(Section):
     pattern: Pattern | dict[str, Pattern] | None = None
     block: Block | None = None
     updates: Updates | None = None
+    prune: Literal["none", "energy"] | None = None  # dense runs are pruned to the density; how the values are scaled
     control: bool | None = None  # None: as its parameterization is
     marks: dict[Mark, float] | None = None  # those that it is judged by; None: MARKS
 
@@ -219,6 +220,9 @@ class Sweep(Section):
         levels = self.levels
         for name, arm in self.all_arms.items():
             self.grid(name)
+            if arm.prune and (self.tuned != "lr" or levels[0].density < 1 or arm.updates or arm.pattern):
+                expected = "expected over.lr, over.density from 1 on, and neither updates nor a pattern"
+                raise ValueError(f"arms.{name}.prune: {arm.prune}; {expected}")
             if ":" in name:
                 raise ValueError(f"arms: {name!r}; expected names without a colon")
             for share in arm.pattern if isinstance(arm.pattern, dict) else ():
@@ -242,7 +246,7 @@ class Sweep(Section):
 
     def centre(self, name: str) -> dict[str, float]:
         """The hyperparameters of a parameterization before anything is swept."""
-        return {**self.hyperparameters.model_dump(), **self.own.get(name, {})}
+        return {**vars(self.hyperparameters), **self.own.get(name, {})}
 
     def grid(self, name: str) -> Grid:
         return Grid(axis_values(self.tuned, self.over[self.tuned], self.centre(name)[self.tuned]))
@@ -291,6 +295,11 @@ class Sweep(Section):
         sparsity = target.sparsity.model_copy(update={"updates": None}) if is_dense else target.sparsity
         fixed = {"width": level.width, "layers": level.layers, "seed": seed, "sparsity": sparsity}
         return transfer(proxy, target.model_copy(update=fixed), arm.parameterization, allow_low_wpn=True)
+
+    def plan_to_prune(self, name: str, seed: int) -> Plan:
+        """The plan of the dense run that an arm prunes: at the study's own learning rate."""
+        own = self.model_copy(update={"over": {**self.over, self.tuned: [self.centre(name)[self.tuned]]}})
+        return own.plan(name, self.levels[0], 0, seed)
 
     @property
     def _density(self) -> float:

@@ -13,7 +13,7 @@ from supar_cli.errors import InputError
 from supar_cli.planning import density, layout, patterns, rules
 from supar_cli.planning.advice import WPN_IMPOSSIBLE, remedy
 from supar_cli.planning.layout_document import LAYERS, OwnShape
-from supar_cli.planning.live_counts import GivenMasks, asked_density, live_counts
+from supar_cli.planning.live_counts import GivenMasks, asked_density, live_counts, plan_updates
 from supar_cli.planning.own_shapes import OwnTensors, folded
 from supar_cli.planning.plan import CURRENT_RULES, Plan, PlanModel, PlanTensor, PlanTrain
 from supar_cli.planning.plan_sections import (
@@ -28,7 +28,7 @@ from supar_cli.planning.plan_sections import (
 from supar_cli.planning.problems import validate
 from supar_cli.planning.schema import LARGEST
 from supar_cli.planning.spec import Model, Proxy, Sparsity, Target
-from supar_cli.planning.updates import PlanUpdates, Updates, exponent_of, resolve, start_density
+from supar_cli.planning.updates import PlanUpdates, exponent_of, start_density
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class _DecoderTensors:
             layers=self.model.layers,
             in_block=tensor.block is not None,
             writes_residual=tensor.writes_residual,
+            first_sum=tensor.role == "embedding",
         )
 
 
@@ -111,13 +112,19 @@ def transfer(
             edition=edition,
         ),
         hyperparameters=proxy.hyperparameters,
-        sparsity=_plan_sparsity(target.sparsity, rows, masks, _plan_updates(updates, exponent, train.steps, rows)),
+        sparsity=_plan_sparsity(
+            target.sparsity, rows, masks, plan_updates(updates, exponent, train.steps, rows), edition
+        ),
         tensors=rows,
         task=task,
         data=proxy.data,
         train=train,
         run=proxy.run,
     )
+    ratio = proxy.hyperparameters.embedding_lr_ratio
+    if ratio != 1 and not any("lr_ratio" in row.because for row in rows):
+        what = f"{ratio:g}, but the layout has no embedding that is summed first"
+        raise InputError(f"hyperparameters.embedding_lr_ratio: {what}; expected 1")
     low = min((row for row in plan.tensors if row.role == "hidden"), key=lambda row: row.wpn, default=None)
     if low is not None and low.wpn < WPN_IMPOSSIBLE and not allow_low_wpn:
         few = f"{low.wpn:.3g} weights per neuron (fan-in {low.fan_in} × density {low.density:g})"
@@ -126,38 +133,20 @@ def transfer(
     return plan
 
 
-def _plan_updates(updates: Updates | None, exponent: float, steps: int, rows: list[PlanTensor]) -> PlanUpdates | None:
-    """How the plan's masks change. Raises InputError where none can, and for a floor above a tensor's live weights."""
-    if updates is None:
-        return None
-    moving, where = [row for row in rows if row.kept < row.size], "target.sparsity.updates"
-    if not moving:
-        raise InputError(f"{where}: no tensor is sparse, so no mask changes; expected a sparsity above 0")
-    found = resolve(updates, exponent, steps)
-    least = min(moving, key=lambda row: row.kept * row.fan_in // row.size)
-    most = least.kept * least.fan_in // least.size
-    if updates.min_per_neuron is not None and updates.min_per_neuron > most:
-        what = f"{updates.min_per_neuron} for each neuron are more than the {least.wpn:.3g} of {least.name}"
-        raise InputError(f"{where}.min_per_neuron: {what}; expected at most {most}")
-    return found.model_copy(update={"min_per_neuron": min(found.min_per_neuron, most)})
-
-
 def _plan_sparsity(
-    wanted: Sparsity, rows: list[PlanTensor], masks: GivenMasks | None, updates: PlanUpdates | None
+    wanted: Sparsity,
+    rows: list[PlanTensor],
+    masks: GivenMasks | None,
+    updates: PlanUpdates | None,
+    edition: rules.Edition,
 ) -> PlanSparsity:
     """The plan's section: the density asked for, or the share of all hidden weights that masks from a file leave alive."""
     if masks is not None:
-        hidden = [row for row in rows if row.role == "hidden"]
-        share = Fraction(sum(row.kept for row in hidden), sum(row.size for row in hidden))
-        fixed: dict[str, Any] = {
-            "pattern": "exact",
-            "distribution": "uniform",
-            "source": masks.source,
-            "updates": updates,
-        }
-        return PlanSparsity(density=float(share), sparsity=float(1 - share), **fixed)
+        return masks.section(rows, updates)
     share, drawn = asked_density(wanted), wanted.model_dump(include=("pattern", "block", "distribution"))
     drawn["overrides"] = {name: float(density.literal(value)) for name, value in wanted.overrides.items()}
+    if wanted.block is not None and edition > 1:
+        drawn["block_rows"] = "even"
     return PlanSparsity(density=float(share), sparsity=float(1 - share), **drawn, updates=updates)
 
 
@@ -175,12 +164,12 @@ def _plan_decoder(proxy: Proxy, target: Target, scheme: rules.Scheme, masks: Giv
     derived, rows = derived_keys(model, base), []
     kept = live_counts(shapes.tensors, target.sparsity, "target.sparsity.overrides", masks)
     start = start_density(target.sparsity.updates)
-    for tensor, context, keys in _numbers(proxy, scheme, shapes, kept, start, lambda _: hyper.init_std or 0.0):
+    for tensor, keys in _numbers(proxy, scheme, shapes, kept, start, lambda _: hyper.init_std or 0.0):
         if tensor.role in rules.STARTS:
             del keys["init_std"]
             keys["init_constant"] = rules.STARTS[tensor.role]
         keys |= derived[tensor.name]
-        rows.append(PlanTensor(name=tensor.name, role=tensor.role, **keys, because=_because(scheme, context)))
+        rows.append(PlanTensor(name=tensor.name, role=tensor.role, **keys))
     m_width, m_L = model.width / own.width, model.layers / own.layers
     factors = rules.forward_rules(scheme, hyper.alpha_input, hyper.alpha_output, m_width, m_L, model.head_width)
     multipliers = Multipliers(**{name: rule.value for name, rule in factors.items()})
@@ -202,15 +191,14 @@ def _plan_own(proxy: Proxy, target: Target, scheme: rules.Scheme, masks: GivenMa
     rows = []
     kept = live_counts(shapes.tensors, target.sparsity, "target.sparsity.overrides", masks)
     first = start_density(target.sparsity.updates)
-    for tensor, context, keys in _numbers(proxy, scheme, shapes, kept, first, lambda one: shapes.sigma(one, hyper)):
+    for tensor, keys in _numbers(proxy, scheme, shapes, kept, first, lambda one: shapes.sigma(one, hyper)):
         start = shapes.start(tensor, keys.pop("init_std"), hyper)
-        because = _because(scheme, context)
         if (start.get("init_std") and hyper.init_std is None) or start.get("init") == "own":
-            because["own_std"] = shapes.sigma(tensor, hyper)
+            keys["because"]["own_std"] = shapes.sigma(tensor, hyper)
         keys = folded(keys | start, factors.get(tensor.name, 1.0), scheme.optimizer)
         keys |= {"site": tensor.site, "block": tensor.block, "fan_in_axes": list(tensor.fan_in_axes)}
         keys |= {"base_fan_in": shapes.base[tensor.name].fan_in, "tied_to": tensor.tied_to}
-        rows.append(PlanTensor(name=tensor.name, role=tensor.role, **keys, because=because))
+        rows.append(PlanTensor(name=tensor.name, role=tensor.role, **keys))
     base = Base(
         steps=proxy.train.steps, batch_size=proxy.train.batch_size, clipped_share=proxy.evidence.get("clipped_share")
     )
@@ -235,8 +223,8 @@ def _numbers(
     kept: dict[str, patterns.LiveCount],
     start: float,
     sigma_of: Callable[[layout.Tensor], float],
-) -> Iterator[tuple[layout.Tensor, rules.TensorContext, dict[str, Any]]]:
-    """Every tensor with what the rules were told of it and the keys of its row that hold numbers.
+) -> Iterator[tuple[layout.Tensor, dict[str, Any]]]:
+    """Every tensor with the keys of its row that hold numbers.
 
     Sparse tensors start at the density `start` where it is above their own: the init is that of step 0.
     """
@@ -249,25 +237,11 @@ def _numbers(
         context = shapes.context(tensor, own.density / base)
         if own.count < tensor.size and start > own.density:
             context = replace(context, m_rho_start=start / base)
-        tuned = rules.ProxyValues(sigma_of(tensor), hyper.lr, hyper.weight_decay, hyper.eps)
+        tuned = rules.ProxyValues(sigma_of(tensor), hyper.lr, hyper.weight_decay, hyper.eps, hyper.embedding_lr_ratio)
         keys: dict[str, Any] = {name: rule.value for name, rule in rules.tensor_rules(scheme, tuned, context).items()}
         keys |= {"shape": list(tensor.shape), "fan_in": tensor.fan_in, "density": own.density, "kept": own.count}
-        yield tensor, context, keys
-
-
-def _because(scheme: rules.Scheme, context: rules.TensorContext) -> dict[str, float]:
-    """The ratios that a tensor's numbers come from, those of its output only where they differ from m_d."""
-    because = {"m_d": context.m_d}
-    if scheme.edition == 2 and scheme.name != "sp":
-        by_output = {"m_out": context.m_out} if scheme.optimizer == "adamw" else {"m_fan_out": context.fan_out}
-        because |= {key: value for key, value in by_output.items() if value != context.m_d}
-    if context.role == "hidden":
-        because["m_rho"] = context.m_rho
-        if context.m_rho_start is not None:
-            because["m_rho_start"] = context.m_rho_start
-    if scheme.depth_rule == "completep" and context.in_block:
-        because["m_L"] = context.m_L
-    return because
+        keys["because"] = rules.because(scheme, tuned, context)
+        yield tensor, keys
 
 
 def as_trial(proxy: Proxy) -> Plan:

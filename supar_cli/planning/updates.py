@@ -7,9 +7,11 @@ largest after every step, with dense gradients and moments, their number anneale
 
 from __future__ import annotations
 
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any, Literal
 
+from supar_cli.planning.density import literal
 from supar_cli.planning.schema import Field, Section
 
 Method = Literal["set", "rigl", "gmp", "topk"]
@@ -90,7 +92,7 @@ class PlanUpdates(Updates):
     begin: float = Field(ge=0, lt=1)
     end: float = Field(gt=0, le=1)
     min_per_neuron: int = Field(ge=0)
-    rates_follow: Literal["now", "end"]
+    rates_follow: Literal["now", "end"] = Field()
     exponent: float = Field(ge=0, le=2)
 
     def check(self) -> None:
@@ -98,6 +100,10 @@ class PlanUpdates(Updates):
         for key in DEFAULTS[self.method]:
             if vars(self)[key] is None:
                 raise ValueError(f"{key}: is missing; expected a value with the method {self.method}")
+
+    def step_at(self, share: float, steps: int) -> int:
+        """The step at a share of a run of `steps` steps, to the nearest."""
+        return int(literal(share) * steps + Fraction(1, 2))
 
 
 def exponent_of(wanted: Updates | None, tuned: float | None) -> float:

@@ -19,8 +19,10 @@ from supar_cli.errors import SetupError
 from supar_cli.planning.document import dotted
 
 NAMES = {"lr": "learning rate", "init_std": "init std", "weight_decay": "weight decay"}
+NAMES["embedding_lr_ratio"] = "rate ratio of embeddings"
 TITLES = {
     "sp": "SP (standard parameterization)",
+    "sp-si": "SP, sparse-aware init",
     "mup": "μP",
     "supar": "SμPar",
     "supar-init-only": "SμPar's init only",

@@ -9,6 +9,7 @@ from typing import Any
 from supar_cli.errors import SetupError, SuparError
 from supar_cli.files import Record, read_json, read_jsonl
 from supar_cli.planning.advice import COLUMNS, number, plan_rows, start_text
+from supar_cli.planning.density_over_run import summary as summary_over_run
 from supar_cli.planning.document import Document
 from supar_cli.planning.kinds import parse_any
 from supar_cli.planning.plan import Plan, PlanModel, read_plan
@@ -19,6 +20,7 @@ from supar_cli.training import run_directory
 LOSSES = {"loss": "training", "validation_loss": "validation"}
 POINTS = 200  # chosen: more than a figure of this size shows
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a Unicode braille cell: 4 rows of 2
+LOGARITHMIC = ("grad_norm", "density")
 MEASURED = ("steps", "seconds", "resumed_at", "clipped_share", "parameters", "live_parameters")
 TENSOR_COLUMNS = ("name", "role", "shape", "density", "kept", "start", "lr", "weight_decay", "eps", "because")
 Series = dict[float, float | None]
@@ -140,6 +142,16 @@ def curve(records: list[Record], name: str, width: int, height: int) -> list[str
     return [f"{label:>{margin - 2}} ┤{line}" for label, line in zip(left, lines, strict=True)] + [steps]
 
 
+def masks_text(records: list[Record]) -> str:
+    """What the last record says of masks that change; empty where they don't."""
+    found = next((one for one in reversed(records) if "density" in one), {})
+    density, changed, dead = (finite(found.get(name)) for name in ("density", "mask_changed", "dead_rows"))
+    parts = [] if density is None else [f"density {density:.4g}"]
+    parts += [] if changed is None else [f"{100 * changed:.3g} % of live weights exchanged by the last change"]
+    parts += [] if dead is None else [f"{dead:g} rows without a live weight"]
+    return f"masks at step {found['step']}: {', '.join(parts)}" if parts else ""
+
+
 def run_part(folder: Path) -> ReportPart:
     """A run directory, finished or not."""
     run = read_run(folder)
@@ -185,13 +197,16 @@ def _add_losses(part: ReportPart, losses: dict[str, Series], is_final: bool) -> 
 
 
 def _run_figures(records: list[Record], losses: dict[str, Series]) -> list[Figure]:
-    """Losses, gradient norms by role, learning rate and speed over steps, as far as they are recorded."""
+    """Losses, changing masks, gradient norms by role, learning rate and speed over steps, as far as they are recorded."""
     by_role = [{**one.get("grad_norm_by_role", {}), "step": one["step"]} for one in records]
     roles = dict.fromkeys(role for one in by_role for role in one if role != "step")
     norms = {"all": series(records, "grad_norm"), **{role: series(by_role, role) for role in roles}}
     figures = []
     for name, title, y, by_label in (
         ("loss", "Loss", "loss (nats per token)", losses),
+        ("density", "Density of the tensors whose masks change", "share of weights", {"": series(records, "density")}),
+        ("mask_changed", "Live weights exchanged by a change", "share of them", {"": series(records, "mask_changed")}),
+        ("dead_rows", "Rows without a live weight", "rows", {"": series(records, "dead_rows")}),
         ("grad_norm", "Gradient norm by role", "norm before clipping", norms),
         ("lr", "Learning rate of the proxy, as scheduled", "learning rate", {"": series(records, "lr")}),
         ("tokens_per_s", "Speed", "tokens per second", {"": series(records, "tokens_per_s")}),
@@ -199,7 +214,7 @@ def _run_figures(records: list[Record], losses: dict[str, Series]) -> list[Figur
         lines = [_line(label, by_step) for label, by_step in by_label.items() if set(by_step.values()) - {None}]
         if lines:
             panels = [Panel(lines=lines)]
-            figures.append(Figure(name=name, title=title, x="step", y=y, y_log2=name == "grad_norm", panels=panels))
+            figures.append(Figure(name=name, title=title, x="step", y=y, y_log2=name in LOGARITHMIC, panels=panels))
     return figures
 
 
@@ -226,8 +241,10 @@ def _plan_tables(plan: Plan) -> list[Table]:
         because = ", ".join(f"{key} {number(value)}" for key, value in one.because.items())
         row = {**one.model_dump(), "shape": "×".join(map(str, one.shape)), "start": start_text(one), "because": because}
         rows.append([row[name] for name in TENSOR_COLUMNS])
+    moving = summary_over_run(plan)
+    title = "; ".join(filter(None, ("The plan's tensors, equal ones in one row", moving)))
     return [
-        Table(title="The plan's tensors, equal ones in one row", columns=list(COLUMNS), rows=plan_rows(plan)),
+        Table(title=title, columns=list(COLUMNS), rows=plan_rows(plan)),
         Table(title="The plan, tensor by tensor", columns=list(TENSOR_COLUMNS), rows=rows, folded=True),
     ]
 
@@ -238,11 +255,13 @@ def _plan_facts(plan: Plan) -> dict[str, dict[str, str]]:
     if isinstance(model, PlanModel):
         multipliers, layers = model.multipliers.model_dump(), f"{model.layers} layers, {model.heads} heads"
         shape = f"{model.family}, width {model.width}, {layers}, context {model.context}"
+    files = {"masks": plan.sparsity.source.hash, "values": plan.values.hash, "data": plan.data and plan.data.hash}
     length = "" if plan.train.tokens is None else f", {plan.train.tokens:,} tokens"
     sizes = {
         "shape": shape,
         "parameters": f"{plan.parameters:,}; live {plan.live:,}",
         "sparsity": f"{plan.sparsity.sparsity:g} ({plan.sparsity.pattern_text}, {plan.sparsity.distribution})",
+        "values": plan.values.text,
         "training": f"{plan.train.steps:,} steps of {plan.train.batch_size} sequences{length}",
         "data": "the training script's own" if plan.data is None else plan.data.source,
     }
@@ -252,7 +271,7 @@ def _plan_facts(plan: Plan) -> dict[str, dict[str, str]]:
         "Hyperparameters": flatten(plan.hyperparameters.model_dump()),
         "Multipliers of the forward pass": flatten(multipliers),
         "Notes of the plan": flatten(plan.meta),
-        "Hashes": flatten({"plan": plan.hash(), **plan.parents, "data": plan.data and plan.data.hash}),
+        "Hashes": flatten({"plan": plan.hash(), "parents": plan.parents, **files}),
     }
 
 

@@ -1,21 +1,27 @@
-"""Files of masks: safetensors by tensor name, packed as supar writes them or as plain 0 and 1; read for a plan's numbers.
+"""Files of masks and of values: safetensors by tensor name, read for a plan's numbers.
 
-A packed file has the shapes in its metadata, `shapes`: {"blocks.0.mlp.up": [4096, 1024]}, and a vector of ceil(size / 8)
-bytes a tensor. Any other file has a tensor of booleans or bytes 0 and 1 in each weight's own shape.
+Masks are packed as supar writes them, or plain 0 and 1. A packed file has the shapes in its metadata, `shapes`:
+{"blocks.0.mlp.up": [4096, 1024]}, and a vector of ceil(size / 8) bytes a tensor. Any other file of masks
+has a tensor of booleans or bytes 0 and 1 in each weight's own shape. A file of values has float32: of a masked tensor its
+live values in row-major order, else the tensor.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import file_hash, naming_read_errors, naming_write_errors, write_file
@@ -42,28 +48,66 @@ def read_masks(path: Path, wanted_hash: str | None, wanted: Mapping[str, WantedM
     `wanted_hash` says and, naming every tensor, for a mask that is missing or not asked for, of another shape or number of
     live weights, not of its pattern, or with values that are not 0 and 1.
     """
-    with naming_read_errors(path):
-        found = file_hash(path)
-    if wanted_hash is not None and found != wanted_hash:
-        raise InputError(f"{path}: is not the plan's mask file ({found[:19]}…); expected {wanted_hash[:19]}…")
     problems: list[str] = []
     masks: dict[str, Mask] = {}
-    try:
-        with safe_open(path, framework="numpy") as file:
-            shapes, is_packed = _shapes(path, file)
-            problems += [f"{path}: has no mask of {name}" for name in wanted if name not in shapes]
-            for name, shape in shapes.items():
-                try:
-                    mask = Mask(shape, file.get_tensor(name)) if is_packed else _read_plain(file.get_slice(name))
-                    require_mask(mask, wanted.get(name))
-                    masks[name] = mask
-                except ValueError as error:
-                    problems.append(f"{path}: {name}: {error}")
-    except (SafetensorError, OSError) as error:
-        raise SetupError(f"{path}: is not an intact safetensors file: {error}") from None
+    with _opened(path, "numpy", wanted_hash, "mask file") as file:
+        shapes, is_packed = _shapes(path, file)
+        problems += [f"{path}: has no mask of {name}" for name in wanted if name not in shapes]
+        for name, shape in shapes.items():
+            try:
+                mask = Mask(shape, file.get_tensor(name)) if is_packed else _read_plain(file.get_slice(name))
+                require_mask(mask, wanted.get(name))
+                masks[name] = mask
+            except ValueError as error:
+                problems.append(f"{path}: {name}: {error}")
     if problems:
         raise InputError(*problems)
     return {name: masks[name] for name in wanted}
+
+
+def write_values(path: Path, values: Mapping[str, Tensor]) -> str:
+    """Write values atomically; returns the file's hash, the same for the same values. Raises SetupError where it can't."""
+    with naming_write_errors(path):
+        write_file(path, save_tensors({name: values[name].contiguous() for name in sorted(values)}))
+        return file_hash(path)
+
+
+def read_values(path: Path, wanted_hash: str | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The values of a file by name, of these shapes: (live,) for a masked tensor.
+
+    Raises SetupError where the file can't be read, and InputError for another content than `wanted_hash` says and, naming
+    every tensor, for one that is missing or unknown, of another shape or type, or not finite.
+    """
+    values: dict[str, Tensor] = {}
+    with _opened(path, "pt", wanted_hash, "file of values") as file:
+        found = set(file.keys())
+        problems = [f"{path}: has no values of {name}" for name in shapes if name not in found]
+        problems += [f"{path}: {name}: the plan has no such tensor" for name in sorted(found - shapes.keys())]
+        for name in shapes.keys() & found:
+            values[name] = value = file.get_tensor(name)
+            if tuple(value.shape) != shapes[name]:
+                problems.append(f"{path}: {name}: has the shape {list(value.shape)}; expected {list(shapes[name])}")
+            elif value.dtype != torch.float32:
+                problems.append(f"{path}: {name}: holds {value.dtype}; expected torch.float32")
+            elif not bool(value.isfinite().all()):
+                problems.append(f"{path}: {name}: holds values that are not finite")
+    if problems:
+        raise InputError(*sorted(problems))
+    return values
+
+
+@contextmanager
+def _opened(path: Path, framework: str, wanted_hash: str | None = None, what: str = "") -> Iterator[Any]:
+    """A safetensors file. Raises InputError for another hash, SetupError where it can't be read, then or while it is used."""
+    with naming_read_errors(path):
+        found = file_hash(path) if wanted_hash is not None else None
+    if found is not None and wanted_hash is not None and found != wanted_hash:
+        raise InputError(f"{path}: is not the plan's {what} ({found[:19]}…); expected {wanted_hash[:19]}…")
+    try:
+        with safe_open(path, framework=framework) as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise SetupError(f"{path}: is not an intact safetensors file: {error}") from None
 
 
 def _shapes(path: Path, file: Any) -> tuple[dict[str, tuple[int, ...]], bool]:
@@ -108,9 +152,10 @@ def require_mask(mask: Mask, wanted: WantedMask | None) -> None:
     dead = ~to_matrix(mask.alive(), wanted.fan_in_axes)  # as keys, so that live weights are selected first
     edge = wanted.block or 1
     keys: NDArray[np.bool_] = np.all(dead.reshape(len(dead) // edge, edge, -1, edge), axis=(1, 3))
-    selected = select(wanted.pattern, keys, wanted.kept, block=wanted.block)
+    selected = select(wanted.pattern, keys, wanted.kept, block=wanted.block, even_rows=wanted.even_rows)
     if not np.array_equal(selected.alive(), ~dead):
-        raise ValueError(f"is not {describe(wanted.pattern, wanted.block)} along the fan-in, as the plan says")
+        words = describe(wanted.pattern, wanted.block) + " in even rows" * wanted.even_rows
+        raise ValueError(f"is not {words} along the fan-in, as the plan says")
 
 
 def find_masks(path: Path, wanted: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[str, Mask]:
@@ -126,19 +171,16 @@ def find_masks(path: Path, wanted: Mapping[str, tuple[tuple[int, ...], tuple[int
     problems: list[str] = []
     masks: dict[str, Mask] = {}
     for one in files:
-        try:
-            with safe_open(one, framework="pt") as file:
-                shapes, is_packed = _shapes(one, file)
-                for name in wanted.keys() & shapes.keys():
-                    try:
-                        stored = file.get_tensor(name)
-                        mask = Mask(shapes[name], stored.numpy()) if is_packed else Mask.of((stored != 0).numpy())
-                        _require_spread(mask, *wanted[name])
-                        masks[name] = mask
-                    except ValueError as error:
-                        problems.append(f"{one}: {name}: {error}")
-        except (SafetensorError, OSError) as error:
-            raise SetupError(f"{one}: is not an intact safetensors file: {error}") from None
+        with _opened(one, "pt") as file:
+            shapes, is_packed = _shapes(one, file)
+            for name in wanted.keys() & shapes.keys():
+                try:
+                    stored = file.get_tensor(name)
+                    mask = Mask(shapes[name], stored.numpy()) if is_packed else Mask.of((stored != 0).numpy())
+                    require_spread(mask, *wanted[name])
+                    masks[name] = mask
+                except ValueError as error:
+                    problems.append(f"{one}: {name}: {error}")
     if problems:
         raise InputError(*problems)
     if not masks:
@@ -147,7 +189,7 @@ def find_masks(path: Path, wanted: Mapping[str, tuple[tuple[int, ...], tuple[int
     return {name: mask for name, mask in masks.items() if mask.count < mask.size}
 
 
-def _require_spread(mask: Mask, shape: tuple[int, ...], fan_in_axes: tuple[int, ...]) -> None:
+def require_spread(mask: Mask, shape: tuple[int, ...], fan_in_axes: tuple[int, ...]) -> None:
     """Raise ValueError for another shape, for a mask without live weights, and where whole rows and columns are dead.
 
     Such a tensor is a narrower dense one, and rules by density are wrong for it [D, measured: slopes .5 to 1.1].

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from math import gcd, isqrt, prod
 from typing import Any
 
@@ -120,11 +120,20 @@ class RandomKeys:
 Keys = NDArray[Any] | RandomKeys
 
 
-def select(pattern: str, keys: Keys, kept: int, *, block: int | None = None, density: float | None = None) -> Mask:
+def select(
+    pattern: str,
+    keys: Keys,
+    kept: int,
+    *,
+    block: int | None = None,
+    density: float | None = None,
+    even_rows: bool = False,
+) -> Mask:
     """The mask (fan-out, fan-in) of the `kept` weights whose keys are smallest under a pattern; equal keys go by position.
 
     Random keys draw a mask, −|w| prunes by magnitude, −|gradient| says what to grow. `keys` are one a weight, (fan-out,
-    fan-in), or for blocks one a block, (fan-out / block, fan-in / block). Under `bernoulli` with a `density` each weight
+    fan-in), or for blocks one a block, (fan-out / block, fan-in / block); with `even_rows` the rows of blocks have as many,
+    or one more where the next smallest key is smallest. Under `bernoulli` with a `density` each weight
     lives for itself, where its key of 64 random bits is below density · 2⁶⁴; without one it is `exact`. Raises ValueError
     where `kept` does not fit the pattern, and for a key that is not a number.
     """
@@ -135,7 +144,7 @@ def select(pattern: str, keys: Keys, kept: int, *, block: int | None = None, den
         assert block is not None
         if kept % block**2:
             raise ValueError(f"{kept} live weights; expected a multiple of {block}×{block}")
-        return _expand(select("exact", keys, kept // block**2), block)
+        return _expand((_select_even if even_rows else partial(select, "exact"))(keys, kept // block**2), block)
     if not 0 <= kept <= rows * columns:
         raise ValueError(f"{kept} live weights; expected 0 to {rows * columns}")
     if pattern == "bernoulli" and density is not None:
@@ -152,6 +161,25 @@ def select(pattern: str, keys: Keys, kept: int, *, block: int | None = None, den
     if isinstance(keys, RandomKeys):
         return _smallest_random(keys, kept)
     return Mask.of(_smallest(keys.reshape(1, -1), kept).reshape(keys.shape))
+
+
+def _select_even(keys: Keys, kept: int) -> Mask:
+    """The mask of `kept` smallest keys, as many in each row; what is left over goes to rows whose next key is smallest.
+
+    Of random keys that is a random choice of rows.
+    """
+    rows, columns = keys.shape
+    if not 0 <= kept <= rows * columns:
+        raise ValueError(f"{kept} live blocks; expected 0 to {rows * columns}")
+    if isinstance(keys, RandomKeys):
+        keys = np.concatenate([*keys.chunks(CHUNK_KEYS)]).reshape(keys.shape)
+    each, left = divmod(kept, rows)
+    alive = _smallest(keys, each)
+    if left:
+        more = _smallest(keys, each + 1)
+        chosen = _smallest(keys[more & ~alive].reshape(1, -1), left)[0]
+        alive[chosen] = more[chosen]
+    return Mask.of(alive)
 
 
 def _expand(blocks: Mask, edge: int) -> Mask:
@@ -244,13 +272,17 @@ def from_matrix(mask: Mask, shape: Sequence[int], fan_in_axes: Sequence[int]) ->
 
 @dataclass(frozen=True)
 class WantedMask:
-    """What a plan says of a tensor's mask: shape as stored, live weights, and along which axes it has which pattern."""
+    """What a plan says of a tensor's mask: shape as stored, live weights, and along which axes it has which pattern.
+
+    `even_rows`: rows of blocks differ by at most one block.
+    """
 
     shape: tuple[int, ...]
     kept: int
     fan_in_axes: tuple[int, ...]
     pattern: str = "exact"
     block: int | None = None
+    even_rows: bool = False
 
 
 def draw(name: str, wanted: WantedMask, density: float, seed: int) -> Mask:
@@ -266,7 +298,9 @@ def draw(name: str, wanted: WantedMask, density: float, seed: int) -> Mask:
             raise ValueError(
                 f"{edge}×{edge} blocks don't divide the shape {rows}×{columns}; expected an edge that does"
             )
-        mask = select(wanted.pattern, keys, wanted.kept, block=wanted.block, density=density)
+        mask = select(
+            wanted.pattern, keys, wanted.kept, block=wanted.block, density=density, even_rows=wanted.even_rows
+        )
     except ValueError as error:
         raise InputError(f"{name}: kept: {error}") from None
     return from_matrix(mask, wanted.shape, wanted.fan_in_axes)

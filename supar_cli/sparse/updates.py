@@ -7,13 +7,14 @@ weights select equal masks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from supar_cli.sparse.masks import Mask, RandomKeys, matrix_axes, select
+from supar_cli.sparse.masks import matrix_axes
+from supar_cli.streams import stream
 
 
 def keep_largest(
@@ -30,11 +31,7 @@ def keep_largest(
     if alive is not None:
         keys = keys.masked_fill(~alive, -1.0)  # below every magnitude
     if min_per_neuron:
-        order, extents = matrix_axes(weight.shape, fan_in_axes)
-        rows = keys.permute(order).reshape(extents)
-        floor = _largest_of_rows(rows, min_per_neuron) & (rows >= 0)
-        back = torch.argsort(torch.tensor(order)).tolist()
-        floor = floor.reshape([weight.shape[axis] for axis in order]).permute(back)
+        floor = _largest_of_neurons(keys, min_per_neuron, fan_in_axes) & (keys >= 0)
         if (least := int(floor.sum())) > kept:
             raise ValueError(f"{kept} live weights; {min_per_neuron} for each neuron need {least}")
         keys = keys.masked_fill(floor, torch.inf)
@@ -44,17 +41,31 @@ def keep_largest(
     return found
 
 
-def grow_by_score(scores: Tensor, alive: Tensor, count: int) -> Tensor:
-    """Row-major positions (count,) of the dead weights of largest score, such as the size of their gradient."""
+def grow_largest(
+    scores: Tensor, alive: Tensor, count: int, fan_in_axes: Sequence[int], min_per_neuron: int = 0
+) -> Tensor:
+    """Row-major positions (count,) of the dead weights of largest score, such as the size of their gradient.
+
+    Those that a neuron with less than `min_per_neuron` live weights lacks go first.
+    """
     keys = scores.detach().abs().float().masked_fill(alive, -1.0)
+    if min_per_neuron:
+        floor = _largest_of_neurons(keys.masked_fill(alive, torch.inf), min_per_neuron, fan_in_axes)
+        keys = keys.masked_fill(floor & ~alive, torch.inf)
     return _largest_of_rows(keys.reshape(1, -1), count).flatten().nonzero().flatten()
 
 
-def grow_at_random(mask: Mask, count: int, seed: int, name: str, step: int) -> NDArray[np.int64]:
-    """Row-major positions (count,) of dead weights, a function of (seed, name, step) and the mask."""
-    dead = np.flatnonzero(~mask.alive().reshape(-1))
-    keys = RandomKeys(seed, f"grow:{name}:{step}", (1, len(dead)))
-    return np.asarray(dead[select("exact", keys, count).live()])
+def random_scores(shape: Sequence[int], seed: int, name: str, step: int) -> Tensor:
+    """Scores from 0 to 1 of 24 random bits each, a function of (seed, name, step)."""
+    bits = stream(seed, f"grow:{name}:{step}").random_raw(prod(shape)) >> np.uint64(40)
+    return torch.from_numpy((bits / 2**24).astype(np.float32).reshape(shape))
+
+
+def _largest_of_neurons(keys: Tensor, count: int, fan_in_axes: Sequence[int]) -> Tensor:
+    """True at the `count` largest keys of each neuron, a row of the matrix (fan-out, fan-in)."""
+    order, extents = matrix_axes(keys.shape, fan_in_axes)
+    found = _largest_of_rows(keys.permute(order).reshape(extents), count)
+    return found.reshape([keys.shape[axis] for axis in order]).permute(torch.argsort(torch.tensor(order)).tolist())
 
 
 def _largest_of_rows(keys_RC: Tensor, count: int) -> Tensor:

@@ -49,11 +49,17 @@ def load(path: Path, plan: Plan, data_hash: str, ranks: Ranks) -> CheckpointRead
     return reader
 
 
-def weights(path: Path) -> Tensors:
-    """A checkpoint's tensors by the plan's names and in its shapes, dead weights zero. Raises InputError or SetupError."""
+def read_values(path: Path) -> tuple[Plan, State]:
+    """The plan of a checkpoint, and its masks and values without moments. Raises InputError or SetupError."""
     reader, plan = CheckpointReader(path), read_plan(path / "plan.yaml")
     state = State.zeros(reader.step, plan, reader.masks(plan))
     reader.fill(state)
+    return plan, state
+
+
+def weights(path: Path) -> Tensors:
+    """A checkpoint's tensors by the plan's names and in its shapes, dead weights zero. Raises InputError or SetupError."""
+    _, state = read_values(path)
     return {name: to_dense(value, state.masks.get(name)) for name, value in state.values.items()}
 
 
@@ -62,10 +68,15 @@ def weights_of_run(directory: str | Path) -> Tensors:
 
     Raises InputError if the run has no checkpoint, SetupError if it is corrupt.
     """
-    found = available(Path(directory) / "checkpoints")
+    return weights(newest(Path(directory)))
+
+
+def newest(directory: Path) -> Path:
+    """A run's newest checkpoint. Raises InputError if it has none."""
+    found = available(directory / "checkpoints")
     if not found:
         raise InputError(f"{directory}: has no checkpoint; expected a run directory with one")
-    return weights(found[-1])
+    return found[-1]
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from supar_cli.errors import InputError
 from supar_cli.planning.plan import Plan, PlanTensor
 from supar_cli.planning.schedule import MaskSchedule
 from supar_cli.sparse.linear import Engine
 from supar_cli.sparse.masks import IndexMap, Mask
-from supar_cli.sparse.updates import grow_at_random, grow_by_score, keep_largest
+from supar_cli.sparse.updates import grow_largest, keep_largest, random_scores
 from supar_cli.training.distributed import Ranks
 from supar_cli.training.prepare import SparseModel, stream_name, to_dense
 from supar_cli.training.state import GrownMoments, carry
@@ -52,6 +53,16 @@ class MaskUpdates:
     def grown(self) -> GrownMoments:
         """What the second moments of grown weights start at."""
         return "mean" if self.schedule is not None and self.schedule.updates.moments == "mean" else "zero"
+
+    def require_counts(self, masks: Mapping[str, Mask], step: int) -> None:
+        """Raise InputError where masks don't have as many live weights as the schedule says of this step."""
+        for row in self.rows:
+            assert self.schedule is not None
+            live, kept = (masks[row.name].count if row.name in masks else row.size), self.schedule.kept(row, step)
+            if live != kept:
+                raise InputError(
+                    f"the mask of {row.name} has {live} live weights; the plan keeps {kept} after step {step}"
+                )
 
     def begin(self, model: SparseModel, step: int) -> None:
         """Take up a model after `step` steps."""
@@ -90,9 +101,13 @@ class MaskUpdates:
         if not is_last:
             self._gradients[row.name] = dense
             return
+        self._grown[row.name] = self._positions(row, step, self._ranks.sum(dense), alive_of(mask, dense.device))
+
+    def _positions(self, row: PlanTensor, step: int, scores: Tensor, alive: Tensor) -> Tensor:
+        """Row-major positions of what grows after a step."""
         assert self.schedule is not None
-        count = self.schedule.dropped(row, step)
-        self._grown[row.name] = grow_by_score(self._ranks.sum(dense), alive_of(mask, dense.device), count)
+        count, floor = self.schedule.dropped(row, step), self.schedule.updates.min_per_neuron
+        return grow_largest(scores, alive, count, row.fan_in_axes, floor)
 
     @torch.no_grad()
     def mask_gradients(self, model: SparseModel, step: int) -> None:
@@ -103,19 +118,20 @@ class MaskUpdates:
             gradient, alive = model.tensors[row.name].grad, self._alive[row.name]
             assert gradient is not None
             if self._grows_by_gradient(step):
-                self._grown[row.name] = grow_by_score(_whole(gradient), alive, self.schedule.dropped(row, step))
+                self._grown[row.name] = self._positions(row, step, _whole(gradient), alive)
             _clear(gradient, alive)
 
     @torch.no_grad()
     def after_step(self, model: SparseModel, step: int) -> dict[str, Mask]:
         """The masks that change after `step` steps; of tensors that are stored whole they are changed here."""
         changed: dict[str, Mask] = {}
+        if self.schedule is not None and self.schedule.updates.method != "topk":
+            self._clear_dead(model)  # which moments that are kept have moved, and a weight that grows starts at 0
         if self.schedule is not None and self.schedule.is_update(step):
             moved = [self._change(model, row, self.schedule, step, changed) for row in self.rows]
             self._moved = float(torch.stack(moved).sum()) / sum(self.schedule.kept(row, step) for row in self.rows)
         self._grown = {}
-        for name, alive in self._alive.items():
-            _clear(model.tensors[name], alive)
+        self._clear_dead(model)
         if self.stores_dense(step - 1) and not self.stores_dense(step):  # the last change: only live weights are left
             return {name: self.mask_of(model, name) for name in self._alive}
         return changed
@@ -136,17 +152,21 @@ class MaskUpdates:
         candidates = None if updates.method == "topk" else old
         alive = keep_largest(weight, kept - count, row.fan_in_axes, updates.min_per_neuron, candidates)
         if count:
-            assert mask is not None
+            assert old is not None
             grown = self._grown.get(name)
             if grown is None:
-                positions = grow_at_random(self.mask_of(model, name), count, self._seed, stream_name(row), step)
-                grown = torch.from_numpy(positions)
-            alive.view(-1)[grown.to(alive.device)] = True
+                scores = random_scores(row.shape, self._seed, stream_name(row), step).to(tensor.device)
+                grown = self._positions(row, step, scores, old)
+            alive.view(-1)[grown] = True
         if name in self._alive:
             self._alive[name] = alive
         else:
             changed[name] = Mask.of(alive.cpu().numpy())
         return nothing if old is None else (alive & ~old).sum()
+
+    def _clear_dead(self, model: SparseModel) -> None:
+        for name, alive in self._alive.items():
+            _clear(model.tensors[name], alive)
 
     def mask_of(self, model: SparseModel, name: str) -> Mask:
         """The present mask of a tensor."""
@@ -176,8 +196,12 @@ def remask_in_place(
     masks: Mapping[str, Mask],
     grown: GrownMoments,
     engine_of: Callable[[str, Mask], Engine],
-) -> None:
-    """Change masks of as many live weights as before, so that parameters, optimizer and DDP's buckets stay."""
+) -> bool:
+    """Change masks of as many live weights as before, so that parameters, optimizer and DDP's buckets stay.
+
+    Returns whether the engines took the masks in place.
+    """
+    is_moved = True
     for name, mask in masks.items():
         linear, tensor = model.linear(name), model.tensors[name]
         values, moments = carry(
@@ -185,11 +209,12 @@ def remask_in_place(
         )
         engine = linear.engine
         if engine is None or not engine.move(mask):
-            engine = engine_of(name, mask).to(tensor.device)
+            engine, is_moved = engine_of(name, mask).to(tensor.device), False
         linear.remask(mask, values, engine)
         for key, moment in moments.items():
             optimizer.state[tensor][key].copy_(moment)
         model.masks[name] = mask
+    return is_moved
 
 
 def _dead_rows(mask: Mask, fan_in_axes: list[int]) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import log2, sqrt
 from pathlib import Path
@@ -24,7 +24,7 @@ from supar_cli.planning.schedule import MaskSchedule
 from supar_cli.sparse import autotune, masks
 from supar_cli.sparse.autotune import EngineChoice, LayerCase
 from supar_cli.sparse.linear import Dense, Engine, Linear
-from supar_cli.sparse.mask_files import read_masks
+from supar_cli.sparse.mask_files import read_masks, read_values
 from supar_cli.sparse.masks import Mask, WantedMask
 from supar_cli.streams import stream
 from supar_cli.training.distributed import Ranks
@@ -86,18 +86,18 @@ def prepare(
 
     `engine_of` makes the engine of a masked tensor, by default the dense one in float32. `build_model` makes a model whose
     parameters have the plan's names and shapes. `values` are by name, live ones in row-major order for a masked tensor; by
-    default they are the plan's initial values, which are drawn and checked. With `stores_dense` masked tensors, and their
-    `values`, are whole, zero where dead. Raises InputError if the check fails.
+    default they are the plan's initial values, which are checked. With `stores_dense` masked tensors, and their `values`,
+    are whole, zero where dead. Raises InputError if the check fails.
     """
     masks = make_masks(plan) if masks is None else masks
     engine_of = engine_of or (lambda _, mask: Dense(mask, torch.float32))
     model = build_model(plan)
     made = SparseModel(model, named_tensors(model), dict(masks))
     rows = start_rows(plan)
+    start = starting_values(plan, masks) if values is None else ((row, values[row.name]) for row in rows)
     with torch.no_grad():
-        for row in rows:
+        for row, value in start:
             mask = masks.get(row.name)
-            value = values[row.name] if values is not None else initial_values(row, plan.train.seed, mask)
             if stores_dense or mask is None:
                 made.tensors[row.name].copy_(value if values is not None else to_dense(value, mask))
             else:
@@ -140,7 +140,8 @@ def draw_masks(plan: Plan) -> dict[str, Mask]:
 def wanted_mask(plan: Plan, row: PlanTensor) -> WantedMask:
     """What the plan says of a tensor's mask."""
     sparsity = plan.sparsity
-    return WantedMask(tuple(row.shape), row.kept, tuple(row.fan_in_axes), sparsity.pattern, sparsity.block)
+    even_rows = sparsity.block_rows == "even"
+    return WantedMask(tuple(row.shape), row.kept, tuple(row.fan_in_axes), sparsity.pattern, sparsity.block, even_rows)
 
 
 def require_same_tensors(plan: Plan, build_model: Callable[[Plan], nn.Module] = transformer) -> None:
@@ -166,6 +167,19 @@ def stream_name(row: PlanTensor) -> str:
     return row.name.removesuffix(".weight")
 
 
+def starting_values(plan: Plan, masks: Mapping[str, Mask]) -> Iterator[tuple[PlanTensor, Tensor]]:
+    """Each row with its initial values, drawn or from the plan's file; only those of live weights if there is a mask.
+
+    Raises InputError for a file that doesn't fit the plan, SetupError if it can't be read.
+    """
+    given = None
+    if plan.values.path is not None:
+        shapes = {row.name: (masks[row.name].count,) if row.name in masks else tuple(row.shape) for row in plan.tensors}
+        given = read_values(Path(plan.values.path), plan.values.hash, shapes)
+    for row in start_rows(plan):
+        yield row, given[row.name] if given else initial_values(row, plan.train.seed, masks.get(row.name))
+
+
 def initial_values(row: PlanTensor, seed: int, mask: Mask | None, dtype: type[np.floating[Any]] = np.float32) -> Tensor:
     """A tensor's initial values, constant or normal as the plan says; only those of live weights if there is a mask."""
     shape = row.shape if mask is None else [mask.count]
@@ -185,9 +199,10 @@ def initial_values(row: PlanTensor, seed: int, mask: Mask | None, dtype: type[np
 
 
 def check_init(row: PlanTensor, tensor: Tensor, pattern: str, mask: Mask | None) -> None:
-    """Raise InputError unless a tensor's live count and measured deviation agree with the plan, within 6 standard errors.
+    """Raise InputError unless a tensor's live count and measured deviation agree with the plan.
 
-    The deviation of n normal numbers has the relative standard error 1/√(2n): a false alarm has a chance below 1e-8.
+    The deviation of n normal numbers has the relative standard error 1/√(2n): within 6 of them a false alarm has a chance
+    below 1e-8. The root mean square of values from a file is known exactly, and is not 0 under a mask.
     """
     alive = row.size if mask is None else mask.count
     allowed = 6 * sqrt(row.kept * (1 - row.density)) if pattern == "bernoulli" else 0
@@ -199,8 +214,11 @@ def check_init(row: PlanTensor, tensor: Tensor, pattern: str, mask: Mask | None)
     parts = (values[first : first + CHECKED_AT_ONCE] for first in range(0, len(values), CHECKED_AT_ONCE))
     squares = sum(float((part.double() - start).square().sum()) for part in parts)
     measured = sqrt(squares / alive)
-    if abs(measured - wanted) > wanted * (6 / sqrt(2 * alive) + 1e-6):
+    by_chance = 6 / sqrt(2 * alive) if row.init == "normal" else 0.0
+    if abs(measured - wanted) > wanted * (by_chance + 1e-6):
         raise InputError(f"{row.name}: measured init std {measured:.6g}, the plan says {wanted:.6g}")
+    if row.init == "file" and mask is not None and not measured:
+        raise InputError(f"{row.name}: all its live weights start at 0; expected values that can be trained")
 
 
 class EngineSelector:
@@ -215,13 +233,25 @@ class EngineSelector:
         self._rows = {row.name: row for row in plan.tensors}
         self._fastest: dict[tuple[object, ...], EngineChoice] = {}  # layers of one shape and size share a measurement
 
-    def choose(self, masks: Mapping[str, Mask]) -> None:
-        """Choose an engine for every mask (out, in). Every rank calls it with the same masks."""
+    def choose(self, masks: Mapping[str, Mask]) -> list[str]:
+        """Choose an engine for every mask (out, in). Every rank calls it with the same masks.
+
+        Returns the measurements that were not known before, one line for each shape, and a hint at what would be faster.
+        """
+        texts: Counter[str] = Counter()
+        known = set(self._fastest)
         for name, mask in masks.items():
             named, alike = self.plan.engine(self._rows[name]), (mask.shape, self._measured_count(mask))
             if named == "auto" and alike not in self._fastest:
                 self._fastest[alike] = self._ranks.on_main(autotune.fastest, mask, self.case)
             self.choices[name] = self._fastest[alike] if named == "auto" else EngineChoice(named, {})
+            if self.choices[name].seconds and alike not in known:
+                size = f"{'×'.join(map(str, mask.shape))} at density {mask.count / mask.size:.3g}"
+                texts[f"{size}: {self.choices[name].text()}"] += 1
+        lines = [f"engine of {count} tensors {text}" for text, count in texts.items()]
+        if lines and self.case.device.type == "cpu" and not importlib.util.find_spec("numba"):
+            lines.append("numba is not installed: `pip install numba` makes the sparse engine faster")
+        return lines
 
     def _measured_count(self, mask: Mask) -> int:
         """The live weights that a measurement holds for: where density moves, for all of an octave."""
@@ -230,12 +260,3 @@ class EngineSelector:
     def make(self, name: str, mask: Mask) -> Engine:
         """Make the chosen engine of a tensor."""
         return autotune.make(self.choices[name].name, mask, self.case)
-
-    def lines(self) -> list[str]:
-        """The measurements, one line for each shape, and a hint at what would be faster."""
-        measured = [(self._rows[name], choice.text()) for name, choice in self.choices.items() if choice.seconds]
-        texts = [f"{'×'.join(map(str, row.shape))} at density {row.density:.3g}: {text}" for row, text in measured]
-        lines = [f"engine of {count} tensors {text}" for text, count in Counter(texts).items()]
-        if lines and self.case.device.type == "cpu" and not importlib.util.find_spec("numba"):
-            lines.append("numba is not installed: `pip install numba` makes the sparse engine faster")
-        return lines

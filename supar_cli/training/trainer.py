@@ -43,9 +43,8 @@ class Trainer:
     `sparse.linear.Linear` for masked ones; by default it is the plan's transformer.
     """
 
-    moves_masks = (
-        False  # whether masks change by `remask` too; else a checkpoint's are those of the plan and its schedule
-    )
+    # whether masks change by `remask` too; else a checkpoint's are those of the plan and its schedule
+    moves_masks = False
 
     def __init__(
         self,
@@ -65,10 +64,7 @@ class Trainer:
         self.engines = prepare.EngineSelector(plan, self.runtime, self.ranks, units, sharded=kind == "fsdp")
         self._updates, self.done = MaskUpdates(plan, self.ranks), 0
         self._build_model(kind)
-        for line in self.engines.lines():
-            self.reporter.log(line)
-        self._stop = distributed.StopRequest(self.ranks)
-        self._monitor = Monitor()
+        self._stop, self._monitor = distributed.StopRequest(self.ranks), Monitor()
         self.batch = tasks.BatchLoader(self.task, self.runtime, self.ranks).get
 
     def run(
@@ -201,10 +197,9 @@ class Trainer:
         ranks.require_equal({**machine, "plan": plan.hash(), "data": self.task.hash, **_fingerprints(masks)})
         dense = self._updates.stores_dense(self.done)
         # collective: not inside `run_on_all`, where one rank may fail alone
-        self.engines.choose({} if dense else masks)
+        list(map(self.reporter.log, self.engines.choose({} if dense else masks)))
         values, make = state.values if state else None, self.engines.make
-        made = ranks.run_on_all(prepare.prepare, plan, home, make, self._model_maker, masks, values, dense)
-        self.sparse_model = made
+        self.sparse_model = ranks.run_on_all(prepare.prepare, plan, home, make, self._model_maker, masks, values, dense)
         if runtime.compiles:
             torch.compiler.reset()  # graphs of earlier models count towards the limit of recompilations
         self.parallel = distributed.Parallel(kind, self.sparse_model.model, runtime.device, runtime.compiles, ranks)
@@ -224,17 +219,17 @@ class Trainer:
     def remask(self, masks: Mapping[str, Mask], grown: GrownMoments = "zero") -> None:
         """Change the masks of some tensors. Every rank calls it with the same masks.
 
-        Where parameters get another length, engines, optimizer, DDP, FSDP2 and compiled graphs are made anew, as in a
-        resumed run.
+        Where parameters get another length, all that is made of them is made anew, as in a resumed run.
         """
         own, tensors = self.sparse_model.masks, self.sparse_model.tensors
         lengths = {name: (own[name].count,) if name in own else () for name in masks}
         is_same = all(lengths[n] == (mask.count,) == tuple(tensors[n].shape) for n, mask in masks.items())
         if self.parallel.is_sharded or not is_same:
             self._rebuild(self.capture(gather=True).remasked(masks, grown))
-        else:
-            self.ranks.require_equal(_fingerprints(masks))
-            remask_in_place(self.sparse_model, self.optimizer, masks, grown, self.engines.make)
+            return
+        self.ranks.require_equal(_fingerprints(masks))
+        if not remask_in_place(self.sparse_model, self.optimizer, masks, grown, self.engines.make):
+            torch.compiler.reset()  # graphs of the engines before count towards the limit of recompilations
 
     def _rebuild(self, state: State) -> None:
         kind = self.parallel.kind
@@ -252,6 +247,7 @@ class Trainer:
         masks, own = self.ranks.run_on_all(reader.masks, self.plan), self.sparse_model.masks
         self.done = reader.step
         if self._updates.schedule is not None or self.moves_masks:
+            self._updates.require_counts(masks, reader.step)
             self._rebuild(State.zeros(reader.step, self.plan, masks))
         elif changed := [name for name in {**masks, **own} if masks.get(name) != own.get(name)]:
             text = f"{path}: the mask of {changed[0]} is not the one this plan draws"
@@ -266,6 +262,7 @@ class Trainer:
         self._updates.sync_masks(self.sparse_model)
         plan, runtime, masks, losses = self.plan, self.runtime, self.sparse_model.masks, history.losses
         sizes = {name: tensor.numel() for name, tensor in self.sparse_model.tensors.items()}
+        sizes |= {name: mask.count for name, mask in masks.items()}
         return {
             "kind": "supar.result/v1",
             "plan": plan.hash(),
@@ -276,7 +273,7 @@ class Trainer:
             "validation_loss": history.evaluations[-1][1] if history.evaluations else None,
             "clipped_share": history.clipped_share,
             "parameters": plan.parameters,
-            "live_parameters": sum({**sizes, **{name: mask.count for name, mask in masks.items()}}.values()),
+            "live_parameters": sum(sizes.values()),
             "resumed_at": history.resumed_at,
             "seconds": history.seconds,
             "environment": {
