@@ -173,7 +173,8 @@ class TestVerdicts:
         assert [
             line for line in called.err.splitlines() if " % " in line and len(line) > 80 and "warning" not in line
         ] == []
-        again = supar_here("sweep", "arms.yaml", *RUN, "-s", "robustness=true")  # goes on: nothing is made twice
+        # with more to measure and other marks it goes on, and nothing is made twice
+        again = supar_here("sweep", "arms.yaml", *RUN, "-s", "robustness=true", "-s", "arms.RigL.marks={drift: 0.2}")
         cost = [level["cost"] for arm in result_of(again)["arms"] for level in arm["levels"]]
         assert len(trained) == len({plan.hash() for plan in trained}) and all(None not in one.values() for one in cost)
         # 0.04 nats an octave²: what half and twice a rate cost that lies `off` octaves above the optimum

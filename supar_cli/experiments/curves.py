@@ -141,7 +141,7 @@ class _Measurements:
             for seed in self.sweep.seeds_at(level):
                 plan = self._plan(curve, index, seed)
                 run = plan.hash()
-                calls[run] = (plan, {**about, "seed": seed})
+                calls.setdefault(run, (plan, {**about, "seed": seed}))  # of a shared run, about the first arm
                 wanted.append((curve, index, seed, run))
         left = {run: run_seconds(plan) for run, (plan, _) in calls.items() if run not in self.records.by_run}
         self._tally.expect(left)
