@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from supar_cli.version import __version__ as __version__
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from supar_cli.experiments.sweep import compare as compare
     from supar_cli.experiments.sweep import demo as demo
     from supar_cli.experiments.sweep import sweep as sweep
+    from supar_cli.jobs.pruning import prune as prune
     from supar_cli.own.prepared import Prepared as Prepared
     from supar_cli.own.prepared import prepare as prepare
     from supar_cli.own.report import report_loss as report_loss
@@ -54,11 +55,12 @@ _FUNCTIONS = {
     "demo": "experiments.sweep.demo",
     "Callback": "own.trainer_callback.Callback",
     "TrainerMixin": "own.trainer_callback.TrainerMixin",
+    "prune": "jobs.pruning.prune",
     "report": "reporting.read.report",
     "report_loss": "own.report.report_loss",
     "weights": "training.checkpoint_reader.weights_of_run",
 }
-__all__ = ["__version__", "prune", "transfer", *_FUNCTIONS]
+__all__ = ["__version__", "transfer", *_FUNCTIONS]
 
 
 def transfer(
@@ -94,7 +96,7 @@ def transfer(
         plan = transfer(known, wanted, parameterization, allow_low_wpn=allow_low_wpn, masks=given)
     except InputError as error:
         raise InputError(*(_at_keyword(problem, target) for problem in error.problems)) from None
-    for message in advice.warnings(plan):
+    for message in advice.warnings(plan, evidence=known.evidence):
         warnings.warn(message, TransferWarning, stacklevel=2)
     return plan
 
@@ -115,51 +117,6 @@ def _given_masks(proxy: Proxy, target: Target, path: Path, out: Path) -> GivenMa
     found = find_masks(path, hidden)
     source = MaskSource(kind="file", path=str(out.resolve()), hash=write_masks(out, found))
     return GivenMasks(source, {name: mask.count for name, mask in found.items()})
-
-
-def prune(
-    run: str | Path,
-    *,
-    density: float | str | None = None,
-    sparsity: float | str | None = None,
-    rewind: int = 0,
-    scope: Literal["tensor", "global"] = "tensor",
-    scale: Literal["none", "energy"] = "energy",
-    parameterization: ParameterizationName | None = None,
-    masks_out: str | Path = "masks.safetensors",
-    values_out: str | Path = "values.safetensors",
-) -> Plan:
-    """Prune a run by magnitude and make the plan that trains what is left, for as many steps; keywords as `supar prune`'s flags.
-
-    `density` or `sparsity` (0.25 or "1/4") is a share of all weights of each hidden tensor. Masks are written to `masks_out`,
-    the values after step `rewind` to `values_out`. Warns of a run that has not finished (TransferWarning). Raises SuparError.
-    """
-    from supar_cli.errors import InputError, TransferWarning
-    from supar_cli.planning import advice, pruning
-    from supar_cli.planning.live_counts import GivenMasks
-    from supar_cli.planning.plan_sections import MaskSource, Values
-    from supar_cli.planning.spec import Sparsity
-    from supar_cli.sparse.mask_files import write_masks, write_values
-    from supar_cli.training.pruning import choose_masks, rewound, trained, under_masks
-
-    if density is None and sparsity is None:
-        raise InputError("density: is missing; expected a density or a sparsity")
-    own, state, hashes = trained(Path(run))
-    rules = pruning.rules_of(own, parameterization)
-    groups = pruning.kept_by_group(own, Sparsity(density=density, sparsity=sparsity), scope)
-    masks = choose_masks(own, state, groups)
-    start, rewind_hash = rewound(Path(run), own, state, rewind)
-    values, starts = under_masks(start, masks, scale)
-    files = [str(Path(path).resolve()) for path in (masks_out, values_out)]
-    mask_source = MaskSource(kind="file", path=files[0], hash=write_masks(Path(files[0]), masks))
-    given = GivenMasks(mask_source, {name: mask.count for name, mask in masks.items()})
-    source = Values(source="file", path=files[1], hash=write_values(Path(files[1]), values), scale=scale)
-    plan = pruning.pruned(own, given, source, starts, hashes | rewind_hash, rules)
-    found = {"run": str(run), "step": state.step, "rewind": rewind, "scope": scope}
-    plan = plan.model_copy(update={"meta": {**own.meta, "pruned": found}})
-    for message in [*advice.of_pruned(own, str(run), state.step), *advice.warnings(plan)]:
-        warnings.warn(message, TransferWarning, stacklevel=2)
-    return plan
 
 
 def _at_keyword(problem: Any, keywords: dict[str, Any]) -> Any:

@@ -22,9 +22,9 @@ from .test_sweep import sweep_of
 
 Supar = Callable[..., Called]
 RUN = ("--jobs", "1", "--device", "cpu", "--json")
-SHIFT = {"sp": -1.0, "mup": -0.5, "supar": 0.0}  # octaves of the optimum per octave of density
-OFFSET = {"sp": -1.0, "mup": 0.0, "supar": 0.0}  # and where it is when dense
-SP, MUP, SUPAR = "SP (standard parameterization)", "μP", "SμPar"
+SHIFT = {"sp": -1.0, "sp-si": -0.25, "mup": -0.5, "supar": 0.0}  # octaves of the optimum per octave of density
+OFFSET = {"sp": -1.0, "sp-si": 0.0, "mup": 0.0, "supar": 0.0}  # and where it is when dense
+SP, SP_SI, MUP, SUPAR = "SP (standard parameterization)", "SP, sparse-aware init", "μP", "SμPar"
 
 
 def loss_of(plan: Plan) -> float:
@@ -47,6 +47,19 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
 
 
 class TestKnownAnswers:
+    def test_sparse_aware_init_is_a_line_of_its_own_and_not_re_tuned(
+        self, supar_here: Supar, proxy_file: Path, trained: list[Plan]
+    ) -> None:
+        names = ("--parameterization", "sp,sp-si,mup,supar")
+        called = supar_here("compare", "--density", "1,0.25", "--seeds", "1", *names, *RUN)
+        assert called.status == 0, called.err
+        dense, sparse = json.loads(called.out)["levels"]
+        losses = {name: cell["loss"] for name, cell in sparse["cells"].items()}
+        assert losses == pytest.approx({SP: 2.1, SP_SI: 2.025, MUP: 2.1, SUPAR: 2.0, DENSE: 2.4, RETUNED: 2.0})
+        assert sparse["gains"][SP_SI] == pytest.approx(0.025 / 2.025) and dense["gains"][SP_SI] == 0
+        assert sum(plan.parameterization.name == "sp-si" for plan in trained) == 2
+        assert "SP, sparse-aware init" in json.loads(called.out)["tables"][0]["columns"]
+
     def test_losses_errors_and_gains(
         self, supar_here: Supar, proxy_file: Path, trained: list[Plan], tmp_path: Path
     ) -> None:

@@ -25,8 +25,9 @@ def keys_of(schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[
     for name, inner in schema.get("properties", {}).items():
         yield path + name, inner
         yield from keys_of(inner, f"{path}{name}.")
-    for part in ("anyOf", "oneOf", "items"):
-        for inner in schema[part] if isinstance(schema.get(part), list) else filter(None, [schema.get(part)]):
+    for part in ("anyOf", "oneOf", "items", "additionalProperties"):
+        given = schema.get(part)
+        for inner in given if isinstance(given, list) else [given] if isinstance(given, dict) else []:
             yield from keys_of(inner, path)
 
 
@@ -75,14 +76,14 @@ class TestKeys:
             for path, inner in keys_of(one)
             if set(types_of(inner)) & {*NUMBERS} and not path.endswith("sparsity")  # a section, or its share alone
         }
-        numbers = {path.removeprefix("target.") if "target.sparsity." in path else path for path in numbers}
+        numbers = {path if path in unit else manual.shared(path) for path in numbers}
         assert numbers - unit == set() and "train.steps" in numbers
 
     def test_stated_defaults_are_those_of_the_code(self) -> None:
         checked, wrong = 0, []
         for section in TYPES.values():
             for path, value in defaults(section):
-                what = manual.key_descriptions().get(path) or manual.key_descriptions()[path.removeprefix("target.")]
+                what = manual.key_descriptions().get(path) or manual.key_descriptions()[manual.shared(path)]
                 stated = re.search(r"Default: `([^`]*)`", what)
                 checked += 1
                 if stated and value != document.read(stated[1], "stated")[0].data:

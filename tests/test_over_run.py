@@ -52,7 +52,7 @@ def moving(draw: st.DrawFn) -> Plan:
         "exponent": draw(st.sampled_from([0.5, 0.9, 1])),
     }
     if updates["method"] in ("gmp", "topk"):
-        updates |= {"begin": draw(st.sampled_from([0.0, 0.25])), "start": draw(st.sampled_from([0.5, 1]))}
+        updates |= {"begin": draw(st.sampled_from([0.0, 0.25])), "start": draw(st.sampled_from([0.75, 1]))}
         updates["shape"] = draw(st.sampled_from(["linear", "cubic"]))
     density = draw(st.sampled_from(["1/2", "1/4", "0.1", "1/16"]))
     rule = draw(st.sampled_from(["independent", "coupled", "sqrt"]))

@@ -24,6 +24,7 @@ RELEASED = Path(__file__).parent / "released" / "v0.1.0"
 EXPECTED: dict[str, Any] = json.loads((RELEASED / "expected.json").read_text("utf-8"))
 PLANS: dict[str, dict[str, Any]] = EXPECTED["plans"]
 ANOTHER_RATIO = ("sgd",)  # of FFN width to width than the proxy's: rules that are mended later may give other numbers
+ANOTHER_DRAW = ("blocks",)  # rows of blocks are even in new plans
 CHECKED = ("gpt2-bias", "llama-gqa-erk", "blocks", "fixed-fan-in", "sgd", "sp", "completep")  # each draws many pictures
 
 # nats; other instruction sets than the release's (AVX2, SSE4) moved losses of plans by up to 1e-6, those of resumed runs by
@@ -134,7 +135,7 @@ class TestPlan:
         release.supar("transfer", *PLANS[name]["transfer"], "-o", path, "-q")
         found = load(path, "plan")
         assert found.parents == PLANS[name]["parents"]
-        assert found.hash() == PLANS[name]["hash"] or name in ANOTHER_RATIO
+        assert found.hash() == PLANS[name]["hash"] or name in (*ANOTHER_RATIO, *ANOTHER_DRAW)
 
     def test_is_trained_to_the_same_losses(self, release: Release, name: str) -> None:
         run = f"trained/{name}"

@@ -20,10 +20,9 @@ from tests.updates_cases import HALF, STEPS, fingerprints, losses
 
 AGREE = 1e-5
 KINDS: dict[str, dict[str, Any]] = {
-    "set": {"method": "set", "every_steps": 2, "min_per_neuron": 2},
+    "set": {"method": "set", "every_steps": 2, "min_per_neuron": 2, "moments": "keep"},
     "rigl": {"method": "rigl", "every_steps": 2},
-    "rigl-keep": {"method": "rigl", "moments": "keep", "every_steps": 3},
-    "gmp": {"method": "gmp", "every_steps": 3},
+    "gmp": {"method": "gmp", "every_steps": 2},
     "topk": {"method": "topk", "end": 0.75},
 }
 

@@ -171,10 +171,16 @@ class TestRefused:
             with pytest.raises(InputError, match=rf"sparsity\.updates.*{key}"):
                 parse(Plan, document.Document(changed, "plan.yaml"))
 
+    def test_a_plan_whose_floor_is_above_what_a_tensor_keeps(self, moving: MakePlan) -> None:
+        data = moving("rigl", density="3/64").model_dump()
+        data["sparsity"]["updates"]["min_per_neuron"] = 4
+        with pytest.raises(InputError, match=r"sparsity\.updates\.min_per_neuron: 4 .* expected at most 3"):
+            parse(Plan, document.Document(data, "plan.yaml"))
+
 
 CASES = [
     *product(METHODS, ("supar",), ("independent", "coupled", "sqrt"), ("adamw",)),
-    *product(METHODS, ("sp", "mup", "supar-init-only", "supar-lr-only"), ("independent",), ("adamw",)),
+    *product(METHODS, ("sp", "sp-si", "mup", "supar-init-only", "supar-lr-only"), ("independent",), ("adamw",)),
     *product(METHODS, ("supar",), ("independent",), ("sgd",)),
 ]
 
@@ -189,7 +195,14 @@ class TestRows:
         known: dict[str, Any] = {"unembedding_init": own.unembedding_init, "optimizer": plan.train.optimizer, **options}
         known |= {"role": row.role, "m_d": because["m_d"], "m_out": 2.0, "m_fan_out": because.get("m_fan_out")}
         known |= {"m_L": 1.0, "layers": 2, "in_block": row.block is not None, "writes_residual": False}
-        known |= {"after_head": False, "edition": own.edition, "density_exponent": beta}
+        known |= {
+            "first_sum": False,
+            "ratio": 1.0,
+            "m_rho_start": None,
+            "after_head": False,
+            "edition": own.edition,
+            "density_exponent": beta,
+        }
         known |= {"sigma": hyper.init_std, "eta": hyper.lr, "lam": hyper.weight_decay, "eps": hyper.eps}
         at_start = max(start, row.density) if row.density < 1 else 1.0
         end, first = (oracle.numbers(**known, m_rho=m_rho) for m_rho in (row.density, at_start))

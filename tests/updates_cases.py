@@ -16,7 +16,7 @@ from supar_cli.training.distributed import Ranks, init_distributed
 from supar_cli.training.trainer import Trainer
 from tests.parallel_cases import error_of, planned, saved
 
-STEPS, HALF = 12, 7
+STEPS, HALF = 9, 5
 
 
 def losses(trainer: Trainer, until: int) -> list[float]:
@@ -34,8 +34,8 @@ def trained(plan: Plan, ranks: Ranks, kind: str, other: str, one: Path) -> dict[
     path = saved(trainer, one.parent / f"{one.name}-{kind}")
     found["whole"] += losses(trainer, STEPS)
     found["masks"] = fingerprints(trainer)
+    resumed = Trainer(planned(plan, parallel=other), ranks=ranks)
     for name, place in (("restored", path), ("from one", checkpoint_reader.available(one)[-1])):
-        resumed = Trainer(planned(plan, parallel=other), ranks=ranks)
         resumed.restore(place)
         found[name] = losses(resumed, STEPS)
     return found

@@ -64,7 +64,7 @@ class Schedule:
             done = t / self.end
             share = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + cos(pi * done)) / 2}
             wanted = self.section["drop"] * share[self.section["drop_schedule"]] * kept
-            found[t] = min(spare, size - kept, nearest(Fraction(round(wanted, 6))))
+            found[t] = min(spare, size - kept, round(round(wanted, 6)))  # of two nearest ones the even one
         return found
 
     def rates(self, size: int, kept: int) -> list[float]:

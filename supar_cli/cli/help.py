@@ -52,6 +52,11 @@ def key_descriptions() -> dict[str, str]:
     return {name: " ".join(what.split()) for name, what in found.items()}
 
 
+def shared(path: str) -> str:
+    """Where a key is described: `target.sparsity` has the keys of `sparsity`, `arms.updates` those of its `updates`."""
+    return re.sub(r"^arms\.updates\.", "sparsity.updates.", path.removeprefix("target."))
+
+
 def _contents() -> str:
     titles = {topic: page(topic).partition("\n")[0].removeprefix("# ").partition(": ")[2] for topic in topics()}
     wide = max(map(len, titles))

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from supar_cli.cli import terminal
 from supar_cli.cli import text as words
-from supar_cli.cli.help import key_descriptions
+from supar_cli.cli.help import key_descriptions, shared
 from supar_cli.cli.options import Flags, command
 from supar_cli.cli.values import one_of
 from supar_cli.errors import InputError, SetupError, suggestion
@@ -115,16 +115,16 @@ def json_schema(document: type[Section]) -> dict[str, Any]:
 
 
 def _describe(schema: dict[str, Any], path: str = "") -> None:
-    """Give every key below a schema its description; `target.sparsity` has the keys of `sparsity`."""
+    """Give every key below a schema its description."""
     known = key_descriptions()
     for name, inner in schema.get("properties", {}).items():
         at = path + name
-        if what := known.get(at) or known.get(at.removeprefix("target.")):
+        if what := known.get(at) or known.get(shared(at)):
             inner["description"] = what
         _describe(inner, f"{at}.")
-    for part in ("anyOf", "oneOf", "items"):
-        given = schema.get(part, [])
-        for inner in given if isinstance(given, list) else [given]:
+    for part in ("anyOf", "oneOf", "items", "additionalProperties"):
+        given = schema.get(part)
+        for inner in given if isinstance(given, list) else [given] if isinstance(given, dict) else []:
             _describe(inner, path)
 
 

@@ -227,7 +227,7 @@ OPTIONS = {
         str, "Engine for masked weights: auto (the fastest on this machine), dense, sparse or block.", "run.engine"
     ),
     # where runs are executed
-    "jobs": Option(int, "Runs at the same time. [default: as many as there is room for]", minimum=1),
+    "jobs": Option(int, "Runs at the same time. [default: as many as the machine or cluster has room for]", minimum=1),
     "executor": Option(
         str,
         "Where runs are executed: local (processes of this machine), ray (a Ray cluster) or slurm.",

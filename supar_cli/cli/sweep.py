@@ -14,7 +14,7 @@ from supar_cli.cli.values import PRESETS, names, one_share
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
 from supar_cli.planning import document, templates
-from supar_cli.planning.advice import warnings
+from supar_cli.planning.advice import density_exponent, warnings
 from supar_cli.planning.document import Document
 from supar_cli.planning.problems import parse, wrong_kind
 from supar_cli.planning.spec import Proxy
@@ -39,7 +39,6 @@ CALIBRATED = {
     "parameterizations": ["supar"],
     **{"seeds": 4, "widen": 7, "refine": 1, "robustness": True},
 }
-HELD = {"density": ("target", "sparsity", "density"), "sparsity": ("target", "sparsity", "sparsity")}
 
 OPTIONS = (
     "updates seeds jobs executor executor_set width layers context batch_size steps data tokenizer field format "
@@ -58,15 +57,9 @@ MEANINGS: dict[str, dict[str, Any]] = {
     "source over density sparsity parameterization iso preset full calibrate",
     OPTIONS,
     source={"metavar": "[SPEC|PROXY|SWEEP|-]"},
-    density={
-        "help": "Density of all runs, where another size is swept.",
-        "read": one_share,
-        "path": "target.sparsity.density",
-    },
-    sparsity={
-        "help": "Sparsity of all runs, instead of --density.",
-        "read": one_share,
-        "path": "target.sparsity.sparsity",
+    **{
+        name: {"help": f"{name.capitalize()} of all runs.", "read": one_share, "path": f"target.sparsity.{name}"}
+        for name in SHARES
     },
     preset={"help": "A figure of the paper, small: " + ", ".join(PRESETS) + "."},
     out={"help": "Folder; with --calibrate, file of the new proxy. [default: sweeps/NAME]"},
@@ -114,7 +107,8 @@ def sweep(flags: Flags) -> None:
 def compare(flags: Flags) -> None:
     """Compare SP, μP and SμPar over sparsities at a fixed budget, without re-tuning.
 
-    For reference, it also runs SP with its own learning rate, tuned on the dense model or at every size.
+    For reference, it also runs SP with its own learning rate, tuned on the dense model or at every size. A fairer control
+    than SP alone is SP with sparse-aware init: --parameterization sp,sp-si,mup,supar adds it.
 
     Examples:
       supar compare proxy.yaml
@@ -219,8 +213,9 @@ def _study(read: Document, axes: dict[str, str], flags: Flags, log: terminal.Log
     set_axes(read, axes)
     documents.apply(read, flags)
     study = parse(Sweep, read)
-    for name in SHARES if study.level_axis in SHARES else (study.level_axis,):
-        if flag := read.flags.get(HELD.get(name, ("target", name))):
+    for path in ("sparsity", "density"), ("sparsity", "sparsity"), (study.level_axis,):
+        is_swept = study.level_axis in (SHARES if len(path) > 1 else path)
+        if is_swept and (flag := read.flags.get(("target", *path))):
             raise InputError(f"{flag}: over.{study.level_axis} says it too; expected only one of them")
     with documents.with_locations(read):
         study = corpus.with_hash(study)
@@ -236,6 +231,8 @@ def _calibrate(axes: dict[str, str], flags: Flags) -> None:
     from supar_cli.experiments import calibration
     from supar_cli.experiments.sweep import sweep_parts
 
+    if flags.preset is not None:
+        raise InputError(f"--preset {flags.preset}: can't be calibrated; expected a proxy")
     log, source = terminal.Log(flags.quiet), flags.source or "proxy.yaml"
     read = documents.read_one(source, "expected a proxy, which `supar tune-proxy` writes")
     proxy = parse(Proxy, read).beside(read.name)
@@ -244,11 +241,12 @@ def _calibrate(axes: dict[str, str], flags: Flags) -> None:
     read = as_study(read, source, CALIBRATED)
     study = _study(read, axes, flags, log)
     with documents.with_locations(read):
-        before = calibration.exponent_of_plan(calibration.require_calibratable(study))
+        plan = calibration.require_calibratable(study)
+    before, updates = density_exponent(plan), plan.sparsity.updates
     if flags.dry_run:
         fresh = calibration.with_exponent(study, before, study.seeds_at(study.levels[0])[-1] + 1)
         return terminal.show_dry_run([*sweep_parts(study), *sweep_parts(fresh)], flags)
-    folder = Path(f"sweeps/{study.name}-calibration")
+    folder = Path(f"sweeps/{study.name}-calibration-{updates.method if updates else 'static'}")
     with terminal.Progress("calibrate", flags.quiet, folder / "records.jsonl") as progress:
         found = supar_cli.calibrate(study, folder, force=flags.force, reporter=progress, **workers_of(flags))
     evidence = found["evidence"]
@@ -256,10 +254,9 @@ def _calibrate(axes: dict[str, str], flags: Flags) -> None:
         terminal.show_tables(found["tables"])
         terminal.show_verdicts(found["verdicts"])
     low, high = evidence["exponent_ci90"]
-    kept = ", kept: the interval of γ holds 0" if evidence["kept"] else ""
-    log.log(
-        f"β* = {evidence['exponent']:g}, from β₀ = {before:g} and γ = {evidence['drift']:+.3f}; 90 % [{low:.3f}, {high:.3f}]{kept}"
-    )
+    kept = ": β₀, as the interval of γ holds 0" if evidence["kept"] else ""
+    fitted = f"β₀ - γ = {before - evidence['drift']:.3f}, 90 % [{low:.3f}, {high:.3f}]"
+    log.log(f"β₀ = {before:g}, γ = {evidence['drift']:+.3f}; {fitted}; β* = {evidence['exponent']:g}{kept}")
     options = proxy.parameterization.model_copy(update={"density_exponent": evidence["exponent"]})
     known = {"parents": {**proxy.parents, "proxy": proxy.hash()}, "parameterization": options}
     tuned = proxy.model_copy(update={**known, "evidence": {**proxy.evidence, "density_exponent": evidence}})
@@ -302,6 +299,7 @@ def _explain_sweep(result: dict[str, Any], log: terminal.Log) -> None:
     log.log(
         "octaves: log2 of the best value over the first row's\n"
         "re-used: loss at the value that measured best in the first row\n"
+        "regret: its loss penalty against re-tuning\n"
         "γ: slope of log2(best value) against log2(size). A best value is the minimum\n"
         "  of a parabola through the losses within 2 steps and 1.5 octaves of the best\n"
         "  one measured"

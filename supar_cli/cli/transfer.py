@@ -49,11 +49,12 @@ def transfer(flags: Flags) -> None:
     read = _read_proxy(flags)
     tuned = read.data.get("data") if isinstance(read.data, dict) else None
     tuned_on = tuned.get("hash") if isinstance(tuned, dict) else None
+    evidence = read.data.get("evidence") if isinstance(read.data, dict) else None
     documents.apply(read, flags)
     levels = [(word, share) for word in ("sparsity", "density") for share in getattr(flags, word) or []]
     plans = [_plan(read, flags, *level) for level in levels] or [_plan(read, flags)]
     terminal.log_plans(plans, flags, log)
-    for message in dict.fromkeys(message for plan in plans for message in warnings(plan, tuned_on)):
+    for message in dict.fromkeys(message for plan in plans for message in warnings(plan, tuned_on, evidence)):
         log.warn(message)
     if flags.dry_run:
         return

@@ -10,6 +10,7 @@ from supar_cli.errors import InputError, UnusableResult
 from supar_cli.experiments.sweep import sweep
 from supar_cli.files import Record
 from supar_cli.jobs.clusters import WorkerOptions
+from supar_cli.planning.advice import density_exponent
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.sweep import Arm, Sweep
 from supar_cli.planning.updates import METHODS
@@ -35,7 +36,7 @@ def calibrate(
     """
     plan = require_calibratable(study)
     folder, how = Path(out or f"sweeps/{study.name}-calibration"), {"force": force, "reporter": reporter, **workers}
-    before = exponent_of_plan(plan)
+    before = density_exponent(plan)
     found = sweep(with_exponent(study, before), folder, **how)  # type: ignore[arg-type]
     (arm,) = found["arms"]
     if outer := [f"{level['density']:g}" for level in arm["levels"] if not level["bracketed"]]:
@@ -93,14 +94,6 @@ def require_calibratable(study: Sweep) -> Plan:
         what = "end, where the density moves: the optimum then depends on its path, and no exponent holds"
         raise InputError(f"target.sparsity.updates.rates_follow: {what}; expected the density now first")
     return plan
-
-
-def exponent_of_plan(plan: Plan) -> float:
-    """β, as a plan has it."""
-    if plan.sparsity.updates is not None:
-        return plan.sparsity.updates.exponent
-    static = plan.parameterization.density_exponent
-    return 1.0 if static is None else static
 
 
 def with_exponent(study: Sweep, exponent: float, seed: int | None = None) -> Sweep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from math import inf, isfinite, isinf, isnan, nan
@@ -9,14 +10,18 @@ from pathlib import Path
 
 import numpy as np
 
+from supar_cli.errors import TransferWarning
 from supar_cli.experiments.statistics import Interval, fit_quadratic, interval, vertices
 from supar_cli.files import Record
+from supar_cli.jobs.pruning import prune
 from supar_cli.jobs.runs import Records, failed_record, measure_loss
 from supar_cli.jobs.workers import Workers
 from supar_cli.planning.estimate import run_seconds
 from supar_cli.planning.plan import Plan
+from supar_cli.planning.pruning import with_rate
 from supar_cli.planning.sweep import Grid, Level, Sweep
 from supar_cli.training.reporter import Reporter, Tally
+from supar_cli.training.train import train
 
 # chosen: a loss curve is a parabola only near its optimum; well beyond it training diverges
 WINDOW_STEPS, WINDOW_OCTAVES = 2, 1.5
@@ -99,7 +104,10 @@ def measure_curves(
 
 
 def grid_plans(sweep: Sweep) -> list[Plan]:
-    """The plans of a study's grid, before it is extended; arms share the dense ones."""
+    """The plans of a study's grid, before it is extended; arms share the dense ones.
+
+    For an arm that prunes runs, which there are none of yet, plans of as many random weights: they cost the same.
+    """
     plans = (
         sweep.plan(name, level, float(index), seed)
         for name in sweep.all_arms
@@ -117,7 +125,8 @@ class _Measurements:
     """The runs of a study; those that its folder has records of are not made again."""
 
     def __init__(self, sweep: Sweep, folder: Path, workers: Workers, reporter: Reporter) -> None:
-        self.sweep, self.workers, self.reporter = sweep, workers, reporter
+        self.sweep, self.workers, self.reporter, self._folder = sweep, workers, reporter, folder
+        self._pruned: dict[tuple[float, str, int], Plan] = {}
         # a run that failed is tried again by the next command; its new record is added and counts
         self.records = Records(folder, lambda record: record.get("state") != "failed")
         self._tally = Tally(reporter, workers.jobs)
@@ -130,9 +139,9 @@ class _Measurements:
             level, value = curve.level, curve.grid.value(index)
             about = {"arm": curve.name, level.axis: level.value, "width": level.width, self.sweep.tuned: value}
             for seed in self.sweep.seeds_at(level):
-                plan = self.sweep.plan(curve.name, level, index, seed)
+                plan = self._plan(curve, index, seed)
                 run = plan.hash()
-                calls[run] = (plan, {**about, "seed": seed})
+                calls.setdefault(run, (plan, {**about, "seed": seed}))  # of a shared run, about the first arm
                 wanted.append((curve, index, seed, run))
         left = {run: run_seconds(plan) for run, (plan, _) in calls.items() if run not in self.records.by_run}
         self._tally.expect(left)
@@ -144,6 +153,28 @@ class _Measurements:
             record = self.records.by_run[run]
             loss = {"done": record["loss"], "diverged": inf, "failed": nan}[record["state"]]
             curve.losses.setdefault(index, {})[seed] = loss
+
+    def _plan(self, curve: Curve, index: float, seed: int) -> Plan:
+        """The plan of a run; of an arm that prunes, of the dense run's largest weights, trained anew from its start."""
+        name, level, scale = curve.name, curve.level, self.sweep.all_arms[curve.name].prune
+        if scale is None or level.density == 1:
+            return self.sweep.plan(name, level, index, seed)
+        key = (level.density, scale, seed)
+        if key not in self._pruned:
+            source, files = self._folder / f"dense-{seed}", self._folder / "pruned"
+            ends = f"{level.density:g}-{scale}-{seed}.safetensors"
+            files.mkdir(exist_ok=True)
+            train(self.sweep.plan_to_prune(name, seed), source)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", TransferWarning)  # the study's plans have been warned of
+                self._pruned[key] = prune(
+                    source,
+                    density=level.share,
+                    scale=scale,
+                    masks_out=files / f"masks-{ends}",
+                    values_out=files / f"values-{ends}",
+                )
+        return with_rate(self._pruned[key], curve.grid.value(index))
 
     def search(self, curves: list[Curve]) -> None:
         """Measure beyond the grid's ends until each optimum is an inner one, then between its neighbours.

@@ -29,15 +29,12 @@ def transfer(sweep: Sweep, curves: list[Curve]) -> Data:
     """The parts of a sweep's result: does each arm's optimum stay constant?"""
     by_name = [[curve for curve in curves if curve.name == name] for name in sweep.all_arms]
     arms = [_arm(sweep, own) for own in by_name]
-    verdicts = [_verdicts(sweep, arm, own) for arm, own in zip(arms, by_name, strict=True)]
+    measured = list(zip(arms, by_name, strict=True))
     return {
         "title": sweep.title or sweep.name,
-        "verdicts": [verdict for own in verdicts for verdict in own],
-        "tables": [
-            *(_optimum_table(sweep, arm, own) for arm, own in zip(arms, by_name, strict=True)),
-            _cost_table(sweep, arms),
-        ],
-        "figures": [curves_figure(sweep, curves), _optimum_figure(sweep, arms, by_name)],
+        "verdicts": [verdict for arm, own in measured for verdict in _verdicts(sweep, arm, own)],
+        "tables": [*(_optimum_table(sweep, arm, own) for arm, own in measured), _cost_table(sweep, arms)],
+        "figures": [curves_figure(sweep, curves), _optimum_figure(sweep, measured)],
         "arms": arms,
         "resamples": len(resample(sweep.seeds)),
     }
@@ -98,31 +95,24 @@ def _verdicts(sweep: Sweep, arm: Data, curves: list[Curve]) -> list[Verdict]:
     if arm["drift"] is None:
         return []
     worst, lost = worst_regret(curves)
-    own = sweep.all_arms[arm["arm"]].marks
-    marks = MARKS if own is None else own
-    texts: dict[Mark, tuple[float, str, str]] = {
-        "drift": (arm["drift"], f"γ = {arm['drift']:+.3f}{_between(arm['drift_ci90'], '{:+.3f}')}", "|γ| < {:g}"),
-        "shift": (
-            arm["shift_octaves"],
-            f"largest {arm['shift_octaves']:.2f} octaves{_between(arm['shift_ci90'], '{:.2f}')}",
-            "< {:g}",
-        ),
-        "regret": (worst, f"largest {lost}{_between(arm['regret_ci90'], '{:.2%}')}", "< {:.3g} %"),
+    own, shift = sweep.all_arms[arm["arm"]].marks, arm["shift_octaves"]
+    texts: dict[Mark, tuple[float, str, str, str]] = {
+        "drift": (arm["drift"], f"γ = {arm['drift']:+.3f}", "{:+.3f}", "|γ| < {:g}"),
+        "shift": (shift, f"largest {shift:.2f} octaves", "{:.2f}", "< {:g}"),
+        "regret": (worst, f"largest {lost}", "{:.2%}", "< {:.3g} %"),
     }
     outer = [f"{curve.level.axis} {curve.level.value:g}" for curve in curves if not curve.bracketed]
     found = []
-    for what, mark in marks.items():
-        value, text, threshold = texts[what]
-        text += f"; {threshold.format(100 * mark if what == 'regret' else mark)}"
+    for what, mark in (MARKS if own is None else own).items():
+        value, text, form, threshold = texts[what]
+        text += f"{_between(arm[f'{what}_ci90'], form)}; {threshold.format(100 * mark if what == 'regret' else mark)}"
         passed, why = _judge(value, arm[f"{what}_ci90"], mark)
         if outer or (what == "regret" and isnan(worst)):
-            passed, why = (
-                None,
-                f" (unknown: no inner optimum at {', '.join(outer)})" if outer else " (unknown: a run failed)",
-            )
+            unknown = f"no inner optimum at {', '.join(outer)}" if outer else "a run failed"
+            passed, why = None, f" (unknown: {unknown})"
         elif arm["control"] and passed is not None:
             why = CONTROL[passed]
-        title = f"{SHORT.get(arm['arm'], arm['arm'])}: {what}"
+        title = f"{title_of(arm['arm'], SHORT)}: {what}"
         powerless = {"has_power": False} if why == NO_POWER and not arm["control"] else {}
         found.append(Verdict(what=title, passed=passed, control=arm["control"], text=text + why, **powerless))
     return found
@@ -260,10 +250,10 @@ def curves_figure(sweep: Sweep, curves: list[Curve]) -> Figure:
     return loss_figure(title, f"{word} of the proxy", panels)
 
 
-def _optimum_figure(sweep: Sweep, arms: list[Data], by_name: list[list[Curve]]) -> Figure:
+def _optimum_figure(sweep: Sweep, measured: list[tuple[Data, list[Curve]]]) -> Figure:
     """The optimum over density (or width, or depth), with its interval over seeds: level where it transfers."""
     lines = []
-    for arm, curves in zip(arms, by_name, strict=True):
+    for arm, curves in measured:
         found = zip(curves, arm["levels"], strict=True)
         points = {curve.level.scale: (level["optimum"], level["optimum_ci95"]) for curve, level in found}
         lines.append(banded(title_of(arm["arm"]), points))

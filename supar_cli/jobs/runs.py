@@ -147,14 +147,18 @@ def open_study_folder(folder: Path, question: Record, force: bool) -> None:
 
 
 def _without_seeds(text: str | bytes) -> Any:
-    """The settings without what only adds runs: with more seeds the same measurement continues."""
+    """The settings without what only adds runs or judges them: with more seeds the same measurement continues."""
     try:
         question = json.loads(text)
     except ValueError:
         return None
-    return (
-        {**question, "seeds": None, "first_seeds": None, "robustness": None} if isinstance(question, dict) else question
-    )
+    if not isinstance(question, dict):
+        return None
+    arms = {
+        name: {key: value for key, value in arm.items() if value is not None and key not in ("control", "marks")}
+        for name, arm in question.get("arms", {}).items()
+    }
+    return {**question, "arms": arms, "seeds": None, "first_seeds": None, "robustness": None}
 
 
 def environment(workers: Workers) -> Record:

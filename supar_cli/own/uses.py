@@ -49,10 +49,10 @@ def find_uses(record: Record, readings: Mapping[str, Reading], model: nn.Module,
         if reading.derived:
             found.add("derived", {name})
     weights = [name for name, one in readings.items() if one.derived and one.role in ("hidden", "unembedding")]
-    if names := [n for n in weights if any(one.kind == "statistic" or one.is_weak for one in record.sightings[n])]:
+    if scaled := [n for n in weights if any(one.kind == "statistic" or one.is_weak for one in record.sightings[n])]:
         why = "the forward pass divides it by its own size, so that only its direction counts"
         found.notes.append(
-            f"{shown(names)}: {why}; no rule was tried on such weights: see that both sizes agree (supar check)"
+            f"{shown(scaled)}: {why}; no rule was tried on such weights: see that both sizes agree (supar check)"
         )
     return found
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from decimal import ROUND_DOWN, Context
 from fractions import Fraction
 from math import ceil, exp, inf
-from typing import get_args
+from typing import Any, get_args
 
 from supar_cli.planning import density_over_run
 from supar_cli.planning.density import literal
@@ -32,8 +32,8 @@ def timescale_steps(row: PlanTensor) -> float | None:
     return 1.0 / rate if rate >= sys.float_info.min else None  # a smaller one has no finite reciprocal, decays nothing
 
 
-def warnings(plan: Plan, tuned_on: str | None = None) -> list[str]:
-    """The warnings about this plan; `tuned_on` is the hash of the data that its proxy was tuned on, None if not known."""
+def warnings(plan: Plan, tuned_on: str | None = None, evidence: Any = None) -> list[str]:
+    """The warnings about this plan. Of its proxy: `tuned_on`, the hash of the data that it was tuned on, and `evidence`, if known."""
     hidden = [row for row in plan.tensors if row.role == "hidden"]
     found = [*_of_sparsity(plan, hidden), *_of_decay(plan, hidden), *_of_updates(plan)] if hidden else []
     if tuned_on is not None and plan.data is not None and plan.data.hash not in (None, tuned_on):
@@ -41,7 +41,28 @@ def warnings(plan: Plan, tuned_on: str | None = None) -> list[str]:
     steps, ratio = plan.parameterization.base.steps, plan.hyperparameters.embedding_lr_ratio
     if ratio != 1 and steps < RATIO_STEPS:
         found.append(f"hyperparameters.embedding_lr_ratio: {ratio:g}, tuned on {short_ratio(steps)}")
-    return [*found, *_of_changes(plan)]
+    calibration = evidence.get("density_exponent") if isinstance(evidence, dict) else None
+    return [*found, *_of_changes(plan), *(_of_calibration(plan, calibration) if isinstance(calibration, dict) else ())]
+
+
+def density_exponent(plan: Plan) -> float:
+    """β of a plan: the power of the density in its rates."""
+    static, updates = plan.parameterization.density_exponent, plan.sparsity.updates
+    return updates.exponent if updates is not None else 1.0 if static is None else static
+
+
+def _of_calibration(plan: Plan, known: dict[str, Any]) -> Iterator[str]:
+    """What the exponent of a plan was not calibrated for, by its proxy's evidence."""
+    updates, used = plan.sparsity.updates, density_exponent(plan)
+    if known.get("exponent") != used or all(row.density == 1 for row in plan.tensors):
+        return
+    where, remedy = f"density_exponent: {used:g}", "`supar sweep --calibrate` fits one for this"
+    own: dict[str, Any] = {"method": updates.method if updates else "none", "moments": updates and updates.moments}
+    own |= {"pattern": plan.sparsity.pattern, "steps": plan.train.steps}
+    if other := [f"{key} {known[key]}, not {value}" for key, value in own.items() if known.get(key, value) != value]:
+        yield f"{where} was calibrated for {', '.join(other)}; {remedy}"
+    if not known.get("verified"):
+        yield f"{where} was not verified on fresh seeds; {remedy}, with more seeds"
 
 
 def short_ratio(steps: int) -> str:
@@ -122,7 +143,7 @@ _ROUND_DOWN = Context(prec=2, rounding=ROUND_DOWN)
 _TRANSFER = "hyperparameters transfer over width and density"
 
 
-def of_pruned(plan: Plan, run: str, step: int) -> Iterator[str]:
+def of_pruning(plan: Plan, run: str, step: int) -> Iterator[str]:
     """The warnings about a run that is pruned after a step. [D, measured at width 128, 2 layers, 400 steps]"""
     if step < plan.train.steps:
         yield f"{run}: has not finished: its magnitudes are those after step {step} of {plan.train.steps}"

@@ -53,11 +53,8 @@ class Plan(Section):
         sparsity, density = self.sparsity.sparsity, self.sparsity.density
         if abs(sparsity + density - 1) > 1e-9:
             raise ValueError(f"sparsity.density: {density} and sparsity {sparsity} don't add up to 1")
-        updates, steps = self.sparsity.updates, self.train.steps
-        if updates is not None and updates.step_at(updates.begin, steps) == updates.step_at(updates.end, steps):
-            what = f"{updates.end:g} and begin, {updates.begin:g}, are the same of {steps} steps, so no mask changes"
-            raise ValueError(f"sparsity.updates.end: {what}; expected a later end or more steps")
         layout.check_names(self.tensors)
+        self._check_updates()
         self._check_values()
         if isinstance(self.model, PlanModel):
             self._check_decoder(self.model)
@@ -77,6 +74,19 @@ class Plan(Section):
         for at, row in enumerate(self.tensors):
             if (row.init == "file") != (source == "file"):
                 raise ValueError(f"tensors.{at}.init: {row.init}; expected it as values.source says, which is {source}")
+
+    def _check_updates(self) -> None:
+        """Check that masks which change have a step to do so, and the live weights for their floors. Raises ValueError."""
+        updates, steps = self.sparsity.updates, self.train.steps
+        if updates is None:
+            return
+        if updates.step_at(updates.begin, steps) == updates.step_at(updates.end, steps):
+            what = f"{updates.end:g} and begin, {updates.begin:g}, are the same of {steps} steps, so no mask changes"
+            raise ValueError(f"sparsity.updates.end: {what}; expected a later end or more steps")
+        for row in self.tensors:
+            if row.kept < row.size and updates.min_per_neuron > (most := row.kept * row.fan_in // row.size):
+                what = f"{updates.min_per_neuron} for each neuron are more than {row.name} keeps"
+                raise ValueError(f"sparsity.updates.min_per_neuron: {what}; expected at most {most}")
 
     def _check_decoder(self, model: PlanModel) -> None:
         """Check the keys that follow from the model section. Raises ValueError."""

@@ -194,7 +194,7 @@ class Values(Section):
     @property
     def text(self) -> str:
         """Where they come from, in words."""
-        scaled = {"none": "", "energy": ", what lives scaled by g to the energy of all"}
+        scaled = {"none": "", "energy": ", live weights scaled by g to keep each tensor's energy"}
         return "drawn" if self.path is None else f"of {self.path}{scaled[self.scale]}"
 
     def check(self) -> None:

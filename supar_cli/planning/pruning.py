@@ -28,7 +28,7 @@ def rules_of(plan: Plan, name: ParameterizationName | None) -> Parameterization:
     return own.model_copy(update={"name": name or own.name})
 
 
-def kept_by_group(plan: Plan, wanted: Sparsity, scope: str) -> list[dict[str, int]]:
+def live_by_group(plan: Plan, wanted: Sparsity, scope: str) -> list[dict[str, int]]:
     """How many weights of each hidden tensor are to live, in the groups of tensors that share one threshold.
 
     Tensors that the plan's `sparsity.overrides` name keep those densities. Raises InputError where more weights would live
@@ -56,7 +56,7 @@ def kept_by_group(plan: Plan, wanted: Sparsity, scope: str) -> list[dict[str, in
     return groups
 
 
-def pruned(
+def plan_pruned(
     plan: Plan,
     masks: GivenMasks,
     values: Values,
@@ -77,6 +77,15 @@ def pruned(
     draft = plan.model_copy(update={**changes, "parameterization": rules, "tensors": rows})
     pairs = zip(explain(plan).rows, explain(draft).rows, strict=True)
     return Plan(**{**vars(draft), "tensors": [_with_rates(before, after) for before, after in pairs]})
+
+
+def with_rate(plan: Plan, lr: float) -> Plan:
+    """The plan with another tuned rate, and all rates in proportion: a pruned net has its values, and no proxy to plan from."""
+    factor = lr / plan.hyperparameters.lr
+    rows = [row.model_copy(update={"lr": row.lr * factor}) for row in plan.tensors]
+    return plan.model_copy(
+        update={"tensors": rows, "hyperparameters": plan.hyperparameters.model_copy(update={"lr": lr})}
+    )
 
 
 def _row(row: PlanTensor, count: LiveCount | None, size: float, gain: float | None) -> PlanTensor:

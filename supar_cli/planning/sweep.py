@@ -14,19 +14,7 @@ from supar_cli.planning.live_counts import asked_density
 from supar_cli.planning.patterns import Block, Pattern
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.schema import Field, Section
-from supar_cli.planning.spec import (
-    Data,
-    Distribution,
-    Hyperparameters,
-    Model,
-    Options,
-    Proxy,
-    Run,
-    Search,
-    Sparsity,
-    Target,
-    Train,
-)
+from supar_cli.planning.spec import Data, Hyperparameters, Model, Options, Proxy, Run, Search, Sparsity, Target, Train
 from supar_cli.planning.transfer import transfer
 from supar_cli.planning.updates import Updates
 
@@ -149,10 +137,15 @@ class Arm(Section):
     density_exponent: float | None = Field(default=None, ge=0, le=2)
     pattern: Pattern | dict[str, Pattern] | None = None
     block: Block | None = None
-    distribution: Distribution | None = None
     updates: Updates | None = None
+    prune: Literal["none", "energy"] | None = None  # dense runs are pruned to the density; how the values are scaled
     control: bool | None = None  # None: as its parameterization is
     marks: dict[Mark, float] | None = None  # those that it is judged by; None: MARKS
+
+    def check(self) -> None:
+        for name, mark in (self.marks or {}).items():
+            if name not in MARKS or mark <= 0:
+                raise ValueError(f"marks.{name}: {mark:g}; expected numbers above 0 of {', '.join(MARKS)}")
 
     def own(self, *names: str) -> dict[str, Any]:
         """Those of the keys that it has a value of."""
@@ -188,14 +181,10 @@ class Sweep(Section):
     own: dict[str, dict[str, float]] = Field(default_factory=dict)  # hyperparameters of one arm
     iso: Literal["none", "parameters", "wpn"] = "none"
     seeds: int = Field(default=2, gt=0, le=1000)
-    first_seeds: int | None = Field(
-        default=None, neutral=True, omit=True, gt=0, le=1000
-    )  # of the first size, which all re-use
+    first_seeds: int | None = Field(default=None, neutral=True, omit=True, gt=0, le=1000)  # at the first size
     widen: int = Field(default=6, ge=0, le=30)
     refine: int = Field(default=0, ge=0, le=4)
-    robustness: bool = Field(
-        default=False, neutral=True, omit=True
-    )  # measure half and twice the re-used value everywhere
+    robustness: bool = Field(default=False, neutral=True, omit=True)  # half and twice the re-used value measured
     run: Run = Field(default_factory=Run)
     meta: dict[str, Any] = Field(default_factory=dict)
 
@@ -231,6 +220,9 @@ class Sweep(Section):
         levels = self.levels
         for name, arm in self.all_arms.items():
             self.grid(name)
+            if arm.prune and (self.tuned != "lr" or levels[0].density < 1 or arm.updates or arm.pattern):
+                expected = "expected over.lr, over.density from 1 on, and neither updates nor a pattern"
+                raise ValueError(f"arms.{name}.prune: {arm.prune}; {expected}")
             if ":" in name:
                 raise ValueError(f"arms: {name!r}; expected names without a colon")
             for share in arm.pattern if isinstance(arm.pattern, dict) else ():
@@ -298,11 +290,16 @@ class Sweep(Section):
             sections["parameterization"] = self.parameterization.model_copy(update=options)
         proxy = Proxy(kind="supar.proxy/v1", hyperparameters=values, **sections)  # type: ignore[arg-type]
         swept_width = level.width if self.iso != "none" or level.axis == "width" else None
-        changes = {} if is_dense else {**arm.own("block", "distribution", "updates"), "pattern": arm.pattern_at(level)}
+        changes = {} if is_dense else {**arm.own("block", "updates"), "pattern": arm.pattern_at(level)}
         target = self.target.override(width=swept_width, density=level.share, **changes)
         sparsity = target.sparsity.model_copy(update={"updates": None}) if is_dense else target.sparsity
         fixed = {"width": level.width, "layers": level.layers, "seed": seed, "sparsity": sparsity}
         return transfer(proxy, target.model_copy(update=fixed), arm.parameterization, allow_low_wpn=True)
+
+    def plan_to_prune(self, name: str, seed: int) -> Plan:
+        """The plan of the dense run that an arm prunes: at the study's own learning rate."""
+        own = self.model_copy(update={"over": {**self.over, self.tuned: [self.centre(name)[self.tuned]]}})
+        return own.plan(name, self.levels[0], 0, seed)
 
     @property
     def _density(self) -> float:

@@ -49,6 +49,10 @@ class MaskUpdates:
         """Whether tensors whose masks change are stored whole after a step."""
         return self.schedule is not None and self.schedule.stores_dense(step)
 
+    def is_reported(self, step: int) -> bool:
+        """Whether a record is due because masks changed after a step; not where they do after every one."""
+        return self.schedule is not None and self.schedule.updates.every_steps > 1 and self.schedule.is_update(step)
+
     @property
     def grown(self) -> GrownMoments:
         """What the second moments of grown weights start at."""
@@ -183,7 +187,7 @@ class MaskUpdates:
         self.sync_masks(model)
         live = sum(self.schedule.kept(row, step) for row in self.rows)
         found: dict[str, float | int] = {"density": live / sum(row.size for row in self.rows)}
-        if self._moved is not None:
+        if self._moved is not None and self.schedule.is_update(step):
             found["mask_changed"] = self._moved
         masks = [(model.masks[row.name], row) for row in self.rows if row.name in model.masks]
         found["dead_rows"] = sum(_dead_rows(mask, row.fan_in_axes) for mask, row in masks)

@@ -12,14 +12,14 @@ from torch import Tensor
 from supar_cli.errors import InputError
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.plan import Plan
-from supar_cli.sparse.mask_files import require_spread
+from supar_cli.sparse.mask_files import require_spread, write_masks, write_values
 from supar_cli.sparse.masks import Mask, select
 from supar_cli.training import checkpoint_reader
 from supar_cli.training.prepare import starting_values, to_dense
 from supar_cli.training.state import State
 
 
-def trained(directory: Path) -> tuple[Plan, State, dict[str, str]]:
+def read_run(directory: Path) -> tuple[Plan, State, dict[str, str]]:
     """The plan of a run, the state of its newest checkpoint without moments, and the hashes of both.
 
     Raises InputError if it has no checkpoint and for masks that moved.
@@ -32,7 +32,7 @@ def trained(directory: Path) -> tuple[Plan, State, dict[str, str]]:
     return plan, state, {"plan": plan.hash(), "checkpoint": _hash(path)}
 
 
-def rewound(directory: Path, plan: Plan, state: State, step: int) -> tuple[State, dict[str, str]]:
+def state_at(directory: Path, plan: Plan, state: State, step: int) -> tuple[State, dict[str, str]]:
     """A run after a step, under the masks that it trained with, and the hash of its checkpoint; 0: as it started.
 
     Raises InputError for a step whose checkpoint is not there.
@@ -81,7 +81,7 @@ def _keys(state: State, name: str) -> np.ndarray:
     return keys if mask is None else np.where(mask.alive().reshape(-1), keys, np.inf)
 
 
-def under_masks(
+def mask_values(
     start: State, masks: Mapping[str, Mask], scale: str
 ) -> tuple[dict[str, Tensor], dict[str, tuple[float, float | None]]]:
     """The values of a state that live under fewer weights, and by name their root mean square and factor g (None: none).
@@ -104,6 +104,13 @@ def under_masks(
     if problems:
         raise InputError(*problems)
     return values, sizes
+
+
+def write(
+    masks_path: Path, masks: Mapping[str, Mask], values_path: Path, values: Mapping[str, Tensor]
+) -> tuple[str, str]:
+    """Write both files of a pruned net; returns their hashes. Raises SetupError where they can't be written."""
+    return write_masks(masks_path, masks), write_values(values_path, values)
 
 
 def _energy(values: Tensor) -> float:

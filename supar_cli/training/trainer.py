@@ -100,7 +100,8 @@ class Trainer:
                 for step in range(self.done, steps):
                     if reason := self._stop.reason():
                         raise self._preempted(reason, checkpoints)
-                    is_logged = directory is not None and (step % plan.run.log_every == 0 or step == steps - 1)
+                    is_due = step % plan.run.log_every == 0 or step == steps - 1 or self._updates.is_reported(step + 1)
+                    is_logged = directory is not None and is_due
                     found = self.step(diagnose=is_logged)
                     self.reporter.progress(self.done, steps, found.loss)
                     clipped = 0 < plan.train.grad_clip < found.grad_norm
