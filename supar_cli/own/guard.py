@@ -217,11 +217,14 @@ class Kept:
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._restore()
         self._zero(optimizer)
-        overflow = getattr(optimizer, "found_inf", None)  # a GradScaler leaves it to fused optimizers to skip a step
-        if overflow is not None and overflow.any():
-            self.masked.get_ready()
-        elif self.masked.schedule is not None:
-            self.unfinished += 1
+        if self.masked.schedule is not None:
+            overflow = getattr(
+                optimizer, "found_inf", None
+            )  # a GradScaler leaves it to fused optimizers to skip a step
+            if overflow is not None and overflow.any():
+                self.masked.get_ready()
+            else:
+                self.unfinished += 1
 
     def _scale(self, optimizer: torch.optim.Optimizer, schedule: MaskSchedule) -> None:
         """Multiply rates and decays by the factors of the density now, for this step: loops and schedulers see the plan's."""
@@ -240,9 +243,7 @@ class Kept:
     def _require_updated(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise InputError where the masks are not those of the step that the optimizer is at."""
         if _is_capturing():
-            raise InputError(
-                "a CUDA graph is recorded, which keeps its masks; expected steps without one, as masks move"
-            )
+            raise InputError("a CUDA graph is recorded, which keeps its masks; expected none, as the plan's masks move")
         if self.unfinished:
             what = "the plan's masks move, and nothing was told of the last step"
             remedy = "write prepared.update() after each optimizer.step(); callbacks of supar's do so"
@@ -250,9 +251,7 @@ class Kept:
         if (at := _steps(optimizer)) != {self.masked.step}:
             found = ", ".join(map(str, at))
             what = f"the optimizer's state is of step {found}, the masks are of step {self.masked.step}"
-            remedy = (
-                "load both: optimizer.load_state_dict and prepared.load_state_dict; or make the optimizer after that"
-            )
+            remedy = "load both: optimizer.load_state_dict and prepared.load_state_dict, or make the optimizer later"
             raise InputError(f"prepared.load_state_dict: {what}; {remedy}")
 
     def _before_load(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -269,14 +268,12 @@ class Kept:
     def _zero(self, optimizer: torch.optim.Optimizer, with_moments: bool = False) -> None:
         """Set dead weights, and the moments of an optimizer that had others, to 0."""
         zeroed: list[str] = []
-        is_of_now = self.masked.schedule is None or _steps(optimizer) == {
-            self.masked.step
-        }  # else its masks are loaded later
+        is_now = self.masked.schedule is None or _steps(optimizer) == {self.masked.step}  # else masks are loaded later
         for name, dead in self.masked.dead.items():
             tensor = self.masked.tensors[name]
             if id(tensor) not in self._present:
                 continue
-            if with_moments and not dead.keeps_moments and is_of_now:
+            if with_moments and is_now and not dead.keeps_moments:
                 dead.zero_moments_(optimizer.state.get(tensor, {}), tensor.shape)
             elif not with_moments and not dead.is_chosen_next:
                 dead.zero_(tensor)
@@ -311,12 +308,9 @@ class Kept:
             if other.numbers is None or not is_beside:
                 continue
             if not math.isclose(found := other.numbers.factor, factor, rel_tol=TENSOR_RATE_TOLERANCE):
-                what = (
-                    f"{shown(self._names.values())}: the rates are {factor:g} times the plan's, where the model's other"
-                )
-                raise InputError(
-                    f"{what} optimizer has {found:g} times the plan's; write prepared.set_rate(lr) for both"
-                )
+                what = f"{shown(self._names.values())}: the rates are {factor:g} times the plan's"
+                where = f"where the model's other optimizer has {found:g} times the plan's"
+                raise InputError(f"{what}, {where}; write prepared.set_rate(lr) for both")
 
     def _held(self) -> set[int]:
         """The parameters of all kept optimizers of the model."""

@@ -49,6 +49,7 @@ class MaskedModel:
         self.clips = ClipWatch(self.tensors, self.rows, self.dead)
         inside = submodules(model, self.tensors)
         modules.multiply_inputs(inside, getattr(self.plan.model, "hooks", {}))
+        self._engine_now = self._engine
         modules.use_engine(inside, self.masks, self._engine)
         modules.call_after_load(inside[""], self._check_load)
         self.get_ready()
@@ -64,9 +65,11 @@ class MaskedModel:
             dead.keeps_moments, dead.keeps_gradients, dead.collects = keeps, keeps and is_free, collects
             dead.is_chosen_next = is_update and is_free
             dead.forget()
-        if self._engine is not None:  # the sparse engine makes gradients of live weights alone
-            engine = None if (keeps and is_free) or collects else self._engine
+        # the sparse engine makes gradients of live weights alone
+        engine = None if (keeps and is_free) or collects else self._engine
+        if self._engine is not None and (engine != self._engine_now or self.schedule.is_update(self.step)):
             modules.use_engine(submodules(self.model, self.tensors), self.masks, engine)
+            self._engine_now = engine
 
     def density_key(self, row: PlanTensor) -> tuple[int, ...]:
         """What tensors of one group have in common where density moves, so that one factor on their rate is right for all."""
@@ -106,14 +109,10 @@ class MaskedModel:
         device = next(iter(counts.values())).device if counts else None
         found = torch.stack([count.to(device) for count in counts.values()]).tolist() if counts else []
         if problems := [live_text(name, count) for name, count in zip(counts, found, strict=True) if count]:
-            at = (
-                ""
-                if self.schedule is None
-                else f", after step {self.step} (prepared.load_state_dict knows another step's masks)"
-            )
-            raise InputError(
-                *problems, f"weights: expected those of a model of this plan and seed{at}; nothing was changed"
-            )
+            what = "weights: expected those of a model of this plan and seed"
+            if self.schedule is not None:
+                what += f", after step {self.step} (prepared.load_state_dict has the masks of another step)"
+            raise InputError(*problems, f"{what}; nothing was changed")
 
     def _check_load(self, module: nn.Module) -> None:
         """After a load_state_dict, before the first forward pass with its values."""

@@ -171,9 +171,9 @@ class Prepared(MaskedModel):
         if self.schedule is None or not any(one.unfinished for _, one in optimizers):
             return False
         self.step += 1
-        states = {name: state for optimizer, _ in optimizers for name, state in self._states(optimizer).items()}
         if changes := self.schedule.is_update(self.step):
-            move(self, states)
+            states = [item for optimizer, _ in optimizers for item in optimizer.state.items()]
+            move(self, {self.by_id[id(tensor)].name: state for tensor, state in states if id(tensor) in self.by_id})
         for optimizer, one in optimizers:
             one.unfinished = 0
             for group in optimizer.param_groups:
@@ -234,10 +234,6 @@ class Prepared(MaskedModel):
         problems += [initial.live_text(name, count) for name, count in self.check().items()]
         if problems:
             raise InputError(*problems)
-
-    def _states(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """What an optimizer keeps of each tensor, by name."""
-        return {self.by_id[id(t)].name: state for t, state in optimizer.state.items() if id(t) in self.by_id}
 
     def _keep(self, optimizer: torch.optim.Optimizer, *, clip: float | None, is_whole: bool) -> None:
         if not any(id(tensor) in self.by_id for group in optimizer.param_groups for tensor in group["params"]):
