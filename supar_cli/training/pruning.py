@@ -70,7 +70,8 @@ def choose_masks(plan: Plan, state: State, groups: Sequence[Mapping[str, int]]) 
             except ValueError as error:
                 problems.append(f"{name}: {error}")
     if problems:
-        raise InputError(*problems, "density: is too low for these tensors; expected a higher one, or --scope tensor")
+        remedy = ", or --scope tensor" if max(map(len, groups)) > 1 else ""
+        raise InputError(*problems, f"density: is too low for these tensors; expected a higher one{remedy}")
     return {name: mask for name, mask in masks.items() if mask.count < mask.size}
 
 
