@@ -66,8 +66,9 @@ def set_path(read: Document, path: tuple[str, ...], value: Any, flag: str = "") 
 
 
 def as_section(key: str, value: Any) -> Any:
-    """The mapping that a key's value stands for: nothing yet, or a sparsity written as a number."""
-    return {} if value is None else {key: value} if key == "sparsity" and not isinstance(value, dict | list) else value
+    """The mapping that a key's value stands for: nothing yet, a sparsity written as a number, or updates as their method."""
+    short = {"sparsity": "sparsity", "updates": "method"}.get(key)
+    return {} if value is None else {short: value} if short and not isinstance(value, dict | list) else value
 
 
 def override(read: Document, section: tuple[str, ...], changes: dict[str, Any], flags: dict[str, str]) -> None:
