@@ -35,14 +35,17 @@ def timescale_steps(row: PlanTensor) -> float | None:
 def warnings(plan: Plan, tuned_on: str | None = None, evidence: Any = None) -> list[str]:
     """The warnings about this plan. Of its proxy: `tuned_on`, the hash of the data that it was tuned on, and `evidence`, if known."""
     hidden = [row for row in plan.tensors if row.role == "hidden"]
-    found = [*_of_sparsity(plan, hidden), *_of_decay(plan, hidden), *_of_updates(plan)] if hidden else []
+    calibration = evidence.get("density_exponent") if isinstance(evidence, dict) else None
+    known = (
+        calibration if isinstance(calibration, dict) and calibration.get("exponent") == density_exponent(plan) else {}
+    )
+    found = [*_of_sparsity(plan, hidden), *_of_decay(plan, hidden), *_of_updates(plan, bool(known))] if hidden else []
     if tuned_on is not None and plan.data is not None and plan.data.hash not in (None, tuned_on):
         found.append(f"data: not the proxy's, or read in another way: {_TRANSFER} alone; tune the proxy on these")
     steps, ratio = plan.parameterization.base.steps, plan.hyperparameters.embedding_lr_ratio
     if ratio != 1 and steps < RATIO_STEPS:
         found.append(f"hyperparameters.embedding_lr_ratio: {ratio:g}, tuned on {short_ratio(steps)}")
-    calibration = evidence.get("density_exponent") if isinstance(evidence, dict) else None
-    return [*found, *_of_changes(plan), *(_of_calibration(plan, calibration) if isinstance(calibration, dict) else ())]
+    return [*found, *_of_changes(plan), *(_of_calibration(plan, known) if known else ())]
 
 
 def density_exponent(plan: Plan) -> float:
@@ -54,7 +57,7 @@ def density_exponent(plan: Plan) -> float:
 def _of_calibration(plan: Plan, known: dict[str, Any]) -> Iterator[str]:
     """What the exponent of a plan was not calibrated for, by its proxy's evidence."""
     updates, used = plan.sparsity.updates, density_exponent(plan)
-    if known.get("exponent") != used or all(row.density == 1 for row in plan.tensors):
+    if all(row.density == 1 for row in plan.tensors):
         return
     where, remedy = f"density_exponent: {used:g}", "`supar sweep --calibrate` fits one for this"
     own: dict[str, Any] = {"method": updates.method if updates else "none", "moments": updates and updates.moments}
@@ -109,7 +112,7 @@ def _of_decay(plan: Plan, hidden: list[PlanTensor]) -> Iterator[str]:
         yield f"{which}: weight decay has a timescale of {short}; `-s hyperparameters.weight_decay={enough:g}` avoids it"
 
 
-def _of_updates(plan: Plan) -> Iterator[str]:
+def _of_updates(plan: Plan, is_calibrated: bool) -> Iterator[str]:
     """What is known to fail, or not known, where masks change. [SPEC §9: D, measured]"""
     updates, rule, betas = plan.sparsity.updates, plan.parameterization.weight_decay_rule, plan.train.betas
     moving = [row for row in plan.tensors if row.kept < row.size]
@@ -133,7 +136,7 @@ def _of_updates(plan: Plan) -> Iterator[str]:
     if rule == "coupled" and updates.start is not None and any(row.weight_decay for row in moving):
         moves = "weight_decay_rule: coupled moves the best rate by .5 to 1 octave while the density changes"
         yield f"{moves} (400 steps, λ 0.1); `-s parameterization.weight_decay_rule=independent` keeps it"
-    if others := density_over_run.not_measured(plan):
+    if not is_calibrated and (others := density_over_run.not_measured(plan)):
         rates = f"the rates of {name} were not measured with {', '.join(others)}"
         yield f"{where}: {rates}; `supar sweep --calibrate` measures them"
 
