@@ -317,6 +317,7 @@ class TestCalibration:
         given = {"updates": known["method"]} if method != "none" else {}
         plan = supar_cli.transfer(new, density=0.25, **given)
         assert density_exponent(plan) == known["exponent"] and not calibrated_for(plan, new)
+        assert "were not measured" not in " ".join(advice.warnings(plan, evidence=new.evidence))
         assert "steps 12, not 13" in calibrated_for(supar_cli.transfer(new, density=0.25, steps=13, **given), new)
         other = calibrated_for(supar_cli.transfer(new, density=0.25, updates="topk"), new)
         assert f"method {method}, not topk" in other and "moments" in other

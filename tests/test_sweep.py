@@ -205,7 +205,7 @@ RUNS = {
     "fig12": 3 * (6 + 10 * 2 * 4),
     "fig12-400": 3 * (2 * 6 + 7 * 2 * 4),
     "nm": 3 * (6 + 5 * 4),
-    "imp": 3 * (6 + 2 * 2 * 4),
+    "imp": 3 * (6 + 2 * 4),  # before pruning, which makes two plans of one
 }
 
 # of each figure's small and full document, from the time when it had a file of its own

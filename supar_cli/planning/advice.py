@@ -36,15 +36,16 @@ def warnings(plan: Plan, tuned_on: str | None = None, evidence: Any = None) -> l
     """The warnings about this plan. Of its proxy: `tuned_on`, the hash of the data that it was tuned on, and `evidence`, if known."""
     hidden = [row for row in plan.tensors if row.role == "hidden"]
     calibration = evidence.get("density_exponent") if isinstance(evidence, dict) else None
-    known = calibration if isinstance(calibration, dict) else {}
-    is_known = known.get("exponent") == density_exponent(plan)
-    found = [*_of_sparsity(plan, hidden), *_of_decay(plan, hidden), *_of_updates(plan, is_known)] if hidden else []
+    known = (
+        calibration if isinstance(calibration, dict) and calibration.get("exponent") == density_exponent(plan) else {}
+    )
+    found = [*_of_sparsity(plan, hidden), *_of_decay(plan, hidden), *_of_updates(plan, bool(known))] if hidden else []
     if tuned_on is not None and plan.data is not None and plan.data.hash not in (None, tuned_on):
         found.append(f"data: not the proxy's, or read in another way: {_TRANSFER} alone; tune the proxy on these")
     steps, ratio = plan.parameterization.base.steps, plan.hyperparameters.embedding_lr_ratio
     if ratio != 1 and steps < RATIO_STEPS:
         found.append(f"hyperparameters.embedding_lr_ratio: {ratio:g}, tuned on {short_ratio(steps)}")
-    return [*found, *_of_changes(plan), *(_of_calibration(plan, known) if is_known else ())]
+    return [*found, *_of_changes(plan), *(_of_calibration(plan, known) if known else ())]
 
 
 def density_exponent(plan: Plan) -> float:
