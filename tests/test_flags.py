@@ -97,7 +97,7 @@ def flags() -> Iterator[tuple[list[str], str, str]]:
                 option.argument
                 or option.type is bool
                 or name in ANY_VALUE
-                or (name, words[0]) == ("max_restarts", "train")
+                or name in ("max_restarts", "rewind")  # 0 is one of their values
             ):
                 continue
             by_type = WRONG_NUMBERS if option.type in (int, float) else WRONG_TEXTS

@@ -11,6 +11,7 @@ from supar_cli.cli.options import Flags, command, require_one
 from supar_cli.cli.runs import find_run
 from supar_cli.cli.values import parameterization
 from supar_cli.errors import InputError, TransferWarning
+from supar_cli.planning.spec import Sparsity
 
 PLAN = "pruned.yaml"
 
@@ -42,6 +43,8 @@ def prune(flags: Flags) -> None:
     for word, shares in level.items():
         if len(shares) > 1:
             raise InputError(f"{flags.places[word]}: {len(shares)} levels; expected one, as each round prunes a run")
+    with documents.naming_flags(flags):
+        Sparsity(**{word: shares[0] for word, shares in level.items()})  # refused before a run is looked for
     options: dict[str, Any] = {word: shares[0] for word, shares in level.items()}
     options |= {name: getattr(flags, name) for name in ("rewind", "scope", "scale", "parameterization")}
     out = Path(PLAN if flags.out in (None, "-") else flags.out)

@@ -111,7 +111,10 @@ def masks_of_state(plan: Plan, state: Mapping[str, Any]) -> tuple[int, dict[str,
         raise InputError(f"state: is of another plan, {str(state['plan'])[:19]}…; expected {plan.hash()[:19]}…")
     wanted = wanted_masks(plan, step := int(state["step"]))
     try:
-        given = {name: Mask(wanted[name].shape, np.array(bits, np.uint8)) for name, bits in state["masks"].items()}
+        given = {
+            name: Mask(wanted[name].shape, torch.as_tensor(bits).cpu().numpy().astype(np.uint8))
+            for name, bits in state["masks"].items()
+        }
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"state: masks: {error}; expected those of the plan's sparse tensors, packed") from None
     return step, masks_of(plan, given, step)
