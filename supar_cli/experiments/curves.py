@@ -245,15 +245,23 @@ def find_optimum(curve: Curve, draws: np.ndarray) -> Optimum:
     return Optimum(x0 + shift, why, resampled)
 
 
-def resampled_regret(curve: Curve, index: float, draws: np.ndarray) -> np.ndarray:
-    """The regret of an index for each row of resampled seeds; empty with one seed or where its loss isn't finite."""
-    finite = [other for other in curve.indices if isfinite(curve.mean(other))]
-    if not len(draws) or index not in finite:
-        return np.empty(0)
-    losses_XS = np.array([[curve.losses[other][seed] for seed in sorted(curve.losses[other])] for other in finite])
-    means_XB = losses_XS[:, draws].mean(2)
-    best_B = means_XB.min(0)
-    return np.asarray((means_XB[finite.index(index)] - best_B) / best_B)
+def find_regrets(curve: Curve, optimum: Optimum, first: Optimum, draws: np.ndarray) -> tuple[float, np.ndarray]:
+    """What re-using the first size's optimum loses, as a share of the lowest loss; and for each row of resampled seeds.
+
+    By the parabola near the curve's own optimum, which pools the runs there: nan, and none, where the first optimum lies
+    beyond the losses that it goes through, or either of the two is no parabola's.
+    """
+    window = _near_best(curve)
+    x = np.array([curve.grid.octaves(index) for index in window])
+    places_B = np.array([first.octaves, *first.resampled])
+    if optimum.why or first.why or len(window) < 3 or not x.min() <= first.octaves <= x.max():
+        return nan, np.empty(0)
+    losses_XS = np.array([[curve.losses[index][seed] for seed in sorted(curve.losses[index])] for index in window])
+    means_XB = np.column_stack([losses_XS.mean(1), losses_XS[:, draws].mean(2)])
+    a_B, b_B, c_B = np.polyfit(x - first.octaves, means_XB, 2)
+    at_B, lowest_B = places_B - first.octaves, c_B - b_B**2 / (4 * a_B)
+    found_B = np.where(a_B > 0, (a_B * at_B**2 + b_B * at_B + c_B - lowest_B) / lowest_B, nan)
+    return float(found_B[0]), found_B[1:]
 
 
 def _near_best(curve: Curve) -> list[float]:

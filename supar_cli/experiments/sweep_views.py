@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from supar_cli.experiments.curves import Curve, Optimum, find_optimum, resampled_regret
+from supar_cli.experiments.curves import Curve, Optimum, find_optimum, find_regrets
 from supar_cli.experiments.statistics import Interval, interval, interval_of_few, resample, slope
 from supar_cli.planning.rules import SP
 from supar_cli.planning.sweep import MARKS, Level, Mark, Sweep
@@ -56,9 +56,7 @@ def _arm(sweep: Sweep, curves: list[Curve]) -> Data:
         found["drift_ci90"] = interval_of_few(found["drift"], drifts_B, sweep.seeds)
     shifts_B = np.ptp(np.array(resampled_ZB), axis=0) if has_seeds else np.empty(0)
     found["shift_ci90"] = interval_of_few(found["shift_octaves"], shifts_B, sweep.seeds)
-    worst, _ = worst_regret(curves)
-    regrets_ZB = [resampled_regret(curve, curves[0].best, drawn) for curve, drawn in zip(curves, draws, strict=True)]
-    regrets_B = np.max(regrets_ZB, axis=0) if all(map(len, regrets_ZB)) else np.empty(0)
+    worst, regrets_B = _regret(curves, optima, draws)
     found["regret"], found["regret_ci90"] = finite(worst), interval_of_few(worst, regrets_B, sweep.seeds)
     name = curves[0].name
     return {
@@ -70,6 +68,18 @@ def _arm(sweep: Sweep, curves: list[Curve]) -> Data:
             _level(sweep, curve, one, curves[0].best, octaves[0]) for curve, one in zip(curves, optima, strict=True)
         ],
     }
+
+
+def _regret(curves: list[Curve], optima: list[Optimum], draws: list[np.ndarray]) -> tuple[float, np.ndarray]:
+    """The largest regret over sizes, by the parabolas and for each row of resampled seeds; else by the best value measured."""
+    parts = zip(curves, optima, draws, strict=True)
+    fitted = [find_regrets(curve, one, optima[0], drawn) for curve, one, drawn in parts]
+    if any(isnan(value) for value, _ in fitted):
+        return worst_regret(curves)[0], np.empty(0)
+    if not all(len(regrets_B) for _, regrets_B in fitted):
+        return max(value for value, _ in fitted), np.empty(0)
+    regrets_B = np.max([regrets_B for _, regrets_B in fitted], axis=0)
+    return max(value for value, _ in fitted), regrets_B[np.isfinite(regrets_B)]
 
 
 def has_promise(sweep: Sweep) -> bool:
@@ -94,7 +104,8 @@ def _verdicts(sweep: Sweep, arm: Data, curves: list[Curve]) -> list[Verdict]:
     """A verdict for each mark of an arm at several sizes; `passed` is None where an optimum isn't bracketed."""
     if arm["drift"] is None:
         return []
-    worst, lost = worst_regret(curves)
+    worst = arm["regret"] if arm["regret"] is not None else worst_regret(curves)[0]
+    lost = "diverged" if worst == inf else "unknown" if isnan(worst) else f"{100 * worst:.2f} %"
     own, shift = sweep.all_arms[arm["arm"]].marks, arm["shift_octaves"]
     texts: dict[Mark, tuple[float, str, str, str]] = {
         "drift": (arm["drift"], f"γ = {arm['drift']:+.3f}", "{:+.3f}", "|γ| < {:g}"),
