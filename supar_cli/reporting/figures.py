@@ -40,8 +40,10 @@ def draw(figure: Figure) -> Any:
         if panel.vertical is not None:
             first_label = next((line.label for line in panel.lines), "")
             axis.axvline(panel.vertical, color="0.75", lw=6, zorder=0, label=_plain(f"best at {first_label}"))
-        for line, colour, marker in zip(panel.lines, cycle(COLOURS), cycle(MARKERS), strict=False):
-            axis.plot(line.x, np.array(line.y, float), marker + "-", color=colour, ms=4, label=_plain(line.label))
+        looks = zip(cycle(COLOURS), cycle(MARKERS), cycle(["-"] * len(COLOURS) + ["--"] * len(COLOURS)), strict=False)
+        for line, (colour, marker, dashes) in zip(panel.lines, looks, strict=False):
+            look = {"color": colour, "ls": dashes, "marker": marker, "ms": 4}
+            axis.plot(line.x, np.array(line.y, float), label=_plain(line.label), **look)
             if line.low is not None:
                 low, high = np.array([line.low, line.high], float)
                 axis.fill_between(line.x, low, high, color=colour, alpha=0.15, lw=0)
@@ -53,7 +55,8 @@ def draw(figure: Figure) -> Any:
         axis.set(title=_plain(panel.title), xlabel=_plain(figure.x))
         axis.grid(alpha=0.25)
         if any(line.label for line in panel.lines):
-            axis.legend(fontsize=8)
+            is_crowded = len(panel.lines) > 6 and len(figure.panels) == 1  # beside the lines, where they leave no room
+            axis.legend(fontsize=8, **({"loc": "center left", "bbox_to_anchor": (1.02, 0.5)} if is_crowded else {}))
     first.set(ylabel=_plain(figure.y), ylim=figure.y_limits)
     drawn.tight_layout()
     return drawn
