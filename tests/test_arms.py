@@ -324,6 +324,19 @@ class TestCalibration:
         own = {"method": "topk", "exponent": 0.3}
         assert not calibrated_for(supar_cli.transfer(new, density=0.25, updates=own), new)
 
+    def test_an_exponent_in_the_proxys_own_target_makes_way(
+        self, supar_here: Supar, tuned: Path, trained: list[Plan], tmp_path: Path
+    ) -> None:
+        own = {"sparsity": {"density": 0.25, "updates": {"method": "rigl", "exponent": 1.3}}}
+        fields = proxy_of(tuned).model_dump() | {"target": own}
+        tuned.write_text(document.write([fields]))
+        called = supar_here("sweep", "tuned.yaml", "--calibrate", *RUN[:-1], "-o", "new.yaml")
+        assert called.status == 0, called.err
+        new = proxy_of(tmp_path / "new.yaml")
+        known = new.evidence["density_exponent"]
+        assert known["before"] == 1.3 != known["exponent"]
+        assert density_exponent(supar_cli.transfer(new)) == known["exponent"]
+
     def test_what_no_exponent_mends_is_not_verified_and_said(
         self, supar_here: Supar, tuned: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:

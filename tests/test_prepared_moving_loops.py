@@ -254,6 +254,44 @@ def test_frozen_tensors_keep_their_masks() -> None:
     assert moved == {"1"}
 
 
+def test_frozen_tensors_are_pruned_as_the_plan_says() -> None:
+    (model := make()).blocks[0].requires_grad_(False)
+    for method in ("gmp", "topk"):
+        made = supar.prepare(model, moving_plan(method))
+        optimizer = made.optimizer()
+        for step in range(STEPS):
+            steps(model, optimizer, 1, step)
+            made.update()
+        assert all(mask.count == made.rows[name].kept for name, mask in made.masks.items()) and made.check() == {}
+        made.load_state_dict(made.state_dict())
+
+
+@pytest.mark.parametrize("method", ["set", "rigl", "gmp"])
+def test_a_loop_that_updates_before_its_step_leaves_no_dead_moments(method: str) -> None:
+    made = supar.prepare(make(), moving_plan(method))
+    optimizer = made.optimizer()
+    for step in range(STEPS):
+        loss_of(made.model, batch(step)).backward()
+        made.update()
+        optimizer.step()
+        optimizer.zero_grad()
+        moments = [(dead, optimizer.state[made.tensors[name]]["exp_avg"]) for name, dead in made.dead.items()]
+        assert not any(int(dead.count_live(moment)) for dead, moment in moments)
+
+
+def test_a_step_is_counted_of_an_optimizer_kept_anew_and_not_if_it_is_taken_back() -> None:
+    run = Run(moving_plan("gmp"))
+    run.train(4)
+    saved = [(part, copy.deepcopy(part.state_dict())) for part in (run.prepared.model, run.optimizer, run.prepared)]
+    steps(run.prepared.model, run.optimizer, 1, 4)
+    run.prepared.keep(run.optimizer)
+    assert not run.prepared.update() and run.prepared.step == 5  # no change is due
+    steps(run.prepared.model, run.optimizer, 1, 5)
+    for part, state in saved:
+        part.load_state_dict(state)
+    assert not run.prepared.update() and run.prepared.step == 4
+
+
 # --- Trainer, Lightning ---
 
 

@@ -292,3 +292,24 @@ def test_an_unfinished_run_is_warned_of(run: Path, tmp_path: Path, prune: Callab
     with warnings.catch_warnings():
         warnings.simplefilter("error", TransferWarning)
         prune(run, density=0.5)  # finished, and 32 weights for each neuron
+
+
+def test_a_checkpoint_of_another_plan_is_not_rewound_to(
+    plan: Plan, run: Path, tmp_path: Path, prune: Callable[..., Plan]
+) -> None:
+    other = plan.model_copy(update={"train": plan.train.model_copy(update={"seed": 5})})
+    supar_cli.train(other, tmp_path / "other")
+    (tmp_path / "mixed" / "checkpoints").mkdir(parents=True)
+    for at, source in ((4, tmp_path / "other"), (12, run)):
+        name = f"checkpoints/step-{at:08d}"
+        (tmp_path / "mixed" / name).symlink_to(source / name)
+    with pytest.raises(InputError, match=r"rewind: .*step-00000004 belongs to another plan than the newest checkpoint"):
+        prune(tmp_path / "mixed", density=0.25, rewind=4)
+
+
+def test_a_round_without_a_rewind_names_no_checkpoint_of_an_earlier_one(
+    run: Path, tmp_path: Path, prune: Callable[..., Plan]
+) -> None:
+    first = prune(run, density=0.5, rewind=4)
+    supar_cli.train(first, tmp_path / "first")
+    assert "rewind" in first.parents and "rewind" not in prune(tmp_path / "first", density=0.25).parents

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from itertools import product
-from math import sqrt
+from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 import supar_cli
 from supar_cli.errors import InputError
 from supar_cli.planning import document
+from supar_cli.planning.explain import explain
 from supar_cli.planning.plan import Plan, PlanTensor, with_steps
-from supar_cli.planning.problems import parse
+from supar_cli.planning.problems import parse, validate
 from supar_cli.planning.schedule import MaskSchedule
 from supar_cli.planning.updates import Updates
 from tests import oracle
@@ -304,3 +306,29 @@ def test_another_length_keeps_the_shares(moving: MakePlan, method: str) -> None:
 
 def test_a_plan_whose_masks_stay_has_no_schedule(plan_of: MakePlan) -> None:
     assert MaskSchedule.of(plan_of()) is None
+
+
+EDITS: list[tuple[dict[str, Any], str]] = [
+    ({"start": 0.1}, r"start: 0\.1 is below the density of each tensor, of which the lowest is 0\.25"),
+    ({"start": 0.5}, "init_std is that of m_rho_start 1; masks start at 0.5"),
+]
+
+
+@pytest.mark.parametrize(("keys", "what"), EDITS, ids=str)
+def test_an_edited_start_is_refused_or_explained(moving: MakePlan, keys: dict[str, Any], what: str) -> None:
+    plan = moving("gmp")
+    fields = plan.model_dump()
+    fields["sparsity"]["updates"] |= keys
+    try:
+        found = explain(validate(Plan, fields, "plan")).text("plan")
+    except InputError as error:
+        found = str(error)
+    assert re.search(what, " ".join(found.split())) and "edited" not in explain(plan).text("plan")
+
+
+def test_a_plan_without_a_sparse_tensor_has_no_updates(moving: MakePlan) -> None:
+    fields = moving("gmp").model_dump()
+    for row in fields["tensors"]:
+        row |= {"kept": prod(row["shape"]), "density": 1.0}
+    with pytest.raises(InputError, match="no tensor is sparse, so no mask changes"):
+        validate(Plan, fields, "plan")

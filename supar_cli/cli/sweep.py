@@ -258,7 +258,11 @@ def _calibrate(axes: dict[str, str], flags: Flags) -> None:
     fitted = f"β₀ - γ = {before - evidence['drift']:.3f}, 90 % [{low:.3f}, {high:.3f}]"
     log.log(f"β₀ = {before:g}, γ = {evidence['drift']:+.3f}; {fitted}; β* = {evidence['exponent']:g}{kept}")
     options = proxy.parameterization.model_copy(update={"density_exponent": evidence["exponent"]})
-    known = {"parents": {**proxy.parents, "proxy": proxy.hash()}, "parameterization": options}
+    own, target = proxy.target.sparsity.updates, proxy.target
+    if own is not None and own.method == evidence["method"]:  # its own exponent would go before the calibrated one
+        updates = own.model_copy(update={"exponent": None})
+        target = target.model_copy(update={"sparsity": target.sparsity.model_copy(update={"updates": updates})})
+    known = {"parents": {**proxy.parents, "proxy": proxy.hash()}, "parameterization": options, "target": target}
     tuned = proxy.model_copy(update={**known, "evidence": {**proxy.evidence, "density_exponent": evidence}})
     terminal.emit([tuned.model_dump()], flags, log, f"proxy-{evidence['method']}.yaml")
     terminal.require_passed(found["verdicts"], flags)

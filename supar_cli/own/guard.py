@@ -172,7 +172,10 @@ class Kept:
             optimizer.register_load_state_dict_pre_hook(self._before_load),
             optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
-        for handle in kept.pop(optimizer, (None, []))[1]:
+        before, earlier = kept.pop(optimizer, (None, []))
+        if before is not None and before.masked is masked:
+            self.unfinished = before.unfinished
+        for handle in earlier:
             handle.remove()
         kept[optimizer] = (self, handles)
         self._zero(optimizer, with_moments=True)
@@ -262,6 +265,7 @@ class Kept:
         if self.numbers is not None:
             self.numbers.restore_labels(optimizer)
             self.numbers.peak = None  # it was before
+        self.unfinished = 0  # of the state before
         self._zero(optimizer, with_moments=True)
 
     @torch.no_grad()

@@ -37,8 +37,11 @@ def move(masked: MaskedModel, states: States) -> None:
     """
     schedule, step = masked.schedule, masked.step
     assert schedule is not None
-    trained = [name for name in masked.dead if masked.tensors[name].requires_grad]
-    masks = {name: _chosen(masked, schedule, name) for name in trained}
+    is_falling = (
+        schedule.updates.start is not None
+    )  # frozen tensors are pruned too, as the plan says how many weights live
+    moving = [name for name in masked.dead if is_falling or masked.tensors[name].requires_grad]
+    masks = {name: _chosen(masked, schedule, name) for name in moving}
     _require_same(masks, step)
     for name, mask in masks.items():
         dead, tensor, state = masked.dead[name], masked.tensors[name], states.get(name, {})
@@ -47,6 +50,8 @@ def move(masked: MaskedModel, states: States) -> None:
         dead.zero_(tensor)
         if not schedule.stores_dense(step):
             dead.zero_moments_(state, tensor.shape)
+            if tensor.grad is not None:  # of a loop that steps after this, which would give dead weights moments
+                dead.zero_(tensor.grad)
         if schedule.updates.moments == "mean" and (count := int(torch.count_nonzero(grown))):
             for moment in dead.moments(state, tensor.shape):
                 _fill_squares(moment, grown, mask.count - count)

@@ -192,6 +192,8 @@ class Prepared(MaskedModel):
         Raises InputError for the state of another plan.
         """
         self.step, self.masks = masks_of_state(self.plan, state)
+        for _, one in kept_of(self):
+            one.unfinished = 0
         self.attach(self.model)
 
     def save(self, folder: str | Path) -> None:

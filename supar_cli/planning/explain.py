@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, groupby
+from math import isclose
 from typing import Any, get_args
 
 from supar_cli.errors import InputError
@@ -13,6 +14,7 @@ from supar_cli.planning import density_over_run, folding, layout, rules
 from supar_cli.planning.advice import timescale_steps
 from supar_cli.planning.explain_lines import places, short, wrapped
 from supar_cli.planning.plan import Plan, PlanModel, PlanTensor, base_model, decoder_base
+from supar_cli.planning.updates import start_density
 
 SOURCES = {
     "P": "Dey, Bergsma, Hestness 2024 (SμPar), arXiv 2405.15743",
@@ -209,10 +211,23 @@ def _rows(plan: Plan, scheme: rules.Scheme) -> list[Row]:
             for key, value in shapes.items()
             if value is not None and given[key] != value
         ]
+        remarks += _start_remarks(plan, row)
         sigma = row.because.get("own_std", hyper.init_std or 0.0)
         tuned = rules.ProxyValues(sigma, hyper.lr, hyper.weight_decay, hyper.eps, hyper.embedding_lr_ratio)
         rows.append(Row(row, _numbers(row, scheme, tuned, context, _fold_formula(plan, row)), tuple(remarks)))
     return rows
+
+
+def _start_remarks(plan: Plan, row: PlanTensor) -> list[str]:
+    """What an edited plan says wrongly of the density at step 0, by which its init was made."""
+    if row.role != "hidden" or row.init == "file":
+        return []
+    own, start = row.because.get("m_rho", 1.0), start_density(plan.sparsity.updates)
+    wanted = own * max(start, row.density) / row.density if row.kept < row.size else own
+    given = row.because.get("m_rho_start", own)
+    if isclose(given, wanted, rel_tol=1e-9):
+        return []
+    return [f"edited: init_std is that of m_rho_start {given:g}; masks start at {wanted:g}"]
 
 
 def _numbers(

@@ -83,8 +83,14 @@ class Plan(Section):
         if updates.step_at(updates.begin, steps) == updates.step_at(updates.end, steps):
             what = f"{updates.end:g} and begin, {updates.begin:g}, are the same of {steps} steps, so no mask changes"
             raise ValueError(f"sparsity.updates.end: {what}; expected a later end or more steps")
-        for row in self.tensors:
-            if row.kept < row.size and updates.min_per_neuron > (most := row.kept * row.fan_in // row.size):
+        moving = [row for row in self.tensors if row.kept < row.size]
+        if not moving:
+            raise ValueError("sparsity.updates: no tensor is sparse, so no mask changes; expected null")
+        if updates.start is not None and updates.start < (lowest := min(row.density for row in moving)):
+            what = f"{updates.start:g} is below the density of each tensor, of which the lowest is {lowest:g}"
+            raise ValueError(f"sparsity.updates.start: {what}; expected a higher one")
+        for row in moving:
+            if updates.min_per_neuron > (most := row.kept * row.fan_in // row.size):
                 what = f"{updates.min_per_neuron} for each neuron are more than {row.name} keeps"
                 raise ValueError(f"sparsity.updates.min_per_neuron: {what}; expected at most {most}")
 

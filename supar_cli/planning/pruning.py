@@ -73,7 +73,8 @@ def plan_pruned(
     counts = masks.counts([row for row in plan.tensors if row.role == "hidden"])
     rows = [_row(row, counts.get(row.name), *starts[row.name]) for row in plan.tensors]
     sparsity = masks.section(rows).model_copy(update={"overrides": plan.sparsity.overrides})
-    changes: dict[str, Any] = {"sparsity": sparsity, "values": values, "parents": {**plan.parents, **parents}}
+    known = {key: value for key, value in plan.parents.items() if key != "rewind"}  # that of an earlier round
+    changes: dict[str, Any] = {"sparsity": sparsity, "values": values, "parents": {**known, **parents}}
     draft = plan.model_copy(update={**changes, "parameterization": rules, "tensors": rows})
     pairs = zip(explain(plan).rows, explain(draft).rows, strict=True)
     return Plan(**{**vars(draft), "tensors": [_with_rates(before, after) for before, after in pairs]})

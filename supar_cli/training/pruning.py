@@ -35,7 +35,7 @@ def read_run(directory: Path) -> tuple[Plan, State, dict[str, str]]:
 def state_at(directory: Path, plan: Plan, state: State, step: int) -> tuple[State, dict[str, str]]:
     """A run after a step, under the masks that it trained with, and the hash of its checkpoint; 0: as it started.
 
-    Raises InputError for a step whose checkpoint is not there.
+    Raises InputError for a step whose checkpoint is not there, or is another plan's.
     """
     if step == 0:
         values = {row.name: value for row, value in starting_values(plan, state.masks)}
@@ -46,7 +46,11 @@ def state_at(directory: Path, plan: Plan, state: State, step: int) -> tuple[Stat
     if step not in steps:
         what = f"{directory} has no checkpoint of step {step}, but those of 0 (its start), {', '.join(map(str, steps))}"
         raise InputError(f"rewind: {what}; expected one of them, or a run with another --checkpoint-every and --keep")
-    return checkpoint_reader.read_values(steps[step])[1], {"rewind": _hash(steps[step])}
+    own, found = checkpoint_reader.read_values(steps[step])
+    if own.hash() != plan.hash():
+        what = f"{steps[step]} belongs to another plan than the newest checkpoint ({own.hash()[:19]}…)"
+        raise InputError(f"rewind: {what}; expected {plan.hash()[:19]}…")
+    return found, {"rewind": _hash(steps[step])}
 
 
 def choose_masks(plan: Plan, state: State, groups: Sequence[Mapping[str, int]]) -> dict[str, Mask]:
