@@ -1,8 +1,8 @@
 """Changes of masks while a plan trains: which weights are dropped and grown after a step, by the plan's schedule.
 
 Tensors are stored by their live weights, and RigL's dense gradients are made one at a time in the backward pass of a step that
-ends with a change. Where every position keeps its moments (top-k, `moments: keep`) tensors are whole while masks move, zero
-where dead.
+ends with a change; where such a step has several micro-batches, those of all tensors are held, to be summed. Where every
+position keeps its moments (top-k, `moments: keep`) tensors are whole while masks move, zero where dead.
 """
 
 from __future__ import annotations
@@ -73,11 +73,10 @@ class MaskUpdates:
         self._alive = {}
         if self.stores_dense(step):
             for row in self.rows:
-                tensor, mask = model.tensors[row.name], model.masks.get(row.name)
-                alive = (
-                    torch.ones(tuple(row.shape), dtype=torch.bool) if mask is None else alive_of(mask, tensor.device)
+                device, mask = model.tensors[row.name].device, model.masks.get(row.name)
+                self._alive[row.name] = (
+                    torch.ones(row.shape, dtype=torch.bool, device=device) if mask is None else alive_of(mask, device)
                 )
-                self._alive[row.name] = alive.to(tensor.device)
 
     @contextmanager
     def watch(self, model: SparseModel, step: int, is_last: bool) -> Iterator[None]:
