@@ -36,7 +36,7 @@ def plan_with(
 ) -> Plan:
     sparsity = {"density": density, **({"updates": updates} if updates else {}), **more.pop("sparsity", {})}
     train = {"steps": steps, **more.pop("train", {})}
-    target = {"width": 128, "sparsity": sparsity}
+    target = {"width": more.pop("width", 128), "sparsity": sparsity}
     return plan_from(proxy_fields("stdlib", target=target, train=train, **more), name)
 
 
@@ -165,10 +165,14 @@ WARNED = [
     ("β 0.5 (1 was)", {"method": "topk", "exponent": 0.5}, {}, None),
     ("moments: keep (mean was)", {"method": "set", "moments": "keep"}, {}, None),
     ("SGD (AdamW was)", {"method": "gmp"}, {"train": {"optimizer": "sgd"}}, {}),
+    ("changes the masks only once;", {"method": "gmp", "every_steps": 200}, {}, None),
     ("changes the masks only 3 times", {"method": "set", "every_steps": 50}, {}, None),
     ("4 for each neuron is 100 %", {"method": "topk"}, {"density": "1/32"}, {}),
     ("rates_follow: end is a control", {"method": "gmp", "rates_follow": "end"}, {}, None),
     ("1,200 steps (at most 1,000 were)", {"method": "gmp"}, {"steps": 1200}, {}),
+    ("width 512 (at most 256 was)", {"method": "set"}, {"width": 512}, {"width": 256}),
+    ("density 0.03125 (at least 1/16 was)", {"method": "rigl"}, {"density": "1/32"}, {}),
+    ("density 0.01562 (at least 1/32 was)", {"method": "gmp"}, {"density": "1/64"}, {"density": "1/32"}),
 ]
 
 
@@ -209,6 +213,9 @@ class TestDryRun:
         held = {name: estimate.state_bytes(plan_with(name), "sparse", 4) for name in METHODS}
         bare, most = estimate.state_bytes(static, "sparse", 4), max(row.size for row in sparse_rows(static))
         assert held["set"] == bare and held["rigl"] == bare + 4 * most
+        summed = plan_with("rigl", run={"micro_batch_size": 1})
+        assert estimate.state_bytes(summed, "sparse", 4) == bare + 4 * sum(row.size for row in sparse_rows(summed))
+        assert any("of all tensors" in line for line in estimate.lines(summed))
         assert held["gmp"] > estimate.state_bytes(dense, "dense", 4) > 4 * bare
         assert held["topk"] == estimate.state_bytes(plan_with("topk"), "dense", 4) > 4 * bare
         times = {name: estimate.run_seconds(plan_with(name, steps=2000), sparse=True) for name in METHODS}
@@ -247,6 +254,25 @@ class TestDryRun:
         assert "at the end" not in supar_here("transfer", "--sparsity", "0.75", "--updates", "set", "--dry-run").err
         assert supar_here("transfer", "--sparsity", "0.75", "--updates", "gmp", "-q").status == 0
         assert "by timing a few steps: at most" in supar_here("train", "--dry-run").err
+
+    def test_another_method_leaves_the_keys_of_the_documents_own(
+        self, supar_here: Supar, proxy_file: Path, tmp_path: Path
+    ) -> None:
+        tuned = yaml.safe_load(proxy_file.read_text())
+        own = {"method": "topk", "begin": 0.01, "anneal": 0.5, "shape": "linear"}
+        tuned["target"]["sparsity"] = {"density": "1/4", "updates": own}
+        proxy_file.write_text(yaml.safe_dump(tuned))
+
+        def planned(*flags: str) -> dict[str, Any]:
+            ended = supar_here("transfer", "-q", "-o", "-", *flags)
+            assert ended.status == 0, ended.err
+            found: dict[str, Any] = yaml.safe_load(ended.out)["sparsity"]["updates"]
+            return found
+
+        gmp = planned("--updates", "gmp", "-s", "target.sparsity.updates.end=0.8")
+        assert (gmp["begin"], gmp["anneal"], gmp["end"], gmp["shape"]) == (0.2, 0.75, 0.8, "cubic")
+        assert planned("--updates", "rigl")["begin"] == 0.0
+        assert planned("--updates", "topk")["begin"] == planned()["begin"] == 0.01
 
 
 @pytest.mark.parametrize("method", ["gmp", "rigl"])

@@ -1,6 +1,6 @@
 """Find and read the documents of commands, and add file and line to their problems."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,13 +76,25 @@ def override(read: Document, section: tuple[str, ...], changes: dict[str, Any], 
 
     `flags`: what was typed, by key.
     """
-    before: Any = read.data
-    for part in section:
-        before = as_section(part, before.get(part)) if isinstance(before, dict) else None
-    before = before if isinstance(before, dict) else {}
+    before = _section_of(read, section)
     for name, value in spec.override(before, changes).items():
         if name in flags or name not in before or before[name] != value:
             set_path(read, (*section, name), value, flags.get(name, ""))
+
+
+def _section_of(read: Document, path: Sequence[str]) -> dict[str, Any]:
+    """The mapping at a path of a document; empty where there is none."""
+    here: Any = read.data
+    for part in path:
+        here = as_section(part, here.get(part)) if isinstance(here, dict) else None
+    return here if isinstance(here, dict) else {}
+
+
+def _drop_other_updates(read: Document, flags: Flags) -> None:
+    """Drop how the document's masks change where --updates names another method, which has keys of its own."""
+    *section, key = flags.document_paths.get("updates", "").split(".")
+    if flags.updates and _section_of(read, section).get(key) not in (None, flags.updates):
+        set_path(read, tuple(section), None)
 
 
 def apply(read: Document, flags: Flags, same_data: bool = False) -> None:
@@ -90,6 +102,7 @@ def apply(read: Document, flags: Flags, same_data: bool = False) -> None:
 
     `same_data`: `--data` only gives the data's new location, so their hash is kept. Raises InputError.
     """
+    _drop_other_updates(read, flags)
     for setting in flags.set or []:
         path, equals, text = setting.partition("=")
         if not equals or not path:

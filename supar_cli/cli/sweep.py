@@ -260,8 +260,8 @@ def _calibrate(axes: dict[str, str], flags: Flags) -> None:
     options = proxy.parameterization.model_copy(update={"density_exponent": evidence["exponent"]})
     own, target = proxy.target.sparsity.updates, proxy.target
     if own is not None and own.method == evidence["method"]:  # its own exponent would go before the calibrated one
-        updates = own.model_copy(update={"exponent": None})
-        target = target.model_copy(update={"sparsity": target.sparsity.model_copy(update={"updates": updates})})
+        free = own.model_copy(update={"exponent": None})
+        target = target.model_copy(update={"sparsity": target.sparsity.model_copy(update={"updates": free})})
     known = {"parents": {**proxy.parents, "proxy": proxy.hash()}, "parameterization": options, "target": target}
     tuned = proxy.model_copy(update={**known, "evidence": {**proxy.evidence, "density_exponent": evidence}})
     terminal.emit([tuned.model_dump()], flags, log, f"proxy-{evidence['method']}.yaml")

@@ -121,7 +121,8 @@ def _of_updates(plan: Plan, is_calibrated: bool) -> Iterator[str]:
     where, name = "sparsity.updates", METHODS[updates.method]
     if (count := density_over_run.changes(plan)) < FEWEST_CHANGES:
         more = f"{where}.every_steps below {updates.every_steps}" if updates.every_steps > 1 else "longer run"
-        yield f"{where}: {name} changes the masks only {count} times; a {more} makes it more"
+        often = "once" if count == 1 else f"{count} times"
+        yield f"{where}: {name} changes the masks only {often}; a {more} makes it more"
     row = min(moving, key=lambda row: row.wpn)
     share = updates.min_per_neuron / row.wpn
     if share > FLOOR_SHARE:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from supar_cli.planning.explain_lines import places, wrapped
-from supar_cli.planning.plan import Plan, PlanTensor
+from supar_cli.planning.plan import Plan, PlanModel, PlanTensor
 from supar_cli.planning.rules import DENSITY_IN_RATE
 from supar_cli.planning.schedule import MaskSchedule
 from supar_cli.planning.updates import DEFAULTS, METHODS, exponent_of
@@ -17,8 +17,7 @@ MEASURED = {
     "rigl": (
         "medium: β may fall with the number of updates",
         400,
-        "shift .25 octaves, regret .09 % over 400 steps, densities 1/4 and 1/16, with moments: mean; "
-        "β .8 over 100 steps with moments: zero",
+        "shift .25 octaves, regret .09 % over 400 steps with moments: mean; β .8 over 100 steps with moments: zero",
     ),
     "gmp": (
         "yes",
@@ -34,8 +33,9 @@ MEASURED = {
     ),
 }
 FAILS = "γ +.53 and 10 % regret of GMP over 100 steps, +.83 and 10 to 13 % over 400"
-MOST_STEPS = 1000  # measured: no method over more
-WHERE = "width 128, 2 layers, densities 1/4 to 1/32"
+MOST_STEPS, WIDEST = 1000, 256  # measured: no method over more steps, nor in a wider model
+SPARSEST = {"set": 32, "rigl": 16, "gmp": 32, "topk": 32}  # measured: 1/density
+WHERE = "width 128, 2 layers, densities 1/4 to 1/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +114,13 @@ def how_sure(plan: Plan) -> str:
     updates = plan.sparsity.updates
     if updates is None or plan.parameterization.name not in DENSITY_IN_RATE:
         return "these rules do not correct rates for the density"
+    where = f"{WHERE}{SPARSEST[updates.method]}"
     if updates.rates_follow == "end":
-        return f"it fails, a control: {FAILS}; {WHERE}"
+        return f"it fails, a control: {FAILS}; {where}"
     sure, _, measured = MEASURED[updates.method]
     if others := not_measured(plan):
         sure = f"not measured with {', '.join(others)}; else {sure}"
-    return f"{sure}; {measured}; {WHERE}"
+    return f"{sure}; {measured}; {where}"
 
 
 def not_measured(plan: Plan) -> list[str]:
@@ -133,7 +134,11 @@ def not_measured(plan: Plan) -> list[str]:
     found = [] if updates.exponent == known else [f"β {updates.exponent:g} ({known:g} was)"]
     found += [] if has_state else [f"moments: {updates.moments} ({usual} was)"]
     found += [] if plan.train.optimizer == "adamw" else ["SGD (AdamW was)"]
-    return found + ([f"{steps:,} steps (at most {longest:,} were)"] if steps > MOST_STEPS else [])
+    found += [f"{steps:,} steps (at most {longest:,} were)"] if steps > MOST_STEPS else []
+    width = plan.model.width if isinstance(plan.model, PlanModel) else 0
+    found += [f"width {width:,} (at most {WIDEST} was)"] if width > WIDEST else []
+    least, most = min(row.density for row in plan.tensors), SPARSEST[updates.method]
+    return found + ([f"density {least:.4g} (at least 1/{most} was)"] if least * most < 0.99 else [])
 
 
 def tables(plan: Plan, rows: Sequence[PlanTensor]) -> Iterator[tuple[list[PlanTensor], list[list[str]]]]:

@@ -21,11 +21,22 @@ def state_bytes(plan: Plan, engine: str, number_bytes: int) -> int:
     rest = 16 * (plan.parameters - size)  # float32 weight, gradient and two moments
     if schedule and schedule.stores_dense(0):  # each position and its mask; in bfloat16 also a copy and its gradient
         return rest + (17 + (2 * number_bytes if number_bytes < 4 else 0)) * size
-    if schedule and schedule.updates.grow == "gradient" and engine != "dense":  # of one tensor at a time
-        rest += 4 * max(row.size for row in masked)
+    if schedule and schedule.updates.grow == "gradient" and (engine != "dense" or _sums_gradients(plan)):
+        rest += _grown_by_bytes(plan, masked)
     # a live weight: value, gradient, two moments, and its index, three for the sparse engine; dense also has
     # the weight and gradient of each position; the indices of blocks are a share of 1/block
     return rest + {"sparse": 28 * live, "block": 16 * live}.get(engine, 2 * number_bytes * size + 20 * live)
+
+
+def _sums_gradients(plan: Plan) -> bool:
+    """Whether a step has several micro-batches in one process; in more processes it may have one in each."""
+    return plan.run.micro_batch_size not in (None, plan.train.batch_size)
+
+
+def _grown_by_bytes(plan: Plan, masked: Sequence[PlanTensor]) -> int:
+    """Bytes of the dense gradients that weights grow by: of one tensor at a time, of all where micro-batches are summed."""
+    sizes = [4 * row.size for row in masked]
+    return sum(sizes) if _sums_gradients(plan) else max(sizes)
 
 
 def start_live(rows: Sequence[PlanTensor], plan: Plan) -> int:
@@ -162,10 +173,9 @@ def _of_updates(plan: Plan) -> list[str]:
             f"{name} {what} until step {schedule.end:,}, its last change of the masks: the memory is that of this time"
         ]
     if updates.grow == "gradient":
-        most = _gib(4 * max(row.size for row in masked))
-        return [
-            f"{name} makes the dense gradients of one tensor at a time when masks change; the largest, {most}, is counted"
-        ]
+        held = "of all tensors, to sum them over micro-batches," if _sums_gradients(plan) else "of one tensor at a time"
+        most = _gib(_grown_by_bytes(plan, masked))
+        return [f"{name} makes the dense gradients {held} when masks change; {most} is counted for them"]
     if updates.start is not None:
         first = f"{start_live(masked, plan):,} live weights of sparse tensors, {sum(row.kept for row in masked):,} at the end"
         return [f"{name} starts with {first}: the memory is that of the start, the times are those of the whole run"]

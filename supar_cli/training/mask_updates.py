@@ -1,8 +1,8 @@
 """Changes of masks while a plan trains: which weights are dropped and grown after a step, by the plan's schedule.
 
 Tensors are stored by their live weights, and RigL's dense gradients are made one at a time in the backward pass of a step that
-ends with a change. Where every position keeps its moments (top-k, `moments: keep`) tensors are whole while masks move, zero
-where dead.
+ends with a change; where such a step has several micro-batches, sums of all tensors are held in host memory. Where every
+position keeps its moments (top-k, `moments: keep`) tensors are whole while masks move, zero where dead.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class MaskUpdates:
         self._by_gradient = self.schedule is not None and self.schedule.updates.grow == "gradient"
         self._ranks = ranks.new_group(is_default_backend=True) if self._by_gradient else ranks
         self._alive: dict[str, Tensor] = {}  # of tensors that are stored whole
-        self._gradients: dict[str, Tensor] = {}  # of the micro-batches before the last one
+        self._gradients: dict[str, Tensor] = {}  # of the micro-batches before the last one, in host memory
         self._grown: dict[str, Tensor] = {}  # positions
         self._moved: float | None = None  # the share of live weights that the last change exchanged
 
@@ -73,11 +73,10 @@ class MaskUpdates:
         self._alive = {}
         if self.stores_dense(step):
             for row in self.rows:
-                tensor, mask = model.tensors[row.name], model.masks.get(row.name)
-                alive = (
-                    torch.ones(tuple(row.shape), dtype=torch.bool) if mask is None else alive_of(mask, tensor.device)
+                device, mask = model.tensors[row.name].device, model.masks.get(row.name)
+                self._alive[row.name] = (
+                    torch.ones(row.shape, dtype=torch.bool, device=device) if mask is None else alive_of(mask, device)
                 )
-                self._alive[row.name] = alive.to(tensor.device)
 
     @contextmanager
     def watch(self, model: SparseModel, step: int, is_last: bool) -> Iterator[None]:
@@ -101,9 +100,9 @@ class MaskUpdates:
         """Choose what grows by the dense gradient (out, in), summed over micro-batches and ranks."""
         dense = gradient.float().flatten(0, -2).t() @ x.float().flatten(0, -2)
         if row.name in self._gradients:
-            dense += self._gradients.pop(row.name)
+            dense += self._gradients.pop(row.name).to(dense.device)
         if not is_last:
-            self._gradients[row.name] = dense
+            self._gradients[row.name] = dense.cpu()
             return
         self._grown[row.name] = self._positions(row, step, self._ranks.sum(dense), alive_of(mask, dense.device))
 
@@ -184,13 +183,14 @@ class MaskUpdates:
         """What a record says of the masks: density, the share of live weights exchanged, rows without a live weight."""
         if self.schedule is None:
             return {}
-        self.sync_masks(model)
         live = sum(self.schedule.kept(row, step) for row in self.rows)
         found: dict[str, float | int] = {"density": live / sum(row.size for row in self.rows)}
         if self._moved is not None and self.schedule.is_update(step):
             found["mask_changed"] = self._moved
-        masks = [(model.masks[row.name], row) for row in self.rows if row.name in model.masks]
-        found["dead_rows"] = sum(_dead_rows(mask, row.fan_in_axes) for mask, row in masks)
+        whole = [(alive, row) for row in self.rows if (alive := self._alive.get(row.name)) is not None]
+        found["dead_rows"] = sum(int((~alive.any(dim=tuple(row.fan_in_axes))).sum()) for alive, row in whole)
+        masks = [(model.masks[row.name], row) for row in self.rows if row.name in model.masks.keys() - self._alive.keys()]
+        found["dead_rows"] += sum(_dead_rows(mask, row.fan_in_axes) for mask, row in masks)
         return found
 
 
