@@ -189,7 +189,9 @@ class MaskUpdates:
             found["mask_changed"] = self._moved
         whole = [(alive, row) for row in self.rows if (alive := self._alive.get(row.name)) is not None]
         found["dead_rows"] = sum(int((~alive.any(dim=tuple(row.fan_in_axes))).sum()) for alive, row in whole)
-        masks = [(model.masks[row.name], row) for row in self.rows if row.name in model.masks.keys() - self._alive.keys()]
+        masks = [
+            (model.masks[row.name], row) for row in self.rows if row.name in model.masks.keys() - self._alive.keys()
+        ]
         found["dead_rows"] += sum(_dead_rows(mask, row.fan_in_axes) for mask, row in masks)
         return found
 
