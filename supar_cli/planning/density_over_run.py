@@ -35,7 +35,7 @@ MEASURED = {
 FAILS = "γ +.53 and 10 % regret of GMP over 100 steps, +.83 and 10 to 13 % over 400"
 MOST_STEPS, WIDEST = 1000, 256  # measured: no method over more steps, nor in a wider model
 SPARSEST = {"set": 32, "rigl": 16, "gmp": 32, "topk": 32}  # measured: 1/density
-WHERE = "width 128, 2 layers, densities 1/4 to 1/"
+WHERE = "γ: slope of log₂ best rate over log₂ density; width 128, 2 layers, densities 1/4 to 1/"
 
 
 @dataclass(frozen=True, slots=True)
