@@ -33,11 +33,11 @@ class Problem:
 
 
 def suggestion(word: object, known: Iterable[str]) -> str:
-    """What is expected in place of an unknown word: the known one that is close to it or begins so, else one of all."""
+    """What is expected in place of an unknown word: the known one that begins so or is close to it, else one of all."""
     import difflib
 
     known = list(known)
-    close = difflib.get_close_matches(str(word), known, 1) or [one for one in known if one.startswith(str(word))]
+    close = [one for one in known if one.startswith(str(word))] or difflib.get_close_matches(str(word), known, 1)
     return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
 
 

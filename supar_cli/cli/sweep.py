@@ -74,9 +74,7 @@ def sweep(flags: Flags) -> None:
 
     Examples:
       supar sweep proxy.yaml --over lr=x:-2..2/1 --over density=1,0.25,0.0625
-      supar sweep proxy.yaml --over lr=x:-2..2/1 --over width=128,256 --density 1/16
       supar sweep proxy.yaml --calibrate --updates rigl -o proxy-rigl.yaml
-      supar sweep --preset fig1 --jobs 2
     """
     preset = flags.preset
     if preset is not None and flags.source is not None:

@@ -12,10 +12,11 @@ Lines = dict[tuple[str, ...], tuple[str, str]]  # by the path of its key: the co
 
 
 def names() -> list[str]:
-    """The names of all templates, in the order of use, figures last; none where the installation lacks them."""
+    """The names of all templates, in the order of use, sweeps last; none where the installation lacks them."""
     found = {path.stem for path in files.template("quickstart.yaml").parent.glob("*.yaml")}
     figures = {path[0] for path in _read_figures()} if FIGURES in found else set()
-    return [*sorted(found - {FIGURES}, key=_rank), *sorted(figures, key=lambda name: (len(name), name))]
+    by_number = sorted(figures, key=lambda name: (not name.startswith("fig"), len(name), name))
+    return [*sorted(found - {FIGURES}, key=_rank), *by_number]
 
 
 def scripts() -> list[str]:
