@@ -200,10 +200,10 @@ PAPER_WIDTHS = {
 
 
 SMALL_ALONE = ("fig12-400", "nm", "imp")
-# of the grids of those with arms: 3 or 4 rates, 6 seeds of each dense model that arms share and 4 of each of their other sizes
+# of the grids of those with arms: 3 or 5 rates, 6 seeds of each dense model that arms share and 4 of each of their other sizes
 RUNS = {
     "fig12": 3 * (6 + 10 * 2 * 4),
-    "fig12-400": 4 * (2 * 6 + 5 * 2 * 4),
+    "fig12-400": 5 * (2 * 6 + 5 * 2 * 4),
     "nm": 3 * (6 + 5 * 4),
     "imp": 3 * (6 + 2 * 4),  # before pruning, which makes two plans of one
 }
