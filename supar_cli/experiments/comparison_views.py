@@ -21,10 +21,7 @@ from supar_cli.planning.sweep import MARKS, Level, Sweep
 from supar_cli.reporting.result import TITLES, Figure, Panel, Table, Verdict, finite, loss_figure
 
 SUPAR = TITLES["supar"]
-DENSE, RETUNED = (
-    "SP, tuned dense",
-    "SP, re-tuned",
-)  # SP's loss at its best value of the first size_text, and of each size
+DENSE, RETUNED = "SP, tuned dense", "SP, re-tuned"  # at its best value of the first size, and of each size
 
 Data = dict[str, Any]
 

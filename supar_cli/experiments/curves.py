@@ -126,7 +126,7 @@ class _Measurements:
 
     def __init__(self, sweep: Sweep, folder: Path, workers: Workers, reporter: Reporter) -> None:
         self.sweep, self.workers, self.reporter, self._folder = sweep, workers, reporter, folder
-        self._pruned: dict[tuple[float, str, int], Plan] = {}
+        self._pruned: dict[str, Plan] = {}
         # a run that failed is tried again by the next command; its new record is added and counts
         self.records = Records(folder, lambda record: record.get("state") != "failed")
         self._tally = Tally(reporter, workers.jobs)
@@ -159,20 +159,20 @@ class _Measurements:
         name, level, scale = curve.name, curve.level, self.sweep.all_arms[curve.name].prune
         if scale is None or level.density == 1:
             return self.sweep.plan(name, level, index, seed)
-        key = (level.density, scale, seed)
+        dense = self.sweep.plan_to_prune(name, seed)  # arms may have dense runs of their own
+        key = f"{dense.hash()[7:15]}-{level.density:g}-{scale}"
         if key not in self._pruned:
-            source, files = self._folder / f"dense-{seed}", self._folder / "pruned"
-            ends = f"{level.density:g}-{scale}-{seed}.safetensors"
+            source, files = self._folder / f"dense-{dense.hash()[7:15]}", self._folder / "pruned"
             files.mkdir(exist_ok=True)
-            train(self.sweep.plan_to_prune(name, seed), source)
+            train(dense, source)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", TransferWarning)  # the study's plans have been warned of
                 self._pruned[key] = prune(
                     source,
                     density=level.share,
                     scale=scale,
-                    masks_out=files / f"masks-{ends}",
-                    values_out=files / f"values-{ends}",
+                    masks_out=files / f"masks-{key}.safetensors",
+                    values_out=files / f"values-{key}.safetensors",
                 )
         return with_rate(self._pruned[key], curve.grid.value(index))
 

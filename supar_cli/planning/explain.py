@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from supar_cli.errors import InputError
 from supar_cli.planning import density_over_run, folding, layout, rules
-from supar_cli.planning.advice import timescale_steps
+from supar_cli.planning.advice import density_exponent, timescale_steps
 from supar_cli.planning.explain_lines import places, short, wrapped
 from supar_cli.planning.plan import Plan, PlanModel, PlanTensor, base_model, decoder_base
 from supar_cli.planning.updates import start_density
@@ -171,9 +171,8 @@ def explain(plan: Plan, tensor: str | None = None, role: str | None = None) -> E
         raise InputError(f"--role {role}: expected {', '.join(roles[:-1])} or {roles[-1]}")
     own = plan.parameterization
     options = own.model_dump(include=rules.OPTIONS)
-    updates, exponent = plan.sparsity.updates, own.density_exponent
-    exponent = updates.exponent if updates else 1.0 if exponent is None else exponent
-    scheme = rules.Scheme(own.name, plan.train.optimizer, **options, density_exponent=exponent, edition=own.edition)
+    beta = density_exponent(plan)
+    scheme = rules.Scheme(own.name, plan.train.optimizer, **options, density_exponent=beta, edition=own.edition)
     rows = _chosen(_rows(plan, scheme), tensor, role)
     return Explained(plan, [] if tensor or role else _factors(plan, scheme), rows)
 
@@ -328,10 +327,6 @@ def _group(members: list[Row]) -> list[str]:
     lines += wrapped("because", _listed(factors))
     lines += [line for number in members[0].numbers for line in number.lines()]
     return lines + [line for remark in members[0].remarks for line in wrapped("", remark.split())]
-
-
-def _symbol(name: str) -> str:
-    return f"{SYMBOLS[name]} {name}" if name in SYMBOLS else name.replace("alpha", "α")
 
 
 def _listed(parts: list[str]) -> list[str]:

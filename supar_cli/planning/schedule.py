@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import cos, pi, sqrt
 
 from supar_cli.planning.density import literal
@@ -68,6 +68,11 @@ class MaskSchedule:
         """The step of the last change."""
         return self.updates.step_at(self.updates.end, self.steps)
 
+    @cached_property
+    def arrival(self) -> int:
+        """The step from which on the density is the row's own."""
+        return self.updates.step_at(self.updates.anneal or self.updates.end, self.steps)
+
     def is_update(self, step: int) -> bool:
         """Whether masks change after this step."""
         return self.begin < step == self.last_update(step)
@@ -88,15 +93,8 @@ class MaskSchedule:
         start = self.updates.start
         if start is None or not self.moves(row):
             return row.kept
-        first = max(row.kept, int(literal(start) * row.size + Fraction(1, 2)))
-        at, begin = self.last_update(step), self.begin
-        end = self.updates.step_at(self.updates.anneal or self.updates.end, self.steps)
-        if at <= begin:
-            return first
-        if at >= end:
-            return row.kept
-        left = 1 - Fraction(at - begin, end - begin)
-        return row.kept + int((first - row.kept) * (left**3 if self.updates.shape == "cubic" else left))
+        passed, way = self.last_update(step) - self.begin, self.arrival - self.begin
+        return _falling(start, row.size, row.kept, max(passed, 0), way, self.updates.shape == "cubic")
 
     def dropped(self, row: PlanTensor, step: int) -> int:
         """How many of a tensor's live weights SET and RigL replace after a step."""
@@ -128,3 +126,15 @@ class MaskSchedule:
         """The factor on its weight decay: under the rule `independent` rate times decay stays as it is."""
         rate = self.rate_factor(row, step)
         return {"independent": 1.0 / rate, "coupled": 1.0, "sqrt": 1.0 / sqrt(rate)}[self.decay_rule]
+
+
+@lru_cache(maxsize=2**14)  # the layers of a model have tensors of a few sizes
+def _falling(start: float, size: int, kept: int, passed: int, way: int, is_cubic: bool) -> int:
+    """Live weights after `passed` of the `way` steps in which they fall from the share `start` of `size` to `kept`."""
+    first = max(kept, int(literal(start) * size + Fraction(1, 2)))
+    if passed == 0:
+        return first
+    if passed >= way:
+        return kept
+    left = 1 - Fraction(passed, way)
+    return kept + int((first - kept) * (left**3 if is_cubic else left))

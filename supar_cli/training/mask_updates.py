@@ -43,7 +43,7 @@ class MaskUpdates:
         self._alive: dict[str, Tensor] = {}  # of tensors that are stored whole
         self._gradients: dict[str, Tensor] = {}  # of the micro-batches before the last one, in host memory
         self._grown: dict[str, Tensor] = {}  # positions
-        self._moved: float | None = None  # the share of live weights that the last change exchanged
+        self._moved: Tensor | None = None  # how many weights the last change brought to life, on their device
 
     def stores_dense(self, step: int) -> bool:
         """Whether tensors whose masks change are stored whole after a step."""
@@ -132,7 +132,7 @@ class MaskUpdates:
             self._clear_dead(model)  # which moments that are kept have moved, and a weight that grows starts at 0
         if self.schedule is not None and self.schedule.is_update(step):
             moved = [self._change(model, row, self.schedule, step, changed) for row in self.rows]
-            self._moved = float(torch.stack(moved).sum()) / sum(self.schedule.kept(row, step) for row in self.rows)
+            self._moved = torch.stack(moved).sum()
         self._grown = {}
         self._clear_dead(model)
         if self.stores_dense(step - 1) and not self.stores_dense(step):  # the last change: only live weights are left
@@ -186,7 +186,7 @@ class MaskUpdates:
         live = sum(self.schedule.kept(row, step) for row in self.rows)
         found: dict[str, float | int] = {"density": live / sum(row.size for row in self.rows)}
         if self._moved is not None and self.schedule.is_update(step):
-            found["mask_changed"] = self._moved
+            found["mask_changed"] = float(self._moved) / live
         whole = [(alive, row) for row in self.rows if (alive := self._alive.get(row.name)) is not None]
         found["dead_rows"] = sum(int((~alive.any(dim=tuple(row.fan_in_axes))).sum()) for alive, row in whole)
         masks = [
