@@ -63,6 +63,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "training": ("sparse", "models", "data", *PLANNING_OF_TRAINING),
     "jobs": ("training", "planning"),
     "reporting": ("planning", "training.run_directory"),
+    "exporting": ("training", "models", "sparse", "data", "planning"),
     "own": ("sparse", "training.prepare", *PLANNING_OF_OWN),
     "experiments": (
         "jobs",
@@ -75,7 +76,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "reporting.figures",
     ),
     "bench": ("training", "sparse", "jobs", "planning.plan", "reporting.result"),
-    "cli": ("", "planning", "reporting", "data", "training", "experiments", "bench"),  # the first: the face
+    "cli": (
+        "",
+        "planning",
+        "reporting",
+        "data",
+        "training",
+        "exporting",
+        "experiments",
+        "bench",
+    ),  # the first: the face
 }
 
 

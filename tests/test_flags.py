@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import supar_cli
 from supar_cli.cli.app import NAMES, app
-from supar_cli.cli.options import OPTIONS, flag_of
+from supar_cli.cli.option_table import OPTIONS, flag_of
 from supar_cli.cli.values import keys_of
 from supar_cli.errors import InputError
 from supar_cli.planning.density import density_from, literal

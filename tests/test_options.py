@@ -10,7 +10,8 @@ import typer.main
 
 from supar_cli.cli.app import NAMES, app
 from supar_cli.cli.documents import apply
-from supar_cli.cli.options import GROUPS, OPTIONS, Flags, Option, command, flag_of, require_one
+from supar_cli.cli.option_table import GROUPS, OPTIONS, Option, flag_of
+from supar_cli.cli.options import Flags, command, require_one
 from supar_cli.errors import InputError
 from supar_cli.planning.document import Document
 from supar_cli.planning.plan import Plan

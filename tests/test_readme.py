@@ -17,7 +17,7 @@ import typer.main
 
 from supar_cli.cli.app import app
 from supar_cli.cli.help import PAGES, topics
-from supar_cli.cli.options import OPTIONS, flag_of
+from supar_cli.cli.option_table import OPTIONS, flag_of
 
 from .conftest import CHECKOUT, environment, real_text
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from supar_cli.cli import text as words
 from supar_cli.cli.app import COMMANDS, NAMES, app
-from supar_cli.cli.options import GROUPS
+from supar_cli.cli.option_table import GROUPS
 from supar_cli.planning.estimate import duration
 
 from .conftest import CHECKOUT, Called, environment

@@ -68,7 +68,7 @@ class Command(typer.core.TyperCommand):
     """A command whose help shows its options in groups, then its examples."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        from supar_cli.cli.options import GROUPS
+        from supar_cli.cli.option_table import GROUPS
 
         groups: dict[str, list[Any]] = {}
         for param in self.get_params(ctx):

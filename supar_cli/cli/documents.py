@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from supar_cli.cli.options import Flags, flag_of
+from supar_cli.cli.option_table import flag_of
+from supar_cli.cli.options import Flags
 from supar_cli.errors import InputError, Problem
 from supar_cli.files import template
 from supar_cli.planning import document, spec

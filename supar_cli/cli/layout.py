@@ -4,7 +4,8 @@ from typing import Any
 
 import supar_cli
 from supar_cli.cli import terminal, text, values
-from supar_cli.cli.options import Flags, command, flag_of
+from supar_cli.cli.option_table import flag_of
+from supar_cli.cli.options import Flags, command
 from supar_cli.errors import InputError, Problem
 from supar_cli.planning.layout_document import Layout, LayoutRow
 from supar_cli.user_code import calling_user_code, can_be_called, load_function, require_keywords

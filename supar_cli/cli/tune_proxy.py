@@ -6,7 +6,8 @@ from pathlib import Path
 
 import supar_cli
 from supar_cli.cli import documents, terminal
-from supar_cli.cli.options import Flags, command, flag_of, require_one, workers_of
+from supar_cli.cli.option_table import flag_of
+from supar_cli.cli.options import Flags, command, require_one, workers_of
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
 from supar_cli.files import template

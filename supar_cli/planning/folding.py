@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, sqrt
 
 from supar_cli.errors import InputError
 from supar_cli.planning import layout
-from supar_cli.planning.plan_sections import Multipliers
+from supar_cli.planning.plan_sections import Multipliers, PlanModel
 from supar_cli.planning.rules import Role
 
 _EXACT = ("adamw", "adam", "sgd")
@@ -223,6 +223,18 @@ def describe_uses(tensors: Iterable[layout.Tensor], tied: bool) -> list[TensorUs
         )
         for row in rows
     ]
+
+
+def standard_factors(model: PlanModel) -> dict[str, float]:
+    """Return {name: a} for every tensor of a decoder of supar's families, as a model without multipliers needs them. [D]
+
+    Such a model multiplies neither embeddings, residual branches nor logits, and its attention divides by √(head width): so
+    queries, weight and bias, take the attention factor times √(head width). InputError as `fold_factors`.
+    """
+    rows = layout.tensors(model)
+    found = fold_factors(describe_uses(rows, model.tied), model.multipliers)
+    queries = model.multipliers.attention * sqrt(model.head_width)
+    return {row.name: queries if row.site in ("attn.q", "attn.q.bias") else found[row.name] for row in rows}
 
 
 def _require_factor(what: str, factor: float) -> None:

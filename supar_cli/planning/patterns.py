@@ -4,7 +4,7 @@ A pattern goes along the fan-in: it sees a tensor as a matrix (fan-out, fan-in),
 
 To add one: its word in `Pattern`, its count in `live_count`, and whether rows are equal (`has_equal_rows`), here; which weights
 live in `sparse.masks.select`, and how `draw` makes its keys; the conditions on a mask from a file in `sparse.mask_files`;
-`check_init`'s tolerance in `training.prepare`; its warnings in `advice`; the flags' help in `cli.options`.
+`check_init`'s tolerance in `training.prepare`; its warnings in `advice`; the flags' help in `cli.option_table`.
 """
 
 from __future__ import annotations

@@ -66,9 +66,14 @@ def weights(path: Path) -> Tensors:
 def weights_of_run(directory: str | Path) -> Tensors:
     """The tensors of a run's newest checkpoint by the plan's names and in its shapes, float32, dead weights zero.
 
-    Raises InputError if the run has no checkpoint, SetupError if it is corrupt.
+    `directory` may be one of its checkpoints, too. Raises InputError if there is none, SetupError if it is corrupt.
     """
-    return weights(newest(Path(directory)))
+    return weights(find(Path(directory)))
+
+
+def find(path: Path) -> Path:
+    """The checkpoint at a path, or the newest one of the run directory there. Raises InputError where there is none."""
+    return path if (path / "manifest.json").is_file() else newest(path)
 
 
 def newest(directory: Path) -> Path:
