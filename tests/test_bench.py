@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from supar_cli.bench import layer, memory, results
+from supar_cli.bench import layer, memory, results, start
 from supar_cli.bench import step as bench_step
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
@@ -286,6 +286,19 @@ def test_memory_follows_the_live_weights() -> None:
     assert 0 < peaks["sparse"] < peaks["dense"] < peaks["masked"], peaks
     assert arms["masked"]["bytes_per_position"] > 20  # weight, gradient and two moments in float32, and products
     assert arms["masked"]["share_of_masked"] == 1 and arms["sparse"].get("bytes_per_live", nan) > 16
+
+
+@pytest.mark.skipif(not memory.STATUS.exists(), reason="reads Linux's /proc")
+def test_what_a_start_costs_is_measured(supar_here: Callable[..., Called], tmp_path: Path) -> None:
+    result, done = run(supar_here, "bench", "start", "--width", "1024", "--engine", "dense")
+    narrow, wide = result["starts"]
+    assert (narrow["width"], wide["width"]) == (512, 1024) and wide["seconds"] > 0
+    assert wide["live"] == 2 * narrow["live"] and wide["times_the_width_before"] > 0
+    weights = 12 * (1024**2 - 512**2) * 4  # the dense engine holds float32 for each position of a layer's 12 D² weights
+    assert wide["kept_bytes"] - narrow["kept_bytes"] > 0.9 * weights and wide["peak_bytes"] >= wide["kept_bytes"]
+    assert "start of 1 layer, 16 live weights a neuron, engine dense" in done.err
+    rows = start.readings({"starts": [{**wide, "seconds": 9.0}]})
+    assert results.compare(start.readings({"starts": [wide]}), rows)[0]["worse"]
 
 
 def test_runs_alternate_and_those_that_warm_up_are_not_counted() -> None:
