@@ -23,7 +23,7 @@ from supar_cli.planning.plan import Plan
 from supar_cli.sparse.autotune import LayerCase, draw_inputs, draw_values, interleave
 from supar_cli.sparse.linear import Linear
 from supar_cli.sparse.masks import Mask
-from supar_cli.training import checkpoint
+from supar_cli.training import checkpoint, tasks
 from supar_cli.training.trainer import Trainer
 from tests import measure_run, measure_transfer
 from tests.conftest import CHECKOUT, Called, environment
@@ -276,6 +276,21 @@ def test_masked_dense_steps_as_ours_do(plan_of: Callable[..., Plan]) -> None:
     losses = [(ours.step()[0], *(step() for step in steps)) for _ in range(4)]
     assert max(abs(mine - theirs) for mine, theirs, _ in losses) < 1e-4, losses
     assert max(abs(mine - theirs) for mine, _, theirs in losses) > 1e-3
+
+
+def test_each_arm_of_a_step_finds_its_batch_made_ahead(plan_of: Callable[..., Plan], monkeypatch: Any) -> None:
+    """On CUDA a loader makes the next batch while a step runs: one for all arms would favour the first of them."""
+    get, asked = tasks.BatchLoader.get, dict[int, list[int]]()
+
+    def noted(loader: tasks.BatchLoader, step: int) -> tasks.Batch:
+        asked.setdefault(id(loader), []).append(step)
+        return get(loader, step)
+
+    monkeypatch.setattr(tasks.BatchLoader, "get", noted)
+    bench_step.measure(plan_of(run={"engine": "dense"}), rounds=3)
+    rounds = 3 + bench_step.WARMUP
+    assert [len(steps) for steps in asked.values()] == [rounds] * 3
+    assert all(steps == list(range(steps[0], steps[0] + rounds)) for steps in asked.values())
 
 
 @pytest.mark.skipif(not memory.STATUS.exists(), reason="reads Linux's /proc")
