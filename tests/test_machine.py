@@ -101,13 +101,10 @@ def test_two_ranks_on_one_device_are_told(own: list[str], is_shared: bool, monke
 
 
 @pytest.mark.parametrize(("visible", "index"), [(1, 0), (4, 3)])
-def test_a_process_that_sees_one_device_uses_it(
-    visible: int, index: int, plan_of: MakePlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_that_sees_one_device_uses_it(visible: int, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    plan = plan_of(run={"device": "cuda"})
-    assert runtime.device_of(plan, Ranks(3, 4, 3, 4, is_distributed=True)) == torch.device("cuda", index)
+    assert runtime.device_of("cuda", Ranks(3, 4, 3, 4, is_distributed=True)) == torch.device("cuda", index)
 
 
 def planned(plan_of: MakePlan, kind: str, context: int, layers: int = 2) -> Plan:

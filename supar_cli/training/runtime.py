@@ -78,9 +78,8 @@ def device_name(device: torch.device) -> str:
     return f"cpu ({torch.get_num_threads()} threads)"
 
 
-def device_of(plan: Plan, ranks: Ranks) -> torch.device:
-    """The device of this process. Raises SetupError if the machine lacks it, InputError for an unknown word."""
-    word = plan.run.device
+def device_of(word: str, ranks: Ranks = ALONE) -> torch.device:
+    """The device of this process by a word. Raises SetupError if the machine lacks it, InputError for an unknown word."""
     if word == "auto":
         word = "cuda" if torch.cuda.is_available() else "cpu"
     device = None
@@ -134,7 +133,7 @@ class Runtime:
 
     @classmethod
     def of(cls, plan: Plan, ranks: Ranks = ALONE) -> Runtime:
-        device = device_of(plan, ranks)
+        device = device_of(plan.run.device, ranks)
         cuda = device.type == "cuda"
         if cuda:
             torch.cuda.set_device(device)
