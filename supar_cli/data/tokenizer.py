@@ -46,6 +46,10 @@ class Bytes:
             self._within += end in content
             yield np.frombuffer(content + end, np.uint8)
 
+    def bytes_of(self, text: str, count: int) -> int:
+        """The bytes of a text's first tokens."""
+        return count
+
     def warnings(self) -> list[str]:
         """What to say of the separator."""
         return _separators_within(self._within, self.separator_text)
@@ -108,6 +112,11 @@ class Vocabulary:
                     what = f"a text holds {self.separator_text!r}, which this tokenizer reads as the separator"
                     raise InputError(f"{self.path}: {what}; expected texts without it, or another data.separator")
                 yield ids
+
+    def bytes_of(self, text: str, count: int) -> int:
+        """The bytes of a text's first tokens, whole characters."""
+        ends = [end for _, end in self._tokenizer.encode(text, add_special_tokens=False).offsets]
+        return len(text[: ends[count - 1]].encode()) if count else 0
 
     def warnings(self) -> list[str]:
         """What to say of the tokenizer."""
