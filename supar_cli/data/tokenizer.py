@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from supar_cli.data import corpus
+from supar_cli.data.documents import REPLACEMENT
+from supar_cli.data.formats import TEXT_KINDS
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import naming_read_errors
 from supar_cli.planning.plan import Data
@@ -45,6 +48,13 @@ class Bytes:
             content, end = text.encode("utf-8", "surrogateescape"), bytes([self.separator or 0])
             self._within += end in content
             yield np.frombuffer(content + end, np.uint8)
+
+    def decode(self, tokens: Iterable[int]) -> Iterator[str]:
+        """The text that each token completes, whole characters, and what is left; U+FFFD for what is no UTF-8."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in tokens:
+            yield decoder.decode(bytes([min(token, 255)]))  # 255 is never part of a character
+        yield decoder.decode(b"", final=True)
 
     def warnings(self) -> list[str]:
         """What to say of the separator."""
@@ -109,6 +119,24 @@ class Vocabulary:
                     raise InputError(f"{self.path}: {what}; expected texts without it, or another data.separator")
                 yield ids
 
+    def decode(self, tokens: Iterable[int]) -> Iterator[str]:
+        """The text that each token completes, whole characters, and what is left; U+FFFD for what has no text."""
+        # not by DecodeStream, which raises where a byte spoils bytes that were characters before
+        window, done = list[int](), 0  # tokens whose text depends on each other's, and how many of them have come
+        for token in tokens:
+            if self._tokenizer.id_to_token(token) is None:
+                yield REPLACEMENT
+                continue
+            window.append(token)
+            before, after = self._text(window[:done]), self._text(window)
+            if is_whole := not after.endswith(REPLACEMENT):
+                window, done = window[done:], len(window) - done
+            yield after[len(before) :] if is_whole else ""
+        yield self._text(window)[len(self._text(window[:done])) :]
+
+    def _text(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=False)  # type: ignore[no-any-return]
+
     def warnings(self) -> list[str]:
         """What to say of the tokenizer."""
         found = []
@@ -159,3 +187,20 @@ Tokenizer = Bytes | Vocabulary
 def load(data: Data) -> Tokenizer:
     """The tokenizer of a data section. Raises InputError, SetupError."""
     return Bytes(data) if data.tokenizer == "bytes" else Vocabulary(data)
+
+
+def load_known(data: Data, named: str | None = None) -> Tokenizer:
+    """The tokenizer that made the tokens of a data section, or the one that is named instead. Raises InputError, SetupError.
+
+    Files of tokens don't tell which one made them, and files that are not there don't tell whether they hold tokens.
+    """
+    if named is None and data.tokenizer == "bytes":
+        expected = "expected --tokenizer: bytes or a tokenizer.json"
+        for part in [part for _, part in corpus.parts(data)] or [data]:
+            try:
+                is_text = part.format in TEXT_KINDS or (part.format == "auto" and corpus.find(part).is_text)
+            except InputError as error:
+                raise InputError(f"{error}, so the tokenizer is not known; {expected}, or the data") from None
+            if not is_text:
+                raise InputError(f"data.source: {part.source}: holds tokens, whose tokenizer is not known; {expected}")
+    return load(data if named is None else data.model_copy(update={"tokenizer": named}))
