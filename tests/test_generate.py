@@ -153,6 +153,19 @@ def test_a_run_of_a_vocabulary_speaks_it(tmp_path: Path) -> None:
         text_of(train(tmp_path / "data.jsonl", tmp_path / "bytes"), "hell", tokenizer=str(tmp_path / "t.json"))
 
 
+def test_a_run_of_tokens_needs_a_named_tokenizer(plan_of: MakePlan, tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", np.arange(500, dtype=np.uint16) % 300)
+    by_level().save(str(tmp_path / "t.json"))
+    plan = plan_of(data={"source": str(tmp_path / "tokens.npy")}, model={"vocab": 300})
+    with pytest.raises(
+        InputError, match=r"holds tokens, or is not here, .*; expected --tokenizer, bytes or a tokenizer"
+    ):
+        generate._tokenizer_of(plan, None)
+    assert generate._tokenizer_of(plan, "bytes").vocab == 256
+    assert generate._tokenizer_of(plan, str(tmp_path / "t.json")).vocab == by_level().get_vocab_size()
+    assert generate._tokenizer_of(plan_of(), None).vocab == 256
+
+
 class TestTokens:
     @pytest.mark.parametrize("prompt", ["d", "x" * CONTEXT, "parser = argparse.ArgumentParser("])
     def test_the_likeliest_are_those_without_a_cache(

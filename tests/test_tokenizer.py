@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from supar_cli.data import batches, corpus, prepare, tokenizer
 from supar_cli.errors import InputError, SetupError
-from supar_cli.planning.data_section import Source
 from supar_cli.planning.spec import Data
 from tests.fuzzing import tries
 from tests.test_data_formats import write
@@ -253,31 +252,3 @@ class TestVocabularyAsText:
         """The control: a token's own text is no part of a character's."""
         ids = make().encode("a€").ids
         assert "".join(make().decode([one]) for one in ids) != "a€"
-
-
-class TestKnown:
-    """Which tokenizer made a run's tokens: that of its text, or one that is named; files of tokens don't tell."""
-
-    def test_is_that_of_the_text(self, tmp_path: Path) -> None:
-        write(tmp_path / "a.txt", b"text")
-        np.save(tmp_path / "a.npy", np.arange(50, dtype=np.uint16))
-        made, text = saved(tmp_path / "t.json", plain()), str(tmp_path / "a.txt")
-        assert isinstance(tokenizer.load_known(Data(source=text)), tokenizer.Bytes)
-        assert isinstance(tokenizer.load_known(Data(source="gone", format="jsonl")), tokenizer.Bytes)
-        for data in (Data(source=text), Data(source=str(tmp_path / "a.npy")), Data(source="gone")):
-            assert tokenizer.load_known(data, made.tokenizer).vocab == tokenizer.load(made).vocab
-            assert isinstance(tokenizer.load_known(data, "bytes"), tokenizer.Bytes)
-            named = data.model_copy(update={"tokenizer": made.tokenizer})
-            assert tokenizer.load_known(named).vocab == tokenizer.load(made).vocab
-
-    def test_is_not_guessed(self, tmp_path: Path) -> None:
-        np.save(tmp_path / "a.npy", np.arange(50, dtype=np.uint16))
-        write(tmp_path / "a.txt", b"text")
-        named = r"expected --tokenizer: bytes or a tokenizer\.json"
-        tokens = Data(source=str(tmp_path / "a.npy"))
-        mixed = [Source(source=str(tmp_path / name), weight=1.0) for name in ("a.txt", "a.npy")]
-        for data in (tokens, Data(source="gone", format="nanogpt"), Data(source="mixture", sources=mixed)):
-            with pytest.raises(InputError, match=rf"holds tokens, whose tokenizer is not known; {named}$"):
-                tokenizer.load_known(data)
-        with pytest.raises(InputError, match=rf"gone: no such file or folder, so the tokenizer is not known; {named}"):
-            tokenizer.load_known(Data(source="gone"))

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from supar_cli.data import corpus
 from supar_cli.data.documents import REPLACEMENT
-from supar_cli.data.formats import TEXT_KINDS
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import naming_read_errors
 from supar_cli.planning.plan import Data
@@ -189,18 +188,9 @@ def load(data: Data) -> Tokenizer:
     return Bytes(data) if data.tokenizer == "bytes" else Vocabulary(data)
 
 
-def load_known(data: Data, named: str | None = None) -> Tokenizer:
-    """The tokenizer that made the tokens of a data section, or the one that is named instead. Raises InputError, SetupError.
-
-    Files of tokens don't tell which one made them, and files that are not there don't tell whether they hold tokens.
-    """
-    if named is None and data.tokenizer == "bytes":
-        expected = "expected --tokenizer: bytes or a tokenizer.json"
-        for part in [part for _, part in corpus.parts(data)] or [data]:
-            try:
-                is_text = part.format in TEXT_KINDS or (part.format == "auto" and corpus.find(part).is_text)
-            except InputError as error:
-                raise InputError(f"{error}, so the tokenizer is not known; {expected}, or the data") from None
-            if not is_text:
-                raise InputError(f"data.source: {part.source}: holds tokens, whose tokenizer is not known; {expected}")
-    return load(data if named is None else data.model_copy(update={"tokenizer": named}))
+def require_fits(encoder: Tokenizer, data: Data, vocab: int) -> None:
+    """Raise InputError for a tokenizer with more tokens than a model's vocabulary."""
+    if encoder.vocab > vocab:
+        raise InputError(
+            f"model.vocab: {vocab} is less than the {encoder.vocab} tokens of the tokenizer {data.tokenizer!r}"
+        )

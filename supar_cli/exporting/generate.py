@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from supar_cli.data import tokenizer as tokenizers
 from supar_cli.errors import InputError, UnusableResult
 from supar_cli.exporting import loaded_model
+from supar_cli.exporting.tokenizer_files import names_tokenizer
 from supar_cli.models.transformer import KeyValues, Transformer
+from supar_cli.planning.plan import Plan
 from supar_cli.streams import stream
 
 TOKENS = 200  # chosen: a paragraph or two
@@ -44,7 +46,7 @@ def generate(
     """
     _check(tokens, temperature, top_k)
     plan, model = loaded_model.load(Path(path), device)
-    known = tokenizers.load_known(plan.text, tokenizer)
+    known = _tokenizer_of(plan, tokenizer)
     ids = _first_tokens(prompt, known, model.config.vocab)
 
     def choose(logits_V: Logits, position: int) -> int:
@@ -79,6 +81,14 @@ def _check(tokens: int, temperature: float, top_k: int | None) -> None:
         problems.append("top_k: at temperature 0 nothing is drawn; expected a temperature above 0 too")
     if problems:
         raise InputError(*problems)
+
+
+def _tokenizer_of(plan: Plan, named: str | None) -> tokenizers.Tokenizer:
+    """The named tokenizer, by default that of a plan's data. Raises InputError, SetupError."""
+    if named is None and not names_tokenizer(plan):
+        what = "holds tokens, or is not here, and the plan names no tokenizer"
+        raise InputError(f"data.source: {plan.text.source}: {what}; expected --tokenizer, bytes or a tokenizer.json")
+    return tokenizers.load(plan.text if named is None else plan.text.model_copy(update={"tokenizer": named}))
 
 
 def _first_tokens(prompt: str | None, known: tokenizers.Tokenizer, vocab: int) -> list[int]:
