@@ -1,9 +1,9 @@
 """supar: tune a small dense proxy, transfer with SμPar to a wide sparse target, train it.
 
 The Python API is documents in, documents out: `load`, `transfer`, `explain`, `tune`, `train`, `check`, `sweep`, `compare`,
-`demo`, `report`; `prune` plans a run anew with fewer weights; `layout` reads a model of yours; `weights` and `masks` return
-the tensors of a run, `model` the module that they make, `evaluate` its scores on text. A function's module is imported on
-first use; only functions that run something import torch.
+`demo`, `report`; `prune` plans a run anew with fewer weights; `layout` reads a model of yours. Of a run, `weights` and `masks`
+return the tensors, `model` the module that they make, `evaluate` its scores on text, and `generate` text of its own. A function's
+module is imported on first use; only functions that run something import torch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from supar_cli.experiments.sweep import demo as demo
     from supar_cli.experiments.sweep import sweep as sweep
     from supar_cli.exporting.evaluate import evaluate as evaluate
+    from supar_cli.exporting.generate import generate as generate
     from supar_cli.exporting.loaded_model import masks as masks
     from supar_cli.exporting.loaded_model import model as model
     from supar_cli.jobs.pruning import prune as prune
@@ -63,6 +64,7 @@ _FUNCTIONS = {
     "report": "reporting.read.report",
     "report_loss": "own.report.report_loss",
     "evaluate": "exporting.evaluate.evaluate",
+    "generate": "exporting.generate.generate",
     "masks": "exporting.loaded_model.masks",
     "model": "exporting.loaded_model.model",
     "weights": "training.checkpoint_reader.weights_of_run",

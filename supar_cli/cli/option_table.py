@@ -89,6 +89,7 @@ OPTIONS = {
     "template": _argument(str, "Name of a template; --list shows them.", default="quickstart"),
     "folder": _argument(str, "Folder that holds run directories, directly or one level below.", default="runs"),
     "directory": _argument(str, "A run directory. [default: the newest of runs/]", metavar="RUN"),
+    "prompt": _argument(str, "The text to continue; - for stdin. [default: none, which begins a document]"),
     "paths": _argument(
         list[str],
         "Run directories, folders of sweeps, checks, comparisons or demos, plans or proxies; - for stdin. "
@@ -213,6 +214,9 @@ OPTIONS = {
     "engine": Option(
         str, "Engine for masked weights: auto (the fastest on this machine), dense, sparse or block.", "run.engine"
     ),
+    # text
+    "temperature": Option(float, "Draw tokens, from logits divided by this; 0: take the likeliest. [default: 0]"),
+    "top_k": Option(int, "Draw from this many of the likeliest tokens. [default: from all]"),
     # where runs are executed
     "jobs": Option(int, "Runs at the same time. [default: as many as the machine or cluster has room for]", minimum=1),
     "executor": Option(
@@ -264,6 +268,7 @@ GROUPS = {  # of a command's help, in their order; an argument is in none
     "Data": "data format tokenizer field dtype encoding separator",
     "Sparsity": "sparsity density masks scope rewind scale pattern block distribution updates from_paper allow_low_wpn",
     "Measurement": "trials seeds max_seeds sampler search study over iso preset full calibrate rounds compare",
+    "Text": "temperature top_k",
     "Input and output": "list explain dry_run set name out picture force json quiet verbose",
     "Processes and clusters": "nproc parallel max_restarts jobs executor executor_set",
 }
