@@ -159,3 +159,11 @@ Tokenizer = Bytes | Vocabulary
 def load(data: Data) -> Tokenizer:
     """The tokenizer of a data section. Raises InputError, SetupError."""
     return Bytes(data) if data.tokenizer == "bytes" else Vocabulary(data)
+
+
+def require_fits(encoder: Tokenizer, data: Data, vocab: int) -> None:
+    """Raise InputError for a tokenizer with more tokens than a model's vocabulary."""
+    if encoder.vocab > vocab:
+        raise InputError(
+            f"model.vocab: {vocab} is less than the {encoder.vocab} tokens of the tokenizer {data.tokenizer!r}"
+        )
