@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from supar_cli.experiments.sweep import sweep as sweep
     from supar_cli.exporting.evaluate import evaluate as evaluate
     from supar_cli.exporting.generate import generate as generate
+    from supar_cli.exporting.export import export as export
     from supar_cli.exporting.loaded_model import masks as masks
     from supar_cli.exporting.loaded_model import model as model
     from supar_cli.jobs.pruning import prune as prune
@@ -61,6 +62,7 @@ _FUNCTIONS = {
     "Callback": "own.trainer_callback.Callback",
     "TrainerMixin": "own.trainer_callback.TrainerMixin",
     "prune": "jobs.pruning.prune",
+    "export": "exporting.export.export",
     "report": "reporting.read.report",
     "report_loss": "own.report.report_loss",
     "evaluate": "exporting.evaluate.evaluate",

@@ -247,6 +247,12 @@ OPTIONS = {
     "dtype": Option(str, "Integers of raw token files: auto, uint16 or uint32. [default: auto]", "data.dtype"),
     "encoding": Option(str, "Encoding of text files, such as latin-1. [default: utf-8]", "data.encoding"),
     "separator": Option(str, "The token between documents. [default: the tokenizer's]", "data.separator"),
+    "to": Option(
+        str,
+        "A class: gpt2, llama, granite, gpt-neox or mpt; safetensors or npz: the plan's own names; auto: what holds the model.",
+        default="auto",
+        metavar="FORMAT",
+    ),
     # what every command does with its result
     "list": _switch("Show the templates and write nothing."),
     "explain": _switch("Show the plan's table even if stderr is not a terminal."),
@@ -269,7 +275,7 @@ GROUPS = {  # of a command's help, in their order; an argument is in none
     "Sparsity": "sparsity density masks scope rewind scale pattern block distribution updates from_paper allow_low_wpn",
     "Measurement": "trials seeds max_seeds sampler search study over iso preset full calibrate rounds compare",
     "Text": "temperature top_k",
-    "Input and output": "list explain dry_run set name out picture force json quiet verbose",
+    "Input and output": "to list explain dry_run set name out picture force json quiet verbose",
     "Processes and clusters": "nproc parallel max_restarts jobs executor executor_set",
 }
 
