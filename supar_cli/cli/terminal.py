@@ -228,11 +228,21 @@ def persist(path: Path, text: str, force: bool, log: Log) -> None:
     log.log(f"wrote {path}")
 
 
-def keep_file(made: Path, path: Path, force: bool) -> None:
-    """Write a file that was made elsewhere. Raises InputError when it would replace one that differs without `--force`."""
-    content = made.read_bytes()
-    if not (path.is_file() and path.read_bytes() == content):
-        check_writable(path, force)
+def keep_files(made: Path, documents: list[Any], flags: Flags, default: str) -> None:
+    """Write the files of a folder beside the documents that name them, unless it is a dry run.
+
+    Raises InputError when one of them, or the documents, would replace one that differs without `--force`.
+    """
+    out = Path(default if flags.out in (None, "-") else flags.out)
+    if flags.dry_run:
+        return
+    if flags.out != "-":
+        check_writable(out, flags.force, (json_text if flags.json and flags.out else document.write)(documents))
+    for one in sorted(made.iterdir()):
+        content, path = one.read_bytes(), out.parent / one.name
+        if path.is_file() and path.read_bytes() == content:
+            continue
+        check_writable(path, flags.force)
         with naming_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, content)
