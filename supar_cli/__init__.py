@@ -1,8 +1,9 @@
 """supar: tune a small dense proxy, transfer with SμPar to a wide sparse target, train it.
 
 The Python API is documents in, documents out: `load`, `transfer`, `explain`, `tune`, `train`, `check`, `sweep`, `compare`,
-`demo`, `report`; `prune` plans a run anew with fewer weights; `layout` reads a model of yours; `weights` returns the trained
-tensors. A function's module is imported on first use; only functions that run something import torch.
+`demo`, `report`; `prune` plans a run anew with fewer weights; `layout` reads a model of yours; `weights` and `masks` return
+the tensors of a run, `model` the module that they make. A function's module is imported on first use; only functions that run
+something import torch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from supar_cli.experiments.sweep import compare as compare
     from supar_cli.experiments.sweep import demo as demo
     from supar_cli.experiments.sweep import sweep as sweep
+    from supar_cli.exporting.loaded_model import masks as masks
+    from supar_cli.exporting.loaded_model import model as model
     from supar_cli.jobs.pruning import prune as prune
     from supar_cli.own.prepared import Prepared as Prepared
     from supar_cli.own.prepared import prepare as prepare
@@ -57,6 +60,8 @@ _FUNCTIONS = {
     "prune": "jobs.pruning.prune",
     "report": "reporting.read.report",
     "report_loss": "own.report.report_loss",
+    "masks": "exporting.loaded_model.masks",
+    "model": "exporting.loaded_model.model",
     "weights": "training.checkpoint_reader.weights_of_run",
 }
 __all__ = ["__version__", "transfer", *_FUNCTIONS]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from supar_cli.errors import InputError
-from supar_cli.exporting.stored_model import StoredModel, open_run
+from supar_cli.exporting.stored_model import StoredModel, open_model
 from supar_cli.planning.folding import standard_factors
 from supar_cli.planning.live_counts import GivenMasks
 from supar_cli.planning.plan import Plan
@@ -40,7 +40,7 @@ def open_start(path: Path, proxy: Proxy, target: Target) -> StoredModel:
     if proxy.model.family == "own":
         remedy = "`prepare(model, plan, initialise=False)`, which keeps the values that the model has"
         raise InputError(f"values: a plan of your own model holds none; expected {remedy}")
-    stored = open_run(path)
+    stored = open_model(path)
     positions = stored.model["positions"]
     sizes = (*SIZES, "context") if positions == "learned" else SIZES
     of_proxy = (*OF_PROXY, "rope_theta") if positions == "rope" else OF_PROXY
@@ -57,7 +57,7 @@ def give_masks(path: Path, out: Path, proxy: Proxy, target: Target, start: Store
     dense = transfer(proxy, target.model_copy(update={"sparsity": Sparsity(density=1.0)}))
     hidden = {row.name: (tuple(row.shape), tuple(row.fan_in_axes)) for row in dense.tensors if row.role == "hidden"}
     if proxy.model.family != "own" and (start or _is_model(path)):
-        stored = start or open_run(path)
+        stored = start or open_model(path)
         gated = {stored.model["activation"], proxy.decoder.activation}  # which other activation it is moves no mask
         of_proxy = ["activation"] if len(gated) > 1 and "swiglu" in gated else []
         _require_same_model("masks", stored, proxy, target, SIZES, of_proxy)
@@ -114,7 +114,7 @@ def live_values(whole: Tensor, mask: Mask) -> Tensor:
 
 def _warnings(plan: Plan, stored: StoredModel, zeros: dict[str, float], cut: dict[str, float]) -> list[str]:
     """What to say of a start; by tensor the shares of its live weights that are 0, and of the model's that are dead."""
-    found, hidden = list[str](), [row.name for row in plan.tensors if row.role == "hidden"]
+    found, hidden = [f"values: {note}" for note in stored.notes], [row.name for row in plan.tensors if row.role == "hidden"]
     rows = [row for row in plan.tensors if row.role != "bias" and zeros[row.name] == 1]
     if rows:
         found.append(f"values: {', '.join(row.name for row in rows)}: all values are 0")

@@ -17,6 +17,7 @@ from supar_cli.training.checkpoint_reader import available
 from supar_cli.training.distributed import Ranks, StopReason, collective_error, init_distributed
 from supar_cli.training.launch.environment import LAUNCH_DIR
 from supar_cli.training.reporter import NullReporter, Reporter
+from supar_cli.training.runtime import lacks_memory
 from supar_cli.training.trainer import Trainer
 
 # chosen: a fifth of the steps, more than warm-up alone explains. measured: the quickstart's proxy, 300 steps, four seeds,
@@ -108,7 +109,7 @@ def _naming_lack_of_memory() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not lacks_memory(error):
             raise
         what = "expected a smaller run.micro_batch_size or model (`--dry-run` estimates what it needs)"
         raise SetupError(f"out of memory; {what}") from None

@@ -57,7 +57,7 @@ class Trainer:
         self.plan, self.reporter, self.ranks = plan, reporter or NullReporter(), ranks
         self._model_maker, self._roles = build_model, {row.name: row.role for row in plan.tensors}
         self.runtime, self.task = self.ranks.run_on_all(self._load_inputs, task)
-        kind, why = self.ranks.on_main(choose_parallelism, plan, self.runtime, self.ranks)
+        kind, why = choose_parallelism(plan, self.runtime, self.ranks)
         if why:
             self.reporter.log(why)
         units = self.runtime.micro_batch * self.task.units_per_row

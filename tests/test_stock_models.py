@@ -1,0 +1,232 @@
+"""Models of stock classes that transformers itself makes, saves and runs, against supar's own model of their folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from supar_cli.errors import InputError, SetupError
+from supar_cli.exporting.stored_model import StoredModel, open_model
+from supar_cli.models.transformer import Transformer, named_tensors
+
+hf = pytest.importorskip("transformers", reason="transformers makes the models that are read here")
+
+SIZE = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = {**SIZE, "max_position_embeddings": 24}
+NEOX = {**LLAMA, "use_parallel_residual": False, "rotary_pct": 1.0}
+GPT2 = {"vocab_size": 67, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}
+MPT = {"vocab_size": 67, "d_model": 48, "n_layers": 2, "n_heads": 4, "max_seq_len": 24}
+GRANITE = {"embedding_multiplier": 3.3, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 5.0}
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2Config", GPT2),
+    "gpt2 untied, exact gelu, narrow FFN": (
+        "GPT2Config",
+        {**GPT2, "tie_word_embeddings": False, "activation_function": "gelu", "n_inner": 48},
+    ),
+    "llama": ("LlamaConfig", LLAMA),
+    "llama tied, GQA, head width, biases": (
+        "LlamaConfig",
+        {**LLAMA, **ROPE, "tie_word_embeddings": True, "num_key_value_heads": 2, "head_dim": 6, "attention_bias": True},
+    ),
+    "granite": ("GraniteConfig", {**LLAMA, **GRANITE}),
+    "granite tied, GQA, FFN biases": (
+        "GraniteConfig",
+        {**LLAMA, **GRANITE, **ROPE, "tie_word_embeddings": True, "num_key_value_heads": 1, "mlp_bias": True},
+    ),
+    "gpt-neox": ("GPTNeoXConfig", NEOX),
+    "gpt-neox tied, tanh, no attention biases": (
+        "GPTNeoXConfig",
+        {
+            **NEOX,
+            "rotary_emb_base": 500,
+            "tie_word_embeddings": True,
+            "hidden_act": "gelu_new",
+            "attention_bias": False,
+        },
+    ),
+    "mpt": ("MptConfig", MPT),
+    "mpt untied, 3 heads, a factor of its own": (
+        "MptConfig",
+        {**MPT, "n_heads": 3, "tie_word_embeddings": False, "attn_config": {"softmax_scale": 0.3}},
+    ),
+}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[str], tuple[Any, Path]]:
+    """`saved(case)`: a model that transformers made with random values, and the folder that it wrote."""
+
+    def save(case: str) -> tuple[Any, Path]:
+        name, keys = CASES[case]
+        torch.manual_seed(0)
+        model = hf.AutoModelForCausalLM.from_config(getattr(hf, name)(**keys)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+        model.save_pretrained(tmp_path / "stock")
+        return model, tmp_path / "stock"
+
+    return save
+
+
+def logits_of(stored: StoredModel, tokens: Tensor) -> Tensor:
+    """supar's own model of a folder, with the multipliers that its config has."""
+    model = Transformer(stored.decoder)
+    with torch.no_grad():
+        for name, parameter in named_tensors(model).items():
+            parameter.copy_(stored.read(name))
+        return model(tokens)
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def tokens() -> Tensor:
+    return torch.randint(0, 67, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_folder_read_is_the_model_that_transformers_runs(case: str, saved: Any) -> None:
+    model, folder = saved(case)
+    stored = open_model(folder)
+    with torch.no_grad():
+        wanted = model(input_ids=tokens()).logits
+    assert relative(logits_of(stored, tokens()), wanted) < 1e-5
+    assert set(stored.factors) == set(named_tensors(Transformer(stored.decoder)))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: value.contiguous() for name, value in change(tensors).items()}, folder / "model.safetensors")
+
+
+def test_names_without_the_prefix_old_buffers_and_a_tied_head_that_is_there(saved: Any) -> None:
+    _, folder = saved("gpt2")
+    wanted = {name: open_model(folder).read(name) for name in open_model(folder).factors}
+
+    def openai(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = {name.removeprefix("transformer."): value for name, value in tensors.items()}
+        found |= {f"h.{block}.attn.bias": torch.ones(1, 1, 24, 24) for block in range(2)}
+        return found | {"lm_head.weight": found["wte.weight"].clone()}
+
+    rewrite(folder, openai)
+    stored = open_model(folder)
+    assert all(torch.equal(stored.read(name), value) for name, value in wanted.items())
+    rewrite(folder, lambda tensors: {name: value for name, value in tensors.items() if name != "wte.weight"})
+    assert torch.equal(open_model(folder).read("embedding"), wanted["embedding"])
+    rewrite(folder, lambda tensors: tensors | {"wte.weight": tensors["lm_head.weight"] + 1})
+    with pytest.raises(InputError, match=r"lm_head.weight differs from wte.weight, although config.json ties them"):
+        open_model(folder)
+
+
+def test_shards_and_other_precisions(saved: Any) -> None:
+    model, folder = saved("gpt-neox")
+    model.to(torch.bfloat16).save_pretrained(folder / "shards", max_shard_size="12KB")
+    assert len(list((folder / "shards").glob("*.safetensors"))) > 2
+    stored = open_model(folder / "shards")
+    value = stored.read("embedding")
+    assert value.dtype == torch.float32 and torch.equal(value, model.gpt_neox.embed_in.weight.float())
+    next((folder / "shards").glob("model-00002*")).unlink()
+    with pytest.raises(SetupError, match=r"model-00002\S*: is not an intact safetensors file"):
+        open_model(folder / "shards")
+
+
+def test_biases_that_are_zero_are_none(saved: Any) -> None:
+    _, folder = saved("gpt2")
+    assert open_model(folder).decoder.bias
+    rewrite(folder, lambda found: {name: value * (not name.endswith("bias")) for name, value in found.items()})
+    stored = open_model(folder)
+    assert not stored.decoder.bias and "blocks.0.attn.q.bias" not in stored.factors
+
+
+REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "parallel residual": ("gpt-neox", {"use_parallel_residual": True}, "use_parallel_residual: True"),
+    "parallel residual, as the class has it": (
+        "gpt-neox",
+        {"use_parallel_residual": None},
+        "use_parallel_residual: True",
+    ),
+    "partial rotary, the class's default": (
+        "gpt-neox",
+        {"rope_parameters": {"rope_type": "default"}, "rotary_pct": None},
+        "partial_rotary_factor: 0.25",
+    ),
+    "rope scaling of transformers 4": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "type: 'linear'"),
+    "rope scaling of transformers 5": (
+        "llama",
+        {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}},
+        "rope_parameters.rope_type: 'llama3'",
+    ),
+    "sliding window": ("llama", {"sliding_window": 512}, "sliding_window: 512"),
+    "softcapping": ("granite", {"final_logit_softcapping": 30.0}, "final_logit_softcapping: 30.0"),
+    "quantized": ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+    "relu": ("gpt2", {"activation_function": "relu"}, "activation_function: 'relu'"),
+    "inverse layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: True"),
+    "no alibi": ("mpt", {"attn_config": {"alibi": False}}, "attn_config.alibi: False"),
+    "clipped": ("mpt", {"attn_config": {"clip_qkv": 6}}, "attn_config.clip_qkv: 6"),
+    "a size of text": ("llama", {"hidden_size": "32"}, "config.json: hidden_size: "),
+    "a size that is missing": ("llama", {"hidden_size": None}, "hidden_size: is missing"),
+    "a multiplier of 0": ("granite", {"logits_scaling": 0}, "logits_scaling: 0"),
+    "another class": ("llama", {"model_type": "mistral"}, "model_type: 'mistral'"),
+    "another shape": ("llama", {"vocab_size": 99}, "lm_head.weight: has the shape [67, 32]; expected [99, 32]"),
+    "biases that are not there": ("llama", {"mlp_bias": True}, "has no tensor model.layers.1.mlp.down_proj.bias"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_no_family_expresses_is_refused_by_name(case: str, saved: Any) -> None:
+    base, changes, message = REFUSALS[case]
+    _, folder = saved(base)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(InputError) as raised:
+        open_model(folder)
+    assert message in str(raised.value) and str(folder) in str(raised.value)
+
+
+def test_every_reason_at_once_and_notes_on_the_rest(saved: Any) -> None:
+    _, folder = saved("gpt2")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"use_magic": 1}))
+    dropout, unknown = open_model(folder).notes
+    assert "resid_pdrop 0.1" in dropout and "use_magic" in unknown
+    (folder / "config.json").write_text(
+        json.dumps(config | {"activation_function": "relu", "scale_attn_weights": False})
+    )
+    with pytest.raises(InputError) as raised:
+        open_model(folder)
+    assert len(raised.value.problems) == 2
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """transformers' own words and bars, which would hide those of a failing test."""
+    level = hf.logging.get_verbosity()
+    hf.logging.set_verbosity_error()
+    yield
+    hf.logging.set_verbosity(level)
+
+
+def test_pickled_weights_unknown_tensors_and_broken_files_are_refused(saved: Any) -> None:
+    _, folder = saved("llama")
+    rewrite(folder, lambda tensors: tensors | {"score.weight": torch.ones(2)})
+    with pytest.raises(InputError, match=r"score.weight: is no tensor of this model"):
+        open_model(folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(SetupError, match="not an intact safetensors file"):
+        open_model(folder)
+    weights.rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pytorch_model.bin is pickled"):
+        open_model(folder)
+    with pytest.raises(InputError, match="no such folder"):
+        open_model(folder / "nothing")
