@@ -86,10 +86,9 @@ def run(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
         narrow = proxy_of(text, {**keys, "width": 16, "layers": 1, "heads": 1}, rules, (1.75, 0.3))
         plan = supar_cli.transfer(narrow, density=1, width=32, heads=2, layers=2, kv_heads=keys.get("kv_heads", 2))
         model, values = plan.decoder, trained_like(plan, density) | changed
-        keys = {**model.model_dump(exclude=("multipliers",)), "head_width": model.head_width}
-        found = StoredModel(tmp_path / "run", "a run", keys, standard_factors(model), values.__getitem__)
+        found = StoredModel(tmp_path / "run", "a run", model, values.__getitem__)
         (tmp_path / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
-        monkeypatch.setattr(plan_start, "open_run", lambda _: found)
+        monkeypatch.setattr(plan_start, "open_model", lambda _: found)
         return Made(model, values)
 
     return make
@@ -237,8 +236,10 @@ def test_equal_multipliers_keep_every_bit(run: Callable[..., Made], start: Calla
 def changed_model(run: Callable[..., Made], shape: str, monkeypatch: pytest.MonkeyPatch, **keys: Any) -> None:
     """Have the run's model section say something else."""
     run(shape)
-    stored = plan_start.open_run(Path())
-    monkeypatch.setattr(plan_start, "open_run", lambda _: replace(stored, model={**stored.model, **keys}))
+    stored = plan_start.open_model(Path())
+    monkeypatch.setattr(
+        plan_start, "open_model", lambda _: replace(stored, decoder=stored.decoder.model_copy(update=keys))
+    )
 
 
 OTHERS = {"norm": "rmsnorm", "vocab": 999, "activation": "gelu_tanh", "bias": True, "tied": False, "norm_eps": 1e-6}

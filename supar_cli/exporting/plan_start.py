@@ -114,7 +114,10 @@ def live_values(whole: Tensor, mask: Mask) -> Tensor:
 
 def _warnings(plan: Plan, stored: StoredModel, zeros: dict[str, float], cut: dict[str, float]) -> list[str]:
     """What to say of a start; by tensor the shares of its live weights that are 0, and of the model's that are dead."""
-    found, hidden = [f"values: {note}" for note in stored.notes], [row.name for row in plan.tensors if row.role == "hidden"]
+    found, hidden = (
+        [f"values: {note}" for note in stored.notes],
+        [row.name for row in plan.tensors if row.role == "hidden"],
+    )
     rows = [row for row in plan.tensors if row.role != "bias" and zeros[row.name] == 1]
     if rows:
         found.append(f"values: {', '.join(row.name for row in rows)}: all values are 0")
