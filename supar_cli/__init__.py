@@ -106,7 +106,7 @@ def transfer(
             start = plan_start.open_start(Path(values), proxy, wanted)
         known = corpus.with_hash(proxy)
         if masks is not None:
-            opened = start if masks == values else None
+            opened = start if values is not None and Path(masks) == Path(values) else None
             given = plan_start.give_masks(Path(masks), Path(masks_out), known, wanted, opened)
         plan = transfer(known, wanted, parameterization, allow_low_wpn=allow_low_wpn, masks=given)
         if start is not None:

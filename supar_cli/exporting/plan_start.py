@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from math import sqrt
 from pathlib import Path
 
@@ -22,8 +21,8 @@ from supar_cli.sparse.mask_files import find_masks, require_spread, write_masks,
 from supar_cli.sparse.masks import Mask
 from supar_cli.training.prepare import CHECKED_AT_ONCE, make_masks, start_rows
 
-SIZES = ("width", "layers", "heads", "kv_heads", "head_width", "ffn_width")  # flags of `supar transfer`
-OF_PROXY = (
+SIZES = ["width", "layers", "heads", "kv_heads", "head_width", "ffn_width"]  # that have flags in `supar transfer`
+OF_PROXY = [
     "vocab",
     "norm",
     "norm_eps",
@@ -31,7 +30,7 @@ OF_PROXY = (
     "positions",
     "bias",
     "tied",
-)  # keys that only the proxy's model has
+]  # that a target takes from its proxy
 MOST_ZEROS = 0.01  # chosen: more zeros than a trained dense tensor has
 
 
@@ -41,10 +40,9 @@ def open_start(path: Path, proxy: Proxy, target: Target) -> StoredModel:
         remedy = "`prepare(model, plan, initialise=False)`, which keeps the values that the model has"
         raise InputError(f"values: a plan of your own model holds none; expected {remedy}")
     stored = open_model(path)
-    positions = stored.model["positions"]
-    sizes = (*SIZES, "context") if positions == "learned" else SIZES
-    of_proxy = (*OF_PROXY, "rope_theta") if positions == "rope" else OF_PROXY
-    _require_same_model("values", stored, proxy, target, sizes, of_proxy)
+    positions = stored.decoder.positions
+    sizes = SIZES + ["context"] * (positions == "learned")
+    _require_same_model("values", stored, proxy, target, sizes, OF_PROXY + ["rope_theta"] * (positions == "rope"))
     return stored
 
 
@@ -58,9 +56,8 @@ def give_masks(path: Path, out: Path, proxy: Proxy, target: Target, start: Store
     hidden = {row.name: (tuple(row.shape), tuple(row.fan_in_axes)) for row in dense.tensors if row.role == "hidden"}
     if proxy.model.family != "own" and (start or _is_model(path)):
         stored = start or open_model(path)
-        gated = {stored.model["activation"], proxy.decoder.activation}  # which other activation it is moves no mask
-        of_proxy = ["activation"] if len(gated) > 1 and "swiglu" in gated else []
-        _require_same_model("masks", stored, proxy, target, SIZES, of_proxy)
+        is_gated = [one.activation == "swiglu" for one in (stored.decoder, proxy.decoder)]
+        _require_same_model("masks", stored, proxy, target, SIZES, ["activation"] * (is_gated[0] != is_gated[1]))
         found = _masks_of(stored, hidden)
     else:
         found = find_masks(path, hidden)
@@ -89,9 +86,7 @@ def start_from(plan: Plan, stored: StoredModel, out: Path) -> tuple[Plan, list[s
         if not np.isfinite(sizes[row.name]):
             problems.append(f"values: {row.name}: holds values that are not finite in float32")
         elif mask is not None and not live:
-            problems.append(
-                f"values: {row.name}: all its live weights would start at 0; expected other masks or values"
-            )
+            problems.append(f"values: {row.name}: all live weights would start at 0; expected other masks or values")
     if problems:
         raise InputError(*problems)
     written = write_values(out, values)
@@ -114,10 +109,8 @@ def live_values(whole: Tensor, mask: Mask) -> Tensor:
 
 def _warnings(plan: Plan, stored: StoredModel, zeros: dict[str, float], cut: dict[str, float]) -> list[str]:
     """What to say of a start; by tensor the shares of its live weights that are 0, and of the model's that are dead."""
-    found, hidden = (
-        [f"values: {note}" for note in stored.notes],
-        [row.name for row in plan.tensors if row.role == "hidden"],
-    )
+    found = [f"values: {note}" for note in stored.notes]
+    hidden = [row.name for row in plan.tensors if row.role == "hidden"]
     rows = [row for row in plan.tensors if row.role != "bias" and zeros[row.name] == 1]
     if rows:
         found.append(f"values: {', '.join(row.name for row in rows)}: all values are 0")
@@ -129,32 +122,34 @@ def _warnings(plan: Plan, stored: StoredModel, zeros: dict[str, float], cut: dic
     if plan.sparsity.source.kind == "random" and cut[most]:
         what = f"the masks are drawn at random, so that {100 * cut[most]:.3g} % of what lives of {most} is dropped"
         found.append(f"values: {what}; `supar prune` keeps a run's largest weights, `--masks PATH` those of PATH")
-    if stored.model["context"] != plan.decoder.context:
-        found.append(
-            f"values: {stored.path} was trained with context {stored.model['context']}, not {plan.decoder.context}"
-        )
+    context = stored.decoder.context
+    if context != plan.decoder.context:
+        found.append(f"values: the context of {stored.path} is {context}, that of the target {plan.decoder.context}")
     return found
 
 
 def _require_same_model(
-    where: str, stored: StoredModel, proxy: Proxy, target: Target, sizes: Collection[str], of_proxy: Collection[str]
+    where: str, stored: StoredModel, proxy: Proxy, target: Target, sizes: list[str], of_proxy: list[str]
 ) -> None:
     """Raise InputError unless the target has the model's sizes and the proxy its other keys; it says what would fit."""
-    model, problems = target_model(proxy.decoder, target), list[str]()
-    for keys, remedy in ((sizes, _flags(stored, sizes)), (of_proxy, "")):
-        differ = [key for key in keys if stored.model[key] != vars(model)[key]]
-        of_model = ", ".join(f"{key} {_text(stored.model[key])}, not {_text(vars(model)[key])}" for key in differ)
-        keys_of_proxy = ", ".join(f"model.{key}: {_text(stored.model[key])}" for key in differ)
+    problems = list[str]()
+    try:
+        model = target_model(proxy.decoder, target)
+    except InputError as error:
+        raise InputError(*error.problems, f"{where}: {stored.path} fits with {_flags(stored, sizes)}") from None
+    own, other = vars(model), vars(stored.decoder)
+    for keys, flags in ((sizes, _flags(stored, sizes)), (of_proxy, "")):
+        differ = {key: _text(other[key]) for key in keys if own[key] != other[key]}
+        found = ", ".join(f"{key} {value}, not {_text(own[key])}" for key, value in differ.items())
+        expected = flags or "a proxy with " + ", ".join(f"model.{key}: {value}" for key, value in differ.items())
         if differ:
-            problems.append(
-                f"{where}: {stored.path} has {of_model}; expected {remedy or f'a proxy with {keys_of_proxy}'}"
-            )
+            problems.append(f"{where}: {stored.path} has {found}; expected {expected}")
     if problems:
         raise InputError(*problems)
 
 
-def _flags(stored: StoredModel, keys: Collection[str]) -> str:
-    return " ".join(f"--{key.replace('_', '-')} {stored.model[key]}" for key in keys)
+def _flags(stored: StoredModel, keys: list[str]) -> str:
+    return " ".join(f"--{key.replace('_', '-')} {vars(stored.decoder)[key]}" for key in keys)
 
 
 def _text(value: object) -> str:
@@ -178,7 +173,7 @@ def _masks_of(stored: StoredModel, hidden: dict[str, tuple[tuple[int, ...], tupl
 
 def _is_model(path: Path) -> bool:
     """Whether a run, a checkpoint or a stock model is at a path, and not files by the plan's names."""
-    return any((path / name).exists() for name in ("manifest.json", "checkpoints", "config.json"))
+    return any((path / name).exists() for name in ("manifest.json", "checkpoints", "config.json", "supar.json"))
 
 
 def _require_apart(what: str, out: Path, path: Path) -> None:
