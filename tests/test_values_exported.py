@@ -9,6 +9,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from supar_cli.planning import advice
 from supar_cli.planning.plan import read_plan
 from supar_cli.training.trainer import Trainer
 from tests.conftest import Called
@@ -24,6 +25,7 @@ def test_a_run_goes_on_where_it_ended(proxy_file: Path, tmp_path: Path, supar_he
     done = supar_here(*call)
     assert done.status == 0 and "values" not in done.err
     plan = read_plan(tmp_path / "again" / "plan.yaml")
+    assert list(advice.of_pruning(plan, "a run", 12)) == []  # it was not pruned before
     assert plan.values.model == "runs/first/checkpoints/step-00000012"
     assert plan.values.path == str(tmp_path / "again" / "values.safetensors")
     assert Trainer(plan).evaluate()["validation_loss"] == loss
