@@ -13,8 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from supar_cli.errors import InputError, SetupError
-from supar_cli.exporting.stock_class import StockTensor
-from supar_cli.exporting.stock_models import find_class
+from supar_cli.exporting.stock_models import StockTensor, find_class
 from supar_cli.files import read_json
 from supar_cli.planning import layout
 from supar_cli.planning.folding import standard_factors
@@ -108,7 +107,7 @@ def open_folder(path: Path) -> StoredModel:
     if final_norm not in files:  # saved without the class's prefix, as a model without a head is
         stored = {name.removeprefix(stock.prefix): one for name, one in stored.items()}
         buffers = {name.removeprefix(stock.prefix) for name in buffers}
-    heads = [f"{name}.weight" for name in stock.heads.split() if f"{name}.weight" in files]
+    heads = [f"{name}.weight" for name in stock.heads if f"{name}.weight" in files]
     embedding = next(name for name, one in stored.items() if one.parts[0].name == "embedding")
     if heads and not decoder.tied and heads[0] not in stored:
         stored = {heads[0] if one.parts[0].name == "unembedding" else name: one for name, one in stored.items()}
