@@ -146,7 +146,7 @@ class StockClass:
             flat[self.activation_key] = words[model.activation]
         for names, (allowed, _) in self.required.items():
             flat |= dict.fromkeys(names.split(), allowed[0])
-        flat |= dict.fromkeys(self.dropouts, 0.0)
+        flat |= dict.fromkeys(self.dropouts, 0)
         flat |= {said[0]: model.bias for said in self.biases.values() if said}
         for name, (key, _) in self.multipliers.items():
             value = getattr(model.multipliers, name)
