@@ -75,7 +75,7 @@ def export(
     plan, model = loaded_model.load(checkpoint, "cpu")
     to = _choose(to, dtype, plan.decoder)
     stock = stock_classes().get(to)
-    with _made_beside(out.resolve()) as made:
+    with _made_beside(out) as made:
         notes = write_tokenizer(plan, made)
         if stock is None:
             (made / PLAN).write_bytes((checkpoint / PLAN).read_bytes())
@@ -234,18 +234,19 @@ def _made_beside(out: Path) -> Iterator[Path]:
     """A new folder beside another, put in its place at the end; after an error nothing is left. Raises SetupError."""
     try:
         with naming_write_errors(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
+            place = out.resolve()
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as beside:
                 made, before = Path(beside, "made"), Path(beside, "before")
                 made.mkdir()
                 yield made
-                if out.exists():
-                    out.rename(before)
+                if place.exists():
+                    place.rename(before)
                 try:
-                    made.rename(out)
+                    made.rename(place)
                 except BaseException:
                     if before.exists():
-                        before.rename(out)
+                        before.rename(place)
                     raise
     except SafetensorError as error:
         raise SetupError(f"{out}: can't be written: {error}") from None
