@@ -183,7 +183,7 @@ class TestTokens:
     def test_the_text_ends_where_a_document_does(self, story: Path) -> None:
         notes: list[str] = []
         assert text_of(story, "a", note=notes.append) == STORY
-        assert notes == ["the document ends after 11 tokens"]
+        assert notes == ["the document ended after 10 new tokens"]
         assert text_of(story, tokens=50) == STORY  # from nothing
         assert (
             text_of(story, STORY + "\0a", tokens=3) == STORY + "\0aé" + "\ufffd"
@@ -227,7 +227,7 @@ class TestTokens:
 class TestCommand:
     def test_prints_the_text_and_says_the_rest_on_stderr(self, supar_here: Supar, story: Path) -> None:
         ended = supar_here("generate", str(story), "a")
-        assert (ended.status, ended.out, ended.err) == (0, STORY, "the document ends after 11 tokens\n")
+        assert (ended.status, ended.out, ended.err) == (0, STORY, "the document ended after 10 new tokens\n")
         (checkpoint,) = (story / "checkpoints").iterdir()
         ended = supar_here("generate", str(checkpoint), "-q", "--tokens", "3")
         assert (ended.status, ended.out, ended.err) == (0, "aé", "")

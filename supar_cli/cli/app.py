@@ -46,6 +46,7 @@ COMMANDS = {  # in the order of use
     "Your own model, data, documents, machine": {
         "layout": "Read from your own model what each tensor is and what scales; write layout.yaml.",
         "prune": "Prune a run by magnitude, and plan the training of what is left; write pruned.yaml.",
+        "export": "Write a run's model as a folder that other programs load; write export/.",
         "data": "Inspect a corpus, or prepare one as a token file.",
         "help": "Print a page of the manual, or what a key of a document means.",
         "schema": "Print the JSON Schema of a document, for editors.",

@@ -19,7 +19,7 @@ SHOWN = 60  # chosen: characters of a text in a message
     "directory prompt tokens temperature top_k seed tokenizer device quiet",
     directory={"help": "A run directory or a checkpoint. [default: the newest of runs/]"},
     tokens={"help": "Tokens to make, unless the document ends before. [default: 200]", "path": ""},
-    seed={"help": "Seed of what is drawn. [default: 0]", "path": ""},
+    seed={"help": "Seed of what is drawn. [default: 0]", "path": "", "minimum": 0},
     tokenizer={"help": "bytes, a tokenizer.json or its folder. [default: the run's]"},
 )
 def generate(flags: Flags) -> None:

@@ -66,6 +66,8 @@ def evaluate(
     separator. The record has loss (nats per token), perplexity and bits per byte, with standard errors NAME_se. Raises
     InputError, SetupError, and UnusableResult where a loss is not finite.
     """
+    if tokens is not None and tokens < 1:
+        raise InputError(f"tokens: {tokens}; expected a whole number above 0")
     checkpoint = checkpoint_reader.find(Path(path))
     step = checkpoint_reader.read_manifest(checkpoint)["step"]
     plan, model = loaded_model.load(checkpoint, device)
@@ -76,6 +78,9 @@ def evaluate(
         found.append(passages.read(files, section, plan.decoder.vocab, held_out=data is None, limit=left))
         left = left and left - sum(len(one.tokens) for one in found[-1].passages)
     scores = _score(checkpoint, model, runtime, found, reporter or NullReporter())
+    if not len(scores):
+        names = ", ".join(section.source for section, _ in sources)
+        raise InputError(f"data.source: {names}: no token to score; expected a text of two tokens or more")
     trained_on = {plan.text.hash, *(one.hash for one in plan.text.sources)}
     read = []
     for (section, files), one in zip(sources, found, strict=True):
@@ -170,8 +175,6 @@ def _score(
             scores += [(one.document, float(loss), one.scored) for one, loss in zip(batch, nats_B, strict=True)]
             done, nats = done + sum(one.scored for one in batch), nats + float(nats_B.sum())
             reporter.progress(done, total, nats / done)
-    if not done:
-        raise InputError("data.source: holds no token to score; expected text, or tokens")
     return np.array(scores)
 
 

@@ -136,7 +136,7 @@ def _continue(
             cache = model.new_cache()
         token = choose(_last_logits(model, unread, cache), position)
         if token == end:
-            note(f"the document ends after {position} tokens")
+            note(f"the document ended after {position - len(ids)} new tokens")
             return
         yield token
         window, unread = [*window, token], [token]

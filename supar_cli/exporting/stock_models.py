@@ -1,201 +1,289 @@
-"""The table of the classes that supar exports to and imports from, by the names of `supar export --to`."""
+"""The classes of transformers that hold models of supar's families: their tensors and their configs, both ways.
+
+`stock_models.yaml` is the table of them; nothing here imports transformers. A multiplier that a class doesn't have is folded
+into its tensors (`planning/folding.py`); its attention divides by the root of the head width.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from math import isfinite, sqrt
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from supar_cli.errors import InputError, suggestion
-from supar_cli.exporting.stock_class import StockClass
+from supar_cli.planning import document, layout
+from supar_cli.planning.plan import PlanModel
+from supar_cli.planning.plan_sections import Multipliers
 
-_SHARED = {"vocab": "vocab_size", "tied": "tie_word_embeddings"}
-_HIDDEN = {
-    **_SHARED,
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "ffn_width": "intermediate_size",
-    "context": "max_position_embeddings",
-}
-_ROPE_TYPE: Any = {"rope_parameters.rope_type": (("default",), "default")}
-_ALL = ("attn_norm", "attn", "mlp_norm", "mlp", "final_norm")
-_GELU = {"gelu": "gelu", "gelu_python": "gelu"}
-_GELU_TANH = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
-_LLAMA: Any = {
-    "norm": "rmsnorm",
-    "positions": "rope",
-    "activation_key": "hidden_act",
-    "activations": {"silu": "swiglu", "swish": "swiglu"},
-    "keys": {
-        **_HIDDEN,
-        "kv_heads": "num_key_value_heads",
-        "head_width": "head_dim",
-        "norm_eps": "rms_norm_eps",
-        "rope_theta": "rope_parameters.rope_theta rope_theta",
-    },
-    "defaults": {
-        "tied": False,
-        "norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "activation": "silu",
-        "kv_heads": None,
-        "head_width": None,
-    },
-    "prefix": "model.",
-    "heads": "lm_head",
-    "modules": {
-        "embed_tokens": "embedding",
-        "layers.{}.input_layernorm": "attn_norm",
-        "layers.{}.self_attn.q_proj": "attn.q",
-        "layers.{}.self_attn.k_proj": "attn.k",
-        "layers.{}.self_attn.v_proj": "attn.v",
-        "layers.{}.self_attn.o_proj": "attn.o",
-        "layers.{}.post_attention_layernorm": "mlp_norm",
-        "layers.{}.mlp.gate_proj": "mlp.gate",
-        "layers.{}.mlp.up_proj": "mlp.up",
-        "layers.{}.mlp.down_proj": "mlp.down",
-        "norm": "final_norm",
-    },
-    "biases": {"attn": ("attention_bias", False), "mlp": ("mlp_bias", False)},
-    "required": _ROPE_TYPE,
-    "dropouts": "attention_dropout",
-    "buffers": "layers.{}.self_attn.rotary_emb.inv_freq",
-}
-
-STOCK_CLASSES = {
-    "gpt2": StockClass(
-        architecture="GPT2LMHeadModel",
-        model_type="gpt2",
-        norm="layernorm",
-        positions="learned",
-        activation_key="activation_function",
-        activations=_GELU | _GELU_TANH,
-        keys={
-            **_SHARED,
-            "width": "n_embd",
-            "layers": "n_layer",
-            "heads": "n_head",
-            "ffn_width": "n_inner",
-            "context": "n_positions",
-            "norm_eps": "layer_norm_epsilon",
-        },
-        defaults={"tied": True, "norm_eps": 1e-5, "activation": "gelu_new", "ffn_width": None},
-        prefix="transformer.",
-        heads="lm_head",
-        modules={
-            "wte": "embedding",
-            "wpe": "positions",
-            "h.{}.ln_1": "attn_norm",
-            "h.{}.attn.c_attn": "attn.q attn.k attn.v",
-            "h.{}.attn.c_proj": "attn.o",
-            "h.{}.ln_2": "mlp_norm",
-            "h.{}.mlp.c_fc": "mlp.up",
-            "h.{}.mlp.c_proj": "mlp.down",
-            "ln_f": "final_norm",
-        },
-        biases=dict.fromkeys(_ALL),
-        required={"scale_attn_weights": ((True,), True), "scale_attn_by_inverse_layer_idx": ((False,), False)},
-        dropouts="resid_pdrop embd_pdrop attn_pdrop",
-        buffers="h.{}.attn.bias h.{}.attn.masked_bias",
-        is_transposed=True,
-    ),
-    "llama": StockClass(architecture="LlamaForCausalLM", model_type="llama", **_LLAMA),
-    "granite": StockClass(
-        architecture="GraniteForCausalLM",
-        model_type="granite",
-        multipliers={
-            "input": ("embedding_multiplier", 1.0),
-            "output": ("logits_scaling", 1.0),
-            "attention": ("attention_multiplier", 1.0),
-            "residual": ("residual_multiplier", 1.0),
-        },
-        **_LLAMA,
-    ),
-    "gpt-neox": StockClass(
-        architecture="GPTNeoXForCausalLM",
-        model_type="gpt_neox",
-        norm="layernorm",
-        positions="rope",
-        activation_key="hidden_act",
-        activations=_GELU | _GELU_TANH,
-        keys={
-            **_HIDDEN,
-            "norm_eps": "layer_norm_eps",
-            "rope_theta": "rope_parameters.rope_theta rotary_emb_base rope_theta",
-        },
-        defaults={"tied": False, "norm_eps": 1e-5, "rope_theta": 10000.0, "activation": "gelu"},
-        prefix="gpt_neox.",
-        heads="embed_out lm_head",
-        modules={
-            "embed_in": "embedding",
-            "layers.{}.input_layernorm": "attn_norm",
-            "layers.{}.attention.query_key_value": "attn.q attn.k attn.v",
-            "layers.{}.attention.dense": "attn.o",
-            "layers.{}.post_attention_layernorm": "mlp_norm",
-            "layers.{}.mlp.dense_h_to_4h": "mlp.up",
-            "layers.{}.mlp.dense_4h_to_h": "mlp.down",
-            "final_layer_norm": "final_norm",
-        },
-        biases=dict.fromkeys(_ALL) | {"attn": ("attention_bias", True)},
-        required={
-            **_ROPE_TYPE,
-            "use_parallel_residual": ((False,), True),
-            "rope_parameters.partial_rotary_factor rotary_pct": ((1.0,), 0.25),
-        },
-        dropouts="attention_dropout hidden_dropout",
-        buffers="layers.{}.attention.bias layers.{}.attention.masked_bias layers.{}.attention.rotary_emb.inv_freq",
-        is_interleaved=True,
-    ),
-    "mpt": StockClass(
-        architecture="MptForCausalLM",
-        model_type="mpt",
-        norm="layernorm",
-        positions="alibi",
-        activation_key=None,
-        activations={"gelu": "gelu"},
-        keys={
-            **_SHARED,
-            "width": "d_model",
-            "layers": "n_layers",
-            "heads": "n_heads",
-            "ffn_ratio": "expansion_ratio",
-            "context": "max_seq_len",
-            "norm_eps": "layer_norm_epsilon",
-        },
-        defaults={"tied": True, "norm_eps": 1e-5, "ffn_ratio": 4},
-        prefix="transformer.",
-        heads="lm_head",
-        modules={
-            "wte": "embedding",
-            "blocks.{}.norm_1": "attn_norm",
-            "blocks.{}.attn.Wqkv": "attn.q attn.k attn.v",
-            "blocks.{}.attn.out_proj": "attn.o",
-            "blocks.{}.norm_2": "mlp_norm",
-            "blocks.{}.ffn.up_proj": "mlp.up",
-            "blocks.{}.ffn.down_proj": "mlp.down",
-            "norm_f": "final_norm",
-        },
-        biases={},
-        multipliers={"attention": ("attn_config.softmax_scale", None)},
-        required={
-            "no_bias": ((True,), True),
-            "norm_type": (("low_precision_layernorm", "layernorm"), "low_precision_layernorm"),
-            "attn_config.alibi": ((True,), True),
-            "attn_config.alibi_bias_max": ((8,), 8),
-            "attn_config.attn_type": (("multihead_attention",), "multihead_attention"),
-            "attn_config.qk_ln": ((False,), False),
-            "attn_config.prefix_lm": ((False,), False),
-            "attn_config.clip_qkv": ((None,), None),
-        },
-        dropouts="emb_pdrop resid_pdrop attn_config.attn_pdrop",
-    ),
-}
+Config = dict[str, Any]
+NESTED = ("rope_parameters", "rope_scaling", "attn_config")
 
 
-def find_class(config: dict[str, Any]) -> StockClass:
+@dataclass(frozen=True)
+class StockTensor:
+    """A tensor of a stock model: the plan's tensors `parts` one below the other, `groups` times a share of each.
+
+    `transposed`: stored as (in, out).
+    """
+
+    name: str
+    parts: tuple[layout.Tensor, ...]
+    groups: int = 1
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        whole = (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+        return whole[::-1] if self.transposed else whole
+
+    def join(self, values: Sequence[Tensor]) -> Tensor:
+        """The stored tensor of the parts' values."""
+        joined = torch.cat([self._grouped(value) for value in values], dim=1).flatten(0, 1)
+        return (joined.t() if self.transposed else joined).contiguous()
+
+    def split(self, stored: Tensor) -> dict[str, Tensor]:
+        """The parts' values by their names in the plan."""
+        rows = self._grouped(stored.t() if self.transposed else stored)
+        found = torch.split(rows, [part.shape[0] // self.groups for part in self.parts], dim=1)
+        return {part.name: value.flatten(0, 1) for part, value in zip(self.parts, found, strict=True)}
+
+    def _grouped(self, rows: Tensor) -> Tensor:
+        return rows.reshape(self.groups, -1, *rows.shape[1:])
+
+
+@dataclass(frozen=True)
+class StockClass:
+    """One class. Keys of its config are dotted where they are nested; of several names all are written, and the first that
+    is given is read.
+
+    `modules`: the plan's sites in each module, `{}` the number of the block. `biases`: parts with biases, and the key that
+    says so (None: always). `required`: the values that a key may have, of which the first is written. With every key comes
+    what its absence means; None of the attention's factor: the usual one.
+    """
+
+    architecture: str
+    model_type: str
+    norm: str
+    positions: str
+    activation_key: str | None
+    activations: dict[str, str]  # the config's words, of which the first for an activation is written
+    keys: dict[str, str]
+    defaults: Config  # of supar's keys where the config lacks them; None: it follows from the others
+    required: dict[str, tuple[list[Any], Any]]
+    dropouts: list[str]
+    prefix: str
+    heads: list[str]  # names of the module of the untied head, the first of which is written
+    modules: dict[str, list[str]]
+    biases: dict[str, tuple[str, bool] | None]
+    multipliers: dict[str, tuple[str, float | None]] = field(default_factory=dict)
+    buffers: list[str] = field(default_factory=list)  # tensors of old files that hold no weights
+    is_transposed: bool = False
+    is_interleaved: bool = False  # queries, keys and values of a head stand together
+    divides_width: bool = False  # the number of heads has to
+
+    def reasons_against(self, model: PlanModel) -> list[str]:
+        """Why the class can't hold a model, each beginning with the key of its model section."""
+        activations = list(dict.fromkeys(self.activations.values()))
+        wanted: dict[str, list[Any]] = {"norm": [self.norm], "activation": activations, "positions": [self.positions]}
+        if "kv_heads" not in self.keys:
+            wanted["kv_heads"] = [model.heads]
+        if "ffn_ratio" in self.keys:  # transformers' class has this ratio, whatever its config says
+            wanted["ffn_width"] = [4 * model.width]
+        if not self.biases:
+            wanted["bias"] = [False]
+        found = [
+            f"{key} {vars(model)[key]} (it has {' or '.join(map(str, values))})"
+            for key, values in wanted.items()
+            if vars(model)[key] not in values
+        ]
+        if "head_width" not in self.keys and model.attention_width != model.width:
+            found.append(f"head_width {model.head_width} (it has width / heads)")
+        if self.divides_width and model.width % model.heads:
+            found.append(f"heads {model.heads} (it has a divisor of the width)")
+        return found
+
+    def held(self, model: PlanModel) -> PlanModel:
+        """The model with the multipliers that the class has, the others folded away."""
+        plain = {"input": 1.0, "output": 1.0, "attention": 1 / sqrt(model.head_width), "residual": 1.0}
+        kept = {name: getattr(model.multipliers, name) for name in self.multipliers}
+        return model.model_copy(update={"multipliers": model.multipliers.model_copy(update=plain | kept)})
+
+    def tensors(self, model: PlanModel, biased: Sequence[str] | None = None) -> Iterator[StockTensor]:
+        """The class's tensors of a model. `biased`: the parts with biases, by default those that the model needs."""
+        if biased is None:
+            biased = [part for part, said in self.biases.items() if said is None or model.bias]
+        rows = {row.name: row for row in layout.tensors(model.model_copy(update={"bias": True}))}
+        modules = {self.prefix + module: sites for module, sites in self.modules.items()}
+        for module, sites in (modules | {self.heads[0]: ["unembedding"]}).items():
+            for block in range(model.layers) if "{}" in module else (0,):
+                at = f"blocks.{block}." if "{}" in module else ""
+                name = module.format(block)
+                for suffix in ("", ".bias"):
+                    parts = tuple(rows[at + site + suffix] for site in sites if at + site + suffix in rows)
+                    if parts and (not suffix or sites[0].partition(".")[0] in biased):
+                        groups = model.heads if self.is_interleaved and len(parts) > 1 else 1
+                        turned = self.is_transposed and parts[0].role == "hidden"
+                        yield StockTensor(name + (suffix or ".weight"), parts, groups, turned)
+
+    def buffer_names(self, model: PlanModel) -> set[str]:
+        """The names of tensors that may be in a file and that the model doesn't need."""
+        return {self.prefix + name.format(block) for name in self.buffers for block in range(model.layers)}
+
+    def config(self, model: PlanModel) -> Config:
+        """The config of a model whose multipliers the class has, or folded (`held`); tokens and precision are not in it."""
+        flat: Config = {"architectures": [self.architecture], "model_type": self.model_type}
+        for key, names in self.keys.items():
+            value = model.ffn_width // model.width if key == "ffn_ratio" else getattr(model, key)
+            flat |= dict.fromkeys(names.split(), value)
+        if self.activation_key is not None:
+            words = {activation: word for word, activation in reversed(list(self.activations.items()))}
+            flat[self.activation_key] = words[model.activation]
+        for names, (allowed, _) in self.required.items():
+            flat |= dict.fromkeys(names.split(), allowed[0])
+        flat |= dict.fromkeys(self.dropouts, 0.0)
+        flat |= {said[0]: model.bias for said in self.biases.values() if said}
+        for name, (key, _) in self.multipliers.items():
+            value = getattr(model.multipliers, name)
+            flat[key] = 1 / value if name == "output" else value  # Granite divides the logits
+        return _nested(flat)
+
+    def model_of(self, config: Config) -> tuple[PlanModel, list[str], list[str]]:
+        """The model of a config, with biases if it has any, the parts with biases, and notes on what it doesn't say.
+
+        Raises InputError with every key that supar's families can't express.
+        """
+        read = _Reader(config)
+        shape: Config = {"norm": self.norm, "positions": self.positions}
+        shape["family"] = "llama" if self.norm == "rmsnorm" else "gpt2"
+        for key, names in self.keys.items():
+            value = read.take(names, self.defaults.get(key))
+            if value is None and key not in self.defaults:
+                read.problems.append(f"{names.split()[0]}: is missing; expected the model's {key}")
+            elif value is not None:
+                shape[key] = value
+        if "ffn_ratio" in shape:
+            ratio, width = shape.pop("ffn_ratio"), shape.get("width")
+            shape["ffn_width"] = ratio * width if isinstance(ratio, int) and isinstance(width, int) else ratio
+        word = read.take(self.activation_key or "", self.defaults["activation"])
+        shape["activation"] = self.activations.get(str(word))
+        if shape["activation"] is None:
+            read.problems.append(f"{self.activation_key}: {word!r}; expected one of {', '.join(self.activations)}")
+        for names, (allowed, absent) in self.required.items():
+            read.require(names, allowed, absent)
+        for name, values in _table()["refused"].items():
+            read.require(name, values, None)
+        read.note_dropouts(self.dropouts)
+        biased = [part for part, said in self.biases.items() if said is None or read.take(*said)]
+        multipliers = read.multipliers(self.multipliers)
+        notes = read.finish()
+        return self._validated(shape | {"bias": bool(biased)}, multipliers), biased, notes
+
+    def _validated(self, shape: Config, multipliers: Config) -> PlanModel:
+        """The model section; the attention's factor is the usual one unless the class has another. Raises InputError."""
+        plain = Multipliers(input=1.0, output=1.0, attention=1.0, residual=1.0)
+        try:
+            model = PlanModel(**shape, multipliers=plain)
+        except InputError as error:
+            parts = [str(problem).partition(": ") for problem in error.problems]
+            raise InputError(*(f"{self.keys.get(key, key).split()[0]}: {what}" for key, _, what in parts)) from None
+        found = {"attention": 1 / sqrt(model.head_width)} | multipliers
+        return model.model_copy(update={"multipliers": plain.model_copy(update=found)})
+
+
+class _Reader:
+    """A config read key by key, so that at its end no key was overlooked."""
+
+    def __init__(self, config: Config) -> None:
+        self.given = {key: value for key, value in _flat(config) if value is not None}
+        self.taken, self.problems, self.notes = set[str](), list[str](), list[str]()
+
+    def take(self, names: str, default: Any = None) -> Any:
+        """The value of the first of the names that is given."""
+        self.taken.update(names.split())
+        return next((self.given[name] for name in names.split() if name in self.given), default)
+
+    def require(self, names: str, allowed: list[Any], absent: Any) -> None:
+        value = self.take(names, absent)
+        if value is not None and value not in allowed:
+            name = next((name for name in names.split() if name in self.given), names.split()[0])
+            expected = " or ".join(map(repr, allowed)) or "no such key"
+            self.problems.append(f"{name}: {value!r}; supar's families have nothing like it, expected {expected}")
+
+    def note_dropouts(self, names: list[str]) -> None:
+        found = [f"{name} {self.given[name]}" for name in names if self.take(name)]
+        if found:
+            self.notes.append(f"{', '.join(found)}: supar trains without dropout")
+
+    def multipliers(self, keys: dict[str, tuple[str, float | None]]) -> Config:
+        """The multipliers of the forward pass, those that are not the usual ones."""
+        found: Config = {}
+        for name, (key, absent) in keys.items():
+            value = self.take(key, absent)
+            if value is None:
+                continue
+            if type(value) not in (int, float) or not isfinite(value) or value <= 0:
+                self.problems.append(f"{key}: {value!r}; expected a number above 0")
+            else:
+                found[name] = 1 / value if name == "output" else float(value)
+        return found
+
+    def finish(self) -> list[str]:
+        """The notes; of unknown keys, too. Raises InputError with all problems."""
+        if self.problems:
+            raise InputError(*self.problems)
+        known = self.taken.union(_table()["harmless"])
+        unknown = [name for name in self.given if name not in known and name.rpartition(".")[2] not in known]
+        if unknown:
+            self.notes.append(f"{', '.join(unknown)}: supar does not know these keys, and takes no notice of them")
+        return self.notes
+
+
+def _flat(config: Config) -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if key in NESTED and isinstance(value, dict):
+            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
+        else:
+            yield key, value
+
+
+def _nested(flat: Config) -> Config:
+    found: Config = {}
+    for name, value in flat.items():
+        section, _, key = name.rpartition(".")
+        (found.setdefault(section, {}) if section else found)[key] = value
+    return found
+
+
+@cache
+def _table() -> Config:
+    path = Path(__file__).with_name("stock_models.yaml")
+    found: Config = document.read_file(str(path))[0].data
+    return found
+
+
+@cache
+def stock_classes() -> dict[str, StockClass]:
+    """The classes by the names of `supar export --to`."""
+    rows = {name: row for name, row in _table().items() if "architecture" in row}
+    return {
+        name: StockClass(
+            **{key: value for key, value in (rows.get(row.get("like"), {}) | row).items() if key != "like"}
+        )
+        for name, row in rows.items()
+    }
+
+
+def find_class(config: Config) -> StockClass:
     """The class of a config. Raises InputError for one that is none of these."""
     given = config.get("model_type")
-    for one in STOCK_CLASSES.values():
+    for one in stock_classes().values():
         if one.model_type == given:
             return one
-    expected = suggestion(given, [one.model_type for one in STOCK_CLASSES.values()])
+    expected = suggestion(given, [one.model_type for one in stock_classes().values()])
     raise InputError(f"model_type: {given!r}, which none of supar's families can hold; {expected}")

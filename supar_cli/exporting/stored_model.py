@@ -8,13 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from supar_cli.errors import InputError, SetupError
-from supar_cli.exporting.stock_class import StockTensor
-from supar_cli.exporting.stock_models import find_class
+from supar_cli.exporting.stock_models import StockTensor, find_class
 from supar_cli.files import read_json
 from supar_cli.planning import layout
 from supar_cli.planning.folding import standard_factors
@@ -23,6 +23,7 @@ from supar_cli.training import checkpoint_reader
 from supar_cli.training.prepare import to_dense
 
 WEIGHTS, INDEX, CONFIG, PLAN = "model.safetensors", "model.safetensors.index.json", "config.json", "plan.yaml"
+NPZ, RECORD = "model.npz", "supar.json"  # of exports of supar
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
@@ -62,7 +63,7 @@ def open_model(path: Path) -> StoredModel:
         raise InputError(f"{path}: {'is a file' if path.exists() else 'no such folder'}; expected one with a model")
     if (path / CONFIG).is_file():
         return open_folder(path)
-    if (path / PLAN).is_file() and (path / WEIGHTS).is_file():
+    if (path / PLAN).is_file() and ((path / WEIGHTS).is_file() or (path / NPZ).is_file()):
         return _open_export(path)
     return open_run(path)
 
@@ -81,10 +82,26 @@ def open_run(path: Path) -> StoredModel:
 
 def _open_export(path: Path) -> StoredModel:
     """A model that supar exported under the plan's own names."""
-    files, decoder = _files(path), read_plan(path / PLAN).decoder
+    decoder = read_plan(path / PLAN).decoder
     rows = {row.name: row for row in layout.tensors(decoder)}
+    if not (path / WEIGHTS).is_file():
+        arrays = _arrays(path / NPZ, {name: row.shape for name, row in rows.items()})
+        return StoredModel(path, "an export of supar", decoder, lambda name: arrays[name].float())
+    files = _files(path)
     _require_tensors(path, files, {name: StockTensor(name, (row,)) for name, row in rows.items()}, set())
     return StoredModel(path, "an export of supar", decoder, lambda name: files[name].get_tensor(name).float())
+
+
+def _arrays(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The arrays of a file by name. Raises InputError unless they are those of `shapes`, SetupError for a broken file."""
+    try:
+        with np.load(path) as file:
+            found = {name: torch.from_numpy(file[name]) for name in file.files}
+    except Exception as error:  # numpy raises anything for a broken file
+        raise SetupError(f"{path}: is not an intact file of arrays: {error}") from None
+    if {name: tuple(value.shape) for name, value in found.items()} != shapes:
+        raise InputError(f"{path}: its arrays are not the tensors of {PLAN}; expected the files of one export")
+    return found
 
 
 def open_folder(path: Path) -> StoredModel:
@@ -108,7 +125,7 @@ def open_folder(path: Path) -> StoredModel:
     if final_norm not in files:  # saved without the class's prefix, as a model without a head is
         stored = {name.removeprefix(stock.prefix): one for name, one in stored.items()}
         buffers = {name.removeprefix(stock.prefix) for name in buffers}
-    heads = [f"{name}.weight" for name in stock.heads.split() if f"{name}.weight" in files]
+    heads = [f"{name}.weight" for name in stock.heads if f"{name}.weight" in files]
     embedding = next(name for name, one in stored.items() if one.parts[0].name == "embedding")
     if heads and not decoder.tied and heads[0] not in stored:
         stored = {heads[0] if one.parts[0].name == "unembedding" else name: one for name, one in stored.items()}

@@ -7,12 +7,11 @@ A parameter's name without `.weight` is its name in the plan.
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from supar_cli.planning.plan import PlanModel
 from supar_cli.sparse.linear import Linear
@@ -211,21 +210,45 @@ def chunked_loss(
 ) -> Tensor:
     """Mean cross-entropy () in nats of the logits multiplier · X·Wᵀ, `chunk` tokens at a time in both passes.
 
-    A chunk's logits are not kept for the backward pass but made again: one more product of the head for memory that
-    doesn't grow with tokens · V.
+    A chunk's gradients are made with its logits, which are then given up: no product is made twice, and memory doesn't grow
+    with tokens · V.
     """
     x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
-    tokens = len(targets_N)
-    step = chunk or tokens
-    parts = [slice(first, first + step) for first in range(0, tokens, step)]
-    recomputed = partial(checkpoint, _loss_sum, use_reentrant=False, preserve_rng_state=False)
-    sums = [recomputed(x_ND[part], weight_VD, targets_N[part], multiplier) for part in parts]
-    return torch.stack(sums).sum() / tokens
+    return _HeadLoss.apply(x_ND, weight_VD, targets_N, multiplier, chunk or len(targets_N))  # type: ignore[no-any-return,no-untyped-call]
 
 
-def _loss_sum(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, multiplier: float) -> Tensor:
-    logits_NV = F.linear(x_ND, weight_VD) * multiplier
-    return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+class _HeadLoss(torch.autograd.Function):
+    """The mean cross-entropy of multiplier · X·Wᵀ, `chunk` tokens at a time; its gradients are made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, multiplier: float, chunk: int) -> Tensor:
+        tokens, needs_gradients = len(targets_N), any(ctx.needs_input_grad[:2])
+        losses, by_x, by_weight_VD = [], [], torch.zeros_like(weight_VD) if needs_gradients else None
+        for first in range(0, tokens, chunk):
+            x_CD, targets_C = x_ND[first : first + chunk], targets_N[first : first + chunk]
+            logits_CV = F.linear(x_CD, weight_VD) * multiplier
+            loss, slope_CV = _loss_and_slope(logits_CV, targets_C)
+            losses.append(loss)
+            if by_weight_VD is not None:
+                slope_CV = slope_CV.mul_(multiplier / tokens).to(logits_CV.dtype)
+                by_x.append((slope_CV @ weight_VD).to(x_ND.dtype))
+                by_weight_VD += slope_CV.t() @ x_CD
+        if by_weight_VD is not None:
+            ctx.save_for_backward(torch.cat(by_x), by_weight_VD)
+        return torch.stack(losses).sum() / tokens
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        by_x_ND, by_weight_VD = ctx.saved_tensors
+        return by_x_ND * gradient, by_weight_VD * gradient, None, None, None
+
+
+def _loss_and_slope(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+    """The cross-entropies' sum () and its gradient by the logits (C, V), in float32."""
+    log_chance_CV = logits_CV.float().log_softmax(1)
+    loss = F.nll_loss(log_chance_CV, targets_C, reduction="sum")
+    minus_one_C1 = log_chance_CV.new_full((len(targets_C), 1), -1.0)
+    return loss, log_chance_CV.exp_().scatter_add_(1, targets_C[:, None], minus_one_C1)
 
 
 def named_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
