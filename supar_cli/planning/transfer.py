@@ -89,9 +89,8 @@ def transfer(
     `draw` is how values of sparse tensors are drawn: studies over density draw `positions`, so that their runs share the
     values of what lives in several of them. Raises InputError for a target that can't work.
     """
-    if parameterization not in get_args(rules.ParameterizationName):
-        names = ", ".join(get_args(rules.ParameterizationName))
-        raise InputError(f"parameterization: {parameterization!r}; expected one of {names}")
+    if parameterization not in (names := get_args(rules.ParameterizationName)):
+        raise InputError(f"parameterization: {parameterization!r}; expected one of {', '.join(names)}")
     options = proxy.parameterization.model_dump(include=rules.OPTIONS)
     updates, follows = target.sparsity.updates, parameterization in rules.DENSITY_IN_RATE
     exponent = exponent_of(updates, proxy.parameterization.density_exponent) if follows else 0.0
