@@ -348,8 +348,9 @@ class TestLock:
 def test_a_cuda_device_has_a_number(plan_of: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch selects devices by number only: `cuda` alone would end each run of one process."""
     chosen = list[torch.device]()
-    for name, value in {"is_available": True, "device_count": 2, "current_device": 1}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    fakes = {"is_available": True, "device_count": 2, "current_device": 1, "get_device_capability": (8, 0)}
+    for name, value in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bool(chosen))
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     plan = plan_of(run={"device": "auto"})

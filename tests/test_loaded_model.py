@@ -37,10 +37,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     text = folder / "text.txt"
     text.write_bytes(real_text(TEXT_BYTES))
-    for name, changes in RUNS.items():
-        fields = proxy_fields(str(text), **changes, run={"device": "cpu", "engine": "dense"})
-        supar_cli.train(plan_from(fields), folder / name)
-    return {name: folder / name for name in RUNS}
+    return {name: train(text, folder / name, **changes) for name, changes in RUNS.items()}
+
+
+def train(source: Path, folder: Path, **changes: Any) -> Path:
+    """A run of the small proxy's plan with changes."""
+    fields = proxy_fields(str(source), **changes, run={"device": "cpu", "engine": "dense"})
+    supar_cli.train(plan_from(fields), folder)
+    return folder
 
 
 def held_out_loss(model: torch.nn.Module, plan: Plan) -> float:

@@ -19,6 +19,7 @@ from supar_cli.models.transformer import Transformer
 from supar_cli.planning import estimate
 from supar_cli.planning.plan import Plan
 from supar_cli.reporting import runs
+from supar_cli.sparse import block
 from supar_cli.training import runtime
 from supar_cli.training.distributed import ALONE, Ranks
 from supar_cli.training.runtime import Runtime, require_host_memory
@@ -87,6 +88,37 @@ def test_the_share_of_the_peak_is_of_bfloat16_alone(monkeypatch: pytest.MonkeyPa
     runs_on = {kind: Runtime(torch.device("cuda", 0), kind, False, 1, 1) for kind in (torch.bfloat16, torch.float32)}
     shares = {kind: one.peak_share(1e9, 156_000.0) for kind, one in runs_on.items()}
     assert shares == {torch.bfloat16: pytest.approx(0.5), torch.float32: None}
+
+
+@pytest.mark.parametrize(
+    ("spec", "compiler", "capability", "lack"),
+    [
+        (True, "/usr/bin/cc", (8, 0), None),
+        (None, "/usr/bin/cc", (8, 0), "Triton is not installed"),
+        (True, None, (8, 0), "no C compiler is found, which Triton calls"),
+        (True, "/usr/bin/cc", (6, 1), "the compute capability 6.1 is below 7.0, Triton's least"),
+    ],
+)
+def test_what_cannot_be_compiled_is_run_eagerly_and_said(
+    spec: Any, compiler: Any, capability: Any, lack: Any, plan_of: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block, "find_spec", lambda _: spec)
+    monkeypatch.setattr(block.shutil, "which", lambda _: compiler)
+    fakes = {
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "set_device": None,
+        "is_bf16_supported": True,
+    }
+    for name, value in {**fakes, "get_device_capability": capability}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    found = Runtime.of(plan_of(run={"device": "cuda", "compile": "auto"}))
+    assert (found.compiles, found.why_eager) == (lack is None, lack)
+    with nullcontext() if lack is None else pytest.raises(SetupError, match=f"run.compile: on, but {lack}"):
+        assert Runtime.of(plan_of(run={"device": "cuda", "compile": "on"})).compiles
+    eager = Runtime.of(plan_of(run={"device": "cuda", "compile": "off"}))
+    assert not eager.compiles and eager.why_eager is None
 
 
 @pytest.mark.parametrize(("own", "is_shared"), [(["a", "b"], False), (["a", "a"], True)])

@@ -34,6 +34,8 @@ COMMANDS = {  # in the order of use
         "runs": "List runs: state, progress, last losses.",
         "show": "Show a run: state, plan, environment, curve.",
         "report": "Put runs, sweeps, checks and plans on one HTML page; write report.html.",
+        "evaluate": "Score a run on text: loss, perplexity and bits per byte, with standard errors.",
+        "generate": "Continue a prompt with a run's model, or begin a document; print the text as it comes.",
     },
     "Measure": {
         "check": "Check that activations and updates keep their size over density and width; exit 5 if not.",

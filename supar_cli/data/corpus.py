@@ -101,7 +101,7 @@ def find(data: Data, to_score: bool = False) -> Corpus:
     if not os.path.exists(path):  # unlike Path.exists, False for an invalid file name
         raise InputError(f"data.source: {data.source}: no such file or folder")
     if path.is_file():
-        is_test = _split_word(Path(path.name)) == "test"
+        is_test = split_word(Path(path.name)) == "test"
         kind = kind_of(path, data)
         corpus = _split(Corpus(kind.name, path.parent, [path], [], is_packed=kind.is_packed))
         return replace(corpus, why=f"{corpus.why}; by its name it is a test split") if is_test else corpus
@@ -120,7 +120,7 @@ def find(data: Data, to_score: bool = False) -> Corpus:
         others = "".join(f"; {names}: {why}" for why, names in corpus.by_reason().items())
         raise InputError(f"data.source: {data.source}: no data in it{others}; expected {', '.join(SUFFIXES)} files")
     corpus = replace(corpus, is_packed=any(kind.is_packed for kind in kinds.values()))
-    held_out = [one for one in files if not to_score and _split_word(one.relative_to(path)) == "validation"]
+    held_out = [one for one in files if not to_score and split_word(one.relative_to(path)) == "validation"]
     if held_out == files:
         what = f"no training split, only one for validation ({_some(corpus.names(held_out))})"
         raise InputError(f"data.source: {data.source}: {what}; expected a training file, or one file as the source")
@@ -144,7 +144,7 @@ def _data_files(root: Path, data: Data, to_score: bool) -> tuple[list[Path], dic
         leave_out((Path(folder, name) for name in folders if Path(folder, name).is_symlink()), "links to folders")
         files |= {Path(folder, name): suffix_of(Path(name))[0] for name in names if not name.startswith(".")}
     leave_out((path for path in files if path.exists() and not path.is_file()), "neither files nor folders")
-    words = {path: _split_word(path.relative_to(root)) for path in files}
+    words = {path: split_word(path.relative_to(root)) for path in files}
     leave_out((path for path in files if _is_about(path)), "about data, such as a card or a licence")
     leave_out((path for path, suffix in files.items() if suffix not in SUFFIXES), "of no format that supar reads")
     kept = next((word for word in ("validation", "test") if to_score and word in map(words.get, files)), "")
@@ -176,7 +176,7 @@ def _words(name: str) -> list[str]:
     return "".join(letter if letter.isalpha() else " " for letter in name.lower()).split()
 
 
-def _split_word(path: Path) -> str:
+def split_word(path: Path) -> str:
     """The split that a path below its folder names: test wherever it says so, else the one nearest to its end."""
     found: list[str] = []
     for part in reversed(path.parts):

@@ -21,7 +21,7 @@ from supar_cli.data import tokenizer
 from supar_cli.errors import InputError, SetupError, suggestion
 from supar_cli.exporting import comparison, loaded_model
 from supar_cli.exporting.stock_models import StockClass, StockTensor, stock_classes
-from supar_cli.exporting.stored_model import CONFIG, PLAN, WEIGHTS
+from supar_cli.exporting.stored_model import CONFIG, NPZ, PLAN, RECORD, WEIGHTS
 from supar_cli.exporting.tokenizer_files import write_tokenizer
 from supar_cli.files import naming_write_errors, read_json
 from supar_cli.models.transformer import Transformer, named_tensors
@@ -30,7 +30,7 @@ from supar_cli.planning.folding import standard_factors
 from supar_cli.planning.plan import Plan, PlanModel, read_plan
 from supar_cli.training import checkpoint_reader
 
-KIND, RECORD, NPZ = "supar.export/v1", "supar.json", "model.npz"
+KIND = "supar.export/v1"
 OWN_NAMES = ("safetensors", "npz")  # any model, under the plan's names
 NOT_INSTALLED = "transformers is not installed; `pip install transformers`, and export again with --force"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -22,6 +23,7 @@ from supar_cli.training import checkpoint_reader
 from supar_cli.training.prepare import to_dense
 
 WEIGHTS, INDEX, CONFIG, PLAN = "model.safetensors", "model.safetensors.index.json", "config.json", "plan.yaml"
+NPZ, RECORD = "model.npz", "supar.json"  # of exports of supar
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
@@ -61,7 +63,7 @@ def open_model(path: Path) -> StoredModel:
         raise InputError(f"{path}: {'is a file' if path.exists() else 'no such folder'}; expected one with a model")
     if (path / CONFIG).is_file():
         return open_folder(path)
-    if (path / PLAN).is_file() and (path / WEIGHTS).is_file():
+    if (path / PLAN).is_file() and ((path / WEIGHTS).is_file() or (path / NPZ).is_file()):
         return _open_export(path)
     return open_run(path)
 
@@ -80,10 +82,26 @@ def open_run(path: Path) -> StoredModel:
 
 def _open_export(path: Path) -> StoredModel:
     """A model that supar exported under the plan's own names."""
-    files, decoder = _files(path), read_plan(path / PLAN).decoder
+    decoder = read_plan(path / PLAN).decoder
     rows = {row.name: row for row in layout.tensors(decoder)}
+    if not (path / WEIGHTS).is_file():
+        arrays = _arrays(path / NPZ, {name: row.shape for name, row in rows.items()})
+        return StoredModel(path, "an export of supar", decoder, lambda name: arrays[name].float())
+    files = _files(path)
     _require_tensors(path, files, {name: StockTensor(name, (row,)) for name, row in rows.items()}, set())
     return StoredModel(path, "an export of supar", decoder, lambda name: files[name].get_tensor(name).float())
+
+
+def _arrays(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The arrays of a file by name. Raises InputError unless they are those of `shapes`, SetupError for a broken file."""
+    try:
+        with np.load(path) as file:
+            found = {name: torch.from_numpy(file[name]) for name in file.files}
+    except Exception as error:  # numpy raises anything for a broken file
+        raise SetupError(f"{path}: is not an intact file of arrays: {error}") from None
+    if {name: tuple(value.shape) for name, value in found.items()} != shapes:
+        raise InputError(f"{path}: its arrays are not the tensors of {PLAN}; expected the files of one export")
+    return found
 
 
 def open_folder(path: Path) -> StoredModel:

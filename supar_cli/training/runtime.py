@@ -15,6 +15,7 @@ import torch
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import estimate
 from supar_cli.planning.plan import Plan
+from supar_cli.sparse.block import what_triton_lacks
 from supar_cli.training.distributed import ALONE, Parallelism, Ranks, collective_error
 from supar_cli.version import __version__
 
@@ -123,13 +124,17 @@ def device_thread(device: torch.device, name: str) -> ThreadPoolExecutor:
 
 @dataclass(slots=True)
 class Runtime:
-    """How a plan runs on this machine. `micro_batch` and `rows`, its share of the batch, are sequences of one process."""
+    """How a plan runs on this machine. `micro_batch` and `rows`, its share of the batch, are sequences of one process.
+
+    `why_eager`: what is missing to compile, where the plan leaves it to the machine.
+    """
 
     device: torch.device
     precision: torch.dtype
     compiles: bool
     micro_batch: int
     rows: int
+    why_eager: str | None = None
 
     @classmethod
     def of(cls, plan: Plan, ranks: Ranks = ALONE) -> Runtime:
@@ -140,7 +145,12 @@ class Runtime:
         word = plan.run.precision
         native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         bf16 = native if word == "auto" else word == "bfloat16"
-        compiles = cuda if plan.run.compile == "auto" else plan.run.compile == "on"
+        compiles, lack = plan.run.compile == "on", None
+        if cuda and plan.run.compile != "off":
+            lack = what_triton_lacks(device)
+            if compiles and lack is not None:
+                raise SetupError(f"run.compile: on, but {lack}; expected auto or off on this machine")
+            compiles = lack is None
         rows, left = divmod(plan.train.batch_size, ranks.size)
         if left:
             what = f"{plan.train.batch_size} sequences can't be shared evenly by {ranks.size} processes"
@@ -149,7 +159,7 @@ class Runtime:
         if rows % micro:
             what = "the batch size" if ranks.size == 1 else f"a process's share of {ranks.size} of the batch,"
             raise InputError(f"run.micro_batch_size: {micro} does not divide {what} {rows}; expected a divisor")
-        return cls(device, torch.bfloat16 if bf16 else torch.float32, compiles, micro, rows)
+        return cls(device, torch.bfloat16 if bf16 else torch.float32, compiles, micro, rows, lack)
 
     def to_device(self, batch: tuple[torch.Tensor, ...], rows: slice = slice(None)) -> tuple[torch.Tensor, ...]:
         """These rows of a batch's tensors on the device."""
