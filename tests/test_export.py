@@ -34,15 +34,27 @@ COMPLETE = {"depth_rule": "completep"}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gpt2 tied": ("gpt2", {}, {}),
     "gpt2 untied, biases": ("gpt2", {"tied": False, "bias": True}, {}),
-    "gpt2 tied, biases, depth rule, tanh": ("gpt2", {"bias": True, "activation": "gelu_tanh"}, COMPLETE),
+    "gpt2 tied, biases, depth rule, tanh": (
+        "gpt2",
+        {"bias": True, "activation": "gelu_tanh", "norm_eps": 0.01},
+        COMPLETE,
+    ),
     "llama untied, GQA": ("llama", {**LLAMA, "tied": False}, {}),
     "llama tied, GQA, head width": ("llama", {**LLAMA, "head_width": 24}, {}),
-    "llama tied, biases, depth rule": ("llama", {**LLAMA, "bias": True, "rope_theta": 500.0}, COMPLETE),
-    "granite untied, GQA": ("granite", {**LLAMA, "tied": False}, {}),
+    "llama tied, biases, depth rule": (
+        "llama",
+        {**LLAMA, "bias": True, "rope_theta": 500.0, "norm_eps": 0.01},
+        COMPLETE,
+    ),
+    "granite untied, GQA": ("granite", {**LLAMA, "tied": False, "norm_eps": 0.01}, {}),
     "granite tied, biases, depth rule": ("granite", {**LLAMA, "bias": True}, COMPLETE),
     "gpt-neox untied, biases": ("gpt-neox", {"positions": "rope", "tied": False, "bias": True}, {}),
-    "gpt-neox tied, depth rule, tanh": ("gpt-neox", {"positions": "rope", "activation": "gelu_tanh"}, COMPLETE),
-    "mpt tied": ("mpt", {"positions": "alibi"}, {}),
+    "gpt-neox tied, depth rule, tanh": (
+        "gpt-neox",
+        {"positions": "rope", "activation": "gelu_tanh", "rope_theta": 500.0, "norm_eps": 0.01},
+        COMPLETE,
+    ),
+    "mpt tied": ("mpt", {"positions": "alibi", "norm_eps": 0.01}, {}),
     "mpt untied, 3 heads, depth rule": (
         "mpt",
         {"positions": "alibi", "tied": False, "heads": 3, "width": 48},
