@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from supar_cli.experiments.sweep import demo as demo
     from supar_cli.experiments.sweep import sweep as sweep
     from supar_cli.exporting.evaluate import evaluate as evaluate
-    from supar_cli.exporting.generate import generate as generate
     from supar_cli.exporting.export import export as export
+    from supar_cli.exporting.generate import generate as generate
     from supar_cli.exporting.loaded_model import masks as masks
     from supar_cli.exporting.loaded_model import model as model
     from supar_cli.jobs.pruning import prune as prune
