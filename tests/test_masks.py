@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -111,12 +112,14 @@ class TestIdentity:
         assert fingerprint(drawn((256, 64), 256, pattern="fixed_fan_in")) == FIXED_FAN_IN
         assert fingerprint(drawn((256, 64), 131, pattern="bernoulli")) == BERNOULLI
 
-    def test_depends_on_seed_and_name_only(self, plan_of: MakePlan) -> None:
+    def test_depends_on_seed_and_name_only(self, plan_of: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
         plan, deeper = plan_of(), plan_of(target={"layers": 3})
         reordered = plan.model_copy(update={"tensors": plan.tensors[::-1]})
         own, other, backwards = prepare.draw_masks(plan), prepare.draw_masks(deeper), prepare.draw_masks(reordered)
         assert set(other) - set(own) and all(own[name] == other[name] for name in own)
         assert all(own[name] == backwards[name] for name in own)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+        assert prepare.draw_masks(plan) == own
         reseeded = prepare.draw_masks(plan_of(target={"seed": 7}))
         assert not any(own[name] == reseeded[name] for name in own)
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from supar_cli.models.transformer import Transformer, alibi_bias, named_tensors, rope_tables, rotate
 from supar_cli.planning import layout
 from supar_cli.planning.plan import Plan
+from supar_cli.planning.plan_sections import Values
 from supar_cli.sparse.masks import Mask
 from supar_cli.streams import stream
 from supar_cli.training import prepare
@@ -258,14 +259,19 @@ def test_initial_values_are_normal_of_the_planned_deviation(plan_of: MakePlan) -
 
 
 @pytest.mark.parametrize("shape", [(300, 70), (5, 4, 3, 3), (2, 100_000), (100_000, 3), (1, 7)])
-def test_a_live_weights_first_value_does_not_depend_on_the_mask(plan_of: MakePlan, shape: tuple[int, ...]) -> None:
-    """It is that of its position among all positions' numbers, however many are drawn at once."""
+def test_first_values_are_one_stream_by_position_or_by_live_weight(plan_of: MakePlan, shape: tuple[int, ...]) -> None:
+    """By position, a live weight's does not depend on the mask; however many are drawn at once. Live weights alone: in order."""
     alive = np.random.default_rng(0).random(shape) < 0.3
     update = {"name": "w", "shape": list(shape), "init_std": 0.3, "kept": int(alive.sum())}
-    row = plan_of().tensors[3].model_copy(update=update)
+    made = plan_of(target={"seed": 5})
+    plan = made.model_copy(update={"values": Values(draw="positions")})
+    row = made.tensors[3].model_copy(update=update)
     whole = np.random.Generator(stream(5, "init:w")).standard_normal(alive.size, np.float32) * np.float32(0.3)
-    assert np.array_equal(prepare.initial_values(row, 5, None).numpy(), whole.reshape(shape))
-    assert np.array_equal(prepare.initial_values(row, 5, Mask.of(alive)).numpy(), whole.reshape(shape)[alive])
+    for one in (made, plan):  # where all weights live the two draws are the same
+        assert np.array_equal(prepare.initial_values(one, row, None).numpy(), whole.reshape(shape))
+        assert np.array_equal(prepare.initial_values(one, row, Mask.of(np.ones(shape, bool))).numpy(), whole)
+    assert np.array_equal(prepare.initial_values(plan, row, Mask.of(alive)).numpy(), whole.reshape(shape)[alive])
+    assert np.array_equal(prepare.initial_values(made, row, Mask.of(alive)).numpy(), whole[: alive.sum()])
 
 
 @pytest.mark.parametrize("what", ["std", "count"])

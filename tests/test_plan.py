@@ -312,7 +312,7 @@ class TestHash:
             "data": {"hash": "sha256:0"},
             "train": {"grad_clip": 2.0},
             "run": {"micro_batch_size": 2},
-            "values": {"draw": "live"},
+            "values": {"draw": "positions"},
             "task": {"kind": "other"},
         }
         if key == "tensors":

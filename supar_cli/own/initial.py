@@ -99,7 +99,7 @@ def fill(plan: Plan, tensors: Mapping[str, nn.Parameter], masks: Mapping[str, Ma
 
 def _draw(plan: Plan, row: PlanTensor, tensor: nn.Parameter, mask: Mask | None) -> None:
     precise = np.float64 if tensor.dtype == torch.float64 else np.float32
-    drawn = to_dense(initial_values(row, plan.train.seed, mask, precise), mask)
+    drawn = to_dense(initial_values(plan, row, mask, precise), mask)
     check_init(row, drawn.float(), plan.sparsity.pattern, mask)
     local_shard(tensor).copy_(shard_like(drawn, tensor))
 

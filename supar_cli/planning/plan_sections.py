@@ -176,18 +176,22 @@ class PlanSparsity(PatternKeys):
         return describe(self.pattern, self.block)
 
 
+Draw = Literal["positions", "live"]
+
+
 class Values(Section):
     """Where initial values come from: drawn, or read from a file of tensors by name, of a masked one its live values.
 
-    `draw: positions`: every position has its draw, whatever the mask. `scale: energy` says that the file's values of masked
-    tensors were multiplied so that they have the energy from before pruning (each row's `because.g`). `model` is where the
-    model was that the file's values are of.
+    `draw: positions`: every position has its draw, whatever the mask; `live`: live weights alone do, in row-major order.
+    Where all weights live the two are the same. `scale: energy` says that the file's values of masked tensors were
+    multiplied so that they have the energy from before pruning (each row's `because.g`). `model` is where the model was that
+    the file's values are of.
     """
 
     UNHASHED = ("path", "model")
 
     source: Literal["random", "file"] = "random"
-    draw: Literal["positions"] = "positions"
+    draw: Draw = Field(default="positions", neutral=True)
     path: str | None = Field(default=None, neutral=True, omit=True)
     hash: str | None = Field(default=None, neutral=True, omit=True)
     scale: Literal["none", "energy"] = Field(default="none", neutral=True, omit=True)

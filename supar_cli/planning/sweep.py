@@ -294,7 +294,8 @@ class Sweep(Section):
         target = self.target.override(width=swept_width, density=level.share, **changes)
         sparsity = target.sparsity.model_copy(update={"updates": None}) if is_dense else target.sparsity
         fixed = {"width": level.width, "layers": level.layers, "seed": seed, "sparsity": sparsity}
-        return transfer(proxy, target.model_copy(update=fixed), arm.parameterization, allow_low_wpn=True)
+        target = target.model_copy(update=fixed)
+        return transfer(proxy, target, arm.parameterization, allow_low_wpn=True, draw="positions")
 
     def plan_to_prune(self, name: str, seed: int) -> Plan:
         """The plan of the dense run that an arm prunes: at the study's own learning rate."""

@@ -18,11 +18,13 @@ from supar_cli.planning.own_shapes import OwnTensors, folded
 from supar_cli.planning.plan import CURRENT_RULES, Plan, PlanModel, PlanTensor, PlanTrain
 from supar_cli.planning.plan_sections import (
     Base,
+    Draw,
     Multipliers,
     OwnModel,
     Parameterization,
     PlanSparsity,
     PlanTask,
+    Values,
     derived_keys,
 )
 from supar_cli.planning.problems import validate
@@ -80,10 +82,12 @@ def transfer(
     allow_low_wpn: bool = False,
     edition: rules.Edition = CURRENT_RULES,
     masks: GivenMasks | None = None,
+    draw: Draw = "live",
 ) -> Plan:
     """The plan of training `target` with the hyperparameters of `proxy`; with `masks` their densities are the tensors'.
 
-    Raises InputError for a target that can't work.
+    `draw` is how values of sparse tensors are drawn: studies over density draw `positions`, so that their runs share the
+    values of what lives in several of them. Raises InputError for a target that can't work.
     """
     if parameterization not in get_args(rules.ParameterizationName):
         names = ", ".join(get_args(rules.ParameterizationName))
@@ -115,6 +119,7 @@ def transfer(
         sparsity=_plan_sparsity(
             target.sparsity, rows, masks, plan_updates(updates, exponent, train.steps, rows), edition
         ),
+        values=Values(draw=draw if any(row.kept < row.size for row in rows) else "positions"),
         tensors=rows,
         task=task,
         data=proxy.data,
@@ -246,7 +251,7 @@ def _numbers(
 
 def as_trial(proxy: Proxy) -> Plan:
     """The plan of training the proxy itself: m_d = m_rho = 1."""
-    return transfer(proxy, Target(sparsity=proxy.sparsity))
+    return transfer(proxy, Target(sparsity=proxy.sparsity), draw="positions")  # so that older searches go on
 
 
 def target_model(proxy: Model, target: Target) -> Model:

@@ -45,7 +45,7 @@ class Sparse(Engine):
         self.kernels = kernels
         out, width = mask.shape
         rows_L, columns_L = np.divmod(mask.live(), width)
-        order_L = np.argsort(columns_L, kind="stable")
+        order_L = np.argsort(columns_L.astype(np.min_scalar_type(width)), kind="stable")  # of 16 bits by radix
         buffers = {
             "starts": np.concatenate(([0], np.cumsum(np.bincount(rows_L, minlength=out)))),
             "columns_L": columns_L,

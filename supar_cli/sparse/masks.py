@@ -265,7 +265,7 @@ def from_matrix(mask: Mask, shape: Sequence[int], fan_in_axes: Sequence[int]) ->
     """The mask of a tensor as it is stored, given that of its matrix (fan-out, fan-in)."""
     order, _ = matrix_axes(shape, fan_in_axes)
     if order == tuple(range(len(shape))):
-        return Mask(tuple(shape), mask.bits)
+        return mask if mask.shape == tuple(shape) else Mask(tuple(shape), mask.bits)
     alive = mask.alive().reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
     return Mask.of_parts(shape, (alive[part] for part in row_parts(shape)))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import log2, sqrt
 from pathlib import Path
@@ -30,7 +31,7 @@ from supar_cli.streams import stream
 from supar_cli.training.distributed import Ranks
 from supar_cli.training.runtime import Runtime
 
-DRAWN_AT_ONCE = 2**16  # chosen: positions drawn at once, in whole rows, to keep the live ones
+DRAWN_AT_ONCE = 2**16  # chosen: positions drawn at once, in whole rows, to keep the live ones of `draw: positions`
 CHECKED_AT_ONCE = 2**20  # chosen: 8 MiB in double precision
 
 
@@ -129,12 +130,13 @@ def make_masks(plan: Plan) -> dict[str, Mask]:
 
 
 def draw_masks(plan: Plan) -> dict[str, Mask]:
-    """The random masks of all sparse tensors by name. Another layer in the plan changes no mask of the others."""
-    return {
-        row.name: masks.draw(stream_name(row), wanted_mask(plan, row), row.density, plan.train.seed)
-        for row in start_rows(plan)
-        if row.kept < row.size
-    }
+    """The random masks of all sparse tensors by name, a tensor a thread. Another layer in the plan changes no mask of the others."""
+    rows = [row for row in start_rows(plan) if row.kept < row.size]
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # numpy draws without Python's lock
+        drawn = threads.map(
+            lambda row: masks.draw(stream_name(row), wanted_mask(plan, row), row.density, plan.train.seed), rows
+        )
+        return {row.name: mask for row, mask in zip(rows, drawn, strict=True)}
 
 
 def wanted_mask(plan: Plan, row: PlanTensor) -> WantedMask:
@@ -177,18 +179,24 @@ def starting_values(plan: Plan, masks: Mapping[str, Mask]) -> Iterator[tuple[Pla
         shapes = {row.name: (masks[row.name].count,) if row.name in masks else tuple(row.shape) for row in plan.tensors}
         given = read_values(Path(plan.values.path), plan.values.hash, shapes)
     for row in start_rows(plan):
-        yield row, given[row.name] if given else initial_values(row, plan.train.seed, masks.get(row.name))
+        yield row, given[row.name] if given else initial_values(plan, row, masks.get(row.name))
 
 
-def initial_values(row: PlanTensor, seed: int, mask: Mask | None, dtype: type[np.floating[Any]] = np.float32) -> Tensor:
-    """A tensor's initial values, constant or normal as the plan says; only those of live weights if there is a mask."""
+def initial_values(
+    plan: Plan, row: PlanTensor, mask: Mask | None, dtype: type[np.floating[Any]] = np.float32
+) -> Tensor:
+    """A tensor's initial values, constant or normal as the plan says; only those of live weights if there is a mask.
+
+    Normal ones are the first of the stream of (seed, name), one a live weight in row-major order, or with `draw: positions`
+    one a position: then a live weight's value does not depend on the mask, and the time follows the positions.
+    """
     shape = row.shape if mask is None else [mask.count]
     if not row.init_std:
         return torch.from_numpy(np.full(shape, row.init_constant or 0.0, dtype))
-    generator = np.random.Generator(stream(seed, f"init:{stream_name(row)}"))
-    if mask is None:
-        values = generator.standard_normal(row.size, np.float32).reshape(shape)
-    else:  # draw for every position, a few at a time: then a live weight's value does not depend on the mask
+    generator = np.random.Generator(stream(plan.train.seed, f"init:{stream_name(row)}"))
+    if mask is None or plan.values.draw == "live":
+        values = generator.standard_normal(shape, np.float32)
+    else:
         step = max(1, DRAWN_AT_ONCE * mask.shape[0] // mask.size)
         parts = (mask.alive(slice(first, first + step)) for first in range(0, mask.shape[0], step))
         drawn = [generator.standard_normal(alive.shape, np.float32)[alive] for alive in parts]
@@ -239,13 +247,16 @@ class EngineSelector:
         Returns the measurements that were not known before, one line for each shape, and a hint at what would be faster.
         """
         texts: Counter[str] = Counter()
-        known = set(self._fastest)
+        alike = {name: (mask.shape, self._measured_count(mask)) for name, mask in masks.items()}
+        named = {name: self.plan.engine(self._rows[name]) for name in masks}
+        new = {alike[name] for name in masks if named[name] == "auto"} - set(self._fastest)
         for name, mask in masks.items():
-            named, alike = self.plan.engine(self._rows[name]), (mask.shape, self._measured_count(mask))
-            if named == "auto" and alike not in self._fastest:
-                self._fastest[alike] = self._ranks.on_main(autotune.fastest, mask, self.case)
-            self.choices[name] = self._fastest[alike] if named == "auto" else EngineChoice(named, {})
-            if self.choices[name].seconds and alike not in known:
+            if alike[name] in new - set(self._fastest):
+                limit_s = autotune.MOST_SECONDS / len(new)
+                self._fastest[alike[name]] = self._ranks.on_main(autotune.fastest, mask, self.case, limit_s)
+            is_auto = named[name] == "auto"
+            self.choices[name] = self._fastest[alike[name]] if is_auto else EngineChoice(named[name], {})
+            if is_auto and alike[name] in new and self.choices[name] != EngineChoice("dense", {}):
                 size = f"{'×'.join(map(str, mask.shape))} at density {mask.count / mask.size:.3g}"
                 texts[f"{size}: {self.choices[name].text()}"] += 1
         lines = [f"engine of {count} tensors {text}" for text, count in texts.items()]
