@@ -227,6 +227,7 @@ class TestVocabulary:
         text = supar_cli.evaluate(run_of_vocabulary, folder / "texts.jsonl", field="page")
         assert found["loss"] == pytest.approx(text["loss"], rel=1e-6)
         assert (found["tokens"], found["documents"]) == (text["tokens"], text["documents"])
+        assert "taken for those of the run's tokenizer" in found["warnings"][0]
         assert found["bits_per_byte"] is found["bits_per_byte_se"] is found["bytes"] is None and found["why_no_bytes"]
 
     def test_without_a_separator_the_first_token_is_not_scored(self, run: Path, tmp_path: Path) -> None:

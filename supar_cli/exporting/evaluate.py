@@ -122,11 +122,15 @@ def _sources(
     if found.is_text and not is_known and "tokenizer" not in reading:
         what = f"is text, and the run's data, {own.source}, hold tokens, whose tokenizer is not known"
         raise InputError(f"data.source: {given}: {what}; expected --tokenizer FILE, or bytes")
-    if found.is_text and not (is_same and is_known):
-        known = own.tokenizer if is_known else "not known"
-        what = f"{data.tokenizer} makes the tokens; the run's tokenizer is {known}, whose ids may be others"
-        return [(data, found)], [f"data.tokenizer: {what}"]
-    return [(data, found)], []
+    known = own.tokenizer if is_known else "not known"
+    if not found.is_text:
+        return [(data, found)], [
+            f"data.source: {given}: holds tokens, taken for those of the run's tokenizer ({known})"
+        ]
+    if is_same and is_known:
+        return [(data, found)], []
+    what = f"{data.tokenizer} makes the tokens; the run's tokenizer is {known}, whose ids may be others"
+    return [(data, found)], [f"data.tokenizer: {what}"]
 
 
 def _are_same(one: str, other: str) -> bool:
