@@ -56,7 +56,8 @@ SOURCES = {
     "layout": ["flags_model:make", "--base", "width=8", "--wider", "width=16", "--example", "flags_model:make"],
 }
 SOURCES |= {"inspect": ["text.txt"], "prepare": ["text.txt", "-o", "tokens"]}
-SOURCES |= dict.fromkeys(("evaluate", "generate"), [str(CHECKOUT / "tests/released/v0.1.0/runs/finished")])
+FINISHED = str(CHECKOUT / "tests/released/v0.1.0/runs/finished")
+SOURCES |= {"evaluate": [FINISHED], "generate": [FINISHED]}
 
 
 def call(*arguments: str) -> Called:

@@ -44,7 +44,14 @@ def heavy_after(folder: Path, *arguments: str, then: str = "") -> set[str]:
 @pytest.mark.parametrize(
     "arguments",
     [
-        *(["--help"], ["--version"], ["help", "keys"], ["transfer", "--help"], ["generate", "--help"]),
+        *(
+            ["--help"],
+            ["--version"],
+            ["help", "keys"],
+            ["transfer", "--help"],
+            ["generate", "--help"],
+            ["export", "--help"],
+        ),
         ["transfer", "--sparsity", "0.5", "-o", "-"],
     ],
 )

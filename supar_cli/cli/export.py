@@ -1,11 +1,13 @@
 """`supar export`: a run's model as a folder that other programs load."""
 
+import os
 from dataclasses import asdict
 
 import supar_cli
 from supar_cli.cli import documents, terminal
 from supar_cli.cli.options import Flags, command
 from supar_cli.cli.runs import find_run
+from supar_cli.cli.values import one_of
 
 FOLDER = "export"
 
@@ -17,7 +19,12 @@ FOLDER = "export"
         "metavar": "[RUN|CHECKPOINT]",
         "help": "A run, or one of its checkpoints. [default: the newest of runs/]",
     },
-    dtype={"help": "float32, bfloat16 or float16.", "path": "", "default": "float32"},
+    dtype={
+        "help": "float32, bfloat16 or float16.",
+        "path": "",
+        "default": "float32",
+        "read": one_of("float32", "bfloat16", "float16"),
+    },
     out={"help": f"The folder. [default: {FOLDER}]", "metavar": "FOLDER"},
     force={"help": "Replace an earlier export."},
     json={"help": "Write what was done as JSON to stdout."},
@@ -32,6 +39,8 @@ def export(flags: Flags) -> None:
       supar export runs/NAME -o my-model
       supar export runs/NAME/checkpoints/step-00001000 --to granite --dtype bfloat16
     """
+    # transformers' own messages, where it is imported to compare
+    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     log = terminal.Log(flags.quiet)
     folder = terminal.folder_of(flags, FOLDER)
     run = find_run(flags.directory, log)

@@ -252,9 +252,10 @@ OPTIONS = {
     "separator": Option(str, "The token between documents. [default: the tokenizer's]", "data.separator"),
     "to": Option(
         str,
-        "A class: gpt2, llama, granite, gpt-neox or mpt; safetensors or npz: the plan's own names; auto: what holds the model.",
+        "The class: gpt2, llama, granite, gpt-neox, mpt, or auto: what holds the model; or safetensors or npz: the plan's names.",
         default="auto",
         metavar="FORMAT",
+        read=values.one_of("auto", "gpt2", "llama", "granite", "gpt-neox", "mpt", "safetensors", "npz"),
     ),
     # what every command does with its result
     "list": _switch("Show the templates and write nothing."),

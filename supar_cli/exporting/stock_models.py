@@ -146,7 +146,7 @@ class StockClass:
             flat[self.activation_key] = words[model.activation]
         for names, (allowed, _) in self.required.items():
             flat |= dict.fromkeys(names.split(), allowed[0])
-        flat |= dict.fromkeys(self.dropouts, 0.0)
+        flat |= dict.fromkeys(self.dropouts, 0)
         flat |= {said[0]: model.bias for said in self.biases.values() if said}
         for name, (key, _) in self.multipliers.items():
             value = getattr(model.multipliers, name)
@@ -178,10 +178,9 @@ class StockClass:
             read.require(names, allowed, absent)
         for name, values in _table()["refused"].items():
             read.require(name, values, None)
-        read.note_dropouts(self.dropouts)
         biased = [part for part, said in self.biases.items() if said is None or read.take(*said)]
         multipliers = read.multipliers(self.multipliers)
-        notes = read.finish()
+        notes = read.finish(self.dropouts)
         return self._validated(shape | {"bias": bool(biased)}, multipliers), biased, notes
 
     def _validated(self, shape: Config, multipliers: Config) -> PlanModel:
@@ -201,7 +200,7 @@ class _Reader:
 
     def __init__(self, config: Config) -> None:
         self.given = {key: value for key, value in _flat(config) if value is not None}
-        self.taken, self.problems, self.notes = set[str](), list[str](), list[str]()
+        self.taken, self.problems = set[str](), list[str]()
 
     def take(self, names: str, default: Any = None) -> Any:
         """The value of the first of the names that is given."""
@@ -214,11 +213,6 @@ class _Reader:
             name = next((name for name in names.split() if name in self.given), names.split()[0])
             expected = " or ".join(map(repr, allowed)) or "no such key"
             self.problems.append(f"{name}: {value!r}; supar's families have nothing like it, expected {expected}")
-
-    def note_dropouts(self, names: list[str]) -> None:
-        found = [f"{name} {self.given[name]}" for name in names if self.take(name)]
-        if found:
-            self.notes.append(f"{', '.join(found)}: supar trains without dropout")
 
     def multipliers(self, keys: dict[str, tuple[str, float | None]]) -> Config:
         """The multipliers of the forward pass, those that are not the usual ones."""
@@ -233,15 +227,14 @@ class _Reader:
                 found[name] = 1 / value if name == "output" else float(value)
         return found
 
-    def finish(self) -> list[str]:
-        """The notes; of unknown keys, too. Raises InputError with all problems."""
+    def finish(self, dropouts: list[str]) -> list[str]:
+        """A note on dropouts that are not 0, and on unknown keys. Raises InputError with all problems."""
         if self.problems:
             raise InputError(*self.problems)
-        known = self.taken.union(_table()["harmless"])
+        known = self.taken.union(_table()["harmless"], [name for name in dropouts if self.given.get(name) == 0])
         unknown = [name for name in self.given if name not in known and name.rpartition(".")[2] not in known]
-        if unknown:
-            self.notes.append(f"{', '.join(unknown)}: supar does not know these keys, and takes no notice of them")
-        return self.notes
+        listed = ", ".join(f"{name} {self.given[name]}" for name in unknown)
+        return [f"{listed}: supar's models have nothing like it, and take no notice of it"] if unknown else []
 
 
 def _flat(config: Config) -> Iterator[tuple[str, Any]]:

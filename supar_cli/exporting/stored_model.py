@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from supar_cli.errors import InputError, SetupError
-from supar_cli.exporting.stock_models import StockTensor, find_class
+from supar_cli.exporting.stock_models import StockClass, StockTensor, find_class
 from supar_cli.files import read_json
 from supar_cli.planning import layout
 from supar_cli.planning.folding import standard_factors
@@ -119,38 +119,45 @@ def open_folder(path: Path) -> StoredModel:
     except InputError as error:
         raise InputError(*(f"{path / CONFIG}: {problem}" for problem in error.problems)) from None
     files = _files(path)
-    stored = {one.name: one for one in stock.tensors(decoder, biased)}
-    buffers = stock.buffer_names(decoder)
-    final_norm = next(name for name, one in stored.items() if one.parts[0].name == "final_norm")
-    if final_norm not in files:  # saved without the class's prefix, as a model without a head is
-        stored = {name.removeprefix(stock.prefix): one for name, one in stored.items()}
-        buffers = {name.removeprefix(stock.prefix) for name in buffers}
-    heads = [f"{name}.weight" for name in stock.heads if f"{name}.weight" in files]
-    embedding = next(name for name, one in stored.items() if one.parts[0].name == "embedding")
-    if heads and not decoder.tied and heads[0] not in stored:
-        stored = {heads[0] if one.parts[0].name == "unembedding" else name: one for name, one in stored.items()}
-    elif heads and decoder.tied:
-        if embedding not in files:
-            stored[heads[0]] = stored.pop(embedding)
-        elif not torch.equal(files[embedding].get_tensor(embedding), files[heads[0]].get_tensor(heads[0])):
-            what = f"differs from {embedding}, although {CONFIG} ties them; expected tie_word_embeddings: false"
-            raise InputError(f"{path}: {heads[0]} {what}")
-        buffers |= set(heads)
-    _require_tensors(path, files, stored, buffers)
+    stored, others = _named(stock, decoder, biased, set(files))
+    _require_tensors(path, files, stored, others)
     places = {part.name: (name, one) for name, one in stored.items() for part in one.parts}
+    for name in others.intersection(files, (f"{head}.weight" for head in stock.heads)):
+        embedding = places["embedding"][0]
+        if not torch.equal(files[name].get_tensor(name), files[embedding].get_tensor(embedding)):
+            what = f"differs from the embedding, although {CONFIG} ties them; expected tie_word_embeddings: false"
+            raise InputError(f"{path}: {name}: {what}")
+    rows = {row.name: row for row in layout.tensors(decoder)}
 
     def read(name: str) -> Tensor:
         if name not in places:  # a bias that the class doesn't have
-            return torch.zeros(shapes[name])
+            return torch.zeros(rows[name].shape)
         key, one = places[name]
         return one.split(files[key].get_tensor(key))[name].float().contiguous()
 
-    shapes = {row.name: row.shape for row in layout.tensors(decoder)}
-    has_bias = any(
-        bool(read(row.name).any()) for row in layout.tensors(decoder) if row.role == "bias" and row.name in places
-    )
+    has_bias = any(bool(read(name).any()) for name, row in rows.items() if row.role == "bias")
     decoder = decoder.model_copy(update={"bias": has_bias})
     return StoredModel(path, f"a {stock.architecture}", decoder, read, tuple(notes))
+
+
+def _named(
+    stock: StockClass, decoder: PlanModel, biased: Sequence[str], files: set[str]
+) -> tuple[dict[str, StockTensor], set[str]]:
+    """The tensors of a folder by the names that they have there, and the names of others that it may have."""
+    found = {part.name: one for one in stock.tensors(decoder, biased) for part in one.parts}
+    names, others = {one.name: one.name for one in found.values()}, stock.buffer_names(decoder)
+    if found["final_norm"].name not in files:  # saved without the class's prefix, as a model without a head is
+        names = {name: name.removeprefix(stock.prefix) for name in names}
+        others = {name.removeprefix(stock.prefix) for name in others}
+    if heads := [f"{head}.weight" for head in stock.heads if f"{head}.weight" in files]:
+        embedding = found["embedding"].name
+        if not decoder.tied:
+            names[found["unembedding"].name] = heads[0]
+        elif names[embedding] not in files:
+            names[embedding] = heads[0]
+        else:
+            others.add(heads[0])
+    return {names[one.name]: one for one in found.values()}, others
 
 
 def _files(path: Path) -> dict[str, Any]:

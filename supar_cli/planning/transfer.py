@@ -87,9 +87,7 @@ def transfer(
     """The plan of training `target` with the hyperparameters of `proxy`; with `masks` their densities are the tensors'.
 
     `draw` is how values of sparse tensors are drawn: studies over density draw `positions`, so that their runs share the
-    values of what lives in several of them.
-
-    Raises InputError for a target that can't work.
+    values of what lives in several of them. Raises InputError for a target that can't work.
     """
     if parameterization not in get_args(rules.ParameterizationName):
         names = ", ".join(get_args(rules.ParameterizationName))
