@@ -310,7 +310,14 @@ def test_without_transformers_it_says_how_to_compare(
     monkeypatch.setattr(export, "find_spec", lambda _: True)
     monkeypatch.setitem(sys.modules, "transformers", None)
     done = supar_cli.export(run, tmp_path / "one", dtype="bfloat16")
-    assert done.difference is None and "were not compared: transformers: import of transformers halted" in done.compared
+    assert done.difference is None and "can't be used here: import of transformers halted" in done.compared
+
+    def breaks(*_: Any) -> float:  # as transformers' own imports do
+        raise ImportError("Could not import module 'GPT2LMHeadModel'.") from RuntimeError("operator nms does not exist")
+
+    monkeypatch.setattr(export.comparison, "difference", breaks)
+    done = supar_cli.export(run, tmp_path / "one", dtype="bfloat16", force=True)
+    assert "were not compared: transformers can't be used here: operator nms does not exist" in done.compared
     monkeypatch.setattr(export, "find_spec", lambda _: None)
     done = supar_cli.export(run, tmp_path / "two", dtype="bfloat16")
     assert "`pip install transformers`" in done.compared

@@ -195,7 +195,8 @@ def _write_class(
         try:
             differences += [] if missing else [comparison.difference(folder, model)]
         except ImportError as error:
-            missing = f"transformers: {str(error).splitlines()[0]}"
+            cause = error.__cause__ or error  # what transformers' own message leaves out
+            missing = f"transformers can't be used here: {str(cause).splitlines()[0]}"
     if missing:
         return [], f"the logits were not compared: {missing}", lost
     comparison.require_equal(differences[0], model, stock.architecture)
