@@ -54,6 +54,39 @@ class TestChoice:
         assert autotune.fastest(drawn((1024, 512), 1 / 128), self.CASE).name == "sparse"
         assert autotune.fastest(drawn((1024, 512), 1 / 2), self.CASE).name == "dense"
 
+    @pytest.mark.parametrize(
+        ("dense", "limit_s", "rounds", "tokens"),
+        [(3.0, 99.0, 4, {64}), (1.5, 99.0, 10, {64, 256}), (1.5, 45.0, 8, {64, 256}), (1.5, 4.0, 2, {64})],
+    )  # milliseconds a token by the dense engine, one by the sparse one
+    def test_what_loses_on_a_few_tokens_is_measured_no_further_and_time_is_limited(
+        self, monkeypatch: pytest.MonkeyPatch, dense: float, limit_s: float, rounds: int, tokens: set[int]
+    ) -> None:
+        calls: list[tuple[str, int]] = []
+        clock = 0.0
+
+        def timed(run: Any, _: Any) -> float:
+            nonlocal clock
+            engine, _, x, _ = run.args
+            calls.append((type(engine).__name__, len(x)))
+            spent = len(x) * (dense if calls[-1][0] == "Dense" else 1.0) / 64
+            clock += spent
+            return spent
+
+        monkeypatch.setattr(autotune, "timed", timed)
+        monkeypatch.setattr(autotune.time, "perf_counter", lambda: clock)
+        choice = autotune.fastest(drawn((256, 256), 1 / 64), self.CASE, limit_s)
+        assert choice.name == "sparse" and choice.seconds["dense"] == dense * choice.seconds["sparse"]
+        assert [sum(name == one for one, _ in calls) for name in ("Dense", "Sparse")] == [rounds, rounds]
+        assert {tokens for _, tokens in calls} == tokens and clock <= limit_s + 10  # the last round ends
+
+    def test_what_cannot_win_is_not_measured(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(autotune, "times", lambda *_: pytest.fail("measured"))
+        assert autotune.fastest(drawn((512, 512), 1 / 300), self.CASE) == EngineChoice("sparse", {})
+        assert autotune.fastest(drawn((512, 512), 0.6), self.CASE) == EngineChoice("dense", {})
+        on_cuda = LayerCase(torch.device("cuda"), torch.float32, 4096, block=16)  # which has no sparse engine
+        for density in (1 / 300, 0.6):
+            assert autotune.can_win(drawn((512, 512), density), on_cuda) == ["dense", "block"]
+
     def test_of_a_large_layer_the_first_rows_are_measured_and_it_is_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """By every engine alike, and kept apart from a measurement of all rows."""
         monkeypatch.setattr(autotune, "MOST_POSITIONS", 100 * 256 + 7)

@@ -3,7 +3,7 @@
 A measurement is of one layer's forward pass and both gradients on random numbers, kept in a file of the user's cache
 folder, so that it is made once for each device, shape, density, edge of blocks, precision and number of tokens. Of a large layer
 only the first rows are measured, by each engine alike: a whole dense weight and its gradient would not fit where the live
-weights do.
+weights do. What cannot win is not measured, what loses clearly on a few tokens no further.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from math import inf
 from pathlib import Path
 
 import torch
@@ -30,10 +31,16 @@ from supar_cli.sparse.csr import Sparse, numba_version
 from supar_cli.sparse.linear import Dense, Engine
 from supar_cli.sparse.masks import Mask
 
-TOKENS = 1024  # chosen: more change the ratio of the engines little and make the measurement long
+FIRST_TOKENS, FIRST_ROUNDS = 64, 3  # chosen: milliseconds; of a few rounds the fastest is free of what else runs
+TOKENS = {"cpu": 256, "cuda": 1024}  # chosen: more change the ratio of the engines little and make the measurement long
 ROUNDS = 5  # chosen: interleaved; their median decides
+MOST_SECONDS = 5.0  # chosen: for the layers of a plan
+LOST = 2.0  # chosen: times the fastest; few tokens measured narrow the gap, as what each pass does once weighs more
+MOST_PER_LIVE = 256  # measured: there the sparse engine is 14 to 27 times as fast, by either kernel (EPYC, Zen 4)
 MIN_SPEEDUP = 1.1  # chosen: the speedup that another engine needs over the dense one, so that noise does not decide
-MIN_MULTIPLY_ADDS = 2**25  # chosen: a layer of fewer is dense unmeasured: a few milliseconds at most
+MIN_MULTIPLY_ADDS = (
+    2**23
+)  # chosen: a layer of fewer on so many tokens is dense unmeasured: a few milliseconds of a step
 MOST_POSITIONS = 2**24  # chosen: of a mask that are measured: 64 MiB of a dense weight, as much of its gradient
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's names for them, from malloc.h
 LARGEST_BYTES = 2**30  # chosen: a tensor above this goes back to the system when it is freed
@@ -127,25 +134,37 @@ def keeping_no_measurement() -> Iterator[None]:
         _keeps.pop()
 
 
-def fastest(mask: Mask, case: LayerCase) -> EngineChoice:
-    """The dense engine, or another that is faster by MIN_SPEEDUP at least."""
-    names = candidates(case)
-    case = replace(case, tokens=min(case.tokens, TOKENS))
-    if len(names) == 1 or mask.size * case.tokens < MIN_MULTIPLY_ADDS:
+def fastest(mask: Mask, case: LayerCase, seconds: float = MOST_SECONDS) -> EngineChoice:
+    """The dense engine, or another that is faster by MIN_SPEEDUP at least, measured in about `seconds` at most."""
+    case = replace(case, tokens=min(case.tokens, TOKENS[case.device.type]))
+    if mask.size * case.tokens < MIN_MULTIPLY_ADDS:
         return EngineChoice("dense", {})
+    names = can_win(mask, case)
+    if len(names) == 1:
+        return EngineChoice(names[0], {})
     rows = rows_measured(mask.shape, case.block)
     path, key = _cache(), _key(mask, rows, case)
-    seconds = _read(path).get(key, {})
-    measured_now = not is_valid(seconds, names)
+    found = _read(path).get(key, {})
+    measured_now = not is_valid(found, names)
     if measured_now:
         part = mask if rows == mask.shape[0] else Mask.of(mask.alive(slice(rows)))
-        seconds = times({name: make(name, part, case) for name in names}, part, case, ROUNDS)
+        found = times({name: make(name, part, case) for name in names}, part, case, seconds)
         if _keeps[-1]:
             with suppress(OSError):  # measured again next time
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_file(path, json.dumps({**_read(path), key: seconds}, indent=1, sort_keys=True) + "\n")
-    best = min(names, key=lambda name: seconds[name] * (1.0 if name == "dense" else MIN_SPEEDUP))
-    return EngineChoice(best, seconds, measured_now, None if rows == mask.shape[0] else rows)
+                write_file(path, json.dumps({**_read(path), key: found}, indent=1, sort_keys=True) + "\n")
+    best = min(found, key=lambda name: found[name] * (1.0 if name == "dense" else MIN_SPEEDUP))
+    return EngineChoice(best, found, measured_now, None if rows == mask.shape[0] else rows)
+
+
+def can_win(mask: Mask, case: LayerCase) -> list[str]:
+    """The candidates without what loses at any speed: the sparse engine where most weights live, the dense one where few do."""
+    names = candidates(case)
+    if "sparse" in names and 2 * mask.count > mask.size:
+        names.remove("sparse")
+    elif "sparse" in names and MOST_PER_LIVE * mask.count < mask.size:
+        names.remove("dense")
+    return names
 
 
 def rows_measured(shape: tuple[int, ...], block: int | None) -> int:
@@ -155,22 +174,42 @@ def rows_measured(shape: tuple[int, ...], block: int | None) -> int:
 
 
 @torch.enable_grad()
-def times(engines: dict[str, Engine], mask: Mask, case: LayerCase, rounds: int) -> dict[str, float]:
-    """Median seconds of a layer's step by engine."""
-    values, (x, gradient) = draw_values(mask, case.device), draw_inputs(mask.shape, case, case.precision)
-    steps = {name: partial(layer_step, engine, values, x, gradient) for name, engine in engines.items()}
-    return {name: statistics.median(spent) for name, spent in interleave(steps, rounds, case.device).items()}
+def times(engines: dict[str, Engine], mask: Mask, case: LayerCase, seconds: float = MOST_SECONDS) -> dict[str, float]:
+    """Seconds of a layer's step by engine: medians over the case's tokens, of those that did not lose on a few.
+
+    Where only one did not, or there is no time for more, the seconds on a few tokens, of all engines.
+    """
+    end_s, values = time.perf_counter() + seconds, draw_values(mask, case.device)
+
+    def measure(names: Iterable[str], tokens: int, rounds: int) -> dict[str, list[float]]:
+        x, gradient = draw_inputs(mask.shape, replace(case, tokens=tokens), case.precision)
+        steps = {name: partial(layer_step, engines[name], values, x, gradient) for name in names}
+        return interleave(steps, rounds, case.device, end_s=end_s)
+
+    few = min(case.tokens, FIRST_TOKENS)
+    first = {name: min(spent) for name, spent in measure(engines, few, FIRST_ROUNDS).items()}
+    left = {name: spent for name, spent in first.items() if spent <= LOST * min(first.values())}
+    two_rounds_s = 2 * sum(left.values()) * case.tokens / few
+    if len(left) == 1 or time.perf_counter() + two_rounds_s > end_s:
+        return first
+    return {name: statistics.median(spent) for name, spent in measure(left, case.tokens, ROUNDS).items()}
 
 
 def interleave(
-    runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 1
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    warmup: int = 1,
+    end_s: float = inf,
 ) -> dict[str, list[float]]:
     """Seconds of each run by round, after `warmup` rounds that do not count; the order alternates between rounds.
 
-    So whatever else the machine does falls on all of them.
+    So whatever else the machine does falls on all of them. After `end_s`, by time.perf_counter(), only a first round begins.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(warmup + rounds):
+        if turn > warmup and time.perf_counter() > end_s:
+            break
         for name in runs if turn % 2 else reversed(list(runs)):
             seconds[name].append(timed(runs[name], device))
     return {name: spent[warmup:] for name, spent in seconds.items()}  # earlier ones compile and touch memory
@@ -237,8 +276,8 @@ def _cache() -> Path:
 
 
 def is_valid(seconds: object, names: list[str]) -> bool:
-    """Whether a cached measurement covers these engines."""
-    if not isinstance(seconds, dict) or set(seconds) != set(names):
+    """Whether a cached measurement is of these engines, or of those that did not lose at once."""
+    if not isinstance(seconds, dict) or not seconds or not set(seconds) <= set(names):
         return False
     return all(isinstance(value, float) and value > 0 for value in seconds.values())
 

@@ -247,13 +247,16 @@ class EngineSelector:
         Returns the measurements that were not known before, one line for each shape, and a hint at what would be faster.
         """
         texts: Counter[str] = Counter()
-        known = set(self._fastest)
+        alike = {name: (mask.shape, self._measured_count(mask)) for name, mask in masks.items()}
+        named = {name: self.plan.engine(self._rows[name]) for name in masks}
+        new = {alike[name] for name in masks if named[name] == "auto"} - set(self._fastest)
         for name, mask in masks.items():
-            named, alike = self.plan.engine(self._rows[name]), (mask.shape, self._measured_count(mask))
-            if named == "auto" and alike not in self._fastest:
-                self._fastest[alike] = self._ranks.on_main(autotune.fastest, mask, self.case)
-            self.choices[name] = self._fastest[alike] if named == "auto" else EngineChoice(named, {})
-            if self.choices[name].seconds and alike not in known:
+            if alike[name] in new - set(self._fastest):
+                limit_s = autotune.MOST_SECONDS / len(new)
+                self._fastest[alike[name]] = self._ranks.on_main(autotune.fastest, mask, self.case, limit_s)
+            is_auto = named[name] == "auto"
+            self.choices[name] = self._fastest[alike[name]] if is_auto else EngineChoice(named[name], {})
+            if is_auto and alike[name] in new and self.choices[name] != EngineChoice("dense", {}):
                 size = f"{'×'.join(map(str, mask.shape))} at density {mask.count / mask.size:.3g}"
                 texts[f"{size}: {self.choices[name].text()}"] += 1
         lines = [f"engine of {count} tensors {text}" for text, count in texts.items()]
