@@ -237,10 +237,10 @@ class TestVocabulary:
         found = supar_cli.evaluate(run, tmp_path / "ids.bin")
         scores = by_definition(supar_cli.model(run).double(), [ids[1:].tolist()], int(ids[0]))
         assert found["loss"] == pytest.approx(figures(scores, [1])["loss"], rel=1e-6) and found["tokens"] == 99
-        ids[50] = 256
-        ids.tofile(tmp_path / "ids.bin")
-        with pytest.raises(SetupError, match="token 256; expected less than the vocabulary size 256"):
-            supar_cli.evaluate(run, tmp_path / "ids.bin")
+        for wrong in (256, -1):
+            np.save(tmp_path / "ids.npy", np.array([*ids, wrong], np.int32))
+            with pytest.raises(SetupError, match=f"token {wrong}; expected 0 to 255, the model's vocabulary"):
+                supar_cli.evaluate(run, tmp_path / "ids.npy")
 
 
 class TestSources:
