@@ -298,6 +298,7 @@ def test_only_an_earlier_export_is_replaced(run_of: Runs, tmp_path: Path) -> Non
     supar_cli.export(run, folder, to="safetensors", force=True)
     assert (folder / "model.safetensors").exists() and not (folder / "model.npz").exists()
     (folder / "notes.txt").write_text("x")
+    (tmp_path / "mine/supar.json").write_text("[1]")
     for kept in (folder, tmp_path / "mine"):
         with pytest.raises(InputError, match=r"notes.txt is of no export of supar, so it is not replaced"):
             supar_cli.export(run, kept, force=True)
