@@ -53,5 +53,5 @@ def _describe(record: dict[str, Any]) -> str:
             error = record[f"{name}_se"]
             found.append(text.format(f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")))
     over = record["standard_errors"]
-    counts = f"{record['tokens']:,} tokens of {record['documents']:,} documents"
+    counts = f"{record['tokens']:,} tokens of {record['documents']:,} document{'s' * (record['documents'] > 1)}"
     return f"{', '.join(found)}; {counts} (± a standard error, over {over['count']:,} {over['over']})"

@@ -259,7 +259,7 @@ class EngineSelector:
             if is_auto and alike[name] in new and self.choices[name] != EngineChoice("dense", {}):
                 size = f"{'×'.join(map(str, mask.shape))} at density {mask.count / mask.size:.3g}"
                 texts[f"{size}: {self.choices[name].text()}"] += 1
-        lines = [f"engine of {count} tensors {text}" for text, count in texts.items()]
+        lines = [f"engine of {count} tensor{'s' * (count > 1)} {text}" for text, count in texts.items()]
         if lines and self.case.device.type == "cpu" and not importlib.util.find_spec("numba"):
             lines.append("numba is not installed: `pip install numba` makes the sparse engine faster")
         return lines
