@@ -193,7 +193,7 @@ def _write_class(
         (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", "utf-8")
         lost = contents.write(folder / WEIGHTS, precision)
         try:
-            differences += [] if missing else [comparison.difference(folder, model)]
+            differences += [] if missing else [comparison.difference(folder, model, stock.architecture)]
         except ImportError as error:
             cause = error.__cause__ or error  # what transformers' own message leaves out
             missing = f"transformers can't be used here: {str(cause).splitlines()[0]}"
