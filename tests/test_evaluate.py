@@ -42,8 +42,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Path:
-    """A sparse run on bytes."""
-    supar_cli.train(plan_from(proxy_fields(str(folder / "text.txt"), train=STEPS)), folder / "runs/bytes")
+    """A sparse run on bytes, long enough to use its context."""
+    train = STEPS | {"steps": 40, "eval_every": 40}
+    supar_cli.train(plan_from(proxy_fields(str(folder / "text.txt"), train=train)), folder / "runs/bytes")
     return folder / "runs/bytes"
 
 
@@ -140,7 +141,7 @@ class TestDefinition:
         assert {key: found[key] for key in counts} == counts and found["warnings"] == []
         for fault in FAULTS:
             wrong = figures(by_definition(model, documents, 0, fault), sizes)
-            assert wrong["loss"] != pytest.approx(wanted["loss"], rel=1e-3), fault
+            assert wrong["loss"] != pytest.approx(wanted["loss"], rel=1e-4), fault
         characters = figures(scores, [len(text) for text in TEXTS])  # bytes counted as characters
         assert characters["bits_per_byte"] != pytest.approx(found["bits_per_byte"], rel=1e-3)
 
@@ -227,6 +228,7 @@ class TestVocabulary:
         text = supar_cli.evaluate(run_of_vocabulary, folder / "texts.jsonl", field="page")
         assert found["loss"] == pytest.approx(text["loss"], rel=1e-6)
         assert (found["tokens"], found["documents"]) == (text["tokens"], text["documents"])
+        assert "taken for those of the run's tokenizer" in found["warnings"][0]
         assert found["bits_per_byte"] is found["bits_per_byte_se"] is found["bytes"] is None and found["why_no_bytes"]
 
     def test_without_a_separator_the_first_token_is_not_scored(self, run: Path, tmp_path: Path) -> None:
@@ -235,10 +237,10 @@ class TestVocabulary:
         found = supar_cli.evaluate(run, tmp_path / "ids.bin")
         scores = by_definition(supar_cli.model(run).double(), [ids[1:].tolist()], int(ids[0]))
         assert found["loss"] == pytest.approx(figures(scores, [1])["loss"], rel=1e-6) and found["tokens"] == 99
-        ids[50] = 256
-        ids.tofile(tmp_path / "ids.bin")
-        with pytest.raises(SetupError, match="token 256; expected less than the vocabulary size 256"):
-            supar_cli.evaluate(run, tmp_path / "ids.bin")
+        for wrong in (256, -1):
+            np.save(tmp_path / "ids.npy", np.array([*ids, wrong], np.int32))
+            with pytest.raises(SetupError, match=f"token {wrong}; expected 0 to 255, the model's vocabulary"):
+                supar_cli.evaluate(run, tmp_path / "ids.npy")
 
 
 class TestSources:

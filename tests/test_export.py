@@ -34,15 +34,27 @@ COMPLETE = {"depth_rule": "completep"}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gpt2 tied": ("gpt2", {}, {}),
     "gpt2 untied, biases": ("gpt2", {"tied": False, "bias": True}, {}),
-    "gpt2 tied, biases, depth rule, tanh": ("gpt2", {"bias": True, "activation": "gelu_tanh"}, COMPLETE),
+    "gpt2 tied, biases, depth rule, tanh": (
+        "gpt2",
+        {"bias": True, "activation": "gelu_tanh", "norm_eps": 0.01},
+        COMPLETE,
+    ),
     "llama untied, GQA": ("llama", {**LLAMA, "tied": False}, {}),
     "llama tied, GQA, head width": ("llama", {**LLAMA, "head_width": 24}, {}),
-    "llama tied, biases, depth rule": ("llama", {**LLAMA, "bias": True, "rope_theta": 500.0}, COMPLETE),
-    "granite untied, GQA": ("granite", {**LLAMA, "tied": False}, {}),
+    "llama tied, biases, depth rule": (
+        "llama",
+        {**LLAMA, "bias": True, "rope_theta": 500.0, "norm_eps": 0.01},
+        COMPLETE,
+    ),
+    "granite untied, GQA": ("granite", {**LLAMA, "tied": False, "norm_eps": 0.01}, {}),
     "granite tied, biases, depth rule": ("granite", {**LLAMA, "bias": True}, COMPLETE),
     "gpt-neox untied, biases": ("gpt-neox", {"positions": "rope", "tied": False, "bias": True}, {}),
-    "gpt-neox tied, depth rule, tanh": ("gpt-neox", {"positions": "rope", "activation": "gelu_tanh"}, COMPLETE),
-    "mpt tied": ("mpt", {"positions": "alibi"}, {}),
+    "gpt-neox tied, depth rule, tanh": (
+        "gpt-neox",
+        {"positions": "rope", "activation": "gelu_tanh", "rope_theta": 500.0, "norm_eps": 0.01},
+        COMPLETE,
+    ),
+    "mpt tied": ("mpt", {"positions": "alibi", "norm_eps": 0.01}, {}),
     "mpt untied, 3 heads, depth rule": (
         "mpt",
         {"positions": "alibi", "tied": False, "heads": 3, "width": 48},
@@ -286,6 +298,7 @@ def test_only_an_earlier_export_is_replaced(run_of: Runs, tmp_path: Path) -> Non
     supar_cli.export(run, folder, to="safetensors", force=True)
     assert (folder / "model.safetensors").exists() and not (folder / "model.npz").exists()
     (folder / "notes.txt").write_text("x")
+    (tmp_path / "mine/supar.json").write_text("[1]")
     for kept in (folder, tmp_path / "mine"):
         with pytest.raises(InputError, match=r"notes.txt is of no export of supar, so it is not replaced"):
             supar_cli.export(run, kept, force=True)
@@ -298,7 +311,14 @@ def test_without_transformers_it_says_how_to_compare(
     monkeypatch.setattr(export, "find_spec", lambda _: True)
     monkeypatch.setitem(sys.modules, "transformers", None)
     done = supar_cli.export(run, tmp_path / "one", dtype="bfloat16")
-    assert done.difference is None and "were not compared: transformers: import of transformers halted" in done.compared
+    assert done.difference is None and "can't be used here: import of transformers halted" in done.compared
+
+    def breaks(*_: Any) -> float:  # as transformers' own imports do
+        raise ImportError("Could not import module 'GPT2LMHeadModel'.") from RuntimeError("operator nms does not exist")
+
+    monkeypatch.setattr(export.comparison, "difference", breaks)
+    done = supar_cli.export(run, tmp_path / "one", dtype="bfloat16", force=True)
+    assert "were not compared: transformers can't be used here: operator nms does not exist" in done.compared
     monkeypatch.setattr(export, "find_spec", lambda _: None)
     done = supar_cli.export(run, tmp_path / "two", dtype="bfloat16")
     assert "`pip install transformers`" in done.compared

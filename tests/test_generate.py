@@ -23,7 +23,7 @@ from supar_cli.errors import InputError, UnusableResult
 from supar_cli.exporting import generate, loaded_model
 from supar_cli.models import transformer
 from supar_cli.planning.plan import Plan
-from tests.conftest import Called, environment, real_text
+from tests.conftest import Called, environment
 from tests.test_loaded_model import train
 from tests.test_model import MODELS, SHAPE, T, filled, tokens
 from tests.test_tokenizer import by_level
@@ -33,6 +33,9 @@ Supar = Callable[..., Called]
 
 CONTEXT = 16
 STORY = "aé€𝄞z"  # characters of 1, 2, 3 and 4 bytes
+LETTERS = (
+    "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=50)) * 240
+)  # its next letter needs several before
 
 # ------------------------------------------------------------------------------------------------ the cache
 
@@ -113,12 +116,12 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one text, without an end, that is trained long enough to prefer some tokens."""
-    folder = tmp_path_factory.mktemp("prose")
-    (folder / "text.txt").write_bytes(real_text(12_000))
+def letters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one text, without an end."""
+    folder = tmp_path_factory.mktemp("letters")
+    (folder / "text.txt").write_text(LETTERS)
     model = {"family": "llama", "kv_heads": 1, "context": CONTEXT}
-    return train(folder / "text.txt", folder / "runs/prose", train={"steps": 40}, model=model)
+    return train(folder / "text.txt", folder / "runs/letters", train={"steps": 40}, model=model)
 
 
 def greedy(model: Any, ids: list[int], count: int) -> list[int]:
@@ -167,18 +170,18 @@ def test_a_run_of_tokens_needs_a_named_tokenizer(plan_of: MakePlan, tmp_path: Pa
 
 
 class TestTokens:
-    @pytest.mark.parametrize("prompt", ["d", "x" * CONTEXT, "parser = argparse.ArgumentParser("])
+    @pytest.mark.parametrize("prompt", ["d", "x" * CONTEXT, LETTERS[:30]])
     def test_the_likeliest_are_those_without_a_cache(
-        self, prose: Path, prompt: str, monkeypatch: pytest.MonkeyPatch
+        self, letters: Path, prompt: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(generate, "READ_AT_ONCE", 5)
         notes: list[str] = []
-        wanted = bytes(greedy(supar_cli.model(prose), list(prompt.encode()), 40)).decode("utf-8", "replace")
-        assert text_of(prose, prompt, tokens=40, note=notes.append) == wanted and len(wanted) == len(prompt) + 40
+        wanted = bytes(greedy(supar_cli.model(letters), list(prompt.encode()), 40)).decode("utf-8", "replace")
+        assert text_of(letters, prompt, tokens=40, note=notes.append) == wanted and len(set(wanted[-40:])) > 9
         assert notes == [f"beyond the context of {CONTEXT} tokens the oldest half of it was forgotten each time"]
-        assert text_of(prose, prompt, tokens=40, temperature=1e-9) == wanted
-        assert text_of(prose, prompt, tokens=40, temperature=3.0, top_k=1) == wanted
-        assert text_of(prose, prompt, tokens=40, temperature=3.0) != wanted
+        assert text_of(letters, prompt, tokens=40, temperature=1e-9) == wanted
+        assert text_of(letters, prompt, tokens=40, temperature=3.0, top_k=1) == wanted
+        assert text_of(letters, prompt, tokens=40, temperature=3.0) != wanted
 
     def test_the_text_ends_where_a_document_does(self, story: Path) -> None:
         notes: list[str] = []
@@ -189,13 +192,13 @@ class TestTokens:
             text_of(story, STORY + "\0a", tokens=3) == STORY + "\0aé" + "\ufffd"
         )  # the prompt may hold ends; cut within €
 
-    def test_a_seed_and_a_position_draw_a_token(self, prose: Path) -> None:
+    def test_a_seed_and_a_position_draw_a_token(self, letters: Path) -> None:
         how: dict[str, Any] = {"temperature": 1.0, "top_k": 40}
-        whole = text_of(prose, "def ", tokens=12, seed=3, **how)
-        assert whole == text_of(prose, "def ", tokens=12, seed=3, **how)
-        assert whole != text_of(prose, "def ", tokens=12, seed=4, **how)
-        if whole.isascii():  # then its tokens are those of the text, and half of it is continued as it was
-            assert text_of(prose, whole[:9], tokens=7, seed=3, **how) == whole
+        whole = text_of(letters, "def ", tokens=12, seed=3, **how)
+        assert whole == text_of(letters, "def ", tokens=12, seed=3, **how)
+        assert whole != text_of(letters, "def ", tokens=12, seed=4, **how)
+        assert whole.isascii()  # so its tokens are those of the text, and half of it is continued as it was
+        assert text_of(letters, whole[:9], tokens=7, seed=3, **how) == whole
 
     @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.5, None), (2.0, 3), (0.7, 40)])
     def test_draws_by_the_softmax(self, temperature: float, top_k: int | None) -> None:
@@ -211,13 +214,13 @@ class TestTokens:
         assert generate.draw(logits_V, temperature, top_k, 0.0) == logits_V.argmax()
         assert generate.draw(logits_V, temperature, top_k, 1 - 2**-53) < 17
 
-    def test_a_model_that_diverged_is_named(self, prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        plan, model = loaded_model.load(prose, "cpu")
+    def test_a_model_that_diverged_is_named(self, letters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        plan, model = loaded_model.load(letters, "cpu")
         torch.nn.init.constant_(model.final_norm.weight, float("nan"))
         monkeypatch.setattr(loaded_model, "load", lambda *_: (plan, model))
-        text = supar_cli.generate(prose, "def")
+        text = supar_cli.generate(letters, "def")
         assert "".join(next(text) for _ in range(3)) == "def"
-        with pytest.raises(UnusableResult, match="prose: the logits after 3 tokens are not finite"):
+        with pytest.raises(UnusableResult, match="letters: the logits after 3 tokens are not finite"):
             next(text)
 
 
@@ -280,8 +283,27 @@ class TestCommand:
         ended = supar_here("generate", str(story), *arguments)
         assert (ended.status, ended.out) == (status, "") and f"error: {words}" in ended.err
 
-    def test_a_dead_reader_ends_it(self, prose: Path) -> None:
+    def test_a_dead_reader_ends_it(self, letters: Path) -> None:
         """So many tokens would take minutes."""
-        command = f"{sys.executable} -m supar_cli generate {prose} abc --tokens 1000000 | head -c 9"
+        command = f"{sys.executable} -m supar_cli generate {letters} abc --tokens 1000000 | head -c 9"
         done = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, timeout=60)
         assert len(done.stdout) == 9 and done.stderr == b""
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_likeliest_tokens_are_those_of_transformers(tmp_path: Path, family: str) -> None:
+    hf = pytest.importorskip("transformers", reason="transformers runs the exported folder")
+    (tmp_path / "text.txt").write_text(LETTERS)
+    shape: dict[str, Any] = {"gpt2": {"bias": True}, "llama": {"kv_heads": 1, "tied": False}}[family]
+    model = {"family": family, "context": 80, **shape}
+    run = train(tmp_path / "text.txt", tmp_path / "run", train={"steps": 30}, model=model)
+    supar_cli.export(run, tmp_path / "folder", to=family)
+    theirs, prompt = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "folder"), "def f("
+    encoder = hf.AutoTokenizer.from_pretrained(tmp_path / "folder")
+    index_BT = encoder(prompt, return_tensors="pt").input_ids
+    found_BT = theirs.generate(index_BT, do_sample=False, max_new_tokens=64)
+    assert encoder.decode(found_BT[0]) == text_of(run, prompt, tokens=64)
+    assert found_BT.shape == (1, len(prompt) + 64) and len(set(found_BT[0].tolist())) > 9
+    with torch.no_grad():  # the control
+        next(theirs.parameters()).mul_(-1)
+    assert encoder.decode(theirs.generate(index_BT, do_sample=False, max_new_tokens=64)[0]) != text_of(run, prompt)

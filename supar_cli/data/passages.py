@@ -61,13 +61,13 @@ def read(found: Corpus, data: Data, vocab: int, held_out: bool, limit: int | Non
     Raises InputError for the wrong data or a tokenizer with more than `vocab` tokens, SetupError for data that can't be used.
     """
     named = [corpus.tokenizer_file(data)] if data.tokenizer != "bytes" else []
-    encoder = tokenizer.load(data) if found.is_text or named or data.separator is not None else None
+    encoder = tokenizer.load(data) if found.is_text or named else None
     separator = text = None
     if encoder is not None:
         tokenizer.require_fits(encoder, data, vocab)
         separator, text = encoder.separator, encoder.separator_text
-    files, is_tail = found.validation if held_out else found.files, held_out and not found.validation
-    files = found.files if is_tail else files
+    is_tail = held_out and not found.validation
+    files = found.validation if held_out and not is_tail else found.files
     with tokens.require_unchanged([*found.files, *named]) as stamps:
         known = corpus.identify(data, found)
         tokens.raise_open_file_limit(len(files))
@@ -75,8 +75,7 @@ def read(found: Corpus, data: Data, vocab: int, held_out: bool, limit: int | Non
         if found.is_text:
             assert encoder is not None
             whole = _of_texts(documents.texts(found.kind, files, data, decoding), encoder)
-            gap = int(separator is not None)
-            whole = _tail(list(whole), gap, not decoding.is_raw) if is_tail else whole
+            whole = _tail(list(whole), int(separator is not None), not decoding.is_raw) if is_tail else whole
         else:
             stored = (tokens.open_tokens(StampedFile(path, stamps[path]), found.kind, data.dtype) for path in files)
             ends = (one[len(one) - len(one) // TAIL_SHARE :] if is_tail else one for one in stored)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,12 +41,8 @@ NOT_SCORED = -100
 LARGEST_LOSS = 700.0  # nats; beyond it a perplexity is no double
 
 
-class Window(NamedTuple):
-    """Tokens in a row of a document, of which the last `scored` ones are predicted."""
-
-    document: int
-    tokens: NDArray[np.int64]
-    scored: int
+# the number of a document, some of its tokens in a row, and how many of them, the last ones, are predicted
+Window = tuple[int, NDArray[np.int64], int]
 
 
 def evaluate(
@@ -122,32 +118,31 @@ def _sources(
     if found.is_text and not is_known and "tokenizer" not in reading:
         what = f"is text, and the run's data, {own.source}, hold tokens, whose tokenizer is not known"
         raise InputError(f"data.source: {given}: {what}; expected --tokenizer FILE, or bytes")
-    if found.is_text and not (is_same and is_known):
-        known = own.tokenizer if is_known else "not known"
-        what = f"{data.tokenizer} makes the tokens; the run's tokenizer is {known}, whose ids may be others"
-        return [(data, found)], [f"data.tokenizer: {what}"]
-    return [(data, found)], []
+    known = own.tokenizer if is_known else "not known"
+    if not found.is_text:
+        return [(data, found)], [
+            f"data.source: {given}: holds tokens, taken for those of the run's tokenizer ({known})"
+        ]
+    if is_same and is_known:
+        return [(data, found)], []
+    what = f"{data.tokenizer} makes the tokens; the run's tokenizer is {known}, whose ids may be others"
+    return [(data, found)], [f"data.tokenizer: {what}"]
 
 
 def _are_same(one: str, other: str) -> bool:
     """Whether two tokenizers are of one name, or their files have the same content."""
-    if one == other or "bytes" in (one, other):
-        return one == other
-    try:
-        first, second = (file_hash(corpus.tokenizer_file(Data(tokenizer=name))) for name in (one, other))
-    except (InputError, OSError):
-        return False
-    return first == second
+    paths = [Path(name, "tokenizer.json" if Path(name).is_dir() else "") for name in (one, other)]
+    return one == other or (all(map(Path.is_file, paths)) and file_hash(paths[0]) == file_hash(paths[1]))
 
 
-def windows(tokens: Any, separator: int | None, context: int, document: int = 0) -> Iterator[Window]:
-    """The windows of a document, each of up to `context` inputs and a token more; without a separator it begins unpredicted."""
+def _windows(document: int, tokens: Any, separator: int | None, context: int) -> Iterator[Window]:
+    """A document's windows of up to `context` inputs and a token more; without a separator its first token is not predicted."""
     for start in range(int(separator is None), len(tokens), context):
         end = min(start + context, len(tokens))
         first = end - context - 1
         inside = np.asarray(tokens[max(0, first) : end]).astype(np.int64)
         whole = inside if first >= 0 or separator is None else np.array([separator, *inside])
-        yield Window(document, whole, end - start)
+        yield document, whole, end - start
 
 
 def _score(
@@ -156,24 +151,21 @@ def _score(
     """For each window its document, counted over all sources, its nats and its tokens, as columns."""
     context, vocab = model.config.context, model.config.vocab
     documents = [(one.tokens, source.separator) for source in found for one in source.passages]
-    rows = max(1, min(TOKENS_AT_ONCE // context, LOGITS_AT_ONCE // (context * vocab)))
     total = sum(len(tokens) for tokens, _ in documents)
-    stream = (
-        window for at, (tokens, separator) in enumerate(documents) for window in windows(tokens, separator, context, at)
-    )
+    stream = (window for number, one in enumerate(documents) for window in _windows(number, *one, context))
+    rows = max(1, min(TOKENS_AT_ONCE // context, LOGITS_AT_ONCE // (context * vocab)))
     scores, done, nats = list[tuple[int, float, int]](), 0, 0.0
-    while sorted_ := sorted(islice(stream, rows * BATCHES_SORTED), key=lambda window: len(window.tokens)):
-        for first in range(0, len(sorted_), rows):
-            batch = sorted_[first : first + rows]
-            largest = max(int(window.tokens.max()) for window in batch)
-            if largest >= vocab:
-                what = f"token {largest}; expected less than the vocabulary size {vocab}"
-                raise SetupError(f"data.source: {what} (a corrupt file, or one made with another tokenizer)")
+    while sorted_ := sorted(islice(stream, rows * BATCHES_SORTED), key=lambda window: len(window[1])):
+        for batch in (sorted_[first : first + rows] for first in range(0, len(sorted_), rows)):
+            for token in (int(of(tokens)) for _, tokens, _ in batch for of in (np.min, np.max)):
+                if not 0 <= token < vocab:
+                    what = f"token {token}; expected 0 to {vocab - 1}, the model's vocabulary"
+                    raise SetupError(f"data.source: {what} (a corrupt file, or one made with another tokenizer)")
             nats_B = _nats(model, runtime, batch)
             if not np.isfinite(nats_B).all():
                 raise UnusableResult(f"{checkpoint}: its loss is not finite; expected a run that did not diverge")
-            scores += [(one.document, float(loss), one.scored) for one, loss in zip(batch, nats_B, strict=True)]
-            done, nats = done + sum(one.scored for one in batch), nats + float(nats_B.sum())
+            scores += [(number, float(loss), scored) for (number, _, scored), loss in zip(batch, nats_B, strict=True)]
+            done, nats = done + sum(scored for _, _, scored in batch), nats + float(nats_B.sum())
             reporter.progress(done, total, nats / done)
     return np.array(scores)
 
@@ -181,7 +173,7 @@ def _score(
 @torch.inference_mode()
 def _nats(model: Transformer, runtime: Runtime, batch: list[Window]) -> NDArray[np.float64]:
     """The nats (B,) of each window's scored tokens; shorter ones are filled up behind, where causal attention sees nothing."""
-    length = max(len(window.tokens) for window in batch) - 1
+    length = max(len(tokens) for _, tokens, _ in batch) - 1
     inputs_BT = torch.zeros((len(batch), length), dtype=torch.int64)
     targets_BT = torch.full((len(batch), length), NOT_SCORED)
     for row, (_, tokens, scored) in enumerate(batch):
@@ -219,7 +211,7 @@ def _figures(found: list[Passages], scores: NDArray[np.float64]) -> Record:
         "bits_per_byte_se": None,
         "standard_errors": {"over": over, "count": len(nats)},
     }
-    if None in sizes:
+    if None in sizes or not any(sizes):
         return record | {"why_no_bytes": "token files don't say how many bytes their tokens stand for"}
     bytes_D = np.array(sizes, float)
     # a window's bytes: its share of its document's, by tokens

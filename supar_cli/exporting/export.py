@@ -195,7 +195,8 @@ def _write_class(
         try:
             differences += [] if missing else [comparison.difference(folder, model)]
         except ImportError as error:
-            missing = f"transformers: {str(error).splitlines()[0]}"
+            cause = error.__cause__ or error  # what transformers' own message leaves out
+            missing = f"transformers can't be used here: {str(cause).splitlines()[0]}"
     if missing:
         return [], f"the logits were not compared: {missing}", lost
     comparison.require_equal(differences[0], model, stock.architecture)
@@ -224,8 +225,9 @@ def _require_free(out: Path, force: bool) -> None:
     there = {one.name for one in out.iterdir()} if out.is_dir() else set()
     if there and not force:
         raise InputError(f"{out}: exists; expected another folder, or --force to replace an earlier export")
-    record = read_json(out / RECORD) if RECORD in there else {}
-    if others := sorted(there - set(record.get("files", []))):
+    record = read_json(out / RECORD) if RECORD in there else None
+    own = record["files"] if isinstance(record, dict) and record.get("kind") == KIND else []
+    if others := sorted(there - set(own)):
         raise InputError(f"{out}: {others[0]} is of no export of supar, so it is not replaced; expected another folder")
 
 

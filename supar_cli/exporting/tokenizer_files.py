@@ -117,7 +117,7 @@ def _of_file(plan: Plan, data: Data) -> tuple[bytes, str | None, list[str]]:
         changed["model"], words = {**document["model"], "dropout": None}, [*words, "dropout"]
     if changed:
         content = json.dumps(document | changed).encode()
-        said += f", without its {', '.join(words)}, as in training"
+        said += f", without its {' and '.join(words)}, as in training"
     end = encoder.separator_text
     special = {token["content"] for token in document.get("added_tokens") or []}
     if end is None:

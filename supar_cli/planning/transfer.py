@@ -103,6 +103,7 @@ def transfer(
     planned = _plan_own if isinstance(proxy.model, OwnShape) else _plan_decoder
     model, base, rows, task = planned(proxy, target, scheme, masks)
     train = _train(proxy, target, model, sum(row.kept for row in rows))
+    moving = plan_updates(updates, exponent, train.steps, rows)
     plan = Plan(
         kind="supar.plan/v2",
         parents={"proxy": proxy.hash()},
@@ -115,9 +116,7 @@ def transfer(
             edition=edition,
         ),
         hyperparameters=proxy.hyperparameters,
-        sparsity=_plan_sparsity(
-            target.sparsity, rows, masks, plan_updates(updates, exponent, train.steps, rows), edition
-        ),
+        sparsity=_plan_sparsity(target.sparsity, rows, masks, moving, edition),
         values=Values(draw=draw if any(row.kept < row.size for row in rows) else "positions"),
         tensors=rows,
         task=task,

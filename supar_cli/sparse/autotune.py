@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from math import inf
 from pathlib import Path
 
 import torch
@@ -178,32 +179,37 @@ def times(engines: dict[str, Engine], mask: Mask, case: LayerCase, seconds: floa
 
     Where only one did not, or there is no time for more, the seconds on a few tokens, of all engines.
     """
-    started_s, values = time.perf_counter(), draw_values(mask, case.device)
+    end_s, values = time.perf_counter() + seconds, draw_values(mask, case.device)
 
     def measure(names: Iterable[str], tokens: int, rounds: int) -> dict[str, list[float]]:
         x, gradient = draw_inputs(mask.shape, replace(case, tokens=tokens), case.precision)
         steps = {name: partial(layer_step, engines[name], values, x, gradient) for name in names}
-        return interleave(steps, rounds, case.device)
+        return interleave(steps, rounds, case.device, end_s=end_s)
 
     few = min(case.tokens, FIRST_TOKENS)
     first = {name: min(spent) for name, spent in measure(engines, few, FIRST_ROUNDS).items()}
     left = {name: spent for name, spent in first.items() if spent <= LOST * min(first.values())}
-    round_s, left_s = sum(left.values()) * case.tokens / few, seconds - (time.perf_counter() - started_s)
-    rounds = min(ROUNDS, int(left_s / round_s) - 1)  # one more warms up
-    if len(left) == 1 or rounds < 1:
+    two_rounds_s = 2 * sum(left.values()) * case.tokens / few
+    if len(left) == 1 or time.perf_counter() + two_rounds_s > end_s:
         return first
-    return {name: statistics.median(spent) for name, spent in measure(left, case.tokens, rounds).items()}
+    return {name: statistics.median(spent) for name, spent in measure(left, case.tokens, ROUNDS).items()}
 
 
 def interleave(
-    runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 1
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    warmup: int = 1,
+    end_s: float = inf,
 ) -> dict[str, list[float]]:
     """Seconds of each run by round, after `warmup` rounds that do not count; the order alternates between rounds.
 
-    So whatever else the machine does falls on all of them.
+    So whatever else the machine does falls on all of them. After `end_s`, by time.perf_counter(), only a first round begins.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(warmup + rounds):
+        if turn > warmup and time.perf_counter() > end_s:
+            break
         for name in runs if turn % 2 else reversed(list(runs)):
             seconds[name].append(timed(runs[name], device))
     return {name: spent[warmup:] for name, spent in seconds.items()}  # earlier ones compile and touch memory
