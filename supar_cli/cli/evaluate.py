@@ -54,4 +54,9 @@ def _describe(record: dict[str, Any]) -> str:
             found.append(text.format(f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")))
     over = record["standard_errors"]
     counts = f"{record['tokens']:,} tokens of {record['documents']:,} document{'s' * (record['documents'] > 1)}"
-    return f"{', '.join(found)}; {counts} (± a standard error, over {over['count']:,} {over['over']})"
+    said = (
+        "no standard error of one window"
+        if record["loss_se"] is None
+        else f"± a standard error, over {over['count']:,} {over['over']}"
+    )
+    return f"{', '.join(found)}; {counts} ({said})"
