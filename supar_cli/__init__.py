@@ -1,8 +1,9 @@
 """supar: tune a small dense proxy, transfer with SμPar to a wide sparse target, train it.
 
 The Python API is documents in, documents out: `load`, `transfer`, `explain`, `tune`, `train`, `check`, `sweep`, `compare`,
-`demo`, `report`; `prune` plans a run anew with fewer weights; `layout` reads a model of yours; `weights` returns the trained
-tensors. A function's module is imported on first use; only functions that run something import torch.
+`demo`, `report`; `prune` plans a run anew with fewer weights; `layout` reads a model of yours. Of a run, `weights` and `masks`
+return the tensors, `model` the module that they make, `evaluate` its scores on text, and `generate` text of its own. A function's
+module is imported on first use; only functions that run something import torch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from supar_cli.experiments.sweep import compare as compare
     from supar_cli.experiments.sweep import demo as demo
     from supar_cli.experiments.sweep import sweep as sweep
+    from supar_cli.exporting.evaluate import evaluate as evaluate
+    from supar_cli.exporting.export import export as export
+    from supar_cli.exporting.generate import generate as generate
+    from supar_cli.exporting.loaded_model import masks as masks
+    from supar_cli.exporting.loaded_model import model as model
     from supar_cli.jobs.pruning import prune as prune
     from supar_cli.own.prepared import Prepared as Prepared
     from supar_cli.own.prepared import prepare as prepare
@@ -30,10 +36,9 @@ if TYPE_CHECKING:
     from supar_cli.own.trainer_callback import TrainerMixin as TrainerMixin
     from supar_cli.planning.explain import explain as explain
     from supar_cli.planning.kinds import load as load
-    from supar_cli.planning.live_counts import GivenMasks
     from supar_cli.planning.plan import Plan
     from supar_cli.planning.rules import ParameterizationName
-    from supar_cli.planning.spec import Proxy, Target
+    from supar_cli.planning.spec import Proxy
     from supar_cli.reporting.read import report as report
     from supar_cli.training.checkpoint_reader import weights_of_run
     from supar_cli.training.train import train as train
@@ -56,8 +61,13 @@ _FUNCTIONS = {
     "Callback": "own.trainer_callback.Callback",
     "TrainerMixin": "own.trainer_callback.TrainerMixin",
     "prune": "jobs.pruning.prune",
+    "export": "exporting.export.export",
     "report": "reporting.read.report",
     "report_loss": "own.report.report_loss",
+    "evaluate": "exporting.evaluate.evaluate",
+    "generate": "exporting.generate.generate",
+    "masks": "exporting.loaded_model.masks",
+    "model": "exporting.loaded_model.model",
     "weights": "training.checkpoint_reader.weights_of_run",
 }
 __all__ = ["__version__", "transfer", *_FUNCTIONS]
@@ -70,13 +80,16 @@ def transfer(
     allow_low_wpn: bool = False,
     masks: str | Path | None = None,
     masks_out: str | Path = "masks.safetensors",
+    values: str | Path | None = None,
+    values_out: str | Path = "values.safetensors",
     **target: Any,
 ) -> Plan:
     """Make the plan of a target; keywords as the flags of `supar transfer`: sparsity or density (0.008 or "1/128"),
     width, layers, steps, pattern, … Warns of what does not transfer (TransferWarning). Raises InputError.
 
-    `masks`: a safetensors file of masks, or a file or folder of a pruned model's weights, whose zeros are the dead ones;
-    the plan's densities are theirs. They are written to `masks_out`, which the plan names.
+    `masks`: a safetensors file of masks, or a run, a model or a file of weights, whose zeros are the dead ones; the plan's
+    densities are theirs. `values`: a run, a checkpoint, an export or a stock Hugging Face folder of the target's shape, to
+    start from. Both are written to `masks_out` and `values_out`, which the plan names.
     """
     from supar_cli.data import corpus
     from supar_cli.errors import InputError, TransferWarning
@@ -90,33 +103,25 @@ def transfer(
         raise InputError(
             *(f"{name}: cannot be combined with masks, which have densities of their own" for name in said)
         )
+    given, start, messages = None, None, list[str]()
     try:
-        wanted, known = proxy.target.override(**target), corpus.with_hash(proxy)
-        given = None if masks is None else _given_masks(known, wanted, Path(masks), Path(masks_out))
+        wanted = proxy.target.override(**target)
+        if values is not None or masks is not None:
+            from supar_cli.exporting import plan_start
+        if values is not None:
+            start = plan_start.open_start(Path(values), proxy, wanted)
+        known = corpus.with_hash(proxy)
+        if masks is not None:
+            opened = start if values is not None and Path(masks) == Path(values) else None
+            given = plan_start.give_masks(Path(masks), Path(masks_out), known, wanted, opened)
         plan = transfer(known, wanted, parameterization, allow_low_wpn=allow_low_wpn, masks=given)
+        if start is not None:
+            plan, messages = plan_start.start_from(plan, start, Path(values_out))
     except InputError as error:
         raise InputError(*(_at_keyword(problem, target) for problem in error.problems)) from None
-    for message in advice.warnings(plan, evidence=known.evidence):
+    for message in [*messages, *advice.warnings(plan, evidence=known.evidence)]:
         warnings.warn(message, TransferWarning, stacklevel=2)
     return plan
-
-
-def _given_masks(proxy: Proxy, target: Target, path: Path, out: Path) -> GivenMasks:
-    """The masks found at a path for a target's hidden tensors, written to `out`."""
-    from supar_cli.errors import InputError
-    from supar_cli.planning.live_counts import GivenMasks
-    from supar_cli.planning.plan_sections import MaskSource
-    from supar_cli.planning.spec import Sparsity
-    from supar_cli.planning.transfer import transfer
-    from supar_cli.sparse.mask_files import find_masks, write_masks
-
-    if out.exists() and out.resolve() in (path.resolve(), path.resolve() / out.name):
-        raise InputError(f"masks_out: {out} would replace what masks are read from; expected another file")
-    dense = transfer(proxy, target.model_copy(update={"sparsity": Sparsity(density=1.0)}))
-    hidden = {row.name: (tuple(row.shape), tuple(row.fan_in_axes)) for row in dense.tensors if row.role == "hidden"}
-    found = find_masks(path, hidden)
-    source = MaskSource(kind="file", path=str(out.resolve()), hash=write_masks(out, found))
-    return GivenMasks(source, {name: mask.count for name, mask in found.items()})
 
 
 def _at_keyword(problem: Any, keywords: dict[str, Any]) -> Any:

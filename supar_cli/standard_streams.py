@@ -8,7 +8,7 @@ import select
 import sys
 from typing import Any
 
-_LOST: dict[int, OSError] = {}  # by a stream's number, why some of it was lost though somebody may be reading
+_LOST: dict[int, OSError] = {}  # by a stream's number, why some of it was lost
 
 
 class _Output(io.FileIO):
@@ -20,8 +20,7 @@ class _Output(io.FileIO):
                 select.select([], [self], [])  # a pipe that is full and set not to block
             return written
         except OSError as error:
-            if not isinstance(error, BrokenPipeError):
-                _LOST[self.fileno()] = error
+            _LOST[self.fileno()] = error
             return len(data)
 
 
@@ -51,4 +50,9 @@ def lost_output() -> OSError | None:
     """Flush the output streams; why some of standard output was lost, None if it was not or if its reader is gone."""
     for name in ("stdout", "stderr"):
         getattr(sys, name).flush()
-    return _LOST.get(1)
+    return None if isinstance(_LOST.get(1), BrokenPipeError) else _LOST.get(1)
+
+
+def is_output_lost() -> bool:
+    """Whether writing more to standard output is in vain: its reader is gone, or it can't be written."""
+    return 1 in _LOST

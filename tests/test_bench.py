@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from supar_cli.bench import layer, memory, results
+from supar_cli.bench import layer, memory, results, start
 from supar_cli.bench import step as bench_step
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.autotune import LayerCase, draw_inputs, draw_values, interleave
 from supar_cli.sparse.linear import Linear
 from supar_cli.sparse.masks import Mask
-from supar_cli.training import checkpoint
+from supar_cli.training import checkpoint, tasks
 from supar_cli.training.trainer import Trainer
 from tests import measure_run, measure_transfer
 from tests.conftest import CHECKOUT, Called, environment
@@ -278,6 +278,21 @@ def test_masked_dense_steps_as_ours_do(plan_of: Callable[..., Plan]) -> None:
     assert max(abs(mine - theirs) for mine, _, theirs in losses) > 1e-3
 
 
+def test_each_arm_of_a_step_finds_its_batch_made_ahead(plan_of: Callable[..., Plan], monkeypatch: Any) -> None:
+    """On CUDA a loader makes the next batch while a step runs: one for all arms would favour the first of them."""
+    get, asked = tasks.BatchLoader.get, dict[int, list[int]]()
+
+    def noted(loader: tasks.BatchLoader, step: int) -> tasks.Batch:
+        asked.setdefault(id(loader), []).append(step)
+        return get(loader, step)
+
+    monkeypatch.setattr(tasks.BatchLoader, "get", noted)
+    bench_step.measure(plan_of(run={"engine": "dense"}), rounds=3)
+    rounds = 3 + bench_step.WARMUP
+    assert [len(steps) for steps in asked.values()] == [rounds] * 3
+    assert all(steps == list(range(steps[0], steps[0] + rounds)) for steps in asked.values())
+
+
 @pytest.mark.skipif(not memory.STATUS.exists(), reason="reads Linux's /proc")
 def test_memory_follows_the_live_weights() -> None:
     """A real measurement, each arm in a process: sparse below dense below masked dense, whatever else runs here."""
@@ -286,6 +301,19 @@ def test_memory_follows_the_live_weights() -> None:
     assert 0 < peaks["sparse"] < peaks["dense"] < peaks["masked"], peaks
     assert arms["masked"]["bytes_per_position"] > 20  # weight, gradient and two moments in float32, and products
     assert arms["masked"]["share_of_masked"] == 1 and arms["sparse"].get("bytes_per_live", nan) > 16
+
+
+@pytest.mark.skipif(not memory.STATUS.exists(), reason="reads Linux's /proc")
+def test_what_a_start_costs_is_measured(supar_here: Callable[..., Called], tmp_path: Path) -> None:
+    result, done = run(supar_here, "bench", "start", "--width", "1024", "--engine", "dense")
+    narrow, wide = result["starts"]
+    assert (narrow["width"], wide["width"]) == (512, 1024) and wide["seconds"] > 0
+    assert wide["live"] == 2 * narrow["live"] and wide["times_the_width_before"] > 0
+    weights = 12 * (1024**2 - 512**2) * 4  # the dense engine holds float32 for each position of a layer's 12 D² weights
+    assert wide["kept_bytes"] - narrow["kept_bytes"] > 0.9 * weights and wide["peak_bytes"] >= wide["kept_bytes"]
+    assert "start of 1 layer, 16 live weights a neuron, engine dense" in done.err
+    rows = start.readings({"starts": [{**wide, "seconds": 9.0}]})
+    assert results.compare(start.readings({"starts": [wide]}), rows)[0]["worse"]
 
 
 def test_runs_alternate_and_those_that_warm_up_are_not_counted() -> None:

@@ -130,6 +130,12 @@ class TestLocal:
         assert visible_devices("auto") == ["0", "1"] and visible_devices("cuda:1") == visible_devices("cpu") == []
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-5")
         assert visible_devices("cuda") == ["2", "GPU-5"]
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # what CUDA says of any number of MIG devices
+        for named, usable in (("MIG-1,MIG-2", ["MIG-1", "MIG-2"]), ("0,1", ["0"])):
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+            assert visible_devices("auto") == usable
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-5")
         monkeypatch.setattr(clusters, "CPU_JOBS", 5)
         jobs = {device: make_workers(device=device).jobs for device in ("auto", "cuda:1", "cpu")}
         assert jobs == {"auto": 2, "cuda:1": 1, "cpu": 5}

@@ -28,7 +28,7 @@ from supar_cli.planning.problems import parse, validate
 from supar_cli.planning.spec import Proxy, Sparsity, Spec
 from supar_cli.planning.sweep import Sweep
 
-from .conftest import PROXY, Called, real_text
+from .conftest import CHECKOUT, PROXY, Called, real_text
 
 SPEC = PROXY.replace("supar.proxy/v1", "supar.spec/v1") + "search: {trials: 2, lr: [0.001, 0.1]}\n"
 WRONG = {"sparsity": ["99.2", "1", "x%"], "density": ["0", "3/2"], "data": ["/nope"], "seed": ["-1", "x"]}
@@ -56,6 +56,8 @@ SOURCES = {
     "layout": ["flags_model:make", "--base", "width=8", "--wider", "width=16", "--example", "flags_model:make"],
 }
 SOURCES |= {"inspect": ["text.txt"], "prepare": ["text.txt", "-o", "tokens"]}
+FINISHED = str(CHECKOUT / "tests/released/v0.1.0/runs/finished")
+SOURCES |= {"evaluate": [FINISHED], "generate": [FINISHED]}
 
 
 def call(*arguments: str) -> Called:
@@ -97,7 +99,7 @@ def flags() -> Iterator[tuple[list[str], str, str]]:
                 option.argument
                 or option.type is bool
                 or name in ANY_VALUE
-                or name in ("max_restarts", "rewind")  # 0 is one of their values
+                or name in ("max_restarts", "rewind", "temperature")  # 0 is one of their values
             ):
                 continue
             by_type = WRONG_NUMBERS if option.type in (int, float) else WRONG_TEXTS

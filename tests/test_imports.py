@@ -43,7 +43,17 @@ def heavy_after(folder: Path, *arguments: str, then: str = "") -> set[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], ["help", "keys"], ["transfer", "--help"], ["transfer", "--sparsity", "0.5", "-o", "-"]],
+    [
+        *(
+            ["--help"],
+            ["--version"],
+            ["help", "keys"],
+            ["transfer", "--help"],
+            ["generate", "--help"],
+            ["export", "--help"],
+        ),
+        ["transfer", "--sparsity", "0.5", "-o", "-"],
+    ],
 )
 def test_light_commands_import_nothing_heavy(arguments: list[str], tmp_path: Path, text_file: Path) -> None:
     # JSON is YAML, so the document needs no writer

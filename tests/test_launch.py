@@ -348,12 +348,13 @@ class TestLock:
 def test_a_cuda_device_has_a_number(plan_of: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch selects devices by number only: `cuda` alone would end each run of one process."""
     chosen = list[torch.device]()
-    for name, value in {"is_available": True, "device_count": 2, "current_device": 1}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    fakes = {"is_available": True, "device_count": 2, "current_device": 1, "get_device_capability": (8, 0)}
+    for name, value in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bool(chosen))
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     plan = plan_of(run={"device": "auto"})
-    assert runtime.device_of(plan, Ranks()) == torch.device("cuda", 1)
-    assert runtime.device_of(plan, Ranks(1, 2, 0, 2, is_distributed=True)) == torch.device("cuda", 0)
+    assert runtime.device_of(plan.run.device, Ranks()) == torch.device("cuda", 1)
+    assert runtime.device_of(plan.run.device, Ranks(1, 2, 0, 2, is_distributed=True)) == torch.device("cuda", 0)
     assert runtime.Runtime.of(plan).precision is torch.bfloat16  # asked of the device that was selected
     assert chosen == [torch.device("cuda", 1)]

@@ -5,20 +5,26 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from supar_cli.bench import layer
 from supar_cli.cli.app import LACKS
 from supar_cli.errors import SetupError
+from supar_cli.jobs.runs import require_runnable
 from supar_cli.models.transformer import Transformer
 from supar_cli.planning import estimate
 from supar_cli.planning.plan import Plan
 from supar_cli.reporting import runs
+from supar_cli.sparse import block
+from supar_cli.sparse.autotune import LayerCase
 from supar_cli.training import runtime
-from supar_cli.training.distributed import ALONE
+from supar_cli.training.distributed import ALONE, Ranks
 from supar_cli.training.runtime import Runtime, require_host_memory
 from tests.conftest import Called
 
@@ -33,6 +39,126 @@ KINDS: dict[str, dict[str, Any]] = {
     "alibi, grouped": {"family": "llama", "positions": "alibi", "kv_heads": 1},
     "alibi, gpt2": {"family": "gpt2", "positions": "alibi"},
 }
+
+
+@pytest.mark.parametrize(
+    ("text", "is_lack"),
+    [
+        ("CUDA out of memory. Tried to allocate 20.00 GiB", True),
+        ("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("std::bad_alloc", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("NCCL error: unhandled system error. Error while creating shared memory segment /dev/shm/nccl-abc", False),
+        ("expected memory format channels_last", False),
+    ],
+)
+def test_lack_of_memory_is_told_from_other_errors_that_speak_of_it(text: str, is_lack: bool) -> None:
+    assert runtime.lacks_memory(RuntimeError(text)) == is_lack
+    assert not runtime.lacks_memory(ValueError(text)) and runtime.lacks_memory(torch.OutOfMemoryError(text))
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 989 / 7),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", 312 * 3 / 7),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 4090 D", 147),
+        ("NVIDIA GeForce RTX 5090", 209.5),
+        ("Tesla V100-SXM2-16GB", None),
+        ("NVIDIA H20", None),
+    ],
+)
+def test_a_devices_peak_is_known_by_the_words_of_its_name(name: str, tflops: float | None) -> None:
+    assert runtime.peak_flops(name) == (None if tflops is None else pytest.approx(1e12 * tflops))
+
+
+def test_the_share_of_the_peak_is_of_bfloat16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
+    runs_on = {kind: Runtime(torch.device("cuda", 0), kind, False, 1, 1) for kind in (torch.bfloat16, torch.float32)}
+    shares = {kind: one.peak_share(1e9, 156_000.0) for kind, one in runs_on.items()}
+    assert shares == {torch.bfloat16: pytest.approx(0.5), torch.float32: None}
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+def test_bfloat16_on_a_cpu_without_units_is_said_and_left_out_of_the_bench(
+    has_units: bool, plan_of: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_units)
+    said = {
+        precision: Runtime.of(plan_of(run={"device": "cpu", "precision": precision})).warnings
+        for precision in ("float32", "bfloat16")
+    }
+    assert said["float32"] == [] and len(said["bfloat16"]) == (not has_units)
+    heard = list[str]()
+    require_runnable(plan_of(run={"device": "cpu", "precision": "bfloat16"}), warn=heard.append)
+    assert heard == said["bfloat16"]
+    mask = layer.draw_mask((32, 32), 0.25)
+    for precision, is_there in ((torch.float32, has_units), (torch.bfloat16, True)):  # where it is asked for
+        arms, _ = layer.make_all(mask, LayerCase(torch.device("cpu"), precision, 8))
+        assert ("dense_bf16" in arms) == is_there
+
+
+@pytest.mark.parametrize(
+    ("spec", "compiler", "capability", "lack"),
+    [
+        (True, "/usr/bin/cc", (8, 0), None),
+        (None, "/usr/bin/cc", (8, 0), "Triton is not installed"),
+        (True, None, (8, 0), "no C compiler is found, which Triton calls"),
+        (True, "/usr/bin/cc", (6, 1), "the compute capability 6.1 is below 7.0, Triton's least"),
+    ],
+)
+def test_what_cannot_be_compiled_is_run_eagerly_and_said(
+    spec: Any, compiler: Any, capability: Any, lack: Any, plan_of: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block, "find_spec", lambda _: spec)
+    monkeypatch.setattr(block.shutil, "which", lambda _: compiler)
+    fakes = {
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "set_device": None,
+        "is_bf16_supported": True,
+    }
+    for name, value in {**fakes, "get_device_capability": capability}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    found = Runtime.of(plan_of(run={"device": "cuda", "compile": "auto"}))
+    assert (found.compiles, found.why_eager) == (lack is None, lack)
+    with nullcontext() if lack is None else pytest.raises(SetupError, match=f"run.compile: on, but {lack}"):
+        assert Runtime.of(plan_of(run={"device": "cuda", "compile": "on"})).compiles
+    eager = Runtime.of(plan_of(run={"device": "cuda", "compile": "off"}))
+    assert not eager.compiles and eager.why_eager is None
+
+
+@pytest.mark.parametrize(("own", "is_shared"), [(["a", "b"], False), (["a", "a"], True)])
+def test_two_ranks_on_one_device_are_told(own: list[str], is_shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a launcher shows all processes of a machine the same single device."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid=own[0]))
+    node = runtime.platform.node()
+    monkeypatch.setattr(Ranks, "gather", lambda _, value: [value, f"{node}, {own[1]}"])
+    ranks, device = Ranks(0, 2, 0, 2, is_distributed=True), torch.device("cuda", 0)
+    with pytest.raises(SetupError, match="ranks 0 and 1 compute on the same") if is_shared else nullcontext():
+        runtime.require_own_devices(device, ranks)
+
+
+@pytest.mark.parametrize(("visible", "index"), [(1, 0), (4, 3)])
+def test_a_process_that_sees_one_device_uses_it(visible: int, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    assert runtime.device_of("cuda", Ranks(3, 4, 3, 4, is_distributed=True)) == torch.device("cuda", index)
 
 
 def planned(plan_of: MakePlan, kind: str, context: int, layers: int = 2) -> Plan:

@@ -36,7 +36,18 @@ run: {device: cpu}
 """
 # flags of other programs that the texts show
 FOREIGN = {"nnodes", "nproc-per-node", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "signals-to-handle"}
-FOREIGN |= {"signal", "requeue", "open-mode", "index-url", "help", "version", "no-resume", "max-restarts"}
+FOREIGN |= {
+    "signal",
+    "requeue",
+    "open-mode",
+    "index-url",
+    "help",
+    "version",
+    "no-resume",
+    "max-restarts",
+    "model",
+    "tasks",
+}
 
 pytestmark = pytest.mark.skipif(not README.exists(), reason="the README is not beside an installed package")
 
@@ -75,7 +86,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 class TestBlocks:
-    @pytest.mark.parametrize("topic", sorted({*topics()} - {"own-models"}))  # which tests/test_own_trainer.py runs
+    # the others are run by tests/test_own_trainer.py and tests/test_tutorial.py
+    @pytest.mark.parametrize("topic", sorted({*topics()} - {"own-models", "interpretability", "export"}))
     def test_of_a_page_run_as_written(self, folder: Path, topic: str) -> None:
         run_all(folder, PAGES / f"{topic}.md")
 

@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from supar_cli.errors import InputError, UnusableResult
 from supar_cli.models import transformer
+from supar_cli.planning import estimate
 from supar_cli.planning.plan import Plan, PlanTensor
 from supar_cli.sparse.linear import Linear
 from supar_cli.training import checkpoint_reader, run_directory, tasks
@@ -226,10 +228,12 @@ class TestChunks:
 
     def test_a_mean_of_means_would_be_seen(self, plan_of: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of 64 tokens, 7 at a time: the last one's chunk would weigh as much as 7 others."""
-        loss_sum = transformer._loss_sum
-        monkeypatch.setattr(
-            transformer, "_loss_sum", lambda x, w, y, factor: loss_sum(x, w, y, factor) / len(y) * (64 / 10)
-        )
+        exact = transformer._loss_and_slope
+
+        def mean_of_means(logits: Tensor, targets: Tensor) -> Any:
+            return [one / len(targets) * (64 / 10) for one in exact(logits, targets)]
+
+        monkeypatch.setattr(transformer, "_loss_and_slope", mean_of_means)
         by_loss, by_gradients = self.differences(Trainer(plan_of()), 7)
         assert by_loss > 1e-3 and by_gradients > 1e-2
 
@@ -243,6 +247,21 @@ class TestChunks:
             found[size] = largest.numbers
         assert found[None] == tokens * vocab
         assert found[chunk] == vocab * 16 > chunk * vocab  # the head's own weight is the largest then
+
+    def test_no_product_is_made_twice(self, plan_of: MakePlan) -> None:
+        trainer, found = Trainer(plan_of(model={"vocab": 5000})), []
+        for chunk in (None, 16):
+            with FlopCounterMode(display=False) as counted:
+                self.losses_and_gradients(trainer, chunk)
+            found.append(counted.get_total_flops())
+        assert found[0] == found[1] > 0
+
+    def test_large_logits_are_made_in_chunks_unless_the_plan_says_how_many(self, plan_of: MakePlan) -> None:
+        """Of 50,000 words and 16 tokens a row: 1 GiB is 335 rows."""
+        plan = plan_of(model={"vocab": 50_000})
+        assert estimate.loss_chunk(plan, 335) is None and estimate.loss_chunk(plan, 336) == 2**28 // 4 // 50_000
+        asked = plan.model_copy(update={"run": plan.run.model_copy(update={"loss_chunk_tokens": 10**6})})
+        assert estimate.loss_chunk(asked, 336) == 10**6
 
     def test_runs_are_the_same_within_rounding(self, plan_of: MakePlan) -> None:
         train = {"steps": 12, "batch_size": 4, "eval_every": 6}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from supar_cli.data import batches, corpus, prepare, tokenizer
@@ -185,3 +185,70 @@ class TestPrepare:
         assert parts[0].astype("<u2")[1] == 4464
         with pytest.raises(InputError, match=r"train: token 70000 does not fit uint16"):
             prepare._write(tmp_path / "train", iter(parts), np.dtype("<u2"), lambda *_: None)
+
+
+class TestBytesAsText:
+    @given(content=st.binary(max_size=24) | st.text(max_size=9).map(str.encode))
+    @example(content="aé€𝄞".encode())
+    @example(content=b"\xe2\x82a\xf0\x9d\x84\xe2\x82\xac\xff\xc3")
+    @tries(150)
+    def test_bytes_come_as_whole_characters(self, content: bytes) -> None:
+        pieces = list(tokenizer.Bytes(Data()).decode(content))
+        assert len(pieces) == len(content) + 1
+        assert "".join(pieces) == content.decode("utf-8", "replace")
+        for at in range(len(content) + 1):  # nothing comes late: what is not out yet may begin a character
+            whole, out = content[:at].decode("utf-8", "replace"), "".join(pieces[:at])
+            assert whole.startswith(out) and set(whole[len(out) :]) <= {"\ufffd"} and len(whole) - len(out) <= 3
+
+    def test_a_token_beyond_the_bytes_has_no_text(self) -> None:
+        assert "".join(tokenizer.Bytes(Data()).decode([97, 0xE2, 256, 98])) == "a\ufffd\ufffdb"
+
+
+def by_level() -> Any:
+    """A byte-level BPE: a token is a byte, or two letters."""
+    made = plain()
+    made.decoder = tokenizers.decoders.ByteLevel()
+    return made
+
+
+def by_fallback() -> Any:
+    """As Llama's: pieces with a mark for a space, and a token for each byte of other characters."""
+    pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "é", "▁a"]
+    vocab = {piece: at for at, piece in enumerate(pieces)}
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab, [("▁", "a")], byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    steps = [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    made.decoder = tokenizers.decoders.Sequence([*steps, tokenizers.decoders.Strip(" ", 1, 0)])
+    return made
+
+
+@pytest.mark.parametrize("make", [by_level, by_fallback])
+class TestVocabularyAsText:
+    @given(text=st.text(st.sampled_from("aé€𝄞 "), max_size=8).map("a{}".format))
+    @tries(60)
+    def test_text_comes_back(self, tmp_path: Path, make: Callable[[], Any], text: str) -> None:
+        made, found = make(), tokenizer.load(saved(tmp_path / "t.json", make()))
+        ids = made.encode(text).ids
+        pieces = list(found.decode(ids))
+        assert len(pieces) == len(ids) + 1 and "".join(pieces) == made.decode(ids) == text
+        if make is by_level:  # of this text every character comes by itself, when it is whole
+            assert list(filter(None, pieces)) == list(text)
+
+    @given(ids=st.lists(st.integers(0, 300), max_size=20))
+    @example(ids=[67, 2 + 0x80])  # a valid byte, and one that spoils it
+    @tries(80)
+    def test_any_tokens_have_some(self, tmp_path: Path, make: Callable[[], Any], ids: list[int]) -> None:
+        made, found = make(), tokenizer.load(saved(tmp_path / "t.json", make()))
+        text = "".join(found.decode(ids))
+        text.encode()
+        known = [one for one in ids if made.id_to_token(one) is not None]
+        assert text.count("\ufffd") >= len(ids) - len(known)
+        if known == ids and make is by_level:
+            assert text == made.decode(ids, skip_special_tokens=False)
+
+    def test_a_token_by_itself_does_not(self, make: Callable[[], Any]) -> None:
+        """The control: a token's own text is no part of a character's."""
+        ids = make().encode("a€").ids
+        assert "".join(make().decode([one]) for one in ids) != "a€"

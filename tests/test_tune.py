@@ -247,6 +247,29 @@ def test_all_trials_diverging_is_an_unusable_result(spec: Spec, tmp_path: Path) 
         tuning.search(wanted, str(tmp_path / "s.journal"), reporter=Heard())
 
 
+def test_a_trial_out_of_memory_is_a_failed_one_and_other_errors_end_the_search(
+    spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the end of the search: as where another process took the device's memory for a while."""
+    train, said = Trainer.run, ["CUDA out of memory. Tried to allocate 2.00 GiB\nand more"]
+
+    def run(trainer: Trainer, *arguments: object, **options: object) -> object:
+        if said:
+            raise RuntimeError(said.pop())
+        return train(trainer, *arguments, **options)
+
+    monkeypatch.setattr(Trainer, "run", run)
+    storage, wanted = str(tmp_path / "s.journal"), with_search(spec, finalists=1, seeds=1, lr_fit_octaves=[])
+    tuning.search(wanted, storage, reporter=Heard())
+    failed = [trial.user_attrs["failed"] for trial in trials_of(wanted, storage) if "failed" in trial.user_attrs]
+    assert failed == [
+        "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB; expected a smaller run.micro_batch_size or model"
+    ]
+    said.append("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal"):
+        tuning.search(with_search(wanted, trials=4), storage, reporter=Heard())
+
+
 def test_nothing_to_search_is_said_before_a_study_is_made(spec: Spec, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no range"):
         tuning.search(with_search(spec, lr=None, init_std=None), str(tmp_path / "s.journal"), reporter=Heard())

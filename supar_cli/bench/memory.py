@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,25 +49,33 @@ def measure(arm: str, shape: tuple[int, int], density: float, case: LayerCase) -
 
     Raises SetupError where neither Linux's /proc nor CUDA can tell.
     """
-    if case.device.type == "cpu" and not STATUS.exists():
-        raise SetupError("bench memory: reads Linux's /proc or a CUDA device's counters; this machine has neither")
+    return in_own_process("bench memory", _measure_here, arm, shape, density, case)
+
+
+def in_own_process(name: str, measure: Callable[..., Document], *arguments: Any) -> Document:
+    """Call a function whose last argument is the case in a new process, so that it finds no memory that earlier code used.
+
+    Raises SetupError where neither Linux's /proc nor CUDA can tell.
+    """
+    if arguments[-1].device.type == "cpu" and not STATUS.exists():
+        raise SetupError(f"{name}: reads Linux's /proc or a CUDA device's counters; this machine has neither")
     with naming_write_errors(Path("/dev/shm")):  # where its semaphores are
         executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
     with executor as pool:
-        return pool.submit(_measure_here, arm, shape, density, case).result()
+        return pool.submit(measure, *arguments).result()
 
 
 def _measure_here(arm: str, shape: tuple[int, int], density: float, case: LayerCase) -> Document:
     """The peak of STEPS training steps in this process."""
     is_cuda = case.device.type == "cuda"
     _make_training(arm, WARM_SHAPE, WARM_DENSITY, case)[0](1)
-    _free_memory()
-    before = torch.cuda.memory_allocated(case.device) if is_cuda else _bytes("VmRSS")
+    free_memory()
+    before = torch.cuda.memory_allocated(case.device) if is_cuda else bytes_of("VmRSS")
     train, live = _make_training(arm, shape, density, case)
-    _free_memory()
-    is_reset = _reset_peak(case.device)
+    free_memory()
+    is_reset = reset_peak(case.device)
     train(STEPS)
-    peak = (torch.cuda.max_memory_allocated(case.device) if is_cuda else _bytes("VmHWM")) - before
+    peak = (torch.cuda.max_memory_allocated(case.device) if is_cuda else bytes_of("VmHWM")) - before
     return {
         "peak_bytes": peak,
         "bytes_per_position": round(peak / (shape[0] * shape[1]), 4),
@@ -95,19 +104,20 @@ def _make_training(
     return train, len(values)
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
     """Give freed memory back to the system, so that a layer can't reuse memory that earlier code freed."""
     gc.collect()
     with suppress(OSError, AttributeError, TypeError):  # other C libraries have no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _bytes(word: str) -> int:
+def bytes_of(word: str) -> int:
+    """A figure of this process in Linux's /proc, such as VmRSS."""
     stated = dict(line.split(":", 1) for line in STATUS.read_text("utf-8").splitlines())
     return 1024 * int(stated[word].split()[0])  # in kB
 
 
-def _reset_peak(device: torch.device) -> bool:
+def reset_peak(device: torch.device) -> bool:
     """Reset the peak to the memory in use now; return whether that worked."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

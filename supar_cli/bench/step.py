@@ -19,7 +19,7 @@ from supar_cli.sparse.autotune import interleave
 from supar_cli.sparse.linear import Linear
 from supar_cli.training.prepare import SparseModel
 from supar_cli.training.runtime import Runtime
-from supar_cli.training.tasks import Batch, NextToken
+from supar_cli.training.tasks import Batch, BatchLoader, NextToken
 from supar_cli.training.trainer import Trainer
 
 WARMUP = 3  # chosen: the first steps allocate, compile and touch memory
@@ -103,10 +103,11 @@ def plain_step(trainer: Trainer, plain: PlainGPT) -> Callable[[], float]:
     others = [parameter for parameter in plain.parameters() if parameter.ndim != 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
-    steps = itertools.count()
+    # a loader of its own: with the trainer's, only one of the arms would find the batch that was made ahead
+    batch, steps = BatchLoader(trainer.task, runtime, trainer.ranks).get, itertools.count()
 
     def step() -> float:
-        inputs, targets = runtime.to_device(trainer.batch(next(steps)))
+        inputs, targets = runtime.to_device(batch(next(steps)))
         with runtime.autocast():
             loss = F.cross_entropy(model(inputs).float().flatten(0, 1), targets.flatten())
         torch.autograd.backward(loss)

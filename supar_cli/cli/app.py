@@ -34,6 +34,8 @@ COMMANDS = {  # in the order of use
         "runs": "List runs: state, progress, last losses.",
         "show": "Show a run: state, plan, environment, curve.",
         "report": "Put runs, sweeps, checks and plans on one HTML page; write report.html.",
+        "evaluate": "Score a run on text: loss, perplexity and bits per byte, with standard errors.",
+        "generate": "Continue a prompt with a run's model, or begin a document; print the text as it comes.",
     },
     "Measure": {
         "check": "Check that activations and updates keep their size over density and width; exit 5 if not.",
@@ -44,6 +46,7 @@ COMMANDS = {  # in the order of use
     "Your own model, data, documents, machine": {
         "layout": "Read from your own model what each tensor is and what scales; write layout.yaml.",
         "prune": "Prune a run by magnitude, and plan the training of what is left; write pruned.yaml.",
+        "export": "Write a run's model as a folder that other programs load; write export/.",
         "data": "Inspect a corpus, or prepare one as a token file.",
         "help": "Print a page of the manual, or what a key of a document means.",
         "schema": "Print the JSON Schema of a document, for editors.",

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from supar_cli.training.runtime import Runtime
 
 SMALLEST = {"width": 64, "layers": 1, "heads": 1, "context": 64, "vocab": 64}
+NARROWEST = 512  # chosen: narrower models start in a moment
+WEIGHTS_PER_NEURON = 16  # chosen: so that live weights grow with the width, and positions with its square
+HEAD_WIDTH = 64  # chosen: as in most models; the start does not depend on it
 # the quickstart's; time does not depend on them
 HYPERPARAMETERS = {"lr": 2**-6, "init_std": 0.08, "alpha_input": 5.0, "alpha_output": 1.0, "weight_decay": 0.1}
 
@@ -141,6 +144,32 @@ def memory(flags: Flags) -> None:
     _run(bench.benchmark(flags.shape, flags.density, flags.tokens, runtime), flags)
 
 
+@command(
+    "width layers engine compare out force json quiet",
+    width={"default": 4096, "minimum": 2 * NARROWEST, "help": "The largest width; its halves are measured first."},
+    layers={"default": 1},
+    engine={"default": "sparse", "help": "sparse or dense."},
+)
+def start(flags: Flags) -> None:
+    """Measure time and memory from a plan to the first step, over width at 16 live weights per neuron, on the CPU.
+
+    Examples:
+      supar bench start
+      supar bench start --width 8192 -o start.yaml
+    """
+    widths = [flags.width]
+    while widths[0] >= 2 * NARROWEST and widths[0] % 2 == 0:
+        widths.insert(0, widths[0] // 2)
+    plans = [_plan(_at_width(flags, width), density=f"{WEIGHTS_PER_NEURON}/{width}") for width in widths]
+    from supar_cli.bench import start as bench
+
+    _run(bench.benchmark(plans, flags.engine), flags)
+
+
+def _at_width(flags: Flags, width: int) -> Flags:
+    return Flags(**{**vars(flags), "width": width, "heads": max(1, width // HEAD_WIDTH)})
+
+
 def _run(benchmark: Benchmark, flags: Flags) -> None:
     """Measure, show and write; raise CheckViolated if it is worse than the earlier result.
 
@@ -206,5 +235,5 @@ def _plan(flags: Flags, **target: Any) -> Plan:
 
 
 bench = application(
-    step, layer, memory, help="Benchmark time and memory of masked training against plain dense training."
+    step, layer, memory, start, help="Benchmark time and memory of masked training against plain dense training."
 )

@@ -89,6 +89,7 @@ OPTIONS = {
     "template": _argument(str, "Name of a template; --list shows them.", default="quickstart"),
     "folder": _argument(str, "Folder that holds run directories, directly or one level below.", default="runs"),
     "directory": _argument(str, "A run directory. [default: the newest of runs/]", metavar="RUN"),
+    "prompt": _argument(str, "The text to continue; - for stdin. [default: none, which begins a document]"),
     "paths": _argument(
         list[str],
         "Run directories, folders of sweeps, checks, comparisons or demos, plans or proxies; - for stdin. "
@@ -185,8 +186,11 @@ OPTIONS = {
     "preset": Option(str, "Run a figure of the paper at a small size", metavar="NAME"),
     "masks": Option(
         str,
-        "Take masks from a safetensors file, or the zeros of a pruned model's weights in a file or folder.",
+        "Take masks from a safetensors file, or the zeros of a run, a checkpoint, an export or a pruned model's weights.",
         metavar="PATH",
+    ),
+    "values": Option(
+        str, "Start from the weights of a run, a checkpoint, an export or a Hugging Face folder.", metavar="PATH"
     ),
     "calibrate": _switch("Fit the exponent of the density in rates for --updates, verify it, and write the proxy."),
     "full": _switch("Run the preset at the paper's size."),
@@ -213,6 +217,9 @@ OPTIONS = {
     "engine": Option(
         str, "Engine for masked weights: auto (the fastest on this machine), dense, sparse or block.", "run.engine"
     ),
+    # text
+    "temperature": Option(float, "Draw tokens, from logits divided by this; 0: take the likeliest. [default: 0]"),
+    "top_k": Option(int, "Draw from this many of the likeliest tokens. [default: from all]"),
     # where runs are executed
     "jobs": Option(int, "Runs at the same time. [default: as many as the machine or cluster has room for]", minimum=1),
     "executor": Option(
@@ -243,6 +250,13 @@ OPTIONS = {
     "dtype": Option(str, "Integers of raw token files: auto, uint16 or uint32. [default: auto]", "data.dtype"),
     "encoding": Option(str, "Encoding of text files, such as latin-1. [default: utf-8]", "data.encoding"),
     "separator": Option(str, "The token between documents. [default: the tokenizer's]", "data.separator"),
+    "to": Option(
+        str,
+        "The class: gpt2, llama, granite, gpt-neox, mpt, or auto: what holds the model; or safetensors or npz: the plan's names.",
+        default="auto",
+        metavar="FORMAT",
+        read=values.one_of("auto", "gpt2", "llama", "granite", "gpt-neox", "mpt", "safetensors", "npz"),
+    ),
     # what every command does with its result
     "list": _switch("Show the templates and write nothing."),
     "explain": _switch("Show the plan's table even if stderr is not a terminal."),
@@ -262,9 +276,10 @@ GROUPS = {  # of a command's help, in their order; an argument is in none
     "Training": "index batch_size steps tokens tokens_per_parameter seed resume checkpoint_every keep max_time tracker "
     "device precision compile engine",
     "Data": "data format tokenizer field dtype encoding separator",
-    "Sparsity": "sparsity density masks scope rewind scale pattern block distribution updates from_paper allow_low_wpn",
+    "Sparsity": "sparsity density masks values scope rewind scale pattern block distribution updates from_paper allow_low_wpn",
     "Measurement": "trials seeds max_seeds sampler search study over iso preset full calibrate rounds compare",
-    "Input and output": "list explain dry_run set name out picture force json quiet verbose",
+    "Text": "temperature top_k",
+    "Input and output": "to list explain dry_run set name out picture force json quiet verbose",
     "Processes and clusters": "nproc parallel max_restarts jobs executor executor_set",
 }
 

@@ -11,7 +11,6 @@ from supar_cli.cli.options import Flags, command, require_one
 from supar_cli.cli.runs import find_run
 from supar_cli.cli.values import parameterization
 from supar_cli.errors import InputError, TransferWarning
-from supar_cli.planning import document
 from supar_cli.planning.spec import Sparsity
 
 PLAN = "pruned.yaml"
@@ -57,12 +56,7 @@ def prune(flags: Flags) -> None:
         run = find_run(flags.directory, log)
         with documents.naming_flags(flags):
             plan = supar_cli.prune(run, **options).with_files(**names)  # sought beside the plan
-        if not flags.dry_run and flags.out != "-":  # before its files are written
-            text = (terminal.json_text if flags.json and flags.out else document.write)([plan.model_dump()])
-            terminal.check_writable(out, flags.force, text)
-        for key, path in files.items():
-            if not flags.dry_run:
-                terminal.keep_file(path, out.parent / names[key], flags.force)
+        terminal.keep_files(Path(folder), [plan.model_dump()], flags, PLAN)
     terminal.log_plans([plan], flags, log)
     for message in caught:
         log.warn(str(message.message))

@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,7 @@ from typing import Any, Self
 from supar_cli.cli import text as words
 from supar_cli.cli.options import Flags, workers_of
 from supar_cli.errors import CheckViolated, InputError
-from supar_cli.files import naming_write_errors, write_file
+from supar_cli.files import file_hash, naming_write_errors, replacing, write_file
 from supar_cli.planning import document, estimate
 from supar_cli.planning.plan import Plan, PlanModel
 from supar_cli.training.reporter import Work
@@ -228,14 +229,25 @@ def persist(path: Path, text: str, force: bool, log: Log) -> None:
     log.log(f"wrote {path}")
 
 
-def keep_file(made: Path, path: Path, force: bool) -> None:
-    """Write a file that was made elsewhere. Raises InputError when it would replace one that differs without `--force`."""
-    content = made.read_bytes()
-    if not (path.is_file() and path.read_bytes() == content):
-        check_writable(path, force)
+def keep_files(made: Path, documents: list[Any], flags: Flags, default: str) -> None:
+    """Write the files of a folder beside the documents that name them, unless it is a dry run.
+
+    Raises InputError when one of them, or the documents, would replace one that differs without `--force`.
+    """
+    out = Path(default if flags.out in (None, "-") else flags.out)
+    if flags.dry_run:
+        return
+    if flags.out != "-":
+        check_writable(out, flags.force, (json_text if flags.json and flags.out else document.write)(documents))
+    for one in sorted(made.iterdir()):
+        path = out.parent / one.name
+        if path.is_file() and file_hash(path) == file_hash(one):
+            continue
+        check_writable(path, flags.force)
         with naming_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, content)
+            with replacing(path) as aside:
+                shutil.copyfile(one, aside)
 
 
 def folder_of(flags: Flags, default: str) -> Path:

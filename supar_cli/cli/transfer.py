@@ -1,16 +1,19 @@
 """`supar transfer` and `explain`: a proxy and a target become a plan, and its numbers are worked out."""
 
 import json
+import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import supar_cli
 from supar_cli.cli import documents, terminal
 from supar_cli.cli.options import Flags, command, require_one
+from supar_cli.cli.runs import find_run
 from supar_cli.cli.values import parameterization
-from supar_cli.errors import InputError
+from supar_cli.errors import InputError, TransferWarning
 from supar_cli.files import template
-from supar_cli.planning.advice import warnings
+from supar_cli.planning import advice
 from supar_cli.planning.density import Share
 from supar_cli.planning.document import Document
 from supar_cli.planning.explain import legend
@@ -18,11 +21,11 @@ from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy
 
-MASKS = "masks.safetensors"
+PLAN, MASKS = "plan.yaml", "masks.safetensors"
 
 
 @command(
-    "proxy sparsity density masks width layers heads kv_heads head_width ffn_width context batch_size steps",
+    "proxy sparsity density masks values width layers heads kv_heads head_width ffn_width context batch_size steps",
     "tokens tokens_per_parameter parameterization pattern block distribution updates data tokenizer field format seed",
     "from_paper allow_low_wpn explain dry_run",
     "set out force json quiet verbose",
@@ -41,8 +44,13 @@ def transfer(flags: Flags) -> None:
       supar transfer proxy.yaml --width 2048 --density 1/128 -o wide.yaml
     """
     log = terminal.Log(flags.quiet)
-    if flags.masks is not None and not Path(flags.masks).exists():
-        raise InputError(f"--masks {flags.masks}: is not there; expected a safetensors file or a folder of them")
+    for name in ("masks", "values"):
+        if (given := getattr(flags, name)) is not None:
+            setattr(flags, name, find_run(given, log))
+            if not getattr(flags, name).exists():
+                raise InputError(
+                    f"{flags.places[name]}: is not there; expected a run, a safetensors file or a folder of them"
+                )
     require_one(flags, "density", "sparsity")
     for name in ("density", "sparsity", "pattern", "block", "distribution"):  # masks say all of it
         require_one(flags, "masks", name)
@@ -51,14 +59,19 @@ def transfer(flags: Flags) -> None:
     tuned_on = tuned.get("hash") if isinstance(tuned, dict) else None
     evidence = read.data.get("evidence") if isinstance(read.data, dict) else None
     documents.apply(read, flags)
-    levels = [(word, share) for word in ("sparsity", "density") for share in getattr(flags, word) or []]
-    plans = [_plan(read, flags, *level) for level in levels] or [_plan(read, flags)]
+    levels = [(word, share) for word in ("sparsity", "density") for share in getattr(flags, word) or []] or [("", None)]
+    with TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", TransferWarning)
+        names = [f"values-{at}.safetensors" for at in range(len(levels))] if len(levels) > 1 else ["values.safetensors"]
+        plans = [_plan(read, flags, Path(folder, name), *level) for name, level in zip(names, levels, strict=True)]
+        terminal.keep_files(Path(folder), [plan.model_dump() for plan in plans], flags, PLAN)
     terminal.log_plans(plans, flags, log)
-    for message in dict.fromkeys(message for plan in plans for message in warnings(plan, tuned_on, evidence)):
+    messages = [message for plan in plans for message in advice.warnings(plan, tuned_on, evidence)]
+    for message in dict.fromkeys([*messages, *(str(one.message) for one in caught)]):
         log.warn(message)
     if flags.dry_run:
         return
-    terminal.emit([plan.model_dump() for plan in plans], flags, log, "plan.yaml")
+    terminal.emit([plan.model_dump() for plan in plans], flags, log, PLAN)
     if not terminal.prints(flags) and all(plan.data is not None for plan in plans):
         log.next("supar train" + (f" {flags.out}" if flags.out else ""))
 
@@ -72,20 +85,20 @@ def _read_proxy(flags: Flags) -> Document:
     return documents.read_one(str(template("paper-proxy.yaml")), missing, "--from-paper")
 
 
-def _plan(read: Document, flags: Flags, word: str = "", share: Share | None = None) -> Plan:
-    """The plan of the document's target; `word` (sparsity or density) sets its level if given."""
+def _plan(read: Document, flags: Flags, values: Path, word: str, share: Share | None) -> Plan:
+    """The plan of the document's target; `word` (sparsity or density) sets its level if given.
+
+    `values` is where values are written, if the plan has any, and masks beside them.
+    """
     level = f"--{word} {share}" if "," in flags.places.get(word, "") else flags.places.get(word, "")
     documents.override(read, ("target", "sparsity"), {word: share}, {word: level})
     proxy = parse(Proxy, read).beside(read.name)
-    options = {"parameterization": flags.parameterization, "allow_low_wpn": flags.allow_low_wpn}
-    with documents.with_locations(read), documents.naming_flags(flags), TemporaryDirectory() as folder:
-        if flags.masks is None:
-            return supar_cli.transfer(proxy, **options)
-        made = Path(folder, MASKS)
-        plan = supar_cli.transfer(proxy, **options, masks=flags.masks, masks_out=made)
-        if not flags.dry_run:
-            terminal.keep_file(made, Path("." if flags.out in (None, "-") else flags.out).parent / MASKS, flags.force)
-    return plan.with_files(MASKS, None)  # sought beside the plan
+    options: dict[str, Any] = {
+        name: vars(flags)[name] for name in ("parameterization", "allow_low_wpn", "masks", "values")
+    }
+    with documents.with_locations(read), documents.naming_flags(flags):
+        plan = supar_cli.transfer(proxy, **options, masks_out=values.with_name(MASKS), values_out=values)
+    return plan.with_files(flags.masks and MASKS, flags.values and values.name)  # sought beside the plan
 
 
 @command(

@@ -170,9 +170,8 @@ def load(data: Data, *, vocab: int | None, context: int) -> Tokens:
     encoder = tokenizer.load(data) if found.is_text else None
     with tokens.require_unchanged([*found.files, *more]) as stamps:
         known = corpus.identify(data, found)
-        if encoder is not None and vocab is not None and encoder.vocab > vocab:
-            words = f"the {encoder.vocab} tokens of the tokenizer {data.tokenizer!r}"
-            raise InputError(f"model.vocab: {vocab} is less than {words}")
+        if encoder is not None and vocab is not None:
+            tokenizer.require_fits(encoder, data, vocab)
         tokens.raise_open_file_limit(len(found.files))
         reader = _Reader(found, data, encoder, stamps, vocab)
         train, validation = reader.segments("train", found.train), reader.segments("validation", found.validation)

@@ -83,8 +83,11 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + more
 
 
-def find(data: Data) -> Corpus:
-    """The corpus of a data section. Raises InputError when there is none at its path, or a file that is not read."""
+def find(data: Data, to_score: bool = False) -> Corpus:
+    """The corpus of a data section; `to_score`: of the validation split that a folder names, else of its test split, else all.
+
+    Raises InputError when there is none at its path, or a file that is not read.
+    """
     if data.source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         found = []
@@ -98,7 +101,7 @@ def find(data: Data) -> Corpus:
     if not os.path.exists(path):  # unlike Path.exists, False for an invalid file name
         raise InputError(f"data.source: {data.source}: no such file or folder")
     if path.is_file():
-        is_test = _split_word(Path(path.name)) == "test"
+        is_test = split_word(Path(path.name)) == "test"
         kind = kind_of(path, data)
         corpus = _split(Corpus(kind.name, path.parent, [path], [], is_packed=kind.is_packed))
         return replace(corpus, why=f"{corpus.why}; by its name it is a test split") if is_test else corpus
@@ -106,7 +109,7 @@ def find(data: Data) -> Corpus:
         raise InputError(
             f"data.source: {data.source}: neither a file nor a folder; expected one, as it is read more than once"
         )
-    files, left_out = _data_files(path, data)
+    files, left_out = _data_files(path, data, to_score)
     kinds = {one: kind_of(one, data) for one in files}
     names = sorted({kind.name for kind in kinds.values()})
     if len(names) > 1:
@@ -117,7 +120,7 @@ def find(data: Data) -> Corpus:
         others = "".join(f"; {names}: {why}" for why, names in corpus.by_reason().items())
         raise InputError(f"data.source: {data.source}: no data in it{others}; expected {', '.join(SUFFIXES)} files")
     corpus = replace(corpus, is_packed=any(kind.is_packed for kind in kinds.values()))
-    held_out = [one for one in files if _split_word(one.relative_to(path)) == "validation"]
+    held_out = [one for one in files if not to_score and split_word(one.relative_to(path)) == "validation"]
     if held_out == files:
         what = f"no training split, only one for validation ({_some(corpus.names(held_out))})"
         raise InputError(f"data.source: {data.source}: {what}; expected a training file, or one file as the source")
@@ -126,7 +129,7 @@ def find(data: Data) -> Corpus:
     return _split(corpus)
 
 
-def _data_files(root: Path, data: Data) -> tuple[list[Path], dict[Path, str]]:
+def _data_files(root: Path, data: Data, to_score: bool) -> tuple[list[Path], dict[Path, str]]:
     """The files of a folder that are data, and why others are not."""
     files: dict[Path, str] = {}  # with their suffixes
     left_out: dict[Path, str] = {}
@@ -141,10 +144,12 @@ def _data_files(root: Path, data: Data) -> tuple[list[Path], dict[Path, str]]:
         leave_out((Path(folder, name) for name in folders if Path(folder, name).is_symlink()), "links to folders")
         files |= {Path(folder, name): suffix_of(Path(name))[0] for name in names if not name.startswith(".")}
     leave_out((path for path in files if path.exists() and not path.is_file()), "neither files nor folders")
-    words = {path: _split_word(path.relative_to(root)) for path in files}
+    words = {path: split_word(path.relative_to(root)) for path in files}
     leave_out((path for path in files if _is_about(path)), "about data, such as a card or a licence")
     leave_out((path for path, suffix in files.items() if suffix not in SUFFIXES), "of no format that supar reads")
-    leave_out((path for path in files if words[path] == "test"), "a test split; it is never trained on")
+    kept = next((word for word in ("validation", "test") if to_score and word in map(words.get, files)), "")
+    leave_out((path for path in files if kept and words[path] != kept), f"not of the {kept} split")
+    leave_out((path for path in files if words[path] == "test" != kept), "a test split; it is never trained on")
     if data.format != "auto":
         suffix_kind = "bin" if data.format in ("nanogpt", "llmc") else data.format
         leave_out((path for path, suffix in files.items() if SUFFIXES[suffix] != suffix_kind), f"not {data.format}")
@@ -171,7 +176,7 @@ def _words(name: str) -> list[str]:
     return "".join(letter if letter.isalpha() else " " for letter in name.lower()).split()
 
 
-def _split_word(path: Path) -> str:
+def split_word(path: Path) -> str:
     """The split that a path below its folder names: test wherever it says so, else the one nearest to its end."""
     found: list[str] = []
     for part in reversed(path.parts):
@@ -189,6 +194,11 @@ def _split(corpus: Corpus) -> Corpus:
     train = [path for path in files if path not in set(held_out)]
     train, held_out = (train, held_out) if train else (held_out, train)
     return replace(corpus, train=train, validation=held_out, why="about one file in twenty, by the hash of its name")
+
+
+def is_here(data: Data) -> bool:
+    """Whether a source is on this machine."""
+    return data.source == "stdlib" or os.path.exists(os.path.expanduser(data.source))
 
 
 def tokenizer_file(data: Data) -> Path:
@@ -231,17 +241,13 @@ def _reading(data: Data, corpus: Corpus, before: Corpus | None) -> dict[str, Any
     elif data.dtype == "uint32":
         found["dtype"] = data.dtype
     same = before and (before.kind, before.train, before.validation) == (corpus.kind, corpus.train, corpus.validation)
-    if (
-        data.format != "auto" and data.source != "stdlib"
-    ):  # its hash did not cover the format, so that auto's is the one it had
+    # its hash did not cover the format, so that auto's is the one it had
+    if data.format != "auto" and data.source != "stdlib":
         usual = _first_reader(data.model_copy(update={"format": "auto"}))
         same = same and usual is not None and usual.kind == corpus.kind
     if not same or corpus.is_packed:
-        found |= {
-            "kind": corpus.kind,
-            "train": corpus.names(corpus.train),
-            "validation": corpus.names(corpus.validation),
-        }
+        splits = {name: corpus.names(getattr(corpus, name)) for name in ("train", "validation")}
+        found |= {"kind": corpus.kind, **splits}
     return found
 
 
@@ -288,11 +294,8 @@ def identify(data: Data, corpus: Corpus | None = None) -> Data:
     if reading and before is not None and data.hash == content_hash(before, tokenizer):
         if reading.keys() == {"field"}:  # the same tokens, before the hash covered where their text is
             return data
-        read = (
-            "the text alone, without what tokenizer.json adds or cuts for inference"
-            if tokenizer
-            else ("its files otherwise" if data.format == "auto" else f"its files as {corpus.kind}")
-        )
+        read = "its files otherwise" if data.format == "auto" else f"its files as {corpus.kind}"
+        read = "the text alone, without what tokenizer.json adds or cuts for inference" if tokenizer else read
         remedy = "expected a document made anew, or `-s data.hash=null` to take the tokens as they are now"
         raise InputError(f"data.hash: {data.source}: supar now reads {read}, which gives other tokens; {remedy}")
     why = " (the standard library's sources differ between Python versions)" if data.source == "stdlib" else ""
@@ -343,6 +346,5 @@ def with_hash(document: DocumentT, log: Callable[[str], None] = lambda _: None) 
 def check_vocabulary(data: Data, vocab: int) -> None:
     """Raise InputError for a vocabulary that text read as bytes does not fit; data that are not here are not looked at."""
     for _, part in parts(data) or [(1.0, data)]:
-        is_here = part.source == "stdlib" or os.path.exists(os.path.expanduser(part.source))
-        if vocab < BYTES and part.tokenizer == "bytes" and is_here and find(part).is_text:
+        if vocab < BYTES and part.tokenizer == "bytes" and is_here(part) and find(part).is_text:
             raise InputError(f"model.vocab: {vocab} is less than the {BYTES} tokens of the tokenizer 'bytes'")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from supar_cli.data import corpus
+from supar_cli.data.documents import REPLACEMENT
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import naming_read_errors
 from supar_cli.planning.plan import Data
@@ -45,6 +47,17 @@ class Bytes:
             content, end = text.encode("utf-8", "surrogateescape"), bytes([self.separator or 0])
             self._within += end in content
             yield np.frombuffer(content + end, np.uint8)
+
+    def bytes_of(self, text: str, count: int) -> int:
+        """The bytes of a text's first tokens."""
+        return count
+
+    def decode(self, tokens: Iterable[int]) -> Iterator[str]:
+        """The text that each token completes, whole characters, and what is left; U+FFFD for what is no UTF-8."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in tokens:
+            yield decoder.decode(bytes([min(token, 255)]))  # 255 is never part of a character
+        yield decoder.decode(b"", final=True)
 
     def warnings(self) -> list[str]:
         """What to say of the separator."""
@@ -109,6 +122,29 @@ class Vocabulary:
                     raise InputError(f"{self.path}: {what}; expected texts without it, or another data.separator")
                 yield ids
 
+    def bytes_of(self, text: str, count: int) -> int:
+        """The bytes of a text's first tokens, whole characters."""
+        ends = [end for _, end in self._tokenizer.encode(text, add_special_tokens=False).offsets]
+        return len(text[: ends[count - 1]].encode()) if count else 0
+
+    def decode(self, tokens: Iterable[int]) -> Iterator[str]:
+        """The text that each token completes, whole characters, and what is left; U+FFFD for what has no text."""
+        # not by DecodeStream, which raises where a byte spoils bytes that were characters before
+        window, done = list[int](), 0  # tokens whose text depends on each other's, and how many of them have come
+        for token in tokens:
+            if self._tokenizer.id_to_token(token) is None:
+                yield REPLACEMENT
+                continue
+            window.append(token)
+            before, after = self._text(window[:done]), self._text(window)
+            if is_whole := not after.endswith(REPLACEMENT):
+                window, done = window[done:], len(window) - done
+            yield after[len(before) :] if is_whole else ""
+        yield self._text(window)[len(self._text(window[:done])) :]
+
+    def _text(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=False)  # type: ignore[no-any-return]
+
     def warnings(self) -> list[str]:
         """What to say of the tokenizer."""
         found = []
@@ -159,3 +195,11 @@ Tokenizer = Bytes | Vocabulary
 def load(data: Data) -> Tokenizer:
     """The tokenizer of a data section. Raises InputError, SetupError."""
     return Bytes(data) if data.tokenizer == "bytes" else Vocabulary(data)
+
+
+def require_fits(encoder: Tokenizer, data: Data, vocab: int) -> None:
+    """Raise InputError for a tokenizer with more tokens than a model's vocabulary."""
+    if encoder.vocab > vocab:
+        raise InputError(
+            f"model.vocab: {vocab} is less than the {encoder.vocab} tokens of the tokenizer {data.tokenizer!r}"
+        )

@@ -24,7 +24,6 @@ from supar_cli.own.prepared import prepare
 from supar_cli.planning.layout_document import OwnShape
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.plan_sections import OwnModel
-from supar_cli.training.distributed import ALONE
 from supar_cli.training.runtime import device_of
 from supar_cli.user_code import calling_user_code, load_function
 
@@ -129,7 +128,7 @@ class OwnWatch:
         make, self.batches, self.loss = code.load()
         self.loss_text = f"--loss {code.loss}" if isinstance(code.loss, str) else "loss"
         torch.manual_seed(plan.train.seed)
-        self.device, self.seed, self.done = device_of(plan, ALONE), plan.train.seed, 0
+        self.device, self.seed, self.done = device_of(plan.run.device), plan.train.seed, 0
         with calling_user_code("factory"):
             self.model = make(**plan.model.target).to(self.device).train()
         self.optimizer = prepare(self.model, plan).optimizer()

@@ -20,7 +20,7 @@ from supar_cli.jobs.workers import Call, Function, WorkerFailure, Workers
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.plan_sections import OwnModel
 from supar_cli.training.run_directory import RunHistory
-from supar_cli.training.runtime import Runtime, versions
+from supar_cli.training.runtime import Runtime, lacks_memory, versions
 from supar_cli.training.tasks import load_task
 from supar_cli.training.trainer import Trainer
 
@@ -28,21 +28,20 @@ from supar_cli.training.trainer import Trainer
 def require_runnable(plan: Plan, device: bool = True, warn: Callable[[str], None] = lambda _: None) -> None:
     """Raise errors of a plan's data, and of its device if it is on this machine, before any work is done.
 
-    `warn` is told what is wrong with the data. Of a user's model only the command is known.
+    `warn` is told what is wrong with the data or slow on the device. Of a user's model only the command is known.
     """
     if isinstance(plan.model, OwnModel):
         require_command(plan)
         return
-    if device:
-        Runtime.of(plan)
-    for message in getattr(load_task(plan), "warnings", ()):
+    found = Runtime.of(plan).warnings if device else []
+    for message in [*found, *getattr(load_task(plan), "warnings", ())]:
         warn(message)
 
 
 def train_plan(
     plan: Plan, on_evaluation: Callable[[int, float], None] | None = None, folder: Path = Path("trials")
 ) -> RunHistory:
-    """Train a plan without a directory. Raises UnusableResult when it diverges.
+    """Train a plan without a directory. Raises UnusableResult when it diverges, RunFailed where memory is short.
 
     Trials, finalists, fit runs and the runs of sweeps are all made here. With `compile: auto` a plan is
     not compiled: compiling takes longer than a proxy's trial. A plan of a user's model is trained by its command, whose
@@ -52,7 +51,15 @@ def train_plan(
         return run_command(plan, folder, on_evaluation)
     if plan.run.compile == "auto":
         plan = plan.model_copy(update={"run": plan.run.model_copy(update={"compile": "off"})})
-    return Trainer(plan, load_task(plan)).run(on_evaluation=on_evaluation)
+    try:
+        return Trainer(plan, load_task(plan)).run(on_evaluation=on_evaluation)
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        text = f"{error}".partition("\n")[0]
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # for the next trial of this process
+    raise RunFailed(f"out of memory: {text}; expected a smaller run.micro_batch_size or model")
 
 
 def validation_loss(plan: Plan, folder: Path = Path("trials")) -> float:

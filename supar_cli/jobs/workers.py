@@ -121,7 +121,11 @@ def visible_devices(device: str) -> list[str]:
         return []
     outer = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
-    return [name.strip() for name in outer.split(",")][:count] if outer else [str(index) for index in range(count)]
+    if not outer:
+        return [str(index) for index in range(count)]
+    names = [name.strip() for name in outer.split(",")]
+    # a process sees one MIG device, however many are named
+    return names if all(name.startswith("MIG-") for name in names) else names[:count]
 
 
 class Local(Workers):

@@ -1,17 +1,17 @@
 """The decoder-only transformer of both families, `gpt2` and `llama`: pre-norm blocks built from the plan's model section.
 
-Shape suffixes: B batch, T tokens, D width, F FFN width, H heads, K key/value heads, E head width, V vocabulary.
+Shape suffixes: B batch, T tokens, S tokens with those of the cache before them, D width, F FFN width, H heads, K key/value
+heads, E head width, V vocabulary.
 A parameter's name without `.weight` is its name in the plan.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from supar_cli.planning.plan import PlanModel
 from supar_cli.sparse.linear import Linear
@@ -58,6 +58,27 @@ def alibi_bias(context: int, heads: int) -> Tensor:
     return bias_HTT.masked_fill_(distance_TT < 0, float("-inf"))
 
 
+def causal_bias(tokens: int, before: int, device: torch.device) -> Tensor:
+    """Bias (T, S) of tokens that follow others, `before` them: each sees those, itself and what lies between."""
+    return torch.full((tokens, before + tokens), float("-inf"), device=device).triu(before + 1)
+
+
+class KeyValues:
+    """The keys and values (B, K, S, E) that a block has made of the tokens read so far; none at first."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._parts: tuple[Tensor, Tensor] | None = None
+
+    def extend(self, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Take over the keys and values of the tokens that follow, and return those of all."""
+        both = (k_BKTE, v_BKTE)
+        if self._parts is not None:
+            both = torch.cat((self._parts[0], k_BKTE), dim=2), torch.cat((self._parts[1], v_BKTE), dim=2)
+        self._parts, self.tokens = both, self.tokens + k_BKTE.shape[2]
+        return both
+
+
 class Attention(nn.Module):
     """Causal self-attention (B, T, D) → (B, T, D) with the plan's factor on q·k."""
 
@@ -71,14 +92,22 @@ class Attention(nn.Module):
         self.v = Linear(config.width, kv_inner, config.bias)
         self.o = Linear(inner, config.width, config.bias)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, bias_HTT: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        bias_HTS: Tensor | None,
+        past: KeyValues | None = None,
+    ) -> Tensor:
         B, T, _ = x_BTD.shape
         q_BHTE, k_BKTE, v_BKTE = (
             project(x_BTD).view(B, T, -1, self.head_width).transpose(1, 2) for project in (self.q, self.k, self.v)
         )
         if rope is not None:
             q_BHTE, k_BKTE = rotate(q_BHTE, *rope), rotate(k_BKTE, *rope)
-        mask = None if bias_HTT is None else bias_HTT.to(q_BHTE.dtype)
+        if past is not None:
+            k_BKTE, v_BKTE = past.extend(k_BKTE, v_BKTE)  # (B, K, S, E)
+        mask = None if bias_HTS is None else bias_HTS.to(q_BHTE.dtype)
         is_grouped = self.kv_heads != self.heads
         mixed_BHTE = F.scaled_dot_product_attention(
             q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=is_grouped
@@ -111,9 +140,15 @@ class Block(nn.Module):
         self.attn_norm, self.attn = norm(config), Attention(config)
         self.mlp_norm, self.mlp = norm(config), FeedForward(config)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, bias_HTT: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        bias_HTS: Tensor | None,
+        past: KeyValues | None = None,
+    ) -> Tensor:
         # add's own factor is free; a separate product would be one more pass over memory
-        x_BTD = torch.add(x_BTD, self.attn(self.attn_norm(x_BTD), rope, bias_HTT), alpha=self.residual)
+        x_BTD = torch.add(x_BTD, self.attn(self.attn_norm(x_BTD), rope, bias_HTS, past), alpha=self.residual)
         return torch.add(x_BTD, self.mlp(self.mlp_norm(x_BTD)), alpha=self.residual)
 
 
@@ -122,6 +157,8 @@ class Transformer(nn.Module):
 
     With targets (B, T) it returns their mean cross-entropy () in nats instead, made of `chunk` tokens at a time, so that no
     more logits than (chunk, V) are ever held; None: of all at once.
+
+    With a `cache`, which `new_cache` makes, tokens follow those that were read with it before, and are added to it.
     """
 
     def __init__(self, config: PlanModel) -> None:
@@ -138,16 +175,29 @@ class Transformer(nn.Module):
         bias_HTT = alibi_bias(config.context, config.heads) if config.positions == "alibi" else None
         self.register_buffer("bias_HTT", bias_HTT, persistent=False)
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, chunk: int | None = None) -> Tensor:
-        T = tokens_BT.shape[1]
+    def new_cache(self) -> list[KeyValues]:
+        """A cache of no tokens yet, for each block."""
+        return [KeyValues() for _ in self.blocks]
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        chunk: int | None = None,
+        cache: list[KeyValues] | None = None,
+    ) -> Tensor:
+        T, before = tokens_BT.shape[1], 0 if cache is None else cache[0].tokens
+        now, so_far = slice(before, before + T), slice(before + T)
         x_BTD = self.embedding(tokens_BT)
         if self.positions is not None:
-            x_BTD = x_BTD + self.positions.weight[:T]
+            x_BTD = x_BTD + self.positions.weight[now]
         x_BTD = x_BTD * self.config.multipliers.input
-        rope = (self.cos_TE[:T], self.sin_TE[:T]) if self.config.positions == "rope" else None  # type: ignore[index]
-        bias_HTT = self.bias_HTT[:, :T, :T] if self.config.positions == "alibi" else None  # type: ignore[index]
-        for block in self.blocks:
-            x_BTD = block(x_BTD, rope, bias_HTT)
+        rope = (self.cos_TE[now], self.sin_TE[now]) if self.config.positions == "rope" else None  # type: ignore[index]
+        bias_HTS = None if cache is None else causal_bias(T, before, tokens_BT.device)
+        if self.config.positions == "alibi":
+            bias_HTS = self.bias_HTT[:, now, so_far]  # type: ignore[index]
+        for i, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, rope, bias_HTS, None if cache is None else cache[i])
         x_BTD = self.final_norm(x_BTD)
         weight_VD = self.embedding.weight if self.unembedding is None else self.unembedding.weight
         if targets_BT is None:
@@ -160,21 +210,45 @@ def chunked_loss(
 ) -> Tensor:
     """Mean cross-entropy () in nats of the logits multiplier · X·Wᵀ, `chunk` tokens at a time in both passes.
 
-    A chunk's logits are not kept for the backward pass but made again: one more product of the head for memory that
-    doesn't grow with tokens · V.
+    A chunk's gradients are made with its logits, which are then given up: no product is made twice, and memory doesn't grow
+    with tokens · V.
     """
     x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
-    tokens = len(targets_N)
-    step = chunk or tokens
-    parts = [slice(first, first + step) for first in range(0, tokens, step)]
-    recomputed = partial(checkpoint, _loss_sum, use_reentrant=False, preserve_rng_state=False)
-    sums = [recomputed(x_ND[part], weight_VD, targets_N[part], multiplier) for part in parts]
-    return torch.stack(sums).sum() / tokens
+    return _HeadLoss.apply(x_ND, weight_VD, targets_N, multiplier, chunk or len(targets_N))  # type: ignore[no-any-return,no-untyped-call]
 
 
-def _loss_sum(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, multiplier: float) -> Tensor:
-    logits_NV = F.linear(x_ND, weight_VD) * multiplier
-    return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+class _HeadLoss(torch.autograd.Function):
+    """The mean cross-entropy of multiplier · X·Wᵀ, `chunk` tokens at a time; its gradients are made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, multiplier: float, chunk: int) -> Tensor:
+        tokens, needs_gradients = len(targets_N), any(ctx.needs_input_grad[:2])
+        losses, by_x, by_weight_VD = [], [], torch.zeros_like(weight_VD) if needs_gradients else None
+        for first in range(0, tokens, chunk):
+            x_CD, targets_C = x_ND[first : first + chunk], targets_N[first : first + chunk]
+            logits_CV = F.linear(x_CD, weight_VD) * multiplier
+            loss, slope_CV = _loss_and_slope(logits_CV, targets_C)
+            losses.append(loss)
+            if by_weight_VD is not None:
+                slope_CV = slope_CV.mul_(multiplier / tokens).to(logits_CV.dtype)
+                by_x.append((slope_CV @ weight_VD).to(x_ND.dtype))
+                by_weight_VD += slope_CV.t() @ x_CD
+        if by_weight_VD is not None:
+            ctx.save_for_backward(torch.cat(by_x), by_weight_VD)
+        return torch.stack(losses).sum() / tokens
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        by_x_ND, by_weight_VD = ctx.saved_tensors
+        return by_x_ND * gradient, by_weight_VD * gradient, None, None, None
+
+
+def _loss_and_slope(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+    """The cross-entropies' sum () and its gradient by the logits (C, V), in float32."""
+    log_chance_CV = logits_CV.float().log_softmax(1)
+    loss = F.nll_loss(log_chance_CV, targets_C, reduction="sum")
+    minus_one_C1 = log_chance_CV.new_full((len(targets_C), 1), -1.0)
+    return loss, log_chance_CV.exp_().scatter_add_(1, targets_C[:, None], minus_one_C1)
 
 
 def named_tensors(model: nn.Module) -> dict[str, nn.Parameter]:

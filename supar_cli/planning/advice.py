@@ -151,7 +151,7 @@ def of_pruning(plan: Plan, run: str, step: int) -> Iterator[str]:
     """The warnings about a run that is pruned after a step. [D, measured at width 128, 2 layers, 400 steps]"""
     if step < plan.train.steps:
         yield f"{run}: has not finished: its magnitudes are those after step {step} of {plan.train.steps}"
-    if plan.values.source == "file":
+    if "checkpoint" in plan.parents:
         what = "a second round's rate is not settled (density 1/16: the best one .8 octaves lower, .5 % of the loss)"
         yield f"{run}: was pruned before: {what}; `supar sweep --calibrate` fits an exponent"
     if plan.sparsity.pattern not in ("exact", "bernoulli"):

@@ -187,9 +187,16 @@ class _Reader:
 
 
 def standard_input() -> bytes:
-    """All of standard input, or of the file that SUPAR_STDIN names: one of several processes has read it for all."""
+    """All of standard input, or of the file that SUPAR_STDIN names: one of several processes has read it for all.
+
+    Raises InputError where it is empty.
+    """
     already = os.environ.get("SUPAR_STDIN")
-    return Path(already).read_bytes() if already else sys.stdin.buffer.read()
+    raw = Path(already).read_bytes() if already else sys.stdin.buffer.read()
+    if not raw.strip():
+        expected = "did the command before the pipe fail? `set -o pipefail` shows it"
+        raise InputError(Problem("<stdin>", "standard input is empty", expected))
+    return raw
 
 
 def read_file(source: str) -> list[Document]:
@@ -202,9 +209,6 @@ def read_file(source: str) -> list[Document]:
         raise InputError(Problem(name, "not UTF-8 text", line=raw[: error.start].count(b"\n") + 1)) from None
     except OSError as error:
         raise InputError(Problem(name, f"can't be read: {error.strerror or error}")) from None
-    if source == "-" and not raw.strip():
-        expected = "did the command before the pipe fail? `set -o pipefail` shows it"
-        raise InputError(Problem(name, "standard input is empty", expected))
     if documents := read(text, name):
         return documents
     raise InputError(Problem(name, "the document is empty"))

@@ -39,6 +39,10 @@ def _grown_by_bytes(plan: Plan, masked: Sequence[PlanTensor]) -> int:
     return sum(sizes) if _sums_gradients(plan) else max(sizes)
 
 
+MOST_BYTES = 2**30  # chosen: of logits in float32 that are held at once
+CHUNK_BYTES = 2**28  # chosen: of those of a chunk; at 50,000 words 1342 tokens, enough for the speed of a product
+
+
 def start_live(rows: Sequence[PlanTensor], plan: Plan) -> int:
     """The live weights of rows at step 0, the most that they have in a run."""
     schedule = MaskSchedule.of(plan)
@@ -54,6 +58,14 @@ def _mean_kept(plan: Plan, row: PlanTensor) -> float:
     return sum(schedule.kept(row, (2 * i + 1) * train.steps // 200) for i in range(100)) / 100
 
 
+def loss_chunk(plan: Plan, rows: int) -> int | None:
+    """The tokens of `rows` sequences whose logits are held at a time; None: all. The run section's number if it has one."""
+    if plan.run.loss_chunk_tokens is not None or not isinstance(plan.model, PlanModel):
+        return plan.run.loss_chunk_tokens
+    token_bytes = 4 * plan.model.vocab
+    return max(1, CHUNK_BYTES // token_bytes) if rows * plan.model.context * token_bytes > MOST_BYTES else None
+
+
 def activation_bytes(plan: Plan, rows: int, number_bytes: int, fused: bool = False) -> int:
     """Bytes kept for the backward pass of `rows` sequences, with the logits and their gradient in float32.
 
@@ -62,7 +74,7 @@ def activation_bytes(plan: Plan, rows: int, number_bytes: int, fused: bool = Fal
     if not isinstance(plan.model, PlanModel):
         return 0  # how much a user's model keeps is not known
     tokens = rows * plan.model.context
-    at_once = min(tokens, plan.run.loss_chunk_tokens or tokens)  # tokens whose logits are held
+    at_once = min(tokens, loss_chunk(plan, rows) or tokens)
     between = tokens * numbers_between(plan.model) * number_bytes
     return between + at_once * plan.model.vocab * 8 + squared_bytes(plan, rows, number_bytes, fused)
 

@@ -243,7 +243,8 @@ def _numbers(
         why = std.why if row.role in rules.STARTS else "a constant"
         found = {"init_constant": rules.Rule(constant, f"{constant:g}", std.source, why), **found}
     if row.init == "file":
-        found["init_std"] = rules.Rule(row.init_std or 0.0, "g·rms", "D", "measured on the file's values")
+        formula = "g·rms" if "g" in row.because else "rms"
+        found["init_std"] = rules.Rule(row.init_std or 0.0, formula, "D", "measured on the file's values")
     if row.init == "own" and row.role in rules.STARTS:
         found["init_std"] = rules.Rule(tuned.sigma, "σ", "D", "the constructor's own values, scaled to this size")
     if row.fold is not None:

@@ -183,23 +183,26 @@ class Values(Section):
     """Where initial values come from: drawn, or read from a file of tensors by name, of a masked one its live values.
 
     `draw: positions`: every position has its draw, whatever the mask; `live`: live weights alone do, in row-major order.
-    Where all weights live the two are the same. `scale: energy` says that the file's values of masked
-    tensors were multiplied so that they have the energy from before pruning (each row's `because.g`).
+    Where all weights live the two are the same. `scale: energy` says that the file's values of masked tensors were
+    multiplied so that they have the energy from before pruning (each row's `because.g`). `model` is where the model was that
+    the file's values are of.
     """
 
-    UNHASHED = ("path",)
+    UNHASHED = ("path", "model")
 
     source: Literal["random", "file"] = "random"
     draw: Draw = Field(default="positions", neutral=True)
     path: str | None = Field(default=None, neutral=True, omit=True)
     hash: str | None = Field(default=None, neutral=True, omit=True)
     scale: Literal["none", "energy"] = Field(default="none", neutral=True, omit=True)
+    model: str | None = Field(default=None, neutral=True, omit=True)
 
     @property
     def text(self) -> str:
         """Where they come from, in words."""
-        scaled = {"none": "", "energy": ", live weights scaled by g to keep each tensor's energy"}
-        return "drawn" if self.path is None else f"of {self.path}{scaled[self.scale]}"
+        scaled = ", live weights scaled by g to keep each tensor's energy" if self.scale == "energy" else ""
+        model = f", those of the model at {self.model}" if self.model else ""
+        return "drawn" if self.path is None else f"of {self.path}{model}{scaled}"
 
     def check(self) -> None:
         _check_file(self, "source")

@@ -97,7 +97,9 @@ class Run(Section):
     compile: Literal["auto", "on", "off"] = "auto"
     engine: Engine | dict[str, Engine] = "auto"  # in a plan also by tensor, site or part; what is not named is `auto`
     micro_batch_size: int | None = Field(default=None, gt=0)
-    loss_chunk_tokens: int | None = Field(default=None, neutral=True, omit=True, gt=0)  # logits at a time; None: all
+    loss_chunk_tokens: int | None = Field(
+        default=None, neutral=True, omit=True, gt=0
+    )  # logits at a time; None: by memory
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # how several processes hold the model; one holds it whole
     log_every: int = Field(default=10, gt=0)
     checkpoint_every: int = Field(default=1000, gt=0)

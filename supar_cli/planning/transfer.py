@@ -87,13 +87,10 @@ def transfer(
     """The plan of training `target` with the hyperparameters of `proxy`; with `masks` their densities are the tensors'.
 
     `draw` is how values of sparse tensors are drawn: studies over density draw `positions`, so that their runs share the
-    values of what lives in several of them.
-
-    Raises InputError for a target that can't work.
+    values of what lives in several of them. Raises InputError for a target that can't work.
     """
-    if parameterization not in get_args(rules.ParameterizationName):
-        names = ", ".join(get_args(rules.ParameterizationName))
-        raise InputError(f"parameterization: {parameterization!r}; expected one of {names}")
+    if parameterization not in (names := get_args(rules.ParameterizationName)):
+        raise InputError(f"parameterization: {parameterization!r}; expected one of {', '.join(names)}")
     options = proxy.parameterization.model_dump(include=rules.OPTIONS)
     updates, follows = target.sparsity.updates, parameterization in rules.DENSITY_IN_RATE
     exponent = exponent_of(updates, proxy.parameterization.density_exponent) if follows else 0.0
@@ -106,6 +103,7 @@ def transfer(
     planned = _plan_own if isinstance(proxy.model, OwnShape) else _plan_decoder
     model, base, rows, task = planned(proxy, target, scheme, masks)
     train = _train(proxy, target, model, sum(row.kept for row in rows))
+    moving = plan_updates(updates, exponent, train.steps, rows)
     plan = Plan(
         kind="supar.plan/v2",
         parents={"proxy": proxy.hash()},
@@ -118,9 +116,7 @@ def transfer(
             edition=edition,
         ),
         hyperparameters=proxy.hyperparameters,
-        sparsity=_plan_sparsity(
-            target.sparsity, rows, masks, plan_updates(updates, exponent, train.steps, rows), edition
-        ),
+        sparsity=_plan_sparsity(target.sparsity, rows, masks, moving, edition),
         values=Values(draw=draw if any(row.kept < row.size for row in rows) else "positions"),
         tensors=rows,
         task=task,

@@ -6,8 +6,11 @@ S block rows or columns of a source, V live values. Blocks are numbered by block
 
 from __future__ import annotations
 
+import os
+import shutil
 from contextlib import suppress
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -69,10 +72,20 @@ class Block(Engine):
 
 
 def _importable() -> bool:
-    """Whether Triton is worth its import: it is installed and there is a device to run it."""
+    """Whether Triton is worth its import: there is a device, and nothing is missing to run it."""
     with suppress(ImportError):
-        return torch.cuda.is_available() and bool(import_module("triton"))
+        return torch.cuda.is_available() and what_triton_lacks() is None and bool(import_module("triton"))
     return False
+
+
+def what_triton_lacks(device: torch.device | None = None) -> str | None:
+    """What is missing to run Triton's kernels, those of torch.compile too, on a CUDA device; None: nothing is."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):  # as Triton looks for it
+        return "no C compiler is found, which Triton calls"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"the compute capability {major}.{minor} is below 7.0, Triton's least" if major < 7 else None
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -20,11 +20,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from safetensors.torch import save as save_tensors
+from safetensors.torch import save_file
 from torch import Tensor
 
 from supar_cli.errors import InputError, SetupError
-from supar_cli.files import file_hash, naming_read_errors, naming_write_errors, write_file
+from supar_cli.files import file_hash, naming_read_errors, naming_write_errors, replacing, write_file
 from supar_cli.planning.patterns import describe
 from supar_cli.sparse.masks import Mask, WantedMask, row_parts, select, to_matrix
 
@@ -68,7 +68,11 @@ def read_masks(path: Path, wanted_hash: str | None, wanted: Mapping[str, WantedM
 def write_values(path: Path, values: Mapping[str, Tensor]) -> str:
     """Write values atomically; returns the file's hash, the same for the same values. Raises SetupError where it can't."""
     with naming_write_errors(path):
-        write_file(path, save_tensors({name: values[name].contiguous() for name in sorted(values)}))
+        with replacing(path) as aside:
+            try:
+                save_file({name: values[name].contiguous() for name in sorted(values)}, aside)
+            except SafetensorError as error:
+                raise OSError(error) from None
         return file_hash(path)
 
 

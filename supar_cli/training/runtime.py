@@ -15,13 +15,56 @@ import torch
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning import estimate
 from supar_cli.planning.plan import Plan
-from supar_cli.training.distributed import ALONE, Parallelism, Ranks
+from supar_cli.sparse.block import what_triton_lacks
+from supar_cli.training.distributed import ALONE, Parallelism, Ranks, collective_error
 from supar_cli.version import __version__
 
 USED_SHARE = 0.9  # chosen: of a device's memory; the allocator and the libraries need the rest
 
-# Dense bf16 matrix peaks in TFLOP/s, from NVIDIA's datasheets, by a word in the device's name
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "A10": 125, "V100": 125}
+# Dense bf16 matrix peaks in TFLOP/s with sums in float32, from NVIDIA's datasheets, by words of the device's name; the first
+# row whose words are all there counts. V100 has no bf16
+PEAK_TFLOPS = {
+    "GB300": 2500,
+    "GB200": 2500,
+    "B300": 2250,
+    "B200": 2250,
+    "B100": 1750,
+    "H200 NVL": 835,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+    "A40": 150,
+    "A30": 165,
+    "A10G": 70,
+    "A10": 125,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "5090": 209.5,
+    "4090 D": 147,
+    "4090": 165,
+}
+# what torch, CUDA's libraries and the C++ library say when memory is short; other errors speak of memory too
+LACKS_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "STATUS_ALLOC_FAILED", "bad_alloc")
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error of numpy, torch or CUDA says that memory is short: of the host, or of a device."""
+    is_type = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return is_type or (isinstance(error, RuntimeError) and any(words in str(error) for words in LACKS_MEMORY))
+
+
+def peak_flops(name: str) -> float | None:
+    """The dense bf16 peak in FLOP/s of a CUDA device by its name, None if unknown. A MIG device has its sevenths of it."""
+    words = name.replace("-", " ").split()
+    peak = next((1e12 * peak for key, peak in PEAK_TFLOPS.items() if set(key.split()) <= set(words)), None)
+    if peak is None or "MIG" not in words:
+        return peak
+    slices = words[words.index("MIG") + 1 :][:1]  # such as 1g.10gb
+    sevenths = slices[0].partition("g.")[0] if slices else ""
+    return peak * int(sevenths) / 7 if sevenths.isdecimal() else None
 
 
 def versions() -> dict[str, str]:
@@ -36,9 +79,8 @@ def device_name(device: torch.device) -> str:
     return f"cpu ({torch.get_num_threads()} threads)"
 
 
-def device_of(plan: Plan, ranks: Ranks) -> torch.device:
-    """The device of this process. Raises SetupError if the machine lacks it, InputError for an unknown word."""
-    word = plan.run.device
+def device_of(word: str, ranks: Ranks = ALONE) -> torch.device:
+    """The device of this process by a word. Raises SetupError if the machine lacks it, InputError for an unknown word."""
     if word == "auto":
         word = "cuda" if torch.cuda.is_available() else "cpu"
     device = None
@@ -51,12 +93,33 @@ def device_of(plan: Plan, ranks: Ranks) -> torch.device:
     if ranks.is_distributed:
         if device.index is not None:
             raise InputError(f"run.device: {ranks.size} processes can't all use {word}; expected cuda, one for each")
-        device = torch.device("cuda", ranks.local_rank)
+        # a launcher such as Slurm may show each process its own device alone; `require_own_devices` tells shared ones
+        device = torch.device("cuda", 0 if torch.cuda.device_count() == 1 else ranks.local_rank)
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         raise SetupError(f"run.device: {device}: torch {torch.__version__} finds no such device on this machine")
     # torch selects devices by number only
     index = torch.cuda.current_device() if device.index is None else device.index
     return torch.device("cuda", index)
+
+
+def require_own_devices(device: torch.device, ranks: Ranks) -> None:
+    """Raise SetupError, in every rank, where two ranks of a machine compute on the same CUDA device."""
+    if device.type != "cuda" or not ranks.is_distributed:
+        return
+    own = f"{platform.node()}, {torch.cuda.get_device_properties(device).uuid}"
+    first: dict[str, int] = {}
+    for rank, one in enumerate(ranks.gather(own)):
+        if one in first:
+            what = f"ranks {first[one]} and {rank} compute on the same device ({one})"
+            raise collective_error(SetupError, f"run.device: {what}; expected a device for each process")
+        first[one] = rank
+
+
+def is_slow(device: torch.device, precision: torch.dtype) -> bool:
+    """Whether products are much slower than in float32: bfloat16 on a CPU without units for it."""
+    if device.type != "cpu" or precision != torch.bfloat16:
+        return False
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def device_thread(device: torch.device, name: str) -> ThreadPoolExecutor:
@@ -68,24 +131,33 @@ def device_thread(device: torch.device, name: str) -> ThreadPoolExecutor:
 
 @dataclass(slots=True)
 class Runtime:
-    """How a plan runs on this machine. `micro_batch` and `rows`, its share of the batch, are sequences of one process."""
+    """How a plan runs on this machine. `micro_batch` and `rows`, its share of the batch, are sequences of one process.
+
+    `why_eager`: what is missing to compile, where the plan leaves it to the machine.
+    """
 
     device: torch.device
     precision: torch.dtype
     compiles: bool
     micro_batch: int
     rows: int
+    why_eager: str | None = None
 
     @classmethod
     def of(cls, plan: Plan, ranks: Ranks = ALONE) -> Runtime:
-        device = device_of(plan, ranks)
+        device = device_of(plan.run.device, ranks)
         cuda = device.type == "cuda"
         if cuda:
             torch.cuda.set_device(device)
         word = plan.run.precision
         native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         bf16 = native if word == "auto" else word == "bfloat16"
-        compiles = cuda if plan.run.compile == "auto" else plan.run.compile == "on"
+        compiles, lack = plan.run.compile == "on", None
+        if cuda and plan.run.compile != "off":
+            lack = what_triton_lacks(device)
+            if compiles and lack is not None:
+                raise SetupError(f"run.compile: on, but {lack}; expected auto or off on this machine")
+            compiles = lack is None
         rows, left = divmod(plan.train.batch_size, ranks.size)
         if left:
             what = f"{plan.train.batch_size} sequences can't be shared evenly by {ranks.size} processes"
@@ -94,22 +166,27 @@ class Runtime:
         if rows % micro:
             what = "the batch size" if ranks.size == 1 else f"a process's share of {ranks.size} of the batch,"
             raise InputError(f"run.micro_batch_size: {micro} does not divide {what} {rows}; expected a divisor")
-        return cls(device, torch.bfloat16 if bf16 else torch.float32, compiles, micro, rows)
+        return cls(device, torch.bfloat16 if bf16 else torch.float32, compiles, micro, rows, lack)
 
     def to_device(self, batch: tuple[torch.Tensor, ...], rows: slice = slice(None)) -> tuple[torch.Tensor, ...]:
         """These rows of a batch's tensors on the device."""
         return tuple(tensor[rows].to(self.device, non_blocking=True) for tensor in batch)
 
     def peak_share(self, flops_per_unit: float | None, units_per_s: float) -> float | None:
-        """The FLOP/s of this process divided by its device's dense bf16 peak; None if one of them is unknown.
+        """The FLOP/s of this process divided by its device's dense bf16 peak; None if one is unknown, or in float32.
 
         Masked weights count as dense: that is what is computed.
         """
-        if self.device.type != "cuda" or flops_per_unit is None:
+        if self.device.type != "cuda" or flops_per_unit is None or self.precision != torch.bfloat16:
             return None
-        name = torch.cuda.get_device_name(self.device)
-        peak = next((1e12 * value for word, value in PEAK_TFLOPS.items() if word in name), None)
+        peak = peak_flops(torch.cuda.get_device_name(self.device))
         return None if peak is None else units_per_s * flops_per_unit / peak
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a user should know before a run begins."""
+        what = "bfloat16 on a CPU without units for it takes several times as long as float32"
+        return [f"run.precision: {what}; expected float32"] if is_slow(self.device, self.precision) else []
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.precision == torch.float32:
@@ -118,7 +195,15 @@ class Runtime:
 
 
 def choose_parallelism(plan: Plan, runtime: Runtime, ranks: Ranks) -> tuple[Parallelism, str]:
-    """How the ranks hold the plan's model, and the reason if the plan leaves it to the machine."""
+    """How the ranks hold the plan's model, the same in each, and the reason if the plan leaves it to the machine.
+
+    Raises SetupError where two of them share a device.
+    """
+    require_own_devices(runtime.device, ranks)
+    return ranks.on_main(_choose_parallelism, plan, runtime, ranks)
+
+
+def _choose_parallelism(plan: Plan, runtime: Runtime, ranks: Ranks) -> tuple[Parallelism, str]:
     if not ranks.is_distributed:
         return "alone", ""
     if plan.run.parallel != "auto":

@@ -17,6 +17,7 @@ from supar_cli.training.checkpoint_reader import available
 from supar_cli.training.distributed import Ranks, StopReason, collective_error, init_distributed
 from supar_cli.training.launch.environment import LAUNCH_DIR
 from supar_cli.training.reporter import NullReporter, Reporter
+from supar_cli.training.runtime import lacks_memory
 from supar_cli.training.trainer import Trainer
 
 # chosen: a fifth of the steps, more than warm-up alone explains. measured: the quickstart's proxy, 300 steps, four seeds,
@@ -70,7 +71,7 @@ def run(
                     reporter.warn(f"{directory}: continues with a changed setting: {change}")
                 for line in getattr(trainer.task, "lines", ()):
                     reporter.log(line)
-                for message in getattr(trainer.task, "warnings", ()):
+                for message in [*trainer.runtime.warnings, *getattr(trainer.task, "warnings", ())]:
                     reporter.warn(message)
                 reporter.log(f"{directory}: {plan.train.steps} steps on {_place(trainer)}")
                 history = trainer.run(directory, resume=resume, stop=stop)
@@ -98,7 +99,7 @@ def _place(trainer: Trainer) -> str:
     """Where and how a trainer computes, in words."""
     runtime, ranks = trainer.runtime, trainer.ranks
     among = f" in {ranks.size} processes ({trainer.parallel.kind})" if ranks.is_distributed else ""
-    compiled = "on" if runtime.compiles else "off"
+    compiled = "on" if runtime.compiles else f"off ({runtime.why_eager})" if runtime.why_eager else "off"
     return f"{runtime.device}{among}, {str(runtime.precision).removeprefix('torch.')}, compile {compiled}"
 
 
@@ -108,7 +109,7 @@ def _naming_lack_of_memory() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not lacks_memory(error):
             raise
         what = "expected a smaller run.micro_batch_size or model (`--dry-run` estimates what it needs)"
         raise SetupError(f"out of memory; {what}") from None

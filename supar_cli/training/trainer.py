@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from supar_cli.errors import InputError, Preempted, UnusableResult
 from supar_cli.files import Record
 from supar_cli.models.transformer import named_tensors
+from supar_cli.planning.estimate import loss_chunk
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.masks import Mask
 from supar_cli.training import checkpoint, checkpoint_reader, distributed, optimizer, prepare, tasks, trackers
@@ -57,7 +58,7 @@ class Trainer:
         self.plan, self.reporter, self.ranks = plan, reporter or NullReporter(), ranks
         self._model_maker, self._roles = build_model, {row.name: row.role for row in plan.tensors}
         self.runtime, self.task = self.ranks.run_on_all(self._load_inputs, task)
-        kind, why = self.ranks.on_main(choose_parallelism, plan, self.runtime, self.ranks)
+        kind, why = choose_parallelism(plan, self.runtime, self.ranks)
         if why:
             self.reporter.log(why)
         units = self.runtime.micro_batch * self.task.units_per_row
@@ -137,15 +138,14 @@ class Trainer:
         Raises UnusableResult, before any weight changes, if the loss or a gradient is not finite.
         """
         plan, train, micro_batch = self.plan, self.plan.train, self.runtime.micro_batch
-        batch = self.batch(self.done)
+        batch, own_loss = self.batch(self.done), torch.zeros((), device=self.runtime.device)
         rows = len(batch[0])
-        own_loss = torch.zeros((), device=self.runtime.device)
         for start in range(0, rows, micro_batch):
             is_last = start + micro_batch >= rows
             part = self.runtime.to_device(batch, slice(start, start + micro_batch))
             with self.parallel.gradient_sync(is_last), self._updates.watch(self.sparse_model, self.done + 1, is_last):
                 with self.runtime.autocast():
-                    loss = self.task.loss(self.model, part, plan.run.loss_chunk_tokens) * (micro_batch / rows)
+                    loss = self.task.loss(self.model, part, loss_chunk(plan, micro_batch)) * (micro_batch / rows)
                 torch.autograd.backward(loss)
             own_loss += loss.detach()
         self._updates.mask_gradients(self.sparse_model, self.done + 1)
@@ -172,7 +172,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """The means over the task's held-out batches by name. Raises UnusableResult if the validation loss is not finite."""
-        record = tasks.evaluate(self.task, self.parallel, self.runtime, self.plan.run.loss_chunk_tokens)
+        record = tasks.evaluate(self.task, self.parallel, self.runtime, loss_chunk(self.plan, self.runtime.micro_batch))
         if not math.isfinite(record["validation_loss"]):
             text = f"step {self.done}: the validation loss is {record['validation_loss']}"
             raise collective_error(UnusableResult, text)

@@ -1,0 +1,64 @@
+"""The logits of an exported folder, as transformers computes them, compared with those of supar's own model."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from supar_cli.errors import CheckViolated
+from supar_cli.models.transformer import Transformer
+from supar_cli.planning.plan import PlanModel
+from supar_cli.streams import stream
+
+TOKENS = 256
+MOST = 1e-5  # of the largest logit; measured: 3e-6 at most over models of width 64 and 512 whose attention is not sharp
+# measured: transformers' float32 tables of rope differ from exact ones by up to 5 times what the rest of a model rounds
+ROUNDINGS = 10
+
+
+def difference(folder: Path, model: Transformer) -> float:
+    """How far the logits of a folder are from a model's: the largest difference over the largest logit.
+
+    Raises ImportError without transformers, CheckViolated where it does not load the folder, or not whole.
+    """
+    loader = import_module("transformers").AutoModelForCausalLM
+    try:
+        loaded, report = loader.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+    except ImportError:
+        raise
+    except Exception as error:  # of any kind: the class does not load the folder
+        raise CheckViolated(f"transformers does not load the export: {error}; nothing was written") from None
+    if wrong := {key: sorted(map(str, names)) for key, names in report.items() if names}:
+        raise CheckViolated(f"transformers does not load the export whole: {wrong}; nothing was written")
+    tokens = _tokens(model.config)
+    with torch.no_grad():
+        return _relative(loaded.float().eval()(input_ids=tokens).logits, model(tokens))
+
+
+def require_equal(found: float, model: Transformer, what: str) -> None:
+    """Raise CheckViolated for a difference above `MOST`, or above what rounding explains where a model magnifies it."""
+    if found <= MOST:
+        return
+    tokens = _tokens(model.config)
+    with torch.no_grad():
+        allowed = max(MOST, ROUNDINGS * _relative(model(tokens), model.double()(tokens)))
+    model.float()
+    if not found <= allowed:  # NaN, too
+        raise CheckViolated(
+            f"{what}: its logits differ from supar's by {found:.2g} of the largest; expected at most {allowed:.2g}; "
+            "nothing was written"
+        )
+
+
+def _tokens(model: PlanModel) -> Tensor:
+    length = min(TOKENS, model.context)
+    generator = np.random.Generator(stream(0, "compared tokens"))
+    return torch.from_numpy(generator.integers(model.vocab, size=(-(-TOKENS // length), length)))
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())
