@@ -40,6 +40,8 @@ def difference(folder: Path, model: Transformer, architecture: str) -> float:
         raise CheckViolated(f"transformers does not load the export: {error}; nothing was written") from None
     if wrong := {key: sorted(map(str, names)) for key, names in report.items() if names}:
         raise CheckViolated(f"transformers does not load the export whole: {wrong}; nothing was written")
+    if loaded.config.tie_word_embeddings != model.config.tied:  # where both are in the file, transformers ties neither
+        raise CheckViolated(f"the export's config has tie_word_embeddings {not model.config.tied}; nothing was written")
     tokens = _tokens(model.config)
     with torch.no_grad():
         return _relative(loaded.float().eval()(input_ids=tokens).logits, model(tokens))
@@ -67,4 +69,5 @@ def _tokens(model: PlanModel) -> Tensor:
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max())
+    difference, largest = (float(value.abs().max()) for value in (found - wanted, wanted))
+    return difference / largest if difference else 0.0  # a head of zeros has no largest logit

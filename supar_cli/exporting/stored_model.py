@@ -65,6 +65,8 @@ def open_model(path: Path) -> StoredModel:
         return open_folder(path)
     if (path / PLAN).is_file() and ((path / WEIGHTS).is_file() or (path / NPZ).is_file()):
         return _open_export(path)
+    if (path / WEIGHTS).is_file() or (path / INDEX).is_file():
+        raise InputError(f"{path}: has weights and no {CONFIG}; expected both, as `save_pretrained` writes them")
     return open_run(path)
 
 
