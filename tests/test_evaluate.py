@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -172,7 +173,7 @@ class TestDefinition:
 
     def test_one_window_has_no_standard_error(self, folder: Path, run: Path, supar: Supar) -> None:
         said = supar("evaluate", str(run), "--tokens", "3").err
-        assert "3 tokens, 1 documents (no standard error of one window)" in said and "±" not in said
+        assert "3 tokens of 1 document (no standard error of one window)" in said and "±" not in said
 
     def test_batches_and_padding_change_nothing(self, folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         whole = supar_cli.evaluate(run, folder / "texts.jsonl", field="page")
@@ -190,6 +191,39 @@ class TestDefinition:
         scores = by_definition(supar_cli.model(run).double(), documents, 0)
         assert found["tokens"] == found["bytes"] == count and f"first tokens up to {count}" in found["data"][0]["part"]
         assert found["loss"] == pytest.approx(figures(scores, [count])["loss"], rel=1e-6)
+
+
+def with_data(monkeypatch: pytest.MonkeyPatch, run: Path, **changes: str) -> Model:
+    """The model of a run whose data section is taken for another, in float64."""
+    plan, model = loaded_model.load(run, "cpu")
+    changed = plan.model_copy(update={"data": plan.text.model_copy(update=changes)})
+    monkeypatch.setattr(loaded_model, "load", lambda *_: (changed, model))
+    return copy.deepcopy(model).double()
+
+
+class TestSeparator:
+    def test_is_the_runs(self, folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = with_data(monkeypatch, run, separator="|")
+        documents = [list(text.encode()) for text in TEXTS[8:15]]
+        found = supar_cli.evaluate(run, folder / "few.jsonl", field="page")["loss"]
+        right, wrong = (figures(by_definition(model, documents, end), [1])["loss"] for end in (ord("|"), 0))
+        assert found == pytest.approx(right, rel=1e-6) != pytest.approx(wrong, rel=1e-6)
+
+    def test_without_one_first_tokens_and_their_bytes_are_left_out(
+        self, run_of_vocabulary: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        from tests.test_tokenizer import plain
+
+        plain("<fin>").save(str(tmp_path / "t.json"))
+        model = with_data(monkeypatch, run_of_vocabulary, tokenizer=str(tmp_path / "t.json"))
+        texts = [f"{at}: {SOURCE[at * 50 : at * 50 + 40]}" for at in range(5)]  # each begins with a token of one byte
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        documents = [one.ids for one in plain("<fin>").encode_batch(texts)]
+        scores = [by_definition(model, [tokens], first)[0] for first, *tokens in documents]
+        wanted = figures(scores, [len(text.encode()) - 1 for text in texts])
+        found = supar_cli.evaluate(run_of_vocabulary, tmp_path / "a.jsonl")
+        assert {key: found[key] for key in wanted} == pytest.approx(wanted, rel=1e-6)
+        assert found["data"][0]["separator"] is None and "no token of it is known" in found["warnings"][0]
 
 
 class TestVocabulary:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from supar_cli.errors import InputError, SetupError
+from supar_cli.jobs import clusters
 from supar_cli.jobs import workers as jobs_workers
 from supar_cli.jobs.clusters import make_workers
 from supar_cli.jobs.queue import _is_alive, is_counted
@@ -135,7 +136,8 @@ class TestLocal:
             assert visible_devices("auto") == usable
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-5")
-        jobs = {device: make_workers(device=device, on_cpu=5).jobs for device in ("auto", "cuda:1", "cpu")}
+        monkeypatch.setattr(clusters, "CPU_JOBS", 5)
+        jobs = {device: make_workers(device=device).jobs for device in ("auto", "cuda:1", "cpu")}
         assert jobs == {"auto": 2, "cuda:1": 1, "cpu": 5}
 
     def test_workers_end_with_their_parent(self, tmp_path: Path) -> None:

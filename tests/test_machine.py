@@ -13,13 +13,16 @@ from typing import Any
 import pytest
 import torch
 
+from supar_cli.bench import layer
 from supar_cli.cli.app import LACKS
 from supar_cli.errors import SetupError
+from supar_cli.jobs.runs import require_runnable
 from supar_cli.models.transformer import Transformer
 from supar_cli.planning import estimate
 from supar_cli.planning.plan import Plan
 from supar_cli.reporting import runs
 from supar_cli.sparse import block
+from supar_cli.sparse.autotune import LayerCase
 from supar_cli.training import runtime
 from supar_cli.training.distributed import ALONE, Ranks
 from supar_cli.training.runtime import Runtime, require_host_memory
@@ -88,6 +91,25 @@ def test_the_share_of_the_peak_is_of_bfloat16_alone(monkeypatch: pytest.MonkeyPa
     runs_on = {kind: Runtime(torch.device("cuda", 0), kind, False, 1, 1) for kind in (torch.bfloat16, torch.float32)}
     shares = {kind: one.peak_share(1e9, 156_000.0) for kind, one in runs_on.items()}
     assert shares == {torch.bfloat16: pytest.approx(0.5), torch.float32: None}
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+def test_bfloat16_on_a_cpu_without_units_is_said_and_left_out_of_the_bench(
+    has_units: bool, plan_of: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_units)
+    said = {
+        precision: Runtime.of(plan_of(run={"device": "cpu", "precision": precision})).warnings
+        for precision in ("float32", "bfloat16")
+    }
+    assert said["float32"] == [] and len(said["bfloat16"]) == (not has_units)
+    heard = list[str]()
+    require_runnable(plan_of(run={"device": "cpu", "precision": "bfloat16"}), warn=heard.append)
+    assert heard == said["bfloat16"]
+    mask = layer.draw_mask((32, 32), 0.25)
+    for precision, is_there in ((torch.float32, has_units), (torch.bfloat16, True)):  # where it is asked for
+        arms, _ = layer.make_all(mask, LayerCase(torch.device("cpu"), precision, 8))
+        assert ("dense_bf16" in arms) == is_there
 
 
 @pytest.mark.parametrize(

@@ -97,13 +97,13 @@ class TestSearch:
         self, here: Path, supar_here: Callable[..., Called], by: str, what: str
     ) -> None:
         write_spec(here, by=by)
-        called = supar_here("tune-proxy")
+        called = supar_here("tune-proxy", "--jobs", "1")
         assert called.status == 4 and "Traceback" not in called.err.replace("  Traceback", "")
         last = called.err.partition("error: ")[2]
         assert last.startswith("the last 3 trials failed; trial 2: the script") and what in last
         assert runs_made(here) == 3 and not Path("proxy.yaml").exists()
         write_spec(here, by=by)  # a search with another script begins anew; this one goes on
-        assert supar_here("tune-proxy").status == 4 and runs_made(here) == 6
+        assert supar_here("tune-proxy", "--jobs", "1").status == 4 and runs_made(here) == 6
 
     def test_bad_trials_are_pruned_by_their_reports(self, here: Path, supar_here: Callable[..., Called]) -> None:
         fault = "if x < -2.2: supar.report_loss(99, 10); open('slow', 'w').write(str(os.getpid())); time.sleep(60)"

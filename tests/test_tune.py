@@ -180,6 +180,29 @@ def test_the_learning_rate_is_the_parabolas_lowest_point(spec: Spec, tmp_path: P
     assert proxy.evidence["lr_fit"]["usable"] and proxy.evidence["lr_fit"]["points"] == 6
 
 
+def test_the_fit_uses_trials_that_differ_in_the_rate_alone(spec: Spec, tmp_path: Path, monkeypatch) -> None:
+    """Of 12 rates searched some lie within the fit's octaves: they are its points, and no run is made near them."""
+    made: list[tuple[float, int]] = []
+
+    def loss(plan, on_evaluation=None):
+        made.append((plan.hyperparameters.lr, plan.train.seed))
+        return 2.0 + 0.1 * log2(plan.hyperparameters.lr / 0.012) ** 2 + 0.01 * plan.train.seed
+
+    monkeypatch.setattr(runs, "train_plan", ending(loss))
+    octaves = [-1.0, -0.5, 0.5, 1.0]
+    asked = with_search(spec, trials=12, init_std=None, lr_fit_octaves=octaves)
+    proxy = tuning.search(asked, str(tmp_path / "s.journal"), reporter=Heard())
+    fit = proxy.evidence["lr_fit"]
+    places = [(log2(lr / fit["lr_of_trial"]), seed) for lr, seed in made]
+    assert proxy.hyperparameters.lr == pytest.approx(0.012, rel=1e-6)
+    assert fit["points"] == sum(abs(at) <= 1 + 1e-9 for at, _ in places)
+    further = {(round(at, 6), seed) for at, seed in places[14:]}  # after 12 trials and a second seed of two finalists
+    free = {
+        (x, seed) for x in octaves for seed in (0, 1) if all(s != seed or abs(x - at) >= 0.25 for at, s in places[:14])
+    }
+    assert further == free and 0 < len(free) < 8
+
+
 def test_every_sampler_and_pruner_proposes_and_runs(spec: Spec, tmp_path: Path) -> None:
     for sampler, pruner in (("random", "none"), ("qmc", "median"), ("tpe", "halving"), ("gp", "median")):
         if sampler == "gp":

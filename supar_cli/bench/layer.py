@@ -22,7 +22,7 @@ from supar_cli.sparse.csr import Sparse
 from supar_cli.sparse.linear import Engine
 from supar_cli.sparse.masks import Mask, RandomKeys, select
 from supar_cli.training.prepare import to_dense
-from supar_cli.training.runtime import Runtime
+from supar_cli.training.runtime import Runtime, is_slow
 
 BASELINE = "masked"
 DENSE = (BASELINE, "dense", "dense_bf16", "dense_fp32")
@@ -67,9 +67,14 @@ def make(name: str, mask: Mask, values: Tensor, case: LayerCase) -> Arm:
 
 
 def make_all(mask: Mask, case: LayerCase) -> tuple[dict[str, Arm], str]:
-    """Every arm that can run for this case, and the engine that `auto` chooses."""
+    """Every arm that can run for this case, and the engine that `auto` chooses.
+
+    The dense one in bfloat16 only where that is not slow, or asked for: on a CPU it may take minutes.
+    """
     engines = autotune.candidates(case)[1:]
-    names = [*DENSE, *(name for name in ENGINES if name.removesuffix("_torch") in engines)]
+    left_out = is_slow(case.device, torch.bfloat16) and case.precision != torch.bfloat16
+    names = [name for name in DENSE if not (left_out and name == "dense_bf16")]
+    names += (name for name in ENGINES if name.removesuffix("_torch") in engines)
     if case.device.type == "cpu":
         keep_large_blocks()  # for dense arms too, so that the allocator favours no arm
     chosen = autotune.fastest(mask, case).name
@@ -116,7 +121,7 @@ def measure_density(shape: tuple[int, int], density: float, case: LayerCase, rou
 
     seconds = interleave({name: partial(step, arm) for name, arm in arms.items()}, rounds, case.device)
     median = {name: statistics.median(spent) for name, spent in seconds.items()}
-    by_time = sorted(DENSE, key=lambda name: median[name])
+    by_time = sorted((name for name in DENSE if name in arms), key=lambda name: median[name])
     rows: Document = {}
     for name, arm in arms.items():
         best = next(dense for dense in by_time if arms[dense].precision == arm.precision)

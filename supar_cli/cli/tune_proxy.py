@@ -52,7 +52,7 @@ def tune_proxy(flags: Flags) -> None:
         from supar_cli.experiments import search
 
         if flags.dry_run:
-            return terminal.show_dry_run(search.parts(spec), flags, on_cpu=1)
+            return terminal.show_dry_run(search.parts(spec), flags)
         flags.force = flags.force or _is_own(flags.out, search.study_name(spec))
         if out is not None and flags.study is None:
             Path(out).parent.mkdir(parents=True, exist_ok=True)

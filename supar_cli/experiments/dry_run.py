@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Unpack
 
 from supar_cli.errors import SuparError
-from supar_cli.jobs.clusters import CPU_JOBS, WorkerOptions, make_workers
+from supar_cli.jobs.clusters import WorkerOptions, make_workers
 from supar_cli.jobs.command import require_command
 from supar_cli.jobs.workers import Workers
 from supar_cli.planning import estimate
@@ -45,7 +45,6 @@ def time_here(
     parts: list[Part],
     started_s: float,
     step_of: Callable[..., Any] | None = None,
-    on_cpu: int = CPU_JOBS,
     **options: Unpack[WorkerOptions],
 ) -> str:
     """The time that a command takes here, from timing a few steps of each size; or why it isn't timed. Nothing is written.
@@ -63,7 +62,7 @@ def time_here(
         return f"here: not timed, as three steps and an evaluation may take {estimate.duration(slowest_s)}"
     try:
         device = parts[0].plans[0].run.device
-        with make_workers(device=device, on_cpu=on_cpu, **options) as workers:
+        with make_workers(device=device, **options) as workers:
             run_s, start_s = _time_all(by_size, workers, partial(time_run, step_of=step_of))
     except (SuparError, RuntimeError, MemoryError) as error:  # torch's own too: out of memory
         return f"here: not timed: {str(error).partition(chr(10))[0] or 'out of memory'}"

@@ -7,7 +7,8 @@ from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from math import nan
+from itertools import pairwise
+from math import log2, nan
 from pathlib import Path
 from statistics import fmean
 from typing import Unpack
@@ -110,7 +111,7 @@ def tune(
         spec = spec.model_copy(update={"data": corpus.identify(spec.data)})
     spec = corpus.with_hash(spec)
     folder = folder_beside(str(study), ".slurm")
-    with make_workers(device=spec.run.device, on_cpu=1, folder=folder, **workers) as ready:
+    with make_workers(device=spec.run.device, folder=folder, **workers) as ready:
         return search(spec, str(study), workers=ready, reporter=reporter or NullReporter())
 
 
@@ -145,7 +146,7 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
     winner = min(finalists, key=lambda finalist: (finalist["mean"], finalist["trial"]))
     values, fit = {name: winner[name] for name in ranges}, None
     if "lr" in ranges and spec.search.lr_fit_octaves:
-        fit = tuning.fit_lr(values, winner["losses"])
+        fit = tuning.fit_lr(values, finalists, complete)
         values["lr"] = winner["lr"] * 2.0**fit.octaves
         if not fit.usable:
             reporter.warn(f"lr fit: {fit.why}; using the best measured rate, {values['lr']:.4g}")
@@ -257,15 +258,15 @@ class _Tuning:
             self._report(len(counted), best)
         return study.counted()
 
-    def losses(self, candidates: list[Values], seeds: range, index: int) -> list[list[float | None]]:
-        """Losses of each candidate's runs over the seeds, those of the part at an index, None for a candidate that diverges.
+    def losses(self, asked: list[tuple[Values, int]], index: int) -> list[float | None]:
+        """The loss of each run asked for by its values and seed, those of the part at an index; None if it diverges.
 
         Each is made once, by any process.
         """
-        if not seeds:
-            return [[] for _ in candidates]
-        keys = [[json.dumps([values, seed], sort_keys=True) for seed in seeds] for values in candidates]
-        study, wanted = self._open(RUNS), [key for row in keys for key in row]
+        if not asked:
+            return []
+        wanted = [json.dumps(one, sort_keys=True) for one in asked]
+        study = self._open(RUNS)
         before = sum(len(part.plans) for part in self.parts[:index])
         count = failures = 0
         for trial in self._run(study, wanted):
@@ -283,19 +284,21 @@ class _Tuning:
             self._report(before + len(wanted) - study.missing(wanted)[0], trial.value or nan)
         self._report(before + len(wanted))
         found = {trial.user_attrs["run"]: trial.value for trial in study.counted()}
-        return [[found[key] for key in row] for row in keys]
+        return [found[key] for key in wanted]
 
     def run_finalists(self, best: list[FrozenTrial]) -> list[Record]:
         """Run the best trials with further seeds: trial, values, losses in nats per token, their mean.
 
         Raises UnusableResult when each diverges with one.
         """
-        first = self.spec.train.seed
-        seeds = range(first + 1, first + self.spec.search.seeds)
+        first, count = self.spec.train.seed, self.spec.search.seeds
+        asked = [(trial.params, first + at) for trial in best for at in range(1, count)]
+        found = iter(self.losses(asked, 1))
         finalists = []
-        for trial, losses in zip(best, self.losses([t.params for t in best], seeds, 1), strict=True):
+        for trial in best:
+            losses = [next(found) for _ in range(1, count)]
             finite = [loss for loss in (trial.value, *losses) if loss is not None]
-            if len(finite) == self.spec.search.seeds:
+            if len(finite) == count:
                 finalists.append({"trial": trial.number, **trial.params, "losses": finite, "mean": fmean(finite)})
             else:
                 self.reporter.warn(f"trial {trial.number} diverges with another seed; it is not a finalist")
@@ -304,15 +307,24 @@ class _Tuning:
             raise UnusableResult(f"{what}; expected lower learning rates in search.lr")
         return finalists
 
-    def fit_lr(self, winner: Values, known: list[float]) -> Fit:
-        """Run the winner at other learning rates, and fit the losses over the rate; at its own they are known."""
+    def fit_lr(self, winner: Values, finalists: list[Record], complete: list[FrozenTrial]) -> Fit:
+        """Fit the losses of the winner's values over the rate: of trials that differ in it alone, and of runs where none is near."""
         first, octaves = self.spec.train.seed, self.spec.search.lr_fit_octaves
+        places = sorted({0.0, *octaves})
+        near = min((after - before for before, after in pairwise(places)), default=0.0) / 2
+        known = [(trial.params, first, trial.value) for trial in complete]
+        known += [(one, first + at, loss) for one in finalists for at, loss in enumerate(one["losses"])]
+        points: dict[tuple[float, int], float] = {}
+        for values, seed, loss in known:
+            at = log2(values["lr"] / winner["lr"])
+            if places[0] <= at <= places[-1] and all(values[name] == winner[name] for name in winner.keys() - {"lr"}):
+                points[at, seed] = loss
         seeds = range(first, first + self.spec.search.seeds)
-        losses = self.losses([{**winner, "lr": winner["lr"] * 2.0**x} for x in octaves], seeds, 2)
-        points = [(0.0, seed, loss) for seed, loss in zip(seeds, known, strict=True)]
-        for x, row in zip(octaves, losses, strict=True):
-            points += [(x, seed, loss) for seed, loss in zip(seeds, row, strict=True) if loss is not None]
-        return fit_quadratic(points)
+        asked = [(x, seed) for x in octaves for seed in seeds]
+        asked = [(x, seed) for x, seed in asked if all(seed != own or abs(x - at) >= near for at, own in points)]
+        losses = self.losses([({**winner, "lr": winner["lr"] * 2.0**x}, seed) for x, seed in asked], 2)
+        points |= {key: loss for key, loss in zip(asked, losses, strict=True) if loss is not None}
+        return fit_quadratic([(at, seed, loss) for (at, seed), loss in points.items()])
 
     def evidence(self, trials: list[FrozenTrial], finalists: list[Record], winner: Record, fit: Fit | None) -> Record:
         """How the values were found, as proxy.yaml has it."""

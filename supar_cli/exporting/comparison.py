@@ -20,12 +20,18 @@ MOST = 1e-5  # of the largest logit; measured: 3e-6 at most over models of width
 ROUNDINGS = 10
 
 
-def difference(folder: Path, model: Transformer) -> float:
+def difference(folder: Path, model: Transformer, architecture: str) -> float:
     """How far the logits of a folder are from a model's: the largest difference over the largest logit.
 
-    Raises ImportError without transformers, CheckViolated where it does not load the folder, or not whole.
+    Raises ImportError where transformers or its class can't be imported, CheckViolated where it does not load the folder, or
+    not whole.
     """
-    loader = import_module("transformers").AutoModelForCausalLM
+    try:
+        transformers = import_module("transformers")
+        loader = transformers.AutoModelForCausalLM
+        getattr(transformers, architecture)
+    except Exception as error:  # one that does not fit the packages beside it raises anything
+        raise ImportError(str(error) or type(error).__name__) from error
     try:
         loaded, report = loader.from_pretrained(folder, output_loading_info=True, local_files_only=True)
     except ImportError:

@@ -110,7 +110,7 @@ def open_folder(path: Path) -> StoredModel:
     Raises InputError with all that supar's families can't express, for tensors that are missing, unknown or of another
     shape, and for pickled weights; SetupError where a file can't be read.
     """
-    config = read_json(path / CONFIG)
+    config = read_json(path / CONFIG, is_finite=True)
     if not isinstance(config, dict):
         raise SetupError(f"{path / CONFIG}: is corrupt; expected a JSON object")
     try:

@@ -229,12 +229,11 @@ def make_workers(
     executor_set: dict[str, Any] | None = None,
     verbose: bool = False,
     device: str = "auto",
-    on_cpu: int = CPU_JOBS,
     folder: Path = Path("."),
 ) -> Workers:
     """Workers of an executor. `device` is the plans'; `folder`, for Slurm's files, must be shared with its nodes.
 
-    Default of `jobs`: one per GPU on CUDA; else `on_cpu` locally, one per core on Ray, `clusters.SLURM_JOBS` on Slurm.
+    Default of `jobs`: one per GPU on CUDA; else one per core locally, up to CPU_JOBS, and on Ray, `clusters.SLURM_JOBS` on Slurm.
     Raises InputError for an unknown executor or setting, SetupError for a missing package or cluster.
     """
     settings = executor_set or {}
@@ -247,4 +246,4 @@ def make_workers(
     for key in settings:
         raise InputError(f"--executor-set {key}: the local executor has no settings")
     devices = workers.visible_devices(device)
-    return workers.Local(jobs or len(devices) or (1 if device.startswith("cuda") else on_cpu), devices)
+    return workers.Local(jobs or len(devices) or (1 if device.startswith("cuda") else CPU_JOBS), devices)

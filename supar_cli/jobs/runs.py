@@ -28,14 +28,13 @@ from supar_cli.training.trainer import Trainer
 def require_runnable(plan: Plan, device: bool = True, warn: Callable[[str], None] = lambda _: None) -> None:
     """Raise errors of a plan's data, and of its device if it is on this machine, before any work is done.
 
-    `warn` is told what is wrong with the data. Of a user's model only the command is known.
+    `warn` is told what is wrong with the data or slow on the device. Of a user's model only the command is known.
     """
     if isinstance(plan.model, OwnModel):
         require_command(plan)
         return
-    if device:
-        Runtime.of(plan)
-    for message in getattr(load_task(plan), "warnings", ()):
+    found = Runtime.of(plan).warnings if device else []
+    for message in [*found, *getattr(load_task(plan), "warnings", ())]:
         warn(message)
 
 

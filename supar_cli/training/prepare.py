@@ -260,7 +260,7 @@ class EngineSelector:
                 size = f"{'×'.join(map(str, mask.shape))} at density {mask.count / mask.size:.3g}"
                 texts.setdefault(alike[name], f"{size}: {self.choices[name].text()}")
                 counts[alike[name]] += 1
-        lines = [f"engine of {counts[key]} tensors {text}" for key, text in texts.items()]
+        lines = [f"engine of {counts[key]} tensor{'s' * (counts[key] > 1)} {text}" for key, text in texts.items()]
         if lines and self.case.device.type == "cpu" and not importlib.util.find_spec("numba"):
             lines.append("numba is not installed: `pip install numba` makes the sparse engine faster")
         return lines

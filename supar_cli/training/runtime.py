@@ -115,6 +115,13 @@ def require_own_devices(device: torch.device, ranks: Ranks) -> None:
         first[one] = rank
 
 
+def is_slow(device: torch.device, precision: torch.dtype) -> bool:
+    """Whether products are much slower than in float32: bfloat16 on a CPU without units for it."""
+    if device.type != "cpu" or precision != torch.bfloat16:
+        return False
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def device_thread(device: torch.device, name: str) -> ThreadPoolExecutor:
     """A pool of one thread whose current CUDA device is `device`."""
     if device.type == "cuda":
@@ -174,6 +181,12 @@ class Runtime:
             return None
         peak = peak_flops(torch.cuda.get_device_name(self.device))
         return None if peak is None else units_per_s * flops_per_unit / peak
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a user should know before a run begins."""
+        what = "bfloat16 on a CPU without units for it takes several times as long as float32"
+        return [f"run.precision: {what}; expected float32"] if is_slow(self.device, self.precision) else []
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.precision == torch.float32:

@@ -71,7 +71,7 @@ def run(
                     reporter.warn(f"{directory}: continues with a changed setting: {change}")
                 for line in getattr(trainer.task, "lines", ()):
                     reporter.log(line)
-                for message in getattr(trainer.task, "warnings", ()):
+                for message in [*trainer.runtime.warnings, *getattr(trainer.task, "warnings", ())]:
                     reporter.warn(message)
                 reporter.log(f"{directory}: {plan.train.steps} steps on {_place(trainer)}")
                 history = trainer.run(directory, resume=resume, stop=stop)
