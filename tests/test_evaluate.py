@@ -173,7 +173,7 @@ class TestDefinition:
 
     def test_one_window_has_no_standard_error(self, folder: Path, run: Path, supar: Supar) -> None:
         said = supar("evaluate", str(run), "--tokens", "3").err
-        assert "3 tokens, 1 documents (no standard error of one window)" in said and "±" not in said
+        assert "3 tokens of 1 document (no standard error of one window)" in said and "±" not in said
 
     def test_batches_and_padding_change_nothing(self, folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         whole = supar_cli.evaluate(run, folder / "texts.jsonl", field="page")
