@@ -56,7 +56,7 @@ class TestChoice:
 
     @pytest.mark.parametrize(
         ("dense", "limit_s", "rounds", "tokens"),
-        [(3.0, 99.0, 4, {64}), (1.5, 99.0, 10, {64, 256}), (1.5, 45.0, 8, {64, 256}), (1.5, 4.0, 2, {64})],
+        [(3.0, 99.0, 4, {64}), (1.5, 99.0, 10, {64, 256}), (1.5, 45.0, 8, {64, 256}), (1.5, 4.0, 3, {64})],
     )  # milliseconds a token by the dense engine, one by the sparse one
     def test_what_loses_on_a_few_tokens_is_measured_no_further_and_time_is_limited(
         self, monkeypatch: pytest.MonkeyPatch, dense: float, limit_s: float, rounds: int, tokens: set[int]
@@ -78,6 +78,21 @@ class TestChoice:
         assert choice.name == "sparse" and choice.seconds["dense"] == dense * choice.seconds["sparse"]
         assert [sum(name == one for one, _ in calls) for name in ("Dense", "Sparse")] == [rounds, rounds]
         assert {tokens for _, tokens in calls} == tokens and clock <= limit_s + 10  # the last round ends
+
+    def test_compiling_takes_nothing_of_the_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of a machine's first measurement: it would be made of a single round, and kept."""
+        clock, calls = 0.0, 0
+
+        def timed(run: Any, _: Any) -> float:
+            nonlocal clock, calls
+            calls += 1
+            clock += 30.0 if calls <= 2 else 0.01
+            return 0.01
+
+        monkeypatch.setattr(autotune, "timed", timed)
+        monkeypatch.setattr(autotune.time, "perf_counter", lambda: clock)
+        autotune.fastest(drawn((256, 256), 1 / 64), self.CASE, 5.0)
+        assert calls == 2 * (1 + autotune.FIRST_ROUNDS + 1 + autotune.ROUNDS)
 
     def test_what_cannot_win_is_not_measured(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(autotune, "times", lambda *_: pytest.fail("measured"))

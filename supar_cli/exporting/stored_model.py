@@ -191,7 +191,7 @@ def _require_tensors(path: Path, files: dict[str, Any], wanted: Mapping[str, Sto
     problems = [f"{path}: has no tensor {name}" for name in wanted if name not in files]
     unknown = sorted(files.keys() - wanted.keys() - others)
     problems += [f"{path}: {name}: is no tensor of this model; expected only its own" for name in unknown]
-    for name in wanted.keys() & files.keys():
+    for name in sorted(wanted.keys() & files.keys()):
         stored = files[name].get_slice(name)
         shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
         if shape != wanted[name].shape:

@@ -246,7 +246,8 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         by_x_ND, by_weight_VD = ctx.saved_tensors
-        return by_x_ND * gradient, by_weight_VD * gradient, None, None, None, None
+        # in place, as no weight's gradient is held twice; a second backward pass is refused by autograd
+        return by_x_ND.mul_(gradient), by_weight_VD.mul_(gradient), None, None, None, None
 
 
 def _loss_and_slope(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:

@@ -179,15 +179,19 @@ def times(engines: dict[str, Engine], mask: Mask, case: LayerCase, seconds: floa
 
     Where only one did not, or there is no time for more, the seconds on a few tokens, of all engines.
     """
-    end_s, values = time.perf_counter() + seconds, draw_values(mask, case.device)
+    end_s, values = inf, draw_values(mask, case.device)
 
-    def measure(names: Iterable[str], tokens: int, rounds: int) -> dict[str, list[float]]:
+    def measure(names: Iterable[str], tokens: int, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
         x, gradient = draw_inputs(mask.shape, replace(case, tokens=tokens), case.precision)
         steps = {name: partial(layer_step, engines[name], values, x, gradient) for name in names}
-        return interleave(steps, rounds, case.device, end_s=end_s)
+        return interleave(steps, rounds, case.device, warmup, end_s)
 
     few = min(case.tokens, FIRST_TOKENS)
-    first = {name: min(spent) for name, spent in measure(engines, few, FIRST_ROUNDS).items()}
+    measure(
+        engines, few, 0
+    )  # kernels are compiled here, on a machine's first use, and not in the time of a measurement
+    end_s = time.perf_counter() + seconds
+    first = {name: min(spent) for name, spent in measure(engines, few, FIRST_ROUNDS, warmup=0).items()}
     left = {name: spent for name, spent in first.items() if spent <= LOST * min(first.values())}
     two_rounds_s = 2 * sum(left.values()) * case.tokens / few
     if len(left) == 1 or time.perf_counter() + two_rounds_s > end_s:
