@@ -25,10 +25,11 @@ exec(sys.stdin.read())
 sys.stderr.write("\\nMODULES " + json.dumps(sorted(sys.modules)))
 """
 HEAVY = {"torch", "numpy", "optuna", "safetensors", "matplotlib", "jinja2", "rich"}
+SLOW = {"pydantic.main", "tempfile", "pickle", "supar_cli.reporting", "supar_cli.planning.explain"}  # milliseconds each
 
 
-def heavy_after(folder: Path, *arguments: str, then: str = "") -> set[str]:
-    """Which heavy libraries a `supar` process has imported when it ends; its stderr is no terminal."""
+def heavy_after(folder: Path, *arguments: str, then: str = "", among: set[str] = HEAVY) -> set[str]:
+    """Which heavy libraries, or `among` others, a `supar` process has imported when it ends; its stderr is no terminal."""
     done = subprocess.run(
         [sys.executable, "-c", PROBE, json.dumps(arguments)],
         input=then.encode(),
@@ -38,7 +39,7 @@ def heavy_after(folder: Path, *arguments: str, then: str = "") -> set[str]:
         timeout=60,
     )
     assert done.returncode == 0, done.stderr.decode()
-    return HEAVY & set(json.loads(done.stderr.decode().rpartition("MODULES ")[2]))
+    return among & set(json.loads(done.stderr.decode().rpartition("MODULES ")[2]))
 
 
 @pytest.mark.parametrize(
@@ -59,6 +60,12 @@ def test_light_commands_import_nothing_heavy(arguments: list[str], tmp_path: Pat
     # JSON is YAML, so the document needs no writer
     (tmp_path / "proxy.yaml").write_text(json.dumps(proxy_fields(str(text_file))))
     assert heavy_after(tmp_path, *arguments) == set()
+
+
+def test_a_plan_is_made_without_what_only_other_commands_need(tmp_path: Path, text_file: Path) -> None:
+    (tmp_path / "proxy.yaml").write_text(json.dumps(proxy_fields(str(text_file), data={"hash": "sha256:known"})))
+    assert heavy_after(tmp_path, "transfer", "--sparsity", "0.5", among=SLOW) == set()
+    assert heavy_after(tmp_path, "explain", "plan.yaml", among=SLOW) == {"supar_cli.planning.explain"}  # the control
 
 
 @pytest.mark.parametrize("arguments", [["runs"], ["show", "runs/finished"]])

@@ -180,6 +180,14 @@ def test_the_learning_rate_is_the_parabolas_lowest_point(spec: Spec, tmp_path: P
     assert proxy.evidence["lr_fit"]["usable"] and proxy.evidence["lr_fit"]["points"] == 6
 
 
+def test_runs_that_nobody_watches_are_evaluated_at_their_end_alone(spec: Spec) -> None:
+    """Their last loss is that of a run that is watched, to the last bit."""
+    plan, seen = as_trial(tuning.proxy_of(spec, {})), list[int]()
+    watched = runs.train_plan(plan, lambda step, _: seen.append(step)).evaluations
+    assert seen == [step for step, _ in watched] == [2, 4, 6, 8]
+    assert runs.train_plan(plan).evaluations == watched[-1:]
+
+
 def test_the_fit_uses_trials_that_differ_in_the_rate_alone(spec: Spec, tmp_path: Path, monkeypatch) -> None:
     """Of 12 rates searched some lie within the fit's octaves: they are its points, and no run is made near them."""
     made: list[tuple[float, int]] = []

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from math import ceil, isnan
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from supar_cli.cli import text as words
 from supar_cli.cli.options import Flags, workers_of
@@ -16,7 +16,9 @@ from supar_cli.errors import CheckViolated, InputError
 from supar_cli.files import file_hash, naming_write_errors, replacing, write_file
 from supar_cli.planning import document, estimate
 from supar_cli.planning.plan import Plan, PlanModel
-from supar_cli.training.reporter import Work
+
+if TYPE_CHECKING:
+    from supar_cli.training.reporter import Work
 
 STARTED_S = time.monotonic()  # of the command, which imports this first
 ECHO = "^C^C"  # what a terminal writes behind a bar at Ctrl-C, pressed twice: with room for it the bar's line can be erased
@@ -53,7 +55,7 @@ class TimeLeft:
         self._started_s = 0.0
         self._bound, self._end_s, self.each_s = "", 0.0, 0.0
 
-    def update(self, done: int, work: Work) -> None:
+    def update(self, done: int, work: "Work") -> None:
         """Take over what is done. Runs in flight count as far as those that began with them: `each_s` is the time of one."""
         now_s = time.monotonic()
         if self._first is None:
@@ -121,7 +123,9 @@ class Progress(Log):
         if self._bar is not None:
             self._bar.stop()
 
-    def progress(self, done: int, total: int, loss: float, work: Work | None = None) -> None:
+    def progress(self, done: int, total: int, loss: float, work: "Work | None" = None) -> None:
+        from supar_cli.training.reporter import Work
+
         self._left.update(done, work or Work(done, total))
         note = ", ".join(filter(None, ("" if isnan(loss) else f"loss {loss:.4f}", self._left.rate)))
         if self._bar is not None:

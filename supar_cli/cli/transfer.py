@@ -2,21 +2,19 @@
 
 import json
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import supar_cli
 from supar_cli.cli import documents, terminal
 from supar_cli.cli.options import Flags, command, require_one
-from supar_cli.cli.runs import find_run
 from supar_cli.cli.values import parameterization
 from supar_cli.errors import InputError, TransferWarning
 from supar_cli.files import template
 from supar_cli.planning import advice
 from supar_cli.planning.density import Share
 from supar_cli.planning.document import Document
-from supar_cli.planning.explain import legend
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy
@@ -46,6 +44,8 @@ def transfer(flags: Flags) -> None:
     log = terminal.Log(flags.quiet)
     for name in ("masks", "values"):
         if (given := getattr(flags, name)) is not None:
+            from supar_cli.cli.runs import find_run  # which imports what reads results
+
             setattr(flags, name, find_run(given, log))
             if not getattr(flags, name).exists():
                 raise InputError(
@@ -60,13 +60,14 @@ def transfer(flags: Flags) -> None:
     evidence = read.data.get("evidence") if isinstance(read.data, dict) else None
     documents.apply(read, flags)
     levels = [(word, share) for word in ("sparsity", "density") for share in getattr(flags, word) or []] or [("", None)]
-    with TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
+    with _folder(flags) as folder, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", TransferWarning)
         numbers = [""] if len(levels) == 1 else [f"-{at}" for at in range(len(levels))]
         plans = [
             _plan(read, flags, Path(folder), number, *level) for number, level in zip(numbers, levels, strict=True)
         ]
-        terminal.keep_files(Path(folder), [plan.model_dump() for plan in plans], flags, PLAN)
+        if folder:
+            terminal.keep_files(Path(folder), [plan.model_dump() for plan in plans], flags, PLAN)
     terminal.log_plans(plans, flags, log)
     messages = [message for plan in plans for message in advice.warnings(plan, tuned_on, evidence)]
     for message in dict.fromkeys([*messages, *(str(one.message) for one in caught)]):
@@ -76,6 +77,15 @@ def transfer(flags: Flags) -> None:
     terminal.emit([plan.model_dump() for plan in plans], flags, log, PLAN)
     if not terminal.prints(flags) and all(plan.data is not None for plan in plans):
         log.next("supar train" + (f" {flags.out}" if flags.out else ""))
+
+
+def _folder(flags: Flags) -> AbstractContextManager[str]:
+    """A folder for the files of masks and values until it is known that they may be written; none where there are none."""
+    if flags.masks is None and flags.values is None:
+        return nullcontext("")
+    from tempfile import TemporaryDirectory  # its imports would take as long as the plan
+
+    return TemporaryDirectory()
 
 
 def _read_proxy(flags: Flags) -> Document:
@@ -116,6 +126,8 @@ def explain(flags: Flags) -> None:
       supar explain plan.yaml mlp.up
       supar explain runs/NAME --role embedding
     """
+    from supar_cli.planning.explain import legend
+
     source, missing = documents.plan_file(flags.plan), "expected a plan, which `supar transfer` writes"
     if flags.tensor is None and flags.plan and not Path(flags.plan).suffix and Path("plan.yaml").exists():
         missing += f"; for a tensor of that name: supar explain plan.yaml {flags.plan}"

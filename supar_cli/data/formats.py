@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import codecs
-import gzip
 import io
 import json
-import pickletools
 import re
 import struct
 import warnings
@@ -240,6 +238,8 @@ def _is_text(head: bytes) -> bool:
 
 def _is_pickle(head: bytes) -> bool:
     """Whether a file begins with operations of a pickle."""
+    import pickletools
+
     has_mark, count = re.match(rb"\x80[\x02-\x05]", head) is not None, 0
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -296,6 +296,8 @@ def open_bytes(path: Path) -> IO[bytes]:
     file = path.open("rb")
     magic = file.peek(4)[:4]
     if magic.startswith(PACKED[".gz"]):
+        import gzip
+
         return cast(IO[bytes], gzip.open(file))
     return io.BufferedReader(_Unpacked(file, path)) if magic == PACKED[".zst"] else file
 

@@ -9,7 +9,6 @@ from fractions import Fraction
 from math import ceil, exp, inf
 from typing import Any, get_args
 
-from supar_cli.planning import density_over_run
 from supar_cli.planning.density import literal
 from supar_cli.planning.layout_document import LAYERS
 from supar_cli.planning.patterns import Block, has_equal_rows
@@ -118,6 +117,8 @@ def _of_updates(plan: Plan, is_calibrated: bool) -> Iterator[str]:
     moving = [row for row in plan.tensors if row.kept < row.size]
     if updates is None or not moving:
         return
+    from supar_cli.planning import density_over_run  # most plans don't need it
+
     where, name = "sparsity.updates", METHODS[updates.method]
     if (count := density_over_run.changes(plan)) < FEWEST_CHANGES:
         more = f"{where}.every_steps below {updates.every_steps}" if updates.every_steps > 1 else "longer run"

@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from math import ceil, gcd
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from supar_cli.errors import InputError
 from supar_cli.planning import density, layout, patterns, rules
 from supar_cli.planning.advice import WPN_IMPOSSIBLE, remedy
 from supar_cli.planning.layout_document import LAYERS, OwnShape
 from supar_cli.planning.live_counts import GivenMasks, asked_density, live_counts, plan_updates
-from supar_cli.planning.own_shapes import OwnTensors, folded
 from supar_cli.planning.plan import CURRENT_RULES, Plan, PlanModel, PlanTensor, PlanTrain
 from supar_cli.planning.plan_sections import (
     Base,
@@ -31,6 +30,9 @@ from supar_cli.planning.problems import validate
 from supar_cli.planning.schema import LARGEST
 from supar_cli.planning.spec import Model, Proxy, Sparsity, Target
 from supar_cli.planning.updates import PlanUpdates, exponent_of, start_density
+
+if TYPE_CHECKING:
+    from supar_cli.planning.own_shapes import OwnTensors
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,8 @@ def _plan_decoder(proxy: Proxy, target: Target, scheme: rules.Scheme, masks: Giv
 
 def _plan_own(proxy: Proxy, target: Target, scheme: rules.Scheme, masks: GivenMasks | None) -> _Planned:
     """Model, proxy's shape, rows and task of a user's model, its multipliers folded into the rows."""
+    from supar_cli.planning.own_shapes import OwnTensors, folded  # most plans don't need it
+
     assert isinstance(proxy.model, OwnShape)
     document, hyper = proxy.model.read_layout(), proxy.hyperparameters
     if scheme.residual_init == "gpt2" and hyper.init_std is None:
