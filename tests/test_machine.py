@@ -271,16 +271,16 @@ class TestSystem:
 
     def test_numba_needs_no_folder(self, monkeypatch: pytest.MonkeyPatch) -> None:
         kernels: Any = pytest.importorskip("supar_cli.sparse.csr_kernels")
-        compile_loop, options = kernels.njit, list[dict[str, Any]]()
+        compile_loop, options = kernels.cfunc, list[dict[str, Any]]()
 
-        def without_folder(**given: Any) -> Any:
+        def without_folder(signature: Any, **given: Any) -> Any:
             options.append(given)
             if given.get("cache"):
                 raise RuntimeError("cannot cache function: no locator available")
-            return compile_loop(**given)
+            return compile_loop(signature, **given)
 
-        monkeypatch.setattr(kernels, "njit", without_folder)
-        assert callable(kernels._in_threads(lambda x: x))
+        monkeypatch.setattr(kernels, "cfunc", without_folder)
+        assert kernels._compiled(lambda call: None).address
         assert [given.get("cache", False) for given in options] == [True, False]
 
 

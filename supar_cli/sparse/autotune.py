@@ -258,7 +258,7 @@ def _key(mask: Mask, rows: int, case: LayerCase) -> str:
     cuda = case.device.type == "cuda"
     where = torch.cuda.get_device_name(case.device) if cuda else f"{_processor()}, {torch.get_num_threads()} threads"
     numba = numba_version()
-    kernels = f"numba {numba}" if numba else "no numba"
+    kernels = f"vectors by numba {numba}" if numba else "no numba"
     pattern = f"blocks of {case.block}" if case.block else "single weights"
     part = "" if rows == mask.shape[0] else f"{rows} rows of "
     shape = f"{part}{mask.shape[0]}x{mask.shape[1]}, {mask.count} live, {pattern}"

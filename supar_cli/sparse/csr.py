@@ -124,30 +124,21 @@ def _bags(x_IN: Tensor, index_L: Tensor, starts: Tensor, values_L: Tensor) -> Te
 
 def _numba_product(engine: Sparse, x_NI: Tensor, values_L: Tensor) -> Tensor:
     """Products by compiled loops over tiles of tokens."""
-    from supar_cli.sparse import csr_kernels
+    from supar_cli.sparse import csr_run
 
-    x_NI = x_NI.contiguous()
-    y_NO = x_NI.new_empty(len(x_NI), engine.shape[0])
-    threads = csr_kernels.use_threads()
-    values_L = values_L.clone()  # FSDP frees the original between passes, which a view would prevent
-    arrays = (tensor.numpy() for tensor in (x_NI, engine.starts, engine.columns_L, values_L, y_NO))
-    csr_kernels.product(*arrays, threads)
-    return y_NO
+    return csr_run.product(x_NI.contiguous(), engine.starts, engine.columns_L, values_L.float().contiguous())
 
 
 def _numba_gradients(
     engine: Sparse, x_NI: Tensor, gradient_NO: Tensor, values_L: Tensor, by_x: bool, by_values: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    from supar_cli.sparse import csr_kernels
+    """Both come from one loop: who needs one alone drops the other."""
+    from supar_cli.sparse import csr_run
 
-    x_NI, gradient_NO = x_NI.contiguous(), gradient_NO.contiguous()
-    # a gradient that is not needed is an empty array, for which the kernel computes nothing
-    by_x_NI = torch.empty_like(x_NI) if by_x else x_NI.new_empty(0, 0)
-    parts = values_L.new_zeros(csr_kernels.use_threads(), len(values_L) if by_values else 0)
-    by_row, by_column = (engine.starts, engine.columns_L), (engine.starts_by_column, engine.rows_L)
-    tensors = (x_NI, gradient_NO, *by_row, *by_column, values_L[engine.order_L], by_x_NI, parts)
-    csr_kernels.gradients(*(tensor.numpy() for tensor in tensors))
-    return by_x_NI if by_x else None, parts.sum(0) if by_values else None
+    by_column = engine.starts_by_column, engine.rows_L, engine.order_L
+    values_L = values_L.float().contiguous()
+    found = csr_run.gradients(x_NI.contiguous(), gradient_NO.contiguous(), *by_column, values_L)
+    return found[0] if by_x else None, found[1] if by_values else None
 
 
 PRODUCT: dict[str, Callable[..., Tensor]] = {"torch": _torch_product, "numba": _numba_product}
