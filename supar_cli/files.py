@@ -65,10 +65,10 @@ def naming_read_errors(path: Path, remedy: str = "") -> Iterator[None]:
         raise SetupError(f"{path}: can't be read: {error.strerror or error}{remedy}") from None
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's data; NaN and infinities are read as null. Raises SetupError that names the file."""
+def read_json(path: Path, *, is_finite: bool = False) -> Any:
+    """A JSON file's data; NaN and infinities are read as null, or refused. Raises SetupError that names the file."""
     try:
-        return _parse_json(_read_bytes(path))
+        return _parse_json(_read_bytes(path), is_finite)
     except (ValueError, RecursionError) as error:
         raise SetupError(f"{path}: is corrupt: {error}; expected JSON") from None
 
@@ -122,8 +122,12 @@ def parse_record(path: Path, at: int, line: bytes, key: str) -> Record:
     return record
 
 
-def _parse_json(content: bytes) -> Any:
-    return json.loads(content.decode("utf-8"), parse_constant=lambda _: None)
+def _parse_json(content: bytes, is_finite: bool = False) -> Any:
+    return json.loads(content.decode("utf-8"), parse_constant=_refuse if is_finite else lambda _: None)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -149,6 +149,25 @@ class TestChoice:
         assert "`pip install numba`" in lines[-1]
         trainer.step()
 
+    def test_masks_of_random_counts_share_a_measurement(
+        self, plan_of: MakePlan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(autotune, "MIN_MULTIPLY_ADDS", 1)
+        monkeypatch.setattr(autotune, "times", lambda *_: {"dense": 1.0, "sparse": 0.5})
+        lines: list[str] = []
+        reporter = NullReporter()
+        monkeypatch.setattr(reporter, "log", lines.append)
+        sparsity = {"pattern": "bernoulli", "density": 0.25}
+        trainer = Trainer(plan_of(model={"layers": 4}, target={"width": 128, "sparsity": sparsity}), reporter=reporter)
+        masks = trainer.sparse_model.masks.values()
+        assert len({(mask.shape, mask.count) for mask in masks}) > 12
+        measured = [line for line in lines if line.startswith("engine of")]
+        assert [line.split(":")[0].split(" at ")[0] for line in measured] == [
+            "engine of 16 tensors 128×128",
+            "engine of 4 tensors 512×128",
+            "engine of 4 tensors 128×512",
+        ]
+
     def test_a_cache_that_cannot_be_written_costs_a_measurement(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
         assert autotune.fastest(drawn((256, 256), 0.1), self.CASE).measured_now

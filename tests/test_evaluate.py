@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -28,6 +29,7 @@ LONG = "naïve café 𝔘𝔫𝔦 日本語 — Ā\u0301 \ufffd <0x00> Ġ </s>"
 # from shorter than the context to longer, at its edges, not of ASCII; 39 of them
 TEXTS = [SOURCE[100 * n : 100 * n + n] for n in (1, 2, 15, 16, 17, 18, 31, 32, 33, 34, 97)]
 TEXTS += ["", LONG, "\U0010ffff", "é" * 8, *(SOURCE[90 * n : 90 * n + 3 * n % 41 + 1] for n in range(24))]
+FEW = {"few": TEXTS[8:15], "alike": [SOURCE[500:900], SOURCE[900:1300], SOURCE[1300:1700]]}
 Model = Any
 
 
@@ -35,7 +37,7 @@ Model = Any
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
     (folder / "text.txt").write_text(SOURCE)
-    for name, texts in (("texts", TEXTS), ("few", TEXTS[8:15])):
+    for name, texts in (("texts", TEXTS), *FEW.items()):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"page": text}) + "\n" for text in texts))
     return folder
 
@@ -156,13 +158,22 @@ class TestDefinition:
         means = sums[:, 0] / sums[:, 1]  # the control: as if all documents were of one length
         assert np.std(means, ddof=1) / math.sqrt(len(means)) != pytest.approx(found["loss_se"], rel=0.02)
 
-    def test_standard_errors_are_over_windows_if_documents_are_few(self, folder: Path, run: Path) -> None:
-        found = supar_cli.evaluate(run, folder / "few.jsonl", field="page")
-        documents = [list(text.encode()) for text in TEXTS[8:15] if text]
+    @pytest.mark.parametrize("name", FEW)
+    def test_of_few_documents_the_larger_standard_error_counts(self, folder: Path, run: Path, name: str) -> None:
+        """That over documents where they differ more than their windows do, as windows of one document are alike."""
+        found = supar_cli.evaluate(run, folder / f"{name}.jsonl", field="page")
+        documents = [list(text.encode()) for text in FEW[name] if text]
         scores = by_definition(supar_cli.model(run).double(), documents, 0)
-        sums = [one[at : at + CONTEXT].sum(0) for one in scores for at in range(0, len(one), CONTEXT)]
-        assert found["windows"] == len(sums) and found["standard_errors"] == {"over": "windows", "count": len(sums)}
-        assert found["loss_se"] == pytest.approx(error_of_ratio(np.array(sums)), rel=1e-5)
+        windows = [one[at : at + CONTEXT].sum(0) for one in scores for at in range(0, len(one), CONTEXT)]
+        errors = {"documents": error_of_ratio(sums_of(scores)), "windows": error_of_ratio(np.array(windows))}
+        over = "windows" if name == "alike" else "documents"
+        count = len(windows) if over == "windows" else len(documents)
+        assert found["windows"] == len(windows) and found["standard_errors"] == {"over": over, "count": count}
+        assert found["loss_se"] == pytest.approx(max(errors.values()), rel=1e-5) == pytest.approx(errors[over])
+
+    def test_one_window_has_no_standard_error(self, folder: Path, run: Path, supar: Supar) -> None:
+        said = supar("evaluate", str(run), "--tokens", "3").err
+        assert "3 tokens of 1 document (no standard error of one window)" in said and "±" not in said
 
     def test_batches_and_padding_change_nothing(self, folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         whole = supar_cli.evaluate(run, folder / "texts.jsonl", field="page")
@@ -180,6 +191,39 @@ class TestDefinition:
         scores = by_definition(supar_cli.model(run).double(), documents, 0)
         assert found["tokens"] == found["bytes"] == count and f"first tokens up to {count}" in found["data"][0]["part"]
         assert found["loss"] == pytest.approx(figures(scores, [count])["loss"], rel=1e-6)
+
+
+def with_data(monkeypatch: pytest.MonkeyPatch, run: Path, **changes: str) -> Model:
+    """The model of a run whose data section is taken for another, in float64."""
+    plan, model = loaded_model.load(run, "cpu")
+    changed = plan.model_copy(update={"data": plan.text.model_copy(update=changes)})
+    monkeypatch.setattr(loaded_model, "load", lambda *_: (changed, model))
+    return copy.deepcopy(model).double()
+
+
+class TestSeparator:
+    def test_is_the_runs(self, folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = with_data(monkeypatch, run, separator="|")
+        documents = [list(text.encode()) for text in TEXTS[8:15]]
+        found = supar_cli.evaluate(run, folder / "few.jsonl", field="page")["loss"]
+        right, wrong = (figures(by_definition(model, documents, end), [1])["loss"] for end in (ord("|"), 0))
+        assert found == pytest.approx(right, rel=1e-6) != pytest.approx(wrong, rel=1e-6)
+
+    def test_without_one_first_tokens_and_their_bytes_are_left_out(
+        self, run_of_vocabulary: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        from tests.test_tokenizer import plain
+
+        plain("<fin>").save(str(tmp_path / "t.json"))
+        model = with_data(monkeypatch, run_of_vocabulary, tokenizer=str(tmp_path / "t.json"))
+        texts = [f"{at}: {SOURCE[at * 50 : at * 50 + 40]}" for at in range(5)]  # each begins with a token of one byte
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        documents = [one.ids for one in plain("<fin>").encode_batch(texts)]
+        scores = [by_definition(model, [tokens], first)[0] for first, *tokens in documents]
+        wanted = figures(scores, [len(text.encode()) - 1 for text in texts])
+        found = supar_cli.evaluate(run_of_vocabulary, tmp_path / "a.jsonl")
+        assert {key: found[key] for key in wanted} == pytest.approx(wanted, rel=1e-6)
+        assert found["data"][0]["separator"] is None and "no token of it is known" in found["warnings"][0]
 
 
 class TestVocabulary:

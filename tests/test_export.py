@@ -326,6 +326,21 @@ def test_without_transformers_it_says_how_to_compare(
     assert all(torch.equal(one[name], two[name]) for name in one | two)
 
 
+@pytest.mark.parametrize(
+    "content", ["raise RuntimeError('does not fit')", "raise OSError('does not fit')", "AutoModel = 1"]
+)
+def test_a_transformers_that_does_not_import_is_as_none(
+    content: str, run_of: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "transformers.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path / "broken")
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    done = supar_cli.export(run_of({}), tmp_path / "one")
+    assert "were not compared: transformers: " in done.compared
+    sys.modules.pop("transformers", None)
+
+
 def test_an_interrupted_export_leaves_nothing(run_of: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of({})
 

@@ -116,13 +116,14 @@ def test_the_command_writes_masks_beside_the_plan(
     assert isinstance(own, Proxy)
     save_file(pruned(own), tmp_path / "pruned.safetensors")
     call = ("transfer", "proxy.yaml", "--masks", "pruned.safetensors")
-    assert supar_here(*call, "--dry-run").status == 0 and not list(tmp_path.rglob("masks.safetensors"))
+    assert supar_here(*call, "--dry-run").status == 0 and not list(tmp_path.rglob("*masks.safetensors"))
     assert supar_here(*call, "-o", "plans/a.yaml").status == 0
     plan = supar_cli.load(tmp_path / "plans" / "a.yaml")
-    assert plan.sparsity.source.path == str(tmp_path / "plans" / "masks.safetensors") and make_masks(plan)  # type: ignore
+    assert plan.sparsity.source.path == str(tmp_path / "plans" / "a.masks.safetensors") and make_masks(plan)  # type: ignore
     assert supar_here(*call, "-o", "plans/a.yaml").status == 0  # the same again
-    (tmp_path / "plans" / "masks.safetensors").write_bytes(b"another file")
+    (tmp_path / "plans" / "a.masks.safetensors").write_bytes(b"another file")
     refused = supar_here(*call, "-o", "plans/a.yaml")
-    assert refused.status == 2 and "masks.safetensors: exists and differs" in refused.err
+    assert refused.status == 2 and "a.masks.safetensors: exists and differs" in refused.err
+    assert supar_here(*call, "-o", "plans/b.yaml").status == 0  # a second plan in the folder has masks of its own
     both = supar_here(*call, "--sparsity", "0.5")
     assert both.status == 2 and "--masks: cannot be combined with --sparsity" in both.err

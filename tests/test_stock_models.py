@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -170,6 +171,16 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {
         "partial_rotary_factor: 0.25",
     ),
     "rope scaling of transformers 4": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "type: 'linear'"),
+    "both ways to write it": (
+        "llama",
+        {"rope_scaling": {"type": "default"}},
+        "rope_scaling: is given beside rope_parameters",
+    ),
+    "a base of rope that one reader takes": (
+        "llama",
+        {"rope_parameters": None, "rope_scaling": {"rope_type": "default", "rope_theta": 99.0}},
+        "rope_scaling.rope_theta: 99.0",
+    ),
     "rope scaling of transformers 5": (
         "llama",
         {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}},
@@ -200,6 +211,14 @@ def test_what_no_family_expresses_is_refused_by_name(case: str, saved: Any) -> N
     with pytest.raises(InputError) as raised:
         open_model(folder)
     assert message in str(raised.value) and str(folder) in str(raised.value)
+
+
+def test_a_config_of_numbers_that_are_none_is_refused(saved: Any) -> None:
+    _, folder = saved("granite")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"residual_multiplier": math.inf}))
+    with pytest.raises(SetupError, match=r"config.json: is corrupt: Infinity"):
+        open_model(folder)
 
 
 def test_every_reason_at_once_and_notes_on_the_rest(saved: Any) -> None:

@@ -256,6 +256,13 @@ class TestChunks:
             found.append(counted.get_total_flops())
         assert found[0] == found[1] > 0
 
+    def test_without_gradients_no_product_is_made_for_them(self) -> None:
+        x, weight, targets = torch.randn(1, 64, 8), torch.randn(90, 8, requires_grad=True), torch.zeros(1, 64).long()
+        for mode, products in ((torch.no_grad, 1), (torch.inference_mode, 1), (torch.enable_grad, 3)):
+            with FlopCounterMode(display=False) as counted, mode():
+                transformer.chunked_loss(x, weight, targets, 1.0, 16)
+            assert counted.get_total_flops() == products * 2 * 64 * 90 * 8
+
     def test_large_logits_are_made_in_chunks_unless_the_plan_says_how_many(self, plan_of: MakePlan) -> None:
         """Of 50,000 words and 16 tokens a row: 1 GiB is 335 rows."""
         plan = plan_of(model={"vocab": 50_000})

@@ -240,6 +240,13 @@ class TestMonitor:
         assert monitor.warnings(4, "activation", {"a": 9 * LIMIT, "b": 0.0}) == []
         assert monitor.warnings(5, "activation", {"a": 0.0}) != []
 
+    def test_rounding_is_no_explosion(self) -> None:
+        """A key's bias has no gradient under softmax: what it has is rounding, which grows with all else."""
+        for now, is_told in ((6.85e-10, False), (1e-5, True)):
+            monitor = Monitor()
+            assert monitor.warnings(1, "gradient", {"attn.k.bias": 6.79e-13, "mlp.up": 0.5}) == []
+            assert bool(monitor.warnings(2, "gradient", {"attn.k.bias": now, "mlp.up": 1.5})) == is_told
+
     def test_a_healthy_run_is_quiet(self, plan_of: MakePlan, tmp_path: Path) -> None:
         listening = Listening()
         trained(plan_of(train={"steps": 30}, run={"log_every": 1}), tmp_path / "run", reporter=listening)

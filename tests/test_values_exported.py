@@ -39,10 +39,10 @@ def test_a_run_goes_on_where_it_ended(proxy_file: Path, tmp_path: Path, supar_he
     plan = read_plan(tmp_path / "again" / "plan.yaml")
     assert list(advice.of_pruning(plan, "a run", 12)) == []  # it was not pruned before
     assert plan.values.model == "runs/first/checkpoints/step-00000012"
-    assert plan.values.path == str(tmp_path / "again" / "values.safetensors")
+    assert plan.values.path == str(tmp_path / "again" / "plan.values.safetensors")
     assert Trainer(plan).evaluate()["validation_loss"] == loss
     text = supar_here("explain", "again/plan.yaml").out
-    assert "values        of values.safetensors, those of the model at" in text and "init_std      rms = " in text
+    assert "values        of plan.values.safetensors, those of the model at" in text and "init_std      rms = " in text
     changes = ("-s", "hyperparameters.alpha_input=0.7", "-s", "hyperparameters.alpha_output=3", "-f")
     assert supar_here(*call, *changes).status == 0
     again = read_plan(tmp_path / "again" / "plan.yaml")
@@ -59,20 +59,25 @@ def test_files_of_values_stand_beside_the_plan(
     assert supar_here(*call, "--density", "1/2,1/4", "-o", "two/plan.yaml").status == 0
     assert {path.name for path in (tmp_path / "two").iterdir()} == {
         "plan.yaml",
-        "values-0.safetensors",
-        "values-1.safetensors",
+        "plan.values-0.safetensors",
+        "plan.values-1.safetensors",
     }
     for at, share in enumerate((0.5, 0.25)):
-        found = load_file(tmp_path / "two" / f"values-{at}.safetensors")
+        found = load_file(tmp_path / "two" / f"plan.values-{at}.safetensors")
         assert found["blocks.0.attn.q"].shape == (32 * 32 * share,)
     printed = supar_here(*call, "--density", "1/2", "-o", "-")
-    assert yaml.safe_load(printed.out)["values"]["path"] == "values.safetensors"
-    kept = (tmp_path / "values.safetensors").read_bytes()
-    assert kept == (tmp_path / "two" / "values-0.safetensors").read_bytes()
-    (tmp_path / "values.safetensors").write_bytes(b"another file")
+    assert yaml.safe_load(printed.out)["values"]["path"] == "plan.values.safetensors"
+    kept = (tmp_path / "plan.values.safetensors").read_bytes()
+    assert kept == (tmp_path / "two" / "plan.values-0.safetensors").read_bytes()
+    (tmp_path / "new.values.safetensors").write_bytes(b"another file")
     refused = supar_here(*call, "--density", "1/2", "-o", "new.yaml")
-    assert refused.status == 2 and "values.safetensors: exists and differs" in refused.err
+    assert refused.status == 2 and "new.values.safetensors: exists and differs" in refused.err
     assert not (tmp_path / "new.yaml").exists()
+    taken = supar_here(*call, "--density", "1/2", "-o", "values.safetensors", "-f")
+    assert taken.status == 2 and "--out values.safetensors: is the name of a file that stands beside" in taken.err
+    assert (tmp_path / "values.safetensors").read_bytes() == b"another file"
+    masked = supar_here(*call, "--masks", "runs/first", "-o", "new.yaml")
+    assert masked.status == 2 and not (tmp_path / "masks.safetensors").exists()
     missing = supar_here("transfer", "--values", "nowhere", "--density", "1")
     assert missing.status == 2 and "--values nowhere: is not there" in missing.err
     other = supar_here("transfer", "--values", "first", "--density", "1")

@@ -259,6 +259,20 @@ def test_every_difference_is_named_with_what_mends_it(
             start("gpt2 tied", density=1)
 
 
+def test_biases_start_at_0_where_the_model_has_none(
+    run: Callable[..., Made], start: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = run("gpt2 untied with biases")
+    made.decoder = made.decoder.model_copy(update={"bias": False})
+    values = {name: value for name, value in made.values.items() if not name.endswith(".bias")}
+    changed = StoredModel(Path("none"), "a run", made.decoder, values.__getitem__)
+    monkeypatch.setattr(plan_start, "open_model", lambda _: changed)
+    with pytest.warns(TransferWarning, match="none has no biases but 0, with which those of the target start"):
+        plan = start("gpt2 untied with biases", density=1)
+    model = prepare(plan, torch.device("cpu")).model
+    assert all(not value.any() for name, value in model.named_parameters() if name.endswith("bias"))
+
+
 def test_a_context_differs_but_for_learned_positions(
     run: Callable[..., Made], start: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,5 +53,10 @@ def _describe(record: dict[str, Any]) -> str:
             error = record[f"{name}_se"]
             found.append(text.format(f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")))
     over = record["standard_errors"]
-    counts = f"{record['tokens']:,} tokens of {record['documents']:,} documents"
-    return f"{', '.join(found)}; {counts} (± a standard error, over {over['count']:,} {over['over']})"
+    counts = f"{record['tokens']:,} tokens of {record['documents']:,} document{'s' * (record['documents'] > 1)}"
+    said = (
+        "no standard error of one window"
+        if record["loss_se"] is None
+        else f"± a standard error, over {over['count']:,} {over['over']}"
+    )
+    return f"{', '.join(found)}; {counts} ({said})"

@@ -243,11 +243,15 @@ def keep_files(made: Path, documents: list[Any], flags: Flags, default: str) -> 
         return
     if flags.out != "-":
         check_writable(out, flags.force, (json_text if flags.json and flags.out else document.write)(documents))
+    changed: list[tuple[Path, Path]] = []
     for one in sorted(made.iterdir()):
         path = out.parent / one.name
-        if path.is_file() and file_hash(path) == file_hash(one):
-            continue
-        check_writable(path, flags.force)
+        if flags.out != "-" and path.resolve() == out.resolve():
+            raise InputError(f"--out {out}: is the name of a file that stands beside the document; expected another")
+        if not path.is_file() or file_hash(path) != file_hash(one):
+            check_writable(path, flags.force)
+            changed.append((one, path))
+    for one, path in changed:
         with naming_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as aside:

@@ -19,7 +19,7 @@ from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Proxy
 
-PLAN, MASKS = "plan.yaml", "masks.safetensors"
+PLAN = "plan.yaml"
 
 
 @command(
@@ -62,8 +62,10 @@ def transfer(flags: Flags) -> None:
     levels = [(word, share) for word in ("sparsity", "density") for share in getattr(flags, word) or []] or [("", None)]
     with _folder(flags) as folder, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", TransferWarning)
-        names = [f"values-{at}.safetensors" for at in range(len(levels))] if len(levels) > 1 else ["values.safetensors"]
-        plans = [_plan(read, flags, Path(folder, name), *level) for name, level in zip(names, levels, strict=True)]
+        numbers = [""] if len(levels) == 1 else [f"-{at}" for at in range(len(levels))]
+        plans = [
+            _plan(read, flags, Path(folder), number, *level) for number, level in zip(numbers, levels, strict=True)
+        ]
         if folder:
             terminal.keep_files(Path(folder), [plan.model_dump() for plan in plans], flags, PLAN)
     terminal.log_plans(plans, flags, log)
@@ -95,11 +97,13 @@ def _read_proxy(flags: Flags) -> Document:
     return documents.read_one(str(template("paper-proxy.yaml")), missing, "--from-paper")
 
 
-def _plan(read: Document, flags: Flags, values: Path, word: str, share: Share | None) -> Plan:
+def _plan(read: Document, flags: Flags, folder: Path, number: str, word: str, share: Share | None) -> Plan:
     """The plan of the document's target; `word` (sparsity or density) sets its level if given.
 
-    `values` is where values are written, if the plan has any, and masks beside them.
+    Its masks and values, if it has any, are written into a folder, under the plan's name and, of values, with a number.
     """
+    name = Path(PLAN if flags.out in (None, "-") else flags.out).stem
+    masks, values = f"{name}.masks.safetensors", f"{name}.values{number}.safetensors"
     level = f"--{word} {share}" if "," in flags.places.get(word, "") else flags.places.get(word, "")
     documents.override(read, ("target", "sparsity"), {word: share}, {word: level})
     proxy = parse(Proxy, read).beside(read.name)
@@ -107,8 +111,8 @@ def _plan(read: Document, flags: Flags, values: Path, word: str, share: Share | 
         name: vars(flags)[name] for name in ("parameterization", "allow_low_wpn", "masks", "values")
     }
     with documents.with_locations(read), documents.naming_flags(flags):
-        plan = supar_cli.transfer(proxy, **options, masks_out=values.with_name(MASKS), values_out=values)
-    return plan.with_files(flags.masks and MASKS, flags.values and values.name)  # sought beside the plan
+        plan = supar_cli.transfer(proxy, **options, masks_out=folder / masks, values_out=folder / values)
+    return plan.with_files(flags.masks and masks, flags.values and values)  # sought beside the plan
 
 
 @command(

@@ -20,12 +20,18 @@ MOST = 1e-5  # of the largest logit; measured: 3e-6 at most over models of width
 ROUNDINGS = 10
 
 
-def difference(folder: Path, model: Transformer) -> float:
+def difference(folder: Path, model: Transformer, architecture: str) -> float:
     """How far the logits of a folder are from a model's: the largest difference over the largest logit.
 
-    Raises ImportError without transformers, CheckViolated where it does not load the folder, or not whole.
+    Raises ImportError where transformers or its class can't be imported, CheckViolated where it does not load the folder, or
+    not whole.
     """
-    loader = import_module("transformers").AutoModelForCausalLM
+    try:
+        transformers = import_module("transformers")
+        loader = transformers.AutoModelForCausalLM
+        getattr(transformers, architecture)
+    except Exception as error:  # one that does not fit the packages beside it raises anything
+        raise ImportError(str(error) or type(error).__name__) from error
     try:
         loaded, report = loader.from_pretrained(folder, output_loading_info=True, local_files_only=True)
     except ImportError:
@@ -34,6 +40,8 @@ def difference(folder: Path, model: Transformer) -> float:
         raise CheckViolated(f"transformers does not load the export: {error}; nothing was written") from None
     if wrong := {key: sorted(map(str, names)) for key, names in report.items() if names}:
         raise CheckViolated(f"transformers does not load the export whole: {wrong}; nothing was written")
+    if loaded.config.tie_word_embeddings != model.config.tied:  # where both are in the file, transformers ties neither
+        raise CheckViolated(f"the export's config has tie_word_embeddings {not model.config.tied}; nothing was written")
     tokens = _tokens(model.config)
     with torch.no_grad():
         return _relative(loaded.float().eval()(input_ids=tokens).logits, model(tokens))
@@ -61,4 +69,5 @@ def _tokens(model: PlanModel) -> Tensor:
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max())
+    difference, largest = (float(value.abs().max()) for value in (found - wanted, wanted))
+    return difference / largest if difference else 0.0  # a head of zeros has no largest logit

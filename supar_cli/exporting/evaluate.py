@@ -33,7 +33,7 @@ from supar_cli.training.reporter import NullReporter, Reporter
 from supar_cli.training.runtime import Runtime, device_name, versions
 
 KIND = "supar.evaluation/v1"
-FEWEST_DOCUMENTS = 30  # chosen: fewer say little of how much documents differ
+FEWEST_DOCUMENTS = 30  # chosen: fewer may by chance differ less than windows do
 TOKENS_AT_ONCE = 2**14  # chosen: what keeps a device busy, and little memory
 LOGITS_AT_ONCE = 2**24  # chosen: 64 MiB
 BATCHES_SORTED = 16  # chosen: windows of so many batches are sorted by length, so that little of a batch is padding
@@ -194,9 +194,10 @@ def _figures(found: list[Passages], scores: NDArray[np.float64]) -> Record:
     document_W, nats_W, tokens_W = scores.T
     at_W = document_W.astype(int)
     nats_D, tokens_D = (np.bincount(at_W, values, len(sizes)).astype(float) for values in (nats_W, tokens_W))
-    over = "documents" if len(sizes) >= FEWEST_DOCUMENTS else "windows"
-    nats, tokens = (nats_D, tokens_D) if over == "documents" else (nats_W, tokens_W)
-    loss, loss_se = _ratio(nats, tokens)
+    (loss, by_documents), (_, by_windows) = _ratio(nats_D, tokens_D), _ratio(nats_W, tokens_W)
+    # windows of one document are alike: of a few documents that differ, they alone would promise too much
+    is_by_documents = len(sizes) >= FEWEST_DOCUMENTS or (by_documents or 0.0) > (by_windows or 0.0)
+    over, nats, loss_se = ("documents", nats_D, by_documents) if is_by_documents else ("windows", nats_W, by_windows)
     perplexity = math.exp(loss) if loss < LARGEST_LOSS else None
     record: Record = {
         "documents": len(sizes),
@@ -215,7 +216,7 @@ def _figures(found: list[Passages], scores: NDArray[np.float64]) -> Record:
         return record | {"why_no_bytes": "token files don't say how many bytes their tokens stand for"}
     bytes_D = np.array(sizes, float)
     # a window's bytes: its share of its document's, by tokens
-    of = bytes_D if over == "documents" else (bytes_D / np.maximum(tokens_D, 1))[at_W] * tokens_W
+    of = bytes_D if is_by_documents else (bytes_D / np.maximum(tokens_D, 1))[at_W] * tokens_W
     bits, bits_se = _ratio(nats / math.log(2), of)
     return record | {"bytes": int(bytes_D.sum()), "bits_per_byte": bits, "bits_per_byte_se": bits_se}
 

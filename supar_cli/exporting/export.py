@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from supar_cli.data import tokenizer
@@ -28,6 +27,7 @@ from supar_cli.models.transformer import Transformer, named_tensors
 from supar_cli.planning import layout
 from supar_cli.planning.folding import standard_factors
 from supar_cli.planning.plan import Plan, PlanModel, read_plan
+from supar_cli.sparse.mask_files import save_tensors
 from supar_cli.training import checkpoint_reader
 
 KIND = "supar.export/v1"
@@ -174,7 +174,7 @@ class _Contents:
             arrays: dict[str, Any] = {name: value.numpy() for name, value in found.items()}
             np.savez(path, **arrays)
         else:
-            save_file(found, path, metadata={"format": "pt"})
+            save_tensors(found, path, {"format": "pt"})
         return lost
 
 
@@ -193,7 +193,7 @@ def _write_class(
         (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", "utf-8")
         lost = contents.write(folder / WEIGHTS, precision)
         try:
-            differences += [] if missing else [comparison.difference(folder, model)]
+            differences += [] if missing else [comparison.difference(folder, model, stock.architecture)]
         except ImportError as error:
             cause = error.__cause__ or error  # what transformers' own message leaves out
             missing = f"transformers can't be used here: {str(cause).splitlines()[0]}"

@@ -64,7 +64,8 @@ def generate(
 def draw(logits_V: Logits, temperature: float, top_k: int | None, number: float) -> int:
     """The token that a number from 0 up to 1 draws by the tokens' chances, of which the likeliest come first."""
     order_K = np.argsort(-logits_V, kind="stable")[:top_k]
-    ends_K = np.exp((logits_V[order_K] - logits_V[order_K[0]]) / temperature).cumsum()
+    with np.errstate(over="ignore"):  # near temperature 0
+        ends_K = np.exp((logits_V[order_K] - logits_V[order_K[0]]) / temperature).cumsum()
     return int(order_K[np.searchsorted(ends_K / ends_K[-1], number, side="right")])
 
 

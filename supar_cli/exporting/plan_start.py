@@ -77,7 +77,10 @@ def start_from(plan: Plan, stored: StoredModel, out: Path) -> tuple[Plan, list[s
     own, masks, values = standard_factors(plan.decoder), make_masks(plan), dict[str, Tensor]()
     sizes, zeros, cut, problems = dict[str, float](), dict[str, float](), dict[str, float](), list[str]()
     for row in start_rows(plan):
-        whole = scaled(stored.read(row.name), stored.factors[row.name] / own[row.name])
+        if row.role == "bias" and not stored.decoder.bias:
+            whole = torch.zeros(row.shape)
+        else:
+            whole = scaled(stored.read(row.name), stored.factors[row.name] / own[row.name])
         mask = masks.get(row.name)
         value = values[row.name] = whole if mask is None else live_values(whole, mask)
         sizes[row.name], live = _root_mean_square(value), int(value.count_nonzero())
@@ -114,6 +117,8 @@ def _warnings(plan: Plan, stored: StoredModel, zeros: dict[str, float], cut: dic
     rows = [row for row in plan.tensors if row.role != "bias" and zeros[row.name] == 1]
     if rows:
         found.append(f"values: {', '.join(row.name for row in rows)}: all values are 0")
+    if plan.decoder.bias and not stored.decoder.bias:
+        found.append(f"values: {stored.path} has no biases but 0, with which those of the target start")
     most = max(hidden, key=lambda name: zeros[name])
     if plan.sparsity.source.kind == "random" and zeros[most] >= MOST_ZEROS:
         what = f"zeros of {stored.path} start as live weights, {100 * zeros[most]:.3g} % of {most}"
@@ -140,6 +145,8 @@ def _require_same_model(
     own, other = vars(model), vars(stored.decoder)
     for keys, flags in ((sizes, _flags(stored, sizes)), (of_proxy, "")):
         differ = {key: _text(other[key]) for key in keys if own[key] != other[key]}
+        if own["bias"] and not other["bias"]:
+            differ.pop("bias", None)  # biases of 0 change nothing
         found = ", ".join(f"{key} {value}, not {_text(own[key])}" for key, value in differ.items())
         expected = flags or "a proxy with " + ", ".join(f"model.{key}: {value}" for key, value in differ.items())
         if differ:

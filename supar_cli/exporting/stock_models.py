@@ -201,6 +201,10 @@ class _Reader:
     def __init__(self, config: Config) -> None:
         self.given = {key: value for key, value in _flat(config) if value is not None}
         self.taken, self.problems = set[str](), list[str]()
+        if config.get("rope_scaling") and config.get("rope_parameters"):
+            self.problems.append(
+                "rope_scaling: is given beside rope_parameters, and readers differ; expected one of them"
+            )
 
     def take(self, names: str, default: Any = None) -> Any:
         """The value of the first of the names that is given."""

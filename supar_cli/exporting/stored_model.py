@@ -65,6 +65,8 @@ def open_model(path: Path) -> StoredModel:
         return open_folder(path)
     if (path / PLAN).is_file() and ((path / WEIGHTS).is_file() or (path / NPZ).is_file()):
         return _open_export(path)
+    if (path / WEIGHTS).is_file() or (path / INDEX).is_file():
+        raise InputError(f"{path}: has weights and no {CONFIG}; expected both, as `save_pretrained` writes them")
     return open_run(path)
 
 
@@ -110,7 +112,7 @@ def open_folder(path: Path) -> StoredModel:
     Raises InputError with all that supar's families can't express, for tensors that are missing, unknown or of another
     shape, and for pickled weights; SetupError where a file can't be read.
     """
-    config = read_json(path / CONFIG)
+    config = read_json(path / CONFIG, is_finite=True)
     if not isinstance(config, dict):
         raise SetupError(f"{path / CONFIG}: is corrupt; expected a JSON object")
     try:

@@ -214,15 +214,21 @@ def chunked_loss(
     with tokens · V.
     """
     x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
-    return _HeadLoss.apply(x_ND, weight_VD, targets_N, multiplier, chunk or len(targets_N))  # type: ignore[no-any-return,no-untyped-call]
+    arguments = (x_ND, weight_VD, targets_N, multiplier, chunk or len(targets_N), torch.is_grad_enabled())
+    return _HeadLoss.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The mean cross-entropy of multiplier · X·Wᵀ, `chunk` tokens at a time; its gradients are made in the forward pass."""
+    """The mean cross-entropy of multiplier · X·Wᵀ, `chunk` tokens at a time; its gradients are made in the forward pass.
+
+    None are made unless `is_training`: under no_grad torch still says that they are needed.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, multiplier: float, chunk: int) -> Tensor:
-        tokens, needs_gradients = len(targets_N), any(ctx.needs_input_grad[:2])
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, multiplier: float, chunk: int, is_training: bool
+    ) -> Tensor:
+        tokens, needs_gradients = len(targets_N), is_training and any(ctx.needs_input_grad[:2])
         losses, by_x, by_weight_VD = [], [], torch.zeros_like(weight_VD) if needs_gradients else None
         for first in range(0, tokens, chunk):
             x_CD, targets_C = x_ND[first : first + chunk], targets_N[first : first + chunk]
@@ -240,7 +246,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         by_x_ND, by_weight_VD = ctx.saved_tensors
-        return by_x_ND * gradient, by_weight_VD * gradient, None, None, None
+        return by_x_ND * gradient, by_weight_VD * gradient, None, None, None, None
 
 
 def _loss_and_slope(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:

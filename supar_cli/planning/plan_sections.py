@@ -168,7 +168,9 @@ class PlanSparsity(PatternKeys):
             raise ValueError(f"updates: can't be combined with the pattern {self.pattern}; expected the pattern exact")
         if self.updates.start is not None and self.source.kind == "file":
             name = METHODS[self.updates.method]
-            raise ValueError(f"updates: {name} starts at density {self.updates.start:g}; expected no masks from a file")
+            raise ValueError(
+                f"updates: {name} starts at density {self.updates.start:g}; expected no masks from a file, or updates: null"
+            )
 
     @property
     def pattern_text(self) -> str:

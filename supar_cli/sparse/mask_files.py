@@ -70,10 +70,18 @@ def write_values(path: Path, values: Mapping[str, Tensor]) -> str:
     with naming_write_errors(path):
         with replacing(path) as aside:
             try:
-                save_file({name: values[name].contiguous() for name in sorted(values)}, aside)
+                save_tensors({name: values[name].contiguous() for name in sorted(values)}, aside)
             except SafetensorError as error:
                 raise OSError(error) from None
         return file_hash(path)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """As safetensors' `save_file`, but readable for others as any other new file: that makes its files for their owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 def read_values(path: Path, wanted_hash: str | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch.distributed.checkpoint import api, hf_storage, state_dict_saver
 
 from supar_cli.errors import SetupError
 from supar_cli.files import file_hash, write_file
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
+from supar_cli.sparse.mask_files import save_tensors
 from supar_cli.training.checkpoint_reader import KIND, available, keyed
 from supar_cli.training.distributed import ALONE, Parallel, Ranks
 from supar_cli.training.runtime import device_thread
@@ -160,7 +160,7 @@ def _write_tensors(staging: Path, state: State, ranks: Ranks) -> dict[str, str]:
         storage = hf_storage.HuggingFaceStorageWriter(str(staging), save_distributed=True)
         state_dict_saver.save(tensors, storage_writer=storage, process_group=ranks.group)
         return {path.name: file_hash(path) for path in staging.glob(f"shard-{ranks.rank + 1:05d}-*")}
-    save_file(tensors, staging / UNSHARDED)
+    save_tensors(tensors, staging / UNSHARDED)
     _flush(staging / UNSHARDED)
     return {UNSHARDED: file_hash(staging / UNSHARDED)}
 

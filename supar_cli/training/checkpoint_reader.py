@@ -80,7 +80,8 @@ def newest(directory: Path) -> Path:
     """A run's newest checkpoint. Raises InputError if it has none."""
     found = available(directory / "checkpoints")
     if not found:
-        raise InputError(f"{directory}: has no checkpoint; expected a run directory with one")
+        what = "has no checkpoint" if directory.exists() else "no such folder"
+        raise InputError(f"{directory}: {what}; expected a run directory with a checkpoint")
     return found[-1]
 
 

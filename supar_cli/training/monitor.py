@@ -17,6 +17,9 @@ from supar_cli.training.runtime import Runtime
 # measured: in 20 healthy SμPar steps the authors' model grows an MLP output 46-fold (reference run supar-s0.9375), so
 # the alarm is far above that. chosen: a thousandfold.
 LIMIT = 1000.0
+NEGLIGIBLE = (
+    1e-6  # chosen: of all gradients' norm; below lies rounding, such as that of a key's bias, which softmax ignores
+)
 
 
 @torch.no_grad()
@@ -66,10 +69,11 @@ class Monitor:
     def warnings(self, step: int, what: str, sizes: dict[str, float]) -> list[str]:
         """Warnings about `sizes` by layer of `what` (activation, gradient) after `step` steps: one a layer and direction."""
         found = []
+        least = NEGLIGIBLE * math.hypot(*sizes.values()) if what == "gradient" else 0.0
         for layer, size in sizes.items():
             name = f"{what} of {layer}"
             at, first = self._first.setdefault(name, (step, size))
-            word = "exploded" if size > first * LIMIT else "vanished" if size < first / LIMIT else ""
+            word = "exploded" if size > max(first * LIMIT, least) else "vanished" if size < first / LIMIT else ""
             if first and word and (name, word) not in self._warned:
                 self._warned.add((name, word))
                 found.append(f"step {step}: the {name} has {word}: {first:.3g} at step {at}, {size:.3g} now")

@@ -246,8 +246,8 @@ class EngineSelector:
 
         Returns the measurements that were not known before, one line for each shape, and a hint at what would be faster.
         """
-        texts: Counter[str] = Counter()
-        alike = {name: (mask.shape, self._measured_count(mask)) for name, mask in masks.items()}
+        texts, counts = dict[tuple[object, ...], str](), Counter[tuple[object, ...]]()
+        alike = {name: (mask.shape, self._measured_density(mask)) for name, mask in masks.items()}
         named = {name: self.plan.engine(self._rows[name]) for name in masks}
         new = {alike[name] for name in masks if named[name] == "auto"} - set(self._fastest)
         for name, mask in masks.items():
@@ -258,15 +258,17 @@ class EngineSelector:
             self.choices[name] = self._fastest[alike[name]] if is_auto else EngineChoice(named[name], {})
             if is_auto and alike[name] in new and self.choices[name] != EngineChoice("dense", {}):
                 size = f"{'×'.join(map(str, mask.shape))} at density {mask.count / mask.size:.3g}"
-                texts[f"{size}: {self.choices[name].text()}"] += 1
-        lines = [f"engine of {count} tensors {text}" for text, count in texts.items()]
+                texts.setdefault(alike[name], f"{size}: {self.choices[name].text()}")
+                counts[alike[name]] += 1
+        lines = [f"engine of {counts[key]} tensor{'s' * (counts[key] > 1)} {text}" for key, text in texts.items()]
         if lines and self.case.device.type == "cpu" and not importlib.util.find_spec("numba"):
             lines.append("numba is not installed: `pip install numba` makes the sparse engine faster")
         return lines
 
-    def _measured_count(self, mask: Mask) -> int:
-        """The live weights that a measurement holds for: where density moves, for all of an octave."""
-        return mask.count if self.plan.sparsity.updates is None else round(log2(mask.size / mask.count))
+    def _measured_density(self, mask: Mask) -> int:
+        """The density that a measurement holds for, in octaves where it moves, else in eighths of one: counts may be random."""
+        parts = 8 if self.plan.sparsity.updates is None else 1
+        return round(parts * log2(mask.size / max(1, mask.count)))
 
     def make(self, name: str, mask: Mask) -> Engine:
         """Make the chosen engine of a tensor."""

@@ -79,10 +79,10 @@ class Trainer:
         """Train to the plan's last step. In a directory, write metrics, checkpoints and at last result.json.
 
         Every rank calls it; rank 0 writes all files but the shards of checkpoints. `on_evaluation(step, loss)` may raise to
-        end the run early. `stop()` is called between steps; when it returns a reason in any rank, the trainer writes a
-        checkpoint and raises Preempted. Raises UnusableResult if a loss is not finite.
+        end the run early; without it and a directory only the last step is evaluated. `stop()` is called between steps; when
+        it returns a reason in any rank, it writes a checkpoint and raises Preempted. UnusableResult: a loss is not finite.
         """
-        plan, steps = self.plan, self.plan.train.steps
+        plan, steps, is_asked = self.plan, self.plan.train.steps, directory is not None or on_evaluation is not None
         if directory is not None and resume:
             self._restore_newest(directory)
         self._stop, started_s = distributed.StopRequest(self.ranks, stop), time.perf_counter()
@@ -109,7 +109,7 @@ class Trainer:
                     record: Record = {"step": self.done, "loss": found.loss, "clipped": clipped}
                     if is_logged:
                         record |= self._measurements(step, found, self.done - marked, time.perf_counter() - mark_s)
-                    if self.done % plan.train.eval_every == 0 or self.done == steps:
+                    if (is_asked and self.done % plan.train.eval_every == 0) or self.done == steps:
                         record |= self.evaluate()
                     metrics.write(record)
                     tracked.log(record)
