@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 # measured: on EPYC (Zen 4, 1 MiB of L2), at widths 256 to 32768 and densities 1/512 to 1/2, 32 tokens take the least time or
 # within 4 % of it; 64 take up to 1.2 times that, and 8 up to 1.9 times as long as 16
 TILES = (32, 16)
-PANEL = 64  # chosen: rows of Y held back, or columns of X turned, at a time: 8 KiB
+PANEL = 64  # chosen: rows of Y, or columns of dX, turned back at a time: 8 KiB
 BLOCK = 4096  # chosen: live weights whose sums a thread adds up at a time
 
 LANES = 8
@@ -303,7 +303,7 @@ def gradients(call: Any) -> None:
     starts = carray(_at(a.starts), width + 1, np.int32)
     turned = a.scratch + a.scratch_bytes * _take(call, THREADS)
     panel = turned + 4 * out * tile
-    x_panel = panel + 4 * PANEL * tile
+    turned_x = panel + 4 * PANEL * tile
     tiles, panels = (tokens + tile - 1) // tile, (width + PANEL - 1) // PANEL
     while True:
         unit = _take(call, UNITS)
@@ -316,12 +316,12 @@ def gradients(call: Any) -> None:
         for first in range(chunk * tiles // a.chunks * tile, (chunk + 1) * tiles // a.chunks * tile, tile):
             count = min(tile, tokens - first)
             _turn(a.gradient + 4 * first * out, out, count, out, turned, tile)
+            _turn(a.x + 4 * (first * width + left), width, count, right - left, turned_x, tile)
             for start in range(left, right, PANEL):
                 columns, place = min(PANEL, right - start), 4 * (first * width + start)
-                _turn(a.x + place, width, count, columns, x_panel, tile)
                 for column in range(columns):
                     one, stop = types.intp(starts[start + column]), types.intp(starts[start + column + 1])
-                    row, x = panel + 4 * column * tile, x_panel + 4 * column * tile
+                    row, x = panel + 4 * column * tile, turned_x + 4 * (start - left + column) * tile
                     _sum_row_and_dots(tile, turned, index, values, one, stop, row, x, dots)
                 _turn_back(panel, width, count, columns, a.by_x + place, tile, a.streams)
 

@@ -109,7 +109,7 @@ def gradients(
     }  # measured: a third of [order_L]'s time
     tensors = {"gradient": gradient_NO, "by_x": by_x_NI}
     shape = _shape(x_NI, out, tile, by_x_NI)
-    scratch = (out + 2 * PANEL) * tile
+    scratch = (out + PANEL + width) * tile
     run(csr_kernels.gradients, chunks * groups, scratch, groups=groups, **shares, **shape, **weight, **tensors)
     run(csr_kernels.total, -(-live // BLOCK), 0, order=order_L, by_values=by_values_L, **shares)
     return by_x_NI, by_values_L
