@@ -44,13 +44,15 @@ def train_plan(
     """Train a plan without a directory. Raises UnusableResult when it diverges, RunFailed where memory is short.
 
     Trials, finalists, fit runs and the runs of sweeps are all made here. With `compile: auto` a plan is
-    not compiled: compiling takes longer than a proxy's trial. A plan of a user's model is trained by its command, whose
-    files are kept in `folder`.
+    not compiled: compiling takes longer than a proxy's trial. Where nobody asks, only the last step is evaluated. A plan of
+    a user's model is trained by its command, whose files are kept in `folder`.
     """
     if isinstance(plan.model, OwnModel):
         return run_command(plan, folder, on_evaluation)
     if plan.run.compile == "auto":
         plan = plan.model_copy(update={"run": plan.run.model_copy(update={"compile": "off"})})
+    if on_evaluation is None:
+        plan = plan.model_copy(update={"train": plan.train.model_copy(update={"eval_every": plan.train.steps})})
     try:
         return Trainer(plan, load_task(plan)).run(on_evaluation=on_evaluation)
     except (MemoryError, RuntimeError) as error:

@@ -109,7 +109,7 @@ class Trainer:
                     record: Record = {"step": self.done, "loss": found.loss, "clipped": clipped}
                     if is_logged:
                         record |= self._measurements(step, found, self.done - marked, time.perf_counter() - mark_s)
-                    if (is_asked and self.done % plan.train.eval_every == 0) or self.done == steps:
+                    if self.done % plan.train.eval_every == 0 or self.done == steps:
                         record |= self.evaluate()
                     metrics.write(record)
                     tracked.log(record)
