@@ -295,7 +295,7 @@ class TestWriting:
         def full(*_: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(checkpoint, "save_file", full)
+        monkeypatch.setattr(checkpoint, "save_tensors", full)
         trainer = Trainer(plan_of(run={"checkpoint_every": 4}))
         with pytest.raises(SetupError, match="checkpoints: the checkpoint can't be written: No space left on device"):
             trainer.run(tmp_path)
