@@ -246,8 +246,6 @@ def keep_files(made: Path, documents: list[Any], flags: Flags, default: str) -> 
     changed: list[tuple[Path, Path]] = []
     for one in sorted(made.iterdir()):
         path = out.parent / one.name
-        if flags.out != "-" and path.resolve() == out.resolve():
-            raise InputError(f"--out {out}: is the name of a file that stands beside the document; expected another")
         if not path.is_file() or file_hash(path) != file_hash(one):
             check_writable(path, flags.force)
             changed.append((one, path))
