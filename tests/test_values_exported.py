@@ -76,7 +76,7 @@ def test_files_of_values_stand_beside_the_plan(
     for out in ("values.safetensors", "masks.safetensors"):  # the plan never takes the place of its files
         assert supar_here(*call, "--density", "1/2", "-o", out, "-f").status == 0 and read_plan(tmp_path / out)
     masked = supar_here(*call, "--masks", "runs/first", "-o", "new.yaml")
-    assert masked.status == 2 and not (tmp_path / "masks.safetensors").exists()
+    assert masked.status == 2 and not (tmp_path / "new.masks.safetensors").exists()
     missing = supar_here("transfer", "--values", "nowhere", "--density", "1")
     assert missing.status == 2 and "--values nowhere: is not there" in missing.err
     other = supar_here("transfer", "--values", "first", "--density", "1")
