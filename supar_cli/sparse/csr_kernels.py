@@ -19,8 +19,8 @@ from llvmlite import ir
 from numba import carray, cfunc, from_dtype, njit, types
 from numba.extending import intrinsic
 
-# measured: on EPYC (Zen 4, 1 MiB of L2), at widths 256 to 32768 and densities 1/512 to 1/2, 32 tokens take the least time or
-# within 4 % of it; 64 take up to 1.2 times that, and 8 up to 1.9 times as long as 16
+# measured: on EPYC (Zen 4, 1 MiB of L2), at widths 256 to 32768 and densities 1/512 to 1/4, 32 tokens take the least time or at
+# most a sixth more than that; 64 took up to 1.5 times as long as 32, and 8 up to 1.9 times as long as 16
 TILES = (32, 16)
 PANEL = 64  # chosen: rows of Y, or columns of dX, turned back at a time: 8 KiB
 BLOCK = 4096  # chosen: live weights whose sums a thread adds up at a time
