@@ -109,11 +109,11 @@ def transfer(
         if values is not None or masks is not None:
             from supar_cli.exporting import plan_start
         if values is not None:
-            start = plan_start.open_start(Path(values), proxy, wanted)
+            start = plan_start.open_for_target(Path(values), proxy, wanted)
         known = corpus.with_hash(proxy)
         if masks is not None:
             opened = start if values is not None and Path(masks) == Path(values) else None
-            given = plan_start.give_masks(Path(masks), Path(masks_out), known, wanted, opened)
+            given = plan_start.take_masks(Path(masks), Path(masks_out), known, wanted, opened)
         plan = transfer(known, wanted, parameterization, allow_low_wpn=allow_low_wpn, masks=given)
         if start is not None:
             plan, messages = plan_start.start_from(plan, start, Path(values_out))

@@ -311,6 +311,8 @@ def test_what_a_start_costs_is_measured(supar_here: Callable[..., Called], tmp_p
     assert wide["live"] == 2 * narrow["live"] and wide["times_the_width_before"] > 0
     weights = 12 * (1024**2 - 512**2) * 4  # the dense engine holds float32 for each position of a layer's 12 D² weights
     assert wide["kept_bytes"] - narrow["kept_bytes"] > 0.9 * weights and wide["peak_bytes"] >= wide["kept_bytes"]
+    refused = supar_here("bench", "start", "--engine", "auto")
+    assert refused.status == 2 and "--engine auto" in refused.err
     assert "start of 1 layer, 16 live weights a neuron, engine dense" in done.err
     rows = start.readings({"starts": [{**wide, "seconds": 9.0}]})
     assert results.compare(start.readings({"starts": [wide]}), rows)[0]["worse"]

@@ -147,11 +147,11 @@ class TestOneRound:
     def test_a_planted_fault_is_seen(
         self, plan: Plan, run: Path, prune: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, fault: str
     ) -> None:
-        energy, keys, state_at = pruning._energy, pruning._keys, pruning.state_at
+        energy, keys, state_at = pruning.sum_of_squares, pruning._keys, pruning.state_at
         if fault == "no gain":
             monkeypatch.setattr(pruning, "sqrt", lambda x: 1.0 if x > 1 else float(np.sqrt(x)))
         elif fault == "1/√density":  # the number of weights in place of their energy
-            monkeypatch.setattr(pruning, "_energy", lambda v: energy(torch.where(v != 0, 1.0, 0.0)))
+            monkeypatch.setattr(pruning, "sum_of_squares", lambda v: energy(torch.where(v != 0, 1.0, 0.0)))
         elif fault == "smallest":
             monkeypatch.setattr(pruning, "_keys", lambda *given: -keys(*given))
         else:

@@ -16,16 +16,16 @@ from safetensors.torch import load_file
 import supar_cli
 from supar_cli.errors import InputError, TransferWarning
 from supar_cli.exporting import plan_start
-from supar_cli.exporting.stored_model import StoredModel
+from supar_cli.exporting.stored_model import StoredModel, open_run
 from supar_cli.models.transformer import Transformer, named_tensors
 from supar_cli.planning.folding import standard_factors
-from supar_cli.planning.plan import Plan, PlanModel
+from supar_cli.planning.plan import Plan, PlanModel, read_plan
 from supar_cli.planning.plan_sections import Multipliers
 from supar_cli.planning.problems import validate
 from supar_cli.planning.spec import Proxy
 from supar_cli.sparse.masks import Mask
 from supar_cli.training.prepare import make_masks, prepare, start_rows
-from tests.conftest import proxy_fields, real_text
+from tests.conftest import CHECKOUT, proxy_fields, real_text
 
 pytestmark = pytest.mark.filterwarnings("ignore::supar_cli.errors.TransferWarning")
 Tensors = dict[str, torch.Tensor]
@@ -84,7 +84,7 @@ def run(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
         narrow = proxy_of(text, {**keys, "width": 16, "layers": 1, "heads": 1}, rules, (1.75, 0.3))
         plan = supar_cli.transfer(narrow, density=1, width=32, heads=2, layers=2, kv_heads=keys.get("kv_heads", 2))
         model, values = plan.decoder, trained_like(plan, density) | changed
-        found = StoredModel(tmp_path / "run", "a run", model, values.__getitem__)
+        found = StoredModel(tmp_path / "run", model, values.__getitem__)
         (tmp_path / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
         monkeypatch.setattr(plan_start, "open_model", lambda _: found)
         return Made(model, values)
@@ -265,7 +265,7 @@ def test_biases_start_at_0_where_the_model_has_none(
     made = run("gpt2 untied with biases")
     made.decoder = made.decoder.model_copy(update={"bias": False})
     values = {name: value for name, value in made.values.items() if not name.endswith(".bias")}
-    changed = StoredModel(Path("none"), "a run", made.decoder, values.__getitem__)
+    changed = StoredModel(Path("none"), made.decoder, values.__getitem__)
     monkeypatch.setattr(plan_start, "open_model", lambda _: changed)
     with pytest.warns(TransferWarning, match="none has no biases but 0, with which those of the target start"):
         plan = start("gpt2 untied with biases", density=1)
@@ -304,6 +304,30 @@ def test_what_is_hardly_meant_is_warned_of(
     run("gpt2 tied", density, **{options.pop("zero", "none"): ZEROS})
     with pytest.warns(TransferWarning, match=what):
         start("gpt2 tied", **options)
+
+
+def test_a_live_weight_of_a_run_that_is_0_stays_live(
+    run: Callable[..., Made], start: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that started at 0: a run says what lives, where a folder of weights has nothing but its zeros."""
+    made, name = run("gpt2 tied", 0.5), "blocks.0.attn.q"
+    stored = plan_start.open_model(Path())
+    hidden = {key: value for key, value in made.values.items() if bool((value == 0).any()) and value.ndim == 2}
+    masks = {key: Mask.of((value != 0).numpy()) for key, value in hidden.items()}
+    made.values[name].view(-1)[masks[name].live()[0]] = 0.0
+    kept = {}
+    for known in (masks, None):
+        monkeypatch.setattr(plan_start, "open_model", lambda _, known=known: replace(stored, masks=known))
+        plan = start("gpt2 tied", masks=tmp_path / "run")
+        kept[known is not None] = {row.name: row.kept for row in plan.tensors}[name]
+        for path in tmp_path.glob("*.safetensors"):
+            path.unlink()
+    assert kept[True] == masks[name].count == kept[False] + 1
+    finished = CHECKOUT / "tests/released/v0.1.0/runs/finished"
+    own, drawn = open_run(finished).masks, make_masks(read_plan(finished / "plan.yaml"))
+    assert own and {key: mask.fingerprint for key, mask in own.items()} == {
+        key: mask.fingerprint for key, mask in drawn.items()
+    }
 
 
 def test_masks_of_the_model_need_no_warning(

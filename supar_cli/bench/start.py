@@ -18,10 +18,11 @@ from supar_cli.sparse.masks import Mask
 from supar_cli.training.prepare import prepare
 
 
-def benchmark(plans: list[Plan], engine: str) -> Benchmark:
-    """The benchmark of plans that differ in width; the first, the narrowest, warms each process up."""
+def benchmark(plans: list[Plan], engine: str, per_neuron: int) -> Benchmark:
+    """The benchmark of plans that differ in width alone; the first, the narrowest, warms each process up."""
     case = LayerCase(torch.device("cpu"), torch.float32, plans[0].decoder.context)
     settings = {"widths": [plan.decoder.width for plan in plans], "layers": plans[0].decoder.layers, "engine": engine}
+    settings["weights_per_neuron"] = per_neuron
     settings |= machine_settings(case.device, case.precision)
     return Benchmark("start", settings, case.device, lambda: measure_plans(plans, engine, case), tables, readings)
 
@@ -59,8 +60,8 @@ def measure_here(warm: Plan, plan: Plan, engine: str, case: LayerCase) -> Docume
 
 
 def tables(document: Document) -> list[Table]:
-    count = document["layers"]
-    title = f"start of {count} layer{'s' * (count > 1)}, 16 live weights a neuron, engine {document['engine']}"
+    count, wpn = document["layers"], document["weights_per_neuron"]
+    title = f"start of {count} layer{'s' * (count > 1)}, {wpn} live weights a neuron, engine {document['engine']}"
     rows = [
         [
             str(one["width"]),

@@ -9,7 +9,7 @@ import supar_cli
 from supar_cli.cli import documents, terminal
 from supar_cli.cli.app import application
 from supar_cli.cli.options import Flags, command, require_one
-from supar_cli.cli.values import shares
+from supar_cli.cli.values import one_of, shares
 from supar_cli.errors import CheckViolated, InputError
 from supar_cli.planning.density import Share, literal
 from supar_cli.planning.plan import Plan
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 SMALLEST = {"width": 64, "layers": 1, "heads": 1, "context": 64, "vocab": 64}
 NARROWEST = 512  # chosen: narrower models start in a moment
 WEIGHTS_PER_NEURON = 16  # chosen: so that live weights grow with the width, and positions with its square
-HEAD_WIDTH = 64  # chosen: as in most models; the start does not depend on it
 # the quickstart's; time does not depend on them
 HYPERPARAMETERS = {"lr": 2**-6, "init_std": 0.08, "alpha_input": 5.0, "alpha_output": 1.0, "weight_decay": 0.1}
 
@@ -148,7 +147,7 @@ def memory(flags: Flags) -> None:
     "width layers engine compare out force json quiet",
     width={"default": 4096, "minimum": 2 * NARROWEST, "help": "The largest width; its halves are measured first."},
     layers={"default": 1},
-    engine={"default": "sparse", "help": "sparse or dense."},
+    engine={"default": "sparse", "help": "sparse or dense.", "read": one_of("sparse", "dense")},
 )
 def start(flags: Flags) -> None:
     """Measure time and memory from a plan to the first step, over width at 16 live weights per neuron, on the CPU.
@@ -160,14 +159,12 @@ def start(flags: Flags) -> None:
     widths = [flags.width]
     while widths[0] >= 2 * NARROWEST and widths[0] % 2 == 0:
         widths.insert(0, widths[0] // 2)
-    plans = [_plan(_at_width(flags, width), density=f"{WEIGHTS_PER_NEURON}/{width}") for width in widths]
+    plans = [
+        _plan(Flags(**{**vars(flags), "width": width}), density=f"{WEIGHTS_PER_NEURON}/{width}") for width in widths
+    ]
     from supar_cli.bench import start as bench
 
-    _run(bench.benchmark(plans, flags.engine), flags)
-
-
-def _at_width(flags: Flags, width: int) -> Flags:
-    return Flags(**{**vars(flags), "width": width, "heads": max(1, width // HEAD_WIDTH)})
+    _run(bench.benchmark(plans, flags.engine, WEIGHTS_PER_NEURON), flags)
 
 
 def _run(benchmark: Benchmark, flags: Flags) -> None:

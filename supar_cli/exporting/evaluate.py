@@ -77,6 +77,7 @@ def evaluate(
     if not len(scores):
         names = ", ".join(section.source for section, _ in sources)
         raise InputError(f"data.source: {names}: no token to score; expected a text of two tokens or more")
+    warnings += runtime.warnings
     trained_on = {plan.text.hash, *(one.hash for one in plan.text.sources)}
     read = []
     for (section, files), one in zip(sources, found, strict=True):

@@ -20,7 +20,7 @@ from supar_cli.data import tokenizer
 from supar_cli.errors import InputError, SetupError, suggestion
 from supar_cli.exporting import comparison, loaded_model
 from supar_cli.exporting.stock_models import StockClass, StockTensor, stock_classes
-from supar_cli.exporting.stored_model import CONFIG, NPZ, PLAN, RECORD, WEIGHTS
+from supar_cli.exporting.stored_model import CONFIG, NPZ, PLAN, RECORD, WEIGHTS, scaled
 from supar_cli.exporting.tokenizer_files import write_tokenizer
 from supar_cli.files import naming_write_errors, read_json
 from supar_cli.models.transformer import Transformer, named_tensors
@@ -163,7 +163,7 @@ class _Contents:
                     parts.append(torch.zeros(row.shape, dtype=DTYPES[dtype]))
                     continue
                 value = self.values[row.name].detach()
-                parts.append((value.double() * self.factors[row.name]).float().to(DTYPES[dtype]))
+                parts.append(scaled(value, self.factors[row.name]).to(DTYPES[dtype]))
                 lost += int(((value != 0) & (parts[-1] == 0)).sum())
                 if not bool(parts[-1].isfinite().all()):
                     problems.append(f"{row.name}: holds values that are not finite in {dtype}")

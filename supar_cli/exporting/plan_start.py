@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from supar_cli.errors import InputError
-from supar_cli.exporting.stored_model import CONFIG, RECORD, StoredModel, open_model
+from supar_cli.exporting.stored_model import CONFIG, RECORD, StoredModel, open_model, scaled
 from supar_cli.planning.folding import standard_factors
 from supar_cli.planning.live_counts import GivenMasks
 from supar_cli.planning.plan import Plan
@@ -19,22 +19,16 @@ from supar_cli.planning.spec import Proxy, Sparsity, Target
 from supar_cli.planning.transfer import target_model, transfer
 from supar_cli.sparse.mask_files import find_masks, require_spread, write_masks, write_values
 from supar_cli.sparse.masks import Mask
-from supar_cli.training.prepare import CHECKED_AT_ONCE, make_masks, start_rows
+from supar_cli.training.prepare import make_masks, start_rows
+from supar_cli.training.pruning import sum_of_squares
 
 SIZES = ["width", "layers", "heads", "kv_heads", "head_width", "ffn_width"]  # that have flags in `supar transfer`
-OF_PROXY = [
-    "vocab",
-    "norm",
-    "norm_eps",
-    "activation",
-    "positions",
-    "bias",
-    "tied",
-]  # that a target takes from its proxy
+# keys that a target takes from its proxy
+OF_PROXY = ["vocab", "norm", "norm_eps", "activation", "positions", "bias", "tied"]
 MOST_ZEROS = 0.01  # chosen: more zeros than a trained dense tensor has
 
 
-def open_start(path: Path, proxy: Proxy, target: Target) -> StoredModel:
+def open_for_target(path: Path, proxy: Proxy, target: Target) -> StoredModel:
     """A model whose values the target can start from. Raises InputError that names every key in which they differ."""
     if proxy.model.family == "own":
         remedy = "`prepare(model, plan, initialise=False)`, which keeps the values that the model has"
@@ -46,10 +40,10 @@ def open_start(path: Path, proxy: Proxy, target: Target) -> StoredModel:
     return stored
 
 
-def give_masks(path: Path, out: Path, proxy: Proxy, target: Target, start: StoredModel | None) -> GivenMasks:
+def take_masks(path: Path, out: Path, proxy: Proxy, target: Target, start: StoredModel | None) -> GivenMasks:
     """The masks at a path for a target's hidden tensors, written to `out`; `start` is the model there if it is open.
 
-    The zeros of a model's weights are the dead ones. Raises InputError and SetupError.
+    A run has its masks; of another model's weights the zeros are the dead ones. Raises InputError and SetupError.
     """
     _require_apart("masks", out, path)
     dense = transfer(proxy, target.model_copy(update={"sparsity": Sparsity(density=1.0)}))
@@ -83,7 +77,7 @@ def start_from(plan: Plan, stored: StoredModel, out: Path) -> tuple[Plan, list[s
             whole = scaled(stored.read(row.name), stored.factors[row.name] / own[row.name])
         mask = masks.get(row.name)
         value = values[row.name] = whole if mask is None else live_values(whole, mask)
-        sizes[row.name], live = _root_mean_square(value), int(value.count_nonzero())
+        sizes[row.name], live = sqrt(sum_of_squares(value) / value.numel()), int(value.count_nonzero())
         zeros[row.name] = 1 - live / value.numel()
         cut[row.name] = 1 - live / max(1, int(whole.count_nonzero()))
         if not np.isfinite(sizes[row.name]):
@@ -98,11 +92,6 @@ def start_from(plan: Plan, stored: StoredModel, out: Path) -> tuple[Plan, list[s
     rows = [row.model_copy(update={**given, "init_std": sizes[row.name]}) for row in plan.tensors]
     plan = Plan(**{**vars(plan), "values": source, "tensors": rows})
     return plan, _warnings(plan, stored, zeros, cut)
-
-
-def scaled(values: Tensor, factor: float) -> Tensor:
-    """Values times a factor, rounded to float32 once; those of a factor of 1 are the same bits."""
-    return values if factor == 1 else (values.double() * factor).float()
 
 
 def live_values(whole: Tensor, mask: Mask) -> Tensor:
@@ -165,10 +154,13 @@ def _text(value: object) -> str:
 
 
 def _masks_of(stored: StoredModel, hidden: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[str, Mask]:
-    """The masks of a model's hidden tensors, given as name: (shape, fan-in axes), that are not zero everywhere they are dead."""
+    """The masks of a model's hidden tensors, given as name: (shape, fan-in axes), where any weight is dead."""
     masks, problems = dict[str, Mask](), list[str]()
     for name, (shape, fan_in_axes) in hidden.items():
-        masks[name] = Mask.of((stored.read(name) != 0).numpy())
+        own = stored.masks.get(name) if stored.masks is not None else Mask.of((stored.read(name) != 0).numpy())
+        if own is None:
+            continue
+        masks[name] = own
         try:
             require_spread(masks[name], shape, fan_in_axes)
         except ValueError as error:
@@ -186,10 +178,3 @@ def _is_model(path: Path) -> bool:
 def _require_apart(what: str, out: Path, path: Path) -> None:
     if out.exists() and out.resolve() in (path.resolve(), path.resolve() / out.name):
         raise InputError(f"{what}_out: {out} would replace what {what} are read from; expected another file")
-
-
-def _root_mean_square(values: Tensor) -> float:
-    """In float64 and numpy, where it does not depend on the number of threads."""
-    flat = values.flatten().numpy()
-    parts = (flat[first : first + CHECKED_AT_ONCE] for first in range(0, flat.size, CHECKED_AT_ONCE))
-    return sqrt(sum(float(np.square(part, dtype=np.float64).sum()) for part in parts) / flat.size)

@@ -19,6 +19,7 @@ from supar_cli.files import read_json
 from supar_cli.planning import layout
 from supar_cli.planning.folding import standard_factors
 from supar_cli.planning.plan import PlanModel, read_plan
+from supar_cli.sparse.masks import Mask
 from supar_cli.training import checkpoint_reader
 from supar_cli.training.prepare import to_dense
 
@@ -31,21 +32,15 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 class StoredModel:
     """A model on disk. `decoder` is its shape with the multipliers of its forward pass.
 
-    `read(name)` returns a tensor by the plan's name and in its shape, float32, dead weights zero. `notes` say what its config
-    has that supar doesn't.
+    `read(name)` returns a tensor by the plan's name and in its shape, float32, dead weights zero. `masks` are a run's, in which
+    a live weight may be 0; others have none but their zeros. `notes` say what its config has that supar doesn't.
     """
 
     path: Path
-    what: str
     decoder: PlanModel
     read: Callable[[str], Tensor]
+    masks: Mapping[str, Mask] | None = None
     notes: tuple[str, ...] = ()
-
-    @property
-    def model(self) -> Mapping[str, Any]:
-        """The keys of a plan's model section, but for the multipliers."""
-        shape = {key: value for key, value in self.decoder.model_dump().items() if key != "multipliers"}
-        return {**shape, "head_width": self.decoder.head_width}
 
     @cached_property
     def factors(self) -> Mapping[str, float]:
@@ -76,10 +71,15 @@ def open_run(path: Path) -> StoredModel:
     plan, state = checkpoint_reader.read_values(checkpoint)
     return StoredModel(
         path=checkpoint,
-        what="a run of supar",
         decoder=plan.decoder,
         read=lambda name: to_dense(state.values[name], state.masks.get(name)),
+        masks=state.masks,
     )
+
+
+def scaled(values: Tensor, factor: float) -> Tensor:
+    """Values times a factor, rounded to float32 once; those of a factor of 1 are the same bits."""
+    return values if factor == 1 else (values.double() * factor).float()
 
 
 def _open_export(path: Path) -> StoredModel:
@@ -88,10 +88,10 @@ def _open_export(path: Path) -> StoredModel:
     rows = {row.name: row for row in layout.tensors(decoder)}
     if not (path / WEIGHTS).is_file():
         arrays = _arrays(path / NPZ, {name: row.shape for name, row in rows.items()})
-        return StoredModel(path, "an export of supar", decoder, lambda name: arrays[name].float())
+        return StoredModel(path, decoder, lambda name: arrays[name].float())
     files = _files(path)
     _require_tensors(path, files, {name: StockTensor(name, (row,)) for name, row in rows.items()}, set())
-    return StoredModel(path, "an export of supar", decoder, lambda name: files[name].get_tensor(name).float())
+    return StoredModel(path, decoder, lambda name: files[name].get_tensor(name).float())
 
 
 def _arrays(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -139,7 +139,7 @@ def open_folder(path: Path) -> StoredModel:
 
     has_bias = any(bool(read(name).any()) for name, row in rows.items() if row.role == "bias")
     decoder = decoder.model_copy(update={"bias": has_bias})
-    return StoredModel(path, f"a {stock.architecture}", decoder, read, tuple(notes))
+    return StoredModel(path, decoder, read, notes=tuple(notes))
 
 
 def _named(

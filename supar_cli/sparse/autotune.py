@@ -38,9 +38,8 @@ MOST_SECONDS = 5.0  # chosen: for the layers of a plan
 LOST = 2.0  # chosen: times the fastest; few tokens measured narrow the gap, as what each pass does once weighs more
 MOST_PER_LIVE = 256  # measured: there the sparse engine is 14 to 27 times as fast, by either kernel (EPYC, Zen 4)
 MIN_SPEEDUP = 1.1  # chosen: the speedup that another engine needs over the dense one, so that noise does not decide
-MIN_MULTIPLY_ADDS = (
-    2**23
-)  # chosen: a layer of fewer on so many tokens is dense unmeasured: a few milliseconds of a step
+# chosen: a layer of fewer on so many tokens is dense unmeasured: a few milliseconds of a step
+MIN_MULTIPLY_ADDS = 2**23
 MOST_POSITIONS = 2**24  # chosen: of a mask that are measured: 64 MiB of a dense weight, as much of its gradient
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's names for them, from malloc.h
 LARGEST_BYTES = 2**30  # chosen: a tensor above this goes back to the system when it is freed

@@ -15,7 +15,7 @@ from supar_cli.planning.plan import Plan
 from supar_cli.sparse.mask_files import require_spread, write_masks, write_values
 from supar_cli.sparse.masks import Mask, select
 from supar_cli.training import checkpoint_reader
-from supar_cli.training.prepare import starting_values, to_dense
+from supar_cli.training.prepare import CHECKED_AT_ONCE, starting_values, to_dense
 from supar_cli.training.state import State
 
 
@@ -99,13 +99,13 @@ def mask_values(
         raise InputError(f"scale: {scale}; expected none or energy")
     values, sizes, problems = start.remasked(masks).values, dict[str, tuple[float, float | None]](), list[str]()
     for name, value in values.items():
-        energy, gain = _energy(value), None
+        energy, gain = sum_of_squares(value), None
         if name in masks and not energy:
             problems.append(f"{name}: all weights that would live start at 0; expected another step for --rewind")
         elif name in masks and scale == "energy":
-            gain = sqrt(_energy(start.values[name]) / energy)
+            gain = sqrt(sum_of_squares(start.values[name]) / energy)
             values[name] = value * gain
-        sizes[name] = sqrt(_energy(values[name]) / value.numel()), gain
+        sizes[name] = sqrt(sum_of_squares(values[name]) / value.numel()), gain
     if problems:
         raise InputError(*problems)
     return values, sizes
@@ -118,9 +118,11 @@ def write(
     return write_masks(masks_path, masks), write_values(values_path, values)
 
 
-def _energy(values: Tensor) -> float:
-    """The sum of squares, in numpy, where it does not depend on the number of threads."""
-    return float(np.square(values.numpy(), dtype=np.float64).sum())
+def sum_of_squares(values: Tensor) -> float:
+    """Of all values, in numpy, where it does not depend on the number of threads, some at a time."""
+    flat = values.numpy().reshape(-1)
+    parts = (flat[first : first + CHECKED_AT_ONCE] for first in range(0, flat.size, CHECKED_AT_ONCE))
+    return sum(float(np.square(part, dtype=np.float64).sum()) for part in parts)
 
 
 def _hash(path: Path) -> str:
