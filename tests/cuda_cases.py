@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from supar_cli.files import file_hash  # isort: skip
 from supar_cli.planning.plan import Plan  # isort: skip
 from supar_cli.sparse import block  # isort: skip
 from supar_cli.training import prepare, run_directory, tasks  # isort: skip
+from supar_cli.training.run_directory import Metrics  # isort: skip
 from supar_cli.training.runtime import Runtime  # isort: skip
 from supar_cli.training.trainer import Trainer  # isort: skip
 from tests.conftest import plan_from, proxy_fields, real_text  # isort: skip
@@ -47,6 +49,7 @@ STEPS: dict[str, Changes] = {
 }
 RUNS: dict[str, Changes] = {
     "dense": {},
+    "clipped": {"train": {"grad_clip": 1.0}},
     "bfloat16": {"run": {"precision": "bfloat16"}},
     "block": {"target": {"sparsity": BLOCKS}, "run": {"engine": "block"}},
     "rigl": {"target": {"sparsity": RIGL}},
@@ -91,7 +94,14 @@ def step(folder: Path, changes: Changes, fault: Callable[[Trainer], None] = lamb
             "engines": sorted({choice.name for choice in trainer.engines.choices.values()}),
             "precision": str(trainer.runtime.precision),
         }
-        calls = {"step": trainer.step, "watched": lambda: trainer.step(diagnose=True), "evaluation": trainer.evaluate}
+        run_on = partial(trainer._launch_ahead, Metrics(None, 0), is_needed=False)
+        run_on()
+        calls = {
+            "ahead": run_on,
+            "step": trainer.step,
+            "watched": lambda: trainer.step(diagnose=True),
+            "evaluation": trainer.evaluate,
+        }
         return found | {what: watched(watching, call) for what, call in {**calls, "capture": trainer.capture}.items()}
 
 
@@ -106,7 +116,7 @@ def _cut(step: int, loss: float) -> None:
 
 def run(folder: Path, changes: Changes, fault: AbstractContextManager[Any] | None = None) -> dict[str, Any]:
     """A run on the CPU, the same one on a shadow device, and that cut and continued: losses and the last checkpoint's hash."""
-    changes = {**changes, "train": {"steps": 8, "eval_every": CUT, **changes.get("train", {})}}
+    changes = {**changes, "train": {"steps": 8, "eval_every": CUT, "grad_clip": 0.0, **changes.get("train", {})}}
     settings = {"precision": "float32", "checkpoint_every": CUT, "log_every": 3, **changes.pop("run", {})}
 
     def trained(device: str, name: str, is_cut: bool = False) -> dict[str, Any]:
