@@ -33,8 +33,8 @@ from tests.conftest import plan_from, proxy_fields, real_text  # isort: skip
 
 Changes = dict[str, dict[str, Any]]
 
-BLOCKS = {"density": 0.25, "pattern": "block", "block": 16}
-RIGL = {"density": 0.25, "updates": {"method": "rigl", "every_steps": 3, "end": 1.0}}
+BLOCKS = {"sparsity": {"density": 0.25, "pattern": "block", "block": 16}}
+RIGL = {"sparsity": {"density": 0.25, "updates": {"method": "rigl", "every_steps": 3, "end": 1.0}}}
 
 # by name, what is changed of the plan of a small gpt2
 STEPS: dict[str, Changes] = {
@@ -45,27 +45,30 @@ STEPS: dict[str, Changes] = {
     "llama, rope, grouped": {"model": {"family": "llama", "heads": 4, "kv_heads": 2}},
     "micro-batches": {"run": {"micro_batch_size": 2}},
     "momentum": {"train": {"optimizer": "sgd", "momentum": 0.9}},
-    "block": {"target": {"sparsity": BLOCKS}, "run": {"engine": "block"}},
+    "block": {"target": BLOCKS, "run": {"engine": "block"}},
 }
 RUNS: dict[str, Changes] = {
     "dense": {},
     "clipped": {"train": {"grad_clip": 1.0}},
     "bfloat16": {"run": {"precision": "bfloat16"}},
-    "block": {"target": {"sparsity": BLOCKS}, "run": {"engine": "block"}},
-    "rigl": {"target": {"sparsity": RIGL}},
+    "block": {"target": BLOCKS, "run": {"engine": "block"}},
+    "rigl": {"target": RIGL},
     "momentum, micro-batches": {"train": {"optimizer": "sgd", "momentum": 0.9}, "run": {"micro_batch_size": 2}},
 }
 CUT = 4  # the step after which a run is cut
 
 
 def plan_on(device: str, folder: Path, **changes: dict[str, Any]) -> Plan:
-    """The small plan with changes, of one layer and the dense engine, not compiled."""
+    """The small plan with changes, of the dense engine, not compiled."""
     text = folder / "text.txt"
     if not text.exists():
         text.write_bytes(real_text(24_000))
     run = {"device": device, "compile": "off", "engine": "dense", **changes.pop("run", {})}
-    model = {"layers": 1, **changes.pop("model", {})}
-    return plan_from(proxy_fields(str(text), run=run, model=model, **changes))
+    return plan_from(proxy_fields(str(text), run=run, **changes))
+
+
+def of_one_layer(changes: Changes) -> Changes:
+    return {**changes, "model": {"layers": 1, **changes.get("model", {})}}
 
 
 def in_plain_torch() -> AbstractContextManager[Any]:
@@ -84,7 +87,7 @@ def step(folder: Path, changes: Changes, fault: Callable[[Trainer], None] = lamb
     """What a trainer does on a device that computes nothing, and where its tensors lie."""
     unread = mock.patch.object(prepare, "check_init", lambda *_: None)  # it reads values
     with in_plain_torch(), unread, simulated() as watching:
-        trainer = Trainer(plan_on("cuda", folder, **changes))
+        trainer = Trainer(plan_on("cuda", folder, **of_one_layer(changes)))
         fault(trainer)
         trainer.step()
         model, states = trainer.sparse_model.model, trainer.optimizer.state.values()
@@ -116,7 +119,10 @@ def _cut(step: int, loss: float) -> None:
 
 def run(folder: Path, changes: Changes, fault: AbstractContextManager[Any] | None = None) -> dict[str, Any]:
     """A run on the CPU, the same one on a shadow device, and that cut and continued: losses and the last checkpoint's hash."""
-    changes = {**changes, "train": {"steps": 8, "eval_every": CUT, "grad_clip": 0.0, **changes.get("train", {})}}
+    changes = {
+        **of_one_layer(changes),
+        "train": {"steps": 8, "eval_every": CUT, "grad_clip": 0.0, **changes.get("train", {})},
+    }
     settings = {"precision": "float32", "checkpoint_every": CUT, "log_every": 3, **changes.pop("run", {})}
 
     def trained(device: str, name: str, is_cut: bool = False) -> dict[str, Any]:
@@ -146,7 +152,7 @@ def run(folder: Path, changes: Changes, fault: AbstractContextManager[Any] | Non
 
 def used(folder: Path) -> dict[str, Any]:
     """Text and scores of a run's model, on the CPU and on a shadow device."""
-    plan = plan_on("cpu", folder)
+    plan = plan_on("cpu", folder, **of_one_layer({}))
     run_directory.begin_run(folder / "used", plan, resume=False, force=False)
     Trainer(plan).run(folder / "used")
 
@@ -163,7 +169,7 @@ def used(folder: Path) -> dict[str, Any]:
 def moving(folder: Path) -> dict[str, Any]:
     """What steps wait for while masks move, by whether masks change after them."""
     with shadowed() as watching:
-        trainer = Trainer(plan_on("cuda", folder, target={"sparsity": RIGL}, run={"precision": "float32"}))
+        trainer = Trainer(plan_on("cuda", folder, **of_one_layer({"target": RIGL})))
         steps = [watched(watching, trainer.step) for _ in range(6)]
         return {"masks": len(trainer.sparse_model.masks), "steps": [found["waits"] for found in steps]}
 

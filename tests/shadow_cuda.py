@@ -188,6 +188,7 @@ def shadowed(cards: int = 1) -> Iterator[Watching]:
     with contextlib.ExitStack() as stack:
         for patch in card_patches(cards, wait):
             stack.enter_context(patch)
+        stack.callback(STREAM.wait)
         stack.enter_context(mock.patch.object(torch.cuda, "Event", Event))
         stack.enter_context(mock.patch.object(Event, "count", staticmethod(watching.wait)))
         stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
