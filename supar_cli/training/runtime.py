@@ -79,8 +79,17 @@ def device_name(device: torch.device) -> str:
     return f"cpu ({torch.get_num_threads()} threads)"
 
 
+def used_device() -> dict[str, str]:
+    """The name of the CUDA device that this process has used as `cuda`, for records of its runs; nothing if none."""
+    is_used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return {"cuda": torch.cuda.get_device_name()} if is_used else {}
+
+
 def device_of(word: str, ranks: Ranks = ALONE) -> torch.device:
-    """The device of this process by a word. Raises SetupError if the machine lacks it, InputError for an unknown word."""
+    """The device of this process by a word. Raises SetupError if the machine lacks it, InputError for an unknown word.
+
+    It takes none of the device's memory, as a process whose workers compute asks too.
+    """
     if word == "auto":
         word = "cuda" if torch.cuda.is_available() else "cpu"
     device = None
@@ -97,9 +106,24 @@ def device_of(word: str, ranks: Ranks = ALONE) -> torch.device:
         device = torch.device("cuda", 0 if torch.cuda.device_count() == 1 else ranks.local_rank)
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         raise SetupError(f"run.device: {device}: torch {torch.__version__} finds no such device on this machine")
-    # torch selects devices by number only
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = device.index  # torch selects devices by number only
+    if index is None:  # the current device is the first one until CUDA is used, which to ask for it would do
+        is_used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        index = torch.cuda.current_device() if is_used else 0
     return torch.device("cuda", index)
+
+
+def batch_shares(plan: Plan, ranks: Ranks = ALONE) -> tuple[int, int]:
+    """The sequences of a process in a step, and in one of its passes. Raises InputError where they divide nothing evenly."""
+    rows, left = divmod(plan.train.batch_size, ranks.size)
+    if left:
+        what = f"{plan.train.batch_size} sequences can't be shared evenly by {ranks.size} processes"
+        raise InputError(f"train.batch_size: {what}")
+    micro = plan.run.micro_batch_size or rows
+    if rows % micro:
+        what = "the batch size" if ranks.size == 1 else f"a process's share of {ranks.size} of the batch,"
+        raise InputError(f"run.micro_batch_size: {micro} does not divide {what} {rows}; expected a divisor")
+    return rows, micro
 
 
 def require_own_devices(device: torch.device, ranks: Ranks) -> None:
@@ -158,14 +182,7 @@ class Runtime:
             if compiles and lack is not None:
                 raise SetupError(f"run.compile: on, but {lack}; expected auto or off on this machine")
             compiles = lack is None
-        rows, left = divmod(plan.train.batch_size, ranks.size)
-        if left:
-            what = f"{plan.train.batch_size} sequences can't be shared evenly by {ranks.size} processes"
-            raise InputError(f"train.batch_size: {what}")
-        micro = plan.run.micro_batch_size or rows
-        if rows % micro:
-            what = "the batch size" if ranks.size == 1 else f"a process's share of {ranks.size} of the batch,"
-            raise InputError(f"run.micro_batch_size: {micro} does not divide {what} {rows}; expected a divisor")
+        rows, micro = batch_shares(plan, ranks)
         return cls(device, torch.bfloat16 if bf16 else torch.float32, compiles, micro, rows, lack)
 
     def to_device(self, batch: tuple[torch.Tensor, ...], rows: slice = slice(None)) -> tuple[torch.Tensor, ...]:
