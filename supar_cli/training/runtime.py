@@ -199,6 +199,17 @@ class Runtime:
         peak = peak_flops(torch.cuda.get_device_name(self.device))
         return None if peak is None else units_per_s * flops_per_unit / peak
 
+    def environment(self, processes: int, parallel: Parallelism) -> dict[str, Any]:
+        """What a run's result says of where it was made."""
+        return {
+            **versions(),
+            "device": device_name(self.device),
+            "processes": processes,
+            "parallel": parallel,
+            "precision": str(self.precision).removeprefix("torch."),
+            "compiled": self.compiles,
+        }
+
     @property
     def warnings(self) -> list[str]:
         """What a user should know before a run begins."""
