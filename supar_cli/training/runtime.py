@@ -157,7 +157,7 @@ def device_thread(device: torch.device, name: str) -> ThreadPoolExecutor:
 class Runtime:
     """How a plan runs on this machine. `micro_batch` and `rows`, its share of the batch, are sequences of one process.
 
-    `why_eager`: what is missing to compile, where the plan leaves it to the machine.
+    `why_eager`: what is missing to compile, where the plan leaves it to the machine. `has_graph`: a step is one CUDA graph.
     """
 
     device: torch.device
@@ -166,6 +166,7 @@ class Runtime:
     micro_batch: int
     rows: int
     why_eager: str | None = None
+    has_graph: bool = False
 
     @classmethod
     def of(cls, plan: Plan, ranks: Ranks = ALONE) -> Runtime:
@@ -183,7 +184,10 @@ class Runtime:
                 raise SetupError(f"run.compile: on, but {lack}; expected auto or off on this machine")
             compiles = lack is None
         rows, micro = batch_shares(plan, ranks)
-        return cls(device, torch.bfloat16 if bf16 else torch.float32, compiles, micro, rows, lack)
+        has_graph = plan.run.cuda_graph == "on"
+        if has_graph:
+            _require_graph(plan, device, ranks)
+        return cls(device, torch.bfloat16 if bf16 else torch.float32, compiles, micro, rows, lack, has_graph)
 
     def to_device(self, batch: tuple[torch.Tensor, ...], rows: slice = slice(None)) -> tuple[torch.Tensor, ...]:
         """These rows of a batch's tensors on the device."""
@@ -220,6 +224,17 @@ class Runtime:
         if self.precision == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.precision)
+
+
+def _require_graph(plan: Plan, device: torch.device, ranks: Ranks) -> None:
+    """Raise InputError, or SetupError of this machine, where a plan's step can't be one CUDA graph."""
+    if device.type != "cuda":
+        raise SetupError(f"run.cuda_graph: on, but the device is {device}; expected off, or a CUDA device")
+    why = "several processes exchange gradients" if ranks.is_distributed else None
+    if plan.sparsity.updates is not None:
+        why = "masks move while it trains (sparsity.updates)"
+    if why is not None:
+        raise InputError(f"run.cuda_graph: on, but {why}; expected off")
 
 
 def choose_parallelism(plan: Plan, runtime: Runtime, ranks: Ranks) -> tuple[Parallelism, str]:
