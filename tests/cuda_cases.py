@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,6 +16,7 @@ from tests.simulated_cuda import Watching, simulated
 from supar_cli.planning.plan import Plan  # isort: skip
 from supar_cli.sparse import block  # isort: skip
 from supar_cli.training import prepare  # isort: skip
+from supar_cli.training.run_directory import Metrics  # isort: skip
 from supar_cli.training.trainer import Trainer  # isort: skip
 from tests.conftest import plan_from, proxy_fields, real_text  # isort: skip
 
@@ -63,7 +65,14 @@ def step(folder: Path, changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "engines": sorted({choice.name for choice in trainer.engines.choices.values()}),
             "precision": str(trainer.runtime.precision),
         }
-        calls = {"step": trainer.step, "watched": lambda: trainer.step(diagnose=True), "evaluation": trainer.evaluate}
+        run_on = partial(trainer._launch_ahead, Metrics(None, 0), is_needed=False)
+        run_on()
+        calls = {
+            "ahead": run_on,
+            "step": trainer.step,
+            "watched": lambda: trainer.step(diagnose=True),
+            "evaluation": trainer.evaluate,
+        }
         return found | {what: watched(watching, call) for what, call in {**calls, "capture": trainer.capture}.items()}
 
 

@@ -34,3 +34,10 @@ def test_all_that_a_trainer_holds_lies_on_the_device(steps: dict[str, dict[str, 
 def test_steps_hardly_wait_for_the_device(steps: dict[str, dict[str, Any]]) -> None:
     assert not [line for found in steps.values() for line in over(found)]
     assert all(found["step"]["launches"] > 100 for found in steps.values())
+
+
+def test_a_step_of_a_run_waits_only_for_what_the_one_before_gave(steps: dict[str, dict[str, Any]]) -> None:
+    for found in steps.values():
+        (place,) = found["ahead"]["waits"]
+        assert place.startswith("event.synchronize at training/step.py") and found["ahead"]["waits"][place] == 1
+        assert found["ahead"]["launches"] == found["step"]["launches"]  # a whole step was launched before

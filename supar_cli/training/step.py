@@ -47,7 +47,7 @@ class ClippedUpdate:
         self._grad_clip = grad_clip
         device = optimizer.param_groups[0]["params"][0].device
         self.runs_ahead = device.type == "cuda" and bool(optimizer.defaults["fused"])
-        self._stopped = torch.zeros((), device=device)  # 0 or 1
+        self._stopped, self._one = torch.zeros((), device=device), torch.ones((), device=device)
 
     def apply(self, gradients: list[Tensor], figures: Tensor) -> None:
         """Update the weights, launched only where it runs ahead; `figures` are loss, votes and norm."""
@@ -58,7 +58,8 @@ class ClippedUpdate:
                     torch._foreach_mul_(gradients, self._grad_clip / (found[-1] + 1e-6))
                 self._optimizer.step()
             return
-        torch.maximum(self._stopped, 1.0 - figures.isfinite().all().float(), out=self._stopped)
+        # 1 from now on if a figure is not finite; figures are multiplied by one
+        torch._amp_foreach_non_finite_check_and_unscale_([figures], self._stopped, self._one)
         self._optimizer.found_inf = self._stopped  # torch's names, of its GradScaler
         if self._grad_clip:  # fused updates divide gradients by it
             self._optimizer.grad_scale = ((figures[-1] + 1e-6) / self._grad_clip).clamp(min=1.0)
