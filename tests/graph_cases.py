@@ -14,7 +14,7 @@ from unittest import mock
 from tests.shadow_graph import graphed
 
 import torch  # isort: skip
-from supar_cli.errors import UnusableResult  # isort: skip
+from supar_cli.errors import InputError, UnusableResult  # isort: skip
 from supar_cli.planning.plan import Plan  # isort: skip
 from supar_cli.sparse import block  # isort: skip
 from supar_cli.training import run_directory, step_graph  # isort: skip
@@ -165,6 +165,15 @@ def value_read(trainer: Trainer) -> AbstractContextManager[Any]:
     return mock.patch.object(ClippedUpdate, "apply", apply)
 
 
+def batch_of_another_shape(trainer: Trainer) -> AbstractContextManager[Any]:
+    batch = trainer.batch
+
+    def fewer(step: int) -> Any:
+        return tuple(tensor[: 2 if step == 6 else 4] for tensor in batch(step))
+
+    return mock.patch.object(trainer, "batch", fewer)
+
+
 FAULTS: dict[str, tuple[str, Callable[[Trainer], AbstractContextManager[Any]]]] = {
     "rates of the host": ("clipped", rates_of_the_host),
     "not capturable": ("adamw", not_capturable),
@@ -172,6 +181,7 @@ FAULTS: dict[str, tuple[str, Callable[[Trainer], AbstractContextManager[Any]]]] 
     "gradients left": ("clipped", gradients_left),
     "clip on the host": ("clipped", clip_on_the_host),
     "a value read": ("clipped", value_read),
+    "a batch of another shape": ("adamw", batch_of_another_shape),
 }
 
 
@@ -181,7 +191,7 @@ def faulty(folder: Path, case: str, plant: Callable[[Trainer], AbstractContextMa
         with plant(trainer):
             try:
                 return {"losses": trainer.run().losses}
-            except RuntimeError as error:
+            except (RuntimeError, InputError) as error:
                 return {"error": str(error)}
 
 

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from supar_cli.errors import InputError, SetupError
+from supar_cli.experiments import search
 from supar_cli.experiments.check_plans import sweeps_of
+from supar_cli.experiments.curves import grid_plans
 from supar_cli.planning.plan import Plan
 from supar_cli.training.distributed import ALONE, Ranks
 from supar_cli.training.runtime import Runtime
+from supar_cli.training.step_graph import WARM_UP_STEPS
 from supar_cli.training.trainer import Trainer
+from tests import studies
 from tests.conftest import run_on_simulated_cuda
+from tests.test_sweep import sweep_of
 
 MakePlan = Callable[..., Plan]
 # of a loss of 5: rounding, and that of rates to float32. bfloat16 is cast at other places by the autocast of CUDA
 NEAR = {"bfloat16": 0.01}
 ROUNDING = 1e-5
-WARM_UP = 3  # steps that are made kernel by kernel
 BESIDE = 10  # operations of a step beside its graph, which do not grow with the model: batch, rates, results
 
 
@@ -41,7 +46,7 @@ def test_losses_are_the_cpus_and_a_resumed_run_the_whole_one(case: str, cases: d
     if "resumed" in found:
         assert found["resumed_at"] == 4 and found["resumed"] == found["whole"]
     if case == "clipped":  # some of the replays, and not others
-        assert set(found["clipped"][WARM_UP + 1 :]) == {True, False}
+        assert set(found["clipped"][WARM_UP_STEPS + 1 :]) == {True, False}
 
 
 def test_a_step_is_a_launch_whatever_the_model(cases: dict[str, dict[str, Any]]) -> None:
@@ -67,13 +72,27 @@ def test_a_checkpoint_is_trained_with_a_new_graph(cases: dict[str, dict[str, Any
 @pytest.mark.parametrize("fault", ["rates of the host", "batch not copied", "gradients left"])
 def test_what_a_graph_takes_for_constant_is_seen(fault: str, cases: dict[str, dict[str, Any]]) -> None:
     wrong = cases[f"fault: {fault}"]["losses"]
-    right, recorded = cases["clipped"]["whole"][: len(wrong)], WARM_UP + 1  # the first replay is of what was recorded
+    right, recorded = (
+        cases["clipped"]["whole"][: len(wrong)],
+        WARM_UP_STEPS + 1,
+    )  # the first replay is of what was recorded
     assert right[:recorded] == wrong[:recorded] and apart(right, wrong) > 1e-3
 
 
-@pytest.mark.parametrize("fault", ["not capturable", "clip on the host", "a value read"])
-def test_what_a_graph_cannot_hold_is_refused(fault: str, cases: dict[str, dict[str, Any]]) -> None:
-    assert "captur" in cases[f"fault: {fault}"]["error"]
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ("not capturable", "but param_groups' capturable is False"),
+        ("clip on the host", "not permitted when stream is capturing"),
+        ("a value read", "not permitted when stream is capturing"),
+        (
+            "a batch of another shape",
+            "run.cuda_graph: on, but a batch is (2, 16), the recorded one (4, 16); expected off",
+        ),
+    ],
+)
+def test_what_a_graph_cannot_hold_is_refused(fault: str, why: str, cases: dict[str, dict[str, Any]]) -> None:
+    assert why in cases[f"fault: {fault}"]["error"]
 
 
 class TestRefusals:
@@ -107,6 +126,14 @@ class TestRefusals:
         plan = plan_of(run={"cuda_graph": "on"})
         (sweep, *_) = sweeps_of(plan, seeds=1, steps=2)
         assert {one.run.cuda_graph for one in sweep.base} == {"off"}
+
+
+def test_it_reaches_the_trials_of_searches_and_sweeps(tmp_path: Path) -> None:
+    spec = studies.write_spec(tmp_path, 2, 4)
+    spec = spec.model_copy(update={"run": spec.run.model_copy(update={"cuda_graph": "on"})})
+    trials = [plan for part in search.parts(spec) for plan in part.plans]
+    runs = grid_plans(sweep_of(run={"cuda_graph": "on"}))
+    assert {plan.run.cuda_graph for plan in (*trials, *runs)} == {"on"}
 
 
 def test_it_is_how_a_plan_is_run_and_no_other_experiment(plan_of: MakePlan) -> None:

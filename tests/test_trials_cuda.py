@@ -68,7 +68,9 @@ class TestParent:
         monkeypatch.setattr(runs, "validation_loss", lambda plan: 2.0 + plan.hyperparameters.lr)
         fields = proxy_fields(str(text_file), run={"device": "auto"})
         shared = {"data": fields["data"], "run": fields["run"]}
-        found = [sweep.sweep(sweep_of(seeds=1, **shared), tmp_path / "sweep")]
+        arms = {"random": {}, "pruned": {"prune": "energy"}}  # a run to prune is trained too
+        study = sweep_of(seeds=1, parameterizations=[], arms=arms, **shared)
+        found = [sweep.sweep(study, tmp_path / "sweep")]
         plan = plan_of(run={"device": "auto"}, target={"width": 32})
         found.append(coordinate_check.check(plan, steps=2, seeds=1, max_seeds=1, out=tmp_path / "check"))
         assert [one["environment"]["cuda"] for one in found] == [NAME, NAME]
