@@ -22,13 +22,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from supar_cli.errors import PeerLost, SetupError, SuparError
 from supar_cli.files import write_file
+from supar_cli.sparse.linear import Linear
 from supar_cli.training.launch.environment import LAUNCH_DIR, SIGNAL_FILE, is_rank_process
 
 T = TypeVar("T")
@@ -235,19 +236,37 @@ class Parallel:
     """A model as the ranks hold it: whole in each with averaged gradients (DDP), or every tensor in shards (FSDP2).
 
     A training step calls `model`; `inner` is the model without DDP, for passes without communication. FSDP2 gathers one of
-    the model's `blocks` at a time.
+    the model's `blocks` at a time: what its linear layers multiply with in `precision`, all else, and gradients, in float32.
     """
 
-    def __init__(self, kind: Parallelism, model: nn.Module, device: torch.device, compiles: bool, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        kind: Parallelism,
+        model: nn.Module,
+        device: torch.device,
+        compiles: bool,
+        ranks: Ranks,
+        precision: torch.dtype = torch.float32,
+    ) -> None:
         self.kind, self.device, self.ranks, self.is_sharded = kind, device, ranks, kind == "fsdp"
         self.model = model
         if kind == "fsdp":
             mesh = init_device_mesh(device.type, (ranks.size,))
-            for block in getattr(model, "blocks", ()):
+            policy = MixedPrecisionPolicy(precision, torch.float32, cast_forward_inputs=False)
+            blocks, norms = list(getattr(model, "blocks", ())), list[nn.Module]()
+            if (
+                precision != torch.float32
+            ):  # what computes in float32 all the same is gathered so, with the rest of the model
+                norms = [one for block in blocks for one in block.modules() if not isinstance(one, Linear)]
+                norms = [one for one in norms if list(one.parameters(recurse=False))]
+            apart = {tensor for one in norms for tensor in one.parameters()}
+            for block in blocks:
                 if compiles:
                     block.compile()
-                fully_shard(block, mesh=mesh)
+                fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=apart)
+            model.norms = nn.ModuleList(norms)  # where FSDP2 finds them: it looks into no block again
             fully_shard(model, mesh=mesh)
+            del model.norms
         elif compiles:
             self.model = torch.compile(model)  # type: ignore[assignment]
         self.inner = self.model
