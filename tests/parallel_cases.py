@@ -127,7 +127,7 @@ def shards(plan: Plan, ranks: Ranks) -> dict[str, Any]:
 
 
 class Exchanged(TorchDispatchMode):
-    """Bytes of the collectives called, by their name and dtype."""
+    """Bytes of the collectives called, by name, device and dtype."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Exchanged(TorchDispatchMode):
         if func.namespace == "c10d":
             tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
             largest = max(tensors, key=lambda tensor: tensor.nbytes)
-            self.bytes[f"{func._opname} {largest.dtype}"] += largest.nbytes
+            self.bytes[f"{func._opname} {largest.device} {largest.dtype}"] += largest.nbytes
         return func(*args, **(kwargs or {}))
 
 
