@@ -32,7 +32,7 @@ def load_guard() -> None:
     folder = Path(spec.origin).parent
     key = hashlib.sha256((folder / "version.py").read_bytes() + GUARD.read_bytes()).hexdigest()[:16]
     made = Path(tempfile.gettempdir(), f"supar-cuda-guard-{os.getuid()}-{key}.so")
-    if not made.exists():
+    if not made.exists() or made.stat().st_uid != os.getuid():
         with tempfile.TemporaryDirectory(dir=made.parent) as aside:
             to, libraries = Path(aside, "guard.so"), folder / "lib"
             paths = [f"-I{folder / 'include'}", f"-L{libraries}", f"-Wl,-rpath,{libraries}"]
