@@ -35,7 +35,8 @@ def activation_sizes(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, 
             if isinstance(module, Linear):
                 hooks.enter_context(module.register_forward_hook(partial(record, name)))
         model(*inputs)
-    return {name: float(size) for name, size in sizes.items()}
+    found = torch.stack([*sizes.values()]).tolist() if sizes else []  # a device is waited for once
+    return dict(zip(sizes, found, strict=True))
 
 
 def first_not_finite(
