@@ -45,7 +45,7 @@ class Engine(nn.Module):
 
 def multiplies_in_tf32() -> bool:
     """Whether float32 products on CUDA are made by tensor cores, of factors rounded to TensorFloat32's 11 bits."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 class Linear(nn.Module):
