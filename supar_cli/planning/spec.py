@@ -93,7 +93,7 @@ class Run(Section):
     """Where and how a plan is executed: never a number that changes the result but for rounding."""
 
     device: str = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     cuda_graph: Literal["on", "off"] = Field(default="off", neutral=True, omit=True)
     engine: Engine | dict[str, Engine] = "auto"  # in a plan also by tensor, site or part; what is not named is `auto`

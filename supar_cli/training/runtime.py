@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,8 @@ def device_thread(device: torch.device, name: str) -> ThreadPoolExecutor:
 class Runtime:
     """How a plan runs on this machine. `micro_batch` and `rows`, its share of the batch, are sequences of one process.
 
-    `why_eager`: what is missing to compile, where the plan leaves it to the machine. `has_graph`: a step is one CUDA graph.
+    `precision` is that of products' factors, which `is_tf32` rounds to TensorFloat32. `why_eager`: what is missing to compile,
+    where the plan leaves it to the machine. `has_graph`: a step is one CUDA graph.
     """
 
     device: torch.device
@@ -166,6 +168,7 @@ class Runtime:
     micro_batch: int
     rows: int
     why_eager: str | None = None
+    is_tf32: bool = False
     has_graph: bool = False
 
     @classmethod
@@ -177,6 +180,10 @@ class Runtime:
         word = plan.run.precision
         native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         bf16 = native if word == "auto" else word == "bfloat16"
+        is_tf32 = word == "tf32"
+        if is_tf32 and not (cuda and torch.cuda.get_device_capability(device) >= (8, 0)):
+            what = f"tf32 needs a CUDA device of compute capability 8.0 or more, which {device_name(device)} is not"
+            raise SetupError(f"run.precision: {what}; expected auto, float32 or bfloat16")
         compiles, lack = plan.run.compile == "on", None
         if cuda and plan.run.compile != "off":
             lack = what_triton_lacks(device)
@@ -187,21 +194,28 @@ class Runtime:
         has_graph = plan.run.cuda_graph == "on"
         if has_graph:
             _require_graph(plan, device, ranks)
-        return cls(device, torch.bfloat16 if bf16 else torch.float32, compiles, micro, rows, lack, has_graph)
+        precision = torch.bfloat16 if bf16 else torch.float32
+        return cls(device, precision, compiles, micro, rows, lack, is_tf32, has_graph)
 
     def to_device(self, batch: tuple[torch.Tensor, ...], rows: slice = slice(None)) -> tuple[torch.Tensor, ...]:
         """These rows of a batch's tensors on the device."""
         return tuple(tensor[rows].to(self.device, non_blocking=True) for tensor in batch)
 
     def peak_share(self, flops_per_unit: float | None, units_per_s: float) -> float | None:
-        """The FLOP/s of this process divided by its device's dense bf16 peak; None if one is unknown, or in float32.
+        """The FLOP/s of this process divided by its device's dense peak; None if one is unknown, or in float32.
 
-        Masked weights count as dense: that is what is computed.
+        Masked weights count as dense: that is what is computed. In TF32 the datasheets' peaks are half of those in bf16.
         """
-        if self.device.type != "cuda" or flops_per_unit is None or self.precision != torch.bfloat16:
+        share_of_bf16 = {"bfloat16": 1.0, "tf32": 0.5}.get(self.precision_name)
+        if self.device.type != "cuda" or flops_per_unit is None or share_of_bf16 is None:
             return None
         peak = peak_flops(torch.cuda.get_device_name(self.device))
-        return None if peak is None else units_per_s * flops_per_unit / peak
+        return None if peak is None else units_per_s * flops_per_unit / (share_of_bf16 * peak)
+
+    @property
+    def precision_name(self) -> str:
+        """The word for it in documents: float32, tf32 or bfloat16."""
+        return "tf32" if self.is_tf32 else str(self.precision).removeprefix("torch.")
 
     def environment(self, processes: int, parallel: Parallelism) -> dict[str, Any]:
         """What a run's result says of where it was made."""
@@ -210,7 +224,7 @@ class Runtime:
             "device": device_name(self.device),
             "processes": processes,
             "parallel": parallel,
-            "precision": str(self.precision).removeprefix("torch."),
+            "precision": self.precision_name,
             "compiled": self.compiles,
         }
 
@@ -220,10 +234,34 @@ class Runtime:
         what = "bfloat16 on a CPU without units for it takes several times as long as float32"
         return [f"run.precision: {what}; expected float32"] if is_slow(self.device, self.precision) else []
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        if self.precision == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.precision)
+    @contextmanager
+    def products(self) -> Iterator[None]:
+        """Inside, CUDA multiplies in this precision, whatever the process has set, and adds up in float32 alone."""
+        if self.device.type == "cpu":
+            yield
+            return
+        wanted = {"fp32_precision": "tf32" if self.is_tf32 else "ieee", "allow_bf16_reduced_precision_reduction": False}
+        matmul = torch.backends.cuda.matmul
+        before = {name: getattr(matmul, name) for name in wanted}
+        try:
+            for name, value in wanted.items():
+                setattr(matmul, name, value)
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(matmul, name, value)
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """For forward passes, in this precision."""
+        is_cast = self.precision != torch.float32
+        with self.products(), torch.autocast(self.device.type, self.precision) if is_cast else nullcontext():
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """The gradients of a loss, in this precision."""
+        with self.products():
+            torch.autograd.backward(loss)
 
 
 def _require_graph(plan: Plan, device: torch.device, ranks: Ranks) -> None:

@@ -164,7 +164,7 @@ class Trainer:
             with self.parallel.gradient_sync(is_last), self._updates.watch(self.sparse_model, self.done + 1, is_last):
                 with self.runtime.autocast():
                     loss = self.task.loss(self.model, part, loss_chunk(plan, micro_batch)) * (micro_batch / rows)
-                torch.autograd.backward(loss)
+                self.runtime.backward(loss)
             own_loss += loss.detach()
         self._updates.mask_gradients(self.sparse_model, self.done + 1)
         gradients = [distributed.local_shard(t.grad) for t in self.sparse_model.tensors.values() if t.grad is not None]
@@ -214,7 +214,7 @@ class Trainer:
         plan, runtime, ranks, precision = self.plan, self.runtime, self.ranks, self.runtime.precision
         home = torch.device("cpu") if kind == "fsdp" else runtime.device  # FSDP2 moves the shards to the device
         masks = state.masks if state else ranks.run_on_all(prepare.make_masks, plan)
-        machine = {"device": runtime.device.type, "precision": str(precision)}
+        machine = {"device": runtime.device.type, "precision": runtime.precision_name}
         ranks.require_equal({**machine, "plan": plan.hash(), "data": self.task.hash, **_fingerprints(masks)})
         dense = self._updates.stores_dense(self.done)
         # collective: not inside `run_on_all`, where one rank may fail alone
