@@ -19,7 +19,7 @@ from supar_cli.planning.estimate import loss_chunk
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.masks import Mask
 from supar_cli.training import checkpoint, checkpoint_reader, distributed, optimizer, prepare, tasks, trackers
-from supar_cli.training.distributed import ALONE, Ranks, StopReason, collective_error
+from supar_cli.training.distributed import ALONE, Parallel, Ranks, StopReason, collective_error
 from supar_cli.training.mask_updates import MaskUpdates, remask_in_place
 from supar_cli.training.monitor import Monitor, activation_sizes, why_not_finite
 from supar_cli.training.reporter import NullReporter, Reporter
@@ -211,10 +211,10 @@ class Trainer:
 
     def _build_model(self, kind: distributed.Parallelism, state: State | None = None) -> None:
         """Make the model, its wrapper and its optimizer, with initial values or from a state of whole tensors."""
-        plan, runtime, ranks = self.plan, self.runtime, self.ranks
+        plan, runtime, ranks, precision = self.plan, self.runtime, self.ranks, self.runtime.precision
         home = torch.device("cpu") if kind == "fsdp" else runtime.device  # FSDP2 moves the shards to the device
         masks = state.masks if state else ranks.run_on_all(prepare.make_masks, plan)
-        machine = {"device": runtime.device.type, "precision": str(runtime.precision)}
+        machine = {"device": runtime.device.type, "precision": str(precision)}
         ranks.require_equal({**machine, "plan": plan.hash(), "data": self.task.hash, **_fingerprints(masks)})
         dense = self._updates.stores_dense(self.done)
         # collective: not inside `run_on_all`, where one rank may fail alone
@@ -223,7 +223,7 @@ class Trainer:
         self.sparse_model = ranks.run_on_all(prepare.prepare, plan, home, make, self._model_maker, masks, values, dense)
         if runtime.compiles:
             torch.compiler.reset()  # graphs of earlier models count towards the limit of recompilations
-        self.parallel = distributed.Parallel(kind, self.sparse_model.model, runtime.device, runtime.compiles, ranks)
+        self.parallel = Parallel(kind, self.sparse_model.model, runtime.device, runtime.compiles, ranks, precision)
         self.model = self.parallel.model
         self.sparse_model.tensors = named_tensors(self.sparse_model.model)
         self.optimizer = optimizer.build(plan, self.sparse_model.tensors)
