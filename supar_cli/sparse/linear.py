@@ -43,6 +43,14 @@ class Engine(nn.Module):
         return False
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """As torch casts a linear layer: autocast's dtype where it is on, except for float64."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
 class Linear(nn.Module):
     """Linear map (…, in) → (…, out). `weight` is (out, in) or, once masked, (live,); filled by `prepare`, not here."""
 
