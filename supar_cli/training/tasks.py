@@ -12,7 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -148,7 +148,7 @@ class BatchLoader:
 
     def __init__(self, task: Task, runtime: Runtime, ranks: Ranks) -> None:
         rows = slice(ranks.rank * runtime.rows, (ranks.rank + 1) * runtime.rows)
-        self._make, self._device = partial(task.batch, rows=rows), runtime.device
+        self._make, self._device = lambda step: task.batch(step, rows), runtime.device
         self._batches: Iterator[Batch] | None = None
         self._step = 0
 
