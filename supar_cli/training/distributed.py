@@ -246,9 +246,10 @@ def compile_parts(model: nn.Module, blocks: list[nn.Module]) -> None:
 
 def _allow_for_blocks(count: int) -> None:
     """Set torch.compile, in this process, for models of `count` blocks."""
-    config = torch._dynamo.config
+    config, shapes = torch._dynamo.config, torch.fx.experimental._config
     # masks drawn weight by weight have another number of live weights in each block: one graph for all of them
     config.force_parameter_static_shapes = False
+    shapes.use_duck_shape = False  # two of a block's tensors may happen to have as many live weights, and others' not
     # blocks that are unlike each other have two graphs each, with gradients and without; beyond the limit they run eagerly
     config.recompile_limit = max(config.recompile_limit, 8 + 2 * count)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 8 + 2 * count)
