@@ -49,23 +49,21 @@ class ClippedUpdate:
         self.runs_ahead = device.type == "cuda" and bool(optimizer.defaults["fused"])
         self._stopped, self._one = torch.zeros((), device=device), torch.ones((), device=device)
 
-    def apply(self, gradients: list[Tensor], figures: Tensor) -> ReadFigures:
-        """Update the weights, launched only where it runs ahead. Returns what reads the figures (loss, votes, norm)."""
+    def apply(self, gradients: list[Tensor], figures: Tensor) -> None:
+        """Update the weights, launched only where it runs ahead; `figures` are loss, votes and norm."""
         if not self.runs_ahead:
             found = figures.tolist()
             if all(map(math.isfinite, found)):
                 if 0 < self._grad_clip < found[-1]:
                     torch._foreach_mul_(gradients, self._grad_clip / (found[-1] + 1e-6))
                 self._optimizer.step()
-            return lambda: found
-        read = _read_later(figures)
+            return
         # 1 from now on if a figure is not finite; figures are multiplied by one
         torch._amp_foreach_non_finite_check_and_unscale_([figures], self._stopped, self._one)
         self._optimizer.found_inf = self._stopped  # torch's names, of its GradScaler
         if self._grad_clip:  # fused updates divide gradients by it
             self._optimizer.grad_scale = ((figures[-1] + 1e-6) / self._grad_clip).clamp(min=1.0)
         self._optimizer.step()
-        return read
 
     def allow_again(self, is_first: bool) -> None:
         """Let steps change weights again after one that was not finite, the optimizer's first or a later one."""
@@ -74,7 +72,7 @@ class ClippedUpdate:
             self._optimizer.state.clear()
 
 
-def _read_later(figures: Tensor) -> ReadFigures:
+def read_later(figures: Tensor) -> ReadFigures:
     """Copy figures to host memory; the function returned waits for them, but not for what is launched after this."""
     host = figures.to("cpu", non_blocking=True)  # torch pins the memory of such a copy
     if figures.device.type != "cuda":

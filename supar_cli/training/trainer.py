@@ -19,14 +19,15 @@ from supar_cli.planning.estimate import loss_chunk
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.masks import Mask
 from supar_cli.training import checkpoint, checkpoint_reader, distributed, optimizer, prepare, tasks, trackers
-from supar_cli.training.distributed import ALONE, Ranks, StopReason, collective_error
+from supar_cli.training.distributed import ALONE, Parallel, Ranks, StopReason, collective_error
 from supar_cli.training.mask_updates import MaskUpdates, remask_in_place
-from supar_cli.training.monitor import Monitor, activation_sizes, first_not_finite
+from supar_cli.training.monitor import Monitor, activation_sizes, why_not_finite
 from supar_cli.training.reporter import NullReporter, Reporter
 from supar_cli.training.run_directory import Metrics, RunHistory, is_finished, result_document, write_result
 from supar_cli.training.runtime import Runtime, choose_parallelism, require_host_memory
 from supar_cli.training.state import GrownMoments, State
-from supar_cli.training.step import ClippedUpdate, LaunchedStep, StepResult
+from supar_cli.training.step import ClippedUpdate, LaunchedStep, StepResult, read_later
+from supar_cli.training.step_graph import StepGraph
 
 
 class Trainer:
@@ -142,27 +143,10 @@ class Trainer:
 
     def _launch(self) -> LaunchedStep:
         """Make one optimizer step without waiting for the device, but where masks change after it."""
-        plan, micro_batch = self.plan, self.runtime.micro_batch
-        batch, own_loss = self.batch(self.done), torch.zeros((), device=self.runtime.device)
-        rows = len(batch[0])
-        for start in range(0, rows, micro_batch):
-            is_last = start + micro_batch >= rows
-            part = self.runtime.to_device(batch, slice(start, start + micro_batch))
-            with self.parallel.gradient_sync(is_last), self._updates.watch(self.sparse_model, self.done + 1, is_last):
-                with self.runtime.autocast():
-                    loss = self.task.loss(self.model, part, loss_chunk(plan, micro_batch)) * (micro_batch / rows)
-                torch.autograd.backward(loss)
-            own_loss += loss.detach()
-        self._updates.mask_gradients(self.sparse_model, self.done + 1)
-        gradients = [distributed.local_shard(t.grad) for t in self.sparse_model.tensors.values() if t.grad is not None]
-        # with a multiplier a folded into it a parameter is a·w, and its gradient is that of w divided by a
-        norms = self.parallel.norms(gradients) * self._folds
-        own = torch.stack((own_loss / self.ranks.size, torch.full_like(own_loss, self._stop.vote())))
-        optimizer.set_rates(self.optimizer, optimizer.rate_factor(plan, self.done), self._updates.schedule, self.done)
-        read = self.update.apply(gradients, torch.cat((self.ranks.sum(own), norms.norm().view(1))))
-        launched = LaunchedStep(self.done, batch, own_loss, norms, read)
-        self.sparse_model.sync_engines()
-        self.optimizer.zero_grad(set_to_none=True)
+        batch, factor = self.batch(self.done), optimizer.rate_factor(self.plan, self.done)
+        optimizer.set_rates(self.optimizer, factor, self._updates.schedule, self.done)
+        own_loss, norms, figures = self._graph.step(self._update_weights, batch)
+        launched = LaunchedStep(self.done, batch, own_loss, norms, read_later(figures))
         self.done += 1
         if self._updates.changes_masks(self.done):
             self._read(launched)  # no mask changes after a step that is not finite
@@ -170,13 +154,38 @@ class Trainer:
             self.remask(changed, self._updates.grown)
         return launched
 
+    def _update_weights(self, batch: tasks.Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Own loss (), norms (tensors,) and figures (loss, votes, norm) of a step. A CUDA graph of it must know no other value."""
+        plan, micro_batch, rows = self.plan, self.runtime.micro_batch, len(batch[0])
+        own_loss = torch.zeros((), device=self.runtime.device)
+        for start in range(0, rows, micro_batch):
+            is_last = start + micro_batch >= rows
+            part = self.runtime.to_device(batch, slice(start, start + micro_batch))
+            with self.parallel.gradient_sync(is_last), self._updates.watch(self.sparse_model, self.done + 1, is_last):
+                with self.runtime.autocast():
+                    loss = self.task.loss(self.model, part, loss_chunk(plan, micro_batch)) * (micro_batch / rows)
+                self.runtime.backward(loss)
+            own_loss += loss.detach()
+        self._updates.mask_gradients(self.sparse_model, self.done + 1)
+        gradients = [distributed.local_shard(t.grad) for t in self.sparse_model.tensors.values() if t.grad is not None]
+        # with a multiplier a folded into it a parameter is a·w, and its gradient is that of w divided by a
+        norms = self.parallel.norms(gradients) * self._folds
+        own = torch.stack((own_loss / self.ranks.size, torch.full_like(own_loss, self._stop.vote())))
+        figures = torch.cat((self.ranks.sum(own), norms.norm().view(1)))
+        self.update.apply(gradients, figures)
+        self.sparse_model.sync_engines()
+        self.optimizer.zero_grad(set_to_none=True)
+        return own_loss, norms, figures
+
     def _read(self, launched: LaunchedStep, diagnose: bool = False) -> StepResult:
         """What a step gave, once the device has computed it. Raises UnusableResult where it is not finite."""
         loss, self._stop.votes, norm = launched.read()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.done = launched.done
             self.update.allow_again(is_first=not self.done)
-            raise collective_error(UnusableResult, self._not_finite(loss, launched))
+            inputs = self.task.inputs(launched.batch)
+            why = why_not_finite(loss, launched, self.sparse_model, inputs, self.parallel, self.runtime)
+            raise collective_error(UnusableResult, f"step {self.done + 1}: {why}")
         return StepResult(loss, norm, self.diagnostics(launched.batch, launched.norms) if diagnose else {})
 
     def evaluate(self) -> dict[str, float]:
@@ -202,10 +211,10 @@ class Trainer:
 
     def _build_model(self, kind: distributed.Parallelism, state: State | None = None) -> None:
         """Make the model, its wrapper and its optimizer, with initial values or from a state of whole tensors."""
-        plan, runtime, ranks = self.plan, self.runtime, self.ranks
+        plan, runtime, ranks, precision = self.plan, self.runtime, self.ranks, self.runtime.precision
         home = torch.device("cpu") if kind == "fsdp" else runtime.device  # FSDP2 moves the shards to the device
         masks = state.masks if state else ranks.run_on_all(prepare.make_masks, plan)
-        machine = {"device": runtime.device.type, "precision": str(runtime.precision)}
+        machine = {"device": runtime.device.type, "precision": runtime.precision_name}
         ranks.require_equal({**machine, "plan": plan.hash(), "data": self.task.hash, **_fingerprints(masks)})
         dense = self._updates.stores_dense(self.done)
         # collective: not inside `run_on_all`, where one rank may fail alone
@@ -214,12 +223,13 @@ class Trainer:
         self.sparse_model = ranks.run_on_all(prepare.prepare, plan, home, make, self._model_maker, masks, values, dense)
         if runtime.compiles:
             torch.compiler.reset()  # graphs of earlier models count towards the limit of recompilations
-        self.parallel = distributed.Parallel(kind, self.sparse_model.model, runtime.device, runtime.compiles, ranks)
+        self.parallel = Parallel(kind, self.sparse_model.model, runtime.device, runtime.compiles, ranks, precision)
         self.model = self.parallel.model
         self.sparse_model.tensors = named_tensors(self.sparse_model.model)
         self.optimizer = optimizer.build(plan, self.sparse_model.tensors)
         self.update = ClippedUpdate(self.optimizer, plan.train.grad_clip)
         self._folds = optimizer.folds(plan, self.sparse_model.tensors).to(runtime.device)
+        self._graph = StepGraph(runtime)
         if state is not None:
             state.load_moments(self.sparse_model, self.optimizer)
         self._updates.begin(self.sparse_model, self.done)
@@ -241,6 +251,7 @@ class Trainer:
             self._rebuild(self.capture(gather=True).remasked(masks, grown))
             return
         self.ranks.require_equal(_fingerprints(masks))
+        self._graph = StepGraph(self.runtime)
         if not remask_in_place(self.sparse_model, self.optimizer, masks, grown, self.engines.make):
             torch.compiler.reset()  # graphs of the engines before count towards the limit of recompilations
 
@@ -269,6 +280,7 @@ class Trainer:
         self.ranks.run_on_all(reader.fill, state)
         self.sparse_model.sync_engines()
         state.load_moments(self.sparse_model, self.optimizer)
+        self._graph = StepGraph(self.runtime)
 
     def _result(self, history: RunHistory) -> Record:
         """The result document of a run."""
@@ -331,16 +343,6 @@ class Trainer:
         for name, value in by_tensor.items():
             squares[self._roles[name]] += value * value
         return {role: math.sqrt(value) for role, value in squares.items()}
-
-    def _not_finite(self, loss: float, step: LaunchedStep) -> str:
-        """A sentence that says which value of a step is not finite. Every rank calls it."""
-        if not math.isfinite(loss):
-            model, is_own = self.sparse_model.model, not math.isfinite(float(step.own_loss))
-            first = first_not_finite(model, self.task.inputs(step.batch), self.parallel, self.runtime, is_own)
-            return f"step {self.done + 1}: the loss is {loss}; {first}"
-        by_tensor = zip(self.sparse_model.tensors, step.norms.tolist(), strict=True)
-        name = next((name for name, value in by_tensor if not math.isfinite(value)), "the model")
-        return f"step {self.done + 1}: the gradient of {name} is not finite"
 
 
 def _fingerprints(masks: Mapping[str, Mask]) -> dict[str, str]:
