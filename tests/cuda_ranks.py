@@ -88,8 +88,8 @@ def exchanging(watching: Watching, call: Callable[[], Any]) -> dict[str, Any]:
     return {**made, "exchanged": dict(found.bytes)}
 
 
-def held(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
-    """What a trainer holds and exchanges, and what it waits for."""
+def held(folder: Path, changes: dict[str, Any], *whats: str) -> dict[str, Any]:
+    """What a trainer holds, and what it exchanges and waits for in some of its calls."""
     with simulated(cards=SIZE) as watching:
         ranks = Alike(RANK, SIZE, RANK, SIZE, is_distributed=True)
         trainer = Trainer(plan_on("cuda", folder, train={"batch_size": 16}, **changes), ranks=ranks)
@@ -101,7 +101,7 @@ def held(folder: Path, changes: dict[str, Any]) -> dict[str, Any]:
             "places": sorted({f"{tensor.device} {tensor.dtype}" for tensor in tensors.values()}),
             "buffers": sorted({str(buffer.device) for buffer in model.buffers()}),
             "numbers": {name: (*whole[name], local_shard(tensor).numel()) for name, tensor in tensors.items()},
-            **{what: exchanging(watching, call) for what, call in calls.items()},
+            **{what: exchanging(watching, calls[what]) for what in whats},
         }
 
 
@@ -120,10 +120,12 @@ def main() -> None:
         for patch in patches:
             stack.enter_context(mock.patch.object(*patch))
         for name, changes in CASES.items():
-            print(json.dumps({"case": name, **held(Path(folder), changes)}), flush=True)
+            print(
+                json.dumps({"case": name, **held(Path(folder), changes, "step", "watched", "evaluation")}), flush=True
+            )
         for name, fault in FAULTS.items():
             with mock.patch.object(*fault):
-                print(json.dumps({"case": name, **held(Path(folder), CASES["fsdp dense"])}), flush=True)
+                print(json.dumps({"case": name, **held(Path(folder), CASES["fsdp dense"], "step")}), flush=True)
 
 
 if __name__ == "__main__":

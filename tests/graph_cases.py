@@ -66,6 +66,7 @@ def compared(folder: Path, case: str) -> dict[str, Any]:
         histories["whole"] = trainer.run(here / "whole")
         for name, one in {"off": Trainer(planned(folder, "cuda", case)), "on": trainer}.items():
             one.done = 0
+            one.step()  # the first one makes moments
             watching.clear()
             one.step()
             found["launches"][name], found["waits"] = watching.launches, dict(watching.waits)

@@ -32,7 +32,7 @@ def load_guard() -> None:
     folder = Path(spec.origin).parent
     key = hashlib.sha256((folder / "version.py").read_bytes() + GUARD.read_bytes()).hexdigest()[:16]
     made = Path(tempfile.gettempdir(), f"supar-cuda-guard-{os.getuid()}-{key}.so")
-    if not made.exists():
+    if not made.exists() or made.stat().st_uid != os.getuid():
         with tempfile.TemporaryDirectory(dir=made.parent) as aside:
             to, libraries = Path(aside, "guard.so"), folder / "lib"
             paths = [f"-I{folder / 'include'}", f"-L{libraries}", f"-Wl,-rpath,{libraries}"]
@@ -133,16 +133,10 @@ class Watching(TorchDispatchMode):
         is_view = getattr(func, "is_view", False)
         if any(map(is_cuda, (*tensors, *tensors_in(found)))) and not is_view and not str(func).startswith(FREE):
             self.ops[str(func)] += 1
-        if is_pinning or (is_view and is_pinned(args[0])):
+        is_copy_to_host = func is aten._to_copy.default and is_cuda(args[0]) and is_free_copy(func, args, kwargs)
+        if is_pinning or (is_view and is_pinned(args[0])) or is_copy_to_host:  # torch allocates the last so
             for tensor in tensors_in(found):
                 pinned(tensor)
-        if (
-            func is aten._to_copy.default
-            and is_cuda(args[0])
-            and not is_cuda(found)
-            and is_free_copy(func, args, kwargs)
-        ):
-            pinned(found)  # torch allocates it so
         return found
 
     def _count_copy(self, func: Any, args: Any, kwargs: Any) -> None:

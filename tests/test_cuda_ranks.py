@@ -24,7 +24,7 @@ def ranks() -> Found:
 def wrongs(found: dict[str, Any]) -> Iterator[str]:
     """What is wrong in a case of FSDP in bfloat16, or in what any case exchanges and waits for."""
     case = found["case"]
-    for what in MARKS:
+    for what in MARKS.keys() & found:
         waits, exchanged = found[what]["waits"], found[what]["exchanged"]
         if sum(waits.values()) > MARKS[what]:
             yield f"{case}, {what}: {waits}"

@@ -191,7 +191,7 @@ class TestSquareOfTheContext:
     @pytest.mark.parametrize(("rows", "layers"), [(1, 1), (1, 3), (3, 2)])
     def test_all_of_it_is_in_the_estimate(self, plan_of: MakePlan, kind: str, rows: int, layers: int) -> None:
         plan = planned(plan_of, kind, 192, layers)
-        kept, counted = squares_kept(plan, rows), estimate.squared_bytes(plan, rows, 4)
+        kept, counted = squares_kept(plan, rows), estimate.squared_bytes(plan, rows)
         if "alibi" not in kind:
             assert kept == counted == 0
             return
@@ -202,9 +202,9 @@ class TestSquareOfTheContext:
     def test_the_estimate_before_would_not_have_passed(self, plan_of: MakePlan) -> None:
         """Without it, a run's memory grew as its context did; a control of the test above."""
         at = {context: planned(plan_of, "alibi", context) for context in (192, 384)}
-        linear = {n: estimate.activation_bytes(one, 1, 4) - estimate.squared_bytes(one, 1, 4) for n, one in at.items()}
+        linear = {n: estimate.activation_bytes(one, 1, 4) - estimate.squared_bytes(one, 1) for n, one in at.items()}
         assert linear[384] == 2 * linear[192] and squares_kept(at[192], 1) > linear[192]
-        assert estimate.squared_bytes(at[384], 1, 4) == 4 * estimate.squared_bytes(at[192], 1, 4)
+        assert estimate.squared_bytes(at[384], 1) == 4 * estimate.squared_bytes(at[192], 1)
 
     def test_it_is_said_and_refused(self, plan_of: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
         """8 heads, context 32,768: a bias of 32 GiB, where 0.10 GiB were said."""

@@ -36,7 +36,7 @@ def _product(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TF32: tl.constexpr,
     WIDEN: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -44,7 +44,7 @@ def _product(  # type: ignore[no-untyped-def]
 
     Forward, a target is a block row, its sources are block columns and a block is read transposed; TRANSPOSED is the
     reverse, and blocks are found through `numbers`. BUCKET only makes tuning separate for few and many tokens.
-    PRECISION is that of float32 products. WIDEN is for the interpreter, which holds bfloat16 as integers and multiplies those.
+    TF32 is of float32 products. WIDEN is for the interpreter, which holds bfloat16 as integers and multiplies those.
     """
     tile = tl.program_id(0) // n_targets
     target = tl.program_id(0) % n_targets
@@ -69,7 +69,7 @@ def _product(  # type: ignore[no-untyped-def]
             weight = tl.load(blocks + number * (BLOCK * BLOCK) + outer[None, :] * BLOCK + along[:, None])
         if WIDEN:
             x_tile, weight = x_tile.to(tl.float32), weight.to(tl.float32)
-        total = tl.dot(x_tile, weight, total, input_precision=PRECISION)
+        total = tl.dot(x_tile, weight, total, input_precision="tf32" if TF32 else "ieee")
     place = y + token[:, None] * (n_targets * BLOCK) + (target * BLOCK + outer)[None, :]
     tl.store(place, total.to(y.dtype.element_ty), mask=present)
 
@@ -91,13 +91,13 @@ def _gradient(  # type: ignore[no-untyped-def]
     BUCKET: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TF32: tl.constexpr,
     WIDEN: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     """dyᵀ·x at one group of live blocks of a row, (BLOCK, GROUP·BLOCK), over one span of the tokens.
 
-    dy is loaded once for all of them. BUCKET, PRECISION and WIDEN as in `_product`.
+    dy is loaded once for all of them. BUCKET, TF32 and WIDEN as in `_product`.
     """
     group = groups + (tl.program_id(0) % n_groups) * GROUP
     span = tl.program_id(0) // n_groups
@@ -119,7 +119,7 @@ def _gradient(  # type: ignore[no-untyped-def]
         x_tile = tl.load(x + token[:, None] * x_width + x_column[None, :], mask=x_present, other=0.0)
         if WIDEN:
             dy_tile, x_tile = dy_tile.to(tl.float32), x_tile.to(tl.float32)
-        total = tl.dot(dy_tile, x_tile, total, input_precision=PRECISION)
+        total = tl.dot(dy_tile, x_tile, total, input_precision="tf32" if TF32 else "ieee")
     place = (span * n_blocks + number).to(tl.int64) * (BLOCK * BLOCK) + wide % BLOCK
     tl.store(partial + outer[:, None] * BLOCK + place[None, :], total, mask=live[None, :])
 
@@ -135,7 +135,7 @@ PRODUCT_CONFIGS = [
 ]
 # 8 warps: a thread of 4 can't hold its share of 128×256 sums
 GRADIENT_CONFIGS = [triton.Config({}, num_warps=8, num_stages=stages) for stages in (2, 3, 4)]
-_KEY = ["BUCKET", "BLOCK", "PRECISION"]  # Triton adds the dtypes of the tensors
+_KEY = ["BUCKET", "BLOCK", "TF32"]  # Triton adds the dtypes of the tensors
 tuned_product: Any = (
     _product if INTERPRETED else triton.autotune(configs=PRODUCT_CONFIGS, key=[*_KEY, "TRANSPOSED"])(_product)
 )
@@ -145,9 +145,8 @@ tuned_gradient: Any = (
 
 
 # Inputs of one step of a product, tokens of one of a gradient. Not tuned: the step is part of the sum's order.
-STEP = 64
 # chosen: without tensor cores, short steps compile fast, and the gradient's fit the registers of an A100
-FLOAT32_PRODUCT_STEP, FLOAT32_GRADIENT_STEP = 32, {"ieee": 16, "tf32": 32}
+STEP, FLOAT32_STEP, FLOAT32_GRADIENT_STEP = 64, 32, 16
 
 
 def splits_of(tokens: int, groups: int) -> int:
@@ -156,11 +155,6 @@ def splits_of(tokens: int, groups: int) -> int:
     while splits < 32 and groups * splits < GRADIENT_PROGRAMS and tokens > 2 * splits * SPLIT_TOKENS:
         splits *= 2
     return splits
-
-
-def precision() -> str:
-    """How float32 is multiplied: as by torch's own products on CUDA."""
-    return "tf32" if multiplies_in_tf32() else "ieee"
 
 
 def _bucket(tokens: int) -> int:
@@ -180,8 +174,8 @@ def _launch_product(x_NI: Tensor, values_V: Tensor, structure: Structure, block:
     kernel = tuned_product if INTERPRETED else wrap_triton(tuned_product)
     tensors = (x_NI, blocks_KBB, y_NO, pointers, sources, structure.transposed_numbers)
     sizes = (tokens, x_NI.shape[1], targets)
-    step = FLOAT32_PRODUCT_STEP if x_NI.dtype == torch.float32 else STEP
-    constants = {"BUCKET": _bucket(tokens), "BLOCK": block, "STEP": min(block, step), "PRECISION": precision()}
+    step = FLOAT32_STEP if x_NI.dtype == torch.float32 else STEP
+    constants = {"BUCKET": _bucket(tokens), "BLOCK": block, "STEP": min(block, step), "TF32": multiplies_in_tf32()}
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (triton.cdiv(tokens, meta["TOKENS"]) * targets,)
@@ -216,8 +210,10 @@ def block_linear_grad_values(dy: Tensor, x: Tensor, structure: list[Tensor], blo
     kernel = tuned_gradient if INTERPRETED else wrap_triton(tuned_gradient)
     tensors = (dy, x, partial_PBB, found.groups, found.rows, found.columns)
     sizes = (tokens, dy.shape[1], x.shape[1], groups, live_blocks, (tokens + splits - 1) // splits)
-    constants = {"BUCKET": _bucket(tokens), "BLOCK": block, "GROUP": width, "PRECISION": precision()}
-    constants["TOKENS"] = FLOAT32_GRADIENT_STEP[precision()] if x.dtype == torch.float32 else STEP
+    # a width that differs from layer to layer may be symbolic where this is compiled
+    constants = {"BUCKET": _bucket(tokens), "BLOCK": block, "GROUP": int(width), "TF32": multiplies_in_tf32()}
+    float32_step = FLOAT32_STEP if multiplies_in_tf32() else FLOAT32_GRADIENT_STEP
+    constants["TOKENS"] = float32_step if x.dtype == torch.float32 else STEP
     kernel[(splits * groups,)](*tensors, *sizes, **constants, WIDEN=INTERPRETED)
     blocks_KBB = partial_PBB if splits == 1 else partial_PBB.view(splits, live_blocks, block, block).sum(dim=0)
     return values_of(blocks_KBB, found.inverse)

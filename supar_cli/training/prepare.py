@@ -152,8 +152,8 @@ def draw_masks(plan: Plan) -> dict[str, Mask]:
 def wanted_mask(plan: Plan, row: PlanTensor) -> WantedMask:
     """What the plan says of a tensor's mask."""
     sparsity = plan.sparsity
-    even_rows = sparsity.block_rows == "even"
-    return WantedMask(tuple(row.shape), row.kept, tuple(row.fan_in_axes), sparsity.pattern, sparsity.block, even_rows)
+    even_rows, shape, axes = sparsity.block_rows == "even", tuple(row.shape), tuple(row.fan_in_axes)
+    return WantedMask(shape, row.kept, axes, sparsity.pattern, sparsity.block, even_rows, sparsity.draw)
 
 
 def require_same_tensors(plan: Plan, build_model: Callable[[Plan], nn.Module] = transformer) -> None:
