@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate, zip_longest
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supar_cli.sparse.masks import Mask
+
+MOST_GROUPED = 2**20  # chosen: live weights whose scatter takes about as long as three launches, some 15 µs
+ALIGNED = 128  # chosen: weights, so that each matrix starts where products and compiled code want it
 
 
 class Engine(nn.Module):
@@ -170,3 +174,43 @@ class Dense(Engine):
         self.live.copy_(torch.from_numpy(mask.live(np.int32 if mask.size < 2**31 else np.int64)))
         self.mask = mask
         return True
+
+
+class DenseGroup:
+    """Layers under the dense engine whose weights are parts of one buffer, so that one scatter takes over all their values.
+
+    It costs a second index of its layers, 4 bytes a live weight, and 14 more while it refreshes.
+    """
+
+    def __init__(self, layers: list[Linear]) -> None:
+        self.layers = {layer: engine for layer in layers if isinstance(engine := layer.engine, Dense)}
+        weights = [engine.weight for engine in self.layers.values() if engine.weight is not None]
+        self._masks: list[Mask] = []
+        self._firsts = [0, *accumulate(-(-weight.numel() // ALIGNED) * ALIGNED for weight in weights)]
+        self._weights = weights[0].new_zeros(self._firsts.pop())
+        for engine, weight, first in zip(self.layers.values(), weights, self._firsts, strict=True):
+            engine.weight = self._weights[first : first + weight.numel()].view(weight.shape).copy_(weight)
+
+    @classmethod
+    def of(cls, layers: list[Linear]) -> DenseGroup | None:
+        """The group of the small ones of these layers; None if there are not two."""
+        engines = ((layer, layer.engine) for layer in layers)
+        small = [
+            one
+            for one, e in engines
+            if isinstance(e, Dense) and e.weight is not None and e.live.numel() <= MOST_GROUPED
+        ]
+        return cls(small) if len(small) > 1 else None
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the layers' values, as `Linear.refresh` of each."""
+        masks = [engine.mask for engine in self.layers.values()]
+        if any(new is not old for new, old in zip_longest(masks, self._masks)):
+            kind = torch.int32 if len(self._weights) < 2**31 else torch.int64
+            live = (
+                engine.live.to(kind) + first for engine, first in zip(self.layers.values(), self._firsts, strict=True)
+            )
+            self._live, self._masks = torch.cat(list(live)), masks
+        values = torch.cat([layer.weight.detach() for layer in self.layers])
+        self._weights[self._live] = values.to(self._weights.dtype)
