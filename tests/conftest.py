@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -148,6 +150,18 @@ def environment(**changes: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "PYTHONWARNINGS")}
     path = os.pathsep.join(part for part in (str(CHECKOUT), kept.get("PYTHONPATH", "")) if part)
     return {**kept, "PYTHONPATH": path, **changes}
+
+
+def run_on_simulated_cuda(module: str, *args: str) -> list[dict[str, Any]]:
+    """The JSON lines that a module of the tests prints in a process of its own, as CUDA is simulated before torch is imported."""
+    import torch
+
+    if torch.version.cuda is not None or shutil.which("g++") is None:
+        pytest.skip("a simulated CUDA device needs torch's CPU build and g++")
+    command = [sys.executable, "-m", f"tests.{module}", *args]
+    done = subprocess.run(command, capture_output=True, cwd=CHECKOUT, env=environment(OMP_NUM_THREADS="1"), timeout=300)
+    assert done.returncode == 0, done.stderr.decode()
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.fixture

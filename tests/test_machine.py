@@ -86,11 +86,14 @@ def test_a_devices_peak_is_known_by_the_words_of_its_name(name: str, tflops: flo
     assert runtime.peak_flops(name) == (None if tflops is None else pytest.approx(1e12 * tflops))
 
 
-def test_the_share_of_the_peak_is_of_bfloat16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_share_of_the_peak_is_of_the_precisions_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
-    runs_on = {kind: Runtime(torch.device("cuda", 0), kind, False, 1, 1) for kind in (torch.bfloat16, torch.float32)}
-    shares = {kind: one.peak_share(1e9, 156_000.0) for kind, one in runs_on.items()}
-    assert shares == {torch.bfloat16: pytest.approx(0.5), torch.float32: None}
+    kinds = {"bfloat16": (torch.bfloat16, False), "tf32": (torch.float32, True), "float32": (torch.float32, False)}
+    device = torch.device("cuda", 0)
+    runs_on = {name: Runtime(device, kind, False, 1, 1, None, tf32) for name, (kind, tf32) in kinds.items()}
+    shares = {name: one.peak_share(1e9, 78_000.0) for name, one in runs_on.items()}
+    assert shares == {"bfloat16": pytest.approx(0.25), "tf32": pytest.approx(0.5), "float32": None}
+    assert all(one.precision_name == name for name, one in runs_on.items())
 
 
 @pytest.mark.parametrize("has_units", [True, False])

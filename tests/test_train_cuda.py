@@ -49,6 +49,18 @@ def test_float32_uncompiled_follows_the_cpu_closely(plan_of: MakePlan) -> None:
     assert made[:4] == pytest.approx(reference[:4], abs=5e-3)  # TF32 is off by default; rounding grows with the steps
 
 
+@pytest.mark.parametrize("compiled", ["off", "on"])
+def test_steps_as_one_graph_are_the_same_steps(compiled: str, plan_of: MakePlan) -> None:
+    made, graphed = (
+        Trainer(on("cuda", plan_of, precision="float32", compile=compiled, cuda_graph=graph)).run()
+        for graph in ("off", "on")
+    )
+    assert graphed.losses == pytest.approx(
+        made.losses, abs=5e-3
+    )  # rates are float32 there; sums may be in another order
+    assert [loss for _, loss in graphed.evaluations] == pytest.approx([loss for _, loss in made.evaluations], abs=5e-3)
+
+
 def test_masks_are_the_cpus_and_dead_weights_stay_exactly_zero(plan_of: MakePlan, tmp_path: Path) -> None:
     trainer, _ = trained(on("cuda", plan_of), tmp_path / "cuda")
     reference = Trainer(on("cpu", plan_of)).sparse_model.masks

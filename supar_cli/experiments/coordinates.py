@@ -32,6 +32,7 @@ from supar_cli.errors import UnusableResult
 from supar_cli.files import Record
 from supar_cli.models.transformer import Attention
 from supar_cli.planning.plan import Plan
+from supar_cli.training.runtime import used_device
 from supar_cli.training.tasks import load_task
 from supar_cli.training.trainer import Trainer
 
@@ -68,7 +69,7 @@ def measure_with(watch: Watch, plan: Plan, about: Record) -> Record:
             record["steps"].append(sizes)
     except UnusableResult as error:
         record |= {"state": "diverged", "why": str(error)}
-    return record
+    return record | used_device()
 
 
 def measured_step(plan: Plan) -> Callable[[], object]:

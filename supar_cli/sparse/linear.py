@@ -43,6 +43,11 @@ class Engine(nn.Module):
         return False
 
 
+def multiplies_in_tf32() -> bool:
+    """Whether float32 products on CUDA are made by tensor cores, of factors rounded to TensorFloat32's 11 bits."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 class Linear(nn.Module):
     """Linear map (…, in) → (…, out). `weight` is (out, in) or, once masked, (live,); filled by `prepare`, not here."""
 

@@ -238,7 +238,7 @@ class EngineSelector:
     def __init__(self, plan: Plan, runtime: Runtime, ranks: Ranks, units: int, sharded: bool) -> None:
         self.plan, self.choices, self._ranks = plan, dict[str, EngineChoice](), ranks
         self.case = LayerCase(runtime.device, runtime.precision, units, plan.sparsity.block, sharded)
-        self._rows = {row.name: row for row in plan.tensors}
+        self._rows, self._products = {row.name: row for row in plan.tensors}, runtime.products
         self._fastest: dict[tuple[object, ...], EngineChoice] = {}  # layers of one shape and size share a measurement
 
     def choose(self, masks: Mapping[str, Mask]) -> list[str]:
@@ -253,7 +253,8 @@ class EngineSelector:
         for name, mask in masks.items():
             if alike[name] in new - set(self._fastest):
                 limit_s = autotune.MOST_SECONDS / len(new)
-                self._fastest[alike[name]] = self._ranks.on_main(autotune.fastest, mask, self.case, limit_s)
+                with self._products():
+                    self._fastest[alike[name]] = self._ranks.on_main(autotune.fastest, mask, self.case, limit_s)
             is_auto = named[name] == "auto"
             self.choices[name] = self._fastest[alike[name]] if is_auto else EngineChoice(named[name], {})
             if is_auto and alike[name] in new and self.choices[name] != EngineChoice("dense", {}):
