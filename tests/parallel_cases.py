@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from supar_cli import load
 from supar_cli.errors import InputError, SuparError
@@ -122,6 +126,32 @@ def shards(plan: Plan, ranks: Ranks) -> dict[str, Any]:
     }
 
 
+class Exchanged(TorchDispatchMode):
+    """Bytes of the collectives called, by name, device and dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+            largest = max(tensors, key=lambda tensor: tensor.nbytes)
+            self.bytes[f"{func._opname} {largest.device} {largest.dtype}"] += largest.nbytes
+        return func(*args, **(kwargs or {}))
+
+
+def exchanged(plan: Plan, ranks: Ranks, kind: str, precision: str) -> dict[str, Any]:
+    """The bytes of a step, the dtypes that a rank keeps, and losses of steps of two micro-batches."""
+    run = {"parallel": kind, "precision": precision, "engine": "dense", "micro_batch_size": 2}
+    trainer = Trainer(planned(plan, **run), ranks=ranks)
+    losses = [trainer.step().loss for _ in range(3)]
+    with Exchanged() as found:
+        losses.append(trainer.step().loss)
+    kept = {tensor.dtype for tensor in trainer.sparse_model.tensors.values()}
+    return {"bytes": dict(found.bytes), "kept": sorted(map(str, kept)), "losses": losses}
+
+
 class Moving(Trainer):
     """A trainer whose masks may be others than those its plan draws."""
 
@@ -194,6 +224,11 @@ def main() -> None:
                 for held in (True, False)
             },
             "shards": shards(plan, ranks),
+            "exchanged": {
+                f"{kind} {precision}": exchanged(plan, ranks, kind, precision)
+                for kind in ("ddp", "fsdp")
+                for precision in ("float32", "bfloat16")
+            },
             "remasked": {
                 kind: remasked(plan, ranks, kind, other) for kind, other in (("ddp", "fsdp"), ("fsdp", "ddp"))
             },

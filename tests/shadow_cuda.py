@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-from tests.simulated_cuda import COPIES, Inert, Watching, card_patches, is_free_copy, is_pinned
+from tests.simulated_cuda import COPIES, Inert, Watching, card_patches, is_free_copy, is_pinned, tensors_in
 
 import torch  # isort: skip
 from torch import Tensor  # isort: skip
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing  # isort: skip
-from torch.utils._pytree import tree_leaves, tree_map  # isort: skip
 
 aten = torch.ops.aten
 WRONG = 77  # what memory on the host holds before a copy to it is done
@@ -30,9 +29,9 @@ class Shadow(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor, device: torch.device) -> Shadow:
-        made: Shadow = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, held.size(), held.stride(), held.storage_offset(), dtype=held.dtype, device=_indexed(device)
-        )
+        layout = held.size(), held.stride(), held.storage_offset()
+        with torch.inference_mode(False):  # else no view of it could be made
+            made: Shadow = Tensor._make_wrapper_subclass(cls, *layout, dtype=held.dtype, device=_indexed(device))  # type: ignore[attr-defined]
         made.held = held
         return made
 
@@ -94,12 +93,22 @@ def _indexed(device: torch.device) -> torch.device:
 
 
 def held(value: Any) -> Any:
+    """What is computed with, in lists and dictionaries too."""
+    if isinstance(value, list | tuple):
+        return [held(part) for part in value]
+    if isinstance(value, dict):
+        return {key: held(part) for key, part in value.items()}
     return value.held if isinstance(value, Shadow) else value
 
 
+def shadows(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list | tuple):
+        return type(value)(shadows(part, device) for part in value)
+    return Shadow(value, device) if isinstance(value, Tensor) else value
+
+
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    values = tree_leaves((args, kwargs))
-    own = next((value.device for value in values if isinstance(value, Shadow)), torch.device("cpu"))
+    own = next((value.device for value in tensors_in((args, kwargs)) if isinstance(value, Shadow)), torch.device("cpu"))
     device = torch.device(own if kwargs.get("device") is None else kwargs["device"])
     if "cuda" not in (own.type, device.type):
         return func(*args, **kwargs)
@@ -110,11 +119,12 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func in COPIES:
         return _copy(func, args, kwargs)
     plain = {key: value for key, value in kwargs.items() if key not in ("device", "pin_memory")}
-    found = func(*tree_map(held, args), **tree_map(held, plain))
+    found = func(*held(args), **held(plain))
     if device.type == "cpu":
         return found
-    made = tree_map(lambda value: Shadow(value, device) if isinstance(value, Tensor) else value, found)
-    return return_and_correct_aliasing(func, args, kwargs, made)
+    made = shadows(found, device)
+    has_aliases = func.is_view or func._schema.is_mutable
+    return return_and_correct_aliasing(func, args, kwargs, made) if has_aliases else made
 
 
 def _copy(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -178,8 +188,11 @@ def shadowed(cards: int = 1) -> Iterator[Watching]:
     with contextlib.ExitStack() as stack:
         for patch in card_patches(cards, wait):
             stack.enter_context(patch)
+        stack.callback(STREAM.wait)
         stack.enter_context(mock.patch.object(torch.cuda, "Event", Event))
         stack.enter_context(mock.patch.object(Event, "count", staticmethod(watching.wait)))
+        stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
+        torch._C._set_only_lift_cpu_tensors(True)  # what is made of Python's numbers is seen when it is copied
         stack.enter_context(Making())
         stack.enter_context(watching)
         yield watching

@@ -205,6 +205,77 @@ class TestChoice:
             autotune.make("sparse", drawn((4, 4), 0.5), LayerCase(torch.device("cuda"), torch.float32, 1))
 
 
+class Clock:
+    """A host that launches kernels, microseconds each, and a device that runs them in order."""
+
+    def __init__(self, fill_us: float) -> None:
+        self.host = self.device = 0.0
+        self.fill_us, clock = fill_us, self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self, stream: Any) -> None:
+                self.at = max(clock.device, clock.host)
+
+            def query(self) -> bool:
+                return self.at <= clock.host
+
+            def synchronize(self) -> None:
+                clock.host = max(clock.host, self.at)
+
+            def elapsed_time(self, end: Any) -> float:
+                return (end.at - self.at) / 1000  # type: ignore[no-any-return]
+
+        self.Event = Event
+
+    def launch(self, count: int, kernel_us: float) -> None:
+        for _ in range(count):
+            self.host += 10
+            self.device = max(self.device, self.host) + kernel_us
+
+    def zero_(self) -> None:
+        self.launch(1, self.fill_us)
+
+    def wait(self, _: Any) -> None:
+        self.host = max(self.host, self.device)
+
+
+@pytest.mark.parametrize("fill_us", [90.0, 25.0])  # the latter are doubled twice until they keep the device busy
+def test_on_cuda_what_the_device_does_decides_and_not_its_launches(
+    fill_us: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the run's own tokens. The block engine has ten times as many launches, and a sixth of the work."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    clock, tokens, empty = Clock(fill_us), list[int](), torch.empty
+    work = {"dense": (3, 60.0), "block": (30, 1.0)}
+    monkeypatch.setattr(torch, "empty", lambda *_, device=None, **__: clock if device else empty(*_, **__))
+    fakes = {"Event": clock.Event, "synchronize": clock.wait, "current_stream": lambda _: None}
+    for name, fake in {**fakes, "get_device_name": lambda _: "NVIDIA H100"}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: clock.host / 1e6)
+    monkeypatch.setattr(autotune, "make", lambda name, *_: name)
+    monkeypatch.setattr(autotune, "draw_values", lambda *_: None)
+    monkeypatch.setattr(autotune, "draw_inputs", lambda _, case, __: (tokens.append(case.tokens), None))
+    monkeypatch.setattr(autotune, "layer_step", lambda engine, *_: clock.launch(*work[engine]))
+    mask, case = drawn((256, 256), 1 / 4), LayerCase(torch.device("cuda", 0), torch.bfloat16, 20_000, block=16)
+    choice = autotune.fastest(mask, case)
+    assert choice.name == "block" and set(tokens) == {20_000}
+    assert choice.seconds == {"dense": pytest.approx(180e-6), "block": pytest.approx(30e-6)}
+    (key,) = json.loads((tmp_path / "supar/engines.json").read_text())
+    assert key.endswith("20000 tokens, bfloat16, time of the kernels")
+    monkeypatch.setattr(autotune, "device_seconds", autotune.timed)  # as before: launches, and other keys
+    monkeypatch.setattr(autotune, "_key", lambda *_: "host time")
+    assert autotune.fastest(mask, case).name == "dense"
+
+
+def test_a_devices_inputs_repeat_a_few_drawn_ones() -> None:
+    case = LayerCase(torch.device("meta"), torch.bfloat16, 2500)
+    x, gradient = autotune.draw_inputs((6, 4), case, torch.bfloat16)
+    assert (x.shape, gradient.shape) == ((2500, 4), (2500, 6)) and x.is_leaf and x.requires_grad
+
+
 @pytest.mark.parametrize(
     ("engine", "message"),
     [

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from supar_cli.sparse import block as engine
 from supar_cli.sparse.block import Block
+from supar_cli.sparse.block_structure import Structure
 from supar_cli.sparse.masks import Mask
 from tests.conftest import CHECKOUT
 
@@ -70,6 +71,8 @@ CASES = {
     "none_alive": Case("000 000", 16, (4,)),
     "one_by_one": Case("1", 16, (3,)),
     "split_sum": Case("01 10", 16, (2100,)),
+    "four_at_once": Case("11111111 11101111", 16, (2100,)),
+    "two_at_once_128": Case("11 11", 128, (5,)),
     "bf16": Case(WIDE, 16, (37,), BF16),
     "bf16_32": Case(WIDE, 32, (2, 35), BF16),
     "bf16_empty_lines": Case(EMPTY_LINES, 32, (5,), BF16),
@@ -121,6 +124,9 @@ def fault(name: str) -> Change:
         if name == "swap":
             layer.rows, layer.columns = layer.columns, layer.rows
             return
+        if name == "groups":
+            layer.groups[:, 1] = layer.groups[:, 1].flip(0)  # blocks of several rows in one group
+            return
         numbers, by_column = layer.get_buffer(name), layer.get_buffer("transposed_numbers").long()
         values = name in ("order", "inverse")
         numbers[:] = numbers.view(-1, layer.block)[by_column].reshape(-1) if values else numbers.flip(0)
@@ -131,7 +137,7 @@ def fault(name: str) -> Change:
 # what each fault must spoil; plain torch reads no pointers and needs no transposed structure
 FAULTS = {"order": "y dx", "inverse": "dvalues", "rows": "dvalues", "columns": "y dvalues", "swap": "y dvalues"}
 TRITON_FAULTS = FAULTS | {"pointers": "y", "transposed_pointers": "dx"}
-TRITON_FAULTS |= {"transposed_rows": "dx", "transposed_numbers": "dx"}
+TRITON_FAULTS |= {"transposed_rows": "dx", "transposed_numbers": "dx", "groups": "dvalues"}
 FAULTY = Case("1101 0101 1000 0011", 16, (9,))
 
 
@@ -238,32 +244,6 @@ def test_torch_kernels_compile_whole() -> None:
     assert all(torch.equal(one, other) for one, other in zip(made, wanted, strict=True))
 
 
-@needs_triton
-def test_compilation_sees_the_kernels_and_no_opaque_operator() -> None:
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.partitioners import default_partition
-
-    graphs = []
-
-    def partition(graph: Any, inputs: Any, **options: Any) -> Any:
-        graphs.append(graph)
-        return default_partition(graph, inputs, **options)
-
-    def forward_of(graph: Any, inputs: Any) -> Any:
-        (returned,) = graph.graph.output_node().args
-        found = [node.meta["val"] for node in returned]
-        return lambda *_: [torch.zeros(value.shape, dtype=value.dtype) for value in found]  # nothing runs
-
-    layer = Block(Mask.of(CASES["wide"].mask), 16, "triton")
-    x, values = torch.randn(9, layer.d_in, requires_grad=True), torch.randn(layer.live, requires_grad=True)
-    backend = aot_autograd(fw_compiler=forward_of, partition_fn=partition)
-    torch.compile(layer, backend=backend, fullgraph=True)(x, values)
-    (graph,) = graphs
-    names = [str(node.target) for node in graph.graph.nodes]
-    assert sum("triton_kernel_wrapper" in name for name in names) == 3
-    assert not any("supar" in name for name in names)
-
-
 def interpreted() -> dict[str, Any]:
     """All that runs in the interpreter: errors by case, by fault, and at random structures."""
     from supar_cli.sparse import block_kernels
@@ -276,7 +256,11 @@ def interpreted() -> dict[str, Any]:
     with pytest.raises(ValueError, match="float64"):
         layer(torch.zeros(1, 80, dtype=torch.float64), torch.zeros(layer.live))
     assert block_kernels.INTERPRETED
+    layer, x = Block(Mask.of(CASES["four_at_once"].mask), 16, "triton"), torch.randn(2100, 128)
+    structure = [layer.get_buffer(name) for name in Structure._fields]
+    twice = [block_kernels.block_linear_grad_values(x[:, :32], x, structure, 16) for _ in range(2)]
     return {
+        "repeats": torch.equal(*twice),
         "splits": [block_kernels.splits_of(tokens, 2) for tokens in (1, 2048, 2100, 10**6)],
         "cases": {name: errors(case, "triton") for name, case in CASES.items()},
         "faults": {name: errors(FAULTY, "triton", change=fault(name)) for name in TRITON_FAULTS},
@@ -310,7 +294,7 @@ def test_a_fault_of_the_structure_is_noticed_by_triton(name: str) -> None:
 
 @needs_triton
 def test_triton_kernels_at_random_structures_and_when_sums_are_split() -> None:
-    assert len(interpreter()["drawn"]) >= 5
+    assert len(interpreter()["drawn"]) >= 5 and interpreter()["repeats"]
     for found in interpreter()["drawn"].values():
         assert_close(found, FP32)
     assert interpreter()["splits"] == [1, 1, 2, 32]  # of the cases, only the split sums have more than 2048 tokens

@@ -348,7 +348,8 @@ class TestLock:
 def test_a_cuda_device_has_a_number(plan_of: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch selects devices by number only: `cuda` alone would end each run of one process."""
     chosen = list[torch.device]()
-    fakes = {"is_available": True, "device_count": 2, "current_device": 1, "get_device_capability": (8, 0)}
+    fakes = {"is_available": True, "device_count": 2, "is_initialized": True, "current_device": 1}
+    fakes["get_device_capability"] = (8, 0)
     for name, value in fakes.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bool(chosen))

@@ -86,11 +86,14 @@ def test_a_devices_peak_is_known_by_the_words_of_its_name(name: str, tflops: flo
     assert runtime.peak_flops(name) == (None if tflops is None else pytest.approx(1e12 * tflops))
 
 
-def test_the_share_of_the_peak_is_of_bfloat16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_share_of_the_peak_is_of_the_precisions_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
-    runs_on = {kind: Runtime(torch.device("cuda", 0), kind, False, 1, 1) for kind in (torch.bfloat16, torch.float32)}
-    shares = {kind: one.peak_share(1e9, 156_000.0) for kind, one in runs_on.items()}
-    assert shares == {torch.bfloat16: pytest.approx(0.5), torch.float32: None}
+    kinds = {"bfloat16": (torch.bfloat16, False), "tf32": (torch.float32, True), "float32": (torch.float32, False)}
+    device = torch.device("cuda", 0)
+    runs_on = {name: Runtime(device, kind, False, 1, 1, None, tf32) for name, (kind, tf32) in kinds.items()}
+    shares = {name: one.peak_share(1e9, 78_000.0) for name, one in runs_on.items()}
+    assert shares == {"bfloat16": pytest.approx(0.25), "tf32": pytest.approx(0.5), "float32": None}
+    assert all(one.precision_name == name for name, one in runs_on.items())
 
 
 @pytest.mark.parametrize("has_units", [True, False])
@@ -188,7 +191,7 @@ class TestSquareOfTheContext:
     @pytest.mark.parametrize(("rows", "layers"), [(1, 1), (1, 3), (3, 2)])
     def test_all_of_it_is_in_the_estimate(self, plan_of: MakePlan, kind: str, rows: int, layers: int) -> None:
         plan = planned(plan_of, kind, 192, layers)
-        kept, counted = squares_kept(plan, rows), estimate.squared_bytes(plan, rows, 4)
+        kept, counted = squares_kept(plan, rows), estimate.squared_bytes(plan, rows)
         if "alibi" not in kind:
             assert kept == counted == 0
             return
@@ -199,9 +202,9 @@ class TestSquareOfTheContext:
     def test_the_estimate_before_would_not_have_passed(self, plan_of: MakePlan) -> None:
         """Without it, a run's memory grew as its context did; a control of the test above."""
         at = {context: planned(plan_of, "alibi", context) for context in (192, 384)}
-        linear = {n: estimate.activation_bytes(one, 1, 4) - estimate.squared_bytes(one, 1, 4) for n, one in at.items()}
+        linear = {n: estimate.activation_bytes(one, 1, 4) - estimate.squared_bytes(one, 1) for n, one in at.items()}
         assert linear[384] == 2 * linear[192] and squares_kept(at[192], 1) > linear[192]
-        assert estimate.squared_bytes(at[384], 1, 4) == 4 * estimate.squared_bytes(at[192], 1, 4)
+        assert estimate.squared_bytes(at[384], 1) == 4 * estimate.squared_bytes(at[192], 1)
 
     def test_it_is_said_and_refused(self, plan_of: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
         """8 heads, context 32,768: a bias of 32 GiB, where 0.10 GiB were said."""

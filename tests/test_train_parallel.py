@@ -231,6 +231,29 @@ class TestTogether:
         for half in halves:
             assert half["sharded"] and half["rates"] and half["dense"] == []
 
+    def test_products_are_gathered_in_their_precision_and_averaged_in_float32(
+        self, found: list[dict[str, Any]]
+    ) -> None:
+        """Two micro-batches: each gathers a block for both passes; the last one averages."""
+        rows = found[0]["plan"].tensors
+        live = sum(row.kept for row in rows if row.density < 1)
+        for one in found:
+            whole, half = (one["exchanged"][f"fsdp {precision}"] for precision in ("float32", "bfloat16"))
+            gathered = half["bytes"]["_allgather_base_ cpu torch.bfloat16"] / 4
+            assert 2 * live <= gathered < 2 * live + 100 and "_allgather_base_ cpu torch.bfloat16" not in whole["bytes"]
+            assert whole["bytes"]["_allgather_base_ cpu torch.float32"] / 4 > 4 * live
+            averaged = "_reduce_scatter_base_ cpu torch.float32"
+            assert half["bytes"][averaged] == whole["bytes"][averaged] >= 4 * sum(row.kept for row in rows)
+            assert half["kept"] == whole["kept"] == ["torch.float32"]
+
+    def test_what_is_gathered_so_changes_no_product(self, found: list[dict[str, Any]]) -> None:
+        """Losses of DDP in bfloat16 to the rounding of its gradients; those in float32 differ from the first step on."""
+        for one in found:
+            ddp, fsdp, other = (
+                one["exchanged"][name]["losses"] for name in ("ddp bfloat16", "fsdp bfloat16", "ddp float32")
+            )
+            assert fsdp[0] == ddp[0] != other[0] and fsdp == pytest.approx(ddp, abs=2e-3)
+
 
 @pytest.fixture(scope="module")
 def one(found: list[dict[str, Any]]) -> list[float]:

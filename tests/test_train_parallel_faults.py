@@ -1,4 +1,4 @@
-"""Several processes of which one is killed, meets a NaN, or is asked for what can't be."""
+"""Several processes of which one is killed, hangs, fails alone, meets a NaN, or is asked for what can't be."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
-from tests.conftest import environment
+from supar_cli.training import distributed
+from tests.conftest import CHECKOUT, TEXT_BYTES, environment, plan_from, proxy_fields, real_text
+from tests.leaving_cases import LINGER_S
 from tests.test_train import trained
 from tests.test_train_parallel import Supar, assert_close, long, member, plan, started, wait_for_steps
 from tests.test_train_preempted import ended
@@ -133,3 +138,82 @@ class TestRefused:
                 assert said[0].endswith("of rank 1 that is not finite is the weight blocks.1.mlp.up")
             assert done.stdout == "" and len(losses(tmp_path / "run")) == 3
             subprocess.run(["rm", "-r", str(tmp_path / "run")], check=True)
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """What each of two ranks meets at the end of a run, by case."""
+    folder = tmp_path_factory.mktemp("ends")
+    (folder / "text.txt").write_bytes(real_text(TEXT_BYTES))
+    fields = {"train": {"steps": 6, "batch_size": 2, "eval_every": 6}, "model": {"layers": 1}, "target": {"width": 64}}
+    plan = plan_from(proxy_fields(str(folder / "text.txt"), **fields, run={"parallel": "ddp"}))
+    (folder / "plan.yaml").write_text(document.write([plan.model_dump()]), "utf-8")
+    alone = [f"alone {how}" for how in ("bug", "refusal", "interrupt", "bug with frames held", "bug not left")]
+    cases = ["success", "together", *alone, "hung", "hung patient", "own"]
+    command = [sys.executable, str(CHECKOUT / "tests/leaving_cases.py"), "plan.yaml", *cases]
+    environ = environment(OMP_NUM_THREADS="1")
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+GONE = ["PeerLost", "another process of this run is gone; the same command continues from the last checkpoint"]
+
+
+class TestEnds:
+    """The processes outlive their runs: nothing but a group that is left tells the others."""
+
+    @pytest.mark.parametrize(
+        ("case", "raised"),
+        [
+            ("success", [None, None]),
+            ("together", [["InputError", "told by all"]] * 2),
+            ("alone bug", [GONE, ["ValueError", "of rank 1"]]),
+            ("alone refusal", [GONE, ["InputError", "of rank 1"]]),
+            ("alone interrupt", [GONE, ["KeyboardInterrupt", "of rank 1"]]),
+        ],
+    )
+    def test_every_way_out_leaves_the_group(
+        self, ends: dict[str, list[dict[str, Any]]], case: str, raised: list[Any]
+    ) -> None:
+        assert [one.get("raised") for one in ends[case]] == raised
+        assert all(one["is_left"] and one["models"] == [0] for one in ends[case])
+        assert max(one["seconds"] for one in ends[case]) < LINGER_S
+
+    def test_controls(self, ends: dict[str, list[dict[str, Any]]]) -> None:
+        """A model that the error's frames hold outlives its group; who does not leave keeps the other waiting."""
+        assert [one["models"] for one in ends["alone bug with frames held"]] == [[1], [1]]
+        first, second = ends["alone bug not left"]
+        assert not first["is_left"] and not second["is_left"] and first["seconds"] > LINGER_S > second["seconds"]
+
+    def test_a_rank_that_hangs_ends_the_others_after_a_while(self, ends: dict[str, list[dict[str, Any]]]) -> None:
+        found, nothing = ends["hung"]
+        kind, text = found["raised"]
+        assert kind == "PeerLost" and nothing is None and found["is_left"]
+        assert text.startswith("another process of this run hangs or is gone: it has not answered for 0.0")
+        assert text.endswith(" minutes; the same command continues from the last checkpoint")
+        assert 0.9 < found["seconds"] < LINGER_S
+        assert ends["hung patient"] == [None, None]  # within the hour that is given to slow ones
+
+    def test_a_group_of_the_script_goes_on(self, ends: dict[str, list[dict[str, Any]]]) -> None:
+        for one in ends["own"]:
+            assert one["raised"] == ["InputError", "told by all"] and not one["is_left"]
+
+
+def test_nccl_waits_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One time for both backends of a machine with CUDA."""
+    made: dict[str, Any] = {}
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_: iter([[dist.HashStore()]]))
+
+    def stop(backend: str, **given: Any) -> None:
+        made.update(given, backend=backend)
+        raise InterruptedError
+
+    monkeypatch.setattr(dist, "init_process_group", stop)
+    with pytest.raises(InterruptedError), distributed.init_distributed():
+        pass
+    assert made["backend"] == "cpu:gloo,cuda:nccl" and made["timeout"] == distributed.PEER_TIMEOUT

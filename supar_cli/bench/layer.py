@@ -16,7 +16,15 @@ from supar_cli.bench.results import Benchmark, Document, Reading, machine_settin
 from supar_cli.errors import InputError
 from supar_cli.reporting.result import Figure, Line, Panel, Table
 from supar_cli.sparse import autotune
-from supar_cli.sparse.autotune import LayerCase, draw_inputs, draw_values, interleave, keep_large_blocks, layer_step
+from supar_cli.sparse.autotune import (
+    LayerCase,
+    device_seconds,
+    draw_inputs,
+    draw_values,
+    interleave,
+    keep_large_blocks,
+    layer_step,
+)
 from supar_cli.sparse.block_structure import BLOCKS
 from supar_cli.sparse.csr import Sparse
 from supar_cli.sparse.linear import Engine
@@ -101,11 +109,12 @@ def benchmark(
     case = LayerCase(runtime.device, runtime.precision, tokens, block)
 
     def measure() -> Document:
-        found = [measure_density(shape, density, case, rounds) for density in densities]
+        with runtime.products():
+            found = [measure_density(shape, density, case, rounds) for density in densities]
         return {"rounds": rounds, "densities": found, "break_even": break_evens(found)}
 
     settings = {"shape": list(shape), "tokens": tokens, "density": densities, "block": block}
-    settings |= machine_settings(case.device, case.precision)
+    settings |= machine_settings(case.device, runtime.precision_name)
     return Benchmark("layer", settings, case.device, measure, tables, readings, figure)
 
 
@@ -119,7 +128,8 @@ def measure_density(shape: tuple[int, int], density: float, case: LayerCase, rou
         arm.step(*inputs[arm.precision])
         arm.parameter.grad = None  # no arm holds memory while another one runs
 
-    seconds = interleave({name: partial(step, arm) for name, arm in arms.items()}, rounds, case.device)
+    steps = {name: partial(step, arm) for name, arm in arms.items()}
+    seconds = interleave(steps, rounds, case.device, timer=device_seconds)
     median = {name: statistics.median(spent) for name, spent in seconds.items()}
     by_time = sorted((name for name in DENSE if name in arms), key=lambda name: median[name])
     rows: Document = {}

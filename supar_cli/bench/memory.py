@@ -31,7 +31,7 @@ def benchmark(shape: tuple[int, int], density: float, tokens: int, runtime: Runt
     """The benchmark of a layer (out, in)."""
     case = LayerCase(runtime.device, runtime.precision, tokens)
     settings = {"shape": list(shape), "tokens": tokens, "density": density}
-    settings |= machine_settings(case.device, case.precision)
+    settings |= machine_settings(case.device, str(case.precision).removeprefix("torch."))
     return Benchmark("memory", settings, case.device, lambda: measure_arms(shape, density, case), tables, readings)
 
 

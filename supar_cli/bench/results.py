@@ -96,9 +96,9 @@ class Benchmark:
             raise InputError(f"{name}: is not a complete document of `supar bench {self.name}` ({error!r})") from None
 
 
-def machine_settings(device: torch.device, precision: torch.dtype) -> Document:
+def machine_settings(device: torch.device, precision: str) -> Document:
     """The settings that come from the machine."""
-    return {"device": device_name(device), "precision": str(precision).removeprefix("torch.")}
+    return {"device": device_name(device), "precision": precision}
 
 
 def environment(device: torch.device) -> Document:

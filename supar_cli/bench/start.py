@@ -23,7 +23,7 @@ def benchmark(plans: list[Plan], engine: str, per_neuron: int) -> Benchmark:
     case = LayerCase(torch.device("cpu"), torch.float32, plans[0].decoder.context)
     settings = {"widths": [plan.decoder.width for plan in plans], "layers": plans[0].decoder.layers, "engine": engine}
     settings["weights_per_neuron"] = per_neuron
-    settings |= machine_settings(case.device, case.precision)
+    settings |= machine_settings(case.device, "float32")
     return Benchmark("start", settings, case.device, lambda: measure_plans(plans, engine, case), tables, readings)
 
 

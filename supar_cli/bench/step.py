@@ -110,7 +110,7 @@ def plain_step(trainer: Trainer, plain: PlainGPT) -> Callable[[], float]:
         inputs, targets = runtime.to_device(batch(next(steps)))
         with runtime.autocast():
             loss = F.cross_entropy(model(inputs).float().flatten(0, 1), targets.flatten())
-        torch.autograd.backward(loss)
+        runtime.backward(loss)
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -129,7 +129,7 @@ def benchmark(plan: Plan, rounds: int) -> Benchmark:
         "density": sparsity.density,
         "block": sparsity.block,
         "engine": plan.run.engine,
-        **machine_settings(runtime.device, runtime.precision),
+        **machine_settings(runtime.device, runtime.precision_name),
         "compiled": runtime.compiles,
     }
     return Benchmark("step", settings, runtime.device, lambda: measure(plan, rounds), tables, readings)

@@ -134,7 +134,7 @@ def _step(source: str, device: str, steps: int) -> dict[str, Any]:
     return {
         "model": f"quickstart proxy: width {plan.decoder.width}, {plan.decoder.layers} layers, {tokens} tokens a step",
         "device": str(trainer.runtime.device),
-        "precision": str(trainer.runtime.precision).removeprefix("torch."),
+        "precision": trainer.runtime.precision_name,
         "compiled": trainer.runtime.compiles,
         "milliseconds": round(1000 * seconds, 2),
         "tokens_per_s": round(tokens / seconds),

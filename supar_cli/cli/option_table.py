@@ -212,7 +212,7 @@ OPTIONS = {
         list[str], "Also log the run to tensorboard, wandb or mlflow, offline; repeatable.", "run.trackers"
     ),
     "device": Option(str, "auto, cpu, cuda or cuda:N.", "run.device"),
-    "precision": Option(str, "auto, float32 or bfloat16.", "run.precision"),
+    "precision": Option(str, "auto, float32, tf32 or bfloat16.", "run.precision"),
     "compile": Option(str, "auto, on or off.", "run.compile"),
     "engine": Option(
         str, "Engine for masked weights: auto (the fastest on this machine), dense, sparse or block.", "run.engine"

@@ -98,7 +98,13 @@ def sweeps_of(
         if not own and not isinstance(subject, Plan) and width % subject.decoder.head_width:
             what = f"{width} is not a multiple of the proxy's head width {subject.decoder.head_width}"
             raise InputError(f"width: {what}; expected a multiple of it")
-    whole = {"precision": "float32", "compile": "off", "micro_batch_size": None, "loss_chunk_tokens": None}
+    whole = {
+        "precision": "float32",
+        "compile": "off",
+        "cuda_graph": "off",
+        "micro_batch_size": None,
+        "loss_chunk_tokens": None,
+    }
     hyper = subject.hyperparameters.model_copy(update={"lr": subject.hyperparameters.lr * lr_factor})
     subject = subject.model_copy(update={"run": subject.run.model_copy(update=whole), "hyperparameters": hyper})
     train = {"steps": steps, **CONSTANT}

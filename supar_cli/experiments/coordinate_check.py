@@ -88,7 +88,7 @@ def check(
         lr_factor, results = check_runs.lower_rates(sweeps_at)
         if not any(one.unjudged for one in results):
             results = check_runs.judge_all([one.sweep for one in results], max_seeds)
-    result = check_runs.result(results, steps, lr_factor, runs.environment(ready))
+    result = check_runs.result(results, steps, lr_factor, runs.environment(ready, check_runs.by_run.values()))
     figures.write_result(result, folder, reporter.log)
     return result.document()
 

@@ -32,6 +32,7 @@ from supar_cli.errors import UnusableResult
 from supar_cli.files import Record
 from supar_cli.models.transformer import Attention
 from supar_cli.planning.plan import Plan
+from supar_cli.training.runtime import used_device
 from supar_cli.training.tasks import load_task
 from supar_cli.training.trainer import Trainer
 
@@ -68,7 +69,7 @@ def measure_with(watch: Watch, plan: Plan, about: Record) -> Record:
             record["steps"].append(sizes)
     except UnusableResult as error:
         record |= {"state": "diverged", "why": str(error)}
-    return record
+    return record | used_device()
 
 
 def measured_step(plan: Plan) -> Callable[[], object]:
@@ -139,13 +140,14 @@ class _Watch:
             loss = self.trainer.step().loss
         with torch.no_grad():
             inputs, outputs, final_norm = self.inputs, self.outputs, self.model.get_submodule("final_norm")
-            tokens_BT, logits_BTV, normed_BTD = inputs[""], outputs[""], outputs["final_norm"]
+            tokens_BT, normed_BTD = inputs[""], outputs["final_norm"]
+            factor = self.trainer.plan.decoder.multipliers.output
+            logits_BTV = F.linear(normed_BTD, before[self.head]) * factor
             # under a tied head the own token's logit is Θ(1) in width where others are Θ(1/√m_d)
             others_BTV = torch.ones_like(logits_BTV).scatter_(-1, tokens_BT[..., None], 0.0)
             updates = {name: F.linear(inputs[name], weight(name) - before[name]) for name in self.hidden}
             by_head = F.linear(normed_BTD, weight(self.head) - before[self.head])
             by_norm = F.linear(final_norm(inputs["final_norm"]) - normed_BTD, before[self.head])
-            factor = self.trainer.plan.decoder.multipliers.output
             sizes = {
                 "activation": {name: outputs[name].abs().mean() for name in self.hidden},
                 "gain": self.gains,

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from supar_cli.errors import TransferWarning
+from supar_cli.errors import SetupError, TransferWarning
 from supar_cli.experiments.statistics import Interval, fit_quadratic, interval, vertices
 from supar_cli.files import Record
 from supar_cli.jobs.pruning import prune
 from supar_cli.jobs.runs import Records, failed_record, measure_loss
-from supar_cli.jobs.workers import Workers
+from supar_cli.jobs.workers import Local, WorkerFailure, Workers
 from supar_cli.planning.estimate import run_seconds
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.pruning import with_rate
@@ -164,7 +164,10 @@ class _Measurements:
         if key not in self._pruned:
             source, files = self._folder / f"dense-{dense.hash()[7:15]}", self._folder / "pruned"
             files.mkdir(exist_ok=True)
-            train(dense, source)
+            # by a worker, so that this process takes no device; those elsewhere may not see the folder
+            ((_, found),) = (self.workers if self.workers.is_local else Local()).results(train, [(dense, source)])
+            if isinstance(found, WorkerFailure):
+                raise SetupError(f"{source}: its worker died each time it was started: {found.why}")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", TransferWarning)  # the study's plans have been warned of
                 self._pruned[key] = prune(

@@ -81,7 +81,7 @@ def _run(
     result = Result(
         kind=f"supar.{kind}-result/v1",
         parents={"sweep": study.hash()},
-        environment=runs.environment(workers),
+        environment=runs.environment(workers, runs.Records(folder).by_run.values()),
         **{"sweep": study.model_dump(), **parts},
     )
     figures.write_result(result, folder, reporter.log)

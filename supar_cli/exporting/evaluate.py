@@ -97,7 +97,7 @@ def evaluate(
         "context": plan.decoder.context,
         **_figures(found, scores),
         "warnings": warnings,
-        "environment": {**versions(), "device": device_name(runtime.device), "precision": str(runtime.precision)[6:]},
+        "environment": {**versions(), "device": device_name(runtime.device), "precision": runtime.precision_name},
     }
 
 

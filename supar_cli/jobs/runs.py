@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from supar_cli.jobs.workers import Call, Function, WorkerFailure, Workers
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.plan_sections import OwnModel
 from supar_cli.training.run_directory import RunHistory
-from supar_cli.training.runtime import Runtime, lacks_memory, versions
+from supar_cli.training.runtime import Runtime, batch_shares, device_of, lacks_memory, used_device, versions
 from supar_cli.training.tasks import load_task
 from supar_cli.training.trainer import Trainer
 
@@ -33,7 +33,13 @@ def require_runnable(plan: Plan, device: bool = True, warn: Callable[[str], None
     if isinstance(plan.model, OwnModel):
         require_command(plan)
         return
-    found = Runtime.of(plan).warnings if device else []
+    found: list[str] = []
+    if device and device_of(plan.run.device).type == "cuda":
+        batch_shares(
+            plan
+        )  # what else a run needs its worker sees: CUDA used here would take a device's memory from runs
+    elif device:
+        found = Runtime.of(plan).warnings
     for message in [*found, *getattr(load_task(plan), "warnings", ())]:
         warn(message)
 
@@ -81,7 +87,7 @@ def measure_loss(plan: Plan, about: Record) -> Record:
     except (RuntimeError, MemoryError) as error:  # torch's own errors, out of memory among them
         text = f"{error}".partition("\n")[0]
         outcome = {"state": "failed", "loss": None, "why": f"{type(error).__name__}: {text}"}
-    return {**about, "plan": plan.hash(), **outcome, "seconds": round(time.monotonic() - started, 2)}
+    return {**about, "plan": plan.hash(), **outcome, **used_device(), "seconds": round(time.monotonic() - started, 2)}
 
 
 def failed_record(plan: Plan, about: Record, why: str) -> Record:
@@ -170,12 +176,12 @@ def _without_seeds(text: str | bytes) -> Any:
     return {**question, "arms": arms, "seeds": None, "first_seeds": None, "robustness": None}
 
 
-def environment(workers: Workers) -> Record:
-    """Versions and machine, as results state them."""
+def environment(workers: Workers, records: Iterable[Record] = ()) -> Record:
+    """Versions and machine, as results state them, and the CUDA devices that the runs of these records used."""
     elsewhere = "" if workers.is_local else f" on {type(workers).__name__}"
     return {
         **versions(),
         "numpy": np.__version__,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {workers.jobs} jobs{elsewhere}",
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": ", ".join(sorted({record["cuda"] for record in records if "cuda" in record})) or None,
     }

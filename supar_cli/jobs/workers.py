@@ -129,7 +129,8 @@ def visible_devices(device: str) -> list[str]:
 
 
 class Local(Workers):
-    """One process per job, reused for later calls. Calls run in this process if there is one job, or one call and no worker yet.
+    """One process per job, reused for later calls. Calls run in this process if there is one job, or one call, no worker yet
+    and no device, whose memory this process would keep from the workers to come.
 
     A process that dies loses only its own call and is replaced.
     """
@@ -142,7 +143,7 @@ class Local(Workers):
         self._workers: dict[int, _Worker] = {}  # by slot
 
     def results(self, function: Function, calls: list[Call]) -> Generator[tuple[int, Any]]:
-        if self.jobs > 1 and (len(calls) > 1 or self._workers):
+        if self.jobs > 1 and (len(calls) > 1 or self._workers or self._devices):
             yield from super().results(function, calls)
             return
         for index, call in enumerate(calls):

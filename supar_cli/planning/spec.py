@@ -93,8 +93,9 @@ class Run(Section):
     """Where and how a plan is executed: never a number that changes the result but for rounding."""
 
     device: str = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
+    cuda_graph: Literal["on", "off"] = Field(default="off", neutral=True, omit=True)
     engine: Engine | dict[str, Engine] = "auto"  # in a plan also by tensor, site or part; what is not named is `auto`
     micro_batch_size: int | None = Field(default=None, gt=0)
     loss_chunk_tokens: int | None = Field(

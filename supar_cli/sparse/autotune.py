@@ -1,7 +1,8 @@
 """Which engine multiplies with a masked tensor: the configured one, or the fastest measured on this machine.
 
 A measurement is of one layer's forward pass and both gradients on random numbers, kept in a file of the user's cache
-folder, so that it is made once for each device, shape, density, edge of blocks, precision and number of tokens. Of a large layer
+folder, so that it is made once for each device, shape, density, edge of blocks, precision and number of tokens. On CUDA it is of
+the kernels' time, of as many tokens as the run has: on few, launches and weights decide, and not products. Of a large layer
 only the first rows are measured, by each engine alike: a whole dense weight and its gradient would not fit where the live
 weights do. What cannot win is not measured, what loses clearly on a few tokens no further.
 """
@@ -28,11 +29,16 @@ from supar_cli.errors import InputError
 from supar_cli.files import cache_folder, write_file
 from supar_cli.sparse.block import Block
 from supar_cli.sparse.csr import Sparse, numba_version
-from supar_cli.sparse.linear import Dense, Engine
+from supar_cli.sparse.linear import Dense, Engine, multiplies_in_tf32
 from supar_cli.sparse.masks import Mask
 
 FIRST_TOKENS, FIRST_ROUNDS = 64, 3  # chosen: milliseconds; of a few rounds the fastest is free of what else runs
-TOKENS = {"cpu": 256, "cuda": 1024}  # chosen: more change the ratio of the engines little and make the measurement long
+CPU_TOKENS = 256  # chosen: more change the ratio of the engines little and make the measurement long
+DRAWN_TOKENS = 1024  # chosen: drawn for a CUDA device and repeated; all of a large micro-batch take seconds
+AHEAD_BYTES = (
+    2**28
+)  # chosen: more than a device's caches hold, so that a layer finds them as in a model; a tenth of a millisecond
+FEWEST_FILLS, MOST_FILLS = 8, 64  # chosen: of so many bytes, about 1 and 6 ms; a layer's step is launched in less
 ROUNDS = 5  # chosen: interleaved; their median decides
 MOST_SECONDS = 5.0  # chosen: for the layers of a plan
 LOST = 2.0  # chosen: times the fastest; few tokens measured narrow the gap, as what each pass does once weighs more
@@ -135,7 +141,8 @@ def keeping_no_measurement() -> Iterator[None]:
 
 def fastest(mask: Mask, case: LayerCase, seconds: float = MOST_SECONDS) -> EngineChoice:
     """The dense engine, or another that is faster by MIN_SPEEDUP at least, measured in about `seconds` at most."""
-    case = replace(case, tokens=min(case.tokens, TOKENS[case.device.type]))
+    if case.device.type == "cpu":
+        case = replace(case, tokens=min(case.tokens, CPU_TOKENS))
     if mask.size * case.tokens < MIN_MULTIPLY_ADDS:
         return EngineChoice("dense", {})
     names = can_win(mask, case)
@@ -183,9 +190,9 @@ def times(engines: dict[str, Engine], mask: Mask, case: LayerCase, seconds: floa
     def measure(names: Iterable[str], tokens: int, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
         x, gradient = draw_inputs(mask.shape, replace(case, tokens=tokens), case.precision)
         steps = {name: partial(layer_step, engines[name], values, x, gradient) for name in names}
-        return interleave(steps, rounds, case.device, warmup, end_s)
+        return interleave(steps, rounds, case.device, warmup, end_s, device_seconds)
 
-    few = min(case.tokens, FIRST_TOKENS)
+    few = min(case.tokens, FIRST_TOKENS) if case.device.type == "cpu" else case.tokens
     measure(
         engines, few, 0
     )  # kernels are compiled here, on a machine's first use, and not in the time of a measurement
@@ -196,26 +203,6 @@ def times(engines: dict[str, Engine], mask: Mask, case: LayerCase, seconds: floa
     if len(left) == 1 or time.perf_counter() + two_rounds_s > end_s:
         return first
     return {name: statistics.median(spent) for name, spent in measure(left, case.tokens, ROUNDS).items()}
-
-
-def interleave(
-    runs: Mapping[str, Callable[[], object]],
-    rounds: int,
-    device: torch.device,
-    warmup: int = 1,
-    end_s: float = inf,
-) -> dict[str, list[float]]:
-    """Seconds of each run by round, after `warmup` rounds that do not count; the order alternates between rounds.
-
-    So whatever else the machine does falls on all of them. After `end_s`, by time.perf_counter(), only a first round begins.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(warmup + rounds):
-        if turn > warmup and time.perf_counter() > end_s:
-            break
-        for name in runs if turn % 2 else reversed(list(runs)):
-            seconds[name].append(timed(runs[name], device))
-    return {name: spent[warmup:] for name, spent in seconds.items()}  # earlier ones compile and touch memory
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
@@ -231,6 +218,50 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def device_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a CUDA device takes for a call which waits for nothing; on a CPU, the call's.
+
+    The device is kept busy until all is launched, so that the time holds no launch; where it was done before, once more.
+    """
+    if device.type == "cpu":
+        return timed(run, device)
+    ahead, stream = torch.empty(AHEAD_BYTES, dtype=torch.int8, device=device), torch.cuda.current_stream(device)
+    fills = FEWEST_FILLS
+    while True:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        for _ in range(fills):
+            ahead.zero_()
+        begin.record(stream)
+        run()
+        end.record(stream)
+        is_launched = not begin.query()  # type: ignore[no-untyped-call]
+        end.synchronize()
+        if is_launched or fills >= MOST_FILLS:
+            return float(begin.elapsed_time(end)) / 1000
+        fills *= 2
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    warmup: int = 1,
+    end_s: float = inf,
+    timer: Callable[[Callable[[], object], torch.device], float] = timed,
+) -> dict[str, list[float]]:
+    """Seconds of each run by round, after `warmup` rounds that do not count; the order alternates between rounds.
+
+    So whatever else the machine does falls on all of them. After `end_s`, by time.perf_counter(), only a first round begins.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(warmup + rounds):
+        if turn > warmup and time.perf_counter() > end_s:
+            break
+        for name in runs if turn % 2 else reversed(list(runs)):
+            seconds[name].append(timer(runs[name], device))
+    return {name: spent[warmup:] for name, spent in seconds.items()}  # earlier ones compile and touch memory
+
+
 def draw_values(mask: Mask, device: torch.device) -> Tensor:
     """Normal live values (live,), a leaf in float32, in row-major order."""
     return torch.randn(mask.count, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
@@ -239,8 +270,12 @@ def draw_values(mask: Mask, device: torch.device) -> Tensor:
 def draw_inputs(shape: tuple[int, ...], case: LayerCase, precision: torch.dtype) -> tuple[Tensor, Tensor]:
     """X (tokens, in), a leaf, and the gradient of Y (tokens, out), the same numbers in any precision."""
     random = torch.Generator().manual_seed(1)
-    x, gradient = (torch.randn(case.tokens, width, generator=random) for width in reversed(shape))
-    return x.to(case.device, precision).requires_grad_(), gradient.to(case.device, precision)
+    drawn = case.tokens if case.device.type == "cpu" else min(case.tokens, DRAWN_TOKENS)
+    both = (torch.randn(drawn, width, generator=random).to(case.device, precision) for width in reversed(shape))
+    if drawn < case.tokens:
+        both = (one.repeat(-(-case.tokens // drawn), 1)[: case.tokens] for one in both)
+    x, gradient = both
+    return x.requires_grad_(), gradient
 
 
 def layer_step(engine: Engine, values: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
@@ -262,6 +297,8 @@ def _key(mask: Mask, rows: int, case: LayerCase) -> str:
     part = "" if rows == mask.shape[0] else f"{rows} rows of "
     shape = f"{part}{mask.shape[0]}x{mask.shape[1]}, {mask.count} live, {pattern}"
     precision = str(case.precision).removeprefix("torch.") + (", sharded" if case.sharded else "")
+    if cuda:
+        precision += f"{' in TF32' if multiplies_in_tf32() else ''}, time of the kernels"
     return f"{where}; torch {torch.__version__}, {kernels}; {shape}; {case.tokens} tokens, {precision}"
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from supar_cli.sparse.block_structure import Structure, blocks_of, values_of
+from supar_cli.sparse.linear import multiplies_in_tf32
 
 GRADIENT_PROGRAMS = 512  # chosen: about four for each multiprocessor of a large GPU
 SPLIT_TOKENS = 1024  # chosen: fewer tokens for a program cost less than a second pass over the partial sums
@@ -35,6 +36,7 @@ def _product(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    TF32: tl.constexpr,
     WIDEN: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -42,7 +44,7 @@ def _product(  # type: ignore[no-untyped-def]
 
     Forward, a target is a block row, its sources are block columns and a block is read transposed; TRANSPOSED is the
     reverse, and blocks are found through `numbers`. BUCKET only makes tuning separate for few and many tokens.
-    WIDEN is for the interpreter, which holds bfloat16 as integers and multiplies those.
+    TF32 is of float32 products. WIDEN is for the interpreter, which holds bfloat16 as integers and multiplies those.
     """
     tile = tl.program_id(0) // n_targets
     target = tl.program_id(0) % n_targets
@@ -67,7 +69,7 @@ def _product(  # type: ignore[no-untyped-def]
             weight = tl.load(blocks + number * (BLOCK * BLOCK) + outer[None, :] * BLOCK + along[:, None])
         if WIDEN:
             x_tile, weight = x_tile.to(tl.float32), weight.to(tl.float32)
-        total = tl.dot(x_tile, weight, total, input_precision="ieee")
+        total = tl.dot(x_tile, weight, total, input_precision="tf32" if TF32 else "ieee")
     place = y + token[:, None] * (n_targets * BLOCK) + (target * BLOCK + outer)[None, :]
     tl.store(place, total.to(y.dtype.element_ty), mask=present)
 
@@ -77,37 +79,49 @@ def _gradient(  # type: ignore[no-untyped-def]
     dy,
     x,
     partial,
+    groups,
     rows,
     columns,
     n_tokens,
     dy_width,
     x_width,
+    n_groups,
     n_blocks,
     span_tokens,
     BUCKET: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    TF32: tl.constexpr,
     WIDEN: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """dyᵀ·x at one live block, (BLOCK, BLOCK), over one span of the tokens. BUCKET and WIDEN as in `_product`."""
-    number = tl.program_id(0) % n_blocks
-    begin = (tl.program_id(0) // n_blocks) * span_tokens
+    """dyᵀ·x at one group of live blocks of a row, (BLOCK, GROUP·BLOCK), over one span of the tokens.
+
+    dy is loaded once for all of them. BUCKET, TF32 and WIDEN as in `_product`.
+    """
+    group = groups + (tl.program_id(0) % n_groups) * GROUP
+    span = tl.program_id(0) // n_groups
+    begin = span * span_tokens
     end = tl.minimum(begin + span_tokens, n_tokens)
     inner = tl.arange(0, TOKENS)
     outer = tl.arange(0, BLOCK)
-    dy_column = tl.load(rows + number) * BLOCK + outer
-    x_column = tl.load(columns + number) * BLOCK + outer
-    total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    wide = tl.arange(0, GROUP * BLOCK)
+    number = tl.load(group + wide // BLOCK)
+    live = number >= 0
+    dy_column = tl.load(rows + tl.load(group)) * BLOCK + outer
+    x_column = tl.load(columns + number, mask=live, other=0) * BLOCK + wide % BLOCK
+    total = tl.zeros((BLOCK, GROUP * BLOCK), dtype=tl.float32)
     for first in range(begin, end, TOKENS):
         token = (first + inner).to(tl.int64)
         present = token < end
         dy_tile = tl.load(dy + token[None, :] * dy_width + dy_column[:, None], mask=present[None, :], other=0.0)
-        x_tile = tl.load(x + token[:, None] * x_width + x_column[None, :], mask=present[:, None], other=0.0)
+        x_present = present[:, None] & live[None, :]
+        x_tile = tl.load(x + token[:, None] * x_width + x_column[None, :], mask=x_present, other=0.0)
         if WIDEN:
             dy_tile, x_tile = dy_tile.to(tl.float32), x_tile.to(tl.float32)
-        total = tl.dot(dy_tile, x_tile, total, input_precision="ieee")
-    place = partial + tl.program_id(0).to(tl.int64) * (BLOCK * BLOCK) + outer[:, None] * BLOCK + outer[None, :]
-    tl.store(place, total)
+        total = tl.dot(dy_tile, x_tile, total, input_precision="tf32" if TF32 else "ieee")
+    place = (span * n_blocks + number).to(tl.int64) * (BLOCK * BLOCK) + wide % BLOCK
+    tl.store(partial + outer[:, None] * BLOCK + place[None, :], total, mask=live[None, :])
 
 
 INTERPRETED = not isinstance(_product, triton.JITFunction)  # TRITON_INTERPRET was set before the import
@@ -119,26 +133,26 @@ PRODUCT_CONFIGS = [
     triton.Config({"TOKENS": tokens}, num_warps=warps, num_stages=stages)
     for tokens, warps, stages in ((32, 4, 5), (64, 4, 2), (64, 4, 5), (128, 4, 3), (128, 8, 5))
 ]
-GRADIENT_CONFIGS = [triton.Config({}, warps, stages) for warps, stages in ((4, 2), (4, 4), (8, 3))]
-_KEY = ["BUCKET", "BLOCK"]  # Triton adds the dtypes of the tensors
+# 8 warps: a thread of 4 can't hold its share of 128×256 sums
+GRADIENT_CONFIGS = [triton.Config({}, num_warps=8, num_stages=stages) for stages in (2, 3, 4)]
+_KEY = ["BUCKET", "BLOCK", "TF32"]  # Triton adds the dtypes of the tensors
 tuned_product: Any = (
     _product if INTERPRETED else triton.autotune(configs=PRODUCT_CONFIGS, key=[*_KEY, "TRANSPOSED"])(_product)
 )
-tuned_gradient: Any = _gradient if INTERPRETED else triton.autotune(configs=GRADIENT_CONFIGS, key=_KEY)(_gradient)
+tuned_gradient: Any = (
+    _gradient if INTERPRETED else triton.autotune(configs=GRADIENT_CONFIGS, key=[*_KEY, "GROUP"])(_gradient)
+)
 
 
-def step_length(dtype: torch.dtype) -> int:
-    """Inputs of one step of a product, tokens of one of a gradient. Not tuned: the step is part of the sum's order.
-
-    chosen: float32 multiplies without tensor cores, so a short step compiles fast.
-    """
-    return 32 if dtype == torch.float32 else 64
+# Inputs of one step of a product, tokens of one of a gradient. Not tuned: the step is part of the sum's order.
+# chosen: without tensor cores, short steps compile fast, and the gradient's fit the registers of an A100
+STEP, FLOAT32_STEP, FLOAT32_GRADIENT_STEP = 64, 32, 16
 
 
-def splits_of(tokens: int, live_blocks: int) -> int:
-    """The number of spans in which a gradient's tokens are summed: more for few blocks and many tokens, so that all units work."""
+def splits_of(tokens: int, groups: int) -> int:
+    """The number of spans in which a gradient's tokens are summed: more for few groups and many tokens, so that all units work."""
     splits = 1
-    while splits < 32 and live_blocks * splits < GRADIENT_PROGRAMS and tokens > 2 * splits * SPLIT_TOKENS:
+    while splits < 32 and groups * splits < GRADIENT_PROGRAMS and tokens > 2 * splits * SPLIT_TOKENS:
         splits *= 2
     return splits
 
@@ -160,7 +174,8 @@ def _launch_product(x_NI: Tensor, values_V: Tensor, structure: Structure, block:
     kernel = tuned_product if INTERPRETED else wrap_triton(tuned_product)
     tensors = (x_NI, blocks_KBB, y_NO, pointers, sources, structure.transposed_numbers)
     sizes = (tokens, x_NI.shape[1], targets)
-    constants = {"BUCKET": _bucket(tokens), "BLOCK": block, "STEP": min(block, step_length(x_NI.dtype))}
+    step = FLOAT32_STEP if x_NI.dtype == torch.float32 else STEP
+    constants = {"BUCKET": _bucket(tokens), "BLOCK": block, "STEP": min(block, step), "TF32": multiplies_in_tf32()}
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (triton.cdiv(tokens, meta["TOKENS"]) * targets,)
@@ -189,13 +204,17 @@ def block_linear_grad_values(dy: Tensor, x: Tensor, structure: list[Tensor], blo
     if tokens == 0 or live_blocks == 0:
         return x.new_zeros(live_blocks * block**2, dtype=torch.float32)
     dy, x = dy.contiguous(), x.contiguous()
-    splits = splits_of(tokens, live_blocks)
+    groups, width = found.groups.shape
+    splits = splits_of(tokens, groups)
     partial_PBB = torch.empty(splits * live_blocks, block, block, dtype=torch.float32, device=x.device)
     kernel = tuned_gradient if INTERPRETED else wrap_triton(tuned_gradient)
-    tensors = (dy, x, partial_PBB, found.rows, found.columns)
-    sizes = (tokens, dy.shape[1], x.shape[1], live_blocks, (tokens + splits - 1) // splits)
-    constants = {"BUCKET": _bucket(tokens), "BLOCK": block, "TOKENS": step_length(x.dtype)}
-    kernel[(splits * live_blocks,)](*tensors, *sizes, **constants, WIDEN=INTERPRETED)
+    tensors = (dy, x, partial_PBB, found.groups, found.rows, found.columns)
+    sizes = (tokens, dy.shape[1], x.shape[1], groups, live_blocks, (tokens + splits - 1) // splits)
+    # a width that differs from layer to layer may be symbolic where this is compiled
+    constants = {"BUCKET": _bucket(tokens), "BLOCK": block, "GROUP": int(width), "TF32": multiplies_in_tf32()}
+    float32_step = FLOAT32_STEP if multiplies_in_tf32() else FLOAT32_GRADIENT_STEP
+    constants["TOKENS"] = float32_step if x.dtype == torch.float32 else STEP
+    kernel[(splits * groups,)](*tensors, *sizes, **constants, WIDEN=INTERPRETED)
     blocks_KBB = partial_PBB if splits == 1 else partial_PBB.view(splits, live_blocks, block, block).sum(dim=0)
     return values_of(blocks_KBB, found.inverse)
 

@@ -17,6 +17,10 @@ from supar_cli.sparse.masks import Mask
 
 # chosen: from the smallest tile of a tensor core up to what one program can accumulate
 BLOCKS: tuple[int, ...] = get_args(patterns.Block)
+GROUP_WIDTH = (
+    256  # chosen: of what a program accumulates of a gradient; 512 of a block of 128 would not fit the registers
+)
+MOST_PADDED = 1.25  # chosen: of a gradient's products; a third less to load is worth a quarter more to multiply
 
 
 class Structure(NamedTuple):
@@ -34,6 +38,7 @@ class Structure(NamedTuple):
     transposed_pointers: Tensor  # (in/b + 1,) first entry of each block column
     transposed_rows: Tensor  # (K,) block row of each entry, by column, then by row
     transposed_numbers: Tensor  # (K,) block number of each entry
+    groups: Tensor  # (groups, width) numbers of blocks of one block row, -1 where it has no more
 
 
 def structure_of(mask: Mask, block: int) -> Structure:
@@ -53,7 +58,8 @@ def structure_of(mask: Mask, block: int) -> Structure:
     order = order.reshape(-1)
     inverse = np.empty_like(order)
     inverse[order] = np.arange(order.size)
-    found = (order, inverse, pointers, rows, columns, transposed_pointers, rows[numbers], numbers)
+    groups = _groups(pointers, min(4, GROUP_WIDTH // block))
+    found = (order, inverse, pointers, rows, columns, transposed_pointers, rows[numbers], numbers, groups)
     dtype = np.int32 if order.size < 2**31 else np.int64
     return Structure(*(torch.from_numpy(numbers_of.astype(dtype)) for numbers_of in found))
 
@@ -68,6 +74,17 @@ def _live_blocks(alive: NDArray[np.bool_], block: int) -> NDArray[np.bool_]:
 
 def _pointers(counts: NDArray[np.int_]) -> NDArray[np.int_]:
     return np.concatenate([np.zeros(1, counts.dtype), np.cumsum(counts)])
+
+
+def _groups(pointers: NDArray[np.int_], width: int) -> NDArray[np.int_]:
+    """Blocks of one row each, `width` at a time, or half as many where the rows are too short for that."""
+    counts = np.diff(pointers)
+    lines = -(-counts // width)
+    if width > 1 and width * lines.sum() > MOST_PADDED * counts.sum():
+        return _groups(pointers, width // 2)
+    along = np.arange(lines.sum()) - np.repeat(_pointers(lines)[:-1], lines)
+    numbers = (np.repeat(pointers[:-1], lines) + along * width)[:, None] + np.arange(width)
+    return np.where(numbers < np.repeat(pointers[1:], lines)[:, None], numbers, -1)
 
 
 def blocks_of(values_V: Tensor, order: Tensor, block: int, dtype: torch.dtype) -> Tensor:

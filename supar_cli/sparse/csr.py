@@ -117,6 +117,7 @@ def _pattern(engine: Sparse) -> Tensor:
 
 def _bags(x_IN: Tensor, index_L: Tensor, starts: Tensor, values_L: Tensor) -> Tensor:
     """(N, O): each output a bag of rows of Xᵀ, summed with the values as weights."""
+    values_L = values_L.float()
     if not len(index_L) or not x_IN.numel():
         return x_IN.new_zeros(x_IN.shape[1], len(starts) - 1)
     return F.embedding_bag(index_L, x_IN, starts[:-1], mode="sum", per_sample_weights=values_L).t()

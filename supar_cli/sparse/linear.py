@@ -45,6 +45,19 @@ class Engine(nn.Module):
         return False
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """As torch casts a linear layer: autocast's dtype where it is on, except for float64."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def multiplies_in_tf32() -> bool:
+    """Whether float32 products on CUDA are made by tensor cores, of factors rounded to TensorFloat32's 11 bits."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 class Linear(nn.Module):
     """Linear map (…, in) → (…, out). `weight` is (out, in) or, once masked, (live,); filled by `prepare`, not here."""
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import gc
 import os
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -20,19 +22,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from supar_cli.errors import PeerLost, SetupError, SuparError
 from supar_cli.files import write_file
+from supar_cli.sparse.linear import Linear
 from supar_cli.training.launch.environment import LAUNCH_DIR, SIGNAL_FILE, is_rank_process
 
 T = TypeVar("T")
 P = ParamSpec("P")
 Parallelism = Literal["alone", "ddp", "fsdp"]
 StopReason = Callable[[], str | None]  # says why to stop now; None to go on
+
+# chosen: for how long a rank waits for another in one call. One may read a terabyte of data that the others need not read,
+# compile for minutes, or write a checkpoint to a slow disk, for all of which torch's half an hour may be too short
+PEER_TIMEOUT = timedelta(hours=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +107,10 @@ class Ranks:
 
     @contextmanager
     def translate_peer_errors(self) -> Iterator[None]:
-        """Turn an error of torch into PeerLost if its cause is that another process is gone."""
+        """Turn an error of torch into PeerLost if its cause is that another process is gone, or hangs.
+
+        A collective of NCCL that takes too long raises nothing: torch's watchdog says so and ends this process by SIGABRT.
+        """
         try:
             yield
         except RuntimeError as error:
@@ -108,13 +118,19 @@ class Ranks:
             is_gloo = any(word in str(error) for word in ("gloo", "Gloo", "by peer"))
             if not self.is_distributed or not (is_gloo or isinstance(error, dist.DistError)):
                 raise
-            what = "another process of this run is gone; the same command continues from the last checkpoint"
-            raise PeerLost(what) from None
+            is_late = "timed out" in str(error).lower()
+            what = (
+                f"hangs or is gone: it has not answered for {PEER_TIMEOUT.total_seconds() / 60:g} minutes"
+                if is_late
+                else "is gone"
+            )
+            remedy = "the same command continues from the last checkpoint"
+            raise PeerLost(f"another process of this run {what}; {remedy}") from None
 
     def new_group(self, is_default_backend: bool = False) -> Ranks:
         """The same ranks with a group of their own, for calls from another thread or pass. Every rank calls it."""
         backend = None if is_default_backend else "gloo"
-        return replace(self, group=dist.new_group(backend=backend) if self.is_distributed else None)
+        return replace(self, group=_new_group(backend) if self.is_distributed else None)
 
 
 ALONE = Ranks()
@@ -129,9 +145,9 @@ def collective_error(kind: type[SuparError], text: str) -> SuparError:
 
 @contextmanager
 def init_distributed() -> Iterator[Ranks]:
-    """Join the ranks of this run; at the end, wait for all of them unless one has failed.
+    """Join the ranks of this run; at the end, wait for all of them unless one has failed, and leave the group.
 
-    A model that is trained inside has to be released inside. Raises PeerLost if another process is gone.
+    A model that is trained inside has to be released inside. Raises PeerLost if another process is gone, or hangs.
     """
     if not is_rank_process():
         yield ALONE
@@ -151,19 +167,39 @@ def init_distributed() -> Iterator[Ranks]:
             # torchrun keeps one store for all its restarts, in which gloo would find the addresses of the previous one
             prefix = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size}"
             backend = "cpu:gloo,cuda:nccl" if has_both else "gloo"
-            dist.init_process_group(backend, store=PrefixStore(prefix, store), rank=rank, world_size=size)
+            store = PrefixStore(prefix, store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PEER_TIMEOUT)
         else:  # a script's own group, which may be for tensors on CUDA only
-            ranks = replace(ranks, group=dist.new_group(backend="gloo"))
-        try:
+            ranks = replace(ranks, group=_new_group("gloo"))
+        with _leaving(ranks.group or dist.group.WORLD):
             yield ranks
+
+
+@contextmanager
+def _leaving(group: Any) -> Iterator[None]:
+    """At the end, wait for all ranks unless this one has failed alone, and leave the group; the default one with all others."""
+    try:
+        try:
+            yield
         except SuparError as error:
             if error.is_collective:
-                dist.barrier(ranks.group)
+                dist.barrier(group)
             raise
-        dist.barrier(ranks.group)  # wait for all: a launcher ends the others when the first one ends
-        if is_ours:
-            gc.collect()  # release DDP's models first: one that outlives the group deadlocks when it is freed
-            dist.destroy_process_group()
+        dist.barrier(group)  # wait for all: a launcher ends the others when the first one ends
+    except BaseException as error:
+        cause: BaseException | None = error
+        while cause is not None:  # the frames that errors came through hold the model
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__context__
+        group.abort()  # else NCCL would wait for what its peers were to do
+        raise
+    finally:
+        gc.collect()  # release DDP's models first: one that outlives the group deadlocks when it is freed
+        dist.destroy_process_group(group)
+
+
+def _new_group(backend: str | None) -> Any:
+    return dist.new_group(backend=backend, timeout=PEER_TIMEOUT)
 
 
 class StopRequest:
@@ -196,33 +232,74 @@ def local_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def compile_parts(model: nn.Module, blocks: list[nn.Module]) -> None:
+    """Compile each block of a model by itself, in place, so that equal ones share a graph, and its `compiled_methods`.
+
+    Once a block's backward pass is done, its gradients can be sent while those of others are computed.
+    """
+    _allow_for_blocks(len(blocks))
+    for part in blocks or [model]:
+        part.compile()
+    for name in getattr(model, "compiled_methods", ()):
+        setattr(model, name, torch.compile(getattr(model, name)))
+
+
+def _allow_for_blocks(count: int) -> None:
+    """Set torch.compile, in this process, for models of `count` blocks."""
+    config = torch._dynamo.config
+    # masks drawn weight by weight have another number of live weights in each block: one graph for all of them
+    config.force_parameter_static_shapes = False
+    # blocks that are unlike each other have two graphs each, with gradients and without; beyond the limit they run eagerly
+    config.recompile_limit = max(config.recompile_limit, 8 + 2 * count)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 8 + 2 * count)
+    config.optimize_ddp = False  # it would cut the graph of a block where a bucket of DDP ends
+
+
 class Parallel:
     """A model as the ranks hold it: whole in each with averaged gradients (DDP), or every tensor in shards (FSDP2).
 
-    A training step calls `model`; `inner` is the model without DDP, for passes without communication. FSDP2 gathers one of
-    the model's `blocks` at a time.
+    A training step calls `model`; `inner` is the model without DDP, for passes without communication. A model's `blocks`
+    are compiled one by one, and FSDP2 gathers one of them at a time: what its linear layers multiply with in `precision`, all
+    else, and gradients, in float32.
     """
 
-    def __init__(self, kind: Parallelism, model: nn.Module, device: torch.device, compiles: bool, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        kind: Parallelism,
+        model: nn.Module,
+        device: torch.device,
+        compiles: bool,
+        ranks: Ranks,
+        precision: torch.dtype = torch.float32,
+    ) -> None:
         self.kind, self.device, self.ranks, self.is_sharded = kind, device, ranks, kind == "fsdp"
-        self.model = model
+        self.compiles = compiles
+        self.model = self.inner = model
+        blocks = list(getattr(model, "blocks", ()))
+        if compiles:
+            compile_parts(model, blocks)
         if kind == "fsdp":
             mesh = init_device_mesh(device.type, (ranks.size,))
-            for block in getattr(model, "blocks", ()):
-                if compiles:
-                    block.compile()
-                fully_shard(block, mesh=mesh)
+            policy = MixedPrecisionPolicy(precision, torch.float32, cast_forward_inputs=False)
+            norms = list[nn.Module]()
+            if (
+                precision != torch.float32
+            ):  # what computes in float32 all the same is gathered so, with the rest of the model
+                norms = [one for block in blocks for one in block.modules() if not isinstance(one, Linear)]
+                norms = [one for one in norms if list(one.parameters(recurse=False))]
+            apart = {tensor for one in norms for tensor in one.parameters()}
+            for block in blocks:
+                fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=apart)
+            model.norms = nn.ModuleList(norms)  # where FSDP2 finds them: it looks into no block again
             fully_shard(model, mesh=mesh)
-        elif compiles:
-            self.model = torch.compile(model)  # type: ignore[assignment]
-        self.inner = self.model
-        if kind == "ddp":
+            del model.norms
+        elif kind == "ddp":
             devices = [device] if device.type == "cuda" else None
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames an option, 2.11 lacks the new name
                 # an engine's buffers are equal on all ranks, and no forward pass writes to them
                 self.model = DistributedDataParallel(
-                    self.model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+                    model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
                 )
 
     def gradient_sync(self, is_last: bool) -> AbstractContextManager[None]:
@@ -236,12 +313,11 @@ class Parallel:
     @contextmanager
     def forward_only(self, with_hooks: bool = False) -> Iterator[None]:
         """For forward passes without backward ones, which every rank makes; `with_hooks` if hooks have to see each layer."""
-        if not isinstance(self.model, FSDPModule):
+        is_eager = with_hooks and self.compiles
+        with torch.compiler.set_stance("force_eager") if is_eager else nullcontext():
             yield
-            return
-        with torch.compiler.set_stance("force_eager" if with_hooks else "default"):
-            yield
-        self.model.reshard()
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()
 
     def norms(self, gradients: list[Tensor]) -> Tensor:
         """The norm of each whole gradient, from this rank's shards."""

@@ -49,6 +49,10 @@ class MaskUpdates:
         """Whether tensors whose masks change are stored whole after a step."""
         return self.schedule is not None and self.schedule.stores_dense(step)
 
+    def changes_masks(self, step: int) -> bool:
+        """Whether masks change after a step."""
+        return self.schedule is not None and self.schedule.is_update(step)
+
     def is_reported(self, step: int) -> bool:
         """Whether a record is due because masks changed after a step; not where they do after every one."""
         return self.schedule is not None and self.schedule.updates.every_steps > 1 and self.schedule.is_update(step)
@@ -94,7 +98,7 @@ class MaskUpdates:
                 model.linear(row.name).watch = None
 
     def _grows_by_gradient(self, step: int) -> bool:
-        return self._by_gradient and self.schedule is not None and self.schedule.is_update(step)
+        return self._by_gradient and self.changes_masks(step)
 
     def _score(self, mask: Mask, row: PlanTensor, step: int, is_last: bool, x: Tensor, gradient: Tensor) -> None:
         """Choose what grows by the dense gradient (out, in), summed over micro-batches and ranks."""

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from supar_cli.sparse.linear import Linear
 from supar_cli.training.distributed import Parallel, local_shard
+from supar_cli.training.prepare import SparseModel
 from supar_cli.training.runtime import Runtime
+from supar_cli.training.step import LaunchedStep
 
 # measured: in 20 healthy SμPar steps the authors' model grows an MLP output 46-fold (reference run supar-s0.9375), so
 # the alarm is far above that. chosen: a thousandfold.
@@ -37,6 +39,23 @@ def activation_sizes(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, 
         model(*inputs)
     found = torch.stack([*sizes.values()]).tolist() if sizes else []  # a device is waited for once
     return dict(zip(sizes, found, strict=True))
+
+
+def why_not_finite(
+    loss: float,
+    step: LaunchedStep,
+    sparse_model: SparseModel,
+    inputs: tuple[Tensor, ...],
+    parallel: Parallel,
+    runtime: Runtime,
+) -> str:
+    """Which value of a step with these inputs and this loss of all ranks is not finite. Every rank calls it."""
+    if not math.isfinite(loss):
+        is_own = not math.isfinite(float(step.own_loss))
+        return f"the loss is {loss}; {first_not_finite(sparse_model.model, inputs, parallel, runtime, is_own)}"
+    by_tensor = zip(sparse_model.tensors, step.norms.tolist(), strict=True)
+    name = next((name for name, value in by_tensor if not math.isfinite(value)), "the model")
+    return f"the gradient of {name} is not finite"
 
 
 def first_not_finite(

@@ -18,7 +18,8 @@ def build(plan: Plan, tensors: Mapping[str, nn.Parameter]) -> torch.optim.Optimi
     """AdamW or SGD, fused where torch can, with one group for each distinct (lr, weight decay, epsilon).
 
     Each group has its `peak_lr`, `peak_decay`, the `names` of its tensors, and the `row` of one whose density moves; all
-    others have as many weights and live ones. The plan and `tensors` must name the same tensors.
+    others have as many weights and live ones. Where a step is a CUDA graph, rates are tensors on the device, which the graph
+    reads. The plan and `tensors` must name the same tensors.
     """
     moving = MaskSchedule.of(plan)
     grouped: dict[tuple[float, ...], dict[str, Any]] = {}
@@ -41,9 +42,14 @@ def build(plan: Plan, tensors: Mapping[str, nn.Parameter]) -> torch.optim.Optimi
     if sorted(row.name for row in plan.tensors) != sorted(tensors):
         raise AssertionError("a tensor is in no parameter group or in two")
     groups = list(grouped.values())
-    fused = next(iter(tensors.values())).device.type in ("cpu", "cuda")
+    device = next(iter(tensors.values())).device
+    fused, has_graph = device.type in ("cpu", "cuda"), plan.run.cuda_graph == "on"
+    if has_graph:
+        for group in groups:
+            group["lr"] = torch.zeros((), device=device)
     if plan.train.optimizer == "adamw":
-        return torch.optim.AdamW(groups, betas=(plan.train.betas[0], plan.train.betas[1]), fused=fused)
+        betas = (plan.train.betas[0], plan.train.betas[1])
+        return torch.optim.AdamW(groups, betas=betas, fused=fused, capturable=has_graph)
     is_sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())  # fused SGD can't update them
     return torch.optim.SGD(groups, lr=0.0, momentum=plan.train.momentum, fused=fused and not is_sharded)
 
@@ -66,10 +72,14 @@ def set_rates(
 ) -> None:
     """Set every group's learning rate to its peak times `factor`, and rate and decay by the density after `step` steps."""
     for group in optimizer.param_groups:
-        group["lr"], row = group["peak_lr"] * factor, group["row"]
+        lr, row = group["peak_lr"] * factor, group["row"]
         if moving is not None and row is not None:
-            group["lr"] *= moving.rate_factor(row, step)
+            lr *= moving.rate_factor(row, step)
             group["weight_decay"] = group["peak_decay"] * moving.decay_factor(row, step)
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def folds(plan: Plan, tensors: Iterable[str]) -> torch.Tensor:

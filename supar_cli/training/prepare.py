@@ -142,8 +142,8 @@ def draw_masks(plan: Plan) -> dict[str, Mask]:
 def wanted_mask(plan: Plan, row: PlanTensor) -> WantedMask:
     """What the plan says of a tensor's mask."""
     sparsity = plan.sparsity
-    even_rows = sparsity.block_rows == "even"
-    return WantedMask(tuple(row.shape), row.kept, tuple(row.fan_in_axes), sparsity.pattern, sparsity.block, even_rows)
+    even_rows, shape, axes = sparsity.block_rows == "even", tuple(row.shape), tuple(row.fan_in_axes)
+    return WantedMask(shape, row.kept, axes, sparsity.pattern, sparsity.block, even_rows, sparsity.draw)
 
 
 def require_same_tensors(plan: Plan, build_model: Callable[[Plan], nn.Module] = transformer) -> None:
@@ -238,7 +238,7 @@ class EngineSelector:
     def __init__(self, plan: Plan, runtime: Runtime, ranks: Ranks, units: int, sharded: bool) -> None:
         self.plan, self.choices, self._ranks = plan, dict[str, EngineChoice](), ranks
         self.case = LayerCase(runtime.device, runtime.precision, units, plan.sparsity.block, sharded)
-        self._rows = {row.name: row for row in plan.tensors}
+        self._rows, self._products = {row.name: row for row in plan.tensors}, runtime.products
         self._fastest: dict[tuple[object, ...], EngineChoice] = {}  # layers of one shape and size share a measurement
 
     def choose(self, masks: Mapping[str, Mask]) -> list[str]:
@@ -253,7 +253,8 @@ class EngineSelector:
         for name, mask in masks.items():
             if alike[name] in new - set(self._fastest):
                 limit_s = autotune.MOST_SECONDS / len(new)
-                self._fastest[alike[name]] = self._ranks.on_main(autotune.fastest, mask, self.case, limit_s)
+                with self._products():
+                    self._fastest[alike[name]] = self._ranks.on_main(autotune.fastest, mask, self.case, limit_s)
             is_auto = named[name] == "auto"
             self.choices[name] = self._fastest[alike[name]] if is_auto else EngineChoice(named[name], {})
             if is_auto and alike[name] in new and self.choices[name] != EngineChoice("dense", {}):

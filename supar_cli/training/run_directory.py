@@ -265,6 +265,28 @@ def _records(path: Path, done: int) -> Iterator[dict[str, Any]]:
             yield record
 
 
+def result_document(
+    plan: Plan, history: RunHistory, data: str, masks: dict[str, str], live_parameters: int, environment: Record
+) -> Record:
+    """The result document of a run: losses, sizes, environment, and the hashes of `data` and `masks` that identify it."""
+    losses = history.losses
+    return {
+        "kind": "supar.result/v1",
+        "plan": plan.hash(),
+        "data": data,
+        "masks": masks,
+        "steps": len(losses),
+        "train_loss": losses[-1] if losses and math.isfinite(losses[-1]) else None,
+        "validation_loss": history.evaluations[-1][1] if history.evaluations else None,
+        "clipped_share": history.clipped_share,
+        "parameters": plan.parameters,
+        "live_parameters": live_parameters,
+        "resumed_at": history.resumed_at,
+        "seconds": history.seconds,
+        "environment": environment,
+    }
+
+
 def write_result(directory: Path, result: Record) -> None:
     """Write a run's result.json. Raises SetupError if it can't be written."""
     with naming_write_errors(directory):

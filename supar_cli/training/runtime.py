@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,17 @@ def device_name(device: torch.device) -> str:
     return f"cpu ({torch.get_num_threads()} threads)"
 
 
+def used_device() -> dict[str, str]:
+    """The name of the CUDA device that this process has used as `cuda`, for records of its runs; nothing if none."""
+    is_used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return {"cuda": torch.cuda.get_device_name()} if is_used else {}
+
+
 def device_of(word: str, ranks: Ranks = ALONE) -> torch.device:
-    """The device of this process by a word. Raises SetupError if the machine lacks it, InputError for an unknown word."""
+    """The device of this process by a word. Raises SetupError if the machine lacks it, InputError for an unknown word.
+
+    It takes none of the device's memory, as a process whose workers compute asks too.
+    """
     if word == "auto":
         word = "cuda" if torch.cuda.is_available() else "cpu"
     device = None
@@ -97,9 +107,24 @@ def device_of(word: str, ranks: Ranks = ALONE) -> torch.device:
         device = torch.device("cuda", 0 if torch.cuda.device_count() == 1 else ranks.local_rank)
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         raise SetupError(f"run.device: {device}: torch {torch.__version__} finds no such device on this machine")
-    # torch selects devices by number only
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = device.index  # torch selects devices by number only
+    if index is None:  # the current device is the first one until CUDA is used, which to ask for it would do
+        is_used: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        index = torch.cuda.current_device() if is_used else 0
     return torch.device("cuda", index)
+
+
+def batch_shares(plan: Plan, ranks: Ranks = ALONE) -> tuple[int, int]:
+    """The sequences of a process in a step, and in one of its passes. Raises InputError where they divide nothing evenly."""
+    rows, left = divmod(plan.train.batch_size, ranks.size)
+    if left:
+        what = f"{plan.train.batch_size} sequences can't be shared evenly by {ranks.size} processes"
+        raise InputError(f"train.batch_size: {what}")
+    micro = plan.run.micro_batch_size or rows
+    if rows % micro:
+        what = "the batch size" if ranks.size == 1 else f"a process's share of {ranks.size} of the batch,"
+        raise InputError(f"run.micro_batch_size: {micro} does not divide {what} {rows}; expected a divisor")
+    return rows, micro
 
 
 def require_own_devices(device: torch.device, ranks: Ranks) -> None:
@@ -133,7 +158,8 @@ def device_thread(device: torch.device, name: str) -> ThreadPoolExecutor:
 class Runtime:
     """How a plan runs on this machine. `micro_batch` and `rows`, its share of the batch, are sequences of one process.
 
-    `why_eager`: what is missing to compile, where the plan leaves it to the machine.
+    `precision` is that of products' factors, which `is_tf32` rounds to TensorFloat32. `why_eager`: what is missing to compile,
+    where the plan leaves it to the machine. `has_graph`: a step is one CUDA graph.
     """
 
     device: torch.device
@@ -142,6 +168,8 @@ class Runtime:
     micro_batch: int
     rows: int
     why_eager: str | None = None
+    is_tf32: bool = False
+    has_graph: bool = False
 
     @classmethod
     def of(cls, plan: Plan, ranks: Ranks = ALONE) -> Runtime:
@@ -152,35 +180,53 @@ class Runtime:
         word = plan.run.precision
         native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         bf16 = native if word == "auto" else word == "bfloat16"
+        is_tf32 = word == "tf32"
+        if is_tf32 and not (cuda and torch.cuda.get_device_capability(device) >= (8, 0)):
+            what = f"tf32 needs a CUDA device of compute capability 8.0 or more, which {device_name(device)} is not"
+            raise SetupError(f"run.precision: {what}; expected auto, float32 or bfloat16")
         compiles, lack = plan.run.compile == "on", None
         if cuda and plan.run.compile != "off":
             lack = what_triton_lacks(device)
             if compiles and lack is not None:
                 raise SetupError(f"run.compile: on, but {lack}; expected auto or off on this machine")
             compiles = lack is None
-        rows, left = divmod(plan.train.batch_size, ranks.size)
-        if left:
-            what = f"{plan.train.batch_size} sequences can't be shared evenly by {ranks.size} processes"
-            raise InputError(f"train.batch_size: {what}")
-        micro = plan.run.micro_batch_size or rows
-        if rows % micro:
-            what = "the batch size" if ranks.size == 1 else f"a process's share of {ranks.size} of the batch,"
-            raise InputError(f"run.micro_batch_size: {micro} does not divide {what} {rows}; expected a divisor")
-        return cls(device, torch.bfloat16 if bf16 else torch.float32, compiles, micro, rows, lack)
+        rows, micro = batch_shares(plan, ranks)
+        has_graph = plan.run.cuda_graph == "on"
+        if has_graph:
+            _require_graph(plan, device, ranks)
+        precision = torch.bfloat16 if bf16 else torch.float32
+        return cls(device, precision, compiles, micro, rows, lack, is_tf32, has_graph)
 
     def to_device(self, batch: tuple[torch.Tensor, ...], rows: slice = slice(None)) -> tuple[torch.Tensor, ...]:
         """These rows of a batch's tensors on the device."""
         return tuple(tensor[rows].to(self.device, non_blocking=True) for tensor in batch)
 
     def peak_share(self, flops_per_unit: float | None, units_per_s: float) -> float | None:
-        """The FLOP/s of this process divided by its device's dense bf16 peak; None if one is unknown, or in float32.
+        """The FLOP/s of this process divided by its device's dense peak; None if one is unknown, or in float32.
 
-        Masked weights count as dense: that is what is computed.
+        Masked weights count as dense: that is what is computed. In TF32 the datasheets' peaks are half of those in bf16.
         """
-        if self.device.type != "cuda" or flops_per_unit is None or self.precision != torch.bfloat16:
+        share_of_bf16 = {"bfloat16": 1.0, "tf32": 0.5}.get(self.precision_name)
+        if self.device.type != "cuda" or flops_per_unit is None or share_of_bf16 is None:
             return None
         peak = peak_flops(torch.cuda.get_device_name(self.device))
-        return None if peak is None else units_per_s * flops_per_unit / peak
+        return None if peak is None else units_per_s * flops_per_unit / (share_of_bf16 * peak)
+
+    @property
+    def precision_name(self) -> str:
+        """The word for it in documents: float32, tf32 or bfloat16."""
+        return "tf32" if self.is_tf32 else str(self.precision).removeprefix("torch.")
+
+    def environment(self, processes: int, parallel: Parallelism) -> dict[str, Any]:
+        """What a run's result says of where it was made."""
+        return {
+            **versions(),
+            "device": device_name(self.device),
+            "processes": processes,
+            "parallel": parallel,
+            "precision": self.precision_name,
+            "compiled": self.compiles,
+        }
 
     @property
     def warnings(self) -> list[str]:
@@ -188,10 +234,45 @@ class Runtime:
         what = "bfloat16 on a CPU without units for it takes several times as long as float32"
         return [f"run.precision: {what}; expected float32"] if is_slow(self.device, self.precision) else []
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        if self.precision == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.precision)
+    @contextmanager
+    def products(self) -> Iterator[None]:
+        """Inside, CUDA multiplies in this precision, whatever the process has set, and adds up in float32 alone."""
+        if self.device.type == "cpu":
+            yield
+            return
+        wanted = {"fp32_precision": "tf32" if self.is_tf32 else "ieee", "allow_bf16_reduced_precision_reduction": False}
+        matmul = torch.backends.cuda.matmul
+        before = {name: getattr(matmul, name) for name in wanted}
+        try:
+            for name, value in wanted.items():
+                setattr(matmul, name, value)
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(matmul, name, value)
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """For forward passes, in this precision."""
+        is_cast = self.precision != torch.float32
+        with self.products(), torch.autocast(self.device.type, self.precision) if is_cast else nullcontext():
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """The gradients of a loss, in this precision."""
+        with self.products():
+            torch.autograd.backward(loss)
+
+
+def _require_graph(plan: Plan, device: torch.device, ranks: Ranks) -> None:
+    """Raise InputError, or SetupError of this machine, where a plan's step can't be one CUDA graph."""
+    if device.type != "cuda":
+        raise SetupError(f"run.cuda_graph: on, but the device is {device}; expected off, or a CUDA device")
+    why = "several processes exchange gradients" if ranks.is_distributed else None
+    if plan.sparsity.updates is not None:
+        why = "masks move while it trains (sparsity.updates)"
+    if why is not None:
+        raise InputError(f"run.cuda_graph: on, but {why}; expected off")
 
 
 def choose_parallelism(plan: Plan, runtime: Runtime, ranks: Ranks) -> tuple[Parallelism, str]:
@@ -226,7 +307,7 @@ def require_host_memory(plan: Plan, runtime: Runtime, ranks: Ranks) -> None:
     Each process builds the model in host memory: masks and live values, and all the rest if it trains on the CPU.
     """
     masked = sum(row.size for row in plan.tensors if row.kept < row.size)
-    needed_bytes = masked + 4 * estimate.start_live(plan.tensors, plan) + estimate.squared_bytes(plan, 0, 4)
+    needed_bytes = masked + 4 * estimate.start_live(plan.tensors, plan) + estimate.squared_bytes(plan, 0)
     if runtime.device.type == "cpu":
         needed_bytes = masked + estimate.state_bytes(plan, "sparse", 4)
         needed_bytes += estimate.activation_bytes(plan, runtime.micro_batch, runtime.precision.itemsize)

@@ -35,15 +35,17 @@ class State:
 
     @classmethod
     def capture(cls, step: int, model: SparseModel, optimizer: torch.optim.Optimizer, gather: bool = False) -> State:
-        """Copy the state to host memory, so that training may go on.
+        """Copy the state to host memory, so that training may go on: from a device to pinned memory, waiting for it once.
 
-        Shards stay shards. With `gather` every rank, and all must call it, gets whole tensors.
+        Shards stay shards. With `gather` every rank, and all must call it, gets whole tensors, not pinned.
         """
         values = {name: _host_copy(tensor, gather) for name, tensor in model.tensors.items()}
         moments = {}
         for name, tensor in model.tensors.items():
             kept = {key: value for key, value in optimizer.state[tensor].items() if value is not None}
             moments[name] = {key: _host_copy(torch.as_tensor(value), gather) for key, value in kept.items()}
+        if any(tensor.is_cuda for tensor in model.tensors.values()):
+            torch.cuda.current_stream().synchronize()
         return cls(step, dict(model.masks), values, moments)
 
     @classmethod
@@ -93,7 +95,8 @@ class State:
 
 def _host_copy(tensor: Tensor, gather: bool) -> Tensor:
     whole = tensor.full_tensor() if gather and isinstance(tensor, DTensor) else tensor
-    return whole.detach().to("cpu", copy=True).contiguous()
+    # torch copies to pinned memory where it does not wait, and keeps that for the next checkpoint
+    return whole.detach().contiguous().to("cpu", non_blocking=not gather, copy=True)
 
 
 SECOND_MOMENT = "exp_avg_sq"  # torch's name of Adam's

@@ -6,10 +6,13 @@ the task. Only the task knows what the tensors hold.
 
 from __future__ import annotations
 
-import functools
+import itertools
 import json
 import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -17,7 +20,6 @@ from torch import Tensor, nn
 
 from supar_cli.data import batches
 from supar_cli.errors import InputError
-from supar_cli.models.transformer import loss_of
 from supar_cli.planning.plan import Data, Plan
 from supar_cli.training.distributed import Parallel, Ranks
 from supar_cli.training.runtime import Runtime, device_thread
@@ -93,9 +95,8 @@ class NextToken:
         return batch[:1]
 
     def loss(self, model: nn.Module, batch: Batch, chunk: int | None) -> Tensor:
-        """Mean cross-entropy in nats per token, in float32 whatever the logits' precision."""
-        inputs_BT, targets_BT = batch
-        return loss_of(model, inputs_BT, targets_BT, chunk)
+        """Mean cross-entropy in nats per token, which the model returns where it is given targets."""
+        return model(*batch, chunk)  # type: ignore[no-any-return]
 
     def evaluate(self, model: nn.Module, batch: Batch, chunk: int | None) -> dict[str, Tensor]:
         return {"validation_loss": self.loss(model, batch, chunk)}
@@ -111,10 +112,10 @@ def evaluate(task: Task, parallel: Parallel, runtime: Runtime, chunk: int | None
     count = task.held_out_rows // rows
     own: dict[str, list[Tensor]] = {}
     with parallel.forward_only():
-        for index in range(ranks.rank, count, ranks.size):
-            batch = runtime.to_device(task.held_out(index, count, rows))
+        own_numbers = range(ranks.rank, count, ranks.size)
+        for batch in made_ahead(lambda index: task.held_out(index, count, rows), own_numbers, runtime.device):
             with runtime.autocast():
-                means = task.evaluate(parallel.inner, batch, chunk)
+                means = task.evaluate(parallel.inner, runtime.to_device(batch), chunk)
             for name, mean in means.items():
                 own.setdefault(name, []).append(mean)
     record: dict[str, float] = {}
@@ -128,27 +129,40 @@ def evaluate(task: Task, parallel: Parallel, runtime: Runtime, chunk: int | None
     return record
 
 
+def made_ahead(make: Callable[[int], Batch], numbers: Iterable[int], device: torch.device) -> Iterator[Batch]:
+    """The batches of these numbers, in host memory. For CUDA a thread makes the next one ahead, in pinned memory."""
+    if device.type != "cuda":
+        yield from map(make, numbers)
+        return
+    with device_thread(device, "batches") as thread:
+        made = deque[Future[Batch]]()
+        for number in numbers:
+            made.append(thread.submit(lambda at: tuple(tensor.pin_memory() for tensor in make(at)), number))
+            if len(made) == 2:
+                yield made.popleft().result()
+        yield from (batch.result() for batch in made)
+
+
 class BatchLoader:
-    """One rank's rows of a task's batches. For CUDA a thread makes the next batch ahead, in pinned memory."""
+    """One rank's rows of a task's batches, made ahead where steps follow each other."""
 
     def __init__(self, task: Task, runtime: Runtime, ranks: Ranks) -> None:
-        self._task, self._rows = task, slice(ranks.rank * runtime.rows, (ranks.rank + 1) * runtime.rows)
-        self._thread = device_thread(runtime.device, "batches") if runtime.device.type == "cuda" else None
-        self._next: tuple[int, Future[Batch]] | None = None
+        rows = slice(ranks.rank * runtime.rows, (ranks.rank + 1) * runtime.rows)
+        self._make, self._device = lambda step: task.batch(step, rows), runtime.device
+        self._batches: Iterator[Batch] | None = None
+        self._step = 0
 
     def get(self, step: int) -> Batch:
         """This rank's rows of a step's batch, in host memory."""
-        if self._thread is None:
-            return self._task.batch(step, self._rows)
-        batch = self._next[1].result() if self._next is not None and self._next[0] == step else self._make(step)
-        self._next = step + 1, self._thread.submit(self._make, step + 1)
+        batches, self._batches = self._batches, None  # an error ends them
+        if batches is None or step != self._step:
+            batches = made_ahead(self._make, itertools.count(step), self._device)
+        batch = next(batches)
+        self._batches, self._step = batches, step + 1
         return batch
 
-    def _make(self, step: int) -> Batch:
-        return tuple(tensor.pin_memory() for tensor in self._task.batch(step, self._rows))
 
-
-@functools.lru_cache(maxsize=1)
+@lru_cache(maxsize=1)
 def _load_tokens(data: str, vocab: int, context: int) -> batches.Tokens:
     return batches.load(Data(**json.loads(data)), vocab=vocab, context=context)
 

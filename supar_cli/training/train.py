@@ -100,7 +100,8 @@ def _place(trainer: Trainer) -> str:
     runtime, ranks = trainer.runtime, trainer.ranks
     among = f" in {ranks.size} processes ({trainer.parallel.kind})" if ranks.is_distributed else ""
     compiled = "on" if runtime.compiles else f"off ({runtime.why_eager})" if runtime.why_eager else "off"
-    return f"{runtime.device}{among}, {str(runtime.precision).removeprefix('torch.')}, compile {compiled}"
+    graph = ", steps as one CUDA graph" * runtime.has_graph
+    return f"{runtime.device}{among}, {runtime.precision_name}, compile {compiled}{graph}"
 
 
 @contextmanager

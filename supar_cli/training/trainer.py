@@ -8,7 +8,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +19,15 @@ from supar_cli.planning.estimate import loss_chunk
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.masks import Mask
 from supar_cli.training import checkpoint, checkpoint_reader, distributed, optimizer, prepare, tasks, trackers
-from supar_cli.training.distributed import ALONE, Ranks, StopReason, collective_error
+from supar_cli.training.distributed import ALONE, Parallel, Ranks, StopReason, collective_error
 from supar_cli.training.mask_updates import MaskUpdates, remask_in_place
-from supar_cli.training.monitor import Monitor, activation_sizes, first_not_finite
+from supar_cli.training.monitor import Monitor, activation_sizes, why_not_finite
 from supar_cli.training.reporter import NullReporter, Reporter
-from supar_cli.training.run_directory import Metrics, RunHistory, is_finished, write_result
-from supar_cli.training.runtime import Runtime, choose_parallelism, device_name, require_host_memory, versions
+from supar_cli.training.run_directory import Metrics, RunHistory, is_finished, result_document, write_result
+from supar_cli.training.runtime import Runtime, choose_parallelism, require_host_memory
 from supar_cli.training.state import GrownMoments, State
-
-
-class StepResult(NamedTuple):
-    """Of the whole batch: the loss before the update, the gradient's norm before clipping, and on request that by role."""
-
-    loss: float
-    grad_norm: float
-    grad_norm_by_role: dict[str, float]
+from supar_cli.training.step import ClippedUpdate, LaunchedStep, StepResult, read_later
+from supar_cli.training.step_graph import StepGraph
 
 
 class Trainer:
@@ -66,6 +59,7 @@ class Trainer:
         self._updates, self.done = MaskUpdates(plan, self.ranks), 0
         self._build_model(kind)
         self._stop, self._monitor = distributed.StopRequest(self.ranks), Monitor()
+        self._late: LaunchedStep | None = None  # of which `run` has not read what it gave
         self.batch = tasks.BatchLoader(self.task, self.runtime, self.ranks).get
 
     def run(
@@ -85,48 +79,49 @@ class Trainer:
         plan, steps = self.plan, self.plan.train.steps
         if directory is not None and resume:
             self._restore_newest(directory)
-        self._stop, started_s = distributed.StopRequest(self.ranks, stop), time.perf_counter()
+        self._stop, self._late, started_s = distributed.StopRequest(self.ranks, stop), None, time.perf_counter()
         own, folder = directory if self.ranks.is_main else None, directory and directory / "checkpoints"
         with Metrics(own, self.done) as metrics:
-            history = metrics.history
             if metrics.damage:
                 self.reporter.warn(metrics.damage)
             if directory is not None and self.done == steps and self.ranks.on_main(is_finished, directory, plan):
-                return history
+                return metrics.history
             with (
                 trackers.Trackers(plan, own, self.done, self.reporter.warn) as tracked,
                 checkpoint.Writer(folder, plan, self.task.hash, self.parallel, metrics.sync, self.done) as checkpoints,
             ):
                 mark_s, marked = time.perf_counter(), self.done
                 for step in range(self.done, steps):
-                    if reason := self._stop.reason():
-                        raise self._preempted(reason, checkpoints)
-                    is_due = step % plan.run.log_every == 0 or step == steps - 1 or self._updates.is_reported(step + 1)
+                    reason, is_last = self._stop.reason(), step == steps - 1
+                    is_due = step % plan.run.log_every == 0 or is_last or self._updates.is_reported(step + 1)
                     is_logged = directory is not None and is_due
-                    found = self.step(diagnose=is_logged)
-                    self.reporter.progress(self.done, steps, found.loss)
-                    clipped = 0 < plan.train.grad_clip < found.grad_norm
-                    record: Record = {"step": self.done, "loss": found.loss, "clipped": clipped}
+                    is_evaluated = (step + 1) % plan.train.eval_every == 0 or is_last
+                    is_saved = (step + 1) % plan.run.checkpoint_every == 0 and not is_last
+                    if self._launch_ahead(metrics, bool(reason) or is_logged or is_evaluated or is_saved):
+                        continue
+                    if reason:
+                        raise self._preempted(reason, checkpoints)
+                    record = self._record(step + 1, found := self.step(diagnose=is_logged))
                     if is_logged:
                         record |= self._measurements(step, found, self.done - marked, time.perf_counter() - mark_s)
-                    if self.done % plan.train.eval_every == 0 or self.done == steps:
+                    if is_evaluated:
                         record |= self.evaluate()
                     metrics.write(record)
                     tracked.log(record)
-                    if self.done % plan.run.checkpoint_every == 0 and self.done < steps:
+                    if is_saved:
                         checkpoints.save(self.done, self.capture)
                     if "validation_loss" in record and on_evaluation is not None:
                         on_evaluation(self.done, record["validation_loss"])
                     if is_logged:
                         mark_s, marked = time.perf_counter(), self.done
-                if not self.ranks.on_main(lambda: steps in dict(history.evaluations)):  # its record is lost
-                    history.add({"step": steps, **self.evaluate()})
+                if not self.ranks.on_main(lambda: steps in dict(metrics.history.evaluations)):  # its record is lost
+                    metrics.history.add({"step": steps, **self.evaluate()})
                 checkpoints.save(self.done, self.capture)
                 checkpoints.wait()
-        history.seconds = time.perf_counter() - started_s
+        metrics.history.seconds = time.perf_counter() - started_s
         if own is not None:
-            write_result(own, self.result_document(history))
-        return history
+            write_result(own, self._result(metrics.history))
+        return metrics.history
 
     def step(self, diagnose: bool = False) -> StepResult:
         """Make one optimizer step, then change the masks if the plan says so.
@@ -135,38 +130,63 @@ class Trainer:
 
         Raises UnusableResult, before any weight changes, if the loss or a gradient is not finite.
         """
-        plan, train, micro_batch = self.plan, self.plan.train, self.runtime.micro_batch
-        batch, own_loss = self.batch(self.done), torch.zeros((), device=self.runtime.device)
-        rows = len(batch[0])
+        return self._read(self._launch(), diagnose)
+
+    def _launch_ahead(self, metrics: Metrics, is_needed: bool) -> bool:
+        """Launch a step, unless what it gives is needed at once, and record the one before while a CUDA device makes it."""
+        before, self._late = self._late, None
+        if self.update.runs_ahead and not (is_needed or self._updates.changes_masks(self.done + 1)):
+            self._late = self._launch()
+        if before is not None:
+            metrics.write(self._record(before.done + 1, self._read(before)))
+        return self._late is not None
+
+    def _launch(self) -> LaunchedStep:
+        """Make one optimizer step without waiting for the device, but where masks change after it."""
+        batch, factor = self.batch(self.done), optimizer.rate_factor(self.plan, self.done)
+        optimizer.set_rates(self.optimizer, factor, self._updates.schedule, self.done)
+        own_loss, norms, figures = self._graph.step(self._update_weights, batch)
+        launched = LaunchedStep(self.done, batch, own_loss, norms, read_later(figures))
+        self.done += 1
+        if self._updates.changes_masks(self.done):
+            self._read(launched)  # no mask changes after a step that is not finite
+        if changed := self._updates.after_step(self.sparse_model, self.done):
+            self.remask(changed, self._updates.grown)
+        return launched
+
+    def _update_weights(self, batch: tasks.Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Own loss (), norms (tensors,) and figures (loss, votes, norm) of a step. A CUDA graph of it must know no other value."""
+        plan, micro_batch, rows = self.plan, self.runtime.micro_batch, len(batch[0])
+        own_loss = torch.zeros((), device=self.runtime.device)
         for start in range(0, rows, micro_batch):
             is_last = start + micro_batch >= rows
             part = self.runtime.to_device(batch, slice(start, start + micro_batch))
             with self.parallel.gradient_sync(is_last), self._updates.watch(self.sparse_model, self.done + 1, is_last):
                 with self.runtime.autocast():
                     loss = self.task.loss(self.model, part, loss_chunk(plan, micro_batch)) * (micro_batch / rows)
-                torch.autograd.backward(loss)
+                self.runtime.backward(loss)
             own_loss += loss.detach()
         self._updates.mask_gradients(self.sparse_model, self.done + 1)
         gradients = [distributed.local_shard(t.grad) for t in self.sparse_model.tensors.values() if t.grad is not None]
         # with a multiplier a folded into it a parameter is a·w, and its gradient is that of w divided by a
         norms = self.parallel.norms(gradients) * self._folds
         own = torch.stack((own_loss / self.ranks.size, torch.full_like(own_loss, self._stop.vote())))
-        mean_loss, votes = self.ranks.sum(own).unbind()
-        loss_value, norm_value, vote_count = torch.stack((mean_loss, norms.norm(), votes)).tolist()
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            raise collective_error(UnusableResult, self._not_finite(loss_value, float(own_loss), norms, batch))
-        if train.grad_clip and norm_value > train.grad_clip:
-            torch._foreach_mul_(gradients, train.grad_clip / (norm_value + 1e-6))
-        factor = optimizer.rate_factor(plan, self.done)
-        optimizer.set_rates(self.optimizer, factor, self._updates.schedule, self.done)
-        self.optimizer.step()
+        figures = torch.cat((self.ranks.sum(own), norms.norm().view(1)))
+        self.update.apply(gradients, figures)
         self.sparse_model.sync_engines()
         self.optimizer.zero_grad(set_to_none=True)
-        self.done += 1
-        self._stop.votes = vote_count
-        if changed := self._updates.after_step(self.sparse_model, self.done):
-            self.remask(changed, self._updates.grown)
-        return StepResult(loss_value, norm_value, self.diagnostics(batch, norms) if diagnose else {})
+        return own_loss, norms, figures
+
+    def _read(self, launched: LaunchedStep, diagnose: bool = False) -> StepResult:
+        """What a step gave, once the device has computed it. Raises UnusableResult where it is not finite."""
+        loss, self._stop.votes, norm = launched.read()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.done = launched.done
+            self.update.allow_again(is_first=not self.done)
+            inputs = self.task.inputs(launched.batch)
+            why = why_not_finite(loss, launched, self.sparse_model, inputs, self.parallel, self.runtime)
+            raise collective_error(UnusableResult, f"step {self.done + 1}: {why}")
+        return StepResult(loss, norm, self.diagnostics(launched.batch, launched.norms) if diagnose else {})
 
     def evaluate(self) -> dict[str, float]:
         """The means over the task's held-out batches by name. Raises UnusableResult if the validation loss is not finite."""
@@ -191,10 +211,10 @@ class Trainer:
 
     def _build_model(self, kind: distributed.Parallelism, state: State | None = None) -> None:
         """Make the model, its wrapper and its optimizer, with initial values or from a state of whole tensors."""
-        plan, runtime, ranks = self.plan, self.runtime, self.ranks
+        plan, runtime, ranks, precision = self.plan, self.runtime, self.ranks, self.runtime.precision
         home = torch.device("cpu") if kind == "fsdp" else runtime.device  # FSDP2 moves the shards to the device
         masks = state.masks if state else ranks.run_on_all(prepare.make_masks, plan)
-        machine = {"device": runtime.device.type, "precision": str(runtime.precision)}
+        machine = {"device": runtime.device.type, "precision": runtime.precision_name}
         ranks.require_equal({**machine, "plan": plan.hash(), "data": self.task.hash, **_fingerprints(masks)})
         dense = self._updates.stores_dense(self.done)
         # collective: not inside `run_on_all`, where one rank may fail alone
@@ -203,11 +223,13 @@ class Trainer:
         self.sparse_model = ranks.run_on_all(prepare.prepare, plan, home, make, self._model_maker, masks, values, dense)
         if runtime.compiles:
             torch.compiler.reset()  # graphs of earlier models count towards the limit of recompilations
-        self.parallel = distributed.Parallel(kind, self.sparse_model.model, runtime.device, runtime.compiles, ranks)
+        self.parallel = Parallel(kind, self.sparse_model.model, runtime.device, runtime.compiles, ranks, precision)
         self.model = self.parallel.model
         self.sparse_model.tensors = named_tensors(self.sparse_model.model)
         self.optimizer = optimizer.build(plan, self.sparse_model.tensors)
+        self.update = ClippedUpdate(self.optimizer, plan.train.grad_clip)
         self._folds = optimizer.folds(plan, self.sparse_model.tensors).to(runtime.device)
+        self._graph = StepGraph(runtime)
         if state is not None:
             state.load_moments(self.sparse_model, self.optimizer)
         self._updates.begin(self.sparse_model, self.done)
@@ -229,14 +251,14 @@ class Trainer:
             self._rebuild(self.capture(gather=True).remasked(masks, grown))
             return
         self.ranks.require_equal(_fingerprints(masks))
+        self._graph = StepGraph(self.runtime)
         if not remask_in_place(self.sparse_model, self.optimizer, masks, grown, self.engines.make):
             torch.compiler.reset()  # graphs of the engines before count towards the limit of recompilations
 
     def _rebuild(self, state: State) -> None:
         kind = self.parallel.kind
-        del self.model, self.parallel, self.sparse_model, self.optimizer
-        if kind != "alone":
-            gc.collect()  # hooks of DDP and FSDP2 keep a model in cycles; free its memory for the next one
+        del self.model, self.parallel, self.sparse_model, self.optimizer, self.update
+        gc.collect()  # compiling it and hooks of DDP and FSDP2 keep a model in cycles; free its memory for the next one
         self._build_model(kind, state)
 
     def restore(self, path: Path) -> None:
@@ -257,36 +279,18 @@ class Trainer:
         self.ranks.run_on_all(reader.fill, state)
         self.sparse_model.sync_engines()
         state.load_moments(self.sparse_model, self.optimizer)
+        self._graph = StepGraph(self.runtime)
 
-    def result_document(self, history: RunHistory) -> Record:
-        """The result document of a run: losses, sizes, environment and the hashes that identify the run."""
+    def _result(self, history: RunHistory) -> Record:
+        """The result document of a run."""
         self._updates.sync_masks(self.sparse_model)
-        plan, runtime, masks, losses = self.plan, self.runtime, self.sparse_model.masks, history.losses
+        masks = self.sparse_model.masks
         sizes = {name: tensor.numel() for name, tensor in self.sparse_model.tensors.items()}
         sizes |= {name: mask.count for name, mask in masks.items()}
-        return {
-            "kind": "supar.result/v1",
-            "plan": plan.hash(),
-            "data": self.task.hash,
-            "masks": {name: mask.fingerprint for name, mask in masks.items()},
-            "steps": len(losses),
-            "train_loss": losses[-1] if losses and math.isfinite(losses[-1]) else None,
-            "validation_loss": history.evaluations[-1][1] if history.evaluations else None,
-            "clipped_share": history.clipped_share,
-            "parameters": plan.parameters,
-            "live_parameters": sum(sizes.values()),
-            "resumed_at": history.resumed_at,
-            "seconds": history.seconds,
-            "environment": {
-                **versions(),
-                "device": device_name(runtime.device),
-                "processes": self.ranks.size,
-                "parallel": self.parallel.kind,
-                "precision": str(runtime.precision).removeprefix("torch."),
-                "compiled": runtime.compiles,
-                "engines": {name: choice.name for name, choice in self.engines.choices.items()},
-            },
-        }
+        fingerprints = {name: mask.fingerprint for name, mask in masks.items()}
+        engines = {name: choice.name for name, choice in self.engines.choices.items()}
+        environment = self.runtime.environment(self.ranks.size, self.parallel.kind) | {"engines": engines}
+        return result_document(self.plan, history, self.task.hash, fingerprints, sum(sizes.values()), environment)
 
     def _restore_newest(self, directory: Path) -> None:
         """Continue from the newest checkpoint in a run's directory, if there is one."""
@@ -305,6 +309,11 @@ class Trainer:
         error = Preempted(f"stopped at step {self.done} of {self.plan.train.steps} by {reason}")
         error.is_collective, error.interrupted = True, reason == "SIGINT"
         return error
+
+    def _record(self, step: int, found: StepResult) -> Record:
+        """Report a step's progress and return what is recorded of every step; `step` counts it."""
+        self.reporter.progress(step, self.plan.train.steps, found.loss)
+        return {"step": step, "loss": found.loss, "clipped": 0 < self.plan.train.grad_clip < found.grad_norm}
 
     def _measurements(self, step: int, found: StepResult, steps: int, seconds: float) -> Record:
         """The measurements in the record of a logged step; `steps` and `seconds` are those since the last one."""
@@ -333,16 +342,6 @@ class Trainer:
         for name, value in by_tensor.items():
             squares[self._roles[name]] += value * value
         return {role: math.sqrt(value) for role, value in squares.items()}
-
-    def _not_finite(self, loss: float, own_loss: float, norms: Tensor, batch: tasks.Batch) -> str:
-        """A sentence that says which value is not finite. Every rank calls it."""
-        if not math.isfinite(loss):
-            model, is_own = self.sparse_model.model, not math.isfinite(own_loss)
-            first = first_not_finite(model, self.task.inputs(batch), self.parallel, self.runtime, is_own)
-            return f"step {self.done + 1}: the loss is {loss}; {first}"
-        by_tensor = zip(self.sparse_model.tensors, norms.tolist(), strict=True)
-        name = next((name for name, value in by_tensor if not math.isfinite(value)), "the model")
-        return f"step {self.done + 1}: the gradient of {name} is not finite"
 
 
 def _fingerprints(masks: Mapping[str, Mask]) -> dict[str, str]:
