@@ -47,8 +47,18 @@ def drawn(shape: tuple[int, int], density: float, seed: int = 0) -> Mask:
     return Mask.of(np.random.default_rng(seed).random(shape) < density)
 
 
-def numbers(engine: Engine, mask: Mask, tokens: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Any]:
-    """Y, the gradients of X and of the values, and the same of dense float64 products."""
+def numbers(
+    engine: Engine,
+    mask: Mask,
+    tokens: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    gelu: str | None = None,
+    expected: str | None = None,
+) -> list[Any]:
+    """Y, the gradients of X and of the values, and the same of dense float64 products.
+
+    `gelu`: the form of GELU that X passes through first; `expected`: that of the float64 products, if another.
+    """
     random = torch.Generator().manual_seed(1)
     out, width = mask.shape
     alive = torch.from_numpy(mask.alive())
@@ -60,13 +70,14 @@ def numbers(engine: Engine, mask: Mask, tokens: tuple[int, ...], dtype: torch.dt
     weight[alive] = values.double()
     weight.requires_grad_()
     reference_x = x.double().requires_grad_()
-    reference = F.linear(reference_x, weight)
+    form = expected or gelu
+    reference = F.linear(reference_x if form is None else F.gelu(reference_x, approximate=form), weight)
     torch.autograd.backward(reference, gradient.double())
     assert weight.grad is not None and reference_x.grad is not None
 
     values, x = values.requires_grad_(), x.requires_grad_()
     engine.refresh(values.detach())
-    y = engine(x, values)
+    y = engine(x, values) if gelu is None else engine(x, values, gelu)
     torch.autograd.backward(y, gradient)
     assert values.grad is not None and values.grad.dtype == torch.float32 and y.dtype == dtype
     return [
@@ -151,6 +162,26 @@ class TestProducts:
         one, zero = np.flatnonzero(other[row])[0], np.flatnonzero(~other[row])[0]
         other[row, [one, zero]] = other[row, [zero, one]]
         assert largest_error(numbers(KINDS[kind](Mask.of(other)), mask, (32,))) > 1e-2
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_a_layer_of_a_gelu(kind: str | None) -> None:
+    """Whether its engine applies GELU or not, and where the input of its product is watched."""
+    mask = Mask.of(np.ones((20, 30), np.bool_)) if kind is None else drawn((20, 30), 0.4)
+    layer, watched = Linear(30, 20, bias=True), list[torch.Tensor]()
+    torch.nn.init.normal_(layer.bias)  # type: ignore[arg-type]
+    dense = torch.randn(20, 30) * torch.from_numpy(mask.alive())
+    if kind is None:
+        layer.weight.detach().copy_(dense)
+    else:
+        layer.remask(mask, dense[torch.from_numpy(mask.alive())], KINDS[kind](mask))
+    x = torch.randn(7, 30)
+    expected = F.linear(F.gelu(x, approximate="tanh"), dense, layer.bias)
+    assert torch.allclose(layer(x, "tanh"), expected, atol=1e-5)
+    assert not torch.allclose(layer(x, "none"), expected, atol=1e-5)  # the control: the forms differ
+    layer.watch = lambda x, gradient: watched.append(x)
+    layer(x, "tanh").sum().backward()
+    assert [torch.equal(one, F.gelu(x, approximate="tanh")) for one in watched] == ([] if kind is None else [True])
 
 
 def losses(plan: Plan) -> list[float]:

@@ -272,20 +272,6 @@ class TestSystem:
         found = supar_here("transfer", "--data", text, "--sparsity", "0.5", "-o", "-")
         assert (found.status, found.out) == (3, "") and "has bytes outside of this locale's encoding" in found.err
 
-    def test_numba_needs_no_folder(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        kernels: Any = pytest.importorskip("supar_cli.sparse.csr_kernels")
-        compile_loop, options = kernels.cfunc, list[dict[str, Any]]()
-
-        def without_folder(signature: Any, **given: Any) -> Any:
-            options.append(given)
-            if given.get("cache"):
-                raise RuntimeError("cannot cache function: no locator available")
-            return compile_loop(signature, **given)
-
-        monkeypatch.setattr(kernels, "cfunc", without_folder)
-        assert kernels._compiled(lambda call: None).address
-        assert [given.get("cache", False) for given in options] == [True, False]
-
 
 def test_a_curve_fits_any_terminal() -> None:
     """Before, one of fewer columns than its labels raised IndexError."""

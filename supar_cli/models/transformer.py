@@ -127,10 +127,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         up_BTF = self.up(x_BTD)
-        inner_BTF = (
-            F.gelu(up_BTF, approximate=self.approximate) if self.gate is None else F.silu(self.gate(x_BTD)) * up_BTF
-        )
-        return self.down(inner_BTF)  # type: ignore[no-any-return]
+        if self.gate is None:
+            return self.down(up_BTF, self.approximate)  # type: ignore[no-any-return]
+        return self.down(F.silu(self.gate(x_BTD)) * up_BTF)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):

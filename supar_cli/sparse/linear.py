@@ -35,6 +35,8 @@ class Engine(nn.Module):
         super().__init__()
         self.mask = mask
 
+    applies_gelu = False  # whether `forward` takes a form of GELU, as torch calls it, that X passes through first
+
     def forward(self, x: Tensor, values: Tensor) -> Tensor:
         """(…, in) and (live,) → (…, out), differentiable in both."""
         raise NotImplementedError
@@ -101,10 +103,14 @@ class Linear(nn.Module):
         if self.engine is not None:
             self.engine.refresh(self.weight.detach())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gelu: str | None = None) -> Tensor:
+        """(…, in) → (…, out). `gelu`: the form of GELU, "none" or "tanh" as torch calls them, that X passes through first."""
+        inside = gelu is not None and self.watch is None and self.engine is not None and self.engine.applies_gelu
+        if gelu is not None and not inside:
+            x = F.gelu(x, approximate=gelu)
         if self.engine is None:
             return F.linear(x, self.weight, self.bias)
-        y: Tensor = self.engine(x, self.weight)
+        y: Tensor = self.engine(x, self.weight, gelu) if inside else self.engine(x, self.weight)
         if self.watch is not None and y.requires_grad:
             y.register_hook(partial(self.watch, x.detach()))  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(y.dtype)
