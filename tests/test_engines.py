@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import supar_cli
 from supar_cli.errors import InputError
+from supar_cli.models.transformer import FeedForward
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.csr import Sparse
 from supar_cli.sparse.linear import Dense, Engine, Linear
@@ -164,24 +165,40 @@ class TestProducts:
         assert largest_error(numbers(KINDS[kind](Mask.of(other)), mask, (32,))) > 1e-2
 
 
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 @pytest.mark.parametrize("kind", [None, *KINDS])
-def test_a_layer_of_a_gelu(kind: str | None) -> None:
-    """Whether its engine applies GELU or not, and where the input of its product is watched."""
-    mask = Mask.of(np.ones((20, 30), np.bool_)) if kind is None else drawn((20, 30), 0.4)
-    layer, watched = Linear(30, 20, bias=True), list[torch.Tensor]()
-    torch.nn.init.normal_(layer.bias)  # type: ignore[arg-type]
-    dense = torch.randn(20, 30) * torch.from_numpy(mask.alive())
-    if kind is None:
-        layer.weight.detach().copy_(dense)
-    else:
-        layer.remask(mask, dense[torch.from_numpy(mask.alive())], KINDS[kind](mask))
-    x = torch.randn(7, 30)
-    expected = F.linear(F.gelu(x, approximate="tanh"), dense, layer.bias)
-    assert torch.allclose(layer(x, "tanh"), expected, atol=1e-5)
-    assert not torch.allclose(layer(x, "none"), expected, atol=1e-5)  # the control: the forms differ
-    layer.watch = lambda x, gradient: watched.append(x)
-    layer(x, "tanh").sum().backward()
-    assert [torch.equal(one, F.gelu(x, approximate="tanh")) for one in watched] == ([] if kind is None else [True])
+def test_gelu_is_the_same_inside_an_engine_and_where_a_product_is_looked_at(
+    kind: str | None, activation: str, plan_of: MakePlan
+) -> None:
+    """Whatever looks at a product sees what is multiplied, whether its engine would apply GELU itself or not."""
+    config = plan_of(model={"activation": activation, "bias": True}).decoder
+    mlp, form = FeedForward(config), "tanh" if activation == "gelu_tanh" else "none"
+    for parameter in mlp.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    mask, down = drawn(mlp.down.shape, 0.4), mlp.down
+    dense = down.weight.detach() if kind is None else torch.randn(mask.shape) * torch.from_numpy(mask.alive())
+    if kind is not None:
+        down.remask(mask, dense[torch.from_numpy(mask.alive())], KINDS[kind](mask))
+    assert down.applies_gelu == (kind == "sparse by numba")
+    x, seen = torch.randn(7, config.width), list[torch.Tensor]()
+    inner = F.gelu(mlp.up(x), approximate=form)
+    expected = F.linear(inner, dense, down.bias)
+    assert torch.allclose(mlp(x), expected, atol=1e-5)
+    hooks = {
+        "forward": lambda layer, inputs, output: seen.append(inputs[0]),
+        "forward_pre": lambda layer, inputs: seen.append(inputs[0]),
+        "full_backward": lambda layer, by_x, by_y: seen.append(by_x[0]),
+    }
+    for when, look in hooks.items():
+        handle = getattr(down, f"register_{when}_hook")(look)
+        assert not down.applies_gelu
+        mlp(x).sum().backward()
+        handle.remove()
+    down.watch = lambda x, gradient: seen.append(x)
+    mlp(x).sum().backward()
+    *inputs, by_x = [seen[i] for i in (0, 1, *range(3, len(seen)), 2)]
+    assert len(inputs) == (2 if kind is None else 3) and all(torch.equal(one, inner) for one in inputs)
+    assert torch.allclose(by_x, dense.sum(0).expand_as(inner), atol=1e-5)
 
 
 def losses(plan: Plan) -> list[float]:

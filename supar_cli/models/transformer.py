@@ -127,9 +127,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         up_BTF = self.up(x_BTD)
-        if self.gate is None:
+        if self.gate is not None:
+            return self.down(F.silu(self.gate(x_BTD)) * up_BTF)  # type: ignore[no-any-return]
+        if self.down.applies_gelu:
             return self.down(up_BTF, self.approximate)  # type: ignore[no-any-return]
-        return self.down(F.silu(self.gate(x_BTD)) * up_BTF)  # type: ignore[no-any-return]
+        return self.down(F.gelu(up_BTF, approximate=self.approximate))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):

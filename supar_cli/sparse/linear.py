@@ -103,14 +103,17 @@ class Linear(nn.Module):
         if self.engine is not None:
             self.engine.refresh(self.weight.detach())
 
+    @property
+    def applies_gelu(self) -> bool:
+        """Whether `forward` takes a form of GELU. Not where something looks at the input: it is to see what is multiplied."""
+        is_watched = self._forward_pre_hooks or self._forward_hooks or self._backward_pre_hooks or self._backward_hooks
+        return self.engine is not None and self.engine.applies_gelu and self.watch is None and not is_watched
+
     def forward(self, x: Tensor, gelu: str | None = None) -> Tensor:
         """(…, in) → (…, out). `gelu`: the form of GELU, "none" or "tanh" as torch calls them, that X passes through first."""
-        inside = gelu is not None and self.watch is None and self.engine is not None and self.engine.applies_gelu
-        if gelu is not None and not inside:
-            x = F.gelu(x, approximate=gelu)
         if self.engine is None:
             return F.linear(x, self.weight, self.bias)
-        y: Tensor = self.engine(x, self.weight, gelu) if inside else self.engine(x, self.weight)
+        y: Tensor = self.engine(x, self.weight) if gelu is None else self.engine(x, self.weight, gelu)
         if self.watch is not None and y.requires_grad:
             y.register_hook(partial(self.watch, x.detach()))  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(y.dtype)
