@@ -27,6 +27,12 @@ def write_file(path: Path, content: str | bytes) -> None:
         file.write(data)
 
 
+def cache_folder() -> Path:
+    """Where measurements and machine code are kept for later processes."""
+    folder = os.environ.get("XDG_CACHE_HOME")
+    return (Path(folder) if folder else Path.home() / ".cache") / "supar"
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file beside another to write, which then takes its place: readers see the old file or the whole new one."""

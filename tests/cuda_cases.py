@@ -105,7 +105,10 @@ def step(folder: Path, changes: Changes, fault: Callable[[Trainer], None] = lamb
             "watched": lambda: trainer.step(diagnose=True),
             "evaluation": trainer.evaluate,
         }
-        return found | {what: watched(watching, call) for what, call in {**calls, "capture": trainer.capture}.items()}
+        calls |= {"capture": trainer.capture, "refresh": trainer.sparse_model.sync_engines}
+        found |= {what: watched(watching, call) for what, call in calls.items()}
+        trainer.sparse_model.group = None
+        return found | {"refresh each": watched(watching, trainer.sparse_model.sync_engines)}
 
 
 class _Cut(Exception):

@@ -1,11 +1,15 @@
-"""The sparse engine's compiled loops: bits, ragged tiles, threads, numbers that are not finite, planted faults, machine code."""
+"""The sparse engine's compiled loops: bits, ragged tiles, threads, numbers that are not finite, GELU, planted faults, machine code."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,14 +17,17 @@ import llvmlite.binding as llvm
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from llvmlite import ir
 from torch import Tensor
 
-from supar_cli.sparse import csr_kernels, csr_run
+from supar_cli.sparse import csr_kernels, csr_machine, csr_run
 from supar_cli.sparse.csr import Sparse
 from supar_cli.sparse.masks import Mask
+from tests.conftest import environment
 from tests.test_engines import drawn, largest_error, numbers
 
+FORMS = "none", "tanh"
 KERNELS = "product", "gradients", "total"
 
 
@@ -37,7 +44,7 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-def passes(engine: Sparse, x: Tensor, values: Tensor, gradient: Tensor) -> list[Tensor]:
+def passes(engine: Sparse | Partial, x: Tensor, values: Tensor, gradient: Tensor) -> list[Tensor]:
     """Y, dX and the gradients of the values."""
     x, values = x.clone().requires_grad_(), values.clone().requires_grad_()
     y = engine(x, values)
@@ -131,12 +138,70 @@ class TestNumbers:
         assert torch.allclose(passes(*made)[2], many, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", FORMS)
+class TestGelu:
+    def test_inside_the_products(self, tile: int, form: str, threads: Callable[[int], None]) -> None:
+        """In tiles that are cut, in groups of columns too."""
+        other = next(one for one in FORMS if one != form)
+        for shape, tokens, count in (((72, 136), 100, 1), ((130, 200), 3, 3), ((16, 1), 33, 2)):
+            threads(count)
+            mask = drawn(shape, 0.3)
+            engine = Sparse(mask, "numba")
+            assert largest_error(numbers(engine, mask, (tokens,), gelu=form)) <= 2e-5, shape
+            # the control: the other form is seen
+            assert largest_error(numbers(engine, mask, (tokens,), gelu=form, expected=other)) > 1e-4, shape
+
+    def test_is_near_to_the_exact_one(self, form: str) -> None:
+        """In units in the last place of the larger of |y| and |x| / 2, and of the larger of the slope and 1/2."""
+        x = torch.cat((torch.linspace(-12, 12, 2**16), torch.tensor([0.0, -0.0, 1e-30, -1e6, 1e6, -1e18, 1e18])))
+        engine = Sparse(Mask.of(np.ones((1, 1), np.bool_)), "numba")
+        found = passes(Partial(engine, form), x[:, None], torch.ones(1), torch.ones(len(x), 1))[:2]
+        exact, torchs = (gelu_and_slope(x.to(kind), form) for kind in (torch.float64, torch.float32))
+        for number, least in ((0, x.abs() / 2), (1, torch.full_like(x, 0.5))):
+            unit = torch.from_numpy(np.spacing(torch.maximum(exact[number].float().abs(), least).numpy()))
+            errors = [(each.flatten() - exact[number]).abs() / unit for each in (found[number], torchs[number])]
+            ours, theirs = (float(each.max()) for each in errors)
+            assert ours <= 3 and (form == "tanh" or ours < theirs) and (errors[0][-4:] <= 3).all()
+
+    def test_numbers_that_are_not_finite_stay_so(self, form: str) -> None:
+        engine, x, values, gradient = layer((8, 8), 20, 1.0)
+        for place, planted in enumerate((float("nan"), float("inf"), -float("inf"))):
+            x[place, place] = planted
+        y, by_x, by_values = passes(Partial(engine, form), x, values, gradient)
+        assert not y[:3].isfinite().any() and y[3:].isfinite().all() and by_x[3:].isfinite().all()
+        assert not by_values.view(8, 8)[:, :3].isfinite().any() and by_values.view(8, 8)[:, 3:].isfinite().all()
+
+
+class Partial:
+    """An engine whose X passes through a form of GELU first."""
+
+    def __init__(self, engine: Sparse, form: str) -> None:
+        self.engine, self.form = engine, form
+
+    def __call__(self, x: Tensor, values: Tensor) -> Tensor:
+        return self.engine(x, values, self.form)  # type: ignore[no-any-return]
+
+
+def gelu_and_slope(x: Tensor, form: str) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    y = F.gelu(x, approximate=form)
+    y.sum().backward()
+    return [y.detach(), x.grad]  # type: ignore[list-item]
+
+
 FAULTS = {  # kernel, text, what is planted
     "a tile's tail is left out": ("product", "for t in range(count):", "for t in range(rows):"),
     "an empty row is not written": ("product", "                _sum_row(", "                if stop > one: _sum_row("),
     "a transposed tile": ("product", "for k in (0, 2, 1, 3, 4, 6, 5, 7)", "for k in range(8)"),
     "weights beside eight have no gradient": ("gradients", "(LANES, 1) if others", "(LANES,) if others"),
     "every tile's gradient is the first's": ("gradients", "_turn(a.gradient + 4 * first * out,", "_turn(a.gradient,"),
+    "the first columns alone pass through GELU": (
+        "product",
+        "activate(a.gelu, turned + 4 * start * tile,",
+        "activate(a.gelu, turned,",
+    ),
+    "a gradient without GELU's slope": ("gradients", "scale(panel, slopes, columns * tile)", "pass"),
+    "values' gradients from X itself": ("gradients", "activate(a.gelu, inputs,", "activate(a.gelu, panel,"),
 }
 
 
@@ -151,18 +216,81 @@ def test_planted_faults_are_seen(fault: str, monkeypatch: pytest.MonkeyPatch) ->
     module = ModuleType("faulty")
     module.__spec__ = importlib.util.spec_from_loader("faulty", None)
     exec(compile(source.replace(text, planted), "faulty", "exec"), module.__dict__)
-    alive = drawn((70, 40), 0.3).alive()
+    alive = drawn((70, 90), 0.3).alive()
     alive[69] = False  # in the second panel: the first has left row 5's sums at its place
     mask = Mask.of(alive)
-    assert largest_error(numbers(Sparse(mask, "numba"), mask, (77,))) <= 1e-5
-    monkeypatch.setattr(csr_kernels, kernel, getattr(module, kernel))
+    form = "none" if "activate" in text or "scale" in text else None
+    assert largest_error(numbers(Sparse(mask, "numba"), mask, (77,), gelu=form)) <= 1e-5
+    sound, faulty = csr_run.address_of, getattr(module, kernel)
+    monkeypatch.setattr(csr_run, "address_of", lambda name: faulty.address if name == kernel else sound(name))
     torch.use_deterministic_algorithms(
         True
     )  # fills new memory with NaN: what is not written may be the right result of before
     try:
-        assert not largest_error(numbers(Sparse(mask, "numba"), mask, (77,))) <= 1e-2
+        assert not largest_error(numbers(Sparse(mask, "numba"), mask, (77,), gelu=form)) <= 1e-2
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+class TestMachineCode:
+    """Kept in a file, and compiled where that is not what was written, or can't be."""
+
+    @pytest.fixture
+    def compiled(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """An empty folder for the file, and its name each time that kernels are compiled."""
+        name = f"kernels-{csr_machine.key().hex()[:16]}.o"
+        csr_machine.machine()
+        code = next(path for path in (folder / name for folder in csr_machine.folders()) if path.is_file()).read_bytes()
+        made = list[str]()
+        monkeypatch.setattr(csr_machine, "machine_code", lambda kernels: made.append(name) or code[32:])
+        monkeypatch.setattr(csr_machine, "folders", lambda: (tmp_path / "file" / "no", tmp_path / "supar"))
+        (tmp_path / "file").touch()
+        monkeypatch.setattr(csr_machine, "machine", csr_machine.machine.__wrapped__)
+        return made
+
+    def test_is_read_by_later_processes(self, compiled: list[str], tmp_path: Path) -> None:
+        for _ in range(3):
+            assert csr_machine.machine().get_function_address("product")
+        assert len(compiled) == 1 and [path.name for path in (tmp_path / "supar").iterdir()] == compiled[:1]
+
+    @pytest.mark.parametrize("fault", ["cut", "a bit", "another's", "empty", "a folder"])
+    def test_that_is_not_what_was_written(self, compiled: list[str], tmp_path: Path, fault: str) -> None:
+        csr_machine.machine()
+        place = tmp_path / "supar" / compiled[0]
+        written = place.read_bytes()
+        changed = bytearray(written)
+        changed[len(changed) // 2] ^= 1
+        digest = hashlib.sha256(bytes(32) + written[32:]).digest()  # as of other sources, versions or processors
+        content = {"cut": written[:-9], "a bit": bytes(changed), "another's": digest + written[32:], "empty": b""}
+        place.unlink()
+        if fault == "a folder":
+            place.mkdir()
+        else:
+            place.write_bytes(content[fault])
+        assert csr_machine.machine().get_function_address("total") and len(compiled) == 2
+        assert fault == "a folder" or place.read_bytes() == written
+
+    def test_needs_no_folder(self, compiled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(csr_machine, "folders", lambda: (tmp_path / "file" / "no",) * 2)
+        assert csr_machine.machine().get_function_address("gradients") and len(compiled) == 1
+
+    def test_that_is_kept_needs_no_numba(self) -> None:
+        csr_machine.machine()
+        found = python(
+            "import sys; from supar_cli.sparse import csr_machine; csr_machine.machine(); print('numba' in sys.modules)"
+        )
+        assert found == "False"
+
+    def test_asks_for_nothing_of_numba(self) -> None:
+        """A step of 0 raises an error, by functions that are in no process without numba."""
+
+        @csr_kernels._compiled  # type: ignore[untyped-decorator]
+        def raising(call: Any) -> None:
+            for _ in range(0, 10, csr_kernels.carray(call, 1)[0].tile):
+                pass
+
+        with pytest.raises(RuntimeError, match=r"kernels call .*numba_gil_ensure"):
+            csr_machine.machine_code({"raising": raising})
 
 
 MACHINES = {  # triple, processor, features; instructions of a multiply-add of vectors, and of the largest registers
@@ -186,6 +314,11 @@ def test_vectors_become_those_of_each_machine(machine: str) -> None:
     code = assembly(str(module), triple, processor, features)
     assert re.search(multiply_add, code) and re.search(registers, code)
     assert not re.search(r"call|\bbl\b", code)
+
+
+def python(code: str) -> str:
+    """What a process of its own prints."""
+    return subprocess.check_output([sys.executable, "-c", code], env=environment(), text=True).strip()
 
 
 def assembly(text: str, triple: str, processor: str, features: str) -> str:

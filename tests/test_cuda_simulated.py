@@ -97,3 +97,11 @@ def test_a_step_of_a_run_waits_only_for_what_the_one_before_gave(simulated: Foun
         (place,) = found["ahead"]["waits"]
         assert place.startswith("event.synchronize at training/step.py") and found["ahead"]["waits"][place] == 1
         assert found["ahead"]["launches"] == found["step"]["launches"]  # a whole step was launched before
+
+
+def test_one_scatter_refreshes_all_small_tensors(simulated: Found) -> None:
+    dense = [f for name, f in simulated.items() if name not in FAULTS and f["engines"] == ["dense"]]
+    assert len(dense) == 7
+    for found in dense:  # a cat, a cast unless it is float32, and the scatter; each layer alone casts and scatters
+        each = 1 + (found["precision"] != "torch.float32")
+        assert found["refresh"]["launches"] == 1 + each and found["refresh each"]["launches"] >= 6 * each

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import supar_cli
 from supar_cli.errors import InputError
+from supar_cli.models.transformer import FeedForward
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.csr import Sparse
 from supar_cli.sparse.linear import Dense, Engine, Linear
@@ -47,8 +48,18 @@ def drawn(shape: tuple[int, int], density: float, seed: int = 0) -> Mask:
     return Mask.of(np.random.default_rng(seed).random(shape) < density)
 
 
-def numbers(engine: Engine, mask: Mask, tokens: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Any]:
-    """Y, the gradients of X and of the values, and the same of dense float64 products."""
+def numbers(
+    engine: Engine,
+    mask: Mask,
+    tokens: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    gelu: str | None = None,
+    expected: str | None = None,
+) -> list[Any]:
+    """Y, the gradients of X and of the values, and the same of dense float64 products.
+
+    `gelu`: the form of GELU that X passes through first; `expected`: that of the float64 products, if another.
+    """
     random = torch.Generator().manual_seed(1)
     out, width = mask.shape
     alive = torch.from_numpy(mask.alive())
@@ -60,13 +71,14 @@ def numbers(engine: Engine, mask: Mask, tokens: tuple[int, ...], dtype: torch.dt
     weight[alive] = values.double()
     weight.requires_grad_()
     reference_x = x.double().requires_grad_()
-    reference = F.linear(reference_x, weight)
+    form = expected or gelu
+    reference = F.linear(reference_x if form is None else F.gelu(reference_x, approximate=form), weight)
     torch.autograd.backward(reference, gradient.double())
     assert weight.grad is not None and reference_x.grad is not None
 
     values, x = values.requires_grad_(), x.requires_grad_()
     engine.refresh(values.detach())
-    y = engine(x, values)
+    y = engine(x, values) if gelu is None else engine(x, values, gelu)
     torch.autograd.backward(y, gradient)
     assert values.grad is not None and values.grad.dtype == torch.float32 and y.dtype == dtype
     return [
@@ -151,6 +163,42 @@ class TestProducts:
         one, zero = np.flatnonzero(other[row])[0], np.flatnonzero(~other[row])[0]
         other[row, [one, zero]] = other[row, [zero, one]]
         assert largest_error(numbers(KINDS[kind](Mask.of(other)), mask, (32,))) > 1e-2
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_gelu_is_the_same_inside_an_engine_and_where_a_product_is_looked_at(
+    kind: str | None, activation: str, plan_of: MakePlan
+) -> None:
+    """Whatever looks at a product sees what is multiplied, whether its engine would apply GELU itself or not."""
+    config = plan_of(model={"activation": activation, "bias": True}).decoder
+    mlp, form = FeedForward(config), "tanh" if activation == "gelu_tanh" else "none"
+    for parameter in mlp.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    mask, down = drawn(mlp.down.shape, 0.4), mlp.down
+    dense = down.weight.detach() if kind is None else torch.randn(mask.shape) * torch.from_numpy(mask.alive())
+    if kind is not None:
+        down.remask(mask, dense[torch.from_numpy(mask.alive())], KINDS[kind](mask))
+    assert down.applies_gelu == (kind == "sparse by numba")
+    x, seen = torch.randn(7, config.width), list[torch.Tensor]()
+    inner = F.gelu(mlp.up(x), approximate=form)
+    expected = F.linear(inner, dense, down.bias)
+    assert torch.allclose(mlp(x), expected, atol=1e-5)
+    hooks = {
+        "forward": lambda layer, inputs, output: seen.append(inputs[0]),
+        "forward_pre": lambda layer, inputs: seen.append(inputs[0]),
+        "full_backward": lambda layer, by_x, by_y: seen.append(by_x[0]),
+    }
+    for when, look in hooks.items():
+        handle = getattr(down, f"register_{when}_hook")(look)
+        assert not down.applies_gelu
+        mlp(x).sum().backward()
+        handle.remove()
+    down.watch = lambda x, gradient: seen.append(x)
+    mlp(x).sum().backward()
+    *inputs, by_x = [seen[i] for i in (0, 1, *range(3, len(seen)), 2)]
+    assert len(inputs) == (2 if kind is None else 3) and all(torch.equal(one, inner) for one in inputs)
+    assert torch.allclose(by_x, dense.sum(0).expand_as(inner), atol=1e-5)
 
 
 def losses(plan: Plan) -> list[float]:

@@ -12,7 +12,7 @@ import torch
 
 import supar_cli
 from supar_cli.errors import InputError, SetupError
-from supar_cli.models.transformer import Transformer, loss_of, named_tensors
+from supar_cli.models.transformer import Transformer, named_tensors
 from supar_cli.planning.plan import Plan, read_plan
 from supar_cli.training import tasks
 from tests.conftest import TEXT_BYTES, plan_from, proxy_fields, real_text
@@ -52,7 +52,7 @@ def held_out_loss(model: torch.nn.Module, plan: Plan) -> float:
     task, count = tasks.load(plan), plan.train.eval_batches
     with torch.no_grad():
         batches = [task.held_out(index, count, plan.train.batch_size) for index in range(count)]
-        return float(torch.stack([loss_of(model, *batch) for batch in batches]).mean())
+        return float(torch.stack([model(*batch) for batch in batches]).mean())
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -107,7 +107,7 @@ def test_can_be_trained_with_its_zeros_kept(runs: dict[str, Path]) -> None:
         losses.append(held_out_loss(model, plan))
         for step in range(8):
             optimizer.zero_grad()
-            loss_of(model, *task.batch(step, slice(0, 4))).backward()
+            model(*task.batch(step, slice(0, 4))).backward()
             optimizer.step()
             if holds:
                 with torch.no_grad():

@@ -191,7 +191,7 @@ class TestSquareOfTheContext:
     @pytest.mark.parametrize(("rows", "layers"), [(1, 1), (1, 3), (3, 2)])
     def test_all_of_it_is_in_the_estimate(self, plan_of: MakePlan, kind: str, rows: int, layers: int) -> None:
         plan = planned(plan_of, kind, 192, layers)
-        kept, counted = squares_kept(plan, rows), estimate.squared_bytes(plan, rows, 4)
+        kept, counted = squares_kept(plan, rows), estimate.squared_bytes(plan, rows)
         if "alibi" not in kind:
             assert kept == counted == 0
             return
@@ -202,9 +202,9 @@ class TestSquareOfTheContext:
     def test_the_estimate_before_would_not_have_passed(self, plan_of: MakePlan) -> None:
         """Without it, a run's memory grew as its context did; a control of the test above."""
         at = {context: planned(plan_of, "alibi", context) for context in (192, 384)}
-        linear = {n: estimate.activation_bytes(one, 1, 4) - estimate.squared_bytes(one, 1, 4) for n, one in at.items()}
+        linear = {n: estimate.activation_bytes(one, 1, 4) - estimate.squared_bytes(one, 1) for n, one in at.items()}
         assert linear[384] == 2 * linear[192] and squares_kept(at[192], 1) > linear[192]
-        assert estimate.squared_bytes(at[384], 1, 4) == 4 * estimate.squared_bytes(at[192], 1, 4)
+        assert estimate.squared_bytes(at[384], 1) == 4 * estimate.squared_bytes(at[192], 1)
 
     def test_it_is_said_and_refused(self, plan_of: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
         """8 heads, context 32,768: a bias of 32 GiB, where 0.10 GiB were said."""
@@ -271,20 +271,6 @@ class TestSystem:
         (tmp_path / text).write_bytes(b"text of some length " * 500)
         found = supar_here("transfer", "--data", text, "--sparsity", "0.5", "-o", "-")
         assert (found.status, found.out) == (3, "") and "has bytes outside of this locale's encoding" in found.err
-
-    def test_numba_needs_no_folder(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        kernels: Any = pytest.importorskip("supar_cli.sparse.csr_kernels")
-        compile_loop, options = kernels.cfunc, list[dict[str, Any]]()
-
-        def without_folder(signature: Any, **given: Any) -> Any:
-            options.append(given)
-            if given.get("cache"):
-                raise RuntimeError("cannot cache function: no locator available")
-            return compile_loop(signature, **given)
-
-        monkeypatch.setattr(kernels, "cfunc", without_folder)
-        assert kernels._compiled(lambda call: None).address
-        assert [given.get("cache", False) for given in options] == [True, False]
 
 
 def test_a_curve_fits_any_terminal() -> None:

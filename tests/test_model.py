@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from supar_cli.models.transformer import Transformer, alibi_bias, named_tensors, rope_tables, rotate
 from supar_cli.planning import layout
@@ -227,6 +228,37 @@ def test_alibi_by_hand() -> None:
         [[x / 16 for x in row] for row in wanted],
         [[x / 256 for x in row] for row in wanted],
     ]
+
+
+class Casts(TorchDispatchMode):
+    """Counts the bytes of copies of a bias (H, T, T) in another precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and made.ndim == 3 and made.shape[-1] == made.shape[-2]:
+            self.copies.append(made.nbytes)
+        return made
+
+
+@pytest.mark.parametrize("in_each_block", [False, True], ids=["", "control"])
+def test_alibis_bias_is_rounded_once(plan_of: MakePlan, monkeypatch: pytest.MonkeyPatch, in_each_block: bool) -> None:
+    plan = plan_of(model={"positions": "alibi", "layers": 3}, target={"width": None})
+    model, index_BT = prepare.prepare(plan, torch.device("cpu")).model, torch.zeros(1, 16, dtype=torch.long)
+    assert isinstance(model, Transformer)
+    if in_each_block:  # as it was
+        monkeypatch.setattr(Transformer, "bias_in", lambda self, _: alibi_bias(16, 2))
+    with Casts() as found, torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            model(index_BT)
+    assert found.copies == [2 * 2 * 16**2] * (6 if in_each_block else 1)
+    if not in_each_block:
+        assert torch.equal(model.bias_HTT, alibi_bias(16, 2).bfloat16())
+        model(index_BT)
+        assert torch.equal(model.bias_HTT, alibi_bias(16, 2))  # float32 has lost nothing to bfloat16
 
 
 @pytest.mark.parametrize("name", ["supar", "mup", "sp"])

@@ -165,6 +165,24 @@ class TestDistribution:
         ):
             parse(Plan, document.read(document.write([written]), "plan.yaml")[0])
 
+    @pytest.mark.parametrize("pattern", ["exact", "fixed_fan_in", "bernoulli", "block", "2:4"])
+    def test_masks_of_new_plans_are_drawn_live_and_older_ones_keep_theirs(self, pattern: str) -> None:
+        drawn = {"pattern": pattern, "density": 0.5, "block": 16 if pattern == "block" else None}
+        made = plan(target={"width": 128, "sparsity": drawn})
+        written = made.model_dump()
+        is_live = pattern in ("exact", "fixed_fan_in", "bernoulli")
+        assert written["sparsity"].pop("draw", None) == ("live" if is_live else None)
+        older = parse(Plan, document.read(document.write([written]), "plan.yaml")[0])
+        assert older.sparsity.draw == "positions" and (older.hash() != made.hash()) == is_live
+        found, before = draw_masks(made), draw_masks(older)
+        assert found.keys() == before.keys() and all((found[name] != before[name]) == is_live for name in found)
+        if not is_live:
+            written["sparsity"]["draw"] = "live"
+            with pytest.raises(
+                InputError, match=rf"sparsity\.draw: live with the pattern {pattern}; expected one of ex"
+            ):
+                parse(Plan, document.read(document.write([written]), "plan.yaml")[0])
+
     def test_without_blocks_nothing_says_block(self) -> None:
         made = plan(target={"width": 128, "sparsity": {"density": 0.25}})
         assert "block" not in made.model_dump()["sparsity"]

@@ -15,7 +15,6 @@ from torch import nn
 import supar_cli as supar
 from supar_cli.errors import InputError
 from supar_cli.models.transformer import Transformer
-from supar_cli.models.transformer import loss_of as decoder_loss
 from supar_cli.planning import document
 from supar_cli.planning.problems import validate
 from supar_cli.planning.spec import Proxy
@@ -181,7 +180,7 @@ def test_supars_own_transformer_trains_bit_for_bit_as_under_the_built_in_plan(
         for made, stepper in zip((ours.model, theirs.model), optimizers, strict=True):
             tokens = torch.randint(0, 256, (2, 17), generator=torch.Generator().manual_seed(step))
             stepper.zero_grad()
-            loss = decoder_loss(made, tokens[:, :-1], tokens[:, 1:])
+            loss = made(tokens[:, :-1], tokens[:, 1:])
             loss.backward()
             stepper.step()
             losses.append(loss.item())

@@ -11,7 +11,6 @@ import torch
 
 import supar_cli as supar
 from supar_cli.models.transformer import Transformer
-from supar_cli.models.transformer import loss_of as decoder_loss
 from supar_cli.own import dead_weights, moving
 from supar_cli.own.guard import Kept
 from supar_cli.own.prepared import Prepared
@@ -54,7 +53,7 @@ def compare(ours: Trainer, theirs: Prepared) -> tuple[int, float]:
     for step in range(STEPS):
         inputs, targets = ours.batch(step)
         theirs.set_rate(theirs.plan.hyperparameters.lr * builtin_optimizer.rate_factor(ours.plan, step))
-        loss = decoder_loss(theirs.model, inputs, targets)
+        loss = theirs.model(inputs, targets)
         loss.backward()
         optimizer.step()
         theirs.update()

@@ -138,7 +138,9 @@ class TestPlan:
         assert found.parents == PLANS[name]["parents"]
         is_sparse = found.live < found.parameters
         assert found.values.draw == ("live" if is_sparse else "positions")
-        then = found.model_copy(update={"values": Values()})
+        assert found.sparsity.draw == ("live" if is_sparse and not found.sparsity.block else "positions")
+        sparsity = found.sparsity.model_copy(update={"draw": "positions"})
+        then = found.model_copy(update={"values": Values(), "sparsity": sparsity})
         assert (found.hash() == then.hash()) != is_sparse  # another draw is another experiment
         assert then.hash() == PLANS[name]["hash"] or name in (*ANOTHER_RATIO, *ANOTHER_DRAW)
 

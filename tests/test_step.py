@@ -20,7 +20,7 @@ from supar_cli.errors import Preempted, UnusableResult
 from supar_cli.planning.plan import Plan
 from supar_cli.training.distributed import ALONE, Ranks
 from supar_cli.training.mask_updates import MaskUpdates
-from supar_cli.training.step import ClippedUpdate, LaunchedStep, ReadFigures, StepResult
+from supar_cli.training.step import ClippedUpdate, LaunchedStep, StepResult
 from supar_cli.training.trainer import Trainer
 
 MakePlan = Callable[..., Plan]
@@ -50,9 +50,9 @@ class Ahead(Trainer):
 class Forgetful(ClippedUpdate):
     """The planted fault: a step that is not finite stops itself alone."""
 
-    def apply(self, gradients: list[Tensor], figures: Tensor) -> ReadFigures:
+    def apply(self, gradients: list[Tensor], figures: Tensor) -> None:
         self._stopped.zero_()
-        return super().apply(gradients, figures)
+        super().apply(gradients, figures)
 
 
 def records(directory: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from supar_cli.errors import InputError, SetupError, UnusableResult
-from supar_cli.models.transformer import loss_of
 from supar_cli.planning import schedule
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse.linear import Dense
@@ -34,7 +33,7 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 def gradients(trainer: Trainer) -> dict[str, np.ndarray]:
     """Masked gradients of the next step in float64 and in their tensors' shapes, of the whole batch at once."""
     trainer.model.zero_grad()
-    torch.autograd.backward(loss_of(trainer.model, *trainer.batch(trainer.done)))
+    torch.autograd.backward(trainer.model(*trainer.batch(trainer.done)))
     found = {}
     for name, tensor in trainer.sparse_model.tensors.items():
         assert tensor.grad is not None
@@ -210,7 +209,7 @@ class TestAccumulation:
         assert whole.evaluate() == pytest.approx(parts.evaluate(), rel=2e-5)
         # the control: another batch differs by far more than rounding
         inputs, targets = whole.batch(7)
-        assert loss_of(whole.model, inputs[:1], targets[:1]).item() != pytest.approx(one[0], rel=1e-3)
+        assert whole.model(inputs[:1], targets[:1]).item() != pytest.approx(one[0], rel=1e-3)
 
     def test_what_does_not_divide_the_batch_is_refused(self, plan_of: MakePlan) -> None:
         with pytest.raises(InputError, match=r"run\.micro_batch_size: 3 does not divide the batch size 4"):

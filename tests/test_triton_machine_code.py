@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -163,7 +164,8 @@ def mutant(before: str, after: str) -> Any:
     """The kernels' module with a planted change, its operators under other names."""
     source = Path(importlib.import_module("supar_cli.sparse.block_kernels").__file__ or "").read_text()
     assert source.count(before) == 1
-    with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:
+    folder = os.environ.get("TRITON_CACHE_DIR")  # removed with what is compiled of it
+    with tempfile.NamedTemporaryFile("w", suffix=".py", dir=folder, delete=False) as file:
         file.write(source.replace(before, after).replace("supar::", f"mutant_{Path(file.name).stem}::"))
     spec = importlib.util.spec_from_file_location(Path(file.name).stem, file.name)
     assert spec is not None and spec.loader is not None

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from supar_cli.models.transformer import loss_of
 from supar_cli.planning import schedule
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.schedule import MaskSchedule
@@ -77,7 +76,7 @@ class Beside:
                 tensor.copy_(torch.from_numpy(self.oracle.tensors[name].value))
         self.plain.sparse_model.sync_engines()
         model.zero_grad()
-        loss = loss_of(model, *self.plain.batch(self.oracle.done))
+        loss = model(*self.plain.batch(self.oracle.done))
         loss.backward()
         return loss.item(), {name: tensor.grad.double().numpy() for name, tensor in tensors.items()}  # type: ignore[union-attr]
 

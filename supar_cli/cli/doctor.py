@@ -128,7 +128,7 @@ def _step(source: str, device: str, steps: int) -> dict[str, Any]:
         trainer.step()
     started = time.perf_counter()
     for _ in range(steps):
-        trainer.step()  # reads the loss, so the step is complete on any device
+        trainer.step()  # reads the loss: on any device all but the last update is complete
     seconds = (time.perf_counter() - started) / steps
     tokens = plan.train.batch_size * plan.decoder.context
     return {

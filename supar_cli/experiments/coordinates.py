@@ -140,13 +140,14 @@ class _Watch:
             loss = self.trainer.step().loss
         with torch.no_grad():
             inputs, outputs, final_norm = self.inputs, self.outputs, self.model.get_submodule("final_norm")
-            tokens_BT, logits_BTV, normed_BTD = inputs[""], outputs[""], outputs["final_norm"]
+            tokens_BT, normed_BTD = inputs[""], outputs["final_norm"]
+            factor = self.trainer.plan.decoder.multipliers.output
+            logits_BTV = F.linear(normed_BTD, before[self.head]) * factor
             # under a tied head the own token's logit is Θ(1) in width where others are Θ(1/√m_d)
             others_BTV = torch.ones_like(logits_BTV).scatter_(-1, tokens_BT[..., None], 0.0)
             updates = {name: F.linear(inputs[name], weight(name) - before[name]) for name in self.hidden}
             by_head = F.linear(normed_BTD, weight(self.head) - before[self.head])
             by_norm = F.linear(final_norm(inputs["final_norm"]) - normed_BTD, before[self.head])
-            factor = self.trainer.plan.decoder.multipliers.output
             sizes = {
                 "activation": {name: outputs[name].abs().mean() for name in self.hidden},
                 "gain": self.gains,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from supar_cli.planning.plan import PlanModel
-from supar_cli.sparse.linear import Linear
+from supar_cli.sparse.linear import Linear, compute_dtype
 
 
 def norm(config: PlanModel) -> nn.Module:
@@ -127,10 +127,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         up_BTF = self.up(x_BTD)
-        inner_BTF = (
-            F.gelu(up_BTF, approximate=self.approximate) if self.gate is None else F.silu(self.gate(x_BTD)) * up_BTF
-        )
-        return self.down(inner_BTF)  # type: ignore[no-any-return]
+        if self.gate is not None:
+            return self.down(F.silu(self.gate(x_BTD)) * up_BTF)  # type: ignore[no-any-return]
+        if self.down.applies_gelu:
+            return self.down(up_BTF, self.approximate)  # type: ignore[no-any-return]
+        return self.down(F.gelu(up_BTF, approximate=self.approximate))  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -155,11 +156,14 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Tokens (B, T) → logits (B, T, V), the output multiplier included so that every use of the model has it.
 
-    With targets (B, T) it returns their mean cross-entropy () in nats instead, made of `chunk` tokens at a time, so that no
-    more logits than (chunk, V) are ever held; None: of all at once.
+    With targets (B, T) it returns their mean cross-entropy () in nats instead, in float32 whatever the logits' precision.
+    It is made of `chunk` tokens at a time, so that no more logits than (chunk, V) are ever held; None: of all at once.
 
     With a `cache`, which `new_cache` makes, tokens follow those that were read with it before, and are added to it.
     """
+
+    compiled_methods = ("embed", "head")  # all but the blocks, which are compiled by themselves
+    bias_HTT: Tensor  # None unless positions are alibi
 
     def __init__(self, config: PlanModel) -> None:
         super().__init__()
@@ -188,21 +192,38 @@ class Transformer(nn.Module):
     ) -> Tensor:
         T, before = tokens_BT.shape[1], 0 if cache is None else cache[0].tokens
         now, so_far = slice(before, before + T), slice(before + T)
-        x_BTD = self.embedding(tokens_BT)
-        if self.positions is not None:
-            x_BTD = x_BTD + self.positions.weight[now]
-        x_BTD = x_BTD * self.config.multipliers.input
+        x_BTD = self.embed(tokens_BT, now)
         rope = (self.cos_TE[now], self.sin_TE[now]) if self.config.positions == "rope" else None  # type: ignore[index]
         bias_HTS = None if cache is None else causal_bias(T, before, tokens_BT.device)
         if self.config.positions == "alibi":
-            bias_HTS = self.bias_HTT[:, now, so_far]  # type: ignore[index]
+            bias_HTS = self.bias_in(compute_dtype(x_BTD))[:, now, so_far]
         for i, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, rope, bias_HTS, None if cache is None else cache[i])
+        return self.head(x_BTD, targets_BT, chunk)
+
+    def embed(self, tokens_BT: Tensor, now: slice) -> Tensor:
+        """The first block's inputs (B, T, D) of tokens whose positions are `now`."""
+        x_BTD = self.embedding(tokens_BT)
+        if self.positions is not None:
+            x_BTD = x_BTD + self.positions.weight[now]
+        return x_BTD * self.config.multipliers.input  # type: ignore[no-any-return]
+
+    def head(self, x_BTD: Tensor, targets_BT: Tensor | None = None, chunk: int | None = None) -> Tensor:
+        """The logits (B, T, V) of the last block's outputs, or the loss () of targets."""
         x_BTD = self.final_norm(x_BTD)
         weight_VD = self.embedding.weight if self.unembedding is None else self.unembedding.weight
+        if targets_BT is not None and chunk is not None:
+            return chunked_loss(x_BTD, weight_VD, targets_BT, self.config.multipliers.output, chunk)
+        logits_BTV = F.linear(x_BTD, weight_VD) * self.config.multipliers.output
         if targets_BT is None:
-            return F.linear(x_BTD, weight_VD) * self.config.multipliers.output
-        return chunked_loss(x_BTD, weight_VD, targets_BT, self.config.multipliers.output, chunk)
+            return logits_BTV
+        return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten())
+
+    def bias_in(self, dtype: torch.dtype) -> Tensor:
+        """ALiBi's bias (H, T, T), held in the precision of the last products: it is rounded once, not in each block."""
+        if self.bias_HTT.dtype != dtype:
+            self.bias_HTT = alibi_bias(self.config.context, self.config.heads).to(self.bias_HTT.device, dtype)
+        return self.bias_HTT
 
 
 def chunked_loss(
@@ -261,11 +282,3 @@ def _loss_and_slope(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tenso
 def named_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by their names in the plan."""
     return {name.removesuffix(".weight"): parameter for name, parameter in model.named_parameters()}
-
-
-def loss_of(model: nn.Module, inputs_BT: Tensor, targets_BT: Tensor, chunk: int | None = None) -> Tensor:
-    """Mean cross-entropy in nats per token, in float32 whatever the logits' precision; `chunk` tokens at a time if given."""
-    if chunk is not None:
-        return model(inputs_BT, targets_BT, chunk)  # type: ignore[no-any-return]
-    logits_BTV = model(inputs_BT)
-    return F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten())

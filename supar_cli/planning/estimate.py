@@ -76,17 +76,15 @@ def activation_bytes(plan: Plan, rows: int, number_bytes: int, fused: bool = Fal
     tokens = rows * plan.model.context
     at_once = min(tokens, loss_chunk(plan, rows) or tokens)
     between = tokens * numbers_between(plan.model) * number_bytes
-    return between + at_once * plan.model.vocab * 8 + squared_bytes(plan, rows, number_bytes, fused)
+    return between + at_once * plan.model.vocab * 8 + squared_bytes(plan, rows, fused)
 
 
-def squared_bytes(plan: Plan, rows: int, number_bytes: int, fused: bool = False) -> int:
-    """Those of them that grow with the square of the context: ALiBi's bias, in float32, and what attention keeps with it."""
+def squared_bytes(plan: Plan, rows: int, fused: bool = False) -> int:
+    """Those of them that grow with the square of the context: ALiBi's bias and what attention keeps with it."""
     if not isinstance(plan.model, PlanModel) or plan.model.positions != "alibi":
         return 0
-    bias, layers = 4 * plan.model.heads * plan.model.context**2, plan.model.layers
-    if fused:  # each block keeps the bias in the precision of its products
-        return bias + (layers * bias // 2 if number_bytes == 2 else 0)
-    return bias + rows * bias * (SCORES_KEPT * layers + SCORES_PASSING)
+    bias = 4 * plan.model.heads * plan.model.context**2  # until the first pass; in bfloat16 half of it from then on
+    return bias if fused else bias + rows * bias * (SCORES_KEPT * plan.model.layers + SCORES_PASSING)
 
 
 # measured: whole steps on two cores of EPYC with ALiBi, contexts 1024 and 2048, one to three blocks, less those with RoPE:
@@ -163,8 +161,8 @@ def lines(plan: Plan, processes: int = 1) -> list[str]:
     rows = plan.run.micro_batch_size or max(1, plan.train.batch_size // processes)
     if activations := activation_bytes(plan, rows, 2):
         found.append(f"activations take about {_gib(activations)} for a micro-batch of {rows} sequences")
-        if squared := squared_bytes(plan, rows, 2):
-            bias = _gib(squared_bytes(plan, 0, 2))
+        if squared := squared_bytes(plan, rows):
+            bias = _gib(squared_bytes(plan, 0))
             scores = f"ALiBi: {bias} of bias, and on CPUs attention's scores"
             found[-1] += f"; {_gib(squared)} grow with the square of the context ({scores})"
     if processes > 1:

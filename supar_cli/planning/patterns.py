@@ -3,8 +3,9 @@
 A pattern goes along the fan-in: it sees a tensor as a matrix (fan-out, fan-in), however its extents are stored.
 
 To add one: its word in `Pattern`, its count in `live_count`, and whether rows are equal (`has_equal_rows`), here; which weights
-live in `sparse.masks.select`, and how `draw` makes its keys; the conditions on a mask from a file in `sparse.mask_files`;
-`check_init`'s tolerance in `training.prepare`; its warnings in `advice`; the flags' help in `cli.option_table`.
+live in `sparse.masks.select`, and how `draw` makes its keys, or its positions if it is in `DRAWN_LIVE`; the conditions on a mask
+from a file in `sparse.mask_files`; `check_init`'s tolerance in `training.prepare`; its warnings in `advice`; the flags' help in
+`cli.option_table`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,13 @@ Pattern = Literal["exact", "fixed_fan_in", "bernoulli", "block"] | GroupPattern
 Block = Literal[16, 32, 64, 128]  # edges of blocks, as the block engine has them
 # even: rows of blocks differ by at most one block; random: all blocks are drawn alike
 BlockRows = Literal["random", "even"]
+# positions: every position has its random number; live: only what lives is drawn, in a time that follows it
+Draw = Literal["positions", "live"]
+DRAWN_LIVE = (
+    "exact",
+    "fixed_fan_in",
+    "bernoulli",
+)  # patterns whose masks can be; groups and blocks are many times fewer
 
 
 class PatternKeys(Section):

@@ -6,7 +6,7 @@ from math import prod
 from typing import Any, ClassVar, Literal
 
 from supar_cli.planning import layout
-from supar_cli.planning.patterns import Block, BlockRows, Pattern, PatternKeys, describe
+from supar_cli.planning.patterns import DRAWN_LIVE, Block, BlockRows, Draw, Pattern, PatternKeys, describe
 from supar_cli.planning.rules import Edition, ParameterizationName, Role
 from supar_cli.planning.schema import Field, Section
 from supar_cli.planning.spec import MOST_LAYERS, Distribution, Model, Options, Train
@@ -153,6 +153,7 @@ class PlanSparsity(PatternKeys):
     pattern: Pattern
     block: Block | None = Field(default=None, neutral=True, omit=True)
     block_rows: BlockRows = Field(default="random", neutral=True, omit=True)  # random: as older plans were drawn
+    draw: Draw = Field(default="positions", neutral=True, omit=True)
     distribution: Distribution
     overrides: dict[str, float] = Field(default_factory=dict)
     source: MaskSource = Field(default_factory=MaskSource, neutral=True)
@@ -162,6 +163,8 @@ class PlanSparsity(PatternKeys):
         super().check()
         if self.block_rows == "even" and self.block is None:
             raise ValueError(f"block_rows: even with the pattern {self.pattern}; expected the pattern block")
+        if self.draw == "live" and self.pattern not in DRAWN_LIVE:
+            raise ValueError(f"draw: live with the pattern {self.pattern}; expected one of {', '.join(DRAWN_LIVE)}")
         if self.updates is None:
             return
         if self.pattern != "exact":
@@ -176,9 +179,6 @@ class PlanSparsity(PatternKeys):
     def pattern_text(self) -> str:
         """The pattern in words."""
         return describe(self.pattern, self.block)
-
-
-Draw = Literal["positions", "live"]
 
 
 class Values(Section):

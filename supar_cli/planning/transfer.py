@@ -17,7 +17,6 @@ from supar_cli.planning.live_counts import GivenMasks, asked_density, live_count
 from supar_cli.planning.plan import CURRENT_RULES, Plan, PlanModel, PlanTensor, PlanTrain
 from supar_cli.planning.plan_sections import (
     Base,
-    Draw,
     Multipliers,
     OwnModel,
     Parameterization,
@@ -84,12 +83,12 @@ def transfer(
     allow_low_wpn: bool = False,
     edition: rules.Edition = CURRENT_RULES,
     masks: GivenMasks | None = None,
-    draw: Draw = "live",
+    draw: patterns.Draw = "live",
 ) -> Plan:
     """The plan of training `target` with the hyperparameters of `proxy`; with `masks` their densities are the tensors'.
 
-    `draw` is how values of sparse tensors are drawn: studies over density draw `positions`, so that their runs share the
-    values of what lives in several of them. Raises InputError for a target that can't work.
+    `draw` is how masks, and values of sparse tensors, are drawn: studies over density draw `positions`, so that their runs
+    share the values of what lives in several of them. Raises InputError for a target that can't work.
     """
     if parameterization not in (names := get_args(rules.ParameterizationName)):
         raise InputError(f"parameterization: {parameterization!r}; expected one of {', '.join(names)}")
@@ -106,20 +105,17 @@ def transfer(
     model, base, rows, task = planned(proxy, target, scheme, masks)
     train = _train(proxy, target, model, sum(row.kept for row in rows))
     moving = plan_updates(updates, exponent, train.steps, rows)
+    draw = draw if any(row.kept < row.size for row in rows) else "positions"
     plan = Plan(
         kind="supar.plan/v2",
         parents={"proxy": proxy.hash()},
         model=model,
         parameterization=Parameterization(
-            name=parameterization,
-            **options,
-            density_exponent=static_exponent,
-            base=base,
-            edition=edition,
+            name=parameterization, **options, density_exponent=static_exponent, base=base, edition=edition
         ),
         hyperparameters=proxy.hyperparameters,
-        sparsity=_plan_sparsity(target.sparsity, rows, masks, moving, edition),
-        values=Values(draw=draw if any(row.kept < row.size for row in rows) else "positions"),
+        sparsity=_plan_sparsity(target.sparsity, rows, masks, moving, edition, draw),
+        values=Values(draw=draw),
         tensors=rows,
         task=task,
         data=proxy.data,
@@ -144,6 +140,7 @@ def _plan_sparsity(
     masks: GivenMasks | None,
     updates: PlanUpdates | None,
     edition: rules.Edition,
+    draw: patterns.Draw,
 ) -> PlanSparsity:
     """The plan's section: the density asked for, or the share of all hidden weights that masks from a file leave alive."""
     if masks is not None:
@@ -152,6 +149,8 @@ def _plan_sparsity(
     drawn["overrides"] = {name: float(density.literal(value)) for name, value in wanted.overrides.items()}
     if wanted.block is not None and edition > 1:
         drawn["block_rows"] = "even"
+    if wanted.pattern in patterns.DRAWN_LIVE:
+        drawn["draw"] = draw
     return PlanSparsity(density=float(share), sparsity=float(1 - share), **drawn, updates=updates)
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from supar_cli.errors import InputError
-from supar_cli.files import write_file
+from supar_cli.files import cache_folder, write_file
 from supar_cli.sparse.block import Block
 from supar_cli.sparse.csr import Sparse, numba_version
 from supar_cli.sparse.linear import Dense, Engine, multiplies_in_tf32
@@ -149,7 +149,7 @@ def fastest(mask: Mask, case: LayerCase, seconds: float = MOST_SECONDS) -> Engin
     if len(names) == 1:
         return EngineChoice(names[0], {})
     rows = rows_measured(mask.shape, case.block)
-    path, key = _cache(), _key(mask, rows, case)
+    path, key = cache_folder() / "engines.json", _key(mask, rows, case)
     found = _read(path).get(key, {})
     measured_now = not is_valid(found, names)
     if measured_now:
@@ -308,11 +308,6 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return "cpu"
-
-
-def _cache() -> Path:
-    folder = os.environ.get("XDG_CACHE_HOME")
-    return (Path(folder) if folder else Path.home() / ".cache") / "supar" / "engines.json"
 
 
 def is_valid(seconds: object, names: list[str]) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from supar_cli.sparse.block_structure import Structure, blocks_of, structure_of, values_of
-from supar_cli.sparse.linear import Engine
+from supar_cli.sparse.linear import Engine, compute_dtype
 from supar_cli.sparse.masks import Mask
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -55,7 +55,7 @@ class Block(Engine):
             raise ValueError(
                 f"inputs {tuple(x.shape)} and values {tuple(values.shape)}; expected (…, {self.d_in}) and ({self.live},)"
             )
-        x_NI = x.to(_compute_dtype(x)).reshape(-1, self.d_in)
+        x_NI = x.to(compute_dtype(x)).reshape(-1, self.d_in)
         structure = [self.get_buffer(name) for name in Structure._fields]
         if self._uses_triton(x_NI):
             from supar_cli.sparse.block_kernels import block_linear
@@ -86,14 +86,6 @@ def what_triton_lacks(device: torch.device | None = None) -> str | None:
         return "no C compiler is found, which Triton calls"
     major, minor = torch.cuda.get_device_capability(device)
     return f"the compute capability {major}.{minor} is below 7.0, Triton's least" if major < 7 else None
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """As torch casts a linear layer: autocast's dtype where it is on, except for float64."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -42,7 +42,7 @@ class Sparse(Engine):
         self.shape = mask.shape
         if kernels == "auto":
             kernels = "torch" if numba_version() is None else "numba"
-        self.kernels = kernels
+        self.kernels, self.applies_gelu = kernels, kernels == "numba"
         out, width = mask.shape
         rows_L, columns_L = np.divmod(mask.live(), width)
         order_L = np.argsort(columns_L.astype(np.min_scalar_type(width)), kind="stable")  # of 16 bits by radix
@@ -57,28 +57,28 @@ class Sparse(Engine):
             self.register_buffer(name, torch.from_numpy(value.astype(np.int32)), persistent=False)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def forward(self, x: Tensor, values: Tensor) -> Tensor:
+    def forward(self, x: Tensor, values: Tensor, gelu: str | None = None) -> Tensor:
         if torch.is_autocast_enabled("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
         if self.kernels == "torch":  # transposed once, here, for both passes
             x = x.reshape(-1, x.shape[-1]).t().contiguous().t().view(x.shape)
-        return _Product.apply(x, values, self)  # type: ignore[no-any-return,no-untyped-call]
+        return _Product.apply(x, values, self, {} if gelu is None else {"gelu": gelu})  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values_L: Tensor, engine: Sparse) -> Tensor:
+    def forward(ctx: Any, x: Tensor, values_L: Tensor, engine: Sparse, gelu: dict[str, str]) -> Tensor:
         ctx.save_for_backward(x, values_L)
-        ctx.engine = engine
-        y_NO = PRODUCT[engine.kernels](engine, _rows(x), values_L.detach())
+        ctx.engine, ctx.gelu = engine, gelu
+        y_NO = PRODUCT[engine.kernels](engine, _rows(x), values_L.detach(), **gelu)
         return y_NO.to(x.dtype).view(*x.shape[:-1], engine.shape[0])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, values_L = ctx.saved_tensors
         gradients, wanted = GRADIENTS[ctx.engine.kernels], ctx.needs_input_grad[:2]
-        by_x, by_values = gradients(ctx.engine, _rows(x), _rows(gradient), values_L.detach(), *wanted)
-        return None if by_x is None else by_x.to(x.dtype).view(x.shape), by_values, None
+        by_x, by_values = gradients(ctx.engine, _rows(x), _rows(gradient), values_L.detach(), *wanted, **ctx.gelu)
+        return None if by_x is None else by_x.to(x.dtype).view(x.shape), by_values, None, None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -123,22 +123,29 @@ def _bags(x_IN: Tensor, index_L: Tensor, starts: Tensor, values_L: Tensor) -> Te
     return F.embedding_bag(index_L, x_IN, starts[:-1], mode="sum", per_sample_weights=values_L).t()
 
 
-def _numba_product(engine: Sparse, x_NI: Tensor, values_L: Tensor) -> Tensor:
+def _numba_product(engine: Sparse, x_NI: Tensor, values_L: Tensor, gelu: str | None = None) -> Tensor:
     """Products by compiled loops over tiles of tokens."""
     from supar_cli.sparse import csr_run
 
-    return csr_run.product(x_NI.contiguous(), engine.starts, engine.columns_L, values_L.float().contiguous())
+    values_L = values_L.float().contiguous()
+    return csr_run.product(x_NI.contiguous(), engine.starts, engine.columns_L, values_L, gelu)
 
 
 def _numba_gradients(
-    engine: Sparse, x_NI: Tensor, gradient_NO: Tensor, values_L: Tensor, by_x: bool, by_values: bool
+    engine: Sparse,
+    x_NI: Tensor,
+    gradient_NO: Tensor,
+    values_L: Tensor,
+    by_x: bool,
+    by_values: bool,
+    gelu: str | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Both come from one loop: who needs one alone drops the other."""
     from supar_cli.sparse import csr_run
 
     by_column = engine.starts_by_column, engine.rows_L, engine.order_L
     values_L = values_L.float().contiguous()
-    found = csr_run.gradients(x_NI.contiguous(), gradient_NO.contiguous(), *by_column, values_L)
+    found = csr_run.gradients(x_NI.contiguous(), gradient_NO.contiguous(), *by_column, values_L, gelu)
     return found[0] if by_x else None, found[1] if by_values else None
 
 

@@ -19,22 +19,13 @@ from llvmlite import ir
 from numba import carray, cfunc, from_dtype, njit, types
 from numba.extending import intrinsic
 
-# measured: on EPYC (Zen 4, 1 MiB of L2), at widths 256 to 32768 and densities 1/512 to 1/4, 32 tokens take the least time or at
-# most a sixth more than that; 64 took up to 1.5 times as long as 32, and 8 up to 1.9 times as long as 16
-TILES = (32, 16)
-PANEL = 64  # chosen: rows of Y, or columns of dX, turned back at a time: 8 KiB
-BLOCK = 4096  # chosen: live weights whose sums a thread adds up at a time
+from supar_cli.sparse.csr_call import BLOCK, CALL, LANES, PANEL, TILES
+from supar_cli.sparse.csr_gelu import activate, memory, scale
 
-LANES = 8
 FLOAT, INDEX, ADDRESS = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 VECTOR = ir.VectorType(FLOAT, LANES)
 Value = Any  # of llvmlite, which has no types
 
-NUMBERS = (
-    "threads units scratch scratch_bytes tile tokens width out streams starts index values"
-    " x y gradient by_x sums live chunks groups order by_values"
-)
-CALL = np.dtype([(name, np.int64) for name in NUMBERS.split()])  # what a kernel is given; addresses for tensors
 THREADS, UNITS = 0, 1  # places of the counters: threads that have begun, units that have been taken
 
 
@@ -221,20 +212,10 @@ def _take(typing: Any, call: Any, counter: Any) -> Any:
     return types.intp(call, types.intp), lower
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _at(typing: Any, address: Any) -> Any:
-    """A pointer to an address."""
-
-    def lower(context: Any, builder: Any, signature: Any, values: Any) -> Value:
-        return builder.inttoptr(values[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.intp), lower
-
-
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _turn(source: int, width: int, count: int, columns: int, target: int, tile: int) -> None:
     """`count` rows of `columns` floats, `width` apart, turned into (columns, tile); zero in the rest of the tile."""
-    x, turned = carray(_at(source), count * width, np.float32), carray(_at(target), columns * tile, np.float32)
+    x, turned = carray(memory(source), count * width, np.float32), carray(memory(target), columns * tile, np.float32)
     rows, whole = count // LANES * LANES, columns // LANES * LANES
     for t in range(0, rows, LANES):
         for i in range(0, whole, LANES):
@@ -247,7 +228,7 @@ def _turn(source: int, width: int, count: int, columns: int, target: int, tile: 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _turn_back(source: int, width: int, count: int, columns: int, target: int, tile: int, streams: int) -> None:
     """A panel (columns, tile) turned back into `count` rows of `columns` floats, `width` apart."""
-    panel, y = carray(_at(source), columns * tile, np.float32), carray(_at(target), count * width, np.float32)
+    panel, y = carray(memory(source), columns * tile, np.float32), carray(memory(target), count * width, np.float32)
     step = 2 * LANES if streams else LANES
     rows, whole = count // LANES * LANES, columns // step * step
     for t in range(0, rows, LANES):
@@ -261,13 +242,7 @@ def _turn_back(source: int, width: int, count: int, columns: int, target: int, t
             y[t * width + o] = panel[o * tile + t]
 
 
-def _compiled(loop: Any) -> Any:
-    """Compile a loop, and keep its machine code for other processes if numba finds a folder that it may write to."""
-    signature = types.void(types.CPointer(from_dtype(CALL)))
-    try:
-        return cfunc(signature, cache=True, error_model="numpy")(loop)
-    except RuntimeError:
-        return cfunc(signature, error_model="numpy")(loop)
+_compiled = cfunc(types.void(types.CPointer(from_dtype(CALL))), error_model="numpy")
 
 
 @_compiled  # type: ignore[untyped-decorator]
@@ -275,7 +250,7 @@ def product(call: Any) -> None:
     """y (tokens, out) = x (tokens, width) times the transpose of a weight, given by its rows. A unit is a tile."""
     a = carray(call, 1)[0]
     tile, tokens, width, out, index, values = a.tile, a.tokens, a.width, a.out, a.index, a.values
-    starts = carray(_at(a.starts), out + 1, np.int32)
+    starts = carray(memory(a.starts), out + 1, np.int32)
     turned = a.scratch + a.scratch_bytes * _take(call, THREADS)
     panel = turned + 4 * width * tile
     while True:
@@ -284,6 +259,8 @@ def product(call: Any) -> None:
             return
         count = min(tile, tokens - first)
         _turn(a.x + 4 * first * width, width, count, width, turned, tile)
+        for start in range(0, width if a.gelu else 0, PANEL):
+            activate(a.gelu, turned + 4 * start * tile, panel, min(PANEL, width - start) * tile)
         for start in range(0, out, PANEL):
             rows = min(PANEL, out - start)
             for row in range(rows):
@@ -300,10 +277,11 @@ def gradients(call: Any) -> None:
     """
     a = carray(call, 1)[0]
     tile, tokens, width, out, index, values = a.tile, a.tokens, a.width, a.out, a.index, a.values
-    starts = carray(_at(a.starts), width + 1, np.int32)
+    starts = carray(memory(a.starts), width + 1, np.int32)
     turned = a.scratch + a.scratch_bytes * _take(call, THREADS)
     panel = turned + 4 * out * tile
-    turned_x = panel + 4 * PANEL * tile
+    slopes = panel + 4 * PANEL * tile
+    turned_x = slopes + 4 * PANEL * tile
     tiles, panels = (tokens + tile - 1) // tile, (width + PANEL - 1) // PANEL
     while True:
         unit = _take(call, UNITS)
@@ -312,17 +290,25 @@ def gradients(call: Any) -> None:
         chunk, group = unit // a.groups, unit % a.groups
         left, right = group * panels // a.groups * PANEL, min((group + 1) * panels // a.groups * PANEL, width)
         dots = a.sums + 4 * chunk * a.live
-        carray(_at(dots), a.live, np.float32)[starts[left] : starts[right]] = 0
-        for first in range(chunk * tiles // a.chunks * tile, (chunk + 1) * tiles // a.chunks * tile, tile):
+        sums = carray(memory(dots), a.live, np.float32)
+        for j in range(starts[left], starts[right]):
+            sums[j] = 0
+        for number in range(chunk * tiles // a.chunks, (chunk + 1) * tiles // a.chunks):
+            first = number * tile
             count = min(tile, tokens - first)
             _turn(a.gradient + 4 * first * out, out, count, out, turned, tile)
             _turn(a.x + 4 * (first * width + left), width, count, right - left, turned_x, tile)
             for start in range(left, right, PANEL):
                 columns, place = min(PANEL, right - start), 4 * (first * width + start)
+                inputs = turned_x + 4 * (start - left) * tile
+                if a.gelu:
+                    activate(a.gelu, inputs, slopes, columns * tile)
                 for column in range(columns):
                     one, stop = types.intp(starts[start + column]), types.intp(starts[start + column + 1])
-                    row, x = panel + 4 * column * tile, turned_x + 4 * (start - left + column) * tile
+                    row, x = panel + 4 * column * tile, inputs + 4 * column * tile
                     _sum_row_and_dots(tile, turned, index, values, one, stop, row, x, dots)
+                if a.gelu:
+                    scale(panel, slopes, columns * tile)
                 _turn_back(panel, width, count, columns, a.by_x + place, tile, a.streams)
 
 
@@ -330,8 +316,8 @@ def gradients(call: Any) -> None:
 def total(call: Any) -> None:
     """The gradients of the values, by row: those by column, added up from the first chunk to the last. A unit is BLOCK of them."""
     a = carray(call, 1)[0]
-    sums, order = carray(_at(a.sums), (a.chunks, a.live), np.float32), carray(_at(a.order), a.live, np.int32)
-    by_values = carray(_at(a.by_values), a.live, np.float32)
+    sums, order = carray(memory(a.sums), (a.chunks, a.live), np.float32), carray(memory(a.order), a.live, np.int32)
+    by_values = carray(memory(a.by_values), a.live, np.float32)
     while True:
         first = _take(call, UNITS) * BLOCK
         if first >= a.live:

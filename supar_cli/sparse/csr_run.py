@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from supar_cli.sparse import csr_kernels
-from supar_cli.sparse.csr_kernels import BLOCK, CALL, LANES, PANEL, TILES
+from supar_cli.sparse.csr_call import BLOCK, CALL, FORMS, LANES, PANEL, TILES
+from supar_cli.sparse.csr_machine import address_of
 
 CHUNKS = 16  # chosen: of tokens, at most, over which gradients of values are summed apart, whatever the threads
 # in all chunks, unless one has more; measured: of 524288 live weights 8 chunks take .85 of the time of 16
@@ -51,20 +51,20 @@ def openmp() -> Any:
     return parallel
 
 
-def run(kernel: Any, units: int, scratch: int, /, **arguments: int | Tensor) -> None:
+def run(kernel: str, units: int, scratch: int, /, **arguments: int | Tensor) -> None:
     """Run a kernel's units in torch's threads, each with `scratch` floats of its own.
 
     Where torch's own can't be called, in threads of Python: compiled code doesn't hold Python's lock.
     """
     threads = max(1, min(torch.get_num_threads(), units))
     own = torch.empty(threads, -(-scratch // 16) * 16)  # whole lines of 64 bytes
-    call = np.zeros(1, CALL)
+    call, address = np.zeros(1, CALL), address_of(kernel)
     for name, value in {"scratch": own, "scratch_bytes": 4 * own.shape[1], **arguments}.items():
         call[name] = value.data_ptr() if isinstance(value, Tensor) else value
     if threads > 1 and openmp() is not None:
-        openmp()(kernel.address, call.ctypes.data, threads, 0)
+        openmp()(address, call.ctypes.data, threads, 0)
         return
-    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel.address)
+    function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
     others = [threading.Thread(target=function, args=(call.ctypes.data,)) for _ in range(threads - 1)]
     for other in others:
         other.start()
@@ -73,24 +73,31 @@ def run(kernel: Any, units: int, scratch: int, /, **arguments: int | Tensor) -> 
         other.join()
 
 
-def _shape(x_NI: Tensor, out: int, tile: int, result: Tensor) -> dict[str, int | Tensor]:
+def _shape(x_NI: Tensor, out: int, tile: int, result: Tensor, gelu: str | None) -> dict[str, int | Tensor]:
     tokens, width = x_NI.shape
     streams = result.shape[1] % LANES == 0 and result.nbytes >= STREAMED_BYTES
-    return {"x": x_NI, "tokens": tokens, "width": width, "out": out, "tile": tile, "streams": streams}
+    sizes = {"tokens": tokens, "width": width, "out": out, "tile": tile}
+    return {"x": x_NI, **sizes, "streams": streams, "gelu": FORMS.index(gelu)}
 
 
-def product(x_NI: Tensor, starts: Tensor, columns_L: Tensor, values_L: Tensor) -> Tensor:
-    """Y (N, out) of contiguous X; the weight by its rows."""
+def product(x_NI: Tensor, starts: Tensor, columns_L: Tensor, values_L: Tensor, gelu: str | None) -> Tensor:
+    """Y (N, out) of contiguous X, or of its GELU; the weight by its rows."""
     (tokens, width), out = x_NI.shape, len(starts) - 1
     tile, y_NO = tile_of(width), x_NI.new_empty(tokens, out)
     weight = {"starts": starts, "index": columns_L, "values": values_L}
-    shape = _shape(x_NI, out, tile, y_NO)
-    run(csr_kernels.product, -(-tokens // tile), (width + PANEL) * tile, y=y_NO, **shape, **weight)
+    shape = _shape(x_NI, out, tile, y_NO, gelu)
+    run("product", -(-tokens // tile), (width + PANEL) * tile, y=y_NO, **shape, **weight)
     return y_NO
 
 
 def gradients(
-    x_NI: Tensor, gradient_NO: Tensor, starts: Tensor, rows_L: Tensor, order_L: Tensor, values_L: Tensor
+    x_NI: Tensor,
+    gradient_NO: Tensor,
+    starts: Tensor,
+    rows_L: Tensor,
+    order_L: Tensor,
+    values_L: Tensor,
+    gelu: str | None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of X and, by row, of the values, from contiguous X and gradient of Y.
 
@@ -104,8 +111,8 @@ def gradients(
     by_column_L = values_L.index_select(0, order_L)  # measured: a third of [order_L]'s time
     weight = {"starts": starts, "index": rows_L, "values": by_column_L}
     tensors = {"gradient": gradient_NO, "by_x": by_x_NI}
-    shape = _shape(x_NI, out, tile, by_x_NI)
-    scratch = (out + PANEL + width) * tile
-    run(csr_kernels.gradients, chunks * groups, scratch, groups=groups, **shares, **shape, **weight, **tensors)
-    run(csr_kernels.total, -(-live // BLOCK), 0, order=order_L, by_values=by_values_L, **shares)
+    shape = _shape(x_NI, out, tile, by_x_NI, gelu)
+    scratch = (out + 2 * PANEL + width) * tile
+    run("gradients", chunks * groups, scratch, groups=groups, **shares, **shape, **weight, **tensors)
+    run("total", -(-live // BLOCK), 0, order=order_L, by_values=by_values_L, **shares)
     return by_x_NI, by_values_L

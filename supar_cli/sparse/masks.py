@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from supar_cli.errors import InputError
-from supar_cli.planning.patterns import group_of, require_known
+from supar_cli.planning.patterns import Draw, group_of, require_known
+from supar_cli.sparse.packed_bits import CHUNK_BYTES, count_ones, positions_of_ones, set_ones
+from supar_cli.sparse.random_positions import random_count, random_positions
 from supar_cli.streams import stream
 
-CHUNK_BYTES = 2**18  # chosen: packed bytes read at a time; unpacked they and their positions take 2 to 18 MiB
 CHUNK_KEYS = 2**17  # measured: keys drawn and compared at a time; 1 MiB stays in a core's cache
 
 
@@ -42,8 +43,7 @@ class Mask:
             raise ValueError(f"{self.bits.shape} of {self.bits.dtype} are not the packed bits of shape {self.shape}")
         if self.size % 8 and self.bits[-1] & (0xFF >> self.size % 8):
             raise ValueError("the packed bits of a mask are not zero beyond its last weight")
-        chunks = (self.bits[first : first + CHUNK_BYTES] for first in range(0, len(self.bits), CHUNK_BYTES))
-        object.__setattr__(self, "count", sum(int.from_bytes(chunk.tobytes(), "big").bit_count() for chunk in chunks))
+        object.__setattr__(self, "count", count_ones(self.bits))
 
     @classmethod
     def of(cls, alive: NDArray[np.bool_]) -> Mask:
@@ -70,17 +70,12 @@ class Mask:
 
     def live(self, dtype: type[np.signedinteger] = np.int64) -> NDArray[np.signedinteger]:
         """Row-major positions of the live weights, ascending, (count,)."""
-        found, filled = np.empty(self.count, dtype), 0
-        for first in range(0, len(self.bits), CHUNK_BYTES):
-            positions = np.flatnonzero(np.unpackbits(self.bits[first : first + CHUNK_BYTES]).view(np.bool_))
-            found[filled : filled + len(positions)] = positions + 8 * first
-            filled += len(positions)
-        return found
+        return positions_of_ones(self.bits, self.count, dtype)
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the packed bits, first 16 hex digits."""
-        return hashlib.sha256(self.bits.tobytes()).hexdigest()[:16]
+        return hashlib.sha256(self.bits.data).hexdigest()[:16]
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Mask):
@@ -145,22 +140,27 @@ def select(
         if kept % block**2:
             raise ValueError(f"{kept} live weights; expected a multiple of {block}×{block}")
         return _expand((_select_even if even_rows else partial(select, "exact"))(keys, kept // block**2), block)
-    if not 0 <= kept <= rows * columns:
-        raise ValueError(f"{kept} live weights; expected 0 to {rows * columns}")
     if pattern == "bernoulli" and density is not None:
-        below = Fraction(density)
-        limit = np.uint64(below.numerator * 2**64 // below.denominator)
+        limit = np.uint64(int(Fraction(density) * 2**64))
         return _by_rows(keys, lambda chunk: chunk < limit)
     group = (kept // rows, columns) if pattern == "fixed_fan_in" else group_of(pattern)
+    _require_fit(pattern, keys.shape, kept, group)
     if group is not None:
         live, length = group
-        if kept * length != rows * columns * live or columns % length:
-            raise ValueError(f"{kept} of {rows}×{columns} weights are not {pattern} along the rows")
         return _by_rows(keys, lambda chunk: _smallest(chunk.reshape(-1, length), live).reshape(chunk.shape))
     require_known(pattern)
     if isinstance(keys, RandomKeys):
         return _smallest_random(keys, kept)
     return Mask.of(_smallest(keys.reshape(1, -1), kept).reshape(keys.shape))
+
+
+def _require_fit(pattern: str, shape: tuple[int, int], kept: int, group: tuple[int, int] | None) -> None:
+    """Raise ValueError unless a matrix has so many weights, and each of its rows whole groups of so many live ones."""
+    size, columns = prod(shape), shape[1]
+    if not 0 <= kept <= size:
+        raise ValueError(f"{kept} live weights; expected 0 to {size}")
+    if group is not None and (kept * group[1] != size * group[0] or columns % group[1]):
+        raise ValueError(f"{kept} of {shape[0]}×{columns} weights are not {pattern} along the rows")
 
 
 def _select_even(keys: Keys, kept: int) -> Mask:
@@ -191,13 +191,12 @@ def _expand(blocks: Mask, edge: int) -> Mask:
 
 def _by_rows(keys: Keys, alive_of: Callable[[NDArray[Any]], NDArray[np.bool_]]) -> Mask:
     """The mask that `alive_of` gives for some rows of keys at a time."""
-    parts: Iterable[NDArray[Any]]
+    columns, step = keys.shape[1], row_step(keys.shape)
     if isinstance(keys, RandomKeys):
-        columns = keys.shape[1]
-        parts = (chunk.reshape(-1, columns) for chunk in keys.chunks(row_step(keys.shape) * columns))
+        keys_of_rows: Iterable[NDArray[Any]] = keys.chunks(step * columns)
     else:
-        parts = (keys[part] for part in row_parts(keys.shape))
-    return Mask.of_parts(keys.shape, map(alive_of, parts))
+        keys_of_rows = (keys[part] for part in row_parts(keys.shape))
+    return Mask.of_parts(keys.shape, (alive_of(part.reshape(-1, columns)) for part in keys_of_rows))
 
 
 def _smallest(keys: NDArray[Any], count: int) -> NDArray[np.bool_]:
@@ -244,7 +243,7 @@ def _smallest_random(keys: RandomKeys, count: int, deviations: int = 8) -> Mask:
         return _smallest_random(keys, count, 64 * deviations)
     chosen = candidates[np.argsort(np.concatenate(between), kind="stable")[:wanted]]
     packed = np.concatenate(bits)
-    np.bitwise_or.at(packed, chosen >> 3, np.uint8(0x80) >> (chosen & 7).astype(np.uint8))
+    set_ones(packed, chosen)
     return Mask(keys.shape, packed)
 
 
@@ -274,7 +273,7 @@ def from_matrix(mask: Mask, shape: Sequence[int], fan_in_axes: Sequence[int]) ->
 class WantedMask:
     """What a plan says of a tensor's mask: shape as stored, live weights, and along which axes it has which pattern.
 
-    `even_rows`: rows of blocks differ by at most one block.
+    `even_rows`: rows of blocks differ by at most one block. `draw`: whether every position has a key, or positions are drawn.
     """
 
     shape: tuple[int, ...]
@@ -283,27 +282,37 @@ class WantedMask:
     pattern: str = "exact"
     block: int | None = None
     even_rows: bool = False
+    draw: Draw = "positions"
 
 
 def draw(name: str, wanted: WantedMask, density: float, seed: int) -> Mask:
-    """A tensor's random mask, a function of (seed, name) and its matrix alone.
+    """A tensor's random mask, a function of (seed, name) and its matrix alone; one of lower density lives within it.
 
     Raises InputError, naming the tensor, where the number of live weights does not fit the pattern.
     """
     _, (rows, columns) = matrix_axes(wanted.shape, wanted.fan_in_axes)
     edge = wanted.block or 1
-    keys = RandomKeys(seed, f"mask:{name}", (rows // edge, columns // edge))
     try:
         if rows % edge or columns % edge:
-            raise ValueError(
-                f"{edge}×{edge} blocks don't divide the shape {rows}×{columns}; expected an edge that does"
-            )
-        mask = select(
-            wanted.pattern, keys, wanted.kept, block=wanted.block, density=density, even_rows=wanted.even_rows
-        )
+            what = f"{edge}×{edge} blocks don't divide the shape {rows}×{columns}"
+            raise ValueError(f"{what}; expected an edge that does")
+        if wanted.draw == "live":
+            mask = _draw_live(f"mask:{name}", (rows, columns), wanted, density, seed)
+        else:
+            keys = RandomKeys(seed, f"mask:{name}", (rows // edge, columns // edge))
+            choose = partial(select, wanted.pattern, keys, wanted.kept, density=density)
+            mask = choose(block=wanted.block, even_rows=wanted.even_rows)
     except ValueError as error:
         raise InputError(f"{name}: kept: {error}") from None
     return from_matrix(mask, wanted.shape, wanted.fan_in_axes)
+
+
+def _draw_live(name: str, shape: tuple[int, int], wanted: WantedMask, density: float, seed: int) -> Mask:
+    """The mask of a matrix of which only what lives is drawn: random positions of it, or of each of its rows."""
+    rows, length = shape if wanted.pattern == "fixed_fan_in" else (1, prod(shape))
+    kept = random_count(seed, name, length, Fraction(density)) if wanted.pattern == "bernoulli" else wanted.kept
+    _require_fit(wanted.pattern, shape, kept, (kept // rows, length) if rows > 1 else None)
+    return Mask(shape, random_positions(seed, name, rows, length, kept // rows))
 
 
 @dataclass(frozen=True)

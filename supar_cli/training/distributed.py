@@ -232,11 +232,36 @@ def local_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def compile_parts(model: nn.Module, blocks: list[nn.Module]) -> None:
+    """Compile each block of a model by itself, in place, so that equal ones share a graph, and its `compiled_methods`.
+
+    Once a block's backward pass is done, its gradients can be sent while those of others are computed.
+    """
+    _allow_for_blocks(len(blocks))
+    for part in blocks or [model]:
+        part.compile()
+    for name in getattr(model, "compiled_methods", ()):
+        setattr(model, name, torch.compile(getattr(model, name)))
+
+
+def _allow_for_blocks(count: int) -> None:
+    """Set torch.compile, in this process, for models of `count` blocks."""
+    config, shapes = torch._dynamo.config, torch.fx.experimental._config
+    # masks drawn weight by weight have another number of live weights in each block: one graph for all of them
+    config.force_parameter_static_shapes = False
+    shapes.use_duck_shape = False  # two of a block's tensors may happen to have as many live weights, and others' not
+    # blocks that are unlike each other have two graphs each, with gradients and without; beyond the limit they run eagerly
+    config.recompile_limit = max(config.recompile_limit, 8 + 2 * count)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 8 + 2 * count)
+    config.optimize_ddp = False  # it would cut the graph of a block where a bucket of DDP ends
+
+
 class Parallel:
     """A model as the ranks hold it: whole in each with averaged gradients (DDP), or every tensor in shards (FSDP2).
 
-    A training step calls `model`; `inner` is the model without DDP, for passes without communication. FSDP2 gathers one of
-    the model's `blocks` at a time: what its linear layers multiply with in `precision`, all else, and gradients, in float32.
+    A training step calls `model`; `inner` is the model without DDP, for passes without communication. A model's `blocks`
+    are compiled one by one, and FSDP2 gathers one of them at a time: what its linear layers multiply with in `precision`, all
+    else, and gradients, in float32.
     """
 
     def __init__(
@@ -249,11 +274,15 @@ class Parallel:
         precision: torch.dtype = torch.float32,
     ) -> None:
         self.kind, self.device, self.ranks, self.is_sharded = kind, device, ranks, kind == "fsdp"
-        self.model = model
+        self.compiles = compiles
+        self.model = self.inner = model
+        blocks = list(getattr(model, "blocks", ()))
+        if compiles:
+            compile_parts(model, blocks)
         if kind == "fsdp":
             mesh = init_device_mesh(device.type, (ranks.size,))
             policy = MixedPrecisionPolicy(precision, torch.float32, cast_forward_inputs=False)
-            blocks, norms = list(getattr(model, "blocks", ())), list[nn.Module]()
+            norms = list[nn.Module]()
             if (
                 precision != torch.float32
             ):  # what computes in float32 all the same is gathered so, with the rest of the model
@@ -261,22 +290,17 @@ class Parallel:
                 norms = [one for one in norms if list(one.parameters(recurse=False))]
             apart = {tensor for one in norms for tensor in one.parameters()}
             for block in blocks:
-                if compiles:
-                    block.compile()
                 fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=apart)
             model.norms = nn.ModuleList(norms)  # where FSDP2 finds them: it looks into no block again
             fully_shard(model, mesh=mesh)
             del model.norms
-        elif compiles:
-            self.model = torch.compile(model)  # type: ignore[assignment]
-        self.inner = self.model
-        if kind == "ddp":
+        elif kind == "ddp":
             devices = [device] if device.type == "cuda" else None
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames an option, 2.11 lacks the new name
                 # an engine's buffers are equal on all ranks, and no forward pass writes to them
                 self.model = DistributedDataParallel(
-                    self.model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+                    model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
                 )
 
     def gradient_sync(self, is_last: bool) -> AbstractContextManager[None]:
@@ -290,12 +314,11 @@ class Parallel:
     @contextmanager
     def forward_only(self, with_hooks: bool = False) -> Iterator[None]:
         """For forward passes without backward ones, which every rank makes; `with_hooks` if hooks have to see each layer."""
-        if not isinstance(self.model, FSDPModule):
+        is_eager = with_hooks and self.compiles
+        with torch.compiler.set_stance("force_eager") if is_eager else nullcontext():
             yield
-            return
-        with torch.compiler.set_stance("force_eager" if with_hooks else "default"):
-            yield
-        self.model.reshard()
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()
 
     def norms(self, gradients: list[Tensor]) -> Tensor:
         """The norm of each whole gradient, from this rank's shards."""

@@ -24,7 +24,7 @@ from supar_cli.planning.plan import Plan, PlanTensor
 from supar_cli.planning.schedule import MaskSchedule
 from supar_cli.sparse import autotune, masks
 from supar_cli.sparse.autotune import EngineChoice, LayerCase
-from supar_cli.sparse.linear import Dense, Engine, Linear
+from supar_cli.sparse.linear import Dense, DenseGroup, Engine, Linear
 from supar_cli.sparse.mask_files import read_masks, read_values
 from supar_cli.sparse.masks import Mask, WantedMask
 from supar_cli.streams import stream
@@ -42,11 +42,19 @@ class SparseModel:
     model: nn.Module
     tensors: dict[str, nn.Parameter]
     masks: dict[str, Mask]
+    group: DenseGroup | None = None  # of small tensors, where each launch counts
+
+    def group_engines(self) -> None:
+        """Let all small tensors under the dense engine be refreshed at once."""
+        self.group = DenseGroup.of([self.linear(name) for name in self.masks])
 
     def sync_engines(self) -> None:
         """Tell the engines that parameters have changed in place."""
-        for name in self.masks:
-            self.linear(name).refresh()
+        if self.group is not None:
+            self.group.refresh()
+        for layer in map(self.linear, self.masks):
+            if self.group is None or layer not in self.group.layers:
+                layer.refresh()
 
     def linear(self, name: str) -> Linear:
         """The layer of a masked tensor."""
@@ -105,6 +113,8 @@ def prepare(
                 made.linear(row.name).remask(mask, value.to(device), engine_of(row.name, mask).to(device))
     model.to(device)
     made.tensors = named_tensors(model)
+    if device.type == "cuda":
+        made.group_engines()
     if values is None:
         for row in rows:
             check_init(row, made.tensors[row.name], plan.sparsity.pattern, masks.get(row.name))
@@ -142,8 +152,8 @@ def draw_masks(plan: Plan) -> dict[str, Mask]:
 def wanted_mask(plan: Plan, row: PlanTensor) -> WantedMask:
     """What the plan says of a tensor's mask."""
     sparsity = plan.sparsity
-    even_rows = sparsity.block_rows == "even"
-    return WantedMask(tuple(row.shape), row.kept, tuple(row.fan_in_axes), sparsity.pattern, sparsity.block, even_rows)
+    even_rows, shape, axes = sparsity.block_rows == "even", tuple(row.shape), tuple(row.fan_in_axes)
+    return WantedMask(shape, row.kept, axes, sparsity.pattern, sparsity.block, even_rows, sparsity.draw)
 
 
 def require_same_tensors(plan: Plan, build_model: Callable[[Plan], nn.Module] = transformer) -> None:

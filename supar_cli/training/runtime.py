@@ -307,7 +307,7 @@ def require_host_memory(plan: Plan, runtime: Runtime, ranks: Ranks) -> None:
     Each process builds the model in host memory: masks and live values, and all the rest if it trains on the CPU.
     """
     masked = sum(row.size for row in plan.tensors if row.kept < row.size)
-    needed_bytes = masked + 4 * estimate.start_live(plan.tensors, plan) + estimate.squared_bytes(plan, 0, 4)
+    needed_bytes = masked + 4 * estimate.start_live(plan.tensors, plan) + estimate.squared_bytes(plan, 0)
     if runtime.device.type == "cpu":
         needed_bytes = masked + estimate.state_bytes(plan, "sparse", 4)
         needed_bytes += estimate.activation_bytes(plan, runtime.micro_batch, runtime.precision.itemsize)

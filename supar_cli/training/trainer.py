@@ -258,8 +258,7 @@ class Trainer:
     def _rebuild(self, state: State) -> None:
         kind = self.parallel.kind
         del self.model, self.parallel, self.sparse_model, self.optimizer, self.update
-        if kind != "alone":
-            gc.collect()  # hooks of DDP and FSDP2 keep a model in cycles; free its memory for the next one
+        gc.collect()  # compiling it and hooks of DDP and FSDP2 keep a model in cycles; free its memory for the next one
         self._build_model(kind, state)
 
     def restore(self, path: Path) -> None:

@@ -28,6 +28,7 @@ from supar_cli.planning.transfer import transfer
 from supar_cli.sparse.masks import Mask
 from supar_cli.training import optimizer, prepare
 from supar_cli.training.distributed import Parallel
+from supar_cli.training.step import ClippedUpdate
 from supar_cli.training.tasks import NextToken
 from supar_cli.training.trainer import Trainer
 
@@ -197,6 +198,7 @@ class Replay(Trainer):
         self.parallel = Parallel("alone", self.sparse_model.model, self.runtime.device, False, self.ranks)
         self.model = self.parallel.model
         self.optimizer = optimizer.build(plan, self.sparse_model.tensors)
+        self.update = ClippedUpdate(self.optimizer, plan.train.grad_clip)
 
 
 def differences(case: Case, plan: Plan) -> list[float]:
