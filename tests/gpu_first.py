@@ -88,6 +88,16 @@ class Session:
         result = "NOTE" if self.is_cpu and on_gpu else "PASS" if is_good else "FAIL"
         self._tell({"result": result, "what": what, "value": value, "wanted": " and ".join(filter(None, bounds))})
 
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Inside, an error is a FAIL of its own, and what comes after this goes on."""
+        try:
+            yield
+        except Exception as error:
+            where = "".join(traceback.format_exception(error)).splitlines()[-TRACEBACK_LINES:]
+            text = " | ".join(line.strip() for line in where)
+            self._tell({"result": "FAIL", "what": f"{name} broke", "value": text, "wanted": ""})
+
     def check_equal(self, what: str, value: object, wanted: object) -> None:
         result = "PASS" if value == wanted else "FAIL"
         self._tell({"result": result, "what": what, "value": value, "wanted": str(wanted)})
@@ -102,12 +112,8 @@ def work(names: Sequence[str], is_cpu: bool, is_long: bool, folder: Path, sender
         own = folder / name
         own.mkdir(exist_ok=True)
         session = Session(is_cpu, is_long, own, lambda row, name=name: sender.send((name, row)))  # type: ignore[misc]
-        try:
+        with session.part("it"):
             getattr(import_module(STAGES[name].module), name)(session)
-        except Exception as error:
-            where = "".join(traceback.format_exception(error)).splitlines()[-TRACEBACK_LINES:]
-            text = " | ".join(line.strip() for line in where)
-            sender.send((name, {"result": "FAIL", "what": "it broke", "value": text, "wanted": ""}))
         sender.send((name, None))
 
 

@@ -15,7 +15,6 @@ import torch
 
 from supar_cli.bench import layer
 from supar_cli.bench.step import RandomTokens
-from supar_cli.errors import SetupError
 from supar_cli.planning import estimate
 from supar_cli.sparse.autotune import LayerCase, device_seconds, draw_inputs, draw_values, interleave, timed
 from supar_cli.sparse.block import what_triton_lacks
@@ -26,6 +25,7 @@ from tests.gpu_stages import run_calling, small_plan
 
 BF16 = torch.bfloat16
 EDGE = 8192  # of the square matrices that show a device's peak
+COPIED_BYTES = 2**30  # more than caches hold
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 BESIDE_GRAPH = 30  # chosen: launches of a step as one graph: batch, rates and what it gave, whatever the model
 DECIDED = {"dense": 1.25, "block 64": 1.0, "block 128": 1.0}  # most of a plain layer's time, at the first of DENSITIES
@@ -63,9 +63,9 @@ def facts(session: Session) -> None:
         session.note("share of the peak that supar knows", f"it knows none of {card.name!r}")
     else:
         session.check("share of the peak that supar knows", peak / known, least=0.6, most=1.02)
-    numbers = torch.empty(2**30, dtype=torch.int32, device=device)
+    numbers = torch.empty(COPIED_BYTES, dtype=torch.int8, device=device)
     copy = torch.empty_like(numbers)
-    spent = min(interleave({"copy": lambda: copy.copy_(numbers)}, 5, device, 1, device_seconds)["copy"])
+    spent = min(interleave({"copy": lambda: copy.copy_(numbers)}, 5, device, timer=device_seconds)["copy"])
     session.note("copy, TB/s read and written", 2 * numbers.nbytes / spent / 1e12)
 
 
@@ -91,12 +91,12 @@ def _time_layers(session: Session, shape: tuple[int, int], case: LayerCase) -> N
         # compiled for each size of a block; the smallest ones decide nothing
         for density in densities if session.is_long else densities[: 1 if name in DECIDED else 0]:
             own = replace(case, block=int(edge) if edge else None)
-            mask = layer.draw_mask(shape, density, own.block)
-            arm = layer.make(engine, mask, draw_values(mask, case.device), own)
-            both = {**base, name: partial(arm.step, x, dy)}
-            ratio = _ratio(both, name, case.device)
             most = DECIDED.get(name) if density == densities[0] else None
-            session.check(f"{name} at {density:g} ÷ plain layer", ratio, most=most, on_gpu=most is not None)
+            with session.part(name):
+                mask = layer.draw_mask(shape, density, own.block)
+                arm = layer.make(engine, mask, draw_values(mask, case.device), own)
+                ratio = _ratio({**base, name: partial(arm.step, x, dy)}, name, case.device)
+                session.check(f"{name} at {density:g} ÷ plain layer", ratio, most=most, on_gpu=most is not None)
 
 
 def _ratio(runs: dict[str, Any], name: str, device: torch.device) -> float:
@@ -163,10 +163,8 @@ def proxy(session: Session) -> None:
         if session.is_cpu and run:
             session.note(name, "needs CUDA")
             continue
-        try:
+        with session.part(name):
             milliseconds[name] = _proxy_step(session, name, run)
-        except SetupError as error:
-            session.note(name, error)
     for name in ("eager", "compiled"):
         if graph := milliseconds.get(f"{name}, one graph"):
             session.check(f"a step as one graph ÷ {name}", graph / milliseconds[name], most=1.0)

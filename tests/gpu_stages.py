@@ -24,7 +24,6 @@ from torch import Tensor
 
 import supar_cli
 from supar_cli.bench.layer import draw_mask
-from supar_cli.errors import SetupError
 from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse import autotune
@@ -224,18 +223,15 @@ def training(session: Session) -> None:
         if session.is_cpu and name not in REHEARSED:
             session.note(name, "needs CUDA")
             continue
-        try:
+        with session.part(name):
             found = losses(session.device, run)
-        except SetupError as error:
-            session.note(name, error)
-            continue
-        session.check(f"first losses off the CPU's, {name}", _apart(found[:FIRST], cpu[:FIRST]), most=mark)
-        session.check(f"what the loss fell by, {name}", found[0] - found[-1], least=0.3)
+            session.check(f"first losses off the CPU's, {name}", _apart(found[:FIRST], cpu[:FIRST]), most=mark)
+            session.check(f"what the loss fell by, {name}", found[0] - found[-1], least=0.3)
     for name, (run, changes) in MODELS.items():
-        pair = [
-            losses(device, {**run, "precision": "float32"}, **changes)[:FIRST] for device in ("cpu", session.device)
-        ]
-        session.check(f"first losses off the CPU's, float32, {name}", _apart(*pair), most=5e-3)
+        with session.part(name):
+            run = {**run, "precision": "float32"}
+            pair = [losses(device, run, **changes)[:FIRST] for device in ("cpu", session.device)]
+            session.check(f"first losses off the CPU's, float32, {name}", _apart(*pair), most=5e-3)
 
 
 def _apart(one: list[float], other: list[float]) -> float:
