@@ -1,8 +1,8 @@
 """The first minutes on a GPU: what has to hold there, each figure beside its mark.
 
-In a checkout, with torch, Triton and what supar needs importable (numpy, pydantic, pyyaml, safetensors, typer, rich). What a machine
-without a network lacks is carried: `pip download --only-binary=:all: -d wheels pydantic pyyaml safetensors typer rich numpy` where there
-is one, of the same Python, and there `pip install --no-index --no-deps --target site wheels/*.whl; export PYTHONPATH=site`.
+In a checkout, with torch, Triton and what supar needs importable. What a machine without a network lacks is carried: with the same Python
+`pip download --only-binary=:all: -d wheels pydantic pyyaml safetensors 'typer<0.29' rich numpy` where there is one, and over there
+`pip install --no-index --no-deps --target site wheels/*.whl; export PYTHONPATH=$PWD/site`.
 
     python tests/gpu_first.py                    # all but the tests: 4 minutes at most on an H100 or H200
     python tests/gpu_first.py --stage layers     # one stage, or several; --long: more cases, 9 minutes at most

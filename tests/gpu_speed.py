@@ -26,6 +26,12 @@ from tests.gpu_stages import run_calling, small_plan
 BF16 = torch.bfloat16
 EDGE = 8192  # of the square matrices that show a device's peak
 COPIED_BYTES = 2**30  # more than caches hold
+SHAPE, TOKENS = (4096, 4096), 16384  # of a layer
+LARGE: dict[str, dict[str, Any]] = {  # 400 million parameters
+    "model": {"width": 512, "layers": 6, "heads": 4, "context": 1024, "vocab": 50304},
+    "target": {"width": 2048, "sparsity": {"density": 0.125}},
+    "train": {"batch_size": 16},
+}
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 BESIDE_GRAPH = 30  # chosen: launches of a step as one graph: batch, rates and what it gave, whatever the model
 DECIDED = {"dense": 1.25, "block 64": 1.0, "block 128": 1.0}  # most of a plain layer's time, at the first of DENSITIES
@@ -71,10 +77,9 @@ def facts(session: Session) -> None:
 
 def layers(session: Session) -> None:
     """A step of a layer by each engine, refresh included, against a plain dense layer."""
-    out, width, tokens = (256, 256, 512) if session.is_cpu else (4096, 4096, 16384)
-    case = LayerCase(torch.device(session.device), BF16, tokens)
+    case = LayerCase(torch.device(session.device), BF16, 512 if session.is_cpu else TOKENS)
     with Runtime(case.device, BF16, False, 1, 1).products():
-        _time_layers(session, (out, width), case)
+        _time_layers(session, (256, 256) if session.is_cpu else SHAPE, case)
 
 
 def _time_layers(session: Session, shape: tuple[int, int], case: LayerCase) -> None:
@@ -134,12 +139,10 @@ def model(session: Session) -> None:
 
 
 def _large_trainer(session: Session, compiled: str) -> Trainer:
-    shape: dict[str, Any] = {"width": 512, "layers": 6, "heads": 4, "context": 1024, "vocab": 50304}
-    target: dict[str, Any] = {"width": 2048, "sparsity": {"density": 0.125}}
-    precision = "float32" if session.is_cpu else "bfloat16"
-    changes: dict[str, Any] = {} if session.is_cpu else {"model": shape, "target": target}
-    train = {"steps": 20, "batch_size": 4 if session.is_cpu else 16, "eval_every": 20, "grad_clip": 1.0}
-    plan = small_plan(session, train=train, run={"precision": precision, "compile": compiled}, **changes)
+    changes = {} if session.is_cpu else LARGE
+    train = {"steps": 20, "eval_every": 20, "grad_clip": 1.0, **changes.get("train", {})}
+    run = {"precision": "float32" if session.is_cpu else "bfloat16", "compile": compiled, **changes.get("run", {})}
+    plan = small_plan(session, **{**changes, "train": train, "run": run})
     return Trainer(plan, RandomTokens(plan))
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import CHECKOUT, environment
+from tests.conftest import CHECKOUT, environment, run_on_simulated_cuda
 from tests.gpu_first import STAGES, plan_groups
 
 FAULTS = """
@@ -81,6 +81,21 @@ def test_what_is_wrong_breaks_hangs_or_dies_fails_and_ends_no_other_stage(tmp_pa
     assert rows["raises"][1]["value"].endswith("RuntimeError: planted")
     assert [(row["result"], row["value"]) for row in rows["hangs"]] == [("NOTE", "seen"), ("FAIL", "no end after 4 s")]
     assert [row["value"] for row in rows["dies"]] == ["its process died, exit status 9"]
+
+
+def test_what_a_rehearsal_leaves_out_runs_on_the_shadow_device() -> None:
+    """Its figures of speed and memory mean nothing; its waits do, but torch's CPU build tells none of a value that is read."""
+    stages = {found["case"]: found for found in run_on_simulated_cuda("gpu_shadowed")}
+    rows = {(name, row["what"]): row for name, found in stages.items() for row in found["rows"]}
+    broken = {key: row["value"] for key, row in rows.items() if row["what"].endswith("broke")}
+    assert set(stages) == {"facts", "waits", "layers", "model"} and not broken
+    assert stages["waits"]["modes"] == [1, 0] * 3  # CUDA's debug mode is on in the counted steps, and off again
+    for steps in ("eager", "one graph"):
+        (counted,) = (row["value"] for (_, what), row in rows.items() if what == f"what 8 steps wait for, {steps}")
+        assert sum(counted.values()) == 8 and all(place.startswith("event at step.py:") for place in counted)
+    assert rows["waits", "waits that are seen of 8 steps whose loss is read"]["result"] == "FAIL"  # the control
+    assert sum(what.endswith("÷ plain layer") for _, what in rows) == 3
+    assert any(what.startswith("peak memory ÷ its estimate") for _, what in rows)
 
 
 def test_nothing_runs_beside_a_stage_that_measures_time() -> None:
