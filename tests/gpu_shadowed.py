@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,24 @@ SMALL = {
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        stack.enter_context(graphed())
+        watching = stack.enter_context(graphed())
         for name, value in SMALL.items():
             stack.enter_context(mock.patch.object(gpu_speed, name, value))
         stack.enter_context(mock.patch.object(gpu_stages, "SMALL", {}))
         stack.enter_context(mock.patch.object(block, "_importable", lambda: False))
         modes: list[int] = []
-        stack.enter_context(mock.patch.object(torch._C, "_cuda_set_sync_debug_mode", modes.append, create=True))
+
+        def set_mode(mode: int) -> None:  # as torch does
+            modes.append(mode)
+            what = "prototype feature and does not yet detect all synchronizing operations"
+            warnings.warn(f"Synchronization debug mode is a {what}", stacklevel=2)
+
+        def wait(what: str) -> None:
+            if modes and modes[-1] and not what.startswith("event"):
+                warnings.warn(f"{gpu_stages.TOLD} (Triggered internally)", stacklevel=2)
+
+        stack.enter_context(mock.patch.object(torch._C, "_cuda_set_sync_debug_mode", set_mode, create=True))
+        stack.enter_context(mock.patch.object(watching, "wait", wait))
         for name in ("facts", "waits", "layers", "model"):
             rows: list[dict[str, Any]] = []
             session = Session(is_cpu=False, is_long=False, folder=Path(folder), tell=rows.append)

@@ -58,6 +58,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 FIRST = 6  # losses that are compared: rounding grows with the steps
 ENDED_S = 60
+TOLD = "called a synchronizing CUDA operation"  # by torch, in its debug mode
 RESUMED = 0.02  # of a loss: sums of a resumed run may be in another order
 
 
@@ -92,7 +93,7 @@ def _watching(waits: Counter[str], on_cuda: bool) -> Iterator[None]:
     """Counts what the host waits for by file and line: what CUDA's debug mode tells, and events."""
 
     def tell(message: Warning | str, *_: Any, **__: Any) -> None:
-        if "synchroniz" in str(message):
+        if TOLD in str(message):
             waits[f"wait at {_place()}"] += 1
 
     def wait(event: Any) -> None:

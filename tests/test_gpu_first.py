@@ -84,7 +84,7 @@ def test_what_is_wrong_breaks_hangs_or_dies_fails_and_ends_no_other_stage(tmp_pa
 
 
 def test_what_a_rehearsal_leaves_out_runs_on_the_shadow_device() -> None:
-    """Its figures of speed and memory mean nothing; its waits do, but torch's CPU build tells none of a value that is read."""
+    """Its figures of speed and memory mean nothing; its waits do."""
     stages = {found["case"]: found for found in run_on_simulated_cuda("gpu_shadowed")}
     rows = {(name, row["what"]): row for name, found in stages.items() for row in found["rows"]}
     broken = {key: row["value"] for key, row in rows.items() if row["what"].endswith("broke")}
@@ -93,7 +93,9 @@ def test_what_a_rehearsal_leaves_out_runs_on_the_shadow_device() -> None:
     for steps in ("eager", "one graph"):
         (counted,) = (row["value"] for (_, what), row in rows.items() if what == f"what 8 steps wait for, {steps}")
         assert sum(counted.values()) == 8 and all(place.startswith("event at step.py:") for place in counted)
-    assert rows["waits", "waits that are seen of 8 steps whose loss is read"]["result"] == "FAIL"  # the control
+    planted = rows["waits", "what 8 steps wait for, a loss that is read"]["value"]
+    assert sorted(planted.values()) == [8, 8] and any(place.startswith("wait at trainer.py:") for place in planted)
+    assert rows["waits", "waits that are seen of 8 steps whose loss is read"]["result"] == "PASS"
     assert sum(what.endswith("÷ plain layer") for _, what in rows) == 3
     assert any(what.startswith("peak memory ÷ its estimate") for _, what in rows)
 
