@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +271,28 @@ def test_on_cuda_what_the_device_does_decides_and_not_its_launches(
     monkeypatch.setattr(autotune, "device_seconds", autotune.timed)  # as before: launches, and other keys
     monkeypatch.setattr(autotune, "_key", lambda *_: "host time")
     assert autotune.fastest(mask, case).name == "dense"
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device that torch can use")
+def test_the_time_of_kernels_grows_with_them_and_holds_nothing_of_the_host() -> None:
+    device, slept_s = torch.device("cuda"), 1e-3
+    factor = torch.randn(1024, 1024, device=device)
+
+    def multiply(times: int, slept: float = 0.0) -> None:
+        for _ in range(times):
+            torch.mm(factor, factor)
+        time.sleep(slept)
+        torch.mm(factor, factor)
+
+    def median(call: Callable[[], None], timer: Callable[..., float] = autotune.device_seconds) -> float:
+        return statistics.median(timer(call, device) for _ in range(9))
+
+    multiply(3)  # loads the library
+    one, two = (median(partial(multiply, times)) for times in (9, 19))
+    assert 1.6 < two / one < 2.4
+    slow = partial(multiply, 9, slept_s)
+    assert median(slow) < one + slept_s / 2 < slept_s < median(slow, autotune.timed)  # the control: the host's time
 
 
 def test_a_devices_inputs_repeat_a_few_drawn_ones() -> None:

@@ -36,6 +36,7 @@ run: {device: cpu}
 """
 # flags of other programs that the texts show
 FOREIGN = {"nnodes", "nproc-per-node", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "signals-to-handle"}
+FOREIGN |= {"cpu", "long", "stage"}  # of tests/gpu_first.py
 FOREIGN |= {
     "signal",
     "requeue",

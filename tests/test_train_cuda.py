@@ -25,9 +25,12 @@ MakePlan = Callable[..., Plan]
 STEPS = 24
 
 
-def on(device: str, plan_of: MakePlan, **run: Any) -> Plan:
+BLOCKS = {"sparsity": {"density": 0.25, "pattern": "block", "block": 32}}
+
+
+def on(device: str, plan_of: MakePlan, target: dict[str, Any] | None = None, **run: Any) -> Plan:
     train = {"steps": STEPS, "batch_size": 4, "eval_every": 8}
-    return plan_of(train=train, run={"device": device, "checkpoint_every": 8, **run})
+    return plan_of(train=train, target=target or {}, run={"device": device, "checkpoint_every": 8, **run})
 
 
 def test_bf16_and_compiled_training_learns_like_the_cpu(plan_of: MakePlan, tmp_path: Path) -> None:
@@ -42,10 +45,10 @@ def test_bf16_and_compiled_training_learns_like_the_cpu(plan_of: MakePlan, tmp_p
     assert history.evaluations[-1][1] == pytest.approx(reference.evaluations[-1][1], abs=0.15)
 
 
-def test_float32_uncompiled_follows_the_cpu_closely(plan_of: MakePlan) -> None:
-    made, reference = (
-        Trainer(on(device, plan_of, precision="float32", compile="off")).run().losses for device in ("cuda", "cpu")
-    )
+@pytest.mark.parametrize(("engine", "target"), [("dense", {}), ("block", BLOCKS)], ids=["dense", "block"])
+def test_float32_uncompiled_follows_the_cpu_closely(engine: str, target: dict[str, Any], plan_of: MakePlan) -> None:
+    run = {"precision": "float32", "compile": "off", "engine": engine}
+    made, reference = (Trainer(on(device, plan_of, target, **run)).run().losses for device in ("cuda", "cpu"))
     assert made[:4] == pytest.approx(reference[:4], abs=5e-3)  # TF32 is off by default; rounding grows with the steps
 
 
