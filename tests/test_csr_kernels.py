@@ -153,7 +153,7 @@ class TestGelu:
 
     def test_is_near_to_the_exact_one(self, form: str) -> None:
         """In units in the last place of the larger of |y| and |x| / 2, and of the larger of the slope and 1/2."""
-        x = torch.cat((torch.linspace(-12, 12, 2**16), torch.tensor([0.0, -0.0, 1e-30, -1e6, 1e6, -1e18, 1e18])))
+        x = torch.cat((torch.linspace(-12, 12, 2**16), torch.tensor([0.0, -0.0, 1e-30, -1e6, 1e6, -1e38, 1e38])))
         engine = Sparse(Mask.of(np.ones((1, 1), np.bool_)), "numba")
         found = passes(Partial(engine, form), x[:, None], torch.ones(1), torch.ones(len(x), 1))[:2]
         exact, torchs = (gelu_and_slope(x.to(kind), form) for kind in (torch.float64, torch.float32))
