@@ -28,9 +28,13 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def cache_folder() -> Path:
-    """Where measurements and machine code are kept for later processes."""
-    folder = os.environ.get("XDG_CACHE_HOME")
-    return (Path(folder) if folder else Path.home() / ".cache") / "supar"
+    """Where measurements and machine code are kept for later processes; nowhere for a user without a home."""
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        return Path(folder) / "supar"
+    try:
+        return Path.home() / ".cache" / "supar"
+    except RuntimeError:  # a container's user whom the system doesn't know
+        return Path(os.devnull) / "supar"
 
 
 @contextmanager

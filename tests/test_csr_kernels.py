@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import llvmlite.binding as llvm
+import numba
 import numpy as np
 import pytest
 import torch
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from llvmlite import ir
 from torch import Tensor
 
+from supar_cli.files import cache_folder
 from supar_cli.sparse import csr_kernels, csr_machine, csr_run
 from supar_cli.sparse.csr import Sparse
 from supar_cli.sparse.masks import Mask
@@ -153,7 +156,7 @@ class TestGelu:
 
     def test_is_near_to_the_exact_one(self, form: str) -> None:
         """In units in the last place of the larger of |y| and |x| / 2, and of the larger of the slope and 1/2."""
-        x = torch.cat((torch.linspace(-12, 12, 2**16), torch.tensor([0.0, -0.0, 1e-30, -1e6, 1e6, -1e18, 1e18])))
+        x = torch.cat((torch.linspace(-12, 12, 2**16), torch.tensor([0.0, -0.0, 1e-30, -1e6, 1e6, -1e38, 1e38])))
         engine = Sparse(Mask.of(np.ones((1, 1), np.bool_)), "numba")
         found = passes(Partial(engine, form), x[:, None], torch.ones(1), torch.ones(len(x), 1))[:2]
         exact, torchs = (gelu_and_slope(x.to(kind), form) for kind in (torch.float64, torch.float32))
@@ -273,6 +276,23 @@ class TestMachineCode:
     def test_needs_no_folder(self, compiled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(csr_machine, "folders", lambda: (tmp_path / "file" / "no",) * 2)
         assert csr_machine.machine().get_function_address("gradients") and len(compiled) == 1
+
+    def test_needs_no_home(self, compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        """As in a container whose user the system doesn't know."""
+        for name in ("HOME", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr("pwd.getpwuid", lambda user: {}[user])
+        monkeypatch.setattr(csr_machine, "folders", lambda: (cache_folder(), cache_folder()))
+        assert csr_machine.machine().get_function_address("gradients") and len(compiled) == 1
+
+    def test_follows_from_no_setting_of_the_user(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("NUMBA_BOUNDSCHECK", "1")
+        numba.config.reload_config()
+        with csr_machine._numba_as_it_comes():
+            assert not numba.config.BOUNDSCHECK
+        assert numba.config.BOUNDSCHECK and os.environ["NUMBA_BOUNDSCHECK"] == "1"
+        monkeypatch.undo()
+        numba.config.reload_config()
 
     def test_that_is_kept_needs_no_numba(self) -> None:
         csr_machine.machine()

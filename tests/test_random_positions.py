@@ -77,6 +77,13 @@ class TestOrder:
             assert int(alive.sum()) == kept and not (before & ~alive).any()
             before = alive
 
+    @pytest.mark.parametrize("rows", [5, 8])
+    def test_rows_of_one_byte_are_whole_masks(self, rows: int) -> None:
+        """A view of every eighth byte can be neither hashed nor counted."""
+        alive = drawn((rows, 8), 3 * rows, pattern="fixed_fan_in")
+        bits = random_positions.random_positions(0, "mask:w", rows, 8, 3)
+        assert Mask((rows, 8), bits).fingerprint == Mask.of(alive).fingerprint
+
     def test_bernoulli_masks_lie_within_those_of_higher_density(self) -> None:
         for seed in range(20):
             several = [drawn((40, 33), kept, seed=seed, pattern="bernoulli") for kept in (5, 131, 132, 660, 1300)]

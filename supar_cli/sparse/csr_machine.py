@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from contextlib import suppress
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,15 +62,30 @@ def machine() -> Any:
             kept = place.read_bytes()
             if kept[:32] == hashlib.sha256(mine + kept[32:]).digest():  # as it was written, from what is here
                 return _loaded(kept[32:])
-    from supar_cli.sparse import csr_kernels
+    with _numba_as_it_comes():
+        from supar_cli.sparse import csr_kernels
 
-    code = machine_code({name: getattr(csr_kernels, name) for name in ("product", "gradients", "total")})
+        code = machine_code({name: getattr(csr_kernels, name) for name in ("product", "gradients", "total")})
     for place in places:
         with suppress(OSError):
             place.parent.mkdir(parents=True, exist_ok=True)
             write_file(place, hashlib.sha256(mine + code).digest() + code)
             break
     return _loaded(code)
+
+
+@contextmanager
+def _numba_as_it_comes() -> Iterator[None]:
+    """Without the user's settings of numba: the key doesn't have them, and code that checks bounds, say, needs numba."""
+    settings = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("NUMBA_")}
+    import numba
+
+    try:
+        numba.config.reload_config()
+        yield
+    finally:
+        os.environ.update(settings)
+        numba.config.reload_config()
 
 
 def _loaded(code: bytes) -> Any:

@@ -29,7 +29,7 @@ def random_positions(seed: int, name: str, rows: int, columns: int, each: int) -
     if each > drawn:
         _choose(stream(seed, name, 2), bits, columns, each - drawn)
     if rows == 1 or columns % 8 == 0:
-        return bits[:, : (columns + 7) // 8].reshape(-1)
+        return np.ascontiguousarray(bits[:, : (columns + 7) // 8]).reshape(-1)  # of one byte a row reshape makes a view
     step = 8 * max(1, CHUNK_DRAWS // columns)  # rows that end with a byte
     parts = (np.unpackbits(bits[first : first + step], axis=1, count=columns) for first in range(0, rows, step))
     return np.concatenate([np.packbits(part) for part in parts])
