@@ -119,4 +119,5 @@ def graphed(cards: int = 1) -> Iterator[Watching]:
         # an optimizer asks whether its step is captured, and refuses if it isn't made for that
         stream = SimpleNamespace(is_capturing=lambda: Graph.recording is not None)
         stack.enter_context(mock.patch.object(torch.accelerator, "current_stream", lambda device=None: stream))
+        stack.enter_context(mock.patch.object(torch.cuda, "is_current_stream_capturing", stream.is_capturing))  # 2.11
         yield watching

@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from supar_cli.errors import SetupError
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse import autotune
 from supar_cli.sparse.autotune import EngineChoice, LayerCase
 from supar_cli.sparse.linear import Linear, multiplies_in_tf32
+from supar_cli.training.distributed import Parallel, Ranks
 from supar_cli.training.runtime import Runtime
 from supar_cli.training.trainer import Trainer
 from tests.test_engines import drawn
@@ -116,3 +120,48 @@ def test_tf32_needs_a_device_that_has_it(plan_of: MakePlan, monkeypatch: pytest.
         else:
             with pytest.raises(SetupError, match="which Tesla T4 is not; expected auto, float32 or bfloat16"):
                 Runtime.of(plan)
+
+
+class Gained(nn.Module):
+    """A block with a norm, a linear layer and a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear, self.gain = nn.LayerNorm(8), Linear(8, 8, True), nn.Parameter(torch.empty(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gain * self.linear(self.norm(x))
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.norms = nn.ModuleList(Gained() for _ in range(2)), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.norms(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_all_of_a_users_model_is_in_shards(precision: torch.dtype) -> None:
+    """Whatever its parts are called, and where a block has parameters beside its layers'."""
+    model, x = Own(), torch.randn(3, 8)
+    with torch.no_grad():
+        for one in model.parameters():
+            one.normal_()
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        wanted = model(x)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            ranks = Ranks(is_distributed=True)
+            model = Parallel("fsdp", model, torch.device("cpu"), False, ranks, precision).model
+            found = model(x)
+            found.square().mean().backward()
+            parameters = list(model.parameters())
+        finally:
+            dist.destroy_process_group()
+    assert len(parameters) == 12 and all(isinstance(one, DTensor) and one.grad is not None for one in parameters)
+    assert all(one.dtype == torch.float32 for one in parameters)
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.05)

@@ -35,9 +35,7 @@ def require_runnable(plan: Plan, device: bool = True, warn: Callable[[str], None
         return
     found: list[str] = []
     if device and device_of(plan.run.device).type == "cuda":
-        batch_shares(
-            plan
-        )  # what else a run needs its worker sees: CUDA used here would take a device's memory from runs
+        batch_shares(plan)  # the rest is checked by its worker: CUDA used here would take memory from runs
     elif device:
         found = Runtime.of(plan).warnings
     for message in [*found, *getattr(load_task(plan), "warnings", ())]:

@@ -40,6 +40,7 @@ StopReason = Callable[[], str | None]  # says why to stop now; None to go on
 # chosen: for how long a rank waits for another in one call. One may read a terabyte of data that the others need not read,
 # compile for minutes, or write a checkpoint to a slow disk, for all of which torch's half an hour may be too short
 PEER_TIMEOUT = timedelta(hours=1)
+APART = "_supar_gathered_apart"  # a name that no model has
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +257,12 @@ def _allow_for_blocks(count: int) -> None:
     config.optimize_ddp = False  # it would cut the graph of a block where a bucket of DDP ends
 
 
+def _besides_linears(blocks: list[nn.Module]) -> list[nn.Module]:
+    """The modules of blocks that have parameters and are no linear layers, such as norms; none that hold other modules."""
+    others = [one for block in blocks for one in block.modules() if not isinstance(one, Linear)]
+    return [one for one in others if not list(one.children()) and list(one.parameters())]
+
+
 class Parallel:
     """A model as the ranks hold it: whole in each with averaged gradients (DDP), or every tensor in shards (FSDP2).
 
@@ -282,18 +289,14 @@ class Parallel:
         if kind == "fsdp":
             mesh = init_device_mesh(device.type, (ranks.size,))
             policy = MixedPrecisionPolicy(precision, torch.float32, cast_forward_inputs=False)
-            norms = list[nn.Module]()
-            if (
-                precision != torch.float32
-            ):  # what computes in float32 all the same is gathered so, with the rest of the model
-                norms = [one for block in blocks for one in block.modules() if not isinstance(one, Linear)]
-                norms = [one for one in norms if list(one.parameters(recurse=False))]
-            apart = {tensor for one in norms for tensor in one.parameters()}
+            # what computes in float32 all the same is gathered so, with the rest of the model
+            apart = [] if precision == torch.float32 else _besides_linears(blocks)
+            ignored = {tensor for one in apart for tensor in one.parameters()}
             for block in blocks:
-                fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=apart)
-            model.norms = nn.ModuleList(norms)  # where FSDP2 finds them: it looks into no block again
+                fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+            model.add_module(APART, nn.ModuleList(apart))  # where FSDP2 finds them: it looks into no block again
             fully_shard(model, mesh=mesh)
-            del model.norms
+            delattr(model, APART)
         elif kind == "ddp":
             devices = [device] if device.type == "cuda" else None
             with warnings.catch_warnings():

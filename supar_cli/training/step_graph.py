@@ -51,7 +51,9 @@ class StepGraph:
 
     def _warm_up(self, update: Update, batch: Batch) -> Results:
         """Make a step on a stream beside the default one, as a recorded one is."""
-        current, beside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        if self._steps == 1:  # the same for all of them: each stream keeps the memory of its own steps
+            self._beside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        current, beside = torch.cuda.current_stream(self._device), self._beside
         beside.wait_stream(current)
         with torch.cuda.stream(beside):
             results = update(batch)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from supar_cli.planning.plan import Plan
 from supar_cli.sparse import autotune
+from supar_cli.training.step_graph import WARM_UP_STEPS
 from supar_cli.training.tasks import load_task
 from supar_cli.training.trainer import Trainer
 
@@ -32,14 +33,17 @@ def time_run(plan: Plan, step_of: Callable[[Plan], Callable[[], object]] | None 
             step, evaluate = trainer.step, trainer.evaluate
         else:
             step, evaluate = step_of(plan), None
-    step()  # the first one allocates, and loads or compiles kernels
+    # the first one allocates, and loads or compiles kernels; a CUDA graph is replayed after those that it is recorded by
+    untimed = WARM_UP_STEPS + 1 if plan.run.cuda_graph == "on" else 1
+    for _ in range(untimed):
+        step()
     warm_s = time.perf_counter()
     timed = 0
     while timed < 2 or (timed < MOST_STEPS and time.perf_counter() - warm_s < TIMED_S):
         step()
         timed += 1
     stepped_s = time.perf_counter()
-    run_s = warm_s - began_s + (plan.train.steps - 1) * (stepped_s - warm_s) / timed
+    run_s = warm_s - began_s + max(0, plan.train.steps - untimed) * (stepped_s - warm_s) / timed
     if evaluate is not None:
         evaluate()
         run_s += (time.perf_counter() - stepped_s) * -(-plan.train.steps // plan.train.eval_every)
