@@ -126,6 +126,22 @@ class TestSparseEngine:
         supar.prepare(model, made.plan)
         assert "forward" not in vars(model.blocks[0].up)  # dense again
 
+    def test_gradients_of_gradients_are_refused(self) -> None:
+        """A penalty on them would be a constant, and train nothing; the control: the dense layers have them."""
+        for engine in ("sparse", None):
+            model = make()
+            supar.prepare(model, plan_of(model), engine=engine)  # type: ignore[arg-type]
+            x = torch.randn(3, 32, requires_grad=True)
+
+            def slopes(layer: nn.Module = model.blocks[0].up, x: torch.Tensor = x) -> torch.Tensor:
+                return torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)[0]
+
+            if engine is None:
+                assert slopes().requires_grad
+            else:
+                with pytest.raises(InputError, match="create_graph"):
+                    slopes()
+
     def test_other_layers_and_precisions_are_refused_by_name(self) -> None:
         class Mine(nn.Linear):
             pass

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from supar_cli.errors import InputError
 from supar_cli.sparse.linear import Engine
 from supar_cli.sparse.masks import Mask
 
@@ -76,6 +77,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, values_L = ctx.saved_tensors
+        if torch.is_grad_enabled():  # autograd's own sign; the loops' results would pass for constants
+            what = "the sparse engine makes no gradients of gradients, which create_graph=True asks for"
+            raise InputError(f"engine: {what}; expected another engine")
         gradients, wanted = GRADIENTS[ctx.engine.kernels], ctx.needs_input_grad[:2]
         by_x, by_values = gradients(ctx.engine, _rows(x), _rows(gradient), values_L.detach(), *wanted, **ctx.gelu)
         return None if by_x is None else by_x.to(x.dtype).view(x.shape), by_values, None, None
