@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,18 @@ class TestKilled:
 
 
 class TestRefused:
+    def test_a_second_request_ends_processes_that_wait_for_one_that_hangs(self, long: Plan, tmp_path: Path) -> None:
+        process = started(tmp_path, "--nproc", "2", "--parallel", "ddp")
+        ranks = [member(process.pid, rank) for rank in range(2)]
+        os.kill(ranks[1], signal.SIGSTOP)
+        process.send_signal(signal.SIGINT)
+        time.sleep(1.5)
+        assert process.poll() is None  # the other waits for it, and hears nothing
+        process.send_signal(signal.SIGINT)
+        code, _, err = ended(process)
+        assert code == 130 and "Traceback" not in err and "killed" not in err
+        assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+
     def test_restarts_without_a_launcher(self, plan: Plan, supar_here: Supar) -> None:
         done = supar_here("train", "-o", "run", "--max-restarts", "2")
         assert (done.status, done.err) == (

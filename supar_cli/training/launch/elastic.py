@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent import futures
@@ -25,8 +26,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from supar_cli.errors import Preempted, SetupError
 from supar_cli.files import write_file
 from supar_cli.training.launch.environment import (
+    INSISTENT,
     LAUNCH_DIR,
     LAUNCHER,
+    ONE_REQUEST_S,
     SIGNAL_FILE,
     STDIN,
     handle_signals,
@@ -35,6 +38,10 @@ from supar_cli.training.launch.environment import (
 
 # Exit statuses that a restart would not change: bad input, environment, unusable result, violated check, stopped
 FINAL = (2, 3, 4, 5, Preempted.exit_status, 130)
+
+# chosen: for processes to end by a second Ctrl-C. One that waits in a call for another that hangs does not hear it
+KILL_S = 5.0
+Received = list[tuple[signal.Signals, float]]  # signals, and when they came
 
 
 @contextmanager
@@ -67,7 +74,7 @@ def launch(arguments: list[str], processes: int, restarts: int, folder: Path, wa
         for attempt in range(restarts + 1):
             for left in _processes(folder):
                 left.unlink()
-            failures = _run(arguments, processes, folder)
+            failures = _run(arguments, processes, folder, received)
             if not failures:
                 return 0
             final = [code for code in failures.values() if code in FINAL]
@@ -75,7 +82,7 @@ def launch(arguments: list[str], processes: int, restarts: int, folder: Path, wa
             signals = {rank: signal.Signals(-code) for rank, code in failures.items() if code < 0}
             killed = ", ".join(f"rank {rank} by {s.name}" for rank, s in signals.items() if s != signal.SIGTERM)
             if received:
-                return final[0] if final else 128 + received[0]
+                return final[0] if final else 128 + received[0][0]
             if final and not killed:
                 return final[0]
             if attempt < restarts:
@@ -86,7 +93,7 @@ def launch(arguments: list[str], processes: int, restarts: int, folder: Path, wa
     return next((code for code in failures.values() if code > 0), 1)
 
 
-def _run(arguments: list[str], processes: int, folder: Path) -> dict[int, int]:
+def _run(arguments: list[str], processes: int, folder: Path, received: Received) -> dict[int, int]:
     """Run the processes once and return the exit statuses of those that failed, by rank; negative ones are signals."""
     config = LaunchConfig(
         min_nodes=1,
@@ -106,6 +113,10 @@ def _run(arguments: list[str], processes: int, folder: Path) -> dict[int, int]:
         )
         while not future.done():
             futures.wait([future], timeout=0.1)  # short, to pass signals on soon
+            if _insisted(received):
+                _send(folder, signal.SIGKILL)
+                for killed in _processes(folder):  # once: their numbers may soon be those of others
+                    killed.unlink()
         try:
             future.result()
         except ChildFailedError as error:
@@ -114,25 +125,36 @@ def _run(arguments: list[str], processes: int, folder: Path) -> dict[int, int]:
 
 
 @contextmanager
-def _forwarding(folder: Path) -> Iterator[list[signal.Signals]]:
-    """Pass signals on to the processes whose numbers are in the folder; yield the list of signals received.
+def _forwarding(folder: Path) -> Iterator[Received]:
+    """Pass signals on to the processes whose numbers are in the folder; yield the signals received.
 
     A process that starts later finds the signal in the folder: it writes its number first and then looks.
     """
-    received: list[signal.Signals] = []
+    received: Received = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        received.append(signal.Signals(number))
+        received.append((signal.Signals(number), time.monotonic()))
         write_file(folder / SIGNAL_FILE, str(number))
-        for path in _processes(folder):
-            with suppress(OSError):
-                os.kill(int(path.read_text("utf-8")), number)
+        _send(folder, number)
 
     handlers = handle_signals(forward)
     try:
         yield received
     finally:
         restore_signals(handlers, is_ending=bool(received))
+
+
+def _insisted(received: Received) -> bool:
+    """Whether an end was asked for a second time, and the processes had time for it."""
+    asked = [at for number, at in received if number in INSISTENT]
+    again = next((at for at in asked if at - asked[0] >= ONE_REQUEST_S), None)
+    return again is not None and time.monotonic() - again >= KILL_S
+
+
+def _send(folder: Path, number: int) -> None:
+    for path in _processes(folder):
+        with suppress(OSError, ValueError):
+            os.kill(int(path.read_text("utf-8")), number)
 
 
 def _processes(folder: Path) -> list[Path]:
