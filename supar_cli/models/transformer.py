@@ -222,7 +222,8 @@ class Transformer(nn.Module):
     def bias_in(self, dtype: torch.dtype) -> Tensor:
         """ALiBi's bias (H, T, T), held in the precision of the last products: it is rounded once, not in each block."""
         if self.bias_HTT.dtype != dtype:
-            self.bias_HTT = alibi_bias(self.config.context, self.config.heads).to(self.bias_HTT.device, dtype)
+            with torch.inference_mode(False):  # else no pass that trains could keep it
+                self.bias_HTT = alibi_bias(self.config.context, self.config.heads).to(self.bias_HTT.device, dtype)
         return self.bias_HTT
 
 
