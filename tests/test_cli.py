@@ -211,6 +211,7 @@ class TestTransfer:
             "density": 0.25,
             "sparsity": 0.75,
             "pattern": "fixed_fan_in",
+            "draw": "live",
             "distribution": "erk",
             "overrides": {"mlp": 0.5},
             "source": {"kind": "random"},
