@@ -62,6 +62,13 @@ def assert_same_state(one: State, other: State) -> None:
         assert all(torch.equal(moment, other.moments[name][key]) for key, moment in one.moments[name].items()), name
 
 
+def goes_on(plan: Plan, path: Path) -> tuple[list[float], State]:
+    """The losses of a fresh trainer from a checkpoint to the end, and its state there."""
+    trainer = Trainer(plan)
+    trainer.restore(path)
+    return [trainer.step().loss for _ in range(plan.train.steps - trainer.done)], trainer.capture()
+
+
 class TestResumed:
     @pytest.mark.parametrize(
         ("kind", "engine"), [*((kind, "dense") for kind in KINDS), *((kind, "sparse") for kind in ("rigl", "gmp"))]
