@@ -106,8 +106,8 @@ class Session:
 def work(names: Sequence[str], is_cpu: bool, is_long: bool, folder: Path, sender: Connection) -> None:
     """Run stages one after another in this process, and send each (name, row), and (name, None) at its end."""
     os.setsid()  # so that what it starts ends with it
-    if not (is_cpu or STAGES[names[0]].is_timed):
-        os.environ.setdefault("OMP_NUM_THREADS", str(CORES))  # before torch is imported
+    if is_cpu or not STAGES[names[0]].is_timed:  # before torch is imported; a rehearsal's stages share a few cores
+        os.environ.setdefault("OMP_NUM_THREADS", "1" if is_cpu else str(CORES))
     for name in names:
         own = folder / name
         own.mkdir(exist_ok=True)
