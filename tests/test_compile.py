@@ -93,26 +93,39 @@ def trainer_of(plan_of: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         dist.destroy_process_group()
 
 
-CASES = [  # the graphs of a first step, at most, and of an evaluation
-    ("alone", "exact", None, 3, 3),
-    # one more for the second block, and for each later one that is the first to differ from both in a tensor's live weights
-    ("alone", "bernoulli", None, 6, 3),
-    ("alone", "block", None, 3, 3),
-    ("ddp", "bernoulli", None, 6, 3),
-    ("fsdp", "bernoulli", 16, 6, 3),
+CASES = [
+    ("alone", "exact", None),
+    ("alone", "bernoulli", None),
+    ("alone", "block", None),
+    ("ddp", "bernoulli", None),
+    ("fsdp", "bernoulli", 16),
 ]
 
 
-@pytest.mark.parametrize(("kind", "pattern", "chunk", "first", "evaluation"), CASES)
+def graphs_of(trainer: Trainer) -> int:
+    """One for the first block, and one for each later one in which a tensor is the first to have another number of live weights."""
+    counts = [
+        {name.partition(f"blocks.{block}.")[2]: mask.count for name, mask in trainer.sparse_model.masks.items()}
+        for block in range(LAYERS)
+    ]
+    fixed, graphs = {name: count for name, count in counts[0].items() if name}, 1
+    for own in counts[1:]:
+        moved = {name for name, count in fixed.items() if own[name] != count}
+        graphs += bool(moved)
+        fixed = {name: count for name, count in fixed.items() if name not in moved}
+    return graphs
+
+
+@pytest.mark.parametrize(("kind", "pattern", "chunk"), CASES)
 def test_equal_blocks_share_a_graph_and_every_part_runs_in_one(
-    kind: str, pattern: str, chunk: int | None, first: int, evaluation: int, trainer_of: Any, counted: Counted
+    kind: str, pattern: str, chunk: int | None, trainer_of: Any, counted: Counted
 ) -> None:
     trainer = trainer_of(kind, pattern, loss_chunk_tokens=chunk, precision="bfloat16" if kind == "fsdp" else "float32")
-    graphs, calls = counted.during(trainer.step)
-    assert graphs <= first and calls == PARTS
+    blocks = graphs_of(trainer)
+    assert blocks in ((2, 3, 4) if pattern == "bernoulli" else (1,))
+    assert counted.during(trainer.step) == (2 + blocks, PARTS)  # an embedding and a head besides
     assert counted.returned == 1  # the loss is made inside: no logits leave a graph
-    graphs, calls = counted.during(trainer.evaluate)
-    assert graphs <= evaluation and calls == 2 * PARTS
+    assert counted.during(trainer.evaluate) == (2 + 1, 2 * PARTS)  # what moves is known by now
     assert counted.during(partial(trainer.step, diagnose=True)) == (0, PARTS)
     assert counted.during(trainer.evaluate) == (0, 2 * PARTS)
 

@@ -29,11 +29,8 @@ Block = Literal[16, 32, 64, 128]  # edges of blocks, as the block engine has the
 BlockRows = Literal["random", "even"]
 # positions: every position has its random number; live: only what lives is drawn, in a time that follows it
 Draw = Literal["positions", "live"]
-DRAWN_LIVE = (
-    "exact",
-    "fixed_fan_in",
-    "bernoulli",
-)  # patterns whose masks can be; groups and blocks are many times fewer
+# patterns whose masks can be; groups and blocks are many times fewer
+DRAWN_LIVE = ("exact", "fixed_fan_in", "bernoulli")
 
 
 class PatternKeys(Section):

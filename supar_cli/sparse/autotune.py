@@ -35,9 +35,8 @@ from supar_cli.sparse.masks import Mask
 FIRST_TOKENS, FIRST_ROUNDS = 64, 3  # chosen: milliseconds; of a few rounds the fastest is free of what else runs
 CPU_TOKENS = 256  # chosen: more change the ratio of the engines little and make the measurement long
 DRAWN_TOKENS = 1024  # chosen: drawn for a CUDA device and repeated; all of a large micro-batch take seconds
-AHEAD_BYTES = (
-    2**28
-)  # chosen: more than a device's caches hold, so that a layer finds them as in a model; a tenth of a millisecond
+# chosen: more than a device's caches hold, so that a layer finds them as in a model; a tenth of a millisecond
+AHEAD_BYTES = 2**28
 FEWEST_FILLS, MOST_FILLS = 8, 64  # chosen: of so many bytes, about 1 and 6 ms; a layer's step is launched in less
 ROUNDS = 5  # chosen: interleaved; their median decides
 MOST_SECONDS = 5.0  # chosen: for the layers of a plan
@@ -193,9 +192,8 @@ def times(engines: dict[str, Engine], mask: Mask, case: LayerCase, seconds: floa
         return interleave(steps, rounds, case.device, warmup, end_s, device_seconds)
 
     few = min(case.tokens, FIRST_TOKENS) if case.device.type == "cpu" else case.tokens
-    measure(
-        engines, few, 0
-    )  # kernels are compiled here, on a machine's first use, and not in the time of a measurement
+    # kernels are compiled here, on a machine's first use, and not in the time of a measurement
+    measure(engines, few, 0)
     end_s = time.perf_counter() + seconds
     first = {name: min(spent) for name, spent in measure(engines, few, FIRST_ROUNDS, warmup=0).items()}
     left = {name: spent for name, spent in first.items() if spent <= LOST * min(first.values())}

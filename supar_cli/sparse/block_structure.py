@@ -17,9 +17,8 @@ from supar_cli.sparse.masks import Mask
 
 # chosen: from the smallest tile of a tensor core up to what one program can accumulate
 BLOCKS: tuple[int, ...] = get_args(patterns.Block)
-GROUP_WIDTH = (
-    256  # chosen: of what a program accumulates of a gradient; 512 of a block of 128 would not fit the registers
-)
+# chosen: of what a program accumulates of a gradient; 512 of a block of 128 would not fit the registers
+GROUP_WIDTH = 256
 MOST_PADDED = 1.25  # chosen: of a gradient's products; a third less to load is worth a quarter more to multiply
 
 

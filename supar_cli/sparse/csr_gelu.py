@@ -62,9 +62,8 @@ def _exact(x: Any) -> Any:
 @_fused  # type: ignore[untyped-decorator]
 def _by_tanh(x: Any) -> Any:
     """x·s and its slope, s = (1 + tanh(√(2/π)·(x + .044715·x³))) / 2."""
-    part = min(
-        F(0.044715) * x * x, F(100)
-    )  # chosen: as large as changes nothing, so that none of the slope's factors is infinite
+    # chosen: as large as changes nothing, so that none of the slope's factors is infinite
+    part = min(F(0.044715) * x * x, F(100))
     small = _exponential(abs(x + x * part), -math.sqrt(8 / math.pi))  # e^-2|y|: tanh y is made without a difference
     share = F(1) / (F(1) + small)
     s = share if x > F(0) else small * share

@@ -169,6 +169,11 @@ class Dense(Engine):
         x = x.to(self.precision)
         return _Product.apply(x, values, self.live, self.weight, self.shape)  # type: ignore[no-any-return,no-untyped-call]
 
+    @property
+    def is_small(self) -> bool:
+        """Whether a launch counts beside the scatter of its live values; not where no weight is held."""
+        return self.weight is not None and self.live.numel() <= MOST_GROUPED
+
     @torch.no_grad()
     def refresh(self, values: Tensor) -> None:
         if self.weight is not None:
@@ -203,12 +208,7 @@ class DenseGroup:
     @classmethod
     def of(cls, layers: list[Linear]) -> DenseGroup | None:
         """The group of the small ones of these layers; None if there are not two."""
-        engines = ((layer, layer.engine) for layer in layers)
-        small = [
-            one
-            for one, e in engines
-            if isinstance(e, Dense) and e.weight is not None and e.live.numel() <= MOST_GROUPED
-        ]
+        small = [layer for layer in layers if isinstance(layer.engine, Dense) and layer.engine.is_small]
         return cls(small) if len(small) > 1 else None
 
     @torch.no_grad()
