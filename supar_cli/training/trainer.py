@@ -54,7 +54,7 @@ class Trainer:
         kind, why = choose_parallelism(plan, self.runtime, self.ranks)
         if why:
             self.reporter.log(why)
-        units = self.runtime.micro_batch * self.task.units_per_row
+        units = self.runtime.micro_batch * getattr(plan.model, "context", self.task.units_per_row)
         self.engines = prepare.EngineSelector(plan, self.runtime, self.ranks, units, sharded=kind == "fsdp")
         self._updates, self.done = MaskUpdates(plan, self.ranks), 0
         self._build_model(kind)
