@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -207,7 +208,10 @@ class Target(Section):
 
 
 class Search(Section):
-    """How the proxy is tuned. Each range is [low, high], searched on a log scale; a name left out is not searched."""
+    """How the proxy is tuned. A name left out is not searched.
+
+    Each range is [low, high], searched on a log scale, or three or more values, of which one is chosen.
+    """
 
     trials: int = Field(default=24, gt=0)
     sampler: Literal["random", "qmc", "tpe", "gp"] = "random"
@@ -234,11 +238,12 @@ class Search(Section):
 
     def check(self) -> None:
         for name, bounds in self.ranges().items():
-            if len(bounds) != 2 or not 0 < bounds[0] < bounds[1]:
-                raise ValueError(f"{name}: {bounds}; expected [low, high] with 0 < low < high")
+            if len(bounds) < 2 or bounds[0] <= 0 or any(low >= high for low, high in pairwise(bounds)):
+                choices = "three or more values to choose from, in ascending order"
+                raise ValueError(f"{name}: {bounds}; expected [low, high] with 0 < low < high, or {choices}")
 
     def ranges(self) -> dict[str, list[float]]:
-        """Searched names and their [low, high]."""
+        """Searched names and their [low, high], or their choices."""
         return {name: bounds for name in self.SEARCHED if (bounds := vars(self)[name]) is not None}
 
 
