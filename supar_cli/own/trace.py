@@ -143,9 +143,9 @@ class _Reader:
             )
         if found := largest_over_head([row.tensor(Fraction(0)) for row in rows]):
             what = f"{found[0].site}: its fan-in, {found[0].fan_in}, is {found[1]:.3g} times the head's"
-            why = "with alpha_output at 1 the best rate moves with density"
+            why = "in nets of convolutions, which have that, the best rate moves with density while alpha_output is 1"
             how = "tune both on the dense proxy, such as by search.alpha_output: [1, 4, 8, 16]"
-            self.notes.append(f"{what}: {why}; {how}")
+            self.notes.append(f"{what}; {why}: {how}")
         return Layout(
             kind="supar.layout/v1",
             base=self.base,

@@ -114,8 +114,8 @@ def _of_head(plan: Plan, is_searched: bool) -> Iterator[str]:
     name, low = found[0].name, min(sparse, key=lambda row: row.wpn)
     if plan.hyperparameters.alpha_output == 1 and not is_searched:
         what = f"alpha_output: 1, but the fan-in of {name} is {found[1]:.3g} times the head's"
-        cost = "the best rate moved 1 to 2.5 octaves from dense to 1/16 (2 to 7 % of the loss)"
-        yield f"{what}: in such nets {cost}; tune it with lr on the dense proxy, `search.alpha_output: [1, 4, 8, 16]`"
+        cost = "the best rate of 3×3 convolutions moved 1 to 2.5 octaves from dense to 1/16 (2 to 7 % of the loss)"
+        yield f"{what}: {cost}; tune it with lr on the dense proxy, `search.alpha_output: [1, 4, 8, 16]`"
     if low.wpn < WPN_OVER_HEAD:
         few = f"{low.wpn:.3g} weights per neuron, fewer than {WPN_OVER_HEAD}, where fan-ins are far larger than the head's"
         yield f"{low.name}: {few}: expect a loss up to 5 % above that of a search at this density"
