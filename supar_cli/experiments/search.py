@@ -83,7 +83,7 @@ def _plan(spec: Spec, values: Values, seed: int) -> Plan:
 
 
 def refused_ranges(spec: Spec) -> dict[str, str]:
-    """The searched names that a user's model can't take, and why: nothing in it to fold a multiplier into."""
+    """The searched names that a model can't take, and why: nothing to fold a multiplier into, a tied head."""
     found = {}
     for name, (low, high) in spec.search.ranges().items():
         try:  # a factor of 1 needs nothing to fold into
@@ -128,7 +128,7 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
         raise InputError("search: no range is given; expected one of " + ", ".join(Search.SEARCHED))
     SeededByTrialNumber(spec.search)
     first = _plan(spec, {}, spec.train.seed)
-    if isinstance(spec.model, OwnShape) and (refused := refused_ranges(spec)):
+    if refused := refused_ranges(spec):
         raise InputError(*(f"search.{name}: {why}; expected null" for name, why in refused.items()))
     if "embedding_lr_ratio" in ranges and spec.train.steps < RATIO_STEPS:
         reporter.warn(f"search.embedding_lr_ratio: in runs of {short_ratio(spec.train.steps)}")

@@ -96,6 +96,7 @@ class OwnTensors:
             writes_residual=tensor.writes_residual,
             after_head=after_head,
             first_sum="first_sum" in row.uses,
+            head="head" in row.uses,
         )
 
     @cached_property

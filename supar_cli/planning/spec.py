@@ -14,7 +14,7 @@ from supar_cli.planning.document import content_hash
 from supar_cli.planning.layout_document import OwnShape
 from supar_cli.planning.patterns import Block, Pattern, PatternKeys
 from supar_cli.planning.problems import validate
-from supar_cli.planning.rules import DecayRule, DepthRule, Optimizer, ResidualInit, UnembeddingInit
+from supar_cli.planning.rules import DecayRule, DepthRule, Optimizer, ProxyValues, ResidualInit, UnembeddingInit
 from supar_cli.planning.schema import Field, Section
 from supar_cli.planning.updates import Updates
 
@@ -32,6 +32,11 @@ class Hyperparameters(Section):
     weight_decay: float = Field(ge=0)
     eps: float = Field(default=1e-8, gt=0)
     embedding_lr_ratio: float = Field(default=1.0, neutral=True, omit=True, gt=0)
+    head_lr_ratio: float = Field(default=1.0, neutral=True, omit=True, gt=0)
+
+    def with_sigma(self, sigma: float) -> ProxyValues:
+        """What the rules take of them, for a tensor that starts with the deviation `sigma` in the proxy."""
+        return ProxyValues(sigma, self.lr, self.weight_decay, self.eps, self.embedding_lr_ratio, self.head_lr_ratio)
 
 
 class Options(Section):
@@ -220,6 +225,7 @@ class Search(Section):
     alpha_output: list[float] | None = None
     weight_decay: list[float] | None = None
     embedding_lr_ratio: list[float] | None = Field(default=None, neutral=True, omit=True)
+    head_lr_ratio: list[float] | None = Field(default=None, neutral=True, omit=True)
 
     SEARCHED: ClassVar[tuple[str, ...]] = (
         "lr",
@@ -228,6 +234,7 @@ class Search(Section):
         "alpha_output",
         "weight_decay",
         "embedding_lr_ratio",
+        "head_lr_ratio",
     )
 
     def check(self) -> None:
