@@ -9,12 +9,13 @@ from typing import Any, Literal, get_args
 from supar_cli.errors import InputError
 from supar_cli.planning import density as shares
 from supar_cli.planning import rules
+from supar_cli.planning.decoder import Model, ViT
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.live_counts import asked_density
 from supar_cli.planning.patterns import Block, Pattern
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.schema import Field, Section
-from supar_cli.planning.spec import Data, Hyperparameters, Model, Options, Proxy, Run, Search, Sparsity, Target, Train
+from supar_cli.planning.spec import Data, Hyperparameters, Options, Proxy, Run, Search, Sparsity, Target, Train
 from supar_cli.planning.transfer import transfer
 from supar_cli.planning.updates import Updates
 
@@ -168,7 +169,7 @@ class Sweep(Section):
     kind: Literal["supar.sweep/v1"]
     name: str = "sweep"
     title: str = ""
-    model: Model
+    model: Model | ViT
     hyperparameters: Hyperparameters
     parameterization: Options = Field(default_factory=Options)
     sparsity: Sparsity = Field(default_factory=lambda: Sparsity(density=1.0))
