@@ -258,9 +258,13 @@ class TestHeadOfAModelOfYours:
         ("changed", "instead", "what"),
         [
             ("uses: [head]", "uses: []", "but the layout has no head"),
-            ("uses: [head]", "uses: [head], tied_to: table", "but the head's weight head is tied"),
-            ("uses: [first_sum]", "uses: [first_sum], tied_to: head", "but the head's weight head is tied"),
-            ("uses: [first_sum]", "uses: [first_sum, head]", "but the head's weight table is tied"),
+            ("uses: [head]", "uses: [head], tied_to: table", "but the head head is tied and has the embeddings' rate"),
+            (
+                "uses: [first_sum]",
+                "uses: [first_sum], tied_to: head",
+                "but the head head is tied and has the embeddings' rate",
+            ),
+            ("uses: [first_sum]", "uses: [first_sum, head]", "but the head table is tied and has the embeddings' rate"),
         ],
     )
     def test_without_a_head_of_its_own_it_is_refused(self, changed: str, instead: str, what: str) -> None:
@@ -270,7 +274,7 @@ class TestHeadOfAModelOfYours:
 
 
 def test_a_tied_model_of_supars_families_has_no_rate_of_its_head(plan_of: MakePlan, text_file: Path) -> None:
-    what = r"head_lr_ratio: 4, but the head's weight embedding is tied: it has the embeddings' rate; expected 1"
+    what = r"head_lr_ratio: 4, but the head embedding is tied and has the embeddings' rate; expected 1"
     with pytest.raises(InputError, match=what):
         plan_of(hyperparameters={"head_lr_ratio": 4.0})
     fields = proxy_fields(str(text_file), search={"head_lr_ratio": [1.0, 4.0]})

@@ -28,7 +28,7 @@ from supar_cli.planning.plan_sections import (
 )
 from supar_cli.planning.problems import validate
 from supar_cli.planning.schema import LARGEST
-from supar_cli.planning.spec import Hyperparameters, Model, Proxy, Sparsity, Target
+from supar_cli.planning.spec import Model, Proxy, Sparsity, Target
 from supar_cli.planning.updates import PlanUpdates, exponent_of, start_density
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class _DecoderTensors:
             in_block=tensor.block is not None,
             writes_residual=tensor.writes_residual,
             first_sum=tensor.role == "embedding",
-            head=tensor.role == "unembedding" or (self.model.tied and tensor.site == "embedding"),
+            head=tensor.role == "unembedding",
         )
 
 
@@ -124,24 +124,12 @@ def transfer(
         train=train,
         run=proxy.run,
     )
-    _require_ratios_used(proxy.hyperparameters, rows)
     low = min((row for row in plan.tensors if row.role == "hidden"), key=lambda row: row.wpn, default=None)
     if low is not None and low.wpn < WPN_IMPOSSIBLE and not allow_low_wpn:
         few = f"{low.wpn:.3g} weights per neuron (fan-in {low.fan_in} × density {low.density:g})"
         remedies = f"{remedy(plan, low)}; --allow-low-wpn plans it anyway"
         raise InputError(f"{low.name}: {few}: most outputs would have no input at all; {remedies}")
     return plan
-
-
-def _require_ratios_used(hyper: Hyperparameters, rows: list[PlanTensor]) -> None:
-    """Raise InputError for a ratio of rates that no tensor has."""
-    found = {row.role for row in rows if "lr_ratio" in row.because}
-    for key, role, what in (
-        ("embedding_lr_ratio", "embedding", "no embedding that is summed first"),
-        ("head_lr_ratio", "unembedding", "no head"),
-    ):
-        if (ratio := getattr(hyper, key)) != 1 and role not in found:
-            raise InputError(f"hyperparameters.{key}: {ratio:g}, but the layout has {what}; expected 1")
 
 
 def _plan_sparsity(
@@ -175,6 +163,9 @@ def _plan_decoder(proxy: Proxy, target: Target, scheme: rules.Scheme, masks: Giv
     for_text = ("context", "tokens", "tokens_per_parameter") if own.data_kind == "images" else ()
     if given := [name for name in for_text if getattr(target, name) is not None]:
         raise InputError(*(f"target.{name}: is for text; expected none with the family {own.family}" for name in given))
+    if own.tied and hyper.head_lr_ratio != 1:
+        what = f"{hyper.head_lr_ratio:g}, but the head embedding is tied and has the embeddings' rate"
+        raise InputError(f"hyperparameters.head_lr_ratio: {what}; expected 1")
     model = target_model(own, target)
     base = _base(proxy, model)
     shapes = _DecoderTensors(proxy, model, base, scheme.edition)
@@ -208,6 +199,7 @@ def _plan_own(proxy: Proxy, target: Target, scheme: rules.Scheme, masks: GivenMa
         what = f"gpt2 divides by the number of blocks, and the layout's sizes are {', '.join(document.base)}"
         raise InputError(f"parameterization.residual_init: {what}; expected {LAYERS} among them, or none")
     shapes = OwnTensors.of(document, target)
+    shapes.require_ratios_used(hyper)
     factors, hooks = shapes.folds(scheme, hyper)
     rows = []
     kept = live_counts(shapes.tensors, target.sparsity, "target.sparsity.overrides", masks)
@@ -250,7 +242,6 @@ def _numbers(
     Sparse tensors start at the density `start` where it is above their own: the init is that of step 0.
     """
     base_density, hyper = _base_density(proxy, shapes), proxy.hyperparameters
-    tied = {name for one in shapes.tensors if one.tied_to for name in (one.name, one.tied_to)}
     for tensor in shapes.tensors:
         own = kept.get(tensor.name, patterns.LiveCount(1.0, tensor.size))
         if own.count == 0:
@@ -259,9 +250,6 @@ def _numbers(
         context = shapes.context(tensor, own.density / base)
         if own.count < tensor.size and start > own.density:
             context = replace(context, m_rho_start=start / base)
-        if context.head and hyper.head_lr_ratio != 1 and (tensor.role != "unembedding" or tensor.name in tied):
-            what = f"{hyper.head_lr_ratio:g}, but the head's weight {tensor.name} is tied: it has the embeddings' rate"
-            raise InputError(f"hyperparameters.head_lr_ratio: {what}; expected 1")
         tuned = hyper.with_sigma(sigma_of(tensor))
         keys: dict[str, Any] = {name: rule.value for name, rule in rules.tensor_rules(scheme, tuned, context).items()}
         keys |= {"shape": list(tensor.shape), "fan_in": tensor.fan_in, "density": own.density, "kept": own.count}
