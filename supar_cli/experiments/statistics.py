@@ -98,6 +98,11 @@ def interquartile_mean(values: np.ndarray, axis: int = 0) -> np.ndarray:
     return np.asarray(np.tensordot(np.sort(values, axis), weights, axes=(axis, 0)))
 
 
+def share_of(lost: float, loss: float) -> float:
+    """What is lost as a share of a loss' size, which may be below 0, as that of a return is; nan of a loss of 0."""
+    return lost / abs(loss) if loss else nan
+
+
 RESAMPLES = 2000  # chosen: the 2.5 % quantile then rests on 50 of them
 
 Interval = list[float]  # low, high
@@ -148,10 +153,13 @@ def slope(x: np.ndarray, y_XB: np.ndarray) -> np.ndarray:
     return np.asarray(centred @ y_XB / (centred @ centred))
 
 
-def standard_error(values: Sequence[float]) -> float | None:
-    """Standard error of the mean; None for one value or where one isn't finite."""
+def standard_error(values: Sequence[float], is_iqm: bool = False) -> float | None:
+    """Standard error of the mean, or by resampling of the interquartile mean; None for one value or where one isn't finite."""
     if len(values) < 2 or not all(map(isfinite, values)):
         return None
+    if is_iqm:
+        resampled = interquartile_mean(np.array(values)[resample(len(values))], axis=1)
+        return float(resampled.std()) * sqrt(len(values) / (len(values) - 1))
     mean = sum(values) / len(values)
     return sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
