@@ -65,7 +65,8 @@ def _arm(sweep: Sweep, curves: list[Curve]) -> Data:
         "control": not is_subject(sweep, name),
         **found,
         "levels": [
-            _level(sweep, curve, one, curves[0].best, optima[0].octaves) for curve, one in zip(curves, optima, strict=True)
+            _level(sweep, curve, one, curves[0].best, optima[0].octaves)
+            for curve, one in zip(curves, optima, strict=True)
         ],
     }
 

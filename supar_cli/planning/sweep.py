@@ -9,6 +9,7 @@ from supar_cli.errors import InputError
 from supar_cli.planning import density as shares
 from supar_cli.planning import rules
 from supar_cli.planning.axes import LEVELS, SHARES, Grid, axis_values, parts_of
+from supar_cli.planning.decoder import Model, ViT
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.layout_document import OwnShape
 from supar_cli.planning.live_counts import asked_density
@@ -18,7 +19,6 @@ from supar_cli.planning.schema import Field, Section
 from supar_cli.planning.spec import (
     Data,
     Hyperparameters,
-    Model,
     Options,
     Proxy,
     Run,
@@ -110,7 +110,7 @@ class Sweep(Shaped, Section):
     kind: Literal["supar.sweep/v1"]
     name: str = "sweep"
     title: str = ""
-    model: Model | OwnShape
+    model: Model | ViT | OwnShape
     hyperparameters: Hyperparameters
     parameterization: Options = Field(default_factory=Options)
     sparsity: Sparsity = Field(default_factory=lambda: Sparsity(density=1.0))
