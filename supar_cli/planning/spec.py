@@ -12,6 +12,7 @@ from supar_cli.planning.data_section import Data as Data  # re-exported: a secti
 from supar_cli.planning.decoder import MOST_LAYERS as MOST_LAYERS
 from supar_cli.planning.decoder import Model as Model
 from supar_cli.planning.decoder import ViT as ViT
+from supar_cli.planning.decoder import require_kind as require_kind
 from supar_cli.planning.density import Share, density_from
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.layout_document import OwnShape
@@ -250,12 +251,6 @@ class Search(Section):
     def ranges(self) -> dict[str, list[float]]:
         """Searched names and their [low, high], or their choices."""
         return {name: bounds for name in self.SEARCHED if (bounds := vars(self)[name]) is not None}
-
-
-def require_kind(model: Model, data: Data | None) -> None:
-    """Raise ValueError unless the data are of the kind that a model reads."""
-    if data is not None and data.kind != model.data_kind:
-        raise ValueError(f"data.kind: {data.kind}; expected {model.data_kind}, which the family {model.family} reads")
 
 
 class Shaped:
