@@ -215,10 +215,7 @@ class Target(Section):
 
 
 class Search(Section):
-    """How the proxy is tuned. A name left out is not searched.
-
-    Each range is [low, high], searched on a log scale, or three or more values, of which one is chosen.
-    """
+    """How the proxy is tuned. A range is [low, high], searched on a log scale, or three or more choices; null: not searched."""
 
     trials: int = Field(default=24, gt=0)
     sampler: Literal["random", "qmc", "tpe", "gp"] = "random"
