@@ -252,10 +252,10 @@ OPTIONS = {
     "separator": Option(str, "The token between documents. [default: the tokenizer's]", "data.separator"),
     "to": Option(
         str,
-        "The class: gpt2, llama, granite, gpt-neox, mpt, or auto: what holds the model; or safetensors or npz: the plan's names.",
+        "The class: gpt2, llama, granite, gpt-neox, mpt, vit, or auto: what holds the model; or the plan's names in safetensors, npz.",
         default="auto",
         metavar="FORMAT",
-        read=values.one_of("auto", "gpt2", "llama", "granite", "gpt-neox", "mpt", "safetensors", "npz"),
+        read=values.one_of("auto", "gpt2", "llama", "granite", "gpt-neox", "mpt", "vit", "safetensors", "npz"),
     ),
     # what every command does with its result
     "list": _switch("Show the templates and write nothing."),
