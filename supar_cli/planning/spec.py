@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -15,7 +16,7 @@ from supar_cli.planning.document import content_hash
 from supar_cli.planning.layout_document import OwnShape
 from supar_cli.planning.patterns import Block, Pattern, PatternKeys
 from supar_cli.planning.problems import validate
-from supar_cli.planning.rules import DecayRule, DepthRule, Optimizer, ResidualInit, UnembeddingInit
+from supar_cli.planning.rules import DecayRule, DepthRule, Optimizer, ProxyValues, ResidualInit, UnembeddingInit
 from supar_cli.planning.schema import Field, Section
 from supar_cli.planning.updates import Updates
 
@@ -33,6 +34,11 @@ class Hyperparameters(Section):
     weight_decay: float = Field(ge=0)
     eps: float = Field(default=1e-8, gt=0)
     embedding_lr_ratio: float = Field(default=1.0, neutral=True, omit=True, gt=0)
+    head_lr_ratio: float = Field(default=1.0, neutral=True, omit=True, gt=0)
+
+    def with_sigma(self, sigma: float) -> ProxyValues:
+        """What the rules take of them, for a tensor that starts with the deviation `sigma` in the proxy."""
+        return ProxyValues(sigma, self.lr, self.weight_decay, self.eps, self.embedding_lr_ratio, self.head_lr_ratio)
 
 
 class Options(Section):
@@ -222,6 +228,7 @@ class Search(Section):
     alpha_output: list[float] | None = None
     weight_decay: list[float] | None = None
     embedding_lr_ratio: list[float] | None = Field(default=None, neutral=True, omit=True)
+    head_lr_ratio: list[float] | None = Field(default=None, neutral=True, omit=True)
 
     SEARCHED: ClassVar[tuple[str, ...]] = (
         "lr",
@@ -230,6 +237,7 @@ class Search(Section):
         "alpha_output",
         "weight_decay",
         "embedding_lr_ratio",
+        "head_lr_ratio",
     )
 
     def check(self) -> None:
@@ -248,8 +256,8 @@ def require_kind(model: Model, data: Data | None) -> None:
         raise ValueError(f"data.kind: {data.kind}; expected {model.data_kind}, which the family {model.family} reads")
 
 
-class _Shaped:
-    """What a spec and a proxy know of their model."""
+class Shaped:
+    """What a spec, a proxy and a sweep know of their model."""
 
     __slots__ = ()
     model: Model | ViT | OwnShape
@@ -288,12 +296,18 @@ class _Shaped:
         """The document with the path of its layout resolved from its folder; for `-`, from the working directory."""
         if isinstance(self.model, Model) or document == "-" or Path(self.model.layout).is_absolute():
             return self
-        path = str((Path(document).parent / self.model.layout).resolve())
+        return self._with_layout(str((Path(document).parent / self.model.layout).resolve()))
+
+    def seen_from(self, folder: Path) -> Self:
+        """The document with the path of its layout as seen from a folder that it is written to."""
+        return self if isinstance(self.model, Model) else self._with_layout(os.path.relpath(self.model.layout, folder))
+
+    def _with_layout(self, path: str) -> Self:
         model = self.model.model_copy(update={"layout": path})
         return self.model_copy(update={"model": model})  # type: ignore[attr-defined,no-any-return]
 
 
-class Spec(_Shaped, Section):
+class Spec(Shaped, Section):
     """`supar.spec/v1`: the proxy's shape, data and training, what to search, and the target it is for."""
 
     kind: Literal["supar.spec/v1"]
@@ -309,7 +323,7 @@ class Spec(_Shaped, Section):
     meta: dict[str, Any] = Field(default_factory=dict)
 
 
-class Proxy(_Shaped, Section):
+class Proxy(Shaped, Section):
     """`supar.proxy/v1`: hyperparameters, the shape, data and training they hold for, and the evidence."""
 
     UNHASHED = ("run", "meta", "target")  # which flags set and the plan resolves
