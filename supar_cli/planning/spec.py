@@ -269,8 +269,10 @@ class Shaped:
     def fill_defaults(cls, data: Any) -> Any:
         model = data.get("model") if isinstance(data, dict) else None
         family = model.get("family") if isinstance(model, dict) else None
-        by_family: dict[Any, Any] = {"own": None, "vit": {"kind": "images"}}
-        return {"data": by_family[family], **data} if family in ("own", "vit") else data
+        given = data.get("data", {}) if isinstance(data, dict) else None
+        if family == "vit" and isinstance(given, dict):
+            return {**data, "data": {"kind": "images", **given}}
+        return {"data": None, **data} if family == "own" else data
 
     def check(self) -> None:
         own = isinstance(self.model, OwnShape)
