@@ -10,22 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import supar_cli
-from supar_cli.data.images import Images, Split
 from supar_cli.errors import CheckViolated, InputError
-from supar_cli.exporting import comparison, export, preprocessor
+from supar_cli.exporting import comparison, evaluate_images, export
 from supar_cli.exporting.stock_models import StockClass
 from supar_cli.exporting.stored_model import open_model, open_run
 from supar_cli.models.vit import VisionTransformer
-from supar_cli.planning.plan import PlanViT
+from supar_cli.planning.plan import Plan, PlanViT
 from supar_cli.planning.problems import validate
 from supar_cli.planning.spec import Proxy
+from supar_cli.planning.transfer import transfer
 from supar_cli.training.prepare import prepare
-from tests.plans import plan_from, proxy_fields
+from tests.plans import proxy_fields
 from tests.test_export import assert_comes_back, factor_of, hf, swapped, values_of, write_run
 
+CLASSES = ("ant", "bee", "cow")
 DIGITS = {"image": [8, 8], "channels": 1, "patch": 2}
 WIDE = {"image": [8, 12], "channels": 3, "patch": 4, "activation": "gelu_tanh", "norm_eps": 0.01}
 COMPLETE = {"depth_rule": "completep"}
@@ -42,7 +44,7 @@ Runs = Callable[..., Path]
 def proxy_of(model: dict[str, Any], rules: dict[str, Any] | None = None, density: float = 0.25) -> dict[str, Any]:
     return {
         "kind": "supar.proxy/v1",
-        "model": {"family": "vit", "width": 16, "layers": 1, "heads": 2, "classes": 5, **model},
+        "model": {"family": "vit", "width": 16, "layers": 1, "heads": 2, "classes": len(CLASSES), **model},
         "hyperparameters": {"lr": 0.01, "init_std": 0.2, "alpha_input": 3.3, "alpha_output": 1.7, "weight_decay": 0.1},
         "parameterization": rules or {},
         "train": {"steps": 12, "batch_size": 4, "eval_every": 6, "eval_batches": 2},
@@ -51,24 +53,43 @@ def proxy_of(model: dict[str, Any], rules: dict[str, Any] | None = None, density
     }
 
 
-def drawn(model: dict[str, Any], images: int = 20) -> Images:
-    """Images of a model's shape, each channel of its own brightness."""
-    draw, classes = np.random.default_rng(0), model.get("classes", 5)
-    shape, own = (images, model["channels"], *model["image"]), 40 * (1 + np.arange(model["channels"]))
-    pixels = (draw.integers(256, size=shape) * (own / 256)[:, None, None]).astype(np.uint8)
-    split = Split(pixels, draw.integers(classes, size=images))
-    return Images(split, split, [f"class {number}" for number in range(classes)], "sha256:0")
+def write_images(folder: Path, model: dict[str, Any], classes: tuple[str, ...] = CLASSES) -> Path:
+    """A folder of a few images for each split and class, each channel of its own brightness."""
+    draw, channels = np.random.default_rng(len(classes)), model["channels"]
+    for place in (folder / split / name for split in ("train", "val") for name in classes):
+        place.mkdir(parents=True)
+        for number in range(3):
+            pixels = draw.integers(256, size=(*model["image"], channels)) * (1 + np.arange(channels)) // channels
+            Image.fromarray(pixels.astype(np.uint8).squeeze()).save(place / f"{number}.png")
+    return folder
+
+
+def pictures(folder: Path) -> list[tuple[Any, str]]:
+    """The images of a folder, and their classes."""
+    return [(Image.open(path), path.parent.name) for path in sorted(folder.glob("*/*.png"))]
+
+
+def normalised(found: list[tuple[Any, str]], train: list[tuple[Any, str]]) -> Tensor:
+    """Images (N, C, H, W), each channel scaled by its mean and deviation over the training images."""
+    values, of_train = (np.stack([np.atleast_3d(image) for image, _ in one]) / 255 for one in (found, train))
+    scaled = (values - of_train.mean((0, 1, 2))) / of_train.std((0, 1, 2))
+    return torch.from_numpy(scaled.transpose(0, 3, 1, 2).astype(np.float32))
 
 
 @pytest.fixture
-def run_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
-    """`run_of(model, rules, density)`: a run as if trained on drawn images."""
+def run_of(tmp_path: Path) -> Runs:
+    """`run_of(model, rules, density)`: a run as if trained on the images in a folder beside it."""
 
     def make(model: dict[str, Any], rules: dict[str, Any] | None = None, density: float = 0.25) -> Path:
-        monkeypatch.setattr(preprocessor.images, "load", lambda _: drawn(model))
-        return write_run(plan_from(proxy_of(model, rules, density)), tmp_path / "run")
+        data = {"data": {"kind": "images", "source": str(write_images(tmp_path / "images", model))}}
+        return write_run(plan_of(proxy_of(model, rules, density) | data), tmp_path / "run")
 
     return make
+
+
+def plan_of(fields: dict[str, Any]) -> Plan:
+    proxy = validate(Proxy, fields, "proxy")
+    return transfer(proxy, proxy.target.override(), allow_low_wpn=True)
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
@@ -80,7 +101,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 def test_the_class_computes_the_runs_logits_from_raw_pixels(case: str, run_of: Runs, tmp_path: Path) -> None:
     """The folder's own processor scales them; with a deviation a tenth too large the logits are others."""
     model, rules, density = CASES[case]
-    run, folder, found = run_of(model, rules, density), tmp_path / "out", drawn(model)
+    run, folder = run_of(model, rules, density), tmp_path / "out"
     hf()
     done = supar_cli.export(run, folder)
     assert (done.to, done.architecture) == ("vit", "ViTForImageClassification")
@@ -89,21 +110,23 @@ def test_the_class_computes_the_runs_logits_from_raw_pixels(case: str, run_of: R
     theirs, report = hf().AutoModelForImageClassification.from_pretrained(
         folder, output_loading_info=True, attn_implementation="eager"
     )
-    assert not any(report.values()) and list(theirs.config.id2label.values()) == found.classes
-    pixels = found.held_out.pixels_NCHW
-    mean, std = (values[:, None, None] for values in found.scale)
-    wanted = supar_cli.model(run)(torch.from_numpy(((pixels / 255 - mean) / std).astype(np.float32)))
+    assert not any(report.values()) and tuple(theirs.config.id2label.values()) == CLASSES
+    held_out, train = (pictures(tmp_path / "images" / split) for split in ("val", "train"))
+    wanted = supar_cli.model(run)(normalised(held_out, train))
 
-    def logits() -> Tensor:
+    def pixels_of(found: list[tuple[Any, str]]) -> Tensor:
         processor = hf().AutoImageProcessor.from_pretrained(folder)
-        return theirs(**processor(list(pixels), input_data_format="channels_first", return_tensors="pt")).logits  # type: ignore[no-any-return]
+        return processor([image for image, _ in found], return_tensors="pt")["pixel_values"]  # type: ignore[no-any-return]
 
-    assert relative(logits(), wanted) <= 1e-5
+    assert relative(theirs(pixels_of(held_out)).logits, wanted) <= 1e-5
+    larger = [(image.resize((31, 23)), name) for image, name in held_out]
+    resized = [(image.resize(held_out[0][0].size, Image.Resampling.BILINEAR), name) for image, name in larger]
+    torch.testing.assert_close(pixels_of(larger), normalised(resized, train), rtol=0, atol=1e-6)
     assert_comes_back(run, folder)
     file = folder / "preprocessor_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "image_std": [1.1 * value for value in config["image_std"]]}))
-    assert relative(logits(), wanted) > 1e-3
+    assert relative(theirs(pixels_of(held_out)).logits, wanted) > 1e-3
 
 
 def channels_last(values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -195,8 +218,6 @@ def test_what_a_class_cannot_hold_is_named(
     assert "preprocessor_config.json" in done.files
     ours, again = open_run(run), open_model(tmp_path / "out")
     assert all(torch.equal(again.read(name), ours.read(name)) for name in ours.factors)
-    with pytest.raises(InputError, match="its model reads images and makes no text"):
-        supar_cli.generate(run, "def ")
 
 
 def stock_model(folder: Path, seed: int, **keys: Any) -> Any:
@@ -257,3 +278,54 @@ def test_a_head_with_a_bias_and_models_that_read_something_else_are_refused(tmp_
     for what in ("values", "masks"):
         with pytest.raises(InputError, match=rf"{what}: \S+ reads images; expected a model of tokens"):
             supar_cli.transfer(text, **{what: tmp_path / "stock"})
+
+
+def by_hand(run: Path, found: list[tuple[Any, str]], classes: tuple[str, ...] = CLASSES) -> dict[str, float]:
+    """Figures of images one by one."""
+    images, model = normalised(found, pictures(run.parent / "images" / "train")), supar_cli.model(run).double()
+    losses, right = [], []
+    for image, (_, name) in zip(images.double(), found, strict=True):
+        with torch.no_grad():
+            chances = model(image[None])[0].softmax(0)
+        losses.append(-float(chances[classes.index(name)].log()))
+        right.append(int(chances.argmax()) == classes.index(name))
+    count, share = len(found), sum(right) / len(found)
+    errors = {"loss_se": np.std(losses, ddof=1) / count**0.5, "accuracy_se": (share * (1 - share) / count) ** 0.5}
+    return {"loss": float(np.mean(losses)), "accuracy": share, **errors}
+
+
+def test_every_held_out_image_is_scored_once(run_of: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In batches of four, of which the last is not full; classes of other data go by their names."""
+    run, held_out = run_of(DIGITS), pictures(tmp_path / "images" / "val")
+    monkeypatch.setattr(evaluate_images, "POSITIONS_AT_ONCE", 4 * 17)
+    other = write_images(tmp_path / "other", DIGITS, CLASSES[1:])
+    for data, found in ((None, held_out), (other, pictures(other / "val")), (other / "val", pictures(other / "val"))):
+        record = supar_cli.evaluate(run, data)
+        wanted = by_hand(run, found)
+        assert {name: record[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
+        assert record["images"] == len(found) == sum(one["images"] for one in record["classes"].values())
+        right = sum(one["images"] * one["accuracy"] for one in record["classes"].values())
+        assert right == pytest.approx(record["accuracy"] * len(found))
+    # a last image that fills a batch up, and classes numbered as the folder has them
+    for fault in (by_hand(run, [*held_out, *held_out[-1:] * 3]), by_hand(run, found, CLASSES[1:] + CLASSES[:1])):
+        assert all(abs(fault["loss"] - one) > 1e-3 for one in (wanted["loss"], by_hand(run, held_out)["loss"]))
+
+
+def test_what_images_cannot_be_scored_with_is_named(run_of: Runs, tmp_path: Path, supar_here: Any) -> None:
+    run_of(DIGITS)
+    write_images(tmp_path / "large", {**DIGITS, "image": [8, 9]})
+    write_images(tmp_path / "more", DIGITS, ("ant", "elk"))
+    for flags, message in {
+        ("evaluate", "run", "--tokens", "5"): "--tokens 5: 5; the run's model reads images",
+        ("evaluate", "run", "--data", "large"): "large: its images are [1, 8, 9] (channels, height, width)",
+        ("evaluate", "run", "--data", "more"): "the class elk is none of the run's; expected ant, bee, cow",
+        ("evaluate", "run", "--data", "more", "--field", "x"): "'x' with the kind images",
+        ("generate", "run", "def "): "run: its model reads images and makes no text",
+    }.items():
+        done = supar_here(*flags)
+        assert done.status == 2 and message in done.err, done.err
+    done = supar_here("evaluate", "run", "-o", "scores.yaml")
+    assert done.status == 0 and "9 images (± a standard error)" in done.err and "accuracy" in done.err
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    done = supar_here("export", "run", "--to", "npz")
+    assert done.status == 0 and "no preprocessor_config.json is written: data.source: " in done.err

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from supar_cli.data import images
 from supar_cli.errors import SuparError
 from supar_cli.files import naming_write_errors, write_file
@@ -39,7 +41,7 @@ def write_preprocessor(plan: Plan, folder: Path) -> tuple[dict[str, Any], list[s
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": mean_C.tolist(),
-        "image_std": std_C.tolist(),
+        "image_std": np.where(std_C > 0, std_C, 1).tolist(),  # of a channel that is constant
     }
     with naming_write_errors(folder):
         write_file(folder / PREPROCESSOR, json.dumps(config, indent=1) + "\n")
