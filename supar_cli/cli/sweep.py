@@ -279,9 +279,10 @@ def _describe(study: Sweep, log: terminal.Log) -> None:
     levels, model, train, target = study.levels, study.model, study.train, study.target
     more = f", {study.first_seeds} at the first size" if study.first_seeds else ""
     seeds = f"{study.seeds} seed{'s' if study.seeds > 1 else ''} per point{more}"
+    read = model.model_copy(update={"context": target.context or model.context})
     log.log(f"{study.title or study.name}: {'; '.join(study.arms) or ', '.join(study.parameterizations)}; {seeds}")
     log.log(
-        f"width {levels[0].width} (proxy {model.width}), {levels[0].layers} layers, context {target.context or model.context}, "
+        f"width {levels[0].width} (proxy {model.width}), {levels[0].layers} layers, {read.rows_text}, "
         f"batch {target.batch_size or train.batch_size}, {target.steps or train.steps} steps, data {study.data.source}"
     )
     if study.iso != "none":

@@ -24,6 +24,7 @@ LOCK_TRIES = 10  # chosen: for a second in all, as `is_open` of another process 
 DIFFERENCES = 8  # chosen: how many differences of two plans a message lists
 STATUS_FILE = "ended.json"  # how training ended, if it did not finish
 DAMAGED_METRICS = "metrics.damaged.jsonl"  # metrics.jsonl before records that can't be read were dropped
+ACCURACY = ("accuracy", "accuracy_se")  # of an evaluation, where the task has one
 FILES = ("metrics.jsonl", DAMAGED_METRICS, "result.json", "trackers.json", STATUS_FILE)
 FOLDERS = ("checkpoints", "tensorboard", "wandb")
 
@@ -180,6 +181,7 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 class RunHistory:
     """The losses of a run: `losses[i]` is the training loss of step i before its update, `evaluations` are (step, loss).
 
+    `accuracy` has the last evaluation's, with its standard error, where the task has one.
     `clipped` says of each step whose record tells it whether its gradient was clipped.
     Only rank 0 knows those of steps before `resumed_at`; a loss is nan if its record is lost.
     """
@@ -187,6 +189,7 @@ class RunHistory:
     losses: list[float] = field(default_factory=list)
     evaluations: list[tuple[int, float]] = field(default_factory=list)
     clipped: list[bool] = field(default_factory=list)
+    accuracy: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     resumed_at: int = 0
 
@@ -204,6 +207,7 @@ class RunHistory:
             self.losses[at : at + 1] = [record["loss"]]  # at their end, or in place of nan
         if "validation_loss" in record:
             self.evaluations.append((record["step"], record["validation_loss"]))
+            self.accuracy = {name: record[name] for name in ACCURACY if name in record}
 
 
 class Metrics(AbstractContextManager["Metrics"]):
@@ -278,6 +282,7 @@ def result_document(
         "steps": len(losses),
         "train_loss": losses[-1] if losses and math.isfinite(losses[-1]) else None,
         "validation_loss": history.evaluations[-1][1] if history.evaluations else None,
+        **history.accuracy,
         "clipped_share": history.clipped_share,
         "parameters": plan.parameters,
         "live_parameters": live_parameters,

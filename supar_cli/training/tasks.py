@@ -115,10 +115,10 @@ class Classification:
     standard_errors = True
 
     def __init__(self, plan: Plan, found: images.Images) -> None:
-        train, model, self._images = plan.train, plan.decoder, found
+        train, self._images = plan.train, found
         self.lines, self.hash = found.lines, found.hash
         self._seed, self._rows = train.seed, train.batch_size
-        self.flops_per_unit: float | None = plan.flops_per_token * model.context
+        self.flops_per_unit: float | None = plan.flops_per_row
         self.held_out_rows = train.eval_batches * train.batch_size
 
     def batch(self, step: int, rows: slice) -> Batch:

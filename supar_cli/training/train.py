@@ -91,8 +91,15 @@ def run(
             f"{directory}: {what}: clipping does not transfer, as norms change with width and density; {remedy}"
         )
     took = f"after {result['steps']} steps in {duration(result['seconds'])}"
-    reporter.log(f"{directory}: validation loss {result['validation_loss']:.4f} {took}")
+    reporter.log(f"{directory}: validation loss {result['validation_loss']:.4f}{_accuracy_text(result)} {took}")
     return result
+
+
+def _accuracy_text(result: Record) -> str:
+    """The accuracy, if the task has one, with its standard error."""
+    own, error = (result.get(name) for name in run_directory.ACCURACY)
+    between = "" if error is None else f" ± {100 * error:.1f}"
+    return "" if own is None else f", accuracy {100 * own:.1f}{between} %"
 
 
 def _place(trainer: Trainer) -> str:
