@@ -61,7 +61,7 @@ MEANINGS: dict[str, dict[str, Any]] = {
         name: {"help": f"{name.capitalize()} of all runs.", "read": one_share, "path": f"target.sparsity.{name}"}
         for name in SHARES
     },
-    preset={"help": "A figure of the paper, small: " + ", ".join(PRESETS) + "."},
+    preset={"help": "A figure of the paper, small, or another sweep that ships: " + ", ".join(PRESETS) + "."},
     out={"help": "Folder; with --calibrate, file of the new proxy. [default: sweeps/NAME]"},
     **MEANINGS,
 )
