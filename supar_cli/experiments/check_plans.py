@@ -28,6 +28,9 @@ CONTROL_SEEDS = 2  # chosen: a control's slope is off by far more than the diffe
 # A constant rate without clipping: clipping would hide the size of a gradient
 CONSTANT = {"schedule": "constant", "warmup_fraction": 0.0, "grad_clip": 0.0, **dict.fromkeys(WSD)}
 TOKENS = 512  # chosen: positions per batch; fewer make single gradients noisy, more make the check slow
+IMAGES = (
+    128  # chosen: images per batch, of each of which one position has a loss; by 30 the losses of steps differ by .1
+)
 
 
 LAYOUT = "layout.yaml"
@@ -109,7 +112,8 @@ def sweeps_of(
     subject = subject.model_copy(update={"run": subject.run.model_copy(update=whole), "hyperparameters": hyper})
     train = {"steps": steps, **CONSTANT}
     if not own:
-        train["batch_size"] = batch_size or max(1, TOKENS // subject.decoder.context)
+        is_text = subject.decoder.data_kind == "tokens"
+        train["batch_size"] = batch_size or (max(1, TOKENS // subject.decoder.context) if is_text else IMAGES)
     elif batch_size is not None:
         raise InputError(f"batch_size: {batch_size}; of a model of your own, --batches says how large its batches are")
     if not isinstance(subject, Plan):
