@@ -188,7 +188,7 @@ class TestPlan:
             ({"model": {**MODEL, "vocab": 9}}, "vocab: 9; expected 10"),
             ({"model": {**MODEL, "pooling": "max"}}, "pooling"),
             ({"model": {key: MODEL[key] for key in MODEL if key != "classes"}}, "'classes' is missing"),
-            ({"data": {"source": "stdlib"}}, "data.kind: tokens; expected images, which the family vit reads"),
+            ({"data": {"kind": "tokens"}}, "data.kind: tokens; expected images, which the family vit reads"),
             ({"data": {"kind": "images", "tokenizer": "gpt2"}}, "tokenizer: 'gpt2' with the kind images"),
             ({"target": {"context": 64}}, "target.context: is for text"),
             ({"target": {"tokens": 1000}}, "target.tokens: is for text"),

@@ -20,11 +20,12 @@ from supar_cli.data import corpus
 from supar_cli.errors import InputError, RunFailed, SetupError, UnusableResult
 from supar_cli.experiments import script
 from supar_cli.experiments.dry_run import Part
-from supar_cli.experiments.samplers import SeededByTrialNumber, make_pruner
+from supar_cli.experiments.samplers import SeededByTrialNumber, can_suggest, make_pruner, suggest
 from supar_cli.experiments.statistics import Fit, fit_quadratic
 from supar_cli.files import Record
 from supar_cli.jobs import runs
 from supar_cli.jobs.clusters import WorkerOptions, check_keywords, make_workers
+from supar_cli.jobs.command import script_files
 from supar_cli.jobs.queue import SharedStudy, Wanted, is_counted, state_of
 from supar_cli.jobs.storage import RetryPolicy, absolute, folder_beside, redact_url
 from supar_cli.jobs.workers import Local, Workers
@@ -40,9 +41,6 @@ from supar_cli.training.runtime import versions
 Values = dict[str, float]
 RUNS = "-runs"  # suffix of the name of the study that stores a study's extra runs
 FILES = ".trials"  # suffix of the folder with the files of runs by a command
-# failed trials in a row that end a search: of the first ones, for the script is wrong then, and later ones.
-# chosen: where each fourth trial fails by its values, the one ends a search in 60, the other in 50
-FIRST_FAILURES, FAILURES = 3, 5
 
 
 def study_name(spec: Spec) -> str:
@@ -83,9 +81,9 @@ def _plan(spec: Spec, values: Values, seed: int) -> Plan:
 
 
 def refused_ranges(spec: Spec) -> dict[str, str]:
-    """The searched names that a user's model can't take, and why: nothing in it to fold a multiplier into."""
+    """The searched names that a model can't take, and why: nothing to fold a multiplier into, a tied head."""
     found = {}
-    for name, (low, high) in spec.search.ranges().items():
+    for name, (low, *_, high) in spec.search.ranges().items():
         try:  # a factor of 1 needs nothing to fold into
             _plan(spec, {name: low if high == 1 else high}, spec.train.seed)
         except InputError as error:
@@ -128,7 +126,7 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
         raise InputError("search: no range is given; expected one of " + ", ".join(Search.SEARCHED))
     SeededByTrialNumber(spec.search)
     first = _plan(spec, {}, spec.train.seed)
-    if isinstance(spec.model, OwnShape) and (refused := refused_ranges(spec)):
+    if refused := refused_ranges(spec):
         raise InputError(*(f"search.{name}: {why}; expected null" for name, why in refused.items()))
     if "embedding_lr_ratio" in ranges and spec.train.steps < RATIO_STEPS:
         reporter.warn(f"search.embedding_lr_ratio: in runs of {short_ratio(spec.train.steps)}")
@@ -140,9 +138,9 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
         raise UnusableResult(
             f"all {len(trials)} trials diverged or were pruned; expected lower learning rates or init scales in search"
         )
-    script.require_different_losses(complete, spec.run)
+    script.require_different_losses([trial.value for trial in complete], spec.run, "trials")
     finalists = tuning.run_finalists(complete[: spec.search.finalists])
-    script.warn_of_equal_seeds(finalists, spec.run, reporter)
+    script.warn_of_equal_seeds([one["losses"] for one in finalists], spec.run, reporter, "search.seeds")
     winner = min(finalists, key=lambda finalist: (finalist["mean"], finalist["trial"]))
     values, fit = {name: winner[name] for name in ranges}, None
     if "lr" in ranges and spec.search.lr_fit_octaves:
@@ -189,7 +187,7 @@ def run_next(spec: Spec, storage: str, wanted: Wanted) -> FrozenTrial | None:
 
     def try_values(trial: optuna.Trial) -> float:
         ranges = spec.search.ranges().items()
-        values = {name: trial.suggest_float(name, low, high, log=True) for name, (low, high) in ranges}
+        values = {name: suggest(trial, name, bounds) for name, bounds in ranges}
 
         def on_evaluation(step: int, loss: float) -> None:
             trial.report(loss, step)
@@ -237,12 +235,15 @@ class _Tuning:
         ranges = spec.search.ranges()
         own = {name: getattr(spec.hyperparameters, name) for name in ranges}
         # None is a model's own std, which is not one number
-        if all(own[name] is not None and low <= own[name] <= high for name, (low, high) in ranges.items()):
+        if all(own[name] is not None and can_suggest(bounds, own[name]) for name, bounds in ranges.items()):
             study.queue_once(own)  # the spec's own values are run as a trial
         counted = study.counted()
         if counted:
             reporter.log(f"study {study.study.study_name}: {len(counted)} trials done, {total} wanted")
-        script.compare_scripts(study.study, spec.run, folder_beside(self.storage, FILES), reporter)
+        if spec.run.command is not None:
+            began = study.study.user_attrs.get("script") or script_files(spec.run.command)
+            study.study.set_user_attr("script", began)
+            script.compare_scripts(began, spec.run, folder_beside(self.storage, FILES), reporter, "another --study")
         self._report(len(counted))
         failures = 0
         for trial in self._run(study, total):
@@ -250,7 +251,7 @@ class _Tuning:
             outcome = f"loss {trial.value:.4f}" if state == "complete" else state
             reporter.log(f"trial {trial.number}: {outcome}, {format_values(trial.params)}")
             failures = failures + 1 if state == "failed" else 0
-            if failures == (FAILURES if counted else FIRST_FAILURES):
+            if failures == (script.FAILURES if counted else script.FIRST_FAILURES):
                 raise RunFailed(f"the last {failures} trials failed; trial {trial.number}: {trial.user_attrs[state]}")
             if failures:
                 reporter.warn(f"trial {trial.number}: {trial.user_attrs[state]}")
@@ -279,7 +280,7 @@ class _Tuning:
                 then = "counts as diverged" if is_counted(trial) else "is made again"
                 self.reporter.warn(f"this run {then}: {trial.user_attrs['failed']}")
             failures += not count
-            if failures == FIRST_FAILURES:
+            if failures == script.FIRST_FAILURES:
                 raise RunFailed(f"the first {failures} runs failed; the last: {trial.user_attrs['failed']}")
             self._report(before + len(wanted) - study.missing(wanted)[0], trial.value or nan)
         self._report(before + len(wanted))

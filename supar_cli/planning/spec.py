@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -10,12 +12,13 @@ from supar_cli.planning.data_section import Data as Data  # re-exported: a secti
 from supar_cli.planning.decoder import MOST_LAYERS as MOST_LAYERS
 from supar_cli.planning.decoder import Model as Model
 from supar_cli.planning.decoder import ViT as ViT
+from supar_cli.planning.decoder import require_kind as require_kind
 from supar_cli.planning.density import Share, density_from
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.layout_document import OwnShape
 from supar_cli.planning.patterns import Block, Pattern, PatternKeys
 from supar_cli.planning.problems import validate
-from supar_cli.planning.rules import DecayRule, DepthRule, Optimizer, ResidualInit, UnembeddingInit
+from supar_cli.planning.rules import DecayRule, DepthRule, Optimizer, ProxyValues, ResidualInit, UnembeddingInit
 from supar_cli.planning.schema import Field, Section
 from supar_cli.planning.updates import Updates
 
@@ -33,6 +36,11 @@ class Hyperparameters(Section):
     weight_decay: float = Field(ge=0)
     eps: float = Field(default=1e-8, gt=0)
     embedding_lr_ratio: float = Field(default=1.0, neutral=True, omit=True, gt=0)
+    head_lr_ratio: float = Field(default=1.0, neutral=True, omit=True, gt=0)
+
+    def with_sigma(self, sigma: float) -> ProxyValues:
+        """What the rules take of them, for a tensor that starts with the deviation `sigma` in the proxy."""
+        return ProxyValues(sigma, self.lr, self.weight_decay, self.eps, self.embedding_lr_ratio, self.head_lr_ratio)
 
 
 class Options(Section):
@@ -207,7 +215,10 @@ class Target(Section):
 
 
 class Search(Section):
-    """How the proxy is tuned. Each range is [low, high], searched on a log scale; a name left out is not searched."""
+    """How the proxy is tuned. A name left out is not searched.
+
+    Each range is [low, high], searched on a log scale, or three or more values, of which one is chosen.
+    """
 
     trials: int = Field(default=24, gt=0)
     sampler: Literal["random", "qmc", "tpe", "gp"] = "random"
@@ -222,6 +233,7 @@ class Search(Section):
     alpha_output: list[float] | None = None
     weight_decay: list[float] | None = None
     embedding_lr_ratio: list[float] | None = Field(default=None, neutral=True, omit=True)
+    head_lr_ratio: list[float] | None = Field(default=None, neutral=True, omit=True)
 
     SEARCHED: ClassVar[tuple[str, ...]] = (
         "lr",
@@ -230,26 +242,22 @@ class Search(Section):
         "alpha_output",
         "weight_decay",
         "embedding_lr_ratio",
+        "head_lr_ratio",
     )
 
     def check(self) -> None:
         for name, bounds in self.ranges().items():
-            if len(bounds) != 2 or not 0 < bounds[0] < bounds[1]:
-                raise ValueError(f"{name}: {bounds}; expected [low, high] with 0 < low < high")
+            if len(bounds) < 2 or bounds[0] <= 0 or any(low >= high for low, high in pairwise(bounds)):
+                choices = "three or more values to choose from, in ascending order"
+                raise ValueError(f"{name}: {bounds}; expected [low, high] with 0 < low < high, or {choices}")
 
     def ranges(self) -> dict[str, list[float]]:
-        """Searched names and their [low, high]."""
+        """Searched names and their [low, high], or their choices."""
         return {name: bounds for name in self.SEARCHED if (bounds := vars(self)[name]) is not None}
 
 
-def require_kind(model: Model, data: Data | None) -> None:
-    """Raise ValueError unless the data are of the kind that a model reads."""
-    if data is not None and data.kind != model.data_kind:
-        raise ValueError(f"data.kind: {data.kind}; expected {model.data_kind}, which the family {model.family} reads")
-
-
-class _Shaped:
-    """What a spec and a proxy know of their model."""
+class Shaped:
+    """What a spec, a proxy and a sweep know of their model."""
 
     __slots__ = ()
     model: Model | ViT | OwnShape
@@ -261,8 +269,9 @@ class _Shaped:
     def fill_defaults(cls, data: Any) -> Any:
         model = data.get("model") if isinstance(data, dict) else None
         family = model.get("family") if isinstance(model, dict) else None
-        by_family: dict[Any, Any] = {"own": None, "vit": {"kind": "images"}}
-        return {"data": by_family[family], **data} if family in ("own", "vit") else data
+        if family == "vit" and isinstance(own := data.get("data", {}), dict):
+            return {**data, "data": {"kind": "images", **own}}
+        return {"data": None, **data} if family == "own" else data
 
     def check(self) -> None:
         own = isinstance(self.model, OwnShape)
@@ -278,6 +287,11 @@ class _Shaped:
             raise ValueError("run.command: is for a model of your own; expected none, as supar trains this one itself")
 
     @property
+    def loss_unit(self) -> str | None:
+        """The unit of its losses; None: that of the user's script."""
+        return self.model.loss_unit if isinstance(self.model, Model) else None
+
+    @property
     def decoder(self) -> Model:
         """The shape of supar's own families. Raises InputError for a user's model, which has no such shape."""
         if isinstance(self.model, Model):
@@ -288,12 +302,18 @@ class _Shaped:
         """The document with the path of its layout resolved from its folder; for `-`, from the working directory."""
         if isinstance(self.model, Model) or document == "-" or Path(self.model.layout).is_absolute():
             return self
-        path = str((Path(document).parent / self.model.layout).resolve())
+        return self._with_layout(str((Path(document).parent / self.model.layout).resolve()))
+
+    def seen_from(self, folder: Path) -> Self:
+        """The document with the path of its layout as seen from a folder that it is written to."""
+        return self if isinstance(self.model, Model) else self._with_layout(os.path.relpath(self.model.layout, folder))
+
+    def _with_layout(self, path: str) -> Self:
         model = self.model.model_copy(update={"layout": path})
         return self.model_copy(update={"model": model})  # type: ignore[attr-defined,no-any-return]
 
 
-class Spec(_Shaped, Section):
+class Spec(Shaped, Section):
     """`supar.spec/v1`: the proxy's shape, data and training, what to search, and the target it is for."""
 
     kind: Literal["supar.spec/v1"]
@@ -309,7 +329,7 @@ class Spec(_Shaped, Section):
     meta: dict[str, Any] = Field(default_factory=dict)
 
 
-class Proxy(_Shaped, Section):
+class Proxy(Shaped, Section):
     """`supar.proxy/v1`: hyperparameters, the shape, data and training they hold for, and the evidence."""
 
     UNHASHED = ("run", "meta", "target")  # which flags set and the plan resolves

@@ -19,7 +19,7 @@ from supar_cli.errors import SetupError
 from supar_cli.planning.document import dotted
 
 NAMES = {"lr": "learning rate", "init_std": "init std", "weight_decay": "weight decay"}
-NAMES["embedding_lr_ratio"] = "rate ratio of embeddings"
+NAMES |= {"embedding_lr_ratio": "rate ratio of embeddings", "head_lr_ratio": "rate ratio of the head"}
 TITLES = {
     "sp": "SP (standard parameterization)",
     "sp-si": "SP, sparse-aware init",
@@ -120,11 +120,21 @@ class Figure(Data):
         return sum(y is None for line in self.lines for y in line.y)
 
 
-def loss_figure(title: str, x: str, panels: list[Panel], name: str = "loss") -> Figure:
-    """Validation loss over `x`, as sweeps and the demo show it: a diverging end of a curve would flatten the rest."""
+def loss_text(unit: str | None) -> str:
+    """What a sweep's losses are; the unit of those that a user's script reports is not known."""
+    return f"validation loss ({unit})" if unit else "loss as the script reports it"
+
+
+def loss_figure(
+    title: str, x: str, panels: list[Panel], name: str = "loss", unit: str | None = "nats per token"
+) -> Figure:
+    """Validation loss over `x`, as sweeps and the demo show it: a diverging end of a curve would flatten the rest.
+
+    Without a unit it isn't known where that begins.
+    """
     losses = [y for panel in panels for line in panel.lines for y in line.y if y is not None]
-    limits = [min(losses) - 0.05, min(max(losses), min(losses) + 1.5) + 0.05] if losses else None
-    y = "validation loss (nats per token)"
+    limits = [min(losses) - 0.05, min(max(losses), min(losses) + 1.5) + 0.05] if losses and unit else None
+    y = loss_text(unit)
     return Figure(name=name, title=title, x=x, y=y, x_log2=True, y_log2=False, y_limits=limits, panels=panels)
 
 

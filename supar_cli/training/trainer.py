@@ -258,7 +258,8 @@ class Trainer:
     def _rebuild(self, state: State) -> None:
         kind = self.parallel.kind
         del self.model, self.parallel, self.sparse_model, self.optimizer, self.update
-        gc.collect()  # compiling it and hooks of DDP and FSDP2 keep a model in cycles; free its memory for the next one
+        if kind != "alone" or self.runtime.compiles:
+            gc.collect()  # compiling it and hooks of DDP and FSDP2 keep a model in cycles; free its memory for the next one
         self._build_model(kind, state)
 
     def restore(self, path: Path) -> None:
