@@ -285,6 +285,11 @@ class Shaped:
             raise ValueError("run.command: is for a model of your own; expected none, as supar trains this one itself")
 
     @property
+    def loss_unit(self) -> str | None:
+        """The unit of its losses; None: that of the user's script."""
+        return self.model.loss_unit if isinstance(self.model, Model) else None
+
+    @property
     def decoder(self) -> Model:
         """The shape of supar's own families. Raises InputError for a user's model, which has no such shape."""
         if isinstance(self.model, Model):
