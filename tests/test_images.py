@@ -282,7 +282,7 @@ class TestDocuments:
         (tmp_path / "text.txt").write_text("words " * 100)
         (tmp_path / "proxy.yaml").write_text(json.dumps(FIELDS))
         ran = supar_here("transfer", str(tmp_path / "proxy.yaml"), "--data", str(tmp_path / "text.txt"))
-        assert ran.status == 2 and "text.txt: is text; expected a folder of classes" in ran.err
+        assert ran.status == 2 and "text.txt: is text; expected digits, a folder of classes" in ran.err
         ran = supar_here("transfer", str(tmp_path / "proxy.yaml"), "-s", "data.kind=tokens")
         assert ran.status == 2 and "data.kind=tokens: tokens; expected images, which the family vit reads" in ran.err
         (tmp_path / "one.png").write_bytes(encoded(drawn(1)[0][0]))
