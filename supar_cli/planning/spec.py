@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -11,6 +12,7 @@ from supar_cli.planning.data_section import Data as Data  # re-exported: a secti
 from supar_cli.planning.decoder import MOST_LAYERS as MOST_LAYERS
 from supar_cli.planning.decoder import Model as Model
 from supar_cli.planning.decoder import ViT as ViT
+from supar_cli.planning.decoder import require_kind as require_kind
 from supar_cli.planning.density import Share, density_from
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.layout_document import OwnShape
@@ -213,7 +215,7 @@ class Target(Section):
 
 
 class Search(Section):
-    """How the proxy is tuned. Each range is [low, high], searched on a log scale; a name left out is not searched."""
+    """How the proxy is tuned. A range is [low, high], searched on a log scale, or three or more choices; null: not searched."""
 
     trials: int = Field(default=24, gt=0)
     sampler: Literal["random", "qmc", "tpe", "gp"] = "random"
@@ -242,18 +244,13 @@ class Search(Section):
 
     def check(self) -> None:
         for name, bounds in self.ranges().items():
-            if len(bounds) != 2 or not 0 < bounds[0] < bounds[1]:
-                raise ValueError(f"{name}: {bounds}; expected [low, high] with 0 < low < high")
+            if len(bounds) < 2 or bounds[0] <= 0 or any(low >= high for low, high in pairwise(bounds)):
+                choices = "three or more values to choose from, in ascending order"
+                raise ValueError(f"{name}: {bounds}; expected [low, high] with 0 < low < high, or {choices}")
 
     def ranges(self) -> dict[str, list[float]]:
-        """Searched names and their [low, high]."""
+        """Searched names and their [low, high], or their choices."""
         return {name: bounds for name in self.SEARCHED if (bounds := vars(self)[name]) is not None}
-
-
-def require_kind(model: Model, data: Data | None) -> None:
-    """Raise ValueError unless the data are of the kind that a model reads."""
-    if data is not None and data.kind != model.data_kind:
-        raise ValueError(f"data.kind: {data.kind}; expected {model.data_kind}, which the family {model.family} reads")
 
 
 class Shaped:
