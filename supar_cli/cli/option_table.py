@@ -148,7 +148,12 @@ OPTIONS = {
         str, "How masks change while training: set, rigl, gmp or topk. [default: not]", "target.sparsity.updates.method"
     ),
     "distribution": Option(str, "Density by tensor: uniform or erk (Erdős–Rényi).", "target.sparsity.distribution"),
-    "data": Option(str, "`stdlib`, a text/JSONL/token file or a folder of them.", "data.source", metavar="PATH"),
+    "data": Option(
+        str,
+        "Text, JSONL, tokens or images: a file or a folder; or `stdlib`, or `digits`.",
+        "data.source",
+        metavar="PATH",
+    ),
     "seed": Option(int, "Seed of init, masks and batches.", "target.seed"),
     "rewind": Option(int, "Start from the values after this step of the run; 0: as it started.", default=0, minimum=0),
     "scope": Option(str, "The largest weights of each tensor, or global: of all.", default="tensor", read=values.scope),
@@ -172,9 +177,10 @@ OPTIONS = {
     ),
     "over": Option(
         list[str],
-        "An axis; repeatable. One hyperparameter (lr, init_std, alpha_input, alpha_output, weight_decay or "
-        "embedding_lr_ratio), as a range or a list: log2:-12..-4/0.5 is 2^-12 to 2^-4 in half octaves, x:-3..3/1 is the "
-        "proxy's value times 2^-3 to 2^3. And one of sparsity, density, width or layers, as a list such as 0,0.5,0.75.",
+        "An axis; repeatable. One hyperparameter (lr, init_std, alpha_input, alpha_output, weight_decay, "
+        "embedding_lr_ratio or head_lr_ratio), as a range or a list: log2:-12..-4/0.5 is 2^-12 to 2^-4 in half octaves, "
+        "x:-3..3/1 is the proxy's value times 2^-3 to 2^3. And one of sparsity, density, width or layers, as a list such "
+        "as 0,0.5,0.75.",
         metavar="NAME=VALUES",
     ),
     "iso": Option(
@@ -250,6 +256,11 @@ OPTIONS = {
     "dtype": Option(str, "Integers of raw token files: auto, uint16 or uint32. [default: auto]", "data.dtype"),
     "encoding": Option(str, "Encoding of text files, such as latin-1. [default: utf-8]", "data.encoding"),
     "separator": Option(str, "The token between documents. [default: the tokenizer's]", "data.separator"),
+    "size": Option(
+        str, "Height and width to which images are resized.", "data.size", metavar="H,W", read=values.counts
+    ),
+    "image": Option(str, "The column of tables that holds images. [default: the only one]", "data.image"),
+    "label": Option(str, "The column of tables that holds labels. [default: the only one]", "data.label"),
     "to": Option(
         str,
         "The class: gpt2, llama, granite, gpt-neox, mpt, or auto: what holds the model; or safetensors or npz: the plan's names.",
@@ -275,7 +286,7 @@ GROUPS = {  # of a command's help, in their order; an argument is in none
     "Model": "width layers heads kv_heads head_width ffn_width context vocab parameterization role shape",
     "Training": "index batch_size steps tokens tokens_per_parameter seed resume checkpoint_every keep max_time tracker "
     "device precision compile engine",
-    "Data": "data format tokenizer field dtype encoding separator",
+    "Data": "data format tokenizer field dtype encoding separator size image label",
     "Sparsity": "sparsity density masks values scope rewind scale pattern block distribution updates from_paper allow_low_wpn",
     "Measurement": "trials seeds max_seeds sampler search study over iso preset full calibrate rounds compare",
     "Text": "temperature top_k",
