@@ -202,7 +202,7 @@ class TestPresets:
         assert (here / "mlp.py").read_text("utf-8") == templates.text("mlp.py")
         assert json.loads(called.out)["sweep"]["model"]["layout"] == "../../mlp-layout.yaml"
         made = len(trained)
-        assert supar_here("init", "mlp-lr").status == 0
+        assert "next: supar init mlp.py\n" in supar_here("init", "mlp-lr").err
         again = supar_here("sweep", "mlp-lr.yaml", *RUN)
         assert json.loads(again.out)["parents"] == json.loads(called.out)["parents"] and len(trained) == made
         (here / "mlp.py").write_text("# mine")
