@@ -197,20 +197,24 @@ def vit_plan(**changes: dict[str, Any]) -> Plan:
 
 
 class TestEvaluations:
-    @pytest.mark.parametrize(("batches", "rows"), [(1, 8), (3, 24), (22, 176), (23, 176), (500, 176)])
-    def test_every_held_out_image_once_or_evenly_spaced_ones(self, batches: int, rows: int) -> None:
-        trainer = Trainer(vit_plan(train={"eval_batches": batches}))
+    @pytest.mark.parametrize(
+        ("size", "batches", "rows"), [(8, 1, 8), (9, 3, 27), (8, 22, 176), (9, 20, 176), (9, 500, 176)]
+    )
+    def test_every_held_out_image_once_or_evenly_spaced_ones(self, size: int, batches: int, rows: int) -> None:
+        trainer = Trainer(vit_plan(train={"batch_size": size, "eval_batches": batches}))
         task, found = trainer.task, load("digits")
-        assert task.scored_rows == rows and task.held_out_rows % 8 == 0
-        count = task.held_out_rows // 8
-        seen = torch.cat([task.held_out(at, count, 8)[0] for at in range(count)])[:rows]
+        assert task.scored_rows == rows and task.held_out_rows % size == 0
+        count = task.held_out_rows // size
+        seen = torch.cat([task.held_out(at, count, size)[0] for at in range(count)])[:rows]
         known = found._normalise(found.held_out.pixels(slice(None)))
         wanted = known if rows == 176 else known[torch.arange(rows) * 176 // rows]
         assert torch.equal(seen, wanted)
         record = trainer.evaluate()
         with torch.no_grad():
             values = task.evaluate(
-                trainer.model, (seen, torch.cat([task.held_out(at, count, 8)[1] for at in range(count)])[:rows]), None
+                trainer.model,
+                (seen, torch.cat([task.held_out(at, count, size)[1] for at in range(count)])[:rows]),
+                None,
             )
         assert record["validation_loss"] == pytest.approx(float(values["validation_loss"].mean()), rel=1e-6)
         assert record["validation_loss_se"] == pytest.approx(
@@ -282,7 +286,7 @@ class TestDocuments:
         (tmp_path / "text.txt").write_text("words " * 100)
         (tmp_path / "proxy.yaml").write_text(json.dumps(FIELDS))
         ran = supar_here("transfer", str(tmp_path / "proxy.yaml"), "--data", str(tmp_path / "text.txt"))
-        assert ran.status == 2 and "text.txt: is text; expected a folder of classes" in ran.err
+        assert ran.status == 2 and "text.txt: is text; expected digits, a folder of classes" in ran.err
         ran = supar_here("transfer", str(tmp_path / "proxy.yaml"), "-s", "data.kind=tokens")
         assert ran.status == 2 and "data.kind=tokens: tokens; expected images, which the family vit reads" in ran.err
         (tmp_path / "one.png").write_bytes(encoded(drawn(1)[0][0]))

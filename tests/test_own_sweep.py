@@ -151,7 +151,7 @@ class TestOwnModels:
         compared = supar_here("compare", "sub/proxy.yaml", *RUN, "--sparsity", "0,0.75", "--seeds", "1")
         row = json.loads(compared.out)["levels"][1]
         assert compared.status == 0 and row["width"] == 64 and row["cells"]["SP, re-tuned"]["octaves"] == 2
-        assert json.loads(compared.out)["tables"][0]["title"].startswith("loss: mean")
+        assert json.loads(compared.out)["tables"][0]["title"].startswith("loss as the script reports it: mean")
 
     @pytest.mark.parametrize(
         ("changes", "what"),

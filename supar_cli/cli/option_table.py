@@ -263,10 +263,10 @@ OPTIONS = {
     "label": Option(str, "The column of tables that holds labels. [default: the only one]", "data.label"),
     "to": Option(
         str,
-        "The class: gpt2, llama, granite, gpt-neox, mpt, or auto: what holds the model; or safetensors or npz: the plan's names.",
+        "The class: gpt2, llama, granite, gpt-neox, mpt, vit, or auto: what holds the model; or the plan's names in safetensors, npz.",
         default="auto",
         metavar="FORMAT",
-        read=values.one_of("auto", "gpt2", "llama", "granite", "gpt-neox", "mpt", "safetensors", "npz"),
+        read=values.one_of("auto", "gpt2", "llama", "granite", "gpt-neox", "mpt", "vit", "safetensors", "npz"),
     ),
     # what every command does with its result
     "list": _switch("Show the templates and write nothing."),

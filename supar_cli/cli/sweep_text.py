@@ -19,7 +19,8 @@ def describe(study: Sweep, log: terminal.Log) -> None:
         shape = ", ".join(f"{name} {value} (proxy {proxy[name]})" for name, value in size.items())
     else:
         shape = f"width {size['width']} (proxy {proxy['width']}), {size['layers']} layers"
-        shape += f", context {target.context or study.decoder.context}"
+        read = study.decoder.model_copy(update={"context": target.context or study.decoder.context})
+        shape += f", {read.rows_text}"
     made_of = f"by: {study.run.command}" if study.data is None else f"data {study.data.source}"
     length = f"batch {target.batch_size or train.batch_size}, {target.steps or train.steps} steps"
     log.log(f"{shape}, {length}, {made_of}")

@@ -25,7 +25,7 @@ NAMED = 3  # chosen: names of files in a message
 HEAD_BYTES = 264  # chosen: what tells formats apart, up to the mark of a tar archive
 ZIP, PARQUET = b"PK\x03\x04", b"PAR1"
 IDX = {b"\0\0\x08\x03": "images", b"\0\0\x08\x01": "labels"}  # bytes along three axes, along one
-SOURCES = "expected a folder of classes, idx files, Parquet files or an .npz file (`supar help vision`)"
+SOURCES = "expected digits, a folder of classes, idx or Parquet files, or an .npz file (`supar help vision`)"
 _OF_SYSTEMS = ("thumbs.db", "desktop.ini")  # besides hidden files
 
 
@@ -56,8 +56,8 @@ class ImageFiles:
 
     def lines(self) -> list[str]:
         """What is trained on, what is held out, and what is neither."""
-        held_out = f"{self._words(self.held_out)}" if self.held_out else "the last tenth of each class"
-        found = [f"data: {self.kind}: training: {self._words('train')}; held out: {held_out}"]
+        held_out = self._describe(self.held_out) if self.held_out else "the last tenth of each class"
+        found = [f"data: {self.kind}: training: {self._describe('train')}; held out: {held_out}"]
         others = {f"the {name} split": "it is never trained on" for name in self.by_split if name not in self.splits}
         for why in dict.fromkeys(self.left_out.values()):
             paths = [path for path, own in self.left_out.items() if own == why]
@@ -65,7 +65,7 @@ class ImageFiles:
             others[", ".join(path.relative_to(self.root).as_posix() for path in paths[:NAMED]) + more] = why
         return found + [f"data: left out: {names} ({why})" for names, why in others.items()]
 
-    def _words(self, split: str) -> str:
+    def _describe(self, split: str) -> str:
         count = len(self.by_split[split])
         return f"the {split} split" + (f", {count} files" if count > 1 else "")
 
@@ -85,8 +85,8 @@ def find(data: Data, to_score: bool = False) -> ImageFiles:
     else:
         path = Path(os.path.expanduser(data.source))
         if not os.path.exists(path):  # unlike Path.exists, False for an invalid file name
-            raise InputError(f"data.source: {data.source}: no such file or folder")
-        found = _of_folder(path) if path.is_dir() else _of_file(path)
+            raise InputError(f"data.source: {data.source}: no such file or folder; {SOURCES}")
+        found = _find_in_folder(path) if path.is_dir() else _find_in_file(path)
     for key in ("image", "label"):
         if found.kind != "parquet" and vars(data)[key] is not None:
             raise InputError(f"data.{key}: is a column of Parquet files, not of {found.kind}; expected no such key")
@@ -98,8 +98,8 @@ def find(data: Data, to_score: bool = False) -> ImageFiles:
     return replace(found, held_out=held_out)
 
 
-def _of_file(path: Path) -> ImageFiles:
-    head = _head(path)
+def _find_in_file(path: Path) -> ImageFiles:
+    head = _read_head(path)
     if head.startswith(PARQUET):
         return ImageFiles("parquet", path.parent, {"train": [path]})
     if not head.startswith(ZIP):
@@ -126,7 +126,7 @@ def array_names(names: Iterable[str], split: str) -> tuple[str, str] | None:
     return (found["x"], found["y"]) if {"x", "y"} <= found.keys() else None
 
 
-def _of_folder(root: Path) -> ImageFiles:
+def _find_in_folder(root: Path) -> ImageFiles:
     files, left_out = _walk(root, root)
     idx = [path for path in files if {"idx", "ubyte"} <= set(words_of(path.name))]
     tables = [path for path in files if path.suffix.lower() == ".parquet"]
@@ -145,7 +145,7 @@ def _of_folder(root: Path) -> ImageFiles:
         return ImageFiles("idx" if idx else "parquet", root, found, left_out=left_out)
     if arrays := [path for path in files if path.suffix.lower() == ".npz"]:
         raise InputError(f"data.source: {root}: holds {arrays[0].name}; expected that file as the source")
-    return _of_classes(root, files, left_out)
+    return _find_classes(root, files, left_out)
 
 
 def _walk(root: Path, top: Path) -> tuple[list[Path], dict[Path, str]]:
@@ -167,7 +167,7 @@ def _walk(root: Path, top: Path) -> tuple[list[Path], dict[Path, str]]:
     return sorted(found), left_out
 
 
-def _of_classes(root: Path, files: list[Path], left_out: dict[Path, str]) -> ImageFiles:
+def _find_classes(root: Path, files: list[Path], left_out: dict[Path, str]) -> ImageFiles:
     """A folder for each class, below a folder for each split if a folder is called as splits are."""
     has_splits = any(name.lower() in SPLITS for name in _folders(root))
     depth = 2 if has_splits else 1
@@ -200,10 +200,10 @@ def _idx_pair(split: str, paths: list[Path]) -> list[Path]:
     """The file of images and that of labels."""
     found: dict[str, Path] = {}
     for path in paths:
-        kind = IDX.get(_head(path)[:4])
+        kind = IDX.get(_read_head(path)[:4])
         named = next((word for word in IDX.values() if word in words_of(path.name)), "images or labels")
         if kind != named:
-            what = f"is {f'an idx file of {kind}' if kind else name_of(_head(path))}"
+            what = f"is {f'an idx file of {kind}' if kind else name_of(_read_head(path))}"
             raise InputError(f"{path}: {what}; expected an idx file of {named}, of bytes")
         if kind in found:
             raise InputError(f"{path}: a second file of {kind} of the {split} split, beside {found[kind].name}")
@@ -215,11 +215,11 @@ def _idx_pair(split: str, paths: list[Path]) -> list[Path]:
 
 def _require_parquet(paths: list[Path]) -> None:
     for path in paths:
-        if not (head := _head(path)).startswith(PARQUET):
+        if not (head := _read_head(path)).startswith(PARQUET):
             raise InputError(f"{path}: is {name_of(head)}; expected Parquet")
 
 
-def _head(path: Path) -> bytes:
+def _read_head(path: Path) -> bytes:
     """The first bytes of a file, unpacked."""
     with naming_damage(path), open_bytes(path) as file:
         return file.read(HEAD_BYTES)

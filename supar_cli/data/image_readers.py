@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import os
 import time
 import zipfile
@@ -31,6 +32,7 @@ EVERY_S = 5.0  # chosen: a line of progress so often, as long waits are told els
 TABLE_ROWS = 256  # chosen: rows of Parquet in memory at a time; of photographs about 100 MB
 _PNM = tuple(b"P" + digit + space for digit in (b"1", b"2", b"3", b"4", b"5", b"6") for space in (b"\n", b" ", b"\r"))
 PICTURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*", *_PNM)
+SIDEWAYS = (5, 6, 7, 8)  # orientations of EXIF in which width and height change places
 GREY = ("1", "L", "LA", "La")  # Pillow's modes of one channel of 8 bits or fewer, with an opacity or without
 
 
@@ -107,7 +109,7 @@ def _idx_array(path: Path) -> Pixels:
         assert head in IDX  # `find` saw it
         shape = [int.from_bytes(file.read(4), "big") for _ in range(head[3])]
         content = file.read()
-    if len(content) != (size := int(np.prod(shape))):
+    if len(content) != (size := math.prod(shape)):
         what = f"holds {len(content):,} bytes after its header, which says {size:,}"
         raise SetupError(f"{path}: is damaged: {what}; expected it whole")
     return np.frombuffer(content, np.uint8).reshape(shape)
@@ -244,6 +246,8 @@ def _decode_all(splits: list[Encoded], files: ImageFiles, data: Data, log: Log) 
             is_grey &= header.is_grey
             labels[-1].append(label)
             progress.say("looked at", sum(map(len, labels)))
+    if not sizes:
+        raise InputError(f"{files.root}: holds no image; expected one or more")
     height, width = data.size or next(iter(sizes))
     channels, total = 1 if is_grey else 3, sum(map(len, labels))
     require_memory(total * channels * height * width, f"{total:,} images of {channels} × {height} × {width}")
@@ -278,7 +282,7 @@ class _Progress:
             self._log(f"data: {done} {count:,}{f' of {total:,}' if total else ''} images")
 
 
-def _pillow() -> Any:
+def _import_pillow() -> Any:
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -286,12 +290,12 @@ def _pillow() -> Any:
     return Image, ImageOps
 
 
-def _opened(name: str, content: bytes) -> Any:
+def _open_image(name: str, content: bytes) -> Any:
     """An image that is not decoded yet. Raises InputError for what is no image, or one that 8 bits don't hold."""
     if not content.startswith(PICTURES):
         what = f"is {name_of(content[:HEAD_BYTES])}"
         raise InputError(f"{name}: {what}; expected a PNG, JPEG, WebP, GIF, BMP, TIFF or PNM image")
-    image = _guard(name, lambda: _pillow()[0].open(io.BytesIO(content)))
+    image = _guard(name, lambda: _import_pillow()[0].open(io.BytesIO(content)))
     is_deep = content.startswith(b"\x89PNG") and content[24:25] == b"\x10"
     if is_deep or image.mode.startswith(("I", "F")):
         raise InputError(f"{name}: has 16 bits or more a channel; expected 8")
@@ -310,23 +314,18 @@ def _guard(name: str, work: Callable[[], Any]) -> Any:
 
 
 def _header(name: str, content: bytes) -> _Header:
-    image = _opened(name, content)
-    turned = _guard(name, lambda: image.getexif().get(0x0112, 1)) in (
-        5,
-        6,
-        7,
-        8,
-    )  # orientation: width and height change
-    width, height = image.size[::-1] if turned else image.size
+    image = _open_image(name, content)
+    orientation = _guard(name, lambda: image.getexif().get(0x0112, 1))
+    width, height = image.size[::-1] if orientation in SIDEWAYS else image.size
     return _Header(height, width, image.mode in GREY)
 
 
 def _decode(name: str, content: bytes, size: tuple[int, int] | list[int], is_grey: bool) -> Pixels:
     """An image's pixels (C, H, W): turned upright, in grey or in red, green and blue, resized."""
-    image_module, image_ops = _pillow()
+    image_module, image_ops = _import_pillow()
 
     def work() -> Pixels:
-        image = image_ops.exif_transpose(_opened(name, content))
+        image = image_ops.exif_transpose(_open_image(name, content))
         if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
             raise InputError(f"{name}: has transparent pixels, which have no colour; expected it on a background")
         image = image.convert("L" if is_grey else "RGB")
@@ -341,7 +340,7 @@ def _resize(pixels: Pixels, size: list[int] | None) -> Pixels:
     """Pixels (N, C, H, W) in another height and width."""
     if size is None or list(pixels.shape[2:]) == size:
         return pixels
-    image_module, _ = _pillow()
+    image_module, _ = _import_pillow()
     found = np.empty((*pixels.shape[:2], *size), np.uint8)
     for at, channel in np.ndindex(*pixels.shape[:2]):
         image = image_module.fromarray(pixels[at, channel]).resize((size[1], size[0]), image_module.Resampling.BILINEAR)

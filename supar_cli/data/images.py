@@ -79,7 +79,7 @@ class Images:
         """Which files were read, and what they hold."""
         (channels, height, width), (mean_C, std_C) = self.shape, self.scale
         size_bytes = (len(self.train) + len(self.held_out)) * channels * height * width
-        scale = f"mean {_numbers(mean_C)}, standard deviation {_numbers(std_C)}"
+        scale = f"mean {_format(mean_C)}, standard deviation {_format(std_C)}"
         counts = f"{len(self.train):,} training images, {len(self.held_out):,} held out, {len(self.classes)} classes"
         memory = f"{size_bytes / 2**20:.1f} MiB in each process"
         what = f"{height} × {width} pixels, {channels} channel{'s' * (channels > 1)}; {memory}"
@@ -151,7 +151,7 @@ class Images:
         return order
 
 
-def _numbers(values: NDArray[np.float64]) -> str:
+def _format(values: NDArray[np.float64]) -> str:
     return ", ".join(f"{value:.4f}" for value in values)
 
 
@@ -160,11 +160,15 @@ def load(data: Data, log: Callable[[str], None] = lambda _: None, *, to_score: b
 
     `log` is told of the progress of a long reading. Raises InputError, SetupError.
     """
-    known = image_files.identify(data)
-    files = image_files.find(data, to_score)
+    files = image_files.find(data)
+    known = image_files.identify(data, files)
+    files = image_files.find(data, to_score) if to_score else files
     splits, classes = image_readers.read(files, data, log)
     first = splits[0]
-    classes = classes or [str(number) for number in range(int(first.labels.max(initial=-1)) + 1)]
+    largest = int(first.labels.max(initial=-1))
+    if not classes and largest >= len(first.labels):
+        raise InputError(f"{first.place}: the label {largest} of {len(first.labels)} images; expected 0, 1, …")
+    classes = classes or [str(number) for number in range(largest + 1)]
     for one in splits:
         wrong = one.labels[(one.labels < 0) | (one.labels >= len(classes))]
         if len(wrong):

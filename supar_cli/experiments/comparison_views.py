@@ -18,7 +18,7 @@ from supar_cli.experiments.sweep_views import (
     worst_regret,
 )
 from supar_cli.planning.sweep import AGGREGATES, MARKS, Level, Sweep
-from supar_cli.reporting.result import NATS, TITLES, Figure, Panel, Table, Verdict, finite, loss_figure
+from supar_cli.reporting.result import TITLES, Figure, Panel, Table, Verdict, finite, loss_figure, loss_text
 
 SUPAR = TITLES["supar"]
 DENSE, RETUNED = "SP, tuned dense", "SP, re-tuned"  # at its best value of the first size, and of each size
@@ -29,7 +29,7 @@ Data = dict[str, Any]
 def comparison(sweep: Sweep, curves: list[Curve]) -> Data:
     """The parts of a comparison's result: losses at the proxy's value of the hyperparameter, and SP's at its own."""
     rows = [_compare(sweep, level, curves) for level in sweep.levels]
-    shown = f"{'loss' if sweep.data is None else NATS}: {AGGREGATES[sweep.aggregate]} ± standard error over seeds"
+    shown = f"{loss_text(sweep.loss_unit)}: {AGGREGATES[sweep.aggregate]} ± standard error over seeds"
     tables, figures = _comparison_tables(rows, sweep.levels[0].measure, shown), [_comparison_figure(rows, sweep)]
     title = f"{sweep.title or sweep.name}: SP, μP and SμPar at transferred hyperparameters"
     return {
@@ -132,4 +132,4 @@ def _comparison_figure(rows: list[Data], sweep: Sweep) -> Figure:
         lines.append(banded(name, points))
     title = "Loss at transferred hyperparameters, and SP's with its rate re-tuned at every size"
     panel = Panel(title="the same hyperparameters at every size", vertical=None, lines=lines)
-    return loss_figure(title, sweep.levels[0].measure, [panel], name="compare", is_nats=sweep.data is not None)
+    return loss_figure(title, sweep.levels[0].measure, [panel], name="compare", unit=sweep.loss_unit)

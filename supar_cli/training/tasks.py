@@ -122,11 +122,11 @@ class Classification:
     unit, units_per_row = "images", 1
 
     def __init__(self, plan: Plan, found: images.Images) -> None:
-        train, model, self._images = plan.train, plan.decoder, found
+        train, self._images = plan.train, found
         _require_same_shape(plan, found)
         self.lines, self.hash, self.described = found.lines, found.hash, {"images": found.described}
         self._seed, self._rows = train.seed, train.batch_size
-        self.flops_per_unit: float | None = plan.flops_per_token * model.context
+        self.flops_per_unit: float | None = plan.flops_per_row
         self.scored_rows = min(len(found.held_out), train.eval_batches * train.batch_size)
         self.held_out_rows = -(-self.scored_rows // train.batch_size) * train.batch_size
 
