@@ -3,7 +3,7 @@
 from typing import Any
 
 from supar_cli.cli import terminal
-from supar_cli.planning.sweep import Sweep
+from supar_cli.planning.sweep import AGGREGATES, Sweep
 
 
 def describe(study: Sweep, log: terminal.Log) -> None:
@@ -12,6 +12,8 @@ def describe(study: Sweep, log: terminal.Log) -> None:
     size, proxy = study.size_at(levels[0]), study.size_at()
     more = f", {study.first_seeds} at the first size" if study.first_seeds else ""
     seeds = f"{study.seeds} seed{'s' if study.seeds > 1 else ''} per point{more}"
+    if study.aggregate != "mean":
+        seeds += f", their {AGGREGATES[study.aggregate]}"
     log.log(f"{study.title or study.name}: {'; '.join(study.arms) or ', '.join(study.parameterizations)}; {seeds}")
     if study.data is None:
         shape = ", ".join(f"{name} {value} (proxy {proxy[name]})" for name, value in size.items())
