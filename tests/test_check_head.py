@@ -56,6 +56,29 @@ class TestHead:
         assert linears and all(f.within_bound or f.inconclusive for f in linears), "hidden linears alone would do"
 
 
+class TestImages:
+    """As above, of a vision transformer. n = 4. Ten logits a seed, as all images have nearly the same: their bound is .3.
+
+    measured: the right plan .11 (half an interval .32), a head whose init is four times too large 1.11.
+    """
+
+    def plan(self) -> Plan:
+        shape = {"family": "vit", "width": 64, "layers": 1, "heads": 2, "image": [8, 8], "channels": 1, "patch": 4}
+        model, data = {**shape, "classes": 10}, {"kind": "images", "source": "digits"}
+        fields = {**proxy_fields("stdlib", hyperparameters={**TUNED, "lr": 2**-10}), "model": model, "data": data}
+        return plan_from({**fields, "target": {"width": 256, "sparsity": {"density": 1.0}}})
+
+    def test_a_multiplier_forgotten_is_found(self) -> None:
+        plan = self.plan()
+        row = next(row for row in plan.tensors if row.name == "unembedding")
+        wrong = changed(plan, row.name, init_std=(row.init_std or 0.0) * 4.0)
+        right, found = (judge_plan(one, HEAD_SEEDS, HEAD_ROWS)["the plan over scale"] for one in (plan, wrong))
+        (logits,) = (finding for finding in right.findings if finding.quantity == "logits")
+        assert logits.within_bound or logits.inconclusive, logits.text
+        (logits,) = (finding for finding in found.findings if finding.quantity == "logits")
+        assert not logits.within_bound and not logits.inconclusive, logits.text
+
+
 class TestTooHot:
     """On records of a base's two seeds, made up."""
 
