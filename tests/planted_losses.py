@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import log2
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     """Plans that are trained from now on, in order: nothing is, their losses are the planted ones, and no figure is drawn."""
     found: list[Plan] = []
 
-    def loss(plan: Plan) -> float:
+    def loss(plan: Plan, folder: Path) -> float:
         found.append(plan)
         return planted(plan)
 

@@ -161,7 +161,7 @@ class TestVerdicts:
         monkeypatch: pytest.MonkeyPatch,
         tmp_path: Path,
     ) -> None:
-        monkeypatch.setattr(runs, "validation_loss", lambda plan: planted(plan, noise if seeds > 1 else 0.0))
+        monkeypatch.setattr(runs, "validation_loss", lambda plan, folder: planted(plan, noise if seeds > 1 else 0.0))
         fields = sweep_fields(over=OVER, parameterizations=["supar"], seeds=seeds, refine=1, name="noisy")
         (tmp_path / "noisy.yaml").write_text(document.write([fields]))
         called = supar_here("sweep", "noisy.yaml", *RUN)

@@ -105,6 +105,8 @@ class TestInit:
             *FIGURES,
             "gpt.py",
             "llama.py",
+            "mlp.py",
+            "resnet.py",
         ]
         called = supar_here("init", "papr")
         assert called.status == 2 and "did you mean 'paper'?" in called.err

@@ -38,7 +38,7 @@ def loss_of(plan: Plan) -> float:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     found: list[Plan] = []
 
-    def loss(plan: Plan) -> float:
+    def loss(plan: Plan, folder: Path) -> float:
         found.append(plan)
         return loss_of(plan)
 
@@ -106,7 +106,7 @@ class TestKnownAnswers:
     def test_a_diverged_run_is_shown_and_has_no_gain(
         self, supar_here: Supar, proxy_file: Path, trained: list[Plan], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def loss(plan: Plan) -> float:
+        def loss(plan: Plan, folder: Path) -> float:
             if plan.parameterization.name == "mup" and plan.sparsity.density < 1 and plan.train.seed == 1:
                 raise UnusableResult("step 2: the loss is nan")
             return loss_of(plan)

@@ -65,7 +65,7 @@ def test_one_bar_over_trials_and_runs(text_file: Path, trained: list[Plan], tmp_
 def test_without_an_optimum_it_ends_with_4(
     supar_here: Supar, text_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def loss(plan: Plan) -> float:
+    def loss(plan: Plan, folder: Path) -> float:
         raise UnusableResult("step 3: the loss is nan")
 
     monkeypatch.setattr(runs, "validation_loss", loss)

@@ -218,7 +218,7 @@ class TestOwnModels:
 
     def test_another_family_is_named_with_those_there_are(self) -> None:
         model = {**own_plan()["model"], "family": "mine"}
-        with pytest.raises(InputError, match=r"model\.family: should be one of gpt2, llama, own, not 'mine'"):
+        with pytest.raises(InputError, match=r"model\.family: should be one of gpt2, llama, vit, own, not 'mine'"):
             parse(Plan, document.Document(own_plan(model=model), "plan.yaml"))
 
     @pytest.mark.parametrize("model", [None, [], "x", 3, {}, {"family": None}, {"family": ["own"]}])

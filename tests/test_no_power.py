@@ -72,7 +72,7 @@ def test_every_command_says_so(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(runs, "validation_loss", losses)
+    monkeypatch.setattr(runs, "validation_loss", lambda plan, folder: losses(plan))
     monkeypatch.setattr(search, "search", tune_nothing)
     arguments = {"sweep": ["study.yaml"], "compare": ["--seeds", "1"], "demo": ["--data", "text.txt"]}[command]
     called = supar_here(command, *arguments, *RUN, "-o", "out")
@@ -93,7 +93,7 @@ def test_a_demo_judges_what_it_shows(
 ) -> None:
     """SμPar's optimum moves as SP's does: re-using the dense value loses, and that is no success."""
     slopes = {**SLOPES, "supar": SLOPES["sp"]} if moves else SLOPES
-    monkeypatch.setattr(runs, "validation_loss", lambda plan: synthetic(plan, slopes))
+    monkeypatch.setattr(runs, "validation_loss", lambda plan, folder: synthetic(plan, slopes))
     monkeypatch.setattr(search, "search", tune_nothing)
     found = result_of(supar_here("demo", "--data", "text.txt", *RUN, "-o", "out"), 5 if moves else 0)
     (subject,) = [one for one in found["verdicts"] if one["what"] == "SμPar: regret"]

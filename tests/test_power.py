@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from supar_cli.planning.axes import Grid, axis_values
 from supar_cli.planning.rules import power
-from supar_cli.planning.sweep import Grid, axis_values
 
 from .test_rules_mutants import SOURCE, compiled
 

@@ -120,7 +120,7 @@ def test_one_bar_over_trials_finalists_and_fit(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     losses = iter(range(1, 100))
-    monkeypatch.setattr(runs, "validation_loss", lambda plan, on_evaluation=None: 2.0 + next(losses) / 100)
+    monkeypatch.setattr(runs, "validation_loss", lambda plan, folder: 2.0 + next(losses) / 100)
     spec = write_spec(tmp_path, trials=3, steps=20)
     if continues:
         more = spec.model_copy(update={"search": spec.search.model_copy(update={"trials": 2, "finalists": 1})})

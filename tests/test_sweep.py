@@ -14,9 +14,10 @@ import supar_cli
 from supar_cli.cli.sweep import PRESETS, SWEPT, read_study, set_axes
 from supar_cli.errors import InputError
 from supar_cli.planning import document, templates
+from supar_cli.planning.axes import Grid, axis_values
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import parse
-from supar_cli.planning.sweep import Grid, Sweep, axis_values, plan_all
+from supar_cli.planning.sweep import Sweep, plan_all
 
 from .conftest import Called, proxy_fields
 

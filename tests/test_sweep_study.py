@@ -38,7 +38,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     """Plans that were trained, in order: nothing is, and their losses are the synthetic ones."""
     found: list[Plan] = []
 
-    def loss(plan: Plan) -> float:
+    def loss(plan: Plan, folder: Path) -> float:
         found.append(plan)
         return synthetic(plan)
 
@@ -128,7 +128,7 @@ class TestKnownAnswers:
         self, supar_here: Supar, document_file: Path, trained: list[Plan], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         far = {**SLOPES, "supar": -1.0}
-        monkeypatch.setattr(runs, "validation_loss", lambda plan: synthetic(plan, far))
+        monkeypatch.setattr(runs, "validation_loss", lambda plan, folder: synthetic(plan, far))
         called = supar_here("sweep", "study.yaml", *RUN, "-s", "widen=1")
         result = result_of(called)  # not known, so not violated
         own = [one for one in result["verdicts"] if one["what"].startswith("SμPar")]
@@ -144,7 +144,7 @@ class TestKnownAnswers:
         tmp_path: Path,
     ) -> None:
         drifting = {**SLOPES, "supar": -0.2}
-        monkeypatch.setattr(runs, "validation_loss", lambda plan: synthetic(plan, drifting))
+        monkeypatch.setattr(runs, "validation_loss", lambda plan, folder: synthetic(plan, drifting))
         called = supar_here("sweep", "study.yaml", *RUN)
         result = result_of(called, 5)
         assert [one["passed"] for one in result["verdicts"] if one["what"] == "SμPar: drift"] == [False]
@@ -177,10 +177,10 @@ class TestRecords:
     ) -> None:
         done = runs.validation_loss
 
-        def stopping(plan: Plan) -> float:
+        def stopping(plan: Plan, folder: Path) -> float:
             if len(trained) == 7:
                 raise KeyboardInterrupt
-            return done(plan)
+            return done(plan, folder)
 
         monkeypatch.setattr(runs, "validation_loss", stopping)
         called = supar_here("sweep", "study.yaml", *RUN)
@@ -214,7 +214,7 @@ class TestRecords:
     ) -> None:
         fails = True
 
-        def loss(plan: Plan) -> float:
+        def loss(plan: Plan, folder: Path) -> float:
             if plan.hyperparameters.lr > 2.0**-5.5:
                 raise UnusableResult("step 3: the loss is nan")
             if fails and plan.parameterization.name == "sp" and plan.sparsity.density == 1 and plan.train.seed == 1:
@@ -245,7 +245,7 @@ class TestRecords:
     def test_a_missing_device_ends_the_study_instead_of_being_a_failed_run(
         self, supar_here: Supar, document_file: Path, trained: list[Plan], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def loss(plan: Plan) -> float:
+        def loss(plan: Plan, folder: Path) -> float:
             raise SetupError("no device")
 
         monkeypatch.setattr(runs, "validation_loss", loss)

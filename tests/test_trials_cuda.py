@@ -65,7 +65,7 @@ class TestParent:
     ) -> None:
         for module in (sweep, coordinate_check):
             monkeypatch.setattr(module, "make_workers", lambda **_: Elsewhere(2))
-        monkeypatch.setattr(runs, "validation_loss", lambda plan: 2.0 + plan.hyperparameters.lr)
+        monkeypatch.setattr(runs, "validation_loss", lambda plan, folder: 2.0 + plan.hyperparameters.lr)
         fields = proxy_fields(str(text_file), run={"device": "auto"})
         shared = {"data": fields["data"], "run": fields["run"]}
         arms = {"random": {}, "pruned": {"prune": "energy"}}  # a run to prune is trained too

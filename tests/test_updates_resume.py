@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
 import signal
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +90,21 @@ class TestResumed:
             before = found
         assert before is not None
         assert_same_state(before.capture(), end)
+
+    def test_a_model_that_is_made_anew_leaves_none_behind(self, moving: MakePlan) -> None:
+        """Without a search for cycles, which takes longer than a small step; the control holds one model in a cycle."""
+        gone = []
+        for is_held in (False, True):
+            trainer = Trainer(moving("gmp"))
+            first, before = weakref.ref(trainer.sparse_model.model), trainer.sparse_model.tensors
+            if is_held:
+                trainer.sparse_model.model.itself = [trainer.sparse_model.model]  # type: ignore[assignment]
+            gc.disable()
+            while trainer.sparse_model.tensors is before:
+                trainer.step()
+            gone.append(first() is None)
+            gc.enable()
+        assert gone == [True, False]
 
     @pytest.mark.parametrize("kind", ["rigl", "gmp", "topk"])
     def test_a_lost_state_would_be_seen(self, moving: MakePlan, tmp_path: Path, kind: str) -> None:

@@ -15,10 +15,11 @@ from supar_cli.data import corpus
 from supar_cli.errors import InputError
 from supar_cli.planning import document, templates
 from supar_cli.planning.advice import density_exponent, warnings
+from supar_cli.planning.axes import LEVELS, SHARES
 from supar_cli.planning.document import Document
 from supar_cli.planning.problems import parse, wrong_kind
 from supar_cli.planning.spec import Proxy
-from supar_cli.planning.sweep import LEVELS, SHARES, TUNED, Sweep, plan_all
+from supar_cli.planning.sweep import TUNED, Sweep, plan_all
 
 KIND = "supar.sweep/v1"
 PARAMETERIZATIONS = ["sp", "mup", "supar"]
@@ -41,7 +42,7 @@ CALIBRATED = {
 }
 
 OPTIONS = (
-    "updates seeds jobs executor executor_set width layers context batch_size steps data tokenizer field format "
+    "command timeout updates seeds jobs executor executor_set width layers context batch_size steps data tokenizer field format "
     "seed device dry_run set out force json quiet verbose"
 )
 MEANINGS: dict[str, dict[str, Any]] = {
@@ -150,10 +151,6 @@ def as_study(one: Document, path: str, defaults: dict[str, Any]) -> Document:
     kind = one.data.get("kind")
     if kind not in ("supar.spec/v1", "supar.proxy/v1"):
         raise wrong_kind(one, "supar.spec/v1", "supar.proxy/v1", KIND)
-    model = one.data.get("model")
-    if isinstance(model, dict) and model.get("family") == "own":
-        what = "own; supar sweeps only its own families; expected gpt2 or llama"
-        raise InputError(one.problem(("model", "family"), what))
     target = one.data.get("target")
     own = target.get("sparsity") if isinstance(target, dict) else None
     one.data = {key: value for key, value in one.data.items() if key not in NOT_IN_A_SWEEP}
@@ -210,7 +207,7 @@ def _study(read: Document, axes: dict[str, str], flags: Flags, log: terminal.Log
     """The study of a document, axes and flags; its warnings and its runs in words. Raises InputError."""
     set_axes(read, axes)
     documents.apply(read, flags)
-    study = parse(Sweep, read)
+    study = parse(Sweep, read).beside(read.name)
     for path in ("sparsity", "density"), ("sparsity", "sparsity"), (study.level_axis,):
         is_swept = study.level_axis in (SHARES if len(path) > 1 else path)
         if is_swept and (flag := read.flags.get(("target", *path))):
@@ -262,6 +259,7 @@ def _calibrate(axes: dict[str, str], flags: Flags) -> None:
         target = target.model_copy(update={"sparsity": target.sparsity.model_copy(update={"updates": free})})
     known = {"parents": {**proxy.parents, "proxy": proxy.hash()}, "parameterization": options, "target": target}
     tuned = proxy.model_copy(update={**known, "evidence": {**proxy.evidence, "density_exponent": evidence}})
+    tuned = tuned.seen_from(Path(flags.out or ".").parent)
     terminal.emit([tuned.model_dump()], flags, log, f"proxy-{evidence['method']}.yaml")
     terminal.require_passed(found["verdicts"], flags)
 
@@ -276,24 +274,30 @@ def _finish(result: dict[str, Any], folders: str, flags: Flags) -> None:
 
 def _describe(study: Sweep, log: terminal.Log) -> None:
     """Describe the runs in a few lines."""
-    levels, model, train, target = study.levels, study.model, study.train, study.target
+    levels, train, target = study.levels, study.train, study.target
+    size, proxy = study.size_at(levels[0]), study.size_at()
     more = f", {study.first_seeds} at the first size" if study.first_seeds else ""
     seeds = f"{study.seeds} seed{'s' if study.seeds > 1 else ''} per point{more}"
     log.log(f"{study.title or study.name}: {'; '.join(study.arms) or ', '.join(study.parameterizations)}; {seeds}")
-    log.log(
-        f"width {levels[0].width} (proxy {model.width}), {levels[0].layers} layers, context {target.context or model.context}, "
-        f"batch {target.batch_size or train.batch_size}, {target.steps or train.steps} steps, data {study.data.source}"
-    )
+    if study.data is None:
+        shape = ", ".join(f"{name} {value} (proxy {proxy[name]})" for name, value in size.items())
+    else:
+        shape = f"width {size['width']} (proxy {proxy['width']}), {size['layers']} layers"
+        shape += f", context {target.context or study.decoder.context}"
+    made_of = f"by: {study.run.command}" if study.data is None else f"data {study.data.source}"
+    length = f"batch {target.batch_size or train.batch_size}, {target.steps or train.steps} steps"
+    log.log(f"{shape}, {length}, {made_of}")
     if study.iso != "none":
         keeps, power = {"parameters": ("live hidden parameters", 2), "wpn": ("weights per neuron", 1)}[study.iso]
-        first = levels[0]
         log.log(
-            f"widths with as many {keeps} as at density {first.density:g}, in multiples of {model.width_step}, for whole heads:"
+            f"widths with as many {keeps} as at density {levels[0].density:g}, "
+            f"in multiples of {study.decoder.width_step}, for whole heads:"
         )
         for level in levels:
-            share = level.width**power * level.density / (first.width**power * first.density)
-            live = f"{level.width * level.density:g} weights per neuron"
-            log.log(f"  density {level.density:g}: width {level.width}, {live}, {100 * share:.1f} % of the first")
+            width = study.size_at(level)["width"]
+            share = width**power * level.density / (size["width"] ** power * levels[0].density)
+            live = f"{width * level.density:g} weights per neuron"
+            log.log(f"  density {level.density:g}: width {width}, {live}, {100 * share:.1f} % of the first")
 
 
 def _explain_sweep(result: dict[str, Any], log: terminal.Log) -> None:

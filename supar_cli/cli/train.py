@@ -100,7 +100,7 @@ def _jobs(flags: Flags, log: terminal.Log) -> list[Job]:
         documents.apply(read, flags, same_data=True)
         plans.append((parse(Plan, read).beside(source), read))
         with documents.with_locations(read):
-            _ = plans[-1][0].text  # a user's model is trained by the user's script
+            _ = plans[-1][0].own_data  # a user's model is trained by the user's script
     if index is not None:
         if not 0 <= index < len(plans):
             raise InputError(f"--index {index}: {source} holds {len(plans)} documents; expected 0 to {len(plans) - 1}")

@@ -1,6 +1,5 @@
 """`supar tune-proxy`: a spec becomes a tuned proxy."""
 
-import os
 from math import ceil
 from pathlib import Path
 
@@ -66,7 +65,7 @@ def tune_proxy(flags: Flags) -> None:
             progress.warn("stopped; the same command continues the study" + (f"; {best}" if best else ""))
             raise
     _summarize(proxy, log)
-    proxy = _beside(proxy, out)
+    proxy = proxy.seen_from(Path(out or "proxy.yaml").parent)
     terminal.emit([proxy.model_dump()], flags, log, "proxy.yaml")
     if not terminal.prints(flags):
         log.next(" ".join(["supar transfer", *([out] if out else []), *_wider(spec), "--sparsity 0.992"]))
@@ -118,14 +117,6 @@ def _wider(spec: Spec) -> list[str]:
         return [f"--width {16 * read.base['width']}"]
     name = next(name for name, size in read.base.items() if read.wider[name] != size)
     return [f"-s target.size.{name}={read.base[name] + 15 * (read.wider[name] - read.base[name])}"]
-
-
-def _beside(proxy: Proxy, out: str | None) -> Proxy:
-    """The proxy with the path of its layout as seen from the folder that it is written to."""
-    if not isinstance(proxy.model, OwnShape):
-        return proxy
-    layout = os.path.relpath(proxy.model.layout, Path(out or "proxy.yaml").parent)
-    return proxy.model_copy(update={"model": proxy.model.model_copy(update={"layout": layout})})
 
 
 def _reshaped(spec: Spec, flags: Flags) -> Spec:

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from supar_cli.data import image_files
 from supar_cli.data.formats import LLMC, SUFFIXES, TEXT_KINDS, kind_of, suffix_of
+from supar_cli.data.splits import split_word, words_of
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import naming_read_errors
 from supar_cli.planning.plan import Data
@@ -22,11 +24,6 @@ DocumentT = TypeVar("DocumentT")
 READER = 2  # the edition of how files are read; where it gives the tokens of the first, the hash is that of the first
 BYTES = 256  # the tokens of text that is read as bytes
 _NOT_CORPUS = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "idle_test"}
-_SPLITS = {  # the words by which the Hugging Face Hub splits data sets
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("train", "training"), "train"),
-}
 _CARDS = ("readme", "license", "licence", "copying", "notice", "citation", "datasetcard")
 _ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "metadata.json")
 _ABOUT = {  # files about data or models
@@ -166,22 +163,10 @@ def _data_files(root: Path, data: Data, to_score: bool) -> tuple[list[Path], dic
 def _is_about(path: Path) -> bool:
     """Whether a file is about data, by its name, or a cache that `datasets` keeps beside them."""
     name = path.name.lower()
-    is_card = next(iter(_words(name)), "") in _CARDS and path.suffix.lower() in ("", ".md", ".txt", ".rst")
+    is_card = next(iter(words_of(name)), "") in _CARDS and path.suffix.lower() in ("", ".md", ".txt", ".rst")
     stem = name.split(".")[0] + ".json"
     is_card = is_card or (stem in _ABOUT_DATA and suffix_of(path)[0] in SUFFIXES)
     return is_card or name in _ABOUT or (name.endswith(".arrow") and name.startswith(("cache-", "tmp")))
-
-
-def _words(name: str) -> list[str]:
-    return "".join(letter if letter.isalpha() else " " for letter in name.lower()).split()
-
-
-def split_word(path: Path) -> str:
-    """The split that a path below its folder names: test wherever it says so, else the one nearest to its end."""
-    found: list[str] = []
-    for part in reversed(path.parts):
-        found += sorted({_SPLITS[word] for word in _words(part) if word in _SPLITS}, reverse=True)
-    return "test" if "test" in found else next(iter(found), "")
 
 
 def _split(corpus: Corpus) -> Corpus:
@@ -282,6 +267,8 @@ def identify(data: Data, corpus: Corpus | None = None) -> Data:
 
     Raises InputError if it has a hash that is not the content's, or that of a reading which gave other tokens.
     """
+    if data.kind == "images":
+        return image_files.identify(data)
     if data.sources:
         return identify_mixture(data, [identify(part) for _, part in parts(data)])
     tokenizer = tokenizer_file(data) if data.tokenizer != "bytes" else None
@@ -331,6 +318,8 @@ def with_hash(document: DocumentT, log: Callable[[str], None] = lambda _: None) 
     if found.data is None:  # an own model's training script reads its own
         shape = getattr(found.model, "with_hash", None)
         return found.model_copy(update={"model": shape()}) if shape else document  # type: ignore[no-any-return]
+    if found.data.kind == "images":
+        return found.model_copy(update={"data": image_files.with_hash(found.data, log)})  # type: ignore[no-any-return]
     check_vocabulary(found.data, getattr(found.model, "vocab", BYTES))
     if found.data.hash is not None:
         return document

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from supar_cli.data import corpus, documents, tokenizer, tokens
 from supar_cli.data.batches import TAIL_SHARE
 from supar_cli.data.corpus import Corpus
+from supar_cli.data.splits import split_word
 from supar_cli.data.tokens import StampedFile, TokenFile
 from supar_cli.planning.plan import Data
 
@@ -49,7 +50,7 @@ def find(data: Data, held_out: bool) -> Corpus:
         found = corpus.find(data)
         return replace(found, why=f"what the run holds out: {found.why}")
     found = corpus.find(data, to_score=True)
-    words = {corpus.split_word(path.relative_to(found.root)) for path in found.files}
+    words = {split_word(path.relative_to(found.root)) for path in found.files}
     (word, *others) = words
     is_split = not others and word in ("validation", "test")
     return replace(found, why=f"the {word} split, by its name" if is_split else "all of it")

@@ -6,7 +6,7 @@ from math import inf, isnan
 from typing import Any
 
 from supar_cli.experiments.curves import Curve, first_of
-from supar_cli.experiments.statistics import Interval, standard_error
+from supar_cli.experiments.statistics import Interval, share_of, standard_error
 from supar_cli.experiments.sweep_views import (
     CONTROL,
     SHORT,
@@ -18,7 +18,7 @@ from supar_cli.experiments.sweep_views import (
     worst_regret,
 )
 from supar_cli.planning.sweep import MARKS, Level, Sweep
-from supar_cli.reporting.result import TITLES, Figure, Panel, Table, Verdict, finite, loss_figure
+from supar_cli.reporting.result import NATS, TITLES, Figure, Panel, Table, Verdict, finite, loss_figure
 
 SUPAR = TITLES["supar"]
 DENSE, RETUNED = "SP, tuned dense", "SP, re-tuned"  # at its best value of the first size, and of each size
@@ -28,8 +28,9 @@ Data = dict[str, Any]
 
 def comparison(sweep: Sweep, curves: list[Curve]) -> Data:
     """The parts of a comparison's result: losses at the proxy's value of the hyperparameter, and SP's at its own."""
-    rows = [_compare([curve for curve in curves if curve.level == level], curves) for level in sweep.levels]
-    tables, figures = _comparison_tables(rows, sweep.levels[0].measure), [_comparison_figure(rows, sweep.levels)]
+    rows = [_compare(sweep, level, curves) for level in sweep.levels]
+    unit = NATS if sweep.data is not None else "loss"
+    tables, figures = _comparison_tables(rows, sweep.levels[0].measure, unit), [_comparison_figure(rows, sweep.levels)]
     title = f"{sweep.title or sweep.name}: SP, μP and SμPar at transferred hyperparameters"
     return {
         "title": title,
@@ -63,20 +64,22 @@ def regret_verdicts(sweep: Sweep, curves: list[Curve]) -> list[Verdict]:
     return found
 
 
-def _compare(at_size: list[Curve], curves: list[Curve]) -> Data:
+def _compare(sweep: Sweep, level: Level, curves: list[Curve]) -> Data:
     """A size: a cell of each parameterization at the proxy's value and of SP at its own, and SμPar's gains.
 
     A gain is SμPar's loss below another's, as a share of the other's: positive where SμPar is better.
     """
-    level, cells = at_size[0].level, {TITLES[curve.name]: _cell(curve, 0.0) for curve in at_size}
+    at_size = [curve for curve in curves if curve.level == level]
+    cells = {TITLES[curve.name]: _cell(curve, 0.0) for curve in at_size}
     for sp in (curve for curve in at_size if curve.name == "sp"):
         octaves = sp.grid.octaves(sp.best) - sp.grid.octaves(0.0)
         cells[DENSE] = _cell(sp, first_of(sp, curves).best)
         cells[RETUNED] = {**_cell(sp, sp.best), "octaves": octaves, "bracketed": sp.bracketed}
     supar = cells[SUPAR]["loss"] if SUPAR in cells else None
     losses = {name: cell["loss"] for name, cell in cells.items()}
-    gains = {name: None if None in (loss, supar) else (loss - supar) / loss for name, loss in losses.items()}
-    return {"level": size_text(level), "density": level.density, "width": level.width, "cells": cells, "gains": gains}
+    gains = {name: None if None in (loss, supar) else share_of(loss - supar, loss) for name, loss in losses.items()}
+    width = sweep.size_at(level).get("width")
+    return {"level": size_text(level), "density": level.density, "width": width, "cells": cells, "gains": gains}
 
 
 def _cell(curve: Curve, index: float) -> Data:
@@ -84,14 +87,14 @@ def _cell(curve: Curve, index: float) -> Data:
     losses = list(curve.losses[index].values())
     return {
         "loss": finite(curve.mean(index)),
-        "standard_error": standard_error(losses),
+        "standard_error": standard_error(losses, curve.aggregate == "iqm"),
         "by_seed": by_seed(curve, index),
         "diverged": losses.count(inf),
         "value": curve.grid.value(index),
     }
 
 
-def _comparison_tables(rows: list[Data], measure: str) -> list[Table]:
+def _comparison_tables(rows: list[Data], measure: str, unit: str) -> list[Table]:
     """Losses with standard errors, and SμPar's gain over each of the others; 80 columns wide at most."""
     short = {name: name.replace(" (standard parameterization)", "") for name in rows[0]["cells"]}
     losses, gains = [], []
@@ -100,7 +103,7 @@ def _comparison_tables(rows: list[Data], measure: str) -> list[Table]:
         own = {short[name]: share for name, share in shares.items() if name != SUPAR}
         losses.append({measure: row["level"], **{short[name]: _loss(cell) for name, cell in row["cells"].items()}})
         gains.append({measure: row["level"], **own, "re-tuned ÷ proxy's": _ratio(row["cells"].get(RETUNED))})
-    title = "validation loss (nats per token): mean ± standard error over seeds"
+    title = f"{unit}: mean ± standard error over seeds"
     return [
         table(title, losses),
         table("SμPar's gain over the others, in % of their loss; negative: SμPar is worse", gains),

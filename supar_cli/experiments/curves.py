@@ -10,18 +10,22 @@ from pathlib import Path
 
 import numpy as np
 
-from supar_cli.errors import SetupError, TransferWarning
-from supar_cli.experiments.statistics import Interval, fit_quadratic, interval, vertices
+from supar_cli.errors import RunFailed, SetupError, TransferWarning
+from supar_cli.experiments.script import FIRST_FAILURES
+from supar_cli.experiments.statistics import Interval, fit_quadratic, interquartile_mean, interval, share_of, vertices
 from supar_cli.files import Record
 from supar_cli.jobs.pruning import prune
 from supar_cli.jobs.runs import Records, failed_record, measure_loss
 from supar_cli.jobs.workers import Local, WorkerFailure, Workers
+from supar_cli.planning.axes import Grid
 from supar_cli.planning.estimate import run_seconds
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.pruning import with_rate
-from supar_cli.planning.sweep import Grid, Level, Sweep
+from supar_cli.planning.sweep import Aggregate, Level, Sweep
 from supar_cli.training.reporter import Reporter, Tally
 from supar_cli.training.train import train
+
+RUNS = "runs"  # the folder in a sweep's with the plan, output and reports of each run of a user's model
 
 # chosen: a loss curve is a parabola only near its optimum; well beyond it training diverges
 WINDOW_STEPS, WINDOW_OCTAVES = 2, 1.5
@@ -29,19 +33,23 @@ WINDOW_STEPS, WINDOW_OCTAVES = 2, 1.5
 
 @dataclass(slots=True)
 class Curve:
-    """Validation losses, in nats per token, of one arm at one size, by index of the grid and by seed.
+    """Validation losses of one arm at one size, by index of the grid and by seed: nats per token, or what a user's script reports.
 
-    A diverged run's loss is inf, worse than any; a failed run's is nan, because nothing is known of it.
+    A diverged run's loss is inf, worse than any; a failed run's is nan, because nothing is known of it. What the losses of
+    several seeds become by `aggregate` is called their mean.
     """
 
     name: str
     level: Level
     grid: Grid
     losses: dict[float, dict[int, float]] = field(default_factory=dict)
+    aggregate: Aggregate = "mean"
 
     def mean(self, index: float) -> float:
         """Mean over seeds; nan when a run failed or is missing, inf when one diverged."""
         values = list(self.losses.get(index, {}).values())
+        if self.aggregate == "iqm" and values and all(map(isfinite, values)):
+            return float(interquartile_mean(np.array(values)))
         return nan if not values or any(map(isnan, values)) else sum(values) / len(values)
 
     @property
@@ -64,7 +72,7 @@ class Curve:
     def regret(self, index: float) -> float:
         """The share of the best loss that is lost at an index; nan where it isn't known."""
         best = self.mean(self.best)
-        return (self.mean(index) - best) / best if isfinite(best) else nan
+        return share_of(self.mean(index) - best, best) if isfinite(best) else nan
 
     def loss_at(self, octaves: float) -> float:
         """The mean loss at a value between those measured, on the parabola through the three nearest; nan beyond them.
@@ -77,6 +85,10 @@ class Curve:
             return inf if any(isinf(loss) and x <= octaves + 1e-9 for x, loss in means.items()) else nan
         near = sorted(finite, key=lambda x: abs(x - octaves))[:3]
         return float(np.polyfit(np.array(near) - octaves, [finite[x] for x in near], 2)[-1])
+
+    def means(self, losses: np.ndarray, axis: int) -> np.ndarray:
+        """Finite losses of several seeds along an axis as one number each."""
+        return interquartile_mean(losses, axis) if self.aggregate == "iqm" else losses.mean(axis)
 
     def count_runs(self, is_counted: Callable[[float], bool]) -> int:
         return sum(is_counted(loss) for by_seed in self.losses.values() for loss in by_seed.values())
@@ -96,7 +108,11 @@ def measure_curves(
     until each optimum is bracketed, and at the optimum of their first size. Runs that the folder has records of are not
     made again, except those that failed.
     """
-    curves = [Curve(name, level, sweep.grid(name)) for name in sweep.all_arms for level in sweep.levels_of(name)]
+    curves = [
+        Curve(name, level, sweep.grid(name), aggregate=sweep.aggregate)
+        for name in sweep.all_arms
+        for level in sweep.levels_of(name)
+    ]
     measurements = _Measurements(sweep, folder, workers, reporter)
     measurements.add((curve, float(index)) for curve in curves for index in range(len(curve.grid.values)))
     measurements.search([curve for curve in curves if not searched or curve.name in searched])
@@ -133,21 +149,28 @@ class _Measurements:
 
     def add(self, points: Iterable[Point]) -> None:
         """Measure curves at indices, with every seed."""
-        calls: dict[str, tuple[Plan, Record]] = {}
+        calls: dict[str, tuple[Plan, Record, Path]] = {}
         wanted: list[tuple[Curve, float, int, str]] = []
         for curve, index in points:
             level, value = curve.level, curve.grid.value(index)
-            about = {"arm": curve.name, level.axis: level.value, "width": level.width, self.sweep.tuned: value}
+            width = self.sweep.size_at(level).get("width")
+            about = {"arm": curve.name, level.axis: level.value, "width": width, self.sweep.tuned: value}
             for seed in self.sweep.seeds_at(level):
                 plan = self._plan(curve, index, seed)
                 run = plan.hash()
-                calls.setdefault(run, (plan, {**about, "seed": seed}))  # of a shared run, about the first arm
+                calls.setdefault(
+                    run, (plan, {**about, "seed": seed}, self._folder / RUNS)
+                )  # of a shared run, about the first arm
                 wanted.append((curve, index, seed, run))
-        left = {run: run_seconds(plan) for run, (plan, _) in calls.items() if run not in self.records.by_run}
+        left = {run: run_seconds(plan) for run, (plan, *_) in calls.items() if run not in self.records.by_run}
         self._tally.expect(left)
+        failures = 0
         for _, _, record in self.records.complete(measure_loss, calls, self.workers, failed_record):
             if record["state"] == "failed":
                 self.reporter.log(f"failed: {record['arm']}, seed {record['seed']}: {record['why']}")
+                failures += 1
+            if self.sweep.data is None and failures == len(self.records.by_run) == FIRST_FAILURES:
+                raise RunFailed(f"the first {failures} runs failed; the last: {record['why']}")
             self._tally.end(record["run"], nan if record["loss"] is None else record["loss"])
         for curve, index, seed, run in wanted:
             record = self.records.by_run[run]
@@ -235,14 +258,16 @@ def find_optimum(curve: Curve, draws: np.ndarray) -> Optimum:
     seeds = sorted(curve.losses[curve.best])
     x = np.array([curve.grid.octaves(index) - x0 for index in window])
     losses_XS = np.array([[curve.losses[index][seed] for seed in seeds] for index in window])
-    fit = fit_quadratic([(float(x[i]), seeds[s], float(loss)) for (i, s), loss in np.ndenumerate(losses_XS)])
+    means_X1 = curve.means(losses_XS, 1)[:, None]
+    fitted_XS = losses_XS if curve.aggregate == "mean" else means_X1  # an offset for each seed cancels in means alone
+    fit = fit_quadratic([(float(x[i]), seeds[s], float(loss)) for (i, s), loss in np.ndenumerate(fitted_XS)])
     shift, why = (fit.octaves, "") if fit.usable else (0.0, fit.why)
-    if not fit.usable and len(window) >= 3:  # one seed and three values: an exact parabola, its error unknown
-        vertex = float(vertices(x, losses_XS.mean(1, keepdims=True))[0])
+    if not fit.usable and len(window) >= 3:  # one number at each of three values: an exact parabola, its error unknown
+        vertex = float(vertices(x, means_X1)[0])
         shift, why = (vertex, "") if isfinite(vertex) else (0.0, why)
     resampled = np.empty(0)
     if len(draws):
-        means_XB = losses_XS[:, draws].mean(2)
+        means_XB = curve.means(losses_XS[:, draws], 2)
         found_B = vertices(x, means_XB) if len(x) >= 3 else np.full(len(draws), nan)
         resampled = x0 + np.where(np.isfinite(found_B), found_B, x[means_XB.argmin(0)])
     return Optimum(x0 + shift, why, resampled)
@@ -260,10 +285,10 @@ def find_regrets(curve: Curve, optimum: Optimum, first: Optimum, draws: np.ndarr
     if optimum.why or first.why or len(window) < 3 or not x.min() <= first.octaves <= x.max():
         return nan, np.empty(0)
     losses_XS = np.array([[curve.losses[index][seed] for seed in sorted(curve.losses[index])] for index in window])
-    means_XB = np.column_stack([losses_XS.mean(1), losses_XS[:, draws].mean(2)])
+    means_XB = np.column_stack([curve.means(losses_XS, 1), curve.means(losses_XS[:, draws], 2)])
     a_B, b_B, c_B = np.polyfit(x - first.octaves, means_XB, 2)
     at_B, lowest_B = places_B - first.octaves, c_B - b_B**2 / (4 * a_B)
-    found_B = np.where(a_B > 0, (a_B * at_B**2 + b_B * at_B + c_B - lowest_B) / lowest_B, nan)
+    found_B = np.where(a_B > 0, (a_B * at_B**2 + b_B * at_B + c_B - lowest_B) / np.abs(lowest_B), nan)
     return float(found_B[0]), found_B[1:]
 
 

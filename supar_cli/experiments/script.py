@@ -1,11 +1,9 @@
-"""What a search asks of the user's script that makes its runs: that it is still the same, trains its plans, and uses seeds."""
+"""What a search or a sweep asks of the user's script that makes its runs: that it is still the same, trains its plans, uses seeds."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-
-import optuna
-from optuna.trial import FrozenTrial
 
 from supar_cli.errors import UnusableResult
 from supar_cli.files import Record
@@ -13,33 +11,41 @@ from supar_cli.jobs.command import script_files
 from supar_cli.planning.spec import Run
 from supar_cli.training.reporter import Reporter
 
+# failed runs in a row that end a search or a sweep: of the first ones, for the script is wrong then, and later ones of a search.
+# chosen: where each fourth trial fails by its values, the one ends a search in 60, the other in 50
+FIRST_FAILURES, FAILURES = 3, 5
 
-def compare_scripts(study: optuna.Study, run: Run, folder: Path, reporter: Reporter) -> None:
-    """Say where the runs' files are, and warn if the script is not the one that the study began with."""
+
+def compare_scripts(before: dict[str, str], run: Run, folder: Path, reporter: Reporter, anew: str) -> None:
+    """Say where the runs' files are, and warn if the script is not the one that the study began with, `before`.
+
+    `anew` is the flag that starts another one.
+    """
     if run.command is None:
         return
     reporter.log(f"plan, output and reports of each run: {folder}/")
     files = script_files(run.command)
-    before = study.user_attrs.get("script", files)
-    study.set_user_attr("script", before)
     if changed := sorted({name for name, _ in before.items() ^ files.items()}):
         what = "changed since the study began, so its earlier losses may not compare"
-        reporter.warn(f"{', '.join(changed)}: {what}; another --study starts anew")
+        reporter.warn(f"{', '.join(changed)}: {what}; {anew} starts anew")
 
 
-def require_different_losses(complete: list[FrozenTrial], run: Run) -> None:
-    """Raise UnusableResult where several trials, sorted by their loss, have the same one: the script trains no plan."""
-    if run.command is not None and len(complete) > 2 and complete[0].value == complete[-1].value:
-        what = f"all {len(complete)} trials have the loss {complete[0].value}, whatever their values"
-        raise UnusableResult(f"{what}; expected a script that trains the plan that it is given")
+def require_different_losses(losses: Sequence[float | None], run: Run, what: str) -> None:
+    """Raise UnusableResult where several runs, `what`, all have the same loss: the script trains no plan."""
+    if run.command is not None and len(losses) > 2 and len(set(losses)) == 1:
+        same = f"all {len(losses)} {what} have the loss {losses[0]}, whatever their values"
+        raise UnusableResult(f"{same}; expected a script that trains the plan that it is given")
 
 
-def warn_of_equal_seeds(finalists: list[Record], run: Run, reporter: Reporter) -> None:
-    """Warn where a seed changes no loss: then runs with several say nothing about chance."""
-    if run.command is not None and all(len(one["losses"]) > 1 and len(set(one["losses"])) == 1 for one in finalists):
-        reporter.warn("another seed changes no loss; expected a script that uses plan.train.seed, or search.seeds: 1")
+def warn_of_equal_seeds(by_values: Sequence[Sequence[float | None]], run: Run, reporter: Reporter, key: str) -> None:
+    """Warn where a seed changes no loss of the same values: then runs with several say nothing about chance.
+
+    `key` is the document's number of seeds.
+    """
+    if run.command is not None and all(len(losses) > 1 and len(set(losses)) == 1 for losses in by_values):
+        reporter.warn(f"another seed changes no loss; expected a script that uses plan.train.seed, or {key}: 1")
 
 
 def evidence(run: Run) -> Record:
-    """What trained a user's model, as proxy.yaml has it."""
+    """What trained a user's model, as a proxy's evidence and a sweep's question have it."""
     return {} if run.command is None else {"command": run.command, "script": script_files(run.command)}

@@ -25,6 +25,7 @@ from supar_cli.experiments.statistics import Fit, fit_quadratic
 from supar_cli.files import Record
 from supar_cli.jobs import runs
 from supar_cli.jobs.clusters import WorkerOptions, check_keywords, make_workers
+from supar_cli.jobs.command import script_files
 from supar_cli.jobs.queue import SharedStudy, Wanted, is_counted, state_of
 from supar_cli.jobs.storage import RetryPolicy, absolute, folder_beside, redact_url
 from supar_cli.jobs.workers import Local, Workers
@@ -40,9 +41,6 @@ from supar_cli.training.runtime import versions
 Values = dict[str, float]
 RUNS = "-runs"  # suffix of the name of the study that stores a study's extra runs
 FILES = ".trials"  # suffix of the folder with the files of runs by a command
-# failed trials in a row that end a search: of the first ones, for the script is wrong then, and later ones.
-# chosen: where each fourth trial fails by its values, the one ends a search in 60, the other in 50
-FIRST_FAILURES, FAILURES = 3, 5
 
 
 def study_name(spec: Spec) -> str:
@@ -140,9 +138,9 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
         raise UnusableResult(
             f"all {len(trials)} trials diverged or were pruned; expected lower learning rates or init scales in search"
         )
-    script.require_different_losses(complete, spec.run)
+    script.require_different_losses([trial.value for trial in complete], spec.run, "trials")
     finalists = tuning.run_finalists(complete[: spec.search.finalists])
-    script.warn_of_equal_seeds(finalists, spec.run, reporter)
+    script.warn_of_equal_seeds([one["losses"] for one in finalists], spec.run, reporter, "search.seeds")
     winner = min(finalists, key=lambda finalist: (finalist["mean"], finalist["trial"]))
     values, fit = {name: winner[name] for name in ranges}, None
     if "lr" in ranges and spec.search.lr_fit_octaves:
@@ -242,7 +240,10 @@ class _Tuning:
         counted = study.counted()
         if counted:
             reporter.log(f"study {study.study.study_name}: {len(counted)} trials done, {total} wanted")
-        script.compare_scripts(study.study, spec.run, folder_beside(self.storage, FILES), reporter)
+        if spec.run.command is not None:
+            began = study.study.user_attrs.get("script") or script_files(spec.run.command)
+            study.study.set_user_attr("script", began)
+            script.compare_scripts(began, spec.run, folder_beside(self.storage, FILES), reporter, "another --study")
         self._report(len(counted))
         failures = 0
         for trial in self._run(study, total):
@@ -250,7 +251,7 @@ class _Tuning:
             outcome = f"loss {trial.value:.4f}" if state == "complete" else state
             reporter.log(f"trial {trial.number}: {outcome}, {format_values(trial.params)}")
             failures = failures + 1 if state == "failed" else 0
-            if failures == (FAILURES if counted else FIRST_FAILURES):
+            if failures == (script.FAILURES if counted else script.FIRST_FAILURES):
                 raise RunFailed(f"the last {failures} trials failed; trial {trial.number}: {trial.user_attrs[state]}")
             if failures:
                 reporter.warn(f"trial {trial.number}: {trial.user_attrs[state]}")
@@ -279,7 +280,7 @@ class _Tuning:
                 then = "counts as diverged" if is_counted(trial) else "is made again"
                 self.reporter.warn(f"this run {then}: {trial.user_attrs['failed']}")
             failures += not count
-            if failures == FIRST_FAILURES:
+            if failures == script.FIRST_FAILURES:
                 raise RunFailed(f"the first {failures} runs failed; the last: {trial.user_attrs['failed']}")
             self._report(before + len(wanted) - study.missing(wanted)[0], trial.value or nan)
         self._report(before + len(wanted))

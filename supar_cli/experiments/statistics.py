@@ -88,6 +88,21 @@ def _student_t(normal: float, freedom: int) -> float:
     return z + first + second + third
 
 
+def interquartile_mean(values: np.ndarray, axis: int = 0) -> np.ndarray:
+    """The mean of the middle half of finite values along an axis: Agarwal et al. 2021, arXiv 2108.13264.
+
+    Of a number of values that is not divisible by 4, the outermost ones of that half count in part.
+    """
+    count = values.shape[axis]
+    weights = np.diff(np.clip(np.arange(count + 1), count / 4, 3 * count / 4)) / (count / 2)
+    return np.asarray(np.tensordot(np.sort(values, axis), weights, axes=(axis, 0)))
+
+
+def share_of(lost: float, loss: float) -> float:
+    """What is lost as a share of a loss' size, which may be below 0, as that of a return is; nan of a loss of 0."""
+    return lost / abs(loss) if loss else nan
+
+
 RESAMPLES = 2000  # chosen: the 2.5 % quantile then rests on 50 of them
 
 Interval = list[float]  # low, high
@@ -138,10 +153,13 @@ def slope(x: np.ndarray, y_XB: np.ndarray) -> np.ndarray:
     return np.asarray(centred @ y_XB / (centred @ centred))
 
 
-def standard_error(values: Sequence[float]) -> float | None:
-    """Standard error of the mean; None for one value or where one isn't finite."""
+def standard_error(values: Sequence[float], is_iqm: bool = False) -> float | None:
+    """Standard error of the mean, or by resampling of the interquartile mean; None for one value or where one isn't finite."""
     if len(values) < 2 or not all(map(isfinite, values)):
         return None
+    if is_iqm:
+        resampled = interquartile_mean(np.array(values)[resample(len(values))], axis=1)
+        return float(resampled.std()) * sqrt(len(values) / (len(values) - 1))
     mean = sum(values) / len(values)
     return sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 

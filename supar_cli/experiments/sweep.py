@@ -9,8 +9,9 @@ from typing import Unpack
 
 from supar_cli.data import corpus
 from supar_cli.errors import InputError, UnusableResult
+from supar_cli.experiments import script
 from supar_cli.experiments.comparison_views import comparison, regret_verdicts
-from supar_cli.experiments.curves import Curve, first_of, grid_plans, measure_curves
+from supar_cli.experiments.curves import RUNS, Curve, first_of, grid_plans, measure_curves
 from supar_cli.experiments.dry_run import Part
 from supar_cli.experiments.sweep_views import SHORT, curves_figure, has_promise, transfer
 from supar_cli.files import Record, naming_write_errors, template, write_file
@@ -72,8 +73,13 @@ def _run(
     folder = Path(out or f"{'compare' if is_comparison else 'sweeps'}/{study.name}")
     with make_workers(device=study.run.device, folder=folder / "slurm", **options) as workers:
         runs.require_runnable(first, device=workers.is_local, warn=reporter.warn)
-        runs.open_study_folder(folder, study.identity(exclude={"run", "meta"}), force)
+        asked = {**study.identity(exclude={"run", "meta"}), **script.evidence(study.run)}
+        began = runs.open_study_folder(folder, asked, force)
+        script.compare_scripts(began.get("script", {}), study.run, folder / RUNS, reporter, "--force or another --out")
         curves = measure_curves(study, folder, workers, reporter, ("sp",) if is_comparison else ())
+    by_values = [list(losses.values()) for curve in curves for losses in curve.losses.values()]
+    script.require_different_losses([loss for losses in by_values for loss in losses], study.run, "runs")
+    script.warn_of_equal_seeds(by_values, study.run, reporter, "seeds")
     parts = (comparison if is_comparison else transfer)(study, curves)
     # over depth without a rule no parameterization is expected to pass, and none to miss
     if has_promise(study) or study.arms:
@@ -81,8 +87,11 @@ def _run(
     result = Result(
         kind=f"supar.{kind}-result/v1",
         parents={"sweep": study.hash()},
-        environment=runs.environment(workers, runs.Records(folder).by_run.values()),
-        **{"sweep": study.model_dump(), **parts},
+        environment={
+            **runs.environment(workers, runs.Records(folder).by_run.values()),
+            **script.evidence(study.run),
+        },
+        **{"sweep": study.seen_from(folder).model_dump(), **parts},
     )
     figures.write_result(result, folder, reporter.log)
     return result.document()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from supar_cli.experiments.curves import Curve, Optimum, find_optimum, find_regrets
-from supar_cli.experiments.statistics import Interval, interval, interval_of_few, resample, slope
+from supar_cli.experiments.statistics import Interval, interval, interval_of_few, resample, share_of, slope
 from supar_cli.planning.rules import SP
 from supar_cli.planning.sweep import MARKS, Level, Mark, Sweep
 from supar_cli.reporting.result import NAMES, TITLES, Figure, Line, Panel, Table, Verdict, finite, fraction, loss_figure
@@ -65,7 +65,8 @@ def _arm(sweep: Sweep, curves: list[Curve]) -> Data:
         "control": not is_subject(sweep, name),
         **found,
         "levels": [
-            _level(sweep, curve, one, curves[0].best, octaves[0]) for curve, one in zip(curves, optima, strict=True)
+            _level(sweep, curve, one, curves[0].best, optima[0].octaves)
+            for curve, one in zip(curves, optima, strict=True)
         ],
     }
 
@@ -160,7 +161,7 @@ def worst_regret(curves: list[Curve]) -> tuple[float, str]:
 
 
 def _level(sweep: Sweep, curve: Curve, optimum: Optimum, first_best: float, first_octaves: float) -> Data:
-    """A size: its optimum and interval, its losses in nats per token, the regret of the first size's best value.
+    """A size: its optimum and interval, its losses, the regret of the first size's best value.
 
     `cost` is what half and twice that value lose, as a share of the loss at it.
     """
@@ -169,8 +170,7 @@ def _level(sweep: Sweep, curve: Curve, optimum: Optimum, first_best: float, firs
     return {
         "parameterization": sweep.all_arms[curve.name].parameterization,
         "density": curve.level.density,
-        "width": curve.level.width,
-        "layers": curve.level.layers,
+        **sweep.size_at(curve.level),
         "optimum": 2.0**optimum.octaves,
         "optimum_ci95": optimum.bounds,
         "fitted": not optimum.why,
@@ -182,7 +182,7 @@ def _level(sweep: Sweep, curve: Curve, optimum: Optimum, first_best: float, firs
         "loss_at_first": finite(reused),
         "regret_nats": finite(reused - loss),
         "regret": finite(curve.regret(first_best)),
-        "cost": {name: finite((value - reused) / reused) for name, value in beside.items()},
+        "cost": {name: finite(share_of(value - reused, reused)) for name, value in beside.items()},
         "diverged": curve.count_runs(isinf),
         "failed": curve.count_runs(isnan),
         "losses": [
@@ -258,7 +258,7 @@ def curves_figure(sweep: Sweep, curves: list[Curve]) -> Figure:
         title = f"{title_of(name)}\nbest {word} {'stays' if factor == 1 else f'moves {factor:.3g}×'}"
         panels.append(Panel(title=title, vertical=own[0].grid.value(own[0].best), lines=lines))
     title = f"Loss over {word}; rings are optima, the grey band is the first size's"
-    return loss_figure(title, f"{word} of the proxy", panels)
+    return loss_figure(title, f"{word} of the proxy", panels, is_nats=sweep.data is not None)
 
 
 def _optimum_figure(sweep: Sweep, measured: list[tuple[Data, list[Curve]]]) -> Figure:

@@ -8,7 +8,6 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -73,11 +72,14 @@ def validation_loss(plan: Plan, folder: Path = Path("trials")) -> float:
     return train_plan(plan, folder=folder).evaluations[-1][1]
 
 
-def measure_loss(plan: Plan, about: Record) -> Record:
-    """The record of a run: `about` it, its `loss`, `seconds`, and `state`: done, diverged or failed, with `why`."""
+def measure_loss(plan: Plan, about: Record, folder: Path) -> Record:
+    """The record of a run: `about` it, its `loss`, `seconds`, and `state`: done, diverged or failed, with `why`.
+
+    `folder` is that of `train_plan`.
+    """
     started = time.monotonic()
     try:
-        outcome: Record = {"state": "done", "loss": validation_loss(plan)}
+        outcome: Record = {"state": "done", "loss": validation_loss(plan, folder)}
     except UnusableResult as error:
         outcome = {"state": "diverged", "loss": None, "why": str(error)}
     except RunFailed as error:
@@ -88,7 +90,7 @@ def measure_loss(plan: Plan, about: Record) -> Record:
     return {**about, "plan": plan.hash(), **outcome, **used_device(), "seconds": round(time.monotonic() - started, 2)}
 
 
-def failed_record(plan: Plan, about: Record, why: str) -> Record:
+def failed_record(plan: Plan, about: Record, folder: Path, why: str) -> Record:
     """The record of a run whose worker died each time."""
     return {**about, "plan": plan.hash(), "state": "failed", "loss": None, "why": why}
 
@@ -139,39 +141,54 @@ class Records:
             yield done, len(calls), self.by_run[run]
 
 
-def open_study_folder(folder: Path, question: Record, force: bool) -> None:
+def open_study_folder(folder: Path, question: Record, force: bool) -> Record:
     """Prepare a folder for a measurement. Its question.json holds the measurement's settings, which identify it except for `seeds`.
 
-    Raises InputError if the folder holds a measurement with other settings; `force` discards that one.
+    Returns them, with the `script` that the measurement began with. Raises InputError if the folder holds a measurement with
+    other settings; `force` discards that one.
     """
     path = folder / "question.json"
-    text = json.dumps(question, indent=1, sort_keys=True) + "\n"
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; expected a folder for --out")
-    if path.is_file() and not force and _without_seeds(path.read_bytes()) != _without_seeds(text):
-        raise InputError(
-            f"{folder}: holds the records of another measurement; expected --force to start again or another --out"
-        )
+    if path.is_file() and not force:
+        before = _read_question(path.read_bytes())
+        if _without_seeds(before) != _without_seeds(_read_question(json.dumps(question))):
+            raise InputError(
+                f"{folder}: holds the records of another measurement; expected --force to start again or another --out"
+            )
+        question = {**question, **{key: value for key, value in before.items() if key == "script"}}
     with naming_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if force:
             (folder / "records.jsonl").unlink(missing_ok=True)
-        write_file(path, text)
+        write_file(path, json.dumps(question, indent=1, sort_keys=True) + "\n")
+    return question
 
 
-def _without_seeds(text: str | bytes) -> Any:
-    """The settings without what only adds runs or judges them: with more seeds the same measurement continues."""
+def _read_question(text: str | bytes) -> Record:
+    """The settings in a question.json; none in one that is damaged."""
     try:
         question = json.loads(text)
     except ValueError:
-        return None
-    if not isinstance(question, dict):
-        return None
+        return {}
+    return question if isinstance(question, dict) else {}
+
+
+def _without_seeds(question: Record) -> Record:
+    """The settings without what only adds runs or judges them: with more seeds the same measurement continues."""
     arms = {
         name: {key: value for key, value in arm.items() if value is not None and key not in ("control", "marks")}
         for name, arm in question.get("arms", {}).items()
     }
-    return {**question, "arms": arms, "seeds": None, "first_seeds": None, "robustness": None}
+    return {
+        **question,
+        "arms": arms,
+        "seeds": None,
+        "first_seeds": None,
+        "robustness": None,
+        "aggregate": None,
+        "script": None,
+    }
 
 
 def environment(workers: Workers, records: Iterable[Record] = ()) -> Record:

@@ -80,12 +80,12 @@ class KeyValues:
 
 
 class Attention(nn.Module):
-    """Causal self-attention (B, T, D) → (B, T, D) with the plan's factor on q·k."""
+    """Self-attention (B, T, D) → (B, T, D), causal but in a vision transformer, with the plan's factor on q·k."""
 
     def __init__(self, config: PlanModel) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, config.head_width
-        self.scale = config.multipliers.attention
+        self.scale, self.is_causal = config.multipliers.attention, config.is_causal
         inner, kv_inner = self.heads * self.head_width, self.kv_heads * self.head_width
         self.q = Linear(config.width, inner, config.bias)
         self.k = Linear(config.width, kv_inner, config.bias)
@@ -108,9 +108,9 @@ class Attention(nn.Module):
         if past is not None:
             k_BKTE, v_BKTE = past.extend(k_BKTE, v_BKTE)  # (B, K, S, E)
         mask = None if bias_HTS is None else bias_HTS.to(q_BHTE.dtype)
-        is_grouped = self.kv_heads != self.heads
+        is_causal, is_grouped = self.is_causal and mask is None, self.kv_heads != self.heads
         mixed_BHTE = F.scaled_dot_product_attention(
-            q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=is_grouped
+            q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, is_causal=is_causal, scale=self.scale, enable_gqa=is_grouped
         )
         return self.o(mixed_BHTE.transpose(1, 2).reshape(B, T, self.heads * self.head_width))  # type: ignore[no-any-return]
 

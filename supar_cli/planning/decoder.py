@@ -1,10 +1,11 @@
-"""The model section of documents: the shape of a decoder-only transformer of supar's own families."""
+"""The model section of documents: the shape of a transformer of supar's own families, decoders and the vision transformer."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 from math import gcd
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from supar_cli.planning.schema import Field, Section
 
@@ -15,6 +16,7 @@ MOST_LAYERS = 10_000  # chosen: ten times the deepest transformer trained; a pla
 FAMILY_PARTS: dict[str, dict[str, Any]] = {
     "gpt2": {"norm": "layernorm", "activation": "gelu", "positions": "learned"},
     "llama": {"norm": "rmsnorm", "activation": "swiglu", "positions": "rope"},
+    "vit": {"norm": "layernorm", "activation": "gelu", "positions": "learned", "bias": True, "tied": False},
 }
 
 
@@ -37,6 +39,11 @@ class Model(Section):
     tied: bool = True
     norm_eps: float = Field(default=1e-5, gt=0)
     rope_theta: float = Field(default=10000.0, gt=0)
+
+    data_kind: ClassVar[str] = "tokens"  # what it reads
+    is_causal: ClassVar[bool] = True  # whether a position sees only those before it
+    patch_inputs: ClassVar[int] = 0  # numbers of a patch; 0 where tokens are looked up
+    has_class_token: ClassVar[bool] = False
 
     @classmethod
     def fill_defaults(cls, data: Any) -> Any:
@@ -76,3 +83,62 @@ class Model(Section):
     def width_step(self) -> int:
         """The widths with as many heads per width, in whole heads, are the multiples of this one."""
         return self.width // gcd(self.width, self.heads)
+
+
+class ViT(Model):
+    """Shape of a vision transformer: patches of an image in place of tokens, each of which sees all others.
+
+    `context` is the number of patches, and one more with a class token; `vocab` is the number of classes. Both follow from
+    the other keys, and documents leave them out. Dosovitskiy et al. 2021, arXiv 2010.11929.
+    """
+
+    family: Literal["vit"]  # type: ignore[assignment]
+    image: list[int] = Field(min_length=2, max_length=2)  # height, width
+    channels: int = Field(gt=0, le=2**16)
+    patch: int = Field(gt=0, le=2**16)
+    classes: int = Field(gt=1, le=2**31)
+    pooling: Literal["class", "mean"] = "class"
+    context: int = Field(default=None, neutral=True, gt=0, le=2**31)  # never None in a valid section
+    vocab: int = Field(default=None, neutral=True, gt=1, le=2**31)  # nor this one
+
+    data_kind: ClassVar[str] = "images"
+    is_causal: ClassVar[bool] = False
+
+    @classmethod
+    def fill_defaults(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        filled = dict(super().fill_defaults(data))
+        with suppress(KeyError, TypeError, ValueError, ZeroDivisionError):
+            height, width = filled["image"]
+            has_token = filled.get("pooling", "class") == "class"
+            filled.setdefault("context", (height // filled["patch"]) * (width // filled["patch"]) + has_token)
+            filled.setdefault("vocab", filled["classes"])
+        return filled
+
+    def check(self) -> None:
+        if min(self.image) < 1 or any(extent % self.patch for extent in self.image):
+            raise ValueError(f"patch: patches of {self.patch} don't divide the image {self.image}; expected a divisor")
+        super().check()
+        shape = {"context": self.patches + self.has_class_token, "vocab": self.classes}
+        fixed = {"norm": "layernorm", "positions": "learned", "tied": False, **shape}
+        for key, value in fixed.items():
+            if vars(self)[key] != value:
+                raise ValueError(f"{key}: {vars(self)[key]}; expected {value} of a vision transformer, or no such key")
+
+    def model_dump(self, *, exclude: Collection[str] = (), **options: Any) -> dict[str, Any]:
+        return super().model_dump(exclude={*exclude, "context", "vocab"}, **options)
+
+    @property
+    def patches(self) -> int:
+        """The patches of an image."""
+        return (self.image[0] // self.patch) * (self.image[1] // self.patch)
+
+    @property
+    def patch_inputs(self) -> int:  # type: ignore[override]
+        """The numbers of a patch."""
+        return self.channels * self.patch**2
+
+    @property
+    def has_class_token(self) -> bool:  # type: ignore[override]
+        return self.pooling == "class"

@@ -33,4 +33,4 @@ def load(path: str | Path) -> AnyDocument:
     if len(found) != 1:
         raise InputError(f"{path}: holds {len(found)} documents; expected one")
     parsed = parse_any(found[0])
-    return parsed.beside(str(path)) if isinstance(parsed, Plan | Proxy | Spec) else parsed
+    return parsed.beside(str(path)) if isinstance(parsed, Plan | Proxy | Spec | Sweep) else parsed

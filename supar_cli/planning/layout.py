@@ -18,7 +18,7 @@ from supar_cli.planning.rules import Role
 
 # what the layout needs to know of a model; `spec.Model` has it all
 _SHAPE: tuple[str, ...] = ("width", "layers", "heads", "kv_heads", "head_width", "ffn_width", "context", "vocab")
-_SHAPE += ("norm", "activation", "positions", "bias", "tied")
+_SHAPE += ("norm", "activation", "positions", "bias", "tied", "patch_inputs", "has_class_token")
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ def setting_names(tensor: Any) -> tuple[str, ...]:
 
 
 def tensors(model: Any) -> list[Tensor]:
-    """Every tensor of a `gpt2` or `llama` family model."""
+    """Every tensor of a model of supar's own families."""
     return list(_tensors(**{name: getattr(model, name) for name in _SHAPE}))
 
 
 @lru_cache(maxsize=8)  # chosen: a plan is made, checked and explained from a few shapes
 def _tensors(**values: Any) -> tuple[Tensor, ...]:
     shape = SimpleNamespace(**values)
-    found = [Tensor("embedding", "embedding", "embedding", (shape.vocab, shape.width))]
+    found = _inputs(shape)
     if shape.positions == "learned":
         found.append(Tensor("positions", "embedding", "positions", (shape.context, shape.width)))
     for block in range(shape.layers):
@@ -75,6 +75,18 @@ def _tensors(**values: Any) -> tuple[Tensor, ...]:
     if not shape.tied:
         found.append(Tensor("unembedding", "unembedding", "unembedding", (shape.vocab, shape.width), (1,)))
     return tuple(found)
+
+
+def _inputs(shape: SimpleNamespace) -> list[Tensor]:
+    """What makes the first activations of tokens, or of an image's patches, before positions are added."""
+    if not shape.patch_inputs:
+        return [Tensor("embedding", "embedding", "embedding", (shape.vocab, shape.width))]
+    found = [Tensor("patches", "embedding", "patches", (shape.width, shape.patch_inputs), (1,))]
+    if shape.bias:
+        found.append(Tensor("patches.bias", "bias", "patches.bias", (shape.width,)))
+    if shape.has_class_token:
+        found.append(Tensor("class_token", "embedding", "class_token", (1, shape.width)))
+    return found
 
 
 def _block(shape: SimpleNamespace, block: int) -> list[Tensor]:
@@ -104,10 +116,12 @@ def ratios(tensor: Tensor, base: Tensor) -> tuple[float, float | None]:
     """m_d and m_fan_out of a tensor relative to the same tensor of the proxy.
 
     For a hidden weight these are the ratios of its fan-in and its fan-out; for every other tensor of supar's families the
-    ratio of its last extent, the one that scales, and None.
+    ratio of the extent that scales, an embedding's outputs or the last one, and None.
     """
     if tensor.role == "hidden":
         return tensor.fan_in / base.fan_in, tensor.fan_out / base.fan_out
+    if tensor.role == "embedding":
+        return tensor.shape[0 if tensor.fan_in_axes else -1] / base.shape[0 if tensor.fan_in_axes else -1], None
     return tensor.shape[-1] / base.shape[-1], None
 
 

@@ -10,17 +10,21 @@ from typing import Any, ClassVar, Literal
 
 from supar_cli.errors import InputError
 from supar_cli.planning import layout, plan_sections
+from supar_cli.planning.data_section import (
+    DIGITS as DIGITS,  # re-exported: `training` and `data` read plans, never specs
+)
+from supar_cli.planning.data_section import Data as Data
 from supar_cli.planning.document import content_hash, read_file
 from supar_cli.planning.plan_sections import DecoderBase, Parameterization, PlanSparsity, PlanTask, Values
 from supar_cli.planning.plan_sections import OwnModel as OwnModel
 from supar_cli.planning.plan_sections import PlanModel as PlanModel
 from supar_cli.planning.plan_sections import PlanTensor as PlanTensor
 from supar_cli.planning.plan_sections import PlanTrain as PlanTrain
+from supar_cli.planning.plan_sections import PlanViT as PlanViT
 from supar_cli.planning.problems import parse
 from supar_cli.planning.rules import STARTS, Edition
 from supar_cli.planning.schema import Field, Section
-from supar_cli.planning.spec import Data as Data  # re-exported: `training` reads plans, never specs
-from supar_cli.planning.spec import Engine, Hyperparameters, Model, Run
+from supar_cli.planning.spec import Engine, Hyperparameters, Model, Run, require_kind
 
 CURRENT_RULES: Edition = 2  # the edition of the rules that new plans are made by; 1 is that of supar.plan/v1
 
@@ -37,7 +41,7 @@ class Plan(Section):
 
     kind: Literal["supar.plan/v2"]
     parents: dict[str, str] = Field(default_factory=dict)
-    model: PlanModel | OwnModel
+    model: PlanModel | PlanViT | OwnModel
     parameterization: Parameterization
     hyperparameters: Hyperparameters
     sparsity: PlanSparsity
@@ -98,10 +102,14 @@ class Plan(Section):
         """Check the keys that follow from the model section. Raises ValueError."""
         if self.data is None:
             raise ValueError("data: null; expected the data to train on")
+        require_kind(model, self.data)
         train, tokens = self.train, self.train.steps * self.train.batch_size * model.context
-        if train.tokens is None:
-            raise ValueError("train.tokens: is missing")
-        if train.tokens != tokens:
+        if (train.tokens is None) == (model.data_kind == "tokens"):
+            missing = (
+                "is missing" if train.tokens is None else f"{train.tokens}; expected none, as images have no tokens"
+            )
+            raise ValueError(f"train.tokens: {missing}")
+        if train.tokens not in (None, tokens):
             length = f"{train.steps} steps of {train.batch_size} sequences of {model.context} tokens"
             raise ValueError(f"train.tokens: {train.tokens} is not {length}; expected {tokens}")
         base = self.parameterization.base
@@ -133,10 +141,18 @@ class Plan(Section):
 
     @property
     def text(self) -> Data:
+        """The data section of a plan that reads text. Raises InputError for images."""
+        data = self.own_data
+        if data.kind != "tokens":
+            raise InputError(f"data.kind: {data.kind}; this reads text; expected a plan of the family gpt2 or llama")
+        return data
+
+    @property
+    def own_data(self) -> Data:
         """The data section of a plan of supar's own families. Raises InputError for a user's model, which has none."""
         if self.data is None:
             command = (self.run.command or "python train.py {plan}").replace("{plan}", "plan.yaml")
-            what = "supar trains only its own families, gpt2 and llama"
+            what = "supar trains only its own families, gpt2, llama and vit"
             raise InputError(f"model.family: own; {what}; expected your script, with supar_cli.prepare: {command}")
         return self.data
 
@@ -145,7 +161,7 @@ class Plan(Section):
         """The model section of supar's own families. Raises InputError for a user's model, which has no such shape."""
         if isinstance(self.model, PlanModel):
             return self.model
-        raise InputError("model.family: own; this needs one of supar's own families, gpt2 or llama")
+        raise InputError("model.family: own; this needs one of supar's own families, gpt2, llama or vit")
 
     def engine(self, row: PlanTensor) -> Engine:
         """The engine that the run section names for a hidden tensor, by its name, site or part, or for all."""

@@ -9,7 +9,7 @@ from supar_cli.planning import layout
 from supar_cli.planning.patterns import DRAWN_LIVE, Block, BlockRows, Draw, Pattern, PatternKeys, describe
 from supar_cli.planning.rules import Edition, ParameterizationName, Role
 from supar_cli.planning.schema import Field, Section
-from supar_cli.planning.spec import MOST_LAYERS, Distribution, Model, Options, Train
+from supar_cli.planning.spec import MOST_LAYERS, Distribution, Model, Options, Train, ViT
 from supar_cli.planning.updates import METHODS, PlanUpdates
 
 
@@ -23,7 +23,7 @@ class Multipliers(Section):
 
 
 class PlanModel(Model):
-    """A decoder of supar's own families."""
+    """A transformer of supar's own families."""
 
     multipliers: Multipliers
 
@@ -46,6 +46,10 @@ class PlanModel(Model):
     def tied_head_size(self) -> int:
         """Number of weights of a head that is the embedding; it has no row of its own."""
         return self.vocab * self.width if self.tied else 0
+
+
+class PlanViT(ViT, PlanModel):
+    """A vision transformer."""
 
 
 class OwnModel(Section):
@@ -213,9 +217,9 @@ class Values(Section):
 
 
 class PlanTask(Section):
-    """What is learned: the next token of text, or what the training script of an own model says."""
+    """What is learned: the next token of text, the class of an image, or what the training script of an own model says."""
 
-    kind: Literal["next_token", "own"] = "next_token"
+    kind: Literal["next_token", "classification", "own"] = "next_token"
 
 
 class PlanTrain(Train):

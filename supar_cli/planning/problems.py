@@ -39,8 +39,9 @@ def parse(kind: type[SectionT], document: Document) -> SectionT:
         document.problem((section,), f"the key {key!r} is missing")
         for section in kind.WHOLE_SECTIONS
         if written and isinstance(data[section], dict)
-        for key in required_keys(type(vars(parsed)[section]))
-        if key not in data[section]
+        for own in (vars(parsed)[section],)
+        for key in required_keys(type(own))
+        if key not in data[section] and key in own.model_dump()
     ]
     if absent:
         raise InputError(*absent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -9,6 +10,7 @@ from supar_cli.errors import InputError, suggestion
 from supar_cli.planning.data_section import Data as Data  # re-exported: a section of these documents
 from supar_cli.planning.decoder import MOST_LAYERS as MOST_LAYERS
 from supar_cli.planning.decoder import Model as Model
+from supar_cli.planning.decoder import ViT as ViT
 from supar_cli.planning.density import Share, density_from
 from supar_cli.planning.document import content_hash
 from supar_cli.planning.layout_document import OwnShape
@@ -153,6 +155,7 @@ DROPPED_BY = {
     "pattern": ("block",),
     "source": ("hash", "sources"),
     **{name: ("hash",) for name in ("format", "tokenizer", "field", "dtype", "encoding", "separator")},
+    **{name: ("hash",) for name in ("kind", "size", "image", "label")},
 }
 
 
@@ -240,24 +243,34 @@ class Search(Section):
         return {name: bounds for name in self.SEARCHED if (bounds := vars(self)[name]) is not None}
 
 
-class _Shaped:
-    """What a spec and a proxy know of their model."""
+def require_kind(model: Model, data: Data | None) -> None:
+    """Raise ValueError unless the data are of the kind that a model reads."""
+    if data is not None and data.kind != model.data_kind:
+        raise ValueError(f"data.kind: {data.kind}; expected {model.data_kind}, which the family {model.family} reads")
+
+
+class Shaped:
+    """What a spec, a proxy and a sweep know of their model."""
 
     __slots__ = ()
-    model: Model | OwnShape
+    model: Model | ViT | OwnShape
     hyperparameters: Hyperparameters
     data: Data | None
     run: Run
 
     @classmethod
     def fill_defaults(cls, data: Any) -> Any:
-        is_own = isinstance(data, dict) and isinstance(data.get("model"), dict) and data["model"].get("family") == "own"
-        return {"data": None, **data} if is_own else data
+        model = data.get("model") if isinstance(data, dict) else None
+        family = model.get("family") if isinstance(model, dict) else None
+        by_family: dict[Any, Any] = {"own": None, "vit": {"kind": "images"}}
+        return {"data": by_family[family], **data} if family in ("own", "vit") else data
 
     def check(self) -> None:
         own = isinstance(self.model, OwnShape)
         if not own and self.data is None:
             raise ValueError("data: null; expected the data to train on")
+        if isinstance(self.model, Model):
+            require_kind(self.model, self.data)
         if own and self.data is not None:
             raise ValueError("data: is for supar's own families; expected none, as your script reads its own data")
         if not own and self.hyperparameters.init_std is None:
@@ -270,22 +283,28 @@ class _Shaped:
         """The shape of supar's own families. Raises InputError for a user's model, which has no such shape."""
         if isinstance(self.model, Model):
             return self.model
-        raise InputError("model.family: own; this needs one of supar's own families, gpt2 or llama")
+        raise InputError("model.family: own; this needs one of supar's own families, gpt2, llama or vit")
 
     def beside(self, document: str) -> Self:
         """The document with the path of its layout resolved from its folder; for `-`, from the working directory."""
         if isinstance(self.model, Model) or document == "-" or Path(self.model.layout).is_absolute():
             return self
-        path = str((Path(document).parent / self.model.layout).resolve())
+        return self._with_layout(str((Path(document).parent / self.model.layout).resolve()))
+
+    def seen_from(self, folder: Path) -> Self:
+        """The document with the path of its layout as seen from a folder that it is written to."""
+        return self if isinstance(self.model, Model) else self._with_layout(os.path.relpath(self.model.layout, folder))
+
+    def _with_layout(self, path: str) -> Self:
         model = self.model.model_copy(update={"layout": path})
         return self.model_copy(update={"model": model})  # type: ignore[attr-defined,no-any-return]
 
 
-class Spec(_Shaped, Section):
+class Spec(Shaped, Section):
     """`supar.spec/v1`: the proxy's shape, data and training, what to search, and the target it is for."""
 
     kind: Literal["supar.spec/v1"]
-    model: Model | OwnShape
+    model: Model | ViT | OwnShape
     hyperparameters: Hyperparameters
     parameterization: Options = Field(default_factory=Options)
     sparsity: Sparsity = Field(default_factory=lambda: Sparsity(density=1.0))
@@ -297,14 +316,14 @@ class Spec(_Shaped, Section):
     meta: dict[str, Any] = Field(default_factory=dict)
 
 
-class Proxy(_Shaped, Section):
+class Proxy(Shaped, Section):
     """`supar.proxy/v1`: hyperparameters, the shape, data and training they hold for, and the evidence."""
 
     UNHASHED = ("run", "meta", "target")  # which flags set and the plan resolves
 
     kind: Literal["supar.proxy/v1"]
     parents: dict[str, str] = Field(default_factory=dict)
-    model: Model | OwnShape
+    model: Model | ViT | OwnShape
     hyperparameters: Hyperparameters
     parameterization: Options = Field(default_factory=Options)
     sparsity: Sparsity = Field(default_factory=lambda: Sparsity(density=1.0))

@@ -3,108 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import log2
 from typing import Any, Literal, get_args
 
 from supar_cli.errors import InputError
 from supar_cli.planning import density as shares
 from supar_cli.planning import rules
+from supar_cli.planning.axes import LEVELS, SHARES, Grid, axis_values, parts_of
+from supar_cli.planning.decoder import Model, ViT
 from supar_cli.planning.document import content_hash
+from supar_cli.planning.layout_document import OwnShape
 from supar_cli.planning.live_counts import asked_density
 from supar_cli.planning.patterns import Block, Pattern
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.schema import Field, Section
-from supar_cli.planning.spec import Data, Hyperparameters, Model, Options, Proxy, Run, Search, Sparsity, Target, Train
+from supar_cli.planning.spec import (
+    Data,
+    Hyperparameters,
+    Options,
+    Proxy,
+    Run,
+    Search,
+    Shaped,
+    Sparsity,
+    Target,
+    Train,
+)
 from supar_cli.planning.transfer import transfer
 from supar_cli.planning.updates import Updates
 
 TUNED = Search.SEARCHED
-SHARES = ("sparsity", "density")
-LEVELS = (*SHARES, "width", "layers")
-MAX_VALUES = 200  # chosen: a grid with more values is probably a typing error
-
-GRAMMAR = "log2:-12..-4/0.5, x:-3..3/1 (the proxy's value times 2^k) or a list such as 0.001,0.002"
-LISTS = {
-    "sparsity": "a list of numbers 0 <= sparsity < 1 such as 0,0.75,0.9375",
-    "density": "a list of numbers 0 < density <= 1 such as 1,0.25,0.0625",
-    "width": "a list of whole numbers above 0 such as 256,512,1024",
-    "layers": "a list of whole numbers above 0 such as 2,4,8",
-}
-
-
-def axis_values(name: str, given: Any, centre: float = 1.0) -> tuple[float, ...]:
-    """The values of an axis in rising order, from a list or a text as in GRAMMAR. Raises ValueError that begins with the key."""
-    try:
-        return tuple(sorted(_values(name, given, centre)))
-    except ValueError as error:
-        raise ValueError(f"over.{name}: {given!r}: {error}; expected {LISTS.get(name, GRAMMAR)}") from None
-
-
-def _values(name: str, given: Any, centre: float) -> list[float]:
-    if isinstance(given, bool) or not isinstance(given, str | list | int | float):
-        raise ValueError("not an axis")
-    if isinstance(given, str) and ":" in given:
-        if name in LEVELS:
-            raise ValueError("a range in octaves")
-        values = _octaves(given, centre)
-    else:
-        values = [shares.number(part) for part in _parts(given)]
-    if not 1 <= len(values) == len(set(values)) <= MAX_VALUES:
-        raise ValueError(f"not 1 to {MAX_VALUES} different values")
-    for value in values:
-        is_valid = {"sparsity": 0 <= value < 1, "density": 0 < value <= 1}.get(name, value > 0)
-        if not is_valid or (name in ("width", "layers") and value != int(value)):
-            raise ValueError(f"{value:g} is not a valid {name.replace('_', ' ')}")
-    return values
-
-
-def _parts(given: Any) -> list[str]:
-    """The texts of an axis that is a list of values."""
-    parts = given.split(",") if isinstance(given, str) else given if isinstance(given, list) else [given]
-    return [str(part).strip() for part in parts]
-
-
-def _octaves(text: str, centre: float) -> list[float]:
-    """The values of SCALE:LOW..HIGH/STEP, or without a step in whole octaves."""
-    scale, span = (part.strip() for part in text.split(":", 1))
-    ends, slash, step_text = span.partition("/")
-    low, high, step = (shares.number(part) for part in (*ends.partition("..")[::2], step_text if slash else "1"))
-    if scale not in ("log2", "x"):
-        raise ValueError(f"{scale!r} is not a scale (log2 or x)")
-    if not (0 < step <= 100 and -100 <= low <= high <= 100) or (high - low) / step > MAX_VALUES:
-        raise ValueError(f"not a range LOW..HIGH/STEP of at most {MAX_VALUES} values")
-    count = int((high - low) / step + 1e-9) + 1
-    return [(centre if scale == "x" else 1.0) * rules.power(2.0, low + i * step) for i in range(count)]
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """Values of the tuned hyperparameter by index: 0, 1, … are those of the axis, others lie beyond or between them."""
-
-    values: tuple[float, ...]
-
-    def value(self, index: float) -> float:
-        """The value at an index, in equal steps of its logarithm; beyond the ends in steps as the last ones there."""
-        last = len(self.values) - 1
-        if index == int(index) and 0 <= index <= last:
-            return self.values[int(index)]
-        start = min(max(int(index // 1), 0), max(last - 1, 0))
-        step = self.values[start + 1] / self.values[start] if last else 2.0
-        return self.values[start] * rules.power(step, index - start)
-
-    def octaves(self, index: float) -> float:
-        return log2(self.value(index))
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A size that runs are transferred to. `share` is its density as documents have it, exactly."""
+    """A size that runs are transferred to. `share` is its density as documents have it, exactly.
+
+    Of a user's model a width or a number of layers that nobody asks for is None: its layout says it.
+    """
 
     axis: str
     value: float
     share: shares.Share
-    width: int
-    layers: int
+    width: int | None
+    layers: int | None
 
     @property
     def density(self) -> float:
@@ -121,6 +62,7 @@ class Level:
         return float(getattr(self, self.measure))
 
 
+Aggregate = Literal["mean", "iqm"]
 Mark = Literal["drift", "shift", "regret"]
 MARKS: dict[Mark, float] = {"drift": 0.15, "shift": 0.5, "regret": 0.005}  # SPEC §9: |γ|, octaves, share of the loss
 
@@ -162,17 +104,17 @@ def _is_density(share: str, level: Level) -> bool:
     return shares.literal(share) == shares.literal(level.share)
 
 
-class Sweep(Section):
+class Sweep(Shaped, Section):
     """`supar.sweep/v1`: a proxy, one hyperparameter swept around its values, and the sizes at which its optimum should stay the same."""
 
     kind: Literal["supar.sweep/v1"]
     name: str = "sweep"
     title: str = ""
-    model: Model
+    model: Model | ViT | OwnShape
     hyperparameters: Hyperparameters
     parameterization: Options = Field(default_factory=Options)
     sparsity: Sparsity = Field(default_factory=lambda: Sparsity(density=1.0))
-    data: Data = Field(default_factory=Data)
+    data: Data | None = Field(default_factory=Data)
     train: Train
     target: Target = Field(default_factory=Target)
     over: dict[str, Any]
@@ -185,10 +127,12 @@ class Sweep(Section):
     widen: int = Field(default=6, ge=0, le=30)
     refine: int = Field(default=0, ge=0, le=4)
     robustness: bool = Field(default=False, neutral=True, omit=True)  # half and twice the re-used value measured
+    aggregate: Aggregate = Field(default="mean", neutral=True, omit=True)  # what the runs of several seeds become
     run: Run = Field(default_factory=Run)
     meta: dict[str, Any] = Field(default_factory=dict)
 
     def check(self) -> None:
+        super().check()
         if bool(self.arms) == bool(self.parameterizations):
             given = "and arms are both given" if self.arms else "is missing, as arms are"
             raise ValueError(f"parameterizations: {given}; expected exactly one of them")
@@ -217,6 +161,8 @@ class Sweep(Section):
             raise ValueError(f"iso: {self.iso} needs a density axis; expected over.sparsity or over.density")
         if self.first_seeds is not None and self.first_seeds < self.seeds:
             raise ValueError(f"first_seeds: {self.first_seeds}; expected at least as many as seeds, {self.seeds}")
+        if isinstance(self.model, OwnShape):
+            self._check_own()
         levels = self.levels
         for name, arm in self.all_arms.items():
             self.grid(name)
@@ -229,6 +175,23 @@ class Sweep(Section):
                 shares.density_from("density", share, f"arms.{name}.pattern")
                 if not any(_is_density(share, level) for level in levels):
                     raise ValueError(f"arms.{name}.pattern: {share} is no density of the sweep; expected those of over")
+
+    def _check_own(self) -> None:
+        """Raise ValueError for what can't be asked of a user's model."""
+        what = "is for supar's own families; expected none with a model of your own"
+        if self.iso != "none":
+            raise ValueError(f"iso: {self.iso} {what}")
+        for name, arm in self.arms.items():
+            if arm.prune:
+                raise ValueError(f"arms.{name}.prune: {arm.prune} {what}")
+            if self.centre(name)[self.tuned] is None and str(self.over[self.tuned]).strip().startswith("x"):
+                raise ValueError(
+                    f"over.{self.tuned}: x: is of a number, and the proxy has none; expected log2: or a list"
+                )
+        if self.level_axis in (self.target.size or {}):
+            raise ValueError(
+                f"target.size.{self.level_axis}: over.{self.level_axis} says it too; expected only one of them"
+            )
 
     @property
     def all_arms(self) -> dict[str, Arm]:
@@ -256,13 +219,15 @@ class Sweep(Section):
         """Sizes from the densest, narrowest or shallowest on: the first is the one whose optimum is re-used."""
         axis, own = self.level_axis, self.target.sparsity
         share = _share("sparsity", str(own.sparsity)) if own.sparsity is not None else own.density or 1.0
-        shape = {"width": self.target.width or self.model.width, "layers": self.target.layers or self.model.layers}
+        shape: dict[str, int | None] = {"width": self.target.width, "layers": self.target.layers}
+        if not isinstance(self.model, OwnShape):
+            shape = {name: value or getattr(self.model, name) for name, value in shape.items()}
         if not axis:
             return [Level("density", float(shares.literal(share)), share, **shape)]
         values = axis_values(axis, self.over[axis])  # rising; refuses what is wrong with them
         if axis not in SHARES:
             return [Level(axis, value, share, **{**shape, axis: int(value)}) for value in values]
-        found = [Level(axis, shares.number(part), _share(axis, part), **shape) for part in _parts(self.over[axis])]
+        found = [Level(axis, shares.number(part), _share(axis, part), **shape) for part in parts_of(self.over[axis])]
         found.sort(key=lambda level: -level.density)
         return found if self.iso == "none" else [self._widened(level, found[0]) for level in found]
 
@@ -273,9 +238,17 @@ class Sweep(Section):
 
     def _widened(self, level: Level, first: Level) -> Level:
         """A level at the width, in whole heads, that keeps the first one's live parameters or weights per neuron."""
-        step = self.model.width_step
+        step, width = self.decoder.width_step, self.size_at(level)["width"]
         ratio = rules.power(first.density / level.density, 0.5 if self.iso == "parameters" else 1.0)
-        return replace(level, width=max(1, round(level.width * ratio / step)) * step)
+        return replace(level, width=max(1, round(width * ratio / step)) * step)
+
+    def size_at(self, level: Level | None = None) -> dict[str, int]:
+        """Every size of a level by its name; without one the proxy's. Raises InputError for one that a layout doesn't have."""
+        if isinstance(self.model, OwnShape):
+            layout = self.model.read_layout()
+            given = {} if level is None else {"width": level.width, "layers": level.layers, **(self.target.size or {})}
+            return layout.complete({name: size for name, size in given.items() if size is not None})
+        return {name: getattr(level or self.model, name) for name in ("width", "layers")}
 
     def plan(self, name: str, level: Level, index: float, seed: int) -> Plan:
         """The plan of one run of an arm, its hyperparameter at an index of the grid. Raises InputError for a size that has no plan."""
@@ -284,8 +257,8 @@ class Sweep(Section):
         values = {**self.centre(name), self.tuned: self.grid(name).value(index)}
         sections = {key: getattr(self, key) for key in keys}
         is_dense = level.density == 1 and not self.target.sparsity.overrides
-        size = (level.density, level.width, level.layers)
-        if size != (self._density, self.model.width, self.model.layers):  # there these change nothing
+        size = (level.density, self.size_at(level))
+        if size != (self._density, self.size_at()):  # there these change nothing
             options = arm.own("weight_decay_rule", "density_exponent")
             sections["parameterization"] = self.parameterization.model_copy(update=options)
         proxy = Proxy(kind="supar.proxy/v1", hyperparameters=values, **sections)  # type: ignore[arg-type]
@@ -333,9 +306,15 @@ def require_comparison(sweep: Sweep) -> None:
 
 def plan_all(sweep: Sweep) -> list[Plan]:
     """A plan of each arm at each size, to find errors before runs start. Raises InputError."""
-    for level in sweep.levels:
-        if level.width % sweep.model.width_step and not (sweep.target.heads or sweep.target.head_width):
-            what = f"width {level.width} is not a multiple of {sweep.model.width_step}, the least one with whole heads"
-            raise InputError(f"over.{level.axis}: {what}; expected one that is")
+    sizes, axis = sweep.size_at(), sweep.level_axis
+    if axis not in ("", *SHARES, *sizes):
+        what = f"the layout has no such size, only {', '.join(sizes)}"
+        raise InputError(f"over.{axis}: {what}; expected a density, or a layout whose size has that name")
+    if isinstance(sweep.model, Model) and not (sweep.target.heads or sweep.target.head_width):
+        step = sweep.model.width_step
+        for width in (sweep.size_at(level)["width"] for level in sweep.levels):
+            if width % step:
+                what = f"width {width} is not a multiple of {step}, the least one with whole heads"
+                raise InputError(f"over.{axis or 'density'}: {what}; expected one that is")
     (first, *_) = sweep.seeds_at(sweep.levels[0])
     return [sweep.plan(name, level, 0, first) for name in sweep.all_arms for level in sweep.levels_of(name)]

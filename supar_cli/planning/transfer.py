@@ -22,6 +22,7 @@ from supar_cli.planning.plan_sections import (
     Parameterization,
     PlanSparsity,
     PlanTask,
+    PlanViT,
     Values,
     derived_keys,
 )
@@ -162,6 +163,9 @@ def _plan_decoder(proxy: Proxy, target: Target, scheme: rules.Scheme, masks: Giv
     own, hyper = proxy.decoder, proxy.hyperparameters
     if target.size is not None:
         raise InputError("target.size: is for models of your own; expected target.width, layers, …")
+    for_text = ("context", "tokens", "tokens_per_parameter") if own.data_kind == "images" else ()
+    if given := [name for name in for_text if getattr(target, name) is not None]:
+        raise InputError(*(f"target.{name}: is for text; expected none with the family {own.family}" for name in given))
     model = target_model(own, target)
     base = _base(proxy, model)
     shapes = _DecoderTensors(proxy, model, base, scheme.edition)
@@ -177,7 +181,9 @@ def _plan_decoder(proxy: Proxy, target: Target, scheme: rules.Scheme, masks: Giv
     m_width, m_L = model.width / own.width, model.layers / own.layers
     factors = rules.forward_rules(scheme, hyper.alpha_input, hyper.alpha_output, m_width, m_L, model.head_width)
     multipliers = Multipliers(**{name: rule.value for name, rule in factors.items()})
-    return PlanModel(**model.model_dump(), multipliers=multipliers), base, rows, PlanTask()
+    is_text = model.data_kind == "tokens"
+    made = (PlanModel if is_text else PlanViT)(**model.model_dump(), multipliers=multipliers)
+    return made, base, rows, PlanTask(kind="next_token" if is_text else "classification")
 
 
 def _plan_own(proxy: Proxy, target: Target, scheme: rules.Scheme, masks: GivenMasks | None) -> _Planned:
@@ -274,10 +280,12 @@ def target_model(proxy: Model, target: Target) -> Model:
         raise InputError(f"target.width: {what}; expected another width, or target.ffn_width")
     kv_heads = target.kv_heads or (heads // group if heads % group == 0 else 1)
     changes = {"width": width, "heads": heads, "kv_heads": kv_heads, "ffn_width": target.ffn_width or ffn_width}
-    changes |= {"layers": target.layers or proxy.layers, "context": target.context or proxy.context}
+    changes["layers"] = target.layers or proxy.layers
+    if target.context is not None:
+        changes["context"] = target.context
     if not is_usual:
         changes["head_width"] = head_width
-    return validate(Model, {**proxy.model_dump(), **changes}, "target")
+    return validate(type(proxy), {**proxy.model_dump(), **changes}, "target")
 
 
 def _base_density(proxy: Proxy, shapes: _DecoderTensors | OwnTensors) -> dict[str, float]:
@@ -305,7 +313,8 @@ def _base(proxy: Proxy, model: Model) -> Base:
 
 def _train(proxy: Proxy, target: Target, model: PlanModel | OwnModel, live: int) -> PlanTrain:
     batch_size = target.batch_size or proxy.train.batch_size
-    step_tokens = batch_size * (model.context if isinstance(model, PlanModel) else 1)
+    has_tokens = isinstance(model, PlanModel) and model.data_kind == "tokens"
+    step_tokens = batch_size * (model.context if isinstance(model, PlanModel) and has_tokens else 1)
     if batch_size % (proxy.run.micro_batch_size or 1):
         what = f"{proxy.run.micro_batch_size} does not divide the batch size {batch_size}"
         close = gcd(proxy.run.micro_batch_size or 1, batch_size)
@@ -320,7 +329,7 @@ def _train(proxy: Proxy, target: Target, model: PlanModel | OwnModel, live: int)
         raise InputError(f"train.steps: {steps} steps of {step_tokens} tokens are more than a run can have")
     fields: dict[str, Any] = proxy.train.model_dump()
     fields |= {"steps": steps, "batch_size": batch_size}
-    fields["tokens"] = steps * step_tokens if isinstance(model, PlanModel) else None
+    fields["tokens"] = steps * step_tokens if has_tokens else None
     fields["warmup_steps"] = int(Fraction(density.literal(proxy.train.warmup_fraction)) * steps)
     if proxy.train.decay_fraction is not None:
         fields["decay_steps"] = int(Fraction(density.literal(proxy.train.decay_fraction)) * steps)

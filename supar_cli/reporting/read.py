@@ -111,7 +111,7 @@ def _study(folder: Path) -> ReportPart:
         part = ReportPart(str(folder), "unfinished measurement", str(title), state)
         part.notes.append("No result.json yet: the verdicts follow when all runs have ended.")
         part.facts = {"Question": flatten(question)}
-        _draw_losses(part, records)
+        _draw_losses(part, records, is_nats=own.get("command") is None)
     _add_records(part, records)
     return part
 
@@ -136,7 +136,7 @@ def _add_records(part: ReportPart, records: list[Record]) -> None:
         part.tables.append(Table(title=title, columns=columns, rows=why, folded=len(why) > 10))
 
 
-def _draw_losses(part: ReportPart, records: list[Record]) -> None:
+def _draw_losses(part: ReportPart, records: list[Record], is_nats: bool) -> None:
     """Add a figure of what a sweep has measured so far, means over seeds; other measurements have none."""
     losses: dict[str, dict[str, dict[float, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     word = ""
@@ -152,7 +152,7 @@ def _draw_losses(part: ReportPart, records: list[Record]) -> None:
         panels.append(Panel(title=TITLES.get(arm, arm), lines=lines))
     if panels:
         title = f"Loss over {word} so far, means over the seeds that have ended"
-        part.figures.append(loss_figure(title, f"{word} of the proxy", panels))
+        part.figures.append(loss_figure(title, f"{word} of the proxy", panels, is_nats=is_nats))
 
 
 def _demo(demo: Demo, source: str) -> ReportPart:

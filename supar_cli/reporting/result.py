@@ -120,11 +120,17 @@ class Figure(Data):
         return sum(y is None for line in self.lines for y in line.y)
 
 
-def loss_figure(title: str, x: str, panels: list[Panel], name: str = "loss") -> Figure:
-    """Validation loss over `x`, as sweeps and the demo show it: a diverging end of a curve would flatten the rest."""
+NATS = "validation loss (nats per token)"
+
+
+def loss_figure(title: str, x: str, panels: list[Panel], name: str = "loss", is_nats: bool = True) -> Figure:
+    """Validation loss over `x`, as sweeps and the demo show it: a diverging end of a curve would flatten the rest.
+
+    Where a user's script reports it, its unit is not known (`is_nats`), and neither is where that begins.
+    """
     losses = [y for panel in panels for line in panel.lines for y in line.y if y is not None]
-    limits = [min(losses) - 0.05, min(max(losses), min(losses) + 1.5) + 0.05] if losses else None
-    y = "validation loss (nats per token)"
+    limits = [min(losses) - 0.05, min(max(losses), min(losses) + 1.5) + 0.05] if losses and is_nats else None
+    y = NATS if is_nats else "loss as the script reports it"
     return Figure(name=name, title=title, x=x, y=y, x_log2=True, y_log2=False, y_limits=limits, panels=panels)
 
 

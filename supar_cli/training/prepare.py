@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from supar_cli.errors import InputError
 from supar_cli.models.transformer import Transformer, named_tensors
-from supar_cli.planning.plan import Plan, PlanTensor
+from supar_cli.models.vit import VisionTransformer
+from supar_cli.planning.plan import Plan, PlanTensor, PlanViT
 from supar_cli.planning.schedule import MaskSchedule
 from supar_cli.sparse import autotune, masks
 from supar_cli.sparse.autotune import EngineChoice, LayerCase
@@ -79,7 +80,8 @@ def to_dense(values: Tensor, mask: Mask | None) -> Tensor:
 
 def transformer(plan: Plan) -> nn.Module:
     """The plan's transformer without its initial values."""
-    return Transformer(plan.decoder)
+    model = plan.decoder
+    return VisionTransformer(model) if isinstance(model, PlanViT) else Transformer(model)
 
 
 def prepare(

@@ -17,8 +17,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from supar_cli.data import batches
+from supar_cli.data import batches, images
 from supar_cli.errors import InputError
 from supar_cli.planning.plan import Data, Plan
 from supar_cli.training.distributed import Parallel, Ranks
@@ -61,6 +62,8 @@ class Task(Protocol):
 
 def load(plan: Plan) -> Task:
     """Load the task of a plan. Raises InputError for the wrong data, SetupError for data that can't be used."""
+    if plan.own_data.kind == "images":
+        return Classification(plan, images.load(plan.own_data))
     return NextToken(plan, batches.load(plan.text, vocab=plan.decoder.vocab, context=plan.decoder.context))
 
 
@@ -100,6 +103,42 @@ class NextToken:
 
     def evaluate(self, model: nn.Module, batch: Batch, chunk: int | None) -> dict[str, Tensor]:
         return {"validation_loss": self.loss(model, batch, chunk)}
+
+
+class Classification:
+    """The class of an image. A batch is images (B, C, H, W), float32, and labels (B,), int64.
+
+    Raises InputError if the images are not those that the model reads, or fewer are held out than evaluations need.
+    """
+
+    unit, units_per_row = "images", 1
+    standard_errors = True
+
+    def __init__(self, plan: Plan, found: images.Images) -> None:
+        train, model, self._images = plan.train, plan.decoder, found
+        self.lines, self.hash = found.lines, found.hash
+        self._seed, self._rows = train.seed, train.batch_size
+        self.flops_per_unit: float | None = plan.flops_per_token * model.context
+        self.held_out_rows = train.eval_batches * train.batch_size
+
+    def batch(self, step: int, rows: slice) -> Batch:
+        return self._images.batch(self._seed, step, self._rows, rows)
+
+    def held_out(self, index: int, count: int, rows: int) -> Batch:
+        return self._images.evaluation(index, count, rows)
+
+    def inputs(self, batch: Batch) -> Batch:
+        return batch[:1]
+
+    def loss(self, model: nn.Module, batch: Batch, chunk: int | None) -> Tensor:
+        """Mean cross-entropy in nats per image."""
+        return model(*batch, chunk)  # type: ignore[no-any-return]
+
+    def evaluate(self, model: nn.Module, batch: Batch, chunk: int | None) -> dict[str, Tensor]:
+        pictures, labels = batch
+        logits = model(pictures).float()
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        return {"validation_loss": F.cross_entropy(logits, labels), "accuracy": accuracy}
 
 
 @torch.no_grad()
@@ -167,6 +206,13 @@ def _load_tokens(data: str, vocab: int, context: int) -> batches.Tokens:
     return batches.load(Data(**json.loads(data)), vocab=vocab, context=context)
 
 
+@lru_cache(maxsize=1)
+def _load_images(data: str) -> images.Images:
+    return images.load(Data(**json.loads(data)))
+
+
 def load_task(plan: Plan) -> Task:
     """The task of a plan, as `load` makes it; the data are read once for all plans in a row that share them."""
+    if plan.own_data.kind == "images":
+        return Classification(plan, _load_images(json.dumps(plan.own_data.model_dump())))
     return NextToken(plan, _load_tokens(json.dumps(plan.text.model_dump()), plan.decoder.vocab, plan.decoder.context))

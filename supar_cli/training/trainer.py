@@ -54,7 +54,7 @@ class Trainer:
         kind, why = choose_parallelism(plan, self.runtime, self.ranks)
         if why:
             self.reporter.log(why)
-        units = self.runtime.micro_batch * self.task.units_per_row
+        units = self.runtime.micro_batch * getattr(plan.model, "context", self.task.units_per_row)
         self.engines = prepare.EngineSelector(plan, self.runtime, self.ranks, units, sharded=kind == "fsdp")
         self._updates, self.done = MaskUpdates(plan, self.ranks), 0
         self._build_model(kind)
@@ -258,7 +258,8 @@ class Trainer:
     def _rebuild(self, state: State) -> None:
         kind = self.parallel.kind
         del self.model, self.parallel, self.sparse_model, self.optimizer, self.update
-        gc.collect()  # compiling it and hooks of DDP and FSDP2 keep a model in cycles; free its memory for the next one
+        if kind != "alone" or self.runtime.compiles:
+            gc.collect()  # compiling it and hooks of DDP and FSDP2 keep a model in cycles; free its memory for the next one
         self._build_model(kind, state)
 
     def restore(self, path: Path) -> None:
