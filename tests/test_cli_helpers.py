@@ -106,6 +106,7 @@ class TestInit:
             "gpt.py",
             "llama.py",
             "mlp.py",
+            "ppo.py",
             "resnet.py",
         ]
         called = supar_here("init", "papr")

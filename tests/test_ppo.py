@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,12 +18,16 @@ from torch import nn
 
 import supar_cli as supar
 from supar_cli import files
+from supar_cli.cli.help import PAGES
 from supar_cli.errors import InputError
 from supar_cli.planning import document
 from supar_cli.planning.layout_document import Layout
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import validate
 from supar_cli.planning.spec import Proxy
+
+from .conftest import CHECKOUT, Called
+from .test_readme import blocks
 
 gymnasium = pytest.importorskip("gymnasium")
 HYPER = {"init_std": None, "alpha_input": 1.0, "alpha_output": 1.0, "weight_decay": 0.0, "eps": 1e-5}
@@ -208,9 +213,19 @@ class TestRuns:
         plan = plan_of(ppo, tmp_path, steps=1, batch_size=32)  # four steps of each environment: no pole falls
         (tmp_path / "plan.yaml").write_text(document.write([plan.model_dump()]))
         monkeypatch.setenv("SUPAR_RESULT", str(tmp_path / "result.jsonl"))
-        with pytest.raises(SystemExit, match=r"no episode finished .* expected more train\.steps"):
+        with pytest.raises(SystemExit, match=r"no episode finished .* expected a larger train\.steps"):
             ppo.main(tmp_path / "plan.yaml")
         assert not (tmp_path / "result.jsonl").exists()
+
+    def test_one_that_diverges_reports_nan_and_half_a_batch_is_refused(
+        self, ppo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "plan.yaml").write_text(document.write([plan_of(ppo, tmp_path, lr=2.0**20).model_dump()]))
+        monkeypatch.setenv("SUPAR_RESULT", str(tmp_path / "result.jsonl"))
+        ppo.main(tmp_path / "plan.yaml")
+        assert json.loads((tmp_path / "result.jsonl").read_text())["loss"] is None
+        with pytest.raises(SystemExit, match=r"train\.batch_size: 1001; expected a multiple of 8"):
+            ppo.train(plan_of(ppo, tmp_path, batch_size=1001))
 
     def test_a_sparse_agent_learns_and_one_without_a_rate_does_not(self, ppo: ModuleType, tmp_path: Path) -> None:
         """An agent that does not learn has 22 on average, and never 60 over an iteration's 40 episodes."""
@@ -229,3 +244,27 @@ def test_the_layout_has_two_heads_and_sparse_weights_between(ppo: ModuleType) ->
     assert {row.role for name, row in found.items() if name not in roles} == {"bias"}
     actor, critic = (found[f"{part}.6.weight"].own.std for part in ("actor", "critic"))
     assert 50 < critic / actor < 200  # the actor's starts at a hundredth
+
+
+def test_the_page_leads_from_a_dense_agent_to_a_sparse_one(
+    supar_here: Callable[..., Called], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commands as written, the search but for one trial of two iterations."""
+    monkeypatch.setenv("PYTHONPATH", str(CHECKOUT))  # of the trial's process
+    few = {"search.finalists": 1, "search.seeds": 1, "search.lr_fit_octaves": [], "train.steps": 2}
+    few["run.command"] = f"{sys.executable} ppo.py {{plan}}"
+    shorter = ["--trials", "1", *(word for key, value in few.items() for word in ("-s", f"{key}={value}"))]
+    shown = dict(blocks(PAGES / "rl.md"))
+    (tmp_path / "agent.yaml").write_text(shown["yaml"])
+    for line in shown["console"].replace("\\\n", " ").splitlines()[1:]:
+        program, *words = shlex.split(line)
+        if program == "supar":
+            called = supar_here(*words, *(shorter if words[0] == "tune-proxy" else []))
+            assert called.status == 0, called.err
+        else:
+            script((tmp_path / words[0]).read_text()).main(words[1])
+    plan = supar.load("plan.yaml")
+    assert {row.density for row in plan.tensors if row.role == "hidden"} == {1 / 8} and plan.train.grad_clip == 0.5
+    (finalist,) = supar.load("proxy.yaml").evidence["finalists"]
+    assert finalist["mean"] < -8  # the return of a pole that falls at once is 8
+    monkeypatch.delitem(sys.modules, "ppo")

@@ -1,12 +1,12 @@
 """PPO on gymnasium's CartPole in a plain loop, its agent sparse as a plan says: `python ppo.py plan.yaml`.
 
 supar layout ppo:make --base width=64 --wider width=128 --third width=192 --example ppo:example -o layout.yaml
-supar init ppo-agent -o supar.yaml
-supar tune-proxy
+supar tune-proxy agent.yaml
 supar transfer proxy.yaml --width 64 --sparsity 0.875
 python ppo.py plan.yaml
 
-The plan says steps (iterations), batch_size (transitions of an iteration, of all environments together), seed, rates, grad_clip.
+`supar help rl` shows agent.yaml. The plan says steps (iterations), batch_size (transitions of an iteration, of all environments
+together), seed, rates and grad_clip; the other settings are below.
 """
 
 import math
@@ -29,7 +29,7 @@ DISCOUNT, TRACE = 0.99, 0.95  # gamma, lambda
 CLIP, VALUE, ENTROPY = 0.2, 0.5, 0.01  # of the ratio of probabilities; shares of the loss
 
 
-def layers(width, results, last_std):
+def make_layers(width, results, last_std):
     sizes = [4, width, width, width, results]
     linear = [nn.Linear(*pair) for pair in pairwise(sizes)]
     for one in linear:
@@ -42,8 +42,8 @@ def layers(width, results, last_std):
 class Agent(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.actor = layers(width, 2, 0.01)  # at first every action is as likely as any other
-        self.critic = layers(width, 1, 1.0)
+        self.actor = make_layers(width, 2, 0.01)  # at first every action is as likely as any other
+        self.critic = make_layers(width, 1, 1.0)
 
     def forward(self, observations):
         return self.actor(observations), self.critic(observations).squeeze(-1)
@@ -122,8 +122,11 @@ def collect(agent, episodes, steps, iteration, generator):
 
 
 def train(plan):
-    """Train an agent as a plan says; the iterations and returns of the episodes that finished."""
+    """Train an agent as a plan says: the (iteration, return) of each episode that finished, at last nan where it diverged."""
     settings = plan.train
+    steps, left = divmod(settings.batch_size, ENVIRONMENTS)
+    if left:
+        sys.exit(f"train.batch_size: {settings.batch_size}; expected a multiple of {ENVIRONMENTS}, the environments")
     agent = make(**plan.model.target)
     prepared = supar.prepare(agent, plan)
     optimizer = prepared.optimizer()
@@ -131,11 +134,13 @@ def train(plan):
     episodes = Episodes(settings.seed)
     for iteration in range(settings.steps):
         prepared.set_rate(rate_factor(plan, iteration) * plan.hyperparameters.lr)  # as plan.train.schedule says
-        steps = settings.batch_size // ENVIRONMENTS
         transitions = collect(agent, episodes, steps, iteration, generator)
         for _ in range(EPOCHS):
             for rows in torch.randperm(len(transitions[0]), generator=generator).chunk(MINIBATCHES):
-                loss_of(agent, *(one[rows] for one in transitions)).backward()
+                loss = loss_of(agent, *(one[rows] for one in transitions))
+                if not loss.isfinite():
+                    return [*episodes.finished, (iteration, math.nan)]
+                loss.backward()
                 prepared.clip_grad_norm_(settings.grad_clip or math.inf)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -144,19 +149,15 @@ def train(plan):
 
 def main(path):
     plan = supar.load(path)
-    steps = plan.train.steps
-    finished = train(plan)
+    steps, finished = plan.train.steps, train(plan)
     # a tenth of the iterations, and as many that each environment finishes an episode
     last = max(math.ceil(steps / 10), math.ceil((LONGEST + 1) * ENVIRONMENTS / plan.train.batch_size))
-    returns = [total for iteration, total in finished if iteration >= steps - last]
+    returns = [total for iteration, total in finished if iteration >= steps - last or math.isnan(total)]
     if not returns:
-        sys.exit(
-            f"no episode finished in the last {last} iterations; expected more train.steps, or a larger batch_size"
-        )
-    supar.report_loss(-np.mean(returns), steps)
-    print(
-        f"mean return of the {len(returns)} episodes that finished in the last {last} iterations: {np.mean(returns):.1f}"
-    )
+        sys.exit(f"no episode finished in the last {last} iterations; expected a larger train.steps or batch_size")
+    mean = np.mean(returns)  # of finished episodes alone: one that still runs has a return that is not known
+    supar.report_loss(-mean, steps)
+    print(f"mean return of the {len(returns)} episodes that finished in the last {last} iterations: {mean:.1f}")
 
 
 if __name__ == "__main__":
