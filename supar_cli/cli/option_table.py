@@ -183,7 +183,7 @@ OPTIONS = {
         "iso",
         metavar="WHAT",
     ),
-    "preset": Option(str, "Run a figure of the paper at a small size", metavar="NAME"),
+    "preset": Option(str, "Run a study that supar ships", metavar="NAME"),
     "masks": Option(
         str,
         "Take masks from a safetensors file, or the zeros of a run, a checkpoint, an export or a pruned model's weights.",

@@ -1,6 +1,7 @@
 """`supar sweep` and `compare`: does a hyperparameter that was tuned dense still hold where weights are sparse?"""
 
 import copy
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import typer
 import supar_cli
 from supar_cli.cli import documents, terminal
 from supar_cli.cli.options import Flags, command, require_one, workers_of
+from supar_cli.cli.sweep_text import describe, explain_comparison, explain_sweep
 from supar_cli.cli.values import PRESETS, names, one_share
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
+from supar_cli.files import template, write_file
 from supar_cli.planning import document, templates
 from supar_cli.planning.advice import density_exponent, warnings
 from supar_cli.planning.axes import LEVELS, SHARES
@@ -62,7 +65,7 @@ MEANINGS: dict[str, dict[str, Any]] = {
         name: {"help": f"{name.capitalize()} of all runs.", "read": one_share, "path": f"target.sparsity.{name}"}
         for name in SHARES
     },
-    preset={"help": "A figure of the paper, small: " + ", ".join(PRESETS) + "."},
+    preset={"help": "A study that supar ships, most of them figures of the paper, small: " + ", ".join(PRESETS) + "."},
     out={"help": "Folder; with --calibrate, file of the new proxy. [default: sweeps/NAME]"},
     **MEANINGS,
 )
@@ -89,7 +92,7 @@ def sweep(flags: Flags) -> None:
     read = read_study(flags.source, SWEPT, flags.full, preset)
     result = _measure(supar_cli.sweep, "sweeps", read, axes, flags)
     if not flags.quiet:
-        _explain_sweep(result, terminal.Log())
+        explain_sweep(result, terminal.Log())
         terminal.show_verdicts(result["verdicts"])
     _finish(result, "sweeps", flags)
 
@@ -119,7 +122,7 @@ def compare(flags: Flags) -> None:
     axes = {flags.places[name]: f"{name}={level}" for name, level in levels.items() if level is not None}
     result = _measure(supar_cli.compare, "compare", read, axes, flags)
     if not flags.quiet:
-        _explain_comparison(result["levels"], terminal.Log())
+        explain_comparison(result["levels"], terminal.Log())
         terminal.show_verdicts(result["verdicts"])
     _finish(result, "compare", flags)
 
@@ -195,6 +198,8 @@ def _measure(
         terminal.show_dry_run(sweep_parts(study, function is supar_cli.compare), flags)
         raise typer.Exit
     folder = terminal.folder_of(flags, f"{folders}/{study.name}")
+    if flags.preset is not None and study.data is None:
+        study = _with_copies(study, flags.preset, log)
     progress = terminal.Progress(function.__name__, flags.quiet, folder / "records.jsonl")
     with progress, documents.with_locations(read):
         result = function(study, folder, force=flags.force, reporter=progress, **workers_of(flags))
@@ -207,7 +212,7 @@ def _study(read: Document, axes: dict[str, str], flags: Flags, log: terminal.Log
     """The study of a document, axes and flags; its warnings and its runs in words. Raises InputError."""
     set_axes(read, axes)
     documents.apply(read, flags)
-    study = parse(Sweep, read).beside(read.name)
+    study = parse(Sweep, read).beside(read.name if flags.preset is None else str(template("own/preset")))
     for path in ("sparsity", "density"), ("sparsity", "sparsity"), (study.level_axis,):
         is_swept = study.level_axis in (SHARES if len(path) > 1 else path)
         if is_swept and (flag := read.flags.get(("target", *path))):
@@ -217,7 +222,23 @@ def _study(read: Document, axes: dict[str, str], flags: Flags, log: terminal.Log
         plans = plan_all(study)
     for message in dict.fromkeys(message for plan in plans for message in warnings(plan)[:1]):
         log.warn(message)
-    _describe(study, log)
+    describe(study, log)
+    return study
+
+
+def _with_copies(study: Sweep, preset: str, log: terminal.Log) -> Sweep:
+    """A preset's study of a model of its own, with copies of its script and layout in the working directory."""
+    study = study.seen_from(template("own"))
+    for name in (study.model.layout, *shlex.split(study.run.command or "")):  # type: ignore[union-attr]
+        shipped, copied = template(f"own/{name}"), Path(name)
+        if not shipped.is_file():
+            continue
+        if not copied.exists():
+            write_file(copied, shipped.read_bytes())
+            log.log(f"wrote {name}")
+        elif copied.read_bytes() != shipped.read_bytes():
+            expected = f"expected another folder, or your own document: `supar init {preset}`"
+            raise InputError(f"{name}: is not the one of --preset {preset}; {expected}")
     return study
 
 
@@ -270,72 +291,3 @@ def _finish(result: dict[str, Any], folders: str, flags: Flags) -> None:
     folder = terminal.folder_of(flags, f"{folders}/{result['sweep']['name']}")
     terminal.Log(flags.quiet).next(f"supar report {folder}")
     terminal.require_passed(result["verdicts"], flags)
-
-
-def _describe(study: Sweep, log: terminal.Log) -> None:
-    """Describe the runs in a few lines."""
-    levels, train, target = study.levels, study.train, study.target
-    size, proxy = study.size_at(levels[0]), study.size_at()
-    more = f", {study.first_seeds} at the first size" if study.first_seeds else ""
-    seeds = f"{study.seeds} seed{'s' if study.seeds > 1 else ''} per point{more}"
-    log.log(f"{study.title or study.name}: {'; '.join(study.arms) or ', '.join(study.parameterizations)}; {seeds}")
-    if study.data is None:
-        shape = ", ".join(f"{name} {value} (proxy {proxy[name]})" for name, value in size.items())
-    else:
-        shape = f"width {size['width']} (proxy {proxy['width']}), {size['layers']} layers"
-        shape += f", context {target.context or study.decoder.context}"
-    made_of = f"by: {study.run.command}" if study.data is None else f"data {study.data.source}"
-    length = f"batch {target.batch_size or train.batch_size}, {target.steps or train.steps} steps"
-    log.log(f"{shape}, {length}, {made_of}")
-    if study.iso != "none":
-        keeps, power = {"parameters": ("live hidden parameters", 2), "wpn": ("weights per neuron", 1)}[study.iso]
-        log.log(
-            f"widths with as many {keeps} as at density {levels[0].density:g}, "
-            f"in multiples of {study.decoder.width_step}, for whole heads:"
-        )
-        for level in levels:
-            width = study.size_at(level)["width"]
-            share = width**power * level.density / (size["width"] ** power * levels[0].density)
-            live = f"{width * level.density:g} weights per neuron"
-            log.log(f"  density {level.density:g}: width {width}, {live}, {100 * share:.1f} % of the first")
-
-
-def _explain_sweep(result: dict[str, Any], log: terminal.Log) -> None:
-    """Explain the columns of the tables and report what is undecided."""
-    log.log(
-        "octaves: log2 of the best value over the first row's\n"
-        "re-used: loss at the value that measured best in the first row\n"
-        "regret: its loss penalty against re-tuning\n"
-        "γ: slope of log2(best value) against log2(size). A best value is the minimum\n"
-        "  of a parabola through the losses within 2 steps and 1.5 octaves of the best\n"
-        "  one measured"
-    )
-    levels = [level for arm in result["arms"] for level in arm["levels"]]
-    for arm in result["arms"]:
-        counts = {word: sum(level[word] for level in arm["levels"]) for word in ("diverged", "failed")}
-        if any(counts.values()):
-            runs = sum(len(loss["by_seed"]) for level in arm["levels"] for loss in level["losses"])
-            said = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-            log.log(f"{arm['arm']}: of {runs} runs {said}; a diverged one counts as worse than any loss")
-    seeds, widen = result["sweep"]["seeds"], result["sweep"]["widen"]
-    if seeds == 1:
-        log.log("one seed: no interval; differences may be chance")
-    else:
-        log.log(f"95 % intervals: {result['resamples']} resamples of the {seeds} seeds")
-        log.log("90 % intervals of verdicts: Student's t times their standard error")
-    if at_end := sum(not level["bracketed"] for level in levels):
-        log.warn(
-            f"{at_end} optima lie at an end of their axis, which was extended by at most {widen} steps; -s widen=N allows more"
-        )
-
-
-def _explain_comparison(rows: list[dict[str, Any]], log: terminal.Log) -> None:
-    """Say what the columns of the tables mean."""
-    log.log(
-        "tuned dense: SP at its best learning rate of the first row\n"
-        "re-tuned: SP at its best learning rate of each row, searched in octaves; the\n"
-        "  same runs are searched and scored, so this loss is slightly optimistic\n"
-        "SP, μP and SμPar: at the proxy's learning rate; SμPar should need no re-tuning"
-    )
-    if rows[0]["cells"] and all(cell["standard_error"] is None for row in rows for cell in row["cells"].values()):
-        log.log("one seed: no standard errors; differences may be chance")

@@ -29,7 +29,7 @@ LINES, TAIL_BYTES = 10, 2**14  # chosen: the end of a traceback, which says what
 
 
 def run_command(plan: Plan, folder: Path, on_report: Callable[[int, float], None] | None = None) -> RunHistory:
-    """Run the plan's `run.command` with the plan's file in place of `{plan}`; its last reported loss decides.
+    """Run the plan's `run.command`, `{plan}` being the plan's file and `{python}` supar's own; its last reported loss decides.
 
     The plan, the output and the reports are kept in a new folder below `folder`. `on_report` gets (step, loss) of each
     report with a step, and may raise to end the run. However it ends, none of its processes is left. Raises RunFailed if it
@@ -83,7 +83,7 @@ def _start(command: str, here: Path, output: int) -> subprocess.Popen[bytes]:
     plan = str(here / "plan.yaml")
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # this worker's share of the cores
     return subprocess.Popen(
-        command.replace("{plan}", shlex.quote(plan)),
+        command.replace("{python}", shlex.quote(sys.executable)).replace("{plan}", shlex.quote(plan)),
         shell=True,
         stdin=subprocess.DEVNULL,
         stdout=output,

@@ -22,7 +22,7 @@ LISTS = {
 }
 
 
-def axis_values(name: str, given: Any, centre: float = 1.0) -> tuple[float, ...]:
+def axis_values(name: str, given: Any, centre: float | None = 1.0) -> tuple[float, ...]:
     """The values of an axis in rising order, from a list or a text as in GRAMMAR. Raises ValueError that begins with the key."""
     try:
         return tuple(sorted(_values(name, given, centre)))
@@ -30,7 +30,7 @@ def axis_values(name: str, given: Any, centre: float = 1.0) -> tuple[float, ...]
         raise ValueError(f"over.{name}: {given!r}: {error}; expected {LISTS.get(name, GRAMMAR)}") from None
 
 
-def _values(name: str, given: Any, centre: float) -> list[float]:
+def _values(name: str, given: Any, centre: float | None) -> list[float]:
     if isinstance(given, bool) or not isinstance(given, str | list | int | float):
         raise ValueError("not an axis")
     if isinstance(given, str) and ":" in given:
@@ -54,7 +54,7 @@ def parts_of(given: Any) -> list[str]:
     return [str(part).strip() for part in parts]
 
 
-def _octaves(text: str, centre: float) -> list[float]:
+def _octaves(text: str, centre: float | None) -> list[float]:
     """The values of SCALE:LOW..HIGH/STEP, or without a step in whole octaves."""
     scale, span = (part.strip() for part in text.split(":", 1))
     ends, slash, step_text = span.partition("/")
@@ -63,8 +63,10 @@ def _octaves(text: str, centre: float) -> list[float]:
         raise ValueError(f"{scale!r} is not a scale (log2 or x)")
     if not (0 < step <= 100 and -100 <= low <= high <= 100) or (high - low) / step > MAX_VALUES:
         raise ValueError(f"not a range LOW..HIGH/STEP of at most {MAX_VALUES} values")
+    if scale == "x" and centre is None:
+        raise ValueError("the proxy's value, which x: multiplies, is null")
     count = int((high - low) / step + 1e-9) + 1
-    return [(centre if scale == "x" else 1.0) * rules.power(2.0, low + i * step) for i in range(count)]
+    return [(centre or 1.0 if scale == "x" else 1.0) * rules.power(2.0, low + i * step) for i in range(count)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,10 +184,6 @@ class Sweep(Shaped, Section):
         for name, arm in self.arms.items():
             if arm.prune:
                 raise ValueError(f"arms.{name}.prune: {arm.prune} {what}")
-            if self.centre(name)[self.tuned] is None and str(self.over[self.tuned]).strip().startswith("x"):
-                raise ValueError(
-                    f"over.{self.tuned}: x: is of a number, and the proxy has none; expected log2: or a list"
-                )
         if self.level_axis in (self.target.size or {}):
             raise ValueError(
                 f"target.size.{self.level_axis}: over.{self.level_axis} says it too; expected only one of them"
