@@ -7,7 +7,8 @@ A number is its tuned value times a product of ratios, each to a power that the 
     out      in the multiplier of the product that leaves the model
     density  of the tensor's density, in rates and decays to the power of the density exponent
     depth    of the number of layers
-    ratio    of the rate of the embeddings that are summed first to all others', under every parameterization
+    ratio    of the rate of the embeddings that are summed first to all others', under every parameterization; the untied
+             weight of a product that leaves the model has one too
 
 Where density moves while training, the init has that of step 0.
 
@@ -84,11 +85,13 @@ def numbers(
     writes_residual: bool,
     after_head: bool,
     first_sum: bool,
+    head: bool,
     sigma: float,
     eta: float,
     lam: float,
     eps: float,
     ratio: float,
+    head_ratio: float,
 ) -> dict[str, float]:
     """init_std, lr, weight_decay and eps of one tensor."""
     ratios = {
@@ -97,7 +100,7 @@ def numbers(
         "out": m_out,
         "density": m_rho if m_rho_start is None else m_rho_start,  # of hidden weights alone
         "depth": m_L if depth_rule == "completep" else 1.0,
-        "ratio": ratio if first_sum and role == "embedding" else 1.0,
+        "ratio": {("embedding", first_sum): ratio, ("unembedding", head): head_ratio}.get((role, True), 1.0),
     }
     std = sigma * scale(ratios, INIT[role], SEEN_BY_INIT[name]) if role in INIT else 0.0
     if role == "unembedding" and unembedding_init == "zero":

@@ -27,7 +27,14 @@ Supar = Callable[..., Called]
 
 TEMPLATES = ["quickstart", "gpt2-124m", "interpretability", "paper", "paper-proxy"]
 # of sweeps; tests/test_sweep.py plans them
-FIGURES = [*(f"fig{number}" for number in (1, 6, 7, 9, 10, 11, 12, 13, 14)), "fig12-400", "nm", "imp", "mlp-lr", "mlp-lr-sgd"]
+FIGURES = [
+    *(f"fig{number}" for number in (1, 6, 7, 9, 10, 11, 12, 13, 14)),
+    "fig12-400",
+    "nm",
+    "imp",
+    "mlp-lr",
+    "mlp-lr-sgd",
+]
 # parameters of the proxy and of the target, as the templates' comments say them
 PARAMETERS = {
     "gpt2-124m": (22_583_552, 124_373_760),

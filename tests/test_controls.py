@@ -1,4 +1,4 @@
-"""SP with sparse-aware init, the control that corrects the init alone, and the rate ratio of embeddings."""
+"""SP with sparse-aware init, the control that corrects the init alone, and the rate ratios of embeddings and of the head."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from supar_cli.experiments import coordinates
+import supar_cli
+from supar_cli.errors import InputError
+from supar_cli.experiments import coordinates, search
 from supar_cli.experiments.check_plans import sweeps_of
 from supar_cli.experiments.coordinate_bounds import CheckResult, judge
 from supar_cli.experiments.sweep_views import is_subject
@@ -19,9 +22,10 @@ from supar_cli.planning.advice import warnings
 from supar_cli.planning.explain import explain
 from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import validate
-from supar_cli.planning.spec import Proxy
+from supar_cli.planning.spec import Proxy, Spec
 from supar_cli.training.trainer import Trainer
 
+from . import own_scripts
 from .conftest import proxy_fields
 from .test_sweep import sweep_of
 
@@ -77,18 +81,28 @@ class TestSparseAwareInit:
         assert CheckResult(control, result.findings).text.startswith("fails, as expected: median |slope| of update")
 
 
-def rescaled(plan_of: MakePlan, ratio: float, optimizer: str, forgotten: str = "", **options: Any) -> tuple[Plan, Plan]:
-    """A plan whose embeddings have the ratio, and one without whose numbers are scaled instead; `forgotten` is not."""
+# of a ratio of rates: the role that has it, its symbol, a model that can have it, and the factors that stand for it
+RATIOS: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
+    "embedding_lr_ratio": ("embedding", "r", {}, ("alpha_input", "alpha_output")),
+    "head_lr_ratio": ("unembedding", "κ", {"tied": False}, ("alpha_output",)),
+}
+
+
+def rescaled(
+    plan_of: MakePlan, key: str, ratio: float, optimizer: str, forgotten: str = "", **options: Any
+) -> tuple[Plan, Plan]:
+    """A plan of which a role has the ratio, and one without whose numbers are scaled instead; `forgotten` is not."""
+    role, _, model, factors = RATIOS[key]
     tuned = {"alpha_input": 3.0, "alpha_output": 2.0, "weight_decay": 0.5, "eps": 1e-4, "lr": 0.02}
     train = {"optimizer": optimizer, "grad_clip": 0.0, "schedule": "constant", "warmup_fraction": 0.0}
-    options = {"train": train, **options}
-    with_ratio = plan_of(hyperparameters={**tuned, "embedding_lr_ratio": ratio}, **options)
+    options = {"train": train, "model": model, **options}
+    with_ratio = plan_of(hyperparameters={**tuned, key: ratio}, **options)
     by = ratio if optimizer == "adamw" else sqrt(ratio)
-    scaled = {name: tuned[name] * (1.0 if name == forgotten else by) for name in ("alpha_input", "alpha_output")}
+    scaled = {name: tuned[name] * (1.0 if name == forgotten else by) for name in factors}
     without = plan_of(hyperparameters={**tuned, **scaled}, **options)
     rows = []
     for row in without.tensors:
-        if row.role == "embedding" and row.site != forgotten:
+        if row.role == role and row.site != forgotten:
             eps = row.eps * (1.0 if forgotten == "eps" else by)
             std = row.init_std if forgotten == "init_std" else (row.init_std or 0.0) / by
             row = row.model_copy(update={"init_std": std, "eps": eps})
@@ -101,16 +115,30 @@ def largest_difference(plans: tuple[Plan, Plan]) -> float:
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
-class TestEmbeddingRatio:
+class TestRatiosOfRates:
+    """Of embeddings, where the head is tied to them, and of a head that is not."""
+
+    @pytest.mark.parametrize("key", RATIOS)
     @pytest.mark.parametrize(("ratio", "optimizer"), [(4.0, "adamw"), (0.3, "adamw"), (4.0, "sgd")])
-    def test_tied_it_is_another_scale_of_the_embeddings(self, plan_of: MakePlan, ratio: float, optimizer: str) -> None:
-        """Adam: (σ/r, r·α_input, r·α_output) and r·ε; SGD: √r in place of r. Without clipping, with independent decay."""
-        assert largest_difference(rescaled(plan_of, ratio, optimizer)) < AGREE
+    def test_it_is_another_scale_of_its_tensors(
+        self, plan_of: MakePlan, key: str, ratio: float, optimizer: str
+    ) -> None:
+        """Adam: σ/r and r·ε of the role, factors times r; SGD: √r in place of r. Without clipping, with independent decay.
 
-    @pytest.mark.parametrize("forgotten", ["eps", "init_std", "alpha_input", "alpha_output", "positions"])
-    def test_a_number_that_was_forgotten_shows(self, plan_of: MakePlan, forgotten: str) -> None:
-        assert largest_difference(rescaled(plan_of, 4.0, "adamw", forgotten)) > APART
+        That is exact in real numbers, and for powers of two bit for bit.
+        """
+        difference = largest_difference(rescaled(plan_of, key, ratio, optimizer))
+        assert difference == 0 if ratio == 4 else difference < AGREE
 
+    @pytest.mark.parametrize(
+        ("key", "forgotten"),
+        [(key, name) for key in RATIOS for name in ("eps", "init_std", *RATIOS[key][3])]
+        + [("embedding_lr_ratio", "positions")],
+    )
+    def test_a_number_that_was_forgotten_shows(self, plan_of: MakePlan, key: str, forgotten: str) -> None:
+        assert largest_difference(rescaled(plan_of, key, 4.0, "adamw", forgotten)) > APART
+
+    @pytest.mark.parametrize("key", RATIOS)
     @pytest.mark.parametrize(
         "options",
         [
@@ -118,15 +146,19 @@ class TestEmbeddingRatio:
             {"train": {"grad_clip": 0.05, "schedule": "constant", "warmup_fraction": 0.0}},
         ],
     )
-    def test_coupled_decay_and_clipping_are_not_the_same(self, plan_of: MakePlan, options: dict[str, Any]) -> None:
-        assert largest_difference(rescaled(plan_of, 4.0, "adamw", **options)) > APART
+    def test_coupled_decay_and_clipping_are_not_the_same(
+        self, plan_of: MakePlan, key: str, options: dict[str, Any]
+    ) -> None:
+        assert largest_difference(rescaled(plan_of, key, 4.0, "adamw", **options)) > APART
 
+    @pytest.mark.parametrize("key", RATIOS)
     @pytest.mark.parametrize("name", ["supar", "mup", "sp", "sp-si", "supar-lr-only"])
-    def test_it_moves_the_rate_of_embeddings_alone_at_every_size(self, plan_of: MakePlan, name: str) -> None:
+    def test_it_moves_the_rate_of_its_role_alone_at_every_size(self, plan_of: MakePlan, key: str, name: str) -> None:
+        role, symbol, model, _ = RATIOS[key]
         for target in ({"width": 32, "sparsity": {"density": 1.0}}, {"width": 128, "sparsity": {"density": 1 / 16}}):
-            one, four = (plan_of(name, hyperparameters={"embedding_lr_ratio": r}, target=target) for r in (1.0, 4.0))
+            one, four = (plan_of(name, hyperparameters={key: r}, model=model, target=target) for r in (1.0, 4.0))
             for row, other in zip(one.tensors, four.tensors, strict=True):
-                if row.role == "embedding":
+                if row.role == role:
                     assert (other.lr, other.weight_decay) == (4 * row.lr, row.weight_decay / 4)
                     assert other.because == {**row.because, "lr_ratio": 4.0}
                     row = row.model_copy(update={key: vars(other)[key] for key in ("lr", "weight_decay", "because")})
@@ -134,24 +166,119 @@ class TestEmbeddingRatio:
             explained = explain(four)
             assert not any(number.is_edited for found in explained.rows for number in found.numbers)
             text = " ".join(explained.text("plan.yaml").split())
-            assert "η·r = 0.01·4 = 0.04 [D]" in text and "λ·(1/r) = 0.1·(1/4) = 0.025" in text
-            assert "r embedding_lr_ratio = 4" in text and "lr_ratio = 4 (rate of embeddings)" in text
+            assert f"η·{symbol} = 0.01·4 = 0.04 [D]" in text and f"λ·(1/{symbol}) = 0.1·(1/4) = 0.025" in text
+            assert f"{symbol} {key} = 4" in text and "lr_ratio = 4 (own rate)" in text
 
-    def test_by_default_documents_do_not_have_it(self, plan_of: MakePlan) -> None:
+    @pytest.mark.parametrize("key", RATIOS)
+    def test_by_default_documents_do_not_have_it(self, plan_of: MakePlan, key: str) -> None:
         plan = plan_of()
-        assert plan.hash() == plan_of(hyperparameters={"embedding_lr_ratio": 1.0}).hash()
-        assert "embedding_lr_ratio" not in plan.model_dump()["hyperparameters"]
+        assert plan.hash() == plan_of(hyperparameters={key: 1.0}).hash()
+        assert key not in plan.model_dump()["hyperparameters"]
 
-    def test_a_sweep_may_be_over_it(self, text_file: Path) -> None:
-        swept = sweep_of(
-            data={"source": str(text_file)}, over={"embedding_lr_ratio": "x:-1..1/1"}, parameterizations=["supar"]
-        )
-        rates = [swept.plan("supar", swept.levels[0], index, 0).tensors[0].lr for index in (0, 1, 2)]
+    @pytest.mark.parametrize(("key", "at"), [("embedding_lr_ratio", 0), ("head_lr_ratio", -1)])
+    def test_a_sweep_may_be_over_it(self, text_file: Path, key: str, at: int) -> None:
+        own = {"data": {"source": str(text_file)}, "parameterizations": ["supar"]}
+        tied = sweep_of(**own, over={key: "x:-1..1/1"})
+        swept = tied.model_copy(update={"model": tied.model.model_copy(update=RATIOS[key][2])})
+        rates = [swept.plan("supar", swept.levels[0], index, 0).tensors[at].lr for index in (0, 1, 2)]
         assert [rate / rates[1] for rate in rates] == [0.5, 1.0, 2.0]
 
-    def test_tuned_on_short_runs_it_is_warned_of(self, plan_of: MakePlan) -> None:
+    def test_tuned_on_short_runs_that_of_embeddings_is_warned_of(self, plan_of: MakePlan) -> None:
         train = {"steps": 1000, "eval_every": 500}
         short, long = (plan_of(hyperparameters={"embedding_lr_ratio": 4.0}, train=one) for one in ({}, train))
         said = "hyperparameters.embedding_lr_ratio: 4, tuned on 12 steps: what it gains in runs under 1,000 turns into"
         assert any(message.startswith(said) for message in warnings(short))
         assert not any("embedding_lr_ratio" in message for message in [*warnings(long), *warnings(plan_of())])
+
+
+class Net(nn.Module):
+    """The model of `own_scripts.LAYOUT`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = {"table": (100, 64), "up": (256, 64), "head": (100, 64)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0))))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table[ids]
+        return (x + (x @ self.up.T).relu().unflatten(-1, (4, 64)).sum(-2)) @ self.head.T  # type: ignore[no-any-return]
+
+
+def moved(plan: Plan) -> dict[str, torch.Tensor]:
+    """What one step of the plan's optimizer adds to each tensor of a prepared model."""
+    model = Net()
+    prepared = supar_cli.prepare(model, plan)
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    ids = torch.arange(32)
+    torch.nn.functional.cross_entropy(model(ids), ids + 1).backward()
+    prepared.optimizer().step()
+    return {name: tensor.detach() - before[name] for name, tensor in model.named_parameters()}
+
+
+class TestHeadOfAModelOfYours:
+    """The head's row has the ratio first and the folded multiplier second."""
+
+    @staticmethod
+    def own(changed: str = "", instead: str = "", optimizer: str = "adamw", **tuned: float) -> Proxy:
+        layout = Path("layout.yaml")
+        layout.write_text(own_scripts.LAYOUT.replace(changed, instead) if changed else own_scripts.LAYOUT)
+        known = {"lr": 2**-5, "init_std": 0.125, "alpha_input": 1.0, "alpha_output": 2.0, "weight_decay": 0.5}
+        fields = {"kind": "supar.proxy/v1", "model": {"family": "own", "layout": "layout.yaml"}}
+        train = {"optimizer": optimizer, "steps": 30, "batch_size": 4}
+        return validate(Proxy, {**fields, "hyperparameters": known | tuned, "train": train}, "proxy")
+
+    @pytest.mark.usefixtures("here")
+    @pytest.mark.parametrize(("optimizer", "by"), [("adamw", 4.0), ("sgd", 2.0)])
+    def test_its_numbers_are_those_of_another_scale(self, optimizer: str, by: float) -> None:
+        """With κ = 4, bit for bit those of σ/4, 4·α_output and 4·ε (SGD: 2 in place of 4): the row stands for one product."""
+        plans = [
+            supar_cli.transfer(self.own(optimizer=optimizer, **tuned), width=1024, density=1)
+            for tuned in ({"head_lr_ratio": 4.0}, {"alpha_output": 2.0 * by}, {})
+        ]
+        head, other, plain = (plan.tensors[-1] for plan in plans)
+        assert (head.lr, head.weight_decay) == (other.lr, other.weight_decay)
+        assert (head.init_std, head.eps) == (other.init_std / by, other.eps * by)  # type: ignore[operator]
+        assert (head.fold, head.because["lr_ratio"], other.fold) == (0.125, 4.0, 0.125 * by)
+        assert (head.lr, head.init_std, head.eps) == (4 * plain.lr, plain.init_std, plain.eps)
+        assert not any(number.is_edited for row in explain(plans[0], "head").rows for number in row.numbers)
+
+    @pytest.mark.usefixtures("here")
+    def test_a_prepared_model_trains_by_it(self) -> None:
+        one, four = (
+            moved(supar_cli.transfer(self.own(optimizer="sgd", weight_decay=0.0, head_lr_ratio=ratio), density="1/4"))
+            for ratio in (1.0, 4.0)
+        )
+        for name, change in one.items():
+            assert change.abs().max() > 1e-4
+            assert torch.allclose(four[name], 4 * change if name == "head" else change, rtol=1e-3, atol=1e-7), name
+
+    @pytest.mark.usefixtures("here")
+    @pytest.mark.parametrize(
+        ("changed", "instead", "what"),
+        [
+            ("uses: [head]", "uses: []", "but the layout has no head"),
+            ("uses: [head]", "uses: [head], tied_to: table", "but the head head is tied and has the embeddings' rate"),
+            (
+                "uses: [first_sum]",
+                "uses: [first_sum], tied_to: head",
+                "but the head head is tied and has the embeddings' rate",
+            ),
+            ("uses: [first_sum]", "uses: [first_sum, head]", "but the head table is tied and has the embeddings' rate"),
+        ],
+    )
+    def test_without_a_head_of_its_own_it_is_refused(self, changed: str, instead: str, what: str) -> None:
+        with pytest.raises(InputError, match=rf"hyperparameters\.head_lr_ratio: 4, {what}.*; expected 1"):
+            supar_cli.transfer(self.own(changed, instead, head_lr_ratio=4.0, alpha_output=1.0), density=1)
+        assert supar_cli.transfer(self.own(changed, instead, head_lr_ratio=1.0, alpha_output=1.0), density=1)
+
+
+def test_a_tied_model_of_supars_families_has_no_rate_of_its_head(plan_of: MakePlan, text_file: Path) -> None:
+    what = r"head_lr_ratio: 4, but the head embedding is tied and has the embeddings' rate; expected 1"
+    with pytest.raises(InputError, match=what):
+        plan_of(hyperparameters={"head_lr_ratio": 4.0})
+    fields = proxy_fields(str(text_file), search={"head_lr_ratio": [1.0, 4.0]})
+    spec = validate(Spec, {**fields, "kind": "supar.spec/v1"}, "spec")
+    with pytest.raises(InputError, match=rf"search\.head_lr_ratio: hyperparameters\.{what}; expected null"):
+        search.tune(spec, text_file.parent / "proxy.journal")
+    assert not (text_file.parent / "proxy.journal").exists()

@@ -182,7 +182,7 @@ def test_every_number_is_the_tables_at_the_extents(
             name=name, optimizer=optimizer, **options, density_exponent=1.0, edition=2, role=tensor.role,
             m_d=into if tensor.role == "hidden" else out, m_fan_out=out if tensor.role == "hidden" else None, m_out=times,
             m_rho=tensor.density, m_L=1.0, layers=2, in_block=tensor.block is not None, writes_residual=letter in ("o", "down"),
-            after_head=False, m_rho_start=None, first_sum=False, ratio=1.0, **tuned,
+            after_head=False, m_rho_start=None, first_sum=False, ratio=1.0, head=False, head_ratio=1.0, **tuned,
         )  # fmt: skip
         for key, value in wanted.items():
             if key != "init_std" or tensor.init_std is not None:

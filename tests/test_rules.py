@@ -28,20 +28,21 @@ OPTIMIZERS, DEPTHS = ("adamw", "sgd"), ("none", "completep")
 DECAYS, RESIDUALS, UNEMBEDDINGS = ("independent", "coupled", "sqrt"), ("none", "gpt2"), ("normal", "zero")
 OPTIONS = (NAMES, OPTIMIZERS, DECAYS, DEPTHS, RESIDUALS, UNEMBEDDINGS, (1.0, 0.9), (2, 1))
 PLACES = [
-    dict(zip(("role", "in_block", "writes_residual", "after_head", "first_sum"), place, strict=True))
+    dict(zip(("role", "in_block", "writes_residual", "after_head", "first_sum", "head"), place, strict=True))
     for place in (
-        ("embedding", False, False, False, False),
-        ("embedding", False, False, False, True),
-        ("embedding", False, False, True, False),
-        ("hidden", True, False, False, False),
-        ("hidden", True, True, False, False),
-        ("norm", True, False, False, False),
-        ("norm", False, False, True, False),
-        ("bias", True, False, False, False),
-        ("bias", False, False, False, False),
-        ("bias", False, False, True, False),
-        ("bias", False, False, False, True),
-        ("unembedding", False, False, False, False),
+        ("embedding", False, False, False, False, True),
+        ("embedding", False, False, False, True, True),
+        ("embedding", False, False, True, False, False),
+        ("hidden", True, False, False, False, False),
+        ("hidden", True, True, False, False, False),
+        ("norm", True, False, False, False, False),
+        ("norm", False, False, True, False, False),
+        ("bias", True, False, False, False, False),
+        ("bias", False, False, False, False, False),
+        ("bias", False, False, True, False, False),
+        ("bias", False, False, False, True, False),
+        ("unembedding", False, False, False, False, False),
+        ("unembedding", False, False, False, False, True),
     )
 ]
 RATIOS = [
@@ -49,7 +50,7 @@ RATIOS = [
     {"m_d": 0.5, "m_fan_out": None, "m_out": 1.0, "m_rho": 0.3, "m_L": 0.25},
     {"m_d": 4.0, "m_fan_out": 2.0, "m_out": 3.0, "m_rho": 1 / 128, "m_rho_start": 0.7, "m_L": 3.0},
 ]
-TUNED = rules.ProxyValues(sigma=0.08665602, eta=1.62e-2, lam=0.1, eps=1e-8, ratio=5.0)
+TUNED = rules.ProxyValues(sigma=0.08665602, eta=1.62e-2, lam=0.1, eps=1e-8, ratio=5.0, head_ratio=0.3)
 TOLERANCE = 1e-12  # relative: a few roundings of a double, far below any exponent's effect
 
 
@@ -115,7 +116,7 @@ ratios = st.fixed_dictionaries(
     st.sampled_from(PLACES),
     ratios,
     st.integers(1, 200),
-    st.builds(rules.ProxyValues, *(st.floats(1e-10, 10.0) for _ in range(5))),
+    st.builds(rules.ProxyValues, *(st.floats(1e-10, 10.0) for _ in range(6))),
 )
 def test_at_any_ratio_too(options: Any, place: Any, ratios: Any, layers: int, proxy: rules.ProxyValues) -> None:
     scheme, context = rules.Scheme(*options), rules.TensorContext(**place, **ratios, layers=layers)
@@ -218,16 +219,19 @@ def test_every_formula_says_what_was_computed() -> None:
         scheme = rules.Scheme(*options)  # type: ignore[arg-type]
         context = rules.TensorContext(**place, **ratios, layers=12)  # type: ignore[arg-type]
         symbols = {"σ": TUNED.sigma, "η": TUNED.eta, "λ": TUNED.lam, "ε": TUNED.eps, "r": TUNED.ratio}
+        symbols["κ"] = TUNED.head_ratio
         symbols |= {**ratios, "layers": 12}
         symbols |= {"β": scheme.density_exponent, "m_ρ": symbols["m_rho"]}
         if place["role"] != "hidden":  # what a formula must not name
             symbols |= {"m_ρ": nan, "m_fan_out": nan, "m_rho_start": nan}
         if not (place["role"] == "embedding" and place["first_sum"]):
             symbols["r"] = nan
+        if not (place["role"] == "unembedding" and place["head"]):
+            symbols["κ"] = nan
         for found in rules.tensor_rules(scheme, TUNED, context).values():
             assert worked_out(found.formula, symbols) == pytest.approx(found.value, rel=TOLERANCE), (scheme, context)
             made += 1
-    assert made == 6 * 2 * 3 * 2 * 2 * 2 * 2 * 2 * 12 * 2 * 4
+    assert made == 6 * 2 * 3 * 2 * 2 * 2 * 2 * 2 * 13 * 2 * 4
 
 
 class Little(nn.Module):

@@ -200,6 +200,8 @@ class TestRows:
         known |= {
             "first_sum": False,
             "ratio": 1.0,
+            "head": False,
+            "head_ratio": 1.0,
             "m_rho_start": None,
             "after_head": False,
             "edition": own.edition,

@@ -172,9 +172,10 @@ OPTIONS = {
     ),
     "over": Option(
         list[str],
-        "An axis; repeatable. One hyperparameter (lr, init_std, alpha_input, alpha_output, weight_decay or "
-        "embedding_lr_ratio), as a range or a list: log2:-12..-4/0.5 is 2^-12 to 2^-4 in half octaves, x:-3..3/1 is the "
-        "proxy's value times 2^-3 to 2^3. And one of sparsity, density, width or layers, as a list such as 0,0.5,0.75.",
+        "An axis; repeatable. One hyperparameter (lr, init_std, alpha_input, alpha_output, weight_decay, "
+        "embedding_lr_ratio or head_lr_ratio), as a range or a list: log2:-12..-4/0.5 is 2^-12 to 2^-4 in half octaves, "
+        "x:-3..3/1 is the proxy's value times 2^-3 to 2^3. And one of sparsity, density, width or layers, as a list such "
+        "as 0,0.5,0.75.",
         metavar="NAME=VALUES",
     ),
     "iso": Option(

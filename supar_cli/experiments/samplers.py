@@ -35,6 +35,18 @@ class SeededByTrialNumber(optuna.samplers.RandomSampler):  # type: ignore[misc]
             setattr(self, asked, getattr(sampler, asked))
 
 
+def suggest(trial: optuna.Trial, name: str, values: list[float]) -> float:
+    """A value of a range [low, high], proposed on a log scale, or one of three or more choices."""
+    if len(values) == 2:
+        return trial.suggest_float(name, *values, log=True)  # type: ignore[no-any-return]
+    return trial.suggest_categorical(name, values)  # type: ignore[no-any-return]
+
+
+def can_suggest(values: list[float], value: float) -> bool:
+    """Whether a value is within a range, or is one of the choices."""
+    return values[0] <= value <= values[1] if len(values) == 2 else value in values
+
+
 def _make_sampler(search: Search, number: int) -> optuna.samplers.BaseSampler:
     seed = int(np.random.SeedSequence([search.seed, number]).generate_state(1)[0])
     if search.sampler == "random":

@@ -20,7 +20,7 @@ from supar_cli.data import corpus
 from supar_cli.errors import InputError, RunFailed, SetupError, UnusableResult
 from supar_cli.experiments import script
 from supar_cli.experiments.dry_run import Part
-from supar_cli.experiments.samplers import SeededByTrialNumber, make_pruner
+from supar_cli.experiments.samplers import SeededByTrialNumber, can_suggest, make_pruner, suggest
 from supar_cli.experiments.statistics import Fit, fit_quadratic
 from supar_cli.files import Record
 from supar_cli.jobs import runs
@@ -81,9 +81,9 @@ def _plan(spec: Spec, values: Values, seed: int) -> Plan:
 
 
 def refused_ranges(spec: Spec) -> dict[str, str]:
-    """The searched names that a user's model can't take, and why: nothing in it to fold a multiplier into."""
+    """The searched names that a model can't take, and why: nothing to fold a multiplier into, a tied head."""
     found = {}
-    for name, (low, high) in spec.search.ranges().items():
+    for name, (low, *_, high) in spec.search.ranges().items():
         try:  # a factor of 1 needs nothing to fold into
             _plan(spec, {name: low if high == 1 else high}, spec.train.seed)
         except InputError as error:
@@ -126,7 +126,7 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
         raise InputError("search: no range is given; expected one of " + ", ".join(Search.SEARCHED))
     SeededByTrialNumber(spec.search)
     first = _plan(spec, {}, spec.train.seed)
-    if isinstance(spec.model, OwnShape) and (refused := refused_ranges(spec)):
+    if refused := refused_ranges(spec):
         raise InputError(*(f"search.{name}: {why}; expected null" for name, why in refused.items()))
     if "embedding_lr_ratio" in ranges and spec.train.steps < RATIO_STEPS:
         reporter.warn(f"search.embedding_lr_ratio: in runs of {short_ratio(spec.train.steps)}")
@@ -187,7 +187,7 @@ def run_next(spec: Spec, storage: str, wanted: Wanted) -> FrozenTrial | None:
 
     def try_values(trial: optuna.Trial) -> float:
         ranges = spec.search.ranges().items()
-        values = {name: trial.suggest_float(name, low, high, log=True) for name, (low, high) in ranges}
+        values = {name: suggest(trial, name, bounds) for name, bounds in ranges}
 
         def on_evaluation(step: int, loss: float) -> None:
             trial.report(loss, step)
@@ -235,7 +235,7 @@ class _Tuning:
         ranges = spec.search.ranges()
         own = {name: getattr(spec.hyperparameters, name) for name in ranges}
         # None is a model's own std, which is not one number
-        if all(own[name] is not None and low <= own[name] <= high for name, (low, high) in ranges.items()):
+        if all(own[name] is not None and can_suggest(bounds, own[name]) for name, bounds in ranges.items()):
             study.queue_once(own)  # the spec's own values are run as a trial
         counted = study.counted()
         if counted:

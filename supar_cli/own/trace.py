@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from inspect import signature
 from typing import Any, get_args
 
@@ -21,6 +22,7 @@ from supar_cli.own.roles import Reading, read
 from supar_cli.own.sites import module_site, question_sites, sites
 from supar_cli.own.uses import Uses, find_uses
 from supar_cli.own.values import tensors_in
+from supar_cli.planning.layout import largest_over_head
 from supar_cli.planning.layout_document import Layout, LayoutRow
 from supar_cli.planning.rules import Role
 
@@ -139,6 +141,11 @@ class _Reader:
             self.notes.append(
                 "run returned nothing: readouts whose result no other weight takes count as leaving the model"
             )
+        if found := largest_over_head([row.tensor(Fraction(0)) for row in rows]):
+            what = f"{found[0].site}: its fan-in, {found[0].fan_in}, is {found[1]:.3g} times the head's"
+            why = "in nets of convolutions, which have that, the best rate moves with density while alpha_output is 1"
+            how = "tune both on the dense proxy, such as by search.alpha_output: [1, 4, 8, 16]"
+            self.notes.append(f"{what}; {why}: {how}")
         return Layout(
             kind="supar.layout/v1",
             base=self.base,

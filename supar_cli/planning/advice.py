@@ -10,17 +10,20 @@ from math import ceil, exp, inf
 from typing import Any, get_args
 
 from supar_cli.planning.density import literal
+from supar_cli.planning.layout import largest_over_head
 from supar_cli.planning.layout_document import LAYERS
 from supar_cli.planning.patterns import Block, has_equal_rows
 from supar_cli.planning.plan import Plan, PlanModel, PlanTensor
 from supar_cli.planning.plan_sections import OwnModel
-from supar_cli.planning.rules import DENSITY_IN_RATE
+from supar_cli.planning.rules import DENSITY_IN_RATE, SP
 from supar_cli.planning.updates import METHODS
 
 # [P §3.1]: the smallest weights-per-neuron count the paper trained; below 4, Bernoulli rows are empty with P ≈ e^-WPN
 WPN_TRAINED, WPN_EMPTY_ROWS, WPN_IMPOSSIBLE = 16, 4, 1
 # measured: widths 128 and 256; a tuned ratio gains .01 to .05 nat at 100 steps, loses .02 at 400 and .03 at 1200
 RATIO_STEPS = 1000
+# measured: 3×3 convolutions of 32 channels, 120 steps: alpha_output 1 costs 3.5 % at 18 weights a neuron, under 1 % from 50
+WPN_OVER_HEAD = 50
 LEAST_BLOCKS = 4  # measured: the rules by density hold while about as many feed a row of blocks
 COLUMNS = ("tensor", "shape", "m_d", "m_ρ", "WPN", "init std", "peak lr", "λ", "decay")  # of `plan_rows`
 
@@ -39,6 +42,9 @@ def warnings(plan: Plan, tuned_on: str | None = None, evidence: Any = None) -> l
         calibration if isinstance(calibration, dict) and calibration.get("exponent") == density_exponent(plan) else {}
     )
     found = [*_of_sparsity(plan, hidden), *_of_decay(plan, hidden), *_of_updates(plan, bool(known))] if hidden else []
+    if isinstance(plan.model, OwnModel):
+        ranges = evidence.get("ranges") if isinstance(evidence, dict) else None
+        found += _of_head(plan, isinstance(ranges, dict) and "alpha_output" in ranges)
     if tuned_on is not None and plan.data is not None and plan.data.hash not in (None, tuned_on):
         found.append(f"data: not the proxy's, or read in another way: {_TRANSFER} alone; tune the proxy on these")
     steps, ratio = plan.parameterization.base.steps, plan.hyperparameters.embedding_lr_ratio
@@ -98,6 +104,21 @@ def _of_sparsity(plan: Plan, hidden: list[PlanTensor]) -> Iterator[str]:
         if abs(off.density / sparsity.density - 1) > 0.01:
             whole = "blocks" if sparsity.block else "weights per row"
             yield f"{off.name}: its density is {off.density:.4g}, not {sparsity.density:g}: rounded to a whole number of {whole}"
+
+
+def _of_head(plan: Plan, is_searched: bool) -> Iterator[str]:
+    """What is known where hidden tensors have a far larger fan-in than the head. [D, measured: 3×3 convolutions]"""
+    found, sparse = largest_over_head(plan.tensors), [row for row in plan.tensors if row.density < 1]
+    if found is None or not sparse or plan.parameterization.name in SP:
+        return
+    name, low = found[0].name, min(sparse, key=lambda row: row.wpn)
+    if plan.hyperparameters.alpha_output == 1 and not is_searched:
+        what = f"alpha_output: 1, but the fan-in of {name} is {found[1]:.3g} times the head's"
+        cost = "the best rate of 3×3 convolutions moved 1 to 2.5 octaves from dense to 1/16 (2 to 7 % of the loss)"
+        yield f"{what}: {cost}; tune it with lr on the dense proxy, `search.alpha_output: [1, 4, 8, 16]`"
+    if low.wpn < WPN_OVER_HEAD:
+        few = f"{low.wpn:.3g} weights per neuron, fewer than {WPN_OVER_HEAD}, where fan-ins are far larger than the head's"
+        yield f"{low.name}: {few}: expect a loss up to 5 % above that of a search at this density"
 
 
 def _of_decay(plan: Plan, hidden: list[PlanTensor]) -> Iterator[str]:

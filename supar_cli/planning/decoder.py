@@ -7,6 +7,7 @@ from contextlib import suppress
 from math import gcd
 from typing import Any, ClassVar, Literal
 
+from supar_cli.planning.data_section import Data
 from supar_cli.planning.schema import Field, Section
 
 Family = Literal["gpt2", "llama"]
@@ -142,3 +143,9 @@ class ViT(Model):
     @property
     def has_class_token(self) -> bool:  # type: ignore[override]
         return self.pooling == "class"
+
+
+def require_kind(model: Model, data: Data | None) -> None:
+    """Raise ValueError unless the data are of the kind that a model reads."""
+    if data is not None and data.kind != model.data_kind:
+        raise ValueError(f"data.kind: {data.kind}; expected {model.data_kind}, which the family {model.family} reads")

@@ -33,7 +33,8 @@ TITLES |= {
 }
 FACTORS = {"input": "embeddings ×", "output": "logits ×", "attention": "q·k ×", "residual": "residual ×"}
 SYMBOLS = {"init_std": "σ init_std", "lr": "η lr", "weight_decay": "λ weight_decay", "eps": "ε eps"}
-SYMBOLS |= {"alpha_input": "α_input", "alpha_output": "α_output", "embedding_lr_ratio": "r embedding_lr_ratio"}
+SYMBOLS |= {"alpha_input": "α_input", "alpha_output": "α_output"}
+SYMBOLS |= {"embedding_lr_ratio": "r embedding_lr_ratio", "head_lr_ratio": "κ head_lr_ratio"}
 NOT_OF_MODEL = "the model has no such tensor: explained as if it were outside the blocks"
 RATIOS = {
     "m_d": "width",
@@ -42,7 +43,7 @@ RATIOS = {
     "m_rho": "density",
     "m_rho_start": "density at step 0",
     "m_L": "depth",
-    "lr_ratio": "rate of embeddings",
+    "lr_ratio": "own rate",
     "g": "√(‖W‖²/‖M⊙W‖²), for the energy that pruning took",
     "own_std": "size of its own values at the base",
 }
@@ -203,6 +204,7 @@ def _rows(plan: Plan, scheme: rules.Scheme) -> list[Row]:
             in_block=row.block is not None,
             writes_residual=tensor is not None and tensor.writes_residual,
             first_sum="lr_ratio" in row.because,
+            head="lr_ratio" in row.because,
         )
         remarks = [NOT_OF_MODEL] if known and not tensor else []
         remarks += [
@@ -212,7 +214,7 @@ def _rows(plan: Plan, scheme: rules.Scheme) -> list[Row]:
         ]
         remarks += _start_remarks(plan, row)
         sigma = row.because.get("own_std", hyper.init_std or 0.0)
-        tuned = rules.ProxyValues(sigma, hyper.lr, hyper.weight_decay, hyper.eps, hyper.embedding_lr_ratio)
+        tuned = hyper.with_sigma(sigma)
         rows.append(Row(row, _numbers(row, scheme, tuned, context, _fold_formula(plan, row)), tuple(remarks)))
     return rows
 
@@ -233,8 +235,9 @@ def _numbers(
     row: PlanTensor, scheme: rules.Scheme, tuned: rules.ProxyValues, context: rules.TensorContext, fold: str
 ) -> tuple[Number, ...]:
     symbols = {"σ": tuned.sigma, "η": tuned.eta, "λ": tuned.lam, "ε": tuned.eps, "layers": context.layers}
-    symbols |= {"r": tuned.ratio, "m_d": context.m_d, "m_fan_out": context.fan_out, "m_out": context.m_out}
-    symbols |= {"a": row.fold or 1.0, "m_ρ": context.m_rho, "m_ρ,start": context.m_rho_start or 0.0}
+    symbols |= {"r": tuned.ratio, "κ": tuned.head_ratio, "m_d": context.m_d, "m_fan_out": context.fan_out}
+    symbols |= {"m_out": context.m_out, "a": row.fold or 1.0}
+    symbols |= {"m_ρ": context.m_rho, "m_ρ,start": context.m_rho_start or 0.0}
     gain = row.because.get("g", 1.0)
     symbols |= {"β": scheme.density_exponent, "m_L": context.m_L, "g": gain, "rms": (row.init_std or 0.0) / gain}
     found = rules.tensor_rules(scheme, tuned, context)

@@ -53,6 +53,22 @@ class Tensor:
         return prod(self.shape)
 
 
+# chosen: a transformer's widest product sums over 4 times as many inputs as its head; measured: 9 times, in 3×3 convolutions,
+# is enough for the best rate to move with density while alpha_output is 1
+LARGEST_FAN_IN_RATIO = 4
+
+
+def largest_over_head(tensors: Sequence[Any]) -> tuple[Any, float] | None:
+    """The hidden tensor of the largest fan-in and its ratio to the head's, None up to LARGEST_FAN_IN_RATIO."""
+    heads = [tensor.fan_in for tensor in tensors if tensor.role == "unembedding"]
+    hidden = [tensor for tensor in tensors if tensor.role == "hidden"]
+    if not heads or not hidden:
+        return None
+    largest = max(hidden, key=lambda tensor: tensor.fan_in)
+    ratio = largest.fan_in / min(heads)
+    return (largest, ratio) if ratio > LARGEST_FAN_IN_RATIO else None
+
+
 def setting_names(tensor: Any) -> tuple[str, ...]:
     """The keys that settings by tensor may use for one, the most specific first: name, site (`attn.q`), part, role."""
     return tuple(dict.fromkeys((tensor.name, tensor.site, tensor.site.partition(".")[0], tensor.role)))

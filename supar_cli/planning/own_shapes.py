@@ -96,6 +96,7 @@ class OwnTensors:
             writes_residual=tensor.writes_residual,
             after_head=after_head,
             first_sum="first_sum" in row.uses,
+            head="head" in row.uses,
         )
 
     @cached_property
@@ -144,6 +145,21 @@ class OwnTensors:
         if row.own is None:
             return {"init_constant": rules.STARTS[tensor.role]}
         return {"init_std": self.sigma(tensor, hyper), "init": "own"}
+
+    def require_ratios_used(self, hyper: Hyperparameters) -> None:
+        """Raise InputError for a ratio of rates that no tensor can have."""
+        rows, problems = self.layout.tensors, list[str]()
+        shared = {name for row in rows if row.tied_to for name in (row.name, row.tied_to)}
+        heads = {row.name: row.role != "unembedding" or row.name in shared for row in rows if "head" in row.uses}
+        tied = ", ".join(name for name, is_tied in heads.items() if is_tied)
+        if hyper.embedding_lr_ratio != 1 and not any(r.role == "embedding" and "first_sum" in r.uses for r in rows):
+            what = f"{hyper.embedding_lr_ratio:g}, but the layout has no embedding that is summed first"
+            problems.append(f"hyperparameters.embedding_lr_ratio: {what}; expected 1")
+        if hyper.head_lr_ratio != 1 and (tied or not heads):
+            why = f"the head {tied} is tied and has the embeddings' rate" if tied else "the layout has no head"
+            problems.append(f"hyperparameters.head_lr_ratio: {hyper.head_lr_ratio:g}, but {why}; expected 1")
+        if problems:
+            raise InputError(*problems)
 
     def folds(self, scheme: rules.Scheme, hyper: Hyperparameters) -> tuple[dict[str, float], dict[str, float]]:
         """The factor that is folded into each tensor, by name, and the factors on inputs of modules that can't be folded."""

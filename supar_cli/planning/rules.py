@@ -8,7 +8,7 @@ is a ratio of the tensor's, or the model's, to the proxy's:
     lam     weight decay of the proxy                   m_out      in the multiplier of the product that leaves the model
     eps     Adam epsilon of the proxy                   m_rho      of the tensor's own density
     beta    density exponent of the rate, 1 in [P]      m_L        of the number of layers
-    r       ratio of the rate of embeddings to eta
+    r       ratio of the rate of embeddings to eta      kappa      ratio of the rate of an untied head to eta
 
 Other sources: [R] EleutherAI/nanoGPT-mup, branch supar; [C] the same, branch completep (CompleteP, alpha = 1);
 [V] Tensor Programs V, arXiv 2203.03466; [E] Evci et al. 2022, arXiv 2010.03533; [D] derived by supar. Only + - × ÷ and
@@ -72,13 +72,14 @@ class Scheme:
 
 @dataclass(frozen=True)
 class ProxyValues:
-    """The tuned hyperparameters of the proxy. `ratio` is that of the rate of embeddings to `eta`."""
+    """The tuned hyperparameters of the proxy. `ratio` is that of the rate of embeddings to `eta`, `head_ratio` of the head's."""
 
     sigma: float
     eta: float
     lam: float
     eps: float
     ratio: float = 1.0
+    head_ratio: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class TensorContext:
     product, and the smallest of several. It is a number of the model, the same for all its tensors.
     `m_rho` is the density ratio at the end of training, `m_rho_start` that of step 0, None where it is the same.
     `after_head` marks what is added to the result of that product or scales it, such as the head's own bias.
-    `first_sum` marks the embeddings whose sum is the first activation, those of tokens and positions.
+    `first_sum` marks the embeddings whose sum is the first activation, those of tokens and positions, `head` the weight of
+    a product that leaves the model.
     """
 
     role: Role
@@ -109,16 +111,12 @@ class TensorContext:
     writes_residual: bool = False
     after_head: bool = False
     first_sum: bool = False
+    head: bool = False
 
     @property
     def fan_out(self) -> float:
         """m_fan_out, or m_d if none was given."""
         return self.m_d if self.m_fan_out is None else self.m_fan_out
-
-    @property
-    def has_ratio(self) -> bool:
-        """Whether the rate has the ratio of embeddings, under any parameterization, at every width and density. [D]"""
-        return self.first_sum and self.role == "embedding"
 
 
 # 50 digits: a double has 17, so the rounding to a double decides, and its result is the nearest one. No traps: a result
@@ -212,10 +210,17 @@ def _is_after_head(scheme: Scheme, context: TensorContext) -> bool:
 
 def learning_rate(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> Rule:
     """Peak learning rate. [P Table 1; SGD: P D.3.1, V; depth: C, where alpha = 1 makes the factor m_L^0 = 1; ratio: D]"""
-    rule = _rate_without_ratio(scheme, proxy, context)
-    if not context.has_ratio or proxy.ratio == 1:
-        return rule
-    return Rule(rule.value * proxy.ratio, f"{rule.formula}·r", "D", "r is embedding_lr_ratio")
+    rule, (ratio, symbol, key) = _rate_without_ratio(scheme, proxy, context), _own_ratio(proxy, context)
+    return rule if ratio == 1 else Rule(rule.value * ratio, f"{rule.formula}·{symbol}", "D", f"{symbol} is {key}")
+
+
+def _own_ratio(proxy: ProxyValues, context: TensorContext) -> tuple[float, str, str]:
+    """The factor on a tensor's rate under any parameterization, at every width and density; its symbol and its key. [D]"""
+    if context.role == "embedding" and context.first_sum:
+        return proxy.ratio, "r", "embedding_lr_ratio"
+    if context.role == "unembedding" and context.head:
+        return proxy.head_ratio, "κ", "head_lr_ratio"
+    return 1.0, "", ""
 
 
 def _rate_without_ratio(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> Rule:
@@ -243,8 +248,9 @@ def weight_decay(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> 
         symbol = _fraction(below, above)
     elif scheme.optimizer == "sgd" and not _is_after_head(scheme, context) and scheme.name not in SP:
         divisor, factors = 1.0 / context.m_d, ["m_d"]
-    if context.has_ratio and proxy.ratio != 1:
-        divisor, factors = divisor / proxy.ratio, [*factors, "r"]
+    ratio, ratio_symbol, _ = _own_ratio(proxy, context)
+    if ratio != 1:
+        divisor, factors = divisor / ratio, [*factors, ratio_symbol]
     symbol = f"({_fraction(['1'], factors)})" if factors else symbol
     if scheme.weight_decay_rule == "coupled" or not symbol:
         return Rule(proxy.lam, "λ", "R" if scheme.weight_decay_rule == "coupled" else "V")
@@ -289,8 +295,8 @@ def because(scheme: Scheme, proxy: ProxyValues, context: TensorContext) -> dict[
             found["m_rho_start"] = context.m_rho_start
     if scheme.depth_rule == "completep" and context.in_block:
         found["m_L"] = context.m_L
-    if context.has_ratio and proxy.ratio != 1:
-        found["lr_ratio"] = proxy.ratio
+    if (ratio := _own_ratio(proxy, context)[0]) != 1:
+        found["lr_ratio"] = ratio
     return found
 
 

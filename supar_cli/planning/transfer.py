@@ -73,6 +73,7 @@ class _DecoderTensors:
             in_block=tensor.block is not None,
             writes_residual=tensor.writes_residual,
             first_sum=tensor.role == "embedding",
+            head=tensor.role == "unembedding",
         )
 
 
@@ -123,10 +124,6 @@ def transfer(
         train=train,
         run=proxy.run,
     )
-    ratio = proxy.hyperparameters.embedding_lr_ratio
-    if ratio != 1 and not any("lr_ratio" in row.because for row in rows):
-        what = f"{ratio:g}, but the layout has no embedding that is summed first"
-        raise InputError(f"hyperparameters.embedding_lr_ratio: {what}; expected 1")
     low = min((row for row in plan.tensors if row.role == "hidden"), key=lambda row: row.wpn, default=None)
     if low is not None and low.wpn < WPN_IMPOSSIBLE and not allow_low_wpn:
         few = f"{low.wpn:.3g} weights per neuron (fan-in {low.fan_in} × density {low.density:g})"
@@ -166,6 +163,9 @@ def _plan_decoder(proxy: Proxy, target: Target, scheme: rules.Scheme, masks: Giv
     for_text = ("context", "tokens", "tokens_per_parameter") if own.data_kind == "images" else ()
     if given := [name for name in for_text if getattr(target, name) is not None]:
         raise InputError(*(f"target.{name}: is for text; expected none with the family {own.family}" for name in given))
+    if own.tied and hyper.head_lr_ratio != 1:
+        what = f"{hyper.head_lr_ratio:g}, but the head embedding is tied and has the embeddings' rate"
+        raise InputError(f"hyperparameters.head_lr_ratio: {what}; expected 1")
     model = target_model(own, target)
     base = _base(proxy, model)
     shapes = _DecoderTensors(proxy, model, base, scheme.edition)
@@ -199,6 +199,7 @@ def _plan_own(proxy: Proxy, target: Target, scheme: rules.Scheme, masks: GivenMa
         what = f"gpt2 divides by the number of blocks, and the layout's sizes are {', '.join(document.base)}"
         raise InputError(f"parameterization.residual_init: {what}; expected {LAYERS} among them, or none")
     shapes = OwnTensors.of(document, target)
+    shapes.require_ratios_used(hyper)
     factors, hooks = shapes.folds(scheme, hyper)
     rows = []
     kept = live_counts(shapes.tensors, target.sparsity, "target.sparsity.overrides", masks)
@@ -249,7 +250,7 @@ def _numbers(
         context = shapes.context(tensor, own.density / base)
         if own.count < tensor.size and start > own.density:
             context = replace(context, m_rho_start=start / base)
-        tuned = rules.ProxyValues(sigma_of(tensor), hyper.lr, hyper.weight_decay, hyper.eps, hyper.embedding_lr_ratio)
+        tuned = hyper.with_sigma(sigma_of(tensor))
         keys: dict[str, Any] = {name: rule.value for name, rule in rules.tensor_rules(scheme, tuned, context).items()}
         keys |= {"shape": list(tensor.shape), "fan_in": tensor.fan_in, "density": own.density, "kept": own.count}
         keys["because"] = rules.because(scheme, tuned, context)

@@ -19,7 +19,7 @@ from supar_cli.errors import SetupError
 from supar_cli.planning.document import dotted
 
 NAMES = {"lr": "learning rate", "init_std": "init std", "weight_decay": "weight decay"}
-NAMES["embedding_lr_ratio"] = "rate ratio of embeddings"
+NAMES |= {"embedding_lr_ratio": "rate ratio of embeddings", "head_lr_ratio": "rate ratio of the head"}
 TITLES = {
     "sp": "SP (standard parameterization)",
     "sp-si": "SP, sparse-aware init",

@@ -5,7 +5,8 @@ supar tune-proxy --layout layout.yaml --command 'python mlp.py {plan}'
 supar transfer proxy.yaml --width 512 --sparsity 0.9
 python mlp.py plan.yaml
 
-IMAGES=fashion.npz in the environment names other images than scikit-learn's digits: arrays x, y and, if there are, x_test, y_test.
+The images are scikit-learn's digits. `env IMAGES=fashion.npz` before each of these commands, and in --command, names others:
+arrays x and y and, if there are, x_test and y_test.
 """
 
 import math

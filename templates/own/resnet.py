@@ -5,8 +5,9 @@ supar tune-proxy --layout layout.yaml --command 'python resnet.py {plan}'
 supar transfer proxy.yaml --width 128 --sparsity 0.9
 python resnet.py plan.yaml
 
-IMAGES=fashion.npz in the environment names other images than scikit-learn's digits: arrays x, y and, if there are, x_test, y_test,
-with channels before height and width, or none.
+The images are scikit-learn's digits. `env IMAGES=fashion.npz` before each of these commands, and in --command, names others:
+arrays x and y and, if there are, x_test and y_test; colours, if there are, come before height and width. With `make_group_norm`
+for `make` the net has GroupNorm.
 """
 
 import math
