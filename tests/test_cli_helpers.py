@@ -32,6 +32,7 @@ FIGURES = [
     "fig12-400",
     "nm",
     "imp",
+    "ppo",
     "mlp-lr",
     "mlp-lr-sgd",
 ]

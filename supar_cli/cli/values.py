@@ -23,6 +23,7 @@ PRESETS = (
     "fig14",
     "nm",
     "imp",
+    "ppo",
     "mlp-lr",
     "mlp-lr-sgd",
 )
