@@ -19,12 +19,17 @@ from torch import nn
 import supar_cli as supar
 from supar_cli import files
 from supar_cli.cli.help import PAGES
+from supar_cli.cli.sweep import read_study
+from supar_cli.data import corpus
 from supar_cli.errors import InputError
+from supar_cli.experiments.curves import grid_plans
+from supar_cli.experiments.statistics import interquartile_mean
 from supar_cli.planning import document
 from supar_cli.planning.layout_document import Layout
 from supar_cli.planning.plan import Plan
-from supar_cli.planning.problems import validate
+from supar_cli.planning.problems import parse, validate
 from supar_cli.planning.spec import Proxy
+from supar_cli.planning.sweep import Sweep
 
 from .conftest import CHECKOUT, Called
 from .test_readme import blocks
@@ -254,7 +259,7 @@ def test_the_page_leads_from_a_dense_agent_to_a_sparse_one(
     few = {"search.finalists": 1, "search.seeds": 1, "search.lr_fit_octaves": [], "train.steps": 2}
     few["run.command"] = f"{sys.executable} ppo.py {{plan}}"
     shorter = ["--trials", "1", *(word for key, value in few.items() for word in ("-s", f"{key}={value}"))]
-    shown = dict(blocks(PAGES / "rl.md"))
+    shown = dict(reversed(blocks(PAGES / "rl.md")))  # the first block of each language
     (tmp_path / "agent.yaml").write_text(shown["yaml"])
     for line in shown["console"].replace("\\\n", " ").splitlines()[1:]:
         program, *words = shlex.split(line)
@@ -268,3 +273,38 @@ def test_the_page_leads_from_a_dense_agent_to_a_sparse_one(
     (finalist,) = supar.load("proxy.yaml").evidence["finalists"]
     assert finalist["mean"] < -8  # the return of a pole that falls at once is 8
     monkeypatch.delitem(sys.modules, "ppo")
+
+
+COLUMNS = (("SμPar", 1.0), ("SμPar", 1 / 8), ("SP", 1 / 8), ("SP, sparse-aware init", 1 / 8))  # the first is dense
+
+
+class TestRecords:
+    """The page's figures are those of the committed records: interquartile means, and standard errors by 2000 resamples."""
+
+    records = files.read_jsonl(CHECKOUT / "tests/evidence/ppo_records.jsonl", "run")
+
+    def row(self, octave: float, seeds: range) -> str:
+        """The row of the page's table for a rate and seeds."""
+        cells = []
+        for column in COLUMNS:
+            of = [one for one in self.records if (one["arm"], one["density"]) == column and one["seed"] in seeds]
+            returns = np.array([-one["loss"] for one in of if abs(np.log2(one["lr"]) - octave) < 0.01])
+            draws = np.random.default_rng(0).integers(len(seeds), size=(2000, len(seeds)))
+            error = interquartile_mean(returns[draws], axis=1).std() if len(returns) else 0
+            cells.append(f"{interquartile_mean(returns):.0f} ± {error:.0f}" if len(returns) else "–")
+        return f"| 2^{octave} | {seeds[0]}–{seeds[-1]} | {' | '.join(cells)} |"
+
+    def test_the_page_says_what_was_measured(self) -> None:
+        page = (PAGES / "rl.md").read_text("utf-8")
+        shown = [self.row(octave, range(11, 21)) for octave in range(-8, -4)]
+        shown += [self.row(-6, range(21, 51)), self.row(-6.35, range(61, 81))]
+        assert [row for row in shown if row not in page] == []
+        assert self.row(-6, range(21, 50)) not in page  # the control: a seed less
+
+    def test_the_preset_goes_on_from_them(self) -> None:
+        study = parse(Sweep, read_study(None, {}, preset="ppo")).beside(str(files.template("own/study.yaml")))
+        known = {one["run"] for one in self.records}
+        for seed, is_known in ((study.train.seed, True), (study.train.seed - 1, False)):
+            first = {"train": study.train.model_copy(update={"seed": seed}), "seeds": 1}
+            plans = grid_plans(corpus.with_hash(study.model_copy(update=first), lambda _: None))
+            assert {plan.hash() in known for plan in plans} == {is_known} and len(plans) == 3 * 2 * 4
