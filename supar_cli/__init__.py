@@ -2,8 +2,8 @@
 
 The Python API is documents in, documents out: `load`, `transfer`, `explain`, `tune`, `train`, `check`, `sweep`, `compare`,
 `demo`, `report`; `prune` plans a run anew with fewer weights; `layout` reads a model of yours. Of a run, `weights` and `masks`
-return the tensors, `model` the module that they make, `evaluate` its scores on text, and `generate` text of its own. A function's
-module is imported on first use; only functions that run something import torch.
+return the tensors, `model` the module that they make, `evaluate` its scores on text or images, and `generate` text of its own.
+A function's module is imported on first use; only functions that run something import torch.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class TestCalibration:
         monkeypatch.setattr(
             runs,
             "validation_loss",
-            lambda plan: (
+            lambda plan, folder: (
                 planted(plan)
                 if plan.train.seed < 4
                 else 2.4 + 0.04 * (log2(plan.hyperparameters.lr) + 6.7 + 0.4 * log2(plan.sparsity.density)) ** 2

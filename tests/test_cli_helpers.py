@@ -25,17 +25,10 @@ from .conftest import PROXY, Called
 
 Supar = Callable[..., Called]
 
-TEMPLATES = ["quickstart", "gpt2-124m", "interpretability", "paper", "paper-proxy"]
+TEMPLATES = ["quickstart", "vit", "gpt2-124m", "interpretability", "paper", "paper-proxy"]
 # of sweeps; tests/test_sweep.py plans them
-FIGURES = [
-    *(f"fig{number}" for number in (1, 6, 7, 9, 10, 11, 12, 13, 14)),
-    "fig12-400",
-    "nm",
-    "imp",
-    "ppo",
-    "mlp-lr",
-    "mlp-lr-sgd",
-]
+FIGURES = [*(f"fig{number}" for number in (1, 6, 7, 9, 10, 11, 12, 13, 14)), "fig12-400", "nm", "imp"]
+FIGURES += ["ppo", "mlp-lr", "vit-lr", "vit-width", "mlp-lr-sgd"]
 # parameters of the proxy and of the target, as the templates' comments say them
 PARAMETERS = {
     "gpt2-124m": (22_583_552, 124_373_760),
@@ -43,6 +36,7 @@ PARAMETERS = {
     "paper": (38_044_160, 608_907_264),
     "paper-proxy": (38_044_160, 608_907_264),
     "quickstart": (443_008, 101_459_968),
+    "vit": (102_208, 1_588_480),
 }
 
 
@@ -51,14 +45,14 @@ def proxy_of(name: str, text_file: Path) -> Proxy:
     read = documents.read_one(str(template(f"{name}.yaml")), "")
     kind: Any = {"supar.proxy/v1": Proxy, "supar.spec/v1": Spec}[read.data["kind"]]
     found = parse(kind, read)
-    data_ = corpus.identify(Data(source=str(text_file)))
+    data_ = found.data if name == "vit" else corpus.identify(Data(source=str(text_file)))
     fields = found.model_dump(include=set(Proxy.keys()))
     return Proxy(**{**fields, "kind": "supar.proxy/v1", "data": data_.model_dump()})
 
 
 class TestTemplates:
     def test_are_the_ones_listed(self) -> None:
-        assert templates.names() == [TEMPLATES[0], "own", *TEMPLATES[1:], *FIGURES]
+        assert templates.names() == [*TEMPLATES[:2], "own", *TEMPLATES[2:], *FIGURES]
 
     @pytest.mark.parametrize("name", TEMPLATES)
     def test_have_the_parameters_that_their_comments_say(self, name: str, text_file: Path) -> None:
@@ -107,9 +101,9 @@ class TestInit:
 
     def test_lists_and_names_close_misses(self, supar_here: Supar) -> None:
         assert [line.split()[0] for line in supar_here("init", "--list").out.splitlines()] == [
-            TEMPLATES[0],
+            *TEMPLATES[:2],
             "own",
-            *TEMPLATES[1:],
+            *TEMPLATES[2:],
             *FIGURES,
             "gpt.py",
             "llama.py",
@@ -127,6 +121,14 @@ class TestInit:
 
 
 class TestSchema:
+    @pytest.mark.parametrize(("kind", "name"), [("spec", "vit"), ("sweep", "vit-lr")])
+    def test_knows_each_familys_keys(self, supar_here: Supar, kind: str, name: str) -> None:
+        check = jsonschema.Draft202012Validator(json.loads(supar_here("schema", kind).out))
+        sound = document.read(templates.text(name), name)[0].data
+        assert list(check.iter_errors(sound)) == []
+        for change in ({"family": "gpt2"}, {"patch": "2"}, {"pooling": "max"}, {"experts": 8}):
+            assert list(check.iter_errors({**sound, "model": {**sound["model"], **change}})), change
+
     @pytest.mark.parametrize("kind", ["spec", "proxy", "plan", "sweep"])
     def test_accepts_what_supar_accepts_and_refuses_an_unknown_key(
         self, supar_here: Supar, kind: str, text_file: Path

@@ -22,6 +22,7 @@ import supar_cli
 from supar_cli.errors import CheckViolated, InputError, SetupError
 from supar_cli.exporting import comparison, export
 from supar_cli.exporting.stored_model import open_model, open_run
+from supar_cli.planning.plan import Plan
 from supar_cli.training import checkpoint
 from supar_cli.training.distributed import ALONE
 from supar_cli.training.prepare import prepare
@@ -79,18 +80,22 @@ def run_of(tmp_path: Path) -> Runs:
             parameterization=rules or {},
             target={"width": 2 * shape["width"], "layers": 2, "sparsity": {"density": density}},
         )
-        plan = plan_from(fields)
-        made, generator = prepare(plan, torch.device("cpu")), torch.Generator().manual_seed(0)
-        values = {}
-        for name, tensor in made.tensors.items():
-            spread = tensor.abs().mean().clamp(min=0.05) * 0.3
-            values[name] = own.get(name, tensor.detach() + torch.randn(tensor.shape, generator=generator) * spread)
-        alone: Any = SimpleNamespace(ranks=ALONE, is_sharded=False, device=torch.device("cpu"))
-        with checkpoint.Writer(tmp_path / "run/checkpoints", plan, "sha256:0", alone) as writer:
-            writer.save(7, lambda: State(7, made.masks, values, {}))
-        return tmp_path / "run"
+        return write_run(plan_from(fields), tmp_path / "run", **own)
 
     return make
+
+
+def write_run(plan: Plan, folder: Path, **own: Tensor) -> Path:
+    """A run of a plan whose values are as if trained: no gain, shift or bias is at its start."""
+    made, generator = prepare(plan, torch.device("cpu")), torch.Generator().manual_seed(0)
+    values = {}
+    for name, tensor in made.tensors.items():
+        spread = tensor.abs().mean().clamp(min=0.05) * 0.3
+        values[name] = own.get(name, tensor.detach() + torch.randn(tensor.shape, generator=generator) * spread)
+    alone: Any = SimpleNamespace(ranks=ALONE, is_sharded=False, device=torch.device("cpu"))
+    with checkpoint.Writer(folder / "checkpoints", plan, "sha256:0", alone) as writer:
+        writer.save(7, lambda: State(7, made.masks, values, {}))
+    return folder
 
 
 def hf() -> Any:

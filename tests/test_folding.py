@@ -219,13 +219,17 @@ def test_what_no_factor_can_go_into_is_refused_by_name() -> None:
     assert fold_factors([gain], ONE) == {"gain": 1.0}
 
 
-@pytest.mark.parametrize(("tied", "norm"), list(product((False, True), ("layernorm", "rmsnorm"))))
-def test_the_factors_of_our_own_families(tied: bool, norm: str) -> None:
+@pytest.mark.parametrize(
+    ("tied", "norm", "patch"),
+    [*product((False, True), ("layernorm", "rmsnorm"), (0,)), (False, "layernorm", 12)],
+)
+def test_the_factors_of_our_own_families(tied: bool, norm: str, patch: int) -> None:
     sizes = {"width": D, "layers": 2, "heads": 2, "kv_heads": 2, "head_width": 4, "ffn_width": FFN, "context": T}
     kinds = {"vocab": V, "norm": norm, "activation": "gelu", "positions": "learned", "bias": True, "tied": tied}
-    shape: Any = SimpleNamespace(**sizes, **kinds)
+    shape: Any = SimpleNamespace(**sizes, **kinds, patch_inputs=patch, has_class_token=patch > 0)
     tensors = layout.tensors(shape)
-    expected = {"embedding": 2.5, "positions": 2.5} | ({} if tied else {"unembedding": 0.6})
+    inputs = ["patches", "patches.bias", "class_token"] if patch else ["embedding"]
+    expected = dict.fromkeys([*inputs, "positions"], 2.5) | ({} if tied else {"unembedding": 0.6})
     expected |= {f"blocks.{i}.{w}{b}": 1 / 3 for i in (0, 1) for w in ("attn.o", "mlp.down") for b in ("", ".bias")}
     expected |= dict.fromkeys(["final_norm", "final_norm.bias"][: tied * (1 + (norm == "layernorm"))], 0.24)
     found = fold_factors(describe_uses(tensors, tied), TRUE)

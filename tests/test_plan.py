@@ -25,7 +25,9 @@ GOLDEN = Path(__file__).parent / "golden"
 TUNED = {"lr": 0.015625, "init_std": 0.08, "alpha_input": 9.0, "alpha_output": 1.1, "weight_decay": 0.1, "eps": 1e-8}
 GPT2 = {"family": "gpt2", "width": 128, "layers": 2, "heads": 4, "context": 64, "vocab": 256}
 LLAMA = {**GPT2, "family": "llama", "heads": 4, "kv_heads": 2, "ffn_width": 352, "tied": False}
+VIT = {"family": "vit", "width": 64, "layers": 1, "heads": 2, "image": [8, 4], "channels": 3, "patch": 4, "classes": 5}
 TRAIN = {"steps": 400, "batch_size": 16}
+SGD = {**TRAIN, "optimizer": "sgd"}
 
 
 def proxy(**sections: Any) -> Proxy:
@@ -74,14 +76,8 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
             "target": {"width": 512, "sparsity": {"sparsity": 0.75, "pattern": "bernoulli"}},
         },
     ),
-    "gpt2-sp-sgd": (
-        "sp",
-        {"train": {**TRAIN, "optimizer": "sgd"}, "target": {"width": 512, "sparsity": {"density": 0.5}}},
-    ),
-    "gpt2-supar-sgd": (
-        "supar",
-        {"train": {**TRAIN, "optimizer": "sgd"}, "target": {"width": 512, "sparsity": {"density": 0.5}}},
-    ),
+    "gpt2-sp-sgd": ("sp", {"train": SGD, "target": {"width": 512, "sparsity": {"density": 0.5}}}),
+    "gpt2-supar-sgd": ("supar", {"train": SGD, "target": {"width": 512, "sparsity": {"density": 0.5}}}),
     "llama-completep-tokens-per-parameter": (
         "supar",
         {
@@ -104,6 +100,11 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
             "train": {**TRAIN, "schedule": "wsd", "final_lr_fraction": 0.0},
             "target": {"width": 512, "context": 32, "sparsity": {"density": 0.25}},
         },
+    ),
+    "vit-supar": ("supar", {"model": VIT, "target": {"width": 256, "sparsity": {"density": 0.0625}}}),
+    "vit-supar-sgd": (
+        "supar",
+        {"model": {**VIT, "pooling": "mean"}, "train": SGD, "target": {"width": 256, "sparsity": {"density": 0.0625}}},
     ),
     "gpt2-fixed-fan-in": (
         "supar",

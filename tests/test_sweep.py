@@ -200,12 +200,14 @@ PAPER_WIDTHS = {
 }
 
 
-SMALL_ALONE = ("fig12-400", "nm", "imp")
+SMALL_ALONE = ("fig12-400", "nm", "imp", "vit-lr", "vit-width")
 OWN_MODELS = ("ppo", "mlp-lr", "mlp-lr-sgd")  # of users: `test_own_sweep`
 # of the grids of those with arms: 3 or 5 rates, 6 seeds of each dense model that arms share and 4 of each of their other sizes
 RUNS = {
     "fig12": 3 * (6 + 10 * 2 * 4),
     "fig12-400": 5 * (2 * 6 + 5 * 2 * 4),
+    "vit-lr": 4 * 2 * 3 * 3,
+    "vit-width": 2 * 3 * 3 * 3,
     "nm": 3 * (6 + 5 * 4),
     "imp": 3 * (6 + 2 * 4),  # before pruning, which makes two plans of one
 }
@@ -233,7 +235,7 @@ class TestPresets:
             assert sweep.data is not None
             sweep = sweep.model_copy(update={"data": sweep.data.model_copy(update={"hash": "sha256:" + "0" * 64})})
             plan_all(sweep)
-            assert len(sweep.levels) >= 3 and sweep.seeds >= 2
+            assert len(sweep.levels) >= 2 + (name != "vit-lr") and sweep.seeds >= 2
             if read is small:
                 seen = set()
                 for arm in sweep.all_arms:

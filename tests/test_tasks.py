@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -36,10 +36,12 @@ FEATURES, HIDDEN, CLASSES = 16, 64, 4
 class Classes:
     """Four noisy clusters of points: a batch is points (B, features), weights of the rows (B,) and their classes (B,)."""
 
-    unit, units_per_row, flops_per_unit, hash, standard_errors = "points", 1, None, "sha256:clusters", True
+    unit, units_per_row, flops_per_unit, hash = "points", 1, None, "sha256:clusters"
+    described: ClassVar = {"points": {"seed": 2}}
 
     def __init__(self, rows: int, held_out_rows: int = 64) -> None:
         self.rows, self.held_out_rows = rows, held_out_rows
+        self.scored_rows = held_out_rows - 5  # the rest only fills the last batch
         self.centres = np.random.default_rng(0).standard_normal((CLASSES, FEATURES)).astype(np.float32)
 
     def points(self, seed: tuple[int, ...], rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,13 +59,16 @@ class Classes:
     def inputs(self, batch: tasks.Batch) -> tasks.Batch:
         return batch[:1]
 
-    def loss(self, model: nn.Module, batch: tasks.Batch, chunk: int | None = None) -> Tensor:
+    def losses(self, model: nn.Module, batch: tasks.Batch) -> Tensor:
         points, weights, classes = batch
-        return (F.cross_entropy(model(points), classes, reduction="none") * weights).mean()
+        return F.cross_entropy(model(points), classes, reduction="none") * weights
+
+    def loss(self, model: nn.Module, batch: tasks.Batch, chunk: int | None = None) -> Tensor:
+        return self.losses(model, batch).mean()
 
     def evaluate(self, model: nn.Module, batch: tasks.Batch, chunk: int | None = None) -> dict[str, Tensor]:
         right = model(batch[0]).argmax(1) == batch[2]
-        return {"validation_loss": self.loss(model, batch), "accuracy": right.float().mean()}
+        return {"validation_loss": self.losses(model, batch), "accuracy": right.float()}
 
 
 class Perceptron(nn.Module):
@@ -110,6 +115,8 @@ class TestClassifier:
         assert evaluated[-1]["accuracy"] > 0.8 > 2 / CLASSES
         assert "points_per_s" in records[0] and "tokens_per_s" not in records[0]
         result = json.loads((directory / "result.json").read_text())
+        assert result["accuracy"] == evaluated[-1]["accuracy"] and result["accuracy_se"] == evaluated[-1]["accuracy_se"]
+        assert result["environment"]["points"] == {"seed": 2}
         assert result["data"] == "sha256:clusters" and list(result["masks"]) == ["second"]
 
     def test_a_resumed_run_is_the_uninterrupted_one(self, plan_of: MakePlan, tmp_path: Path) -> None:
@@ -138,13 +145,16 @@ class TestClassifier:
             assert whole.step().loss == pytest.approx(parts.step().loss, rel=1e-5)
         assert whole.evaluate()["validation_loss"] == pytest.approx(parts.evaluate()["validation_loss"], rel=1e-5)
 
-    def test_a_standard_error_is_that_of_the_batches_means(self, plan_of: MakePlan) -> None:
+    def test_means_and_standard_errors_are_over_rows_without_those_that_fill_up(self, plan_of: MakePlan) -> None:
         trainer = classifier(classifier_plan(plan_of))
         found, task = trainer.evaluate(), trainer.task
         with torch.no_grad():
-            means = [float(task.evaluate(trainer.model, task.held_out(at, 4, 16))["accuracy"]) for at in range(4)]
-        assert found["accuracy"] == pytest.approx(np.mean(means))
-        assert found["accuracy_se"] == pytest.approx(np.std(means, ddof=1) / 2)
+            parts = [task.evaluate(trainer.model, task.held_out(at, 4, 16)) for at in range(4)]
+        for name in ("accuracy", "validation_loss"):
+            values = torch.cat([part[name] for part in parts]).double().numpy()
+            assert found[name] == pytest.approx(values[:59].mean()) and found[name] != pytest.approx(values.mean())
+            assert found[f"{name}_se"] == pytest.approx(values[:59].std() / math.sqrt(59))
+        assert found["accuracy_se"] == pytest.approx(math.sqrt(found["accuracy"] * (1 - found["accuracy"]) / 59))
 
     def test_a_weight_that_is_not_finite_is_named(self, plan_of: MakePlan) -> None:
         trainer = classifier(classifier_plan(plan_of))

@@ -1,4 +1,4 @@
-"""`supar data`: see how a corpus is read, or turn one into token files."""
+"""`supar data`: see how a corpus or a set of images is read, or turn text into token files."""
 
 import time
 from pathlib import Path
@@ -10,11 +10,12 @@ from supar_cli.cli.options import Flags, command
 from supar_cli.data import corpus
 from supar_cli.errors import InputError
 from supar_cli.files import naming_write_errors
-from supar_cli.planning.plan import Data
+from supar_cli.planning.plan import DIGITS, Data
 from supar_cli.planning.problems import validate
 
 SAMPLE_TOKENS = 64
 FILES_NAMED = 5
+LOOKING = "size image label"
 READING = "format tokenizer field dtype encoding separator"
 
 
@@ -76,6 +77,39 @@ def inspect(flags: Flags) -> None:
 
 
 @command(
+    f"corpus {LOOKING} json quiet",
+    corpus={"help": "`digits`, an .npz or Parquet file, or a folder of images.", "default": DIGITS},
+)
+def images(flags: Flags) -> None:
+    """Show how labelled images are read: splits, classes, size, channels, mean, and what to put into a document.
+
+    Examples:
+      supar data images photos --size 32,32
+      supar data images table.parquet --label fine_label
+    """
+    import numpy as np
+
+    from supar_cli.data import images as reading
+
+    log, section = terminal.Log(flags.quiet), _section(flags, LOOKING, kind="images")
+    with documents.naming_flags(flags):
+        found = reading.load(section, log.log)
+    for line in found.lines:
+        log.log(line)
+    channels, *size = found.shape
+    splits = {"train": found.train, "held_out": found.held_out}
+    counts = {name: np.bincount(one.labels, minlength=len(found.classes)).tolist() for name, one in splits.items()}
+    result = {
+        "images": {name: len(one) for name, one in splits.items()},
+        "classes": {name: list(own) for name, *own in zip(found.classes, *counts.values(), strict=True)},
+        **found.described,
+        "model": {"image": size, "channels": channels, "classes": len(found.classes)},
+        "data": section.model_copy(update={"hash": found.hash}).model_dump(),
+    }
+    terminal.print_documents([result], flags, always=True)
+
+
+@command(
     f"corpus out {READING} force json quiet",
     corpus={"help": "`stdlib`, a file of texts, or a folder of them.", "default": ...},
     out={"help": "Folder for train.bin and val.bin, or .npy where ids need 32 bits.", "default": ...},
@@ -121,10 +155,10 @@ def prepare(flags: Flags) -> None:
     )
 
 
-def _section(flags: Flags) -> Data:
-    given = {key: getattr(flags, key) for key in READING.split() if getattr(flags, key) is not None}
+def _section(flags: Flags, keys: str = READING, **more: str) -> Data:
+    given = {key: getattr(flags, key) for key in keys.split() if getattr(flags, key) is not None}
     with documents.naming_flags(flags):
-        return validate(Data, {"source": flags.corpus, **given}, "")
+        return validate(Data, {"source": flags.corpus, **given, **more}, "")
 
 
-data = application(inspect, prepare, help="Inspect a corpus, or prepare one as token files.")
+data = application(inspect, images, prepare, help="Inspect a corpus or images, or prepare text as token files.")

@@ -1,19 +1,19 @@
-"""`supar evaluate`: a run's loss, perplexity and bits per byte on text."""
+"""`supar evaluate`: a run's loss, perplexity and bits per byte on text; its loss and accuracy on images."""
 
 from typing import Any
 
 import supar_cli
 from supar_cli.cli import documents, terminal
-from supar_cli.cli.data import READING
+from supar_cli.cli.data import LOOKING, READING
 from supar_cli.cli.options import Flags, command
 from supar_cli.cli.runs import find_run
 
 
 @command(
-    f"directory data {READING} tokens device precision out force json quiet",
+    f"directory data {READING} {LOOKING} tokens device precision out force json quiet",
     directory={"help": "A run directory or a checkpoint. [default: the newest of runs/]"},
     data={
-        "help": "`stdlib`, a text/JSONL/token file or a folder of them. [default: what the run holds out of its own]"
+        "help": "Text, JSONL, tokens or images: a file or a folder of them. [default: what the run holds out of its own]"
     },
     tokenizer={"help": "bytes, a tokenizer.json or its folder. [default: the run's]"},
     tokens={"help": "Score only the first tokens, so many. [default: all]", "path": "", "minimum": 1},
@@ -21,17 +21,18 @@ from supar_cli.cli.runs import find_run
     precision={"default": "float32"},
 )
 def evaluate(flags: Flags) -> None:
-    """Score a run on text: loss in nats per token, perplexity and bits per byte, with standard errors.
+    """Score a run on text or images: loss, perplexity and bits per byte, or loss and accuracy, with standard errors.
 
     Each document is scored by itself, its first token too, in windows of the model's context: the rolling log-likelihood of
-    lm-evaluation-harness. Of a folder: its validation split, else its test split, else all. The run is not changed.
+    lm-evaluation-harness. Every image is scored once. Of a folder: its validation split, else its test split, else all. The
+    run is not changed.
 
     Examples:
       supar evaluate runs/NAME --json
       supar evaluate runs/NAME --data corpus.jsonl --field page --tokens 100000
     """
     log = terminal.Log(flags.quiet)
-    names = ("data", "tokens", "device", "precision", *READING.split())
+    names = ("data", "tokens", "device", "precision", *READING.split(), *LOOKING.split())
     options: dict[str, Any] = {name: value for name in names if (value := getattr(flags, name)) is not None}
     run = find_run(flags.directory, log)
     with terminal.Progress("evaluate", flags.quiet) as progress, documents.naming_flags(flags):
@@ -46,12 +47,16 @@ def evaluate(flags: Flags) -> None:
 
 def _describe(record: dict[str, Any]) -> str:
     """The figures in a line."""
-    words = {"loss": "loss {} nats per token", "perplexity": "perplexity {}", "bits_per_byte": "{} bits per byte"}
+    unit = "image" if "images" in record else "token"
+    words = {"loss": f"loss {{}} nats per {unit}", "accuracy": "accuracy {}"}
+    words |= {"perplexity": "perplexity {}", "bits_per_byte": "{} bits per byte"}
     found = []
     for name, text in words.items():
-        if (value := record[name]) is not None:
+        if (value := record.get(name)) is not None:
             error = record[f"{name}_se"]
             found.append(text.format(f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")))
+    if "images" in record:
+        return f"{', '.join(found)}; {record['images']:,} images (± a standard error)"
     over = record["standard_errors"]
     counts = f"{record['tokens']:,} tokens of {record['documents']:,} document{'s' * (record['documents'] > 1)}"
     said = (

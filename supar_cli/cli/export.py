@@ -33,7 +33,7 @@ def export(flags: Flags) -> None:
     """Write a run's model as a folder of a class that transformers and other programs load.
 
     Multipliers are folded into the weights, and dead weights are 0. Where transformers is installed it loads the folder, and
-    its logits on 256 tokens are compared: status 5, and nothing written, if they differ by more than 1e-5 of the largest.
+    its logits on 256 tokens or 16 images are compared: status 5, and nothing written, if they differ by more than 1e-5 of the largest.
 
     Examples:
       supar export runs/NAME -o my-model

@@ -69,7 +69,9 @@ def _next(name: str, text: str) -> tuple[str | None, str]:
     """A template's default file (None: its name with .yaml), and the command that comes next."""
     if name in templates.scripts():
         return name, f"layout {{module}}:make {SIZES} --example {{module}}:example"
-    return NEXT[next(line for line in text.splitlines() if line.startswith("kind:")).removeprefix("kind: ")]
+    default, command = NEXT[next(line for line in text.splitlines() if line.startswith("kind:")).removeprefix("kind: ")]
+    script = next((one for one in templates.scripts() if f" {one} " in text), None)  # that its command runs
+    return default, f"init {script}" if script else command
 
 
 @command(

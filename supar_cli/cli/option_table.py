@@ -148,7 +148,12 @@ OPTIONS = {
         str, "How masks change while training: set, rigl, gmp or topk. [default: not]", "target.sparsity.updates.method"
     ),
     "distribution": Option(str, "Density by tensor: uniform or erk (Erdős–Rényi).", "target.sparsity.distribution"),
-    "data": Option(str, "`stdlib`, a text/JSONL/token file or a folder of them.", "data.source", metavar="PATH"),
+    "data": Option(
+        str,
+        "Text, JSONL, tokens or images: a file or a folder; or `stdlib`, or `digits`.",
+        "data.source",
+        metavar="PATH",
+    ),
     "seed": Option(int, "Seed of init, masks and batches.", "target.seed"),
     "rewind": Option(int, "Start from the values after this step of the run; 0: as it started.", default=0, minimum=0),
     "scope": Option(str, "The largest weights of each tensor, or global: of all.", default="tensor", read=values.scope),
@@ -251,12 +256,17 @@ OPTIONS = {
     "dtype": Option(str, "Integers of raw token files: auto, uint16 or uint32. [default: auto]", "data.dtype"),
     "encoding": Option(str, "Encoding of text files, such as latin-1. [default: utf-8]", "data.encoding"),
     "separator": Option(str, "The token between documents. [default: the tokenizer's]", "data.separator"),
+    "size": Option(
+        str, "Height and width to which images are resized.", "data.size", metavar="H,W", read=values.counts
+    ),
+    "image": Option(str, "The column of tables that holds images. [default: the only one]", "data.image"),
+    "label": Option(str, "The column of tables that holds labels. [default: the only one]", "data.label"),
     "to": Option(
         str,
-        "The class: gpt2, llama, granite, gpt-neox, mpt, or auto: what holds the model; or safetensors or npz: the plan's names.",
+        "The class: gpt2, llama, granite, gpt-neox, mpt, vit, or auto: what holds the model; or the plan's names in safetensors, npz.",
         default="auto",
         metavar="FORMAT",
-        read=values.one_of("auto", "gpt2", "llama", "granite", "gpt-neox", "mpt", "safetensors", "npz"),
+        read=values.one_of("auto", "gpt2", "llama", "granite", "gpt-neox", "mpt", "vit", "safetensors", "npz"),
     ),
     # what every command does with its result
     "list": _switch("Show the templates and write nothing."),
@@ -276,7 +286,7 @@ GROUPS = {  # of a command's help, in their order; an argument is in none
     "Model": "width layers heads kv_heads head_width ffn_width context vocab parameterization role shape",
     "Training": "index batch_size steps tokens tokens_per_parameter seed resume checkpoint_every keep max_time tracker "
     "device precision compile engine",
-    "Data": "data format tokenizer field dtype encoding separator",
+    "Data": "data format tokenizer field dtype encoding separator size image label",
     "Sparsity": "sparsity density masks values scope rewind scale pattern block distribution updates from_paper allow_low_wpn",
     "Measurement": "trials seeds max_seeds sampler search study over iso preset full calibrate rounds compare",
     "Text": "temperature top_k",

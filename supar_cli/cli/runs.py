@@ -17,7 +17,8 @@ from supar_cli.reporting import runs as reading
 from supar_cli.reporting.read import read
 from supar_cli.reporting.result import flatten
 
-COLUMNS = ("run", "state", "step", "loss", "validation", "last written, UTC")
+COLUMNS = ("run", "state", "step", "loss", "validation", "accuracy", "last written, UTC")
+SHOWN = (*reading.LOSSES, "accuracy")
 LAST = 12  # chosen: evaluations that are listed
 WIDEST, HEIGHT = 100, 12  # chosen: a curve of the terminal's width up to this, in lines that leave room for the rest
 PAGE = "report.html"
@@ -40,18 +41,22 @@ def runs(flags: Flags) -> None:
     if not found:
         log.warn(f"{root}: no run directory found")
     elif not flags.quiet:
-        log.log(words.table(COLUMNS, [_row(one, root) for one in found], right=(2, 3, 4)))
+        rows = [_row(one, root) for one in found]
+        shown = [name for name in COLUMNS if name != "accuracy" or any(row[name] for row in rows)]
+        right = [at for at, name in enumerate(shown) if name in ("step", "loss", "validation", "accuracy")]
+        log.log(words.table(shown, [[row[name] for name in shown] for row in rows], right=right))
         for one in found:
             if one["text"]:
                 log.log(f"{one['run']}: {one['text']}")
     terminal.print_documents([found], flags)
 
 
-def _row(one: dict[str, Any], root: Path) -> list[str]:
-    losses = ["" if one.get(key) is None else f"{one[key]:.4f}" for key in ("loss", "validation_loss")]
+def _row(one: dict[str, Any], root: Path) -> dict[str, str]:
+    scores = ["" if one.get(key) is None else f"{one[key]:.4f}" for key in ("loss", "validation_loss", "accuracy")]
     steps = f"{one['step']}/{one['steps']}" if "steps" in one else ""
     written = one.get("written", "")[: len("2026-11-24 04:09")]
-    return [str(Path(one["run"]).relative_to(root)), one["state"], steps, *losses, written]
+    values = (str(Path(one["run"]).relative_to(root)), one["state"], steps, *scores, written)
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 @command("directory json quiet")
@@ -70,9 +75,9 @@ def show(flags: Flags) -> None:
     run = reading.details(folder)
     plan, found, environment = run.plan, run.summary, run.environment
     if not flags.quiet:
-        losses = [f"{key.removesuffix('_loss')} {found[key]:.4f}" for key in reading.LOSSES if found[key] is not None]
+        scores = [f"{key.removesuffix('_loss')} {found[key]:.4f}" for key in SHOWN if found.get(key) is not None]
         step = f"step {found['step']} of {found['steps']}"
-        log.log(", ".join([f"{folder}: {found['state']}", step, *losses, f"last written {found['written']}"]))
+        log.log(", ".join([f"{folder}: {found['state']}", step, *scores, f"last written {found['written']}"]))
         if found["text"]:
             log.log(found["text"])
         log.log(f"plan {plan.name}, {plan.hash()}")
@@ -116,10 +121,11 @@ def _show_losses(records: list[dict[str, Any]], log: terminal.Log) -> None:
         log.log("\n".join(["density of the tensors whose masks change", *lines]))
     if masks := reading.masks_text(records):
         log.log(masks)
-    losses = [(record["step"], record.get("validation_loss")) for record in records]
-    values = [f"{loss:.4f} at {step}" for step, loss in losses if isinstance(loss, float)]
-    if values:
-        log.log(textwrap.fill(f"validation loss {', '.join(values[-LAST:])}", width))
+    for title, name in (("validation loss", "validation_loss"), ("accuracy", "accuracy")):
+        scores = [(record["step"], record.get(name)) for record in records]
+        values = [f"{score:.4f} at {step}" for step, score in scores if isinstance(score, float)]
+        if values:
+            log.log(textwrap.fill(f"{title} {', '.join(values[-LAST:])}", width))
 
 
 @command(

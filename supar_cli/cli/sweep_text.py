@@ -3,7 +3,7 @@
 from typing import Any
 
 from supar_cli.cli import terminal
-from supar_cli.planning.sweep import Sweep
+from supar_cli.planning.sweep import AGGREGATES, Sweep
 
 
 def describe(study: Sweep, log: terminal.Log) -> None:
@@ -12,12 +12,15 @@ def describe(study: Sweep, log: terminal.Log) -> None:
     size, proxy = study.size_at(levels[0]), study.size_at()
     more = f", {study.first_seeds} at the first size" if study.first_seeds else ""
     seeds = f"{study.seeds} seed{'s' if study.seeds > 1 else ''} per point{more}"
+    if study.aggregate != "mean":
+        seeds += f", their {AGGREGATES[study.aggregate]}"
     log.log(f"{study.title or study.name}: {'; '.join(study.arms) or ', '.join(study.parameterizations)}; {seeds}")
     if study.data is None:
         shape = ", ".join(f"{name} {value} (proxy {proxy[name]})" for name, value in size.items())
     else:
         shape = f"width {size['width']} (proxy {proxy['width']}), {size['layers']} layers"
-        shape += f", context {target.context or study.decoder.context}"
+        read = study.decoder.model_copy(update={"context": target.context or study.decoder.context})
+        shape += f", {read.rows_text}"
     made_of = f"by: {study.run.command}" if study.data is None else f"data {study.data.source}"
     length = f"batch {target.batch_size or train.batch_size}, {target.steps or train.steps} steps"
     log.log(f"{shape}, {length}, {made_of}")

@@ -122,8 +122,12 @@ def _wider(spec: Spec) -> list[str]:
 def _reshaped(spec: Spec, flags: Flags) -> Spec:
     """The spec with the shape, the number of tokens and the searched names that flags ask for. Raises InputError."""
     shape = {name: getattr(flags, name) for name in SHAPE}
-    if isinstance(spec.model, OwnShape) and (given := [name for name in (*SHAPE, "tokens") if getattr(flags, name)]):
+    refused, what = ["context", "tokens"], "is for text; a vision transformer trains for --steps"
+    if isinstance(spec.model, OwnShape):
+        refused = [*SHAPE, "tokens"]
         what = "a model of your own has the sizes of its layout, and trains for --steps"
+    is_text = spec.data is not None and spec.data.kind == "tokens"
+    if given := [name for name in refused if not is_text and getattr(flags, name)]:
         raise InputError(*(f"{flag_of(name)}: {what}" for name in given))
     model = (
         target_model(spec.decoder, Target(**shape))

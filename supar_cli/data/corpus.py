@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from supar_cli.data import image_files
 from supar_cli.data.formats import LLMC, SUFFIXES, TEXT_KINDS, kind_of, suffix_of
-from supar_cli.data.splits import split_word, words_of
+from supar_cli.data.splits import is_card, split_word
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import naming_read_errors
 from supar_cli.planning.plan import Data
@@ -24,7 +24,6 @@ DocumentT = TypeVar("DocumentT")
 READER = 2  # the edition of how files are read; where it gives the tokens of the first, the hash is that of the first
 BYTES = 256  # the tokens of text that is read as bytes
 _NOT_CORPUS = {"test", "tests", "site-packages", "dist-packages", "__pycache__", "idle_test"}
-_CARDS = ("readme", "license", "licence", "copying", "notice", "citation", "datasetcard")
 _ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "metadata.json")
 _ABOUT = {  # files about data or models
     *(*_ABOUT_DATA, "state.json", "config.json"),
@@ -115,7 +114,9 @@ def find(data: Data, to_score: bool = False) -> Corpus:
     corpus = Corpus(names[0] if names else "", path, files, [], "by their names", left_out)
     if not files:
         others = "".join(f"; {names}: {why}" for why, names in corpus.by_reason().items())
-        raise InputError(f"data.source: {data.source}: no data in it{others}; expected {', '.join(SUFFIXES)} files")
+        raise InputError(
+            f"data.source: {data.source}: no data in it{others}; expected {', '.join(SUFFIXES)} files, or data.kind: images"
+        )
     corpus = replace(corpus, is_packed=any(kind.is_packed for kind in kinds.values()))
     held_out = [one for one in files if not to_score and split_word(one.relative_to(path)) == "validation"]
     if held_out == files:
@@ -163,10 +164,9 @@ def _data_files(root: Path, data: Data, to_score: bool) -> tuple[list[Path], dic
 def _is_about(path: Path) -> bool:
     """Whether a file is about data, by its name, or a cache that `datasets` keeps beside them."""
     name = path.name.lower()
-    is_card = next(iter(words_of(name)), "") in _CARDS and path.suffix.lower() in ("", ".md", ".txt", ".rst")
     stem = name.split(".")[0] + ".json"
-    is_card = is_card or (stem in _ABOUT_DATA and suffix_of(path)[0] in SUFFIXES)
-    return is_card or name in _ABOUT or (name.endswith(".arrow") and name.startswith(("cache-", "tmp")))
+    is_about_data = is_card(path) or (stem in _ABOUT_DATA and suffix_of(path)[0] in SUFFIXES)
+    return is_about_data or name in _ABOUT or (name.endswith(".arrow") and name.startswith(("cache-", "tmp")))
 
 
 def _split(corpus: Corpus) -> Corpus:

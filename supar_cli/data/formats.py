@@ -35,6 +35,7 @@ LLMC = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # llm.c, dev/data/data_comm
 _KNOWN = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\x93NUMPY": "npy"}
 
 _CONVERT = "expected its text in a .txt, .jsonl or .parquet file"
+_LABELLED = "expected text, or data.kind: images, which the family vit reads"
 _UNPACK = "expected what is in it, unpacked"
 _REPACK = "expected it unpacked, or as .gz or .zst"
 _FOREIGN = {  # how the first bytes of what is not read look, its name, and what to do
@@ -49,10 +50,10 @@ _FOREIGN = {  # how the first bytes of what is not read look, its name, and what
     rb"7z\xbc\xaf": ("a 7z archive", _UNPACK),
     rb"Rar!\x1a": ("a RAR archive", _UNPACK),
     rb".{257}ustar": ("a tar archive", _UNPACK),
-    rb"\x89PNG": ("a PNG image", _CONVERT),
-    rb"\xff\xd8\xff[\xc0-\xfe]": ("a JPEG image", _CONVERT),
-    rb"GIF8": ("a GIF image", _CONVERT),
-    rb"BM.{4}\0{4}|II\*\0|MM\0\*": ("a bitmap image", _CONVERT),
+    rb"\x89PNG": ("a PNG image", _LABELLED),
+    rb"\xff\xd8\xff[\xc0-\xfe]": ("a JPEG image", _LABELLED),
+    rb"GIF8": ("a GIF image", _LABELLED),
+    rb"BM.{4}\0{4}|II\*\0|MM\0\*": ("a bitmap image", _LABELLED),
     rb"RIFF": ("a WebP image or a sound", _CONVERT),
     rb"ID3[\x02-\x04]\0|fLaC\0|OggS\0": ("a sound", _CONVERT),
     rb".{4}ftyp|\x1a\x45\xdf\xa3": ("a film", _CONVERT),
@@ -273,6 +274,12 @@ def _refuse_foreign(path: Path, head: bytes, is_text: bool, is_text_expected: bo
             _refuse(path, what, f"expected UTF-8, data.encoding: {name}, or data.format: nanogpt for tokens")
     what = f"a NUL at byte {head.index(0)}" if b"\0" in head else "control characters throughout"
     _refuse(path, f"is not text: {what}", "expected text, JSONL, Parquet, Arrow or tokens (data.format: nanogpt)")
+
+
+def name_of(head: bytes) -> str:
+    """What a file that begins so is, in words, for a message."""
+    found = next((what for start, (what, _) in _FOREIGN.items() if re.match(start, head, re.DOTALL)), None)
+    return found or _container(head) or ("empty" if not head else "text" if _is_text(head) else "of an unknown format")
 
 
 def _refuse(path: Path, what: str, remedy: str) -> NoReturn:

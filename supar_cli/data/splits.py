@@ -1,4 +1,4 @@
-"""The split that a file's path names: training, validation or test."""
+"""What a file's path says: its split (training, validation or test), and whether it is only about data."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ SPLITS = {  # the words by which the Hugging Face Hub splits data sets
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("train", "training"), "train"),
 }
+_CARDS = ("readme", "license", "licence", "copying", "notice", "citation", "datasetcard")
 
 
 def words_of(name: str) -> list[str]:
@@ -22,3 +23,9 @@ def split_word(path: Path) -> str:
     for part in reversed(path.parts):
         found += sorted({SPLITS[word] for word in words_of(part) if word in SPLITS}, reverse=True)
     return "test" if "test" in found else next(iter(found), "")
+
+
+def is_card(path: Path) -> bool:
+    """Whether a file is a card of data, a licence or the like, by its name."""
+    first = next(iter(words_of(path.name)), "")
+    return first in _CARDS and path.suffix.lower() in ("", ".md", ".txt", ".rst")

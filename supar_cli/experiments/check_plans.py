@@ -18,7 +18,7 @@ from supar_cli.planning.patterns import density_of
 from supar_cli.planning.plan import Plan, decoder_base
 from supar_cli.planning.plan_sections import OwnModel
 from supar_cli.planning.rules import ParameterizationName
-from supar_cli.planning.spec import WSD, Model, Options, Proxy, Sparsity, Spec, Target, Train
+from supar_cli.planning.spec import WSD, Model, Options, Proxy, Sparsity, Spec, Target, Train, ViT
 from supar_cli.planning.transfer import transfer
 
 DENSITIES = (1.0, 1 / 4, 1 / 16)
@@ -27,7 +27,10 @@ CONTROLS: tuple[tuple[ParameterizationName, str], ...] = (("sp", "density"), ("m
 CONTROL_SEEDS = 2  # chosen: a control's slope is off by far more than the difference between two seeds
 # A constant rate without clipping: clipping would hide the size of a gradient
 CONSTANT = {"schedule": "constant", "warmup_fraction": 0.0, "grad_clip": 0.0, **dict.fromkeys(WSD)}
-TOKENS = 512  # chosen: tokens per batch; fewer make single gradients noisy, more make the check slow
+TOKENS = 512  # chosen: positions per batch; fewer make single gradients noisy, more make the check slow
+IMAGES = (
+    128  # chosen: images per batch, of each of which one position has a loss; by 30 the losses of steps differ by .1
+)
 
 
 LAYOUT = "layout.yaml"
@@ -109,7 +112,8 @@ def sweeps_of(
     subject = subject.model_copy(update={"run": subject.run.model_copy(update=whole), "hyperparameters": hyper})
     train = {"steps": steps, **CONSTANT}
     if not own:
-        train["batch_size"] = batch_size or max(1, TOKENS // subject.decoder.context)
+        is_text = subject.decoder.data_kind == "tokens"
+        train["batch_size"] = batch_size or (max(1, TOKENS // subject.decoder.context) if is_text else IMAGES)
     elif batch_size is not None:
         raise InputError(f"batch_size: {batch_size}; of a model of your own, --batches says how large its batches are")
     if not isinstance(subject, Plan):
@@ -215,7 +219,7 @@ def _plan_sweeps(plan: Plan, train: Record, shape: OwnShape | None) -> list[Slop
     proxy, sparsity = _proxy_of(plan, train, shape), plan.sparsity
     small, whole, m_d = _shapes(plan, proxy)
     own_train = {**train, "warmup_steps": 0, "decay_steps": None}
-    if shape is None:
+    if plan.train.tokens is not None:
         own_train["tokens"] = train["steps"] * train["batch_size"] * plan.decoder.context
 
     def own(seed: int) -> Plan:
@@ -257,7 +261,7 @@ def _shapes(plan: Plan, proxy: Proxy) -> tuple[Record, Record, float]:
         name = _width_of(document)
         small = {**document.base, **{key: size[key] for key in size if key == LAYERS}}
         return {"size": small}, {"size": size}, size[name] / document.base[name]
-    same = ("layers", "context")
+    same = ("layers", "context") if plan.decoder.data_kind == "tokens" else ("layers",)
     of_width = ("width", "ffn_width", "heads", "kv_heads", "head_width")
     small, whole = ({key: getattr(plan.decoder, key) for key in keys} for keys in (same, (*of_width, *same)))
     return small, whole, plan.decoder.width / proxy.decoder.width
@@ -271,7 +275,8 @@ def _decoder_of(plan: Plan) -> Model:
     kv_heads = max(1, round(heads * base.kv_share))
     shape = {"width": base.width, "ffn_width": base.ffn_width, "heads": heads, "head_width": attention // heads}
     shape["kv_heads"] = kv_heads if heads % kv_heads == 0 else heads
-    return Model(**model.model_dump(include=Model.keys()) | shape)
+    kind = ViT if isinstance(model, ViT) else Model
+    return kind(**model.model_dump(include=kind.keys()) | shape)
 
 
 def _proxy_of(plan: Plan, train: Record, shape: OwnShape | None) -> Proxy:

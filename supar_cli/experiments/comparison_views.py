@@ -17,8 +17,8 @@ from supar_cli.experiments.sweep_views import (
     table,
     worst_regret,
 )
-from supar_cli.planning.sweep import MARKS, Level, Sweep
-from supar_cli.reporting.result import NATS, TITLES, Figure, Panel, Table, Verdict, finite, loss_figure
+from supar_cli.planning.sweep import AGGREGATES, MARKS, Level, Sweep
+from supar_cli.reporting.result import TITLES, Figure, Panel, Table, Verdict, finite, loss_figure, loss_text
 
 SUPAR = TITLES["supar"]
 DENSE, RETUNED = "SP, tuned dense", "SP, re-tuned"  # at its best value of the first size, and of each size
@@ -29,8 +29,8 @@ Data = dict[str, Any]
 def comparison(sweep: Sweep, curves: list[Curve]) -> Data:
     """The parts of a comparison's result: losses at the proxy's value of the hyperparameter, and SP's at its own."""
     rows = [_compare(sweep, level, curves) for level in sweep.levels]
-    unit = NATS if sweep.data is not None else "loss"
-    tables, figures = _comparison_tables(rows, sweep.levels[0].measure, unit), [_comparison_figure(rows, sweep.levels)]
+    shown = f"{loss_text(sweep.loss_unit)}: {AGGREGATES[sweep.aggregate]} ± standard error over seeds"
+    tables, figures = _comparison_tables(rows, sweep.levels[0].measure, shown), [_comparison_figure(rows, sweep)]
     title = f"{sweep.title or sweep.name}: SP, μP and SμPar at transferred hyperparameters"
     return {
         "title": title,
@@ -94,7 +94,7 @@ def _cell(curve: Curve, index: float) -> Data:
     }
 
 
-def _comparison_tables(rows: list[Data], measure: str, unit: str) -> list[Table]:
+def _comparison_tables(rows: list[Data], measure: str, title: str) -> list[Table]:
     """Losses with standard errors, and SμPar's gain over each of the others; 80 columns wide at most."""
     short = {name: name.replace(" (standard parameterization)", "") for name in rows[0]["cells"]}
     losses, gains = [], []
@@ -103,7 +103,6 @@ def _comparison_tables(rows: list[Data], measure: str, unit: str) -> list[Table]
         own = {short[name]: share for name, share in shares.items() if name != SUPAR}
         losses.append({measure: row["level"], **{short[name]: _loss(cell) for name, cell in row["cells"].items()}})
         gains.append({measure: row["level"], **own, "re-tuned ÷ proxy's": _ratio(row["cells"].get(RETUNED))})
-    title = f"{unit}: mean ± standard error over seeds"
     return [
         table(title, losses),
         table("SμPar's gain over the others, in % of their loss; negative: SμPar is worse", gains),
@@ -122,15 +121,15 @@ def _ratio(retuned: Data | None) -> str:
     return "–" if retuned is None else f"2^{retuned['octaves']:g}" + ("" if retuned["bracketed"] else ", at the edge")
 
 
-def _comparison_figure(rows: list[Data], levels: list[Level]) -> Figure:
+def _comparison_figure(rows: list[Data], sweep: Sweep) -> Figure:
     """Loss over density or width, a line for each way of choosing hyperparameters, with standard errors."""
     lines = []
     for name in rows[0]["cells"]:
         points: dict[float, tuple[float | None, Interval | None]] = {}
-        for level, row in zip(levels, rows, strict=True):
+        for level, row in zip(sweep.levels, rows, strict=True):
             loss, error = row["cells"][name]["loss"], row["cells"][name]["standard_error"]
             points[level.scale] = loss, None if error is None else [loss - error, loss + error]
         lines.append(banded(name, points))
     title = "Loss at transferred hyperparameters, and SP's with its rate re-tuned at every size"
     panel = Panel(title="the same hyperparameters at every size", vertical=None, lines=lines)
-    return loss_figure(title, levels[0].measure, [panel], name="compare")
+    return loss_figure(title, sweep.levels[0].measure, [panel], name="compare", unit=sweep.loss_unit)

@@ -105,7 +105,7 @@ def _keep_here(code: OwnCode | None, workers: WorkerOptions) -> None:
 def _batch_text(plan: Plan, code: OwnCode | None) -> str:
     if code is not None or plan.data is None:
         return "batches of your own"
-    return f"{plan.train.batch_size} sequences of {plan.decoder.context} tokens, {plan.data.source}"
+    return f"{plan.train.batch_size} {plan.decoder.rows_text}, {plan.data.source}"
 
 
 def _question(sweeps: list[SlopeSweep], code: OwnCode | None) -> Record:

@@ -7,7 +7,7 @@ that step's own batch, as means of absolute values:
     gain                |dL/dX| / |dL/dY| of every hidden linear: what it does to gradients that pass back through it
     update              ΔY = X·ΔWᵀ of every hidden linear, X the same before and after the step
     attention           q·k before the softmax, scaled, over the pairs of every attention that its mask lets through
-    logits              the model's output, except the logit of each position's own token
+    logits              the model's output; of text without the logit of each position's own token
     Δlogits             the change of the output by the step, on the same batch
     share of Δlogits    the change of the output by the head's weight alone, and by the final norm alone, with their inputs held fixed
 
@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from supar_cli.errors import UnusableResult
 from supar_cli.files import Record
 from supar_cli.models.transformer import Attention
+from supar_cli.models.vit import VisionTransformer
 from supar_cli.planning.plan import Plan
 from supar_cli.training.runtime import used_device
 from supar_cli.training.tasks import load_task
@@ -140,14 +141,17 @@ class _Watch:
             loss = self.trainer.step().loss
         with torch.no_grad():
             inputs, outputs, final_norm = self.inputs, self.outputs, self.model.get_submodule("final_norm")
-            tokens_BT, normed_BTD = inputs[""], outputs["final_norm"]
+            read, normed = inputs[""], outputs["final_norm"]  # of an image the head reads one position
+            pool = self.model.pool if isinstance(self.model, VisionTransformer) else nn.Identity()
             factor = self.trainer.plan.decoder.multipliers.output
-            logits_BTV = F.linear(normed_BTD, before[self.head]) * factor
-            # under a tied head the own token's logit is Θ(1) in width where others are Θ(1/√m_d)
-            others_BTV = torch.ones_like(logits_BTV).scatter_(-1, tokens_BT[..., None], 0.0)
+            logits = F.linear(pool(normed), before[self.head]) * factor
+            others = torch.ones_like(logits)
+            if not isinstance(self.model, VisionTransformer):
+                # under a tied head the own token's logit is Θ(1) in width where others are Θ(1/√m_d)
+                others.scatter_(-1, read[..., None], 0.0)
             updates = {name: F.linear(inputs[name], weight(name) - before[name]) for name in self.hidden}
-            by_head = F.linear(normed_BTD, weight(self.head) - before[self.head])
-            by_norm = F.linear(final_norm(inputs["final_norm"]) - normed_BTD, before[self.head])
+            by_head = F.linear(pool(normed), weight(self.head) - before[self.head])
+            by_norm = F.linear(pool(final_norm(inputs["final_norm"]) - normed), before[self.head])
             sizes = {
                 "activation": {name: outputs[name].abs().mean() for name in self.hidden},
                 "gain": self.gains,
@@ -155,8 +159,8 @@ class _Watch:
                 "attention": {
                     name: q_k.abs().mean() for name, q_k in zip(self.attentions, attentions.scores, strict=True)
                 },
-                "logits": {"logits": (logits_BTV * others_BTV).abs().sum() / others_BTV.sum()},
-                "Δlogits": {"logits": (self.model(tokens_BT) - logits_BTV).abs().mean()},
+                "logits": {"logits": (logits * others).abs().sum() / others.sum()},
+                "Δlogits": {"logits": (self.model(read) - logits).abs().mean()},
                 SHARE: {self.head: by_head.abs().mean() * factor, "final_norm": by_norm.abs().mean() * factor},
             }
         return loss, finite(sizes)

@@ -258,7 +258,7 @@ def curves_figure(sweep: Sweep, curves: list[Curve]) -> Figure:
         title = f"{title_of(name)}\nbest {word} {'stays' if factor == 1 else f'moves {factor:.3g}×'}"
         panels.append(Panel(title=title, vertical=own[0].grid.value(own[0].best), lines=lines))
     title = f"Loss over {word}; rings are optima, the grey band is the first size's"
-    return loss_figure(title, f"{word} of the proxy", panels, is_nats=sweep.data is not None)
+    return loss_figure(title, f"{word} of the proxy", panels, unit=sweep.loss_unit)
 
 
 def _optimum_figure(sweep: Sweep, measured: list[tuple[Data, list[Curve]]]) -> Figure:

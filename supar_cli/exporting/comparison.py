@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 
 from supar_cli.errors import CheckViolated
-from supar_cli.models.transformer import Transformer
-from supar_cli.planning.plan import PlanModel
+from supar_cli.exporting.loaded_model import Model
+from supar_cli.planning.plan import PlanModel, PlanViT
 from supar_cli.streams import stream
 
-TOKENS = 256
+TOKENS, IMAGES = 256, 16
+LOADERS = {"tokens": "AutoModelForCausalLM", "images": "AutoModelForImageClassification"}
 MOST = 1e-5  # of the largest logit; measured: 3e-6 at most over models of width 64 and 512 whose attention is not sharp
 # measured: transformers' float32 tables of rope differ from exact ones by up to 5 times what the rest of a model rounds
 ROUNDINGS = 10
 
 
-def difference(folder: Path, model: Transformer, architecture: str) -> float:
+def difference(folder: Path, model: Model, architecture: str) -> float:
     """How far the logits of a folder are from a model's: the largest difference over the largest logit.
 
     Raises ImportError where transformers or its class can't be imported, CheckViolated where it does not load the folder, or
@@ -28,7 +29,7 @@ def difference(folder: Path, model: Transformer, architecture: str) -> float:
     """
     try:
         transformers = import_module("transformers")
-        loader = transformers.AutoModelForCausalLM
+        loader = getattr(transformers, LOADERS[model.config.data_kind])
         getattr(transformers, architecture)
     except Exception as error:  # one that does not fit the packages beside it raises anything
         raise ImportError(str(error) or type(error).__name__) from error
@@ -40,20 +41,24 @@ def difference(folder: Path, model: Transformer, architecture: str) -> float:
         raise CheckViolated(f"transformers does not load the export: {error}; nothing was written") from None
     if wrong := {key: sorted(map(str, names)) for key, names in report.items() if names}:
         raise CheckViolated(f"transformers does not load the export whole: {wrong}; nothing was written")
-    if loaded.config.tie_word_embeddings != model.config.tied:  # where both are in the file, transformers ties neither
+    # an image classifier's config need not say it
+    if (
+        getattr(loaded.config, "tie_word_embeddings", False) != model.config.tied
+    ):  # where both are in the file, transformers ties neither
         raise CheckViolated(f"the export's config has tie_word_embeddings {not model.config.tied}; nothing was written")
-    tokens = _tokens(model.config)
+    inputs = _inputs(model.config)
     with torch.no_grad():
-        return _relative(loaded.float().eval()(input_ids=tokens).logits, model(tokens))
+        return _relative(loaded.float().eval()(inputs).logits, model(inputs))
 
 
-def require_equal(found: float, model: Transformer, what: str) -> None:
+def require_equal(found: float, model: Model, what: str) -> None:
     """Raise CheckViolated for a difference above `MOST`, or above what rounding explains where a model magnifies it."""
     if found <= MOST:
         return
-    tokens = _tokens(model.config)
+    inputs = _inputs(model.config)
     with torch.no_grad():
-        allowed = max(MOST, ROUNDINGS * _relative(model(tokens), model.double()(tokens)))
+        rounded, whole = model(inputs), inputs.double() if inputs.is_floating_point() else inputs
+        allowed = max(MOST, ROUNDINGS * _relative(rounded, model.double()(whole)))
     model.float()
     if not found <= allowed:  # NaN, too
         raise CheckViolated(
@@ -62,7 +67,13 @@ def require_equal(found: float, model: Transformer, what: str) -> None:
         )
 
 
-def _tokens(model: PlanModel) -> Tensor:
+def _inputs(model: PlanModel) -> Tensor:
+    """Random tokens (B, T), or normalised images (B, C, H, W)."""
+    if isinstance(model, PlanViT):
+        values = np.random.Generator(stream(0, "compared images")).standard_normal(
+            (IMAGES, model.channels, *model.image)
+        )
+        return torch.from_numpy(values.astype(np.float32))
     length = min(TOKENS, model.context)
     generator = np.random.Generator(stream(0, "compared tokens"))
     return torch.from_numpy(generator.integers(model.vocab, size=(-(-TOKENS // length), length)))

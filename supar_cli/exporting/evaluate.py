@@ -22,10 +22,11 @@ from supar_cli.data import corpus, passages
 from supar_cli.data.corpus import Corpus
 from supar_cli.data.passages import Passage, Passages
 from supar_cli.errors import InputError, SetupError, UnusableResult
-from supar_cli.exporting import loaded_model
+from supar_cli.exporting import evaluate_images, loaded_model
 from supar_cli.exporting.tokenizer_files import names_tokenizer
 from supar_cli.files import Record, file_hash
 from supar_cli.models.transformer import Transformer
+from supar_cli.models.vit import VisionTransformer
 from supar_cli.planning.plan import Data, Plan
 from supar_cli.planning.spec import Run
 from supar_cli.training import checkpoint_reader
@@ -53,14 +54,15 @@ def evaluate(
     device: str = "auto",
     precision: str = "float32",
     reporter: Reporter | None = None,
-    **reading: str,
+    **reading: Any,
 ) -> Record:
-    """Score the model of a run, or of one of its checkpoints, on a corpus, or on what the run holds out of its own.
+    """Score the model of a run, or of one of its checkpoints, on a corpus or images, or on what the run holds out of its own.
 
     Of a folder that is its validation split if it names one, else its test split, else all. `tokens` scores only the first
-    ones. `reading` says how the corpus is read, as a plan's data section: format, tokenizer, field, dtype, encoding,
-    separator. The record has loss (nats per token), perplexity and bits per byte, with standard errors NAME_se. Raises
-    InputError, SetupError, and UnusableResult where a loss is not finite.
+    ones. `reading` says how data are read, as a plan's data section: format, tokenizer, field, dtype, encoding, separator,
+    or size, image, label. The record has loss (nats per token), perplexity and bits per byte, or loss (nats per image),
+    accuracy and that of each class, with standard errors NAME_se. Raises InputError, SetupError, and UnusableResult where a
+    loss is not finite.
     """
     if tokens is not None and tokens < 1:
         raise InputError(f"tokens: {tokens}; expected a whole number above 0")
@@ -68,12 +70,39 @@ def evaluate(
     step = checkpoint_reader.read_manifest(checkpoint)["step"]
     plan, model = loaded_model.load(checkpoint, device)
     runtime = Runtime.of(plan.model_copy(update={"run": Run(device=device, precision=precision)}))  # type: ignore[arg-type]
+    if isinstance(model, VisionTransformer):
+        if tokens is not None:
+            raise InputError(f"tokens: {tokens}; the run's model reads images, expected no such limit")
+        scored = evaluate_images.score(checkpoint, plan, model, runtime, data, reading, reporter or NullReporter())
+    else:
+        scored = _score_text(checkpoint, plan, model, runtime, data, tokens, reading, reporter or NullReporter())
+    return {
+        "kind": KIND,
+        "checkpoint": str(checkpoint),
+        "step": step,
+        "plan": plan.hash(),
+        **scored,
+        "environment": {**versions(), "device": device_name(runtime.device), "precision": runtime.precision_name},
+    }
+
+
+def _score_text(
+    checkpoint: Path,
+    plan: Plan,
+    model: Transformer,
+    runtime: Runtime,
+    data: str | Path | None,
+    tokens: int | None,
+    reading: dict[str, Any],
+    reporter: Reporter,
+) -> Record:
+    """The part of a record that says what was scored, and the figures."""
     sources, warnings = _sources(plan, data, reading)
     found, left = list[Passages](), tokens
     for section, files in sources:
         found.append(passages.read(files, section, plan.decoder.vocab, held_out=data is None, limit=left))
         left = left and left - sum(len(one.tokens) for one in found[-1].passages)
-    scores = _score(checkpoint, model, runtime, found, reporter or NullReporter())
+    scores = _score(checkpoint, model, runtime, found, reporter)
     if not len(scores):
         names = ", ".join(section.source for section, _ in sources)
         raise InputError(f"data.source: {names}: no token to score; expected a text of two tokens or more")
@@ -89,20 +118,15 @@ def evaluate(
         read.append({"source": section.source, "part": part, "format": files.kind, "tokenizer": tokens_by})
         read[-1] |= {"separator": one.separator_text, "hash": one.hash}
     return {
-        "kind": KIND,
-        "checkpoint": str(checkpoint),
-        "step": step,
-        "plan": plan.hash(),
         "data": read,
         "context": plan.decoder.context,
         **_figures(found, scores),
         "warnings": warnings,
-        "environment": {**versions(), "device": device_name(runtime.device), "precision": runtime.precision_name},
     }
 
 
 def _sources(
-    plan: Plan, given: str | Path | None, reading: dict[str, str]
+    plan: Plan, given: str | Path | None, reading: dict[str, Any]
 ) -> tuple[list[tuple[Data, Corpus]], list[str]]:
     """The data sections that are scored, with their corpora, and what to say of the tokenizer. Raises InputError."""
     own = plan.text
@@ -111,7 +135,7 @@ def _sources(
             raise InputError(*(f"{key}: says how --data is read; expected --data too" for key in reading))
         parts = [part for _, part in corpus.parts(own)] or [own]
         return [(part, passages.find(part, held_out=True)) for part in parts], []
-    data = Data(source=str(given), **{"tokenizer": own.tokenizer, **reading})  # type: ignore[arg-type]
+    data = Data(source=str(given), **{"tokenizer": own.tokenizer, **reading})
     is_same, is_known = _are_same(own.tokenizer, data.tokenizer), names_tokenizer(plan)
     if is_same and data.separator is None:
         data = data.model_copy(update={"separator": own.separator})

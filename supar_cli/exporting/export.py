@@ -19,11 +19,13 @@ from torch import Tensor
 from supar_cli.data import tokenizer
 from supar_cli.errors import InputError, SetupError, suggestion
 from supar_cli.exporting import comparison, loaded_model
-from supar_cli.exporting.stock_models import StockClass, StockTensor, stock_classes
+from supar_cli.exporting.loaded_model import Model
+from supar_cli.exporting.preprocessor import write_preprocessor
+from supar_cli.exporting.stock_models import Config, StockClass, StockTensor, stock_classes
 from supar_cli.exporting.stored_model import CONFIG, NPZ, PLAN, RECORD, WEIGHTS, scaled
 from supar_cli.exporting.tokenizer_files import write_tokenizer
 from supar_cli.files import naming_write_errors, read_json
-from supar_cli.models.transformer import Transformer, named_tensors
+from supar_cli.models.transformer import named_tensors
 from supar_cli.planning import layout
 from supar_cli.planning.folding import standard_factors
 from supar_cli.planning.plan import Plan, PlanModel, read_plan
@@ -64,7 +66,7 @@ def export(
 ) -> Exported:
     """Write the model of a run's newest checkpoint, or of one checkpoint, into a folder: all of it or nothing.
 
-    `to`: gpt2, llama, granite, gpt-neox, mpt, safetensors, npz, or auto, the class that holds the model. `dtype`: float32,
+    `to`: gpt2, llama, granite, gpt-neox, mpt, vit, safetensors, npz, or auto, the class that holds the model. `dtype`: float32,
     bfloat16 or float16. `force` replaces an earlier export. Where transformers is installed, it loads the folder, and its
     logits are compared with supar's. Raises InputError, SetupError, and CheckViolated where they differ.
     """
@@ -76,13 +78,13 @@ def export(
     to = _choose(to, dtype, plan.decoder)
     stock = stock_classes().get(to)
     with _made_beside(out) as made:
-        notes = write_tokenizer(plan, made)
+        reading, notes = _write_reading(plan, made)
         if stock is None:
             (made / PLAN).write_bytes((checkpoint / PLAN).read_bytes())
             lost = _Contents.of(model, None).write(made / (NPZ if to == "npz" else WEIGHTS), dtype)
             differences, compared = list[float](), "under the plan's own names there is no class to compare with"
         else:
-            differences, compared, lost = _write_class(made, plan, model, stock, dtype)
+            differences, compared, lost = _write_class(made, plan, model, stock, dtype, reading)
         if lost:
             notes.append(f"{lost:,} live weights are 0 in {dtype}, which has no smaller numbers")
         found = Exported(
@@ -126,7 +128,7 @@ def _choose(to: str, dtype: str, model: PlanModel) -> str:
     whys = [
         f"{classes[name].architecture} can't hold {', '.join(reasons[name])}"
         for name in classes
-        if to in ("auto", name)
+        if to == name or (to == "auto" and classes[name].data_kind == model.data_kind)
     ]
     raise InputError(*(f"to: {why}; {expected}" for why in whys))
 
@@ -140,7 +142,7 @@ class _Contents:
     factors: Mapping[str, float]
 
     @classmethod
-    def of(cls, model: Transformer, stock: StockClass | None) -> _Contents:
+    def of(cls, model: Model, stock: StockClass | None) -> _Contents:
         """Those of a class, or a model's own, which keep their multipliers."""
         own = model.config
         tensors = [StockTensor(row.name, (row,)) for row in layout.tensors(own)]
@@ -179,7 +181,7 @@ class _Contents:
 
 
 def _write_class(
-    folder: Path, plan: Plan, model: Transformer, stock: StockClass, dtype: str
+    folder: Path, plan: Plan, model: Model, stock: StockClass, dtype: str, reading: Config
 ) -> tuple[list[float], str, int]:
     """Write config and weights, in float32 first where their logits can be compared.
 
@@ -187,15 +189,16 @@ def _write_class(
     """
     contents, lost, differences = _Contents.of(model, stock), 0, list[float]()
     missing = NOT_INSTALLED if find_spec("transformers") is None else ""
-    end = {"bos_token_id": None, "eos_token_id": _end_token(plan, folder), "pad_token_id": None}
     for precision in dict.fromkeys([dtype] if missing else ["float32", dtype]):
-        config = stock.config(stock.held(plan.decoder)) | end | {"torch_dtype": precision}
+        config = stock.config(stock.held(plan.decoder)) | reading | {"torch_dtype": precision}
         (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", "utf-8")
         lost = contents.write(folder / WEIGHTS, precision)
         try:
             differences += [] if missing else [comparison.difference(folder, model, stock.architecture)]
         except ImportError as error:
-            cause = error.__cause__ or error  # what transformers' own message leaves out
+            cause: BaseException = error
+            while cause.__cause__ is not None:  # what transformers' own messages leave out
+                cause = cause.__cause__
             missing = f"transformers can't be used here: {str(cause).splitlines()[0]}"
     if missing:
         return [], f"the logits were not compared: {missing}", lost
@@ -205,10 +208,14 @@ def _write_class(
     return differences, compared + rounded, lost
 
 
-def _end_token(plan: Plan, folder: Path) -> int | None:
-    """The id of the token that ends a text, where the tokenizer in the folder has one."""
-    path = folder / "tokenizer_config.json"
-    return tokenizer.load(plan.text).separator if path.is_file() and "eos_token" in read_json(path) else None
+def _write_reading(plan: Plan, folder: Path) -> tuple[Config, list[str]]:
+    """Write the files that text or images are read with. Returns what a config says of them, and notes."""
+    if plan.decoder.data_kind == "images":
+        return write_preprocessor(plan, folder)
+    notes, path = write_tokenizer(plan, folder), folder / "tokenizer_config.json"
+    has_end = path.is_file() and "eos_token" in read_json(path)
+    end = tokenizer.load(plan.text).separator if has_end else None
+    return {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}, notes
 
 
 def _require_own_family(path: Path) -> None:

@@ -46,6 +46,8 @@ def generate(
     """
     _check(tokens, temperature, top_k)
     plan, model = loaded_model.load(Path(path), device)
+    if not isinstance(model, Transformer):
+        raise InputError(f"{path}: its model reads images and makes no text; expected a run of a language model")
     known = _tokenizer_of(plan, tokenizer)
     ids = _first_tokens(prompt, known, model.config.vocab)
 

@@ -23,8 +23,11 @@ from supar_cli.training.prepare import make_masks, start_rows
 from supar_cli.training.pruning import sum_of_squares
 
 SIZES = ["width", "layers", "heads", "kv_heads", "head_width", "ffn_width"]  # that have flags in `supar transfer`
-# keys that a target takes from its proxy
-OF_PROXY = ["vocab", "norm", "norm_eps", "activation", "positions", "bias", "tied"]
+# keys that a target takes from its proxy, by what the model reads
+OF_PROXY = {
+    "tokens": ["vocab", "norm", "norm_eps", "activation", "positions", "bias", "tied"],
+    "images": ["image", "channels", "patch", "classes", "pooling", "norm_eps", "activation", "bias"],
+}
 MOST_ZEROS = 0.01  # chosen: more zeros than a trained dense tensor has
 
 
@@ -34,9 +37,10 @@ def open_for_target(path: Path, proxy: Proxy, target: Target) -> StoredModel:
         remedy = "`prepare(model, plan, initialise=False)`, which keeps the values that the model has"
         raise InputError(f"values: a plan of your own model holds none; expected {remedy}")
     stored = open_model(path)
-    positions = stored.decoder.positions
-    sizes = SIZES + ["context"] * (positions == "learned")
-    _require_same_model("values", stored, proxy, target, sizes, OF_PROXY + ["rope_theta"] * (positions == "rope"))
+    positions, kind = stored.decoder.positions, stored.decoder.data_kind
+    sizes = SIZES + ["context"] * (positions == "learned" and kind == "tokens")
+    of_proxy = OF_PROXY[kind] + ["rope_theta"] * (positions == "rope")
+    _require_same_model("values", stored, proxy, target, sizes, of_proxy)
     return stored
 
 
@@ -126,7 +130,9 @@ def _require_same_model(
     where: str, stored: StoredModel, proxy: Proxy, target: Target, sizes: list[str], of_proxy: list[str]
 ) -> None:
     """Raise InputError unless the target has the model's sizes and the proxy its other keys; it says what would fit."""
-    problems = list[str]()
+    problems, kind = list[str](), proxy.decoder.data_kind
+    if stored.decoder.data_kind != kind:
+        raise InputError(f"{where}: {stored.path} reads {stored.decoder.data_kind}; expected a model of {kind}")
     try:
         model = target_model(proxy.decoder, target)
     except InputError as error:

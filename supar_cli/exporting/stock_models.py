@@ -18,10 +18,11 @@ from torch import Tensor
 
 from supar_cli.errors import InputError, suggestion
 from supar_cli.planning import document, layout
-from supar_cli.planning.plan import PlanModel
+from supar_cli.planning.plan import PlanModel, PlanViT
 from supar_cli.planning.plan_sections import Multipliers
 
 Config = dict[str, Any]
+HEAD_BIAS = "unembedding.bias"  # a tensor that supar's families don't have; 0 in a class that has one
 NESTED = ("rope_parameters", "rope_scaling", "attn_config")
 
 
@@ -29,27 +30,33 @@ NESTED = ("rope_parameters", "rope_scaling", "attn_config")
 class StockTensor:
     """A tensor of a stock model: the plan's tensors `parts` one below the other, `groups` times a share of each.
 
-    `transposed`: stored as (in, out).
+    `transposed`: stored as (in, out). `reshaped`: the shape that it is stored in, where that has other axes.
     """
 
     name: str
     parts: tuple[layout.Tensor, ...]
     groups: int = 1
     transposed: bool = False
+    reshaped: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
+        return self.reshaped or self._joined_shape
+
+    @property
+    def _joined_shape(self) -> tuple[int, ...]:
         whole = (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
         return whole[::-1] if self.transposed else whole
 
     def join(self, values: Sequence[Tensor]) -> Tensor:
         """The stored tensor of the parts' values."""
         joined = torch.cat([self._grouped(value) for value in values], dim=1).flatten(0, 1)
-        return (joined.t() if self.transposed else joined).contiguous()
+        return (joined.t() if self.transposed else joined).reshape(self.shape).contiguous()
 
     def split(self, stored: Tensor) -> dict[str, Tensor]:
         """The parts' values by their names in the plan."""
-        rows = self._grouped(stored.t() if self.transposed else stored)
+        joined = stored.reshape(self._joined_shape)
+        rows = self._grouped(joined.t() if self.transposed else joined)
         found = torch.split(rows, [part.shape[0] // self.groups for part in self.parts], dim=1)
         return {part.name: value.flatten(0, 1) for part, value in zip(self.parts, found, strict=True)}
 
@@ -62,13 +69,15 @@ class StockClass:
     """One class. Keys of its config are dotted where they are nested; of several names all are written, and the first that
     is given is read.
 
-    `modules`: the plan's sites in each module, `{}` the number of the block. `biases`: parts with biases, and the key that
-    says so (None: always). `required`: the values that a key may have, of which the first is written. With every key comes
-    what its absence means; None of the attention's factor: the usual one.
+    `modules`: the plan's sites in each module, `{}` the number of the block; in `parameters` those that are no module's weight
+    but a parameter by themselves, in `shapes` those that are stored in another shape, made of keys of the model section.
+    `biases`: parts with biases, and the key that says so (None: always). `required`: the values that a key may have, of
+    which the first is written. With every key comes what its absence means; None of the attention's factor: the usual one.
     """
 
     architecture: str
     model_type: str
+    family: str  # that of a model read from it
     norm: str
     positions: str
     activation_key: str | None
@@ -82,13 +91,26 @@ class StockClass:
     modules: dict[str, list[str]]
     biases: dict[str, tuple[str, bool] | None]
     multipliers: dict[str, tuple[str, float | None]] = field(default_factory=dict)
+    parameters: list[str] = field(default_factory=list)
+    shapes: dict[str, list[int | str]] = field(default_factory=dict)
     buffers: list[str] = field(default_factory=list)  # tensors of old files that hold no weights
     is_transposed: bool = False
     is_interleaved: bool = False  # queries, keys and values of a head stand together
     divides_width: bool = False  # the number of heads has to
 
+    @property
+    def data_kind(self) -> str:
+        """What its models read."""
+        return self._section.data_kind
+
+    @property
+    def _section(self) -> type[PlanModel]:
+        return PlanViT if self.family == "vit" else PlanModel
+
     def reasons_against(self, model: PlanModel) -> list[str]:
         """Why the class can't hold a model, each beginning with the key of its model section."""
+        if model.data_kind != self.data_kind:
+            return [f"family {model.family} (it reads {self.data_kind})"]
         activations = list(dict.fromkeys(self.activations.values()))
         wanted: dict[str, list[Any]] = {"norm": [self.norm], "activation": activations, "positions": [self.positions]}
         if "kv_heads" not in self.keys:
@@ -97,6 +119,8 @@ class StockClass:
             wanted["ffn_width"] = [4 * model.width]
         if not self.biases:
             wanted["bias"] = [False]
+        if isinstance(model, PlanViT):
+            wanted["pooling"] = ["class"]
         found = [
             f"{key} {vars(model)[key]} (it has {' or '.join(map(str, values))})"
             for key, values in wanted.items()
@@ -119,6 +143,7 @@ class StockClass:
         if biased is None:
             biased = [part for part, said in self.biases.items() if said is None or model.bias]
         rows = {row.name: row for row in layout.tensors(model.model_copy(update={"bias": True}))}
+        rows[HEAD_BIAS] = layout.Tensor(HEAD_BIAS, "bias", HEAD_BIAS, (model.vocab,))
         modules = {self.prefix + module: sites for module, sites in self.modules.items()}
         for module, sites in (modules | {self.heads[0]: ["unembedding"]}).items():
             for block in range(model.layers) if "{}" in module else (0,):
@@ -129,14 +154,17 @@ class StockClass:
                     if parts and (not suffix or sites[0].partition(".")[0] in biased):
                         groups = model.heads if self.is_interleaved and len(parts) > 1 else 1
                         turned = self.is_transposed and parts[0].role == "hidden"
-                        yield StockTensor(name + (suffix or ".weight"), parts, groups, turned)
+                        ending = "" if sites[0] in self.parameters else suffix or ".weight"
+                        axes = self.shapes.get(parts[0].site, [])
+                        shape = tuple(vars(model)[one] if isinstance(one, str) else one for one in axes)
+                        yield StockTensor(name + ending, parts, groups, turned, shape or None)
 
     def buffer_names(self, model: PlanModel) -> set[str]:
         """The names of tensors that may be in a file and that the model doesn't need."""
         return {self.prefix + name.format(block) for name in self.buffers for block in range(model.layers)}
 
     def config(self, model: PlanModel) -> Config:
-        """The config of a model whose multipliers the class has, or folded (`held`); tokens and precision are not in it."""
+        """The config of a model whose multipliers the class has, or folded (`held`); tokens, classes and precision are not in it."""
         flat: Config = {"architectures": [self.architecture], "model_type": self.model_type}
         for key, names in self.keys.items():
             value = model.ffn_width // model.width if key == "ffn_ratio" else getattr(model, key)
@@ -160,7 +188,7 @@ class StockClass:
         """
         read = _Reader(config)
         shape: Config = {"norm": self.norm, "positions": self.positions}
-        shape["family"] = "llama" if self.norm == "rmsnorm" else "gpt2"
+        shape["family"] = self.family
         for key, names in self.keys.items():
             value = read.take(names, self.defaults.get(key))
             if value is None and key not in self.defaults:
@@ -170,6 +198,11 @@ class StockClass:
         if "ffn_ratio" in shape:
             ratio, width = shape.pop("ffn_ratio"), shape.get("width")
             shape["ffn_width"] = ratio * width if isinstance(ratio, int) and isinstance(width, int) else ratio
+        if self.data_kind == "images":
+            edge = shape.get("image")
+            shape["image"] = [edge, edge] if isinstance(edge, int) else edge
+            names = read.take("id2label", dict.fromkeys(range(2)))  # transformers leaves out that there are two
+            shape["classes"] = len(names) if isinstance(names, dict) else names
         word = read.take(self.activation_key or "", self.defaults["activation"])
         shape["activation"] = self.activations.get(str(word))
         if shape["activation"] is None:
@@ -187,7 +220,7 @@ class StockClass:
         """The model section; the attention's factor is the usual one unless the class has another. Raises InputError."""
         plain = Multipliers(input=1.0, output=1.0, attention=1.0, residual=1.0)
         try:
-            model = PlanModel(**shape, multipliers=plain)
+            model = self._section(**shape, multipliers=plain)
         except InputError as error:
             parts = [str(problem).partition(": ") for problem in error.problems]
             raise InputError(*(f"{self.keys.get(key, key).split()[0]}: {what}" for key, _, what in parts)) from None

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from supar_cli.errors import InputError, SetupError
-from supar_cli.exporting.stock_models import StockClass, StockTensor, find_class
+from supar_cli.exporting.stock_models import HEAD_BIAS, StockClass, StockTensor, find_class
 from supar_cli.files import read_json
 from supar_cli.planning import layout
 from supar_cli.planning.folding import standard_factors
@@ -137,6 +137,9 @@ def open_folder(path: Path) -> StoredModel:
         key, one = places[name]
         return one.split(files[key].get_tensor(key))[name].float().contiguous()
 
+    if HEAD_BIAS in places and bool(read(HEAD_BIAS).any()):
+        what = "is not 0; supar's families have a head without a bias, expected zeros"
+        raise InputError(f"{path}: {places[HEAD_BIAS][0]}: {what}")
     has_bias = any(bool(read(name).any()) for name, row in rows.items() if row.role == "bias")
     decoder = decoder.model_copy(update={"bias": has_bias})
     return StoredModel(path, decoder, read, notes=tuple(notes))
@@ -152,10 +155,9 @@ def _named(
         names = {name: name.removeprefix(stock.prefix) for name in names}
         others = {name.removeprefix(stock.prefix) for name in others}
     if heads := [f"{head}.weight" for head in stock.heads if f"{head}.weight" in files]:
-        embedding = found["embedding"].name
         if not decoder.tied:
             names[found["unembedding"].name] = heads[0]
-        elif names[embedding] not in files:
+        elif names[embedding := found["embedding"].name] not in files:
             names[embedding] = heads[0]
         else:
             others.add(heads[0])

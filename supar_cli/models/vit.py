@@ -46,11 +46,13 @@ class VisionTransformer(nn.Module):
             x_BTD = torch.cat((self.class_token.to(x_BTD.dtype).expand(B, 1, -1), x_BTD), dim=1)
         return (x_BTD + self.positions.weight) * self.config.multipliers.input  # type: ignore[no-any-return]
 
+    def pool(self, x_BTD: Tensor) -> Tensor:
+        """What the head reads (B, D): the class token, or the mean over patches."""
+        return x_BTD.mean(1) if self.class_token is None else x_BTD[:, 0]
+
     def head(self, x_BTD: Tensor, targets_B: Tensor | None = None) -> Tensor:
         """The logits (B, V) of the class token, or of the mean over patches; or the loss () of targets."""
-        x_BTD = self.final_norm(x_BTD)
-        x_BD = x_BTD.mean(1) if self.class_token is None else x_BTD[:, 0]
-        logits_BV = self.unembedding(x_BD) * self.config.multipliers.output
+        logits_BV = self.unembedding(self.pool(self.final_norm(x_BTD))) * self.config.multipliers.output
         if targets_B is None:
             return logits_BV  # type: ignore[no-any-return]
         return F.cross_entropy(logits_BV.float(), targets_B)

@@ -184,7 +184,9 @@ def _of_changes(plan: Plan) -> Iterator[str]:
     """What differs from the proxy though it does not transfer, and the remedy. [SPEC §12]"""
     train, base, length, base_length, unit = plan.train, plan.parameterization.base, 1, 1, "rows"
     if isinstance(model := plan.model, PlanModel):
-        length, base_length, unit = model.context, base.context or model.context, "tokens"
+        if model.data_kind == "tokens":
+            length, base_length = model.context, base.context or model.context
+        unit = model.data_kind
         if model.layers != base.layers and plan.parameterization.depth_rule == "none":
             remedy = "`-s parameterization.depth_rule=completep` corrects for it (with adamw and residual_init: none)"
             yield f"layers: {model.layers}, but {base.layers} in the proxy: {_TRANSFER}, not over depth; {remedy}"

@@ -42,6 +42,8 @@ class Model(Section):
     rope_theta: float = Field(default=10000.0, gt=0)
 
     data_kind: ClassVar[str] = "tokens"  # what it reads
+    rows: ClassVar[str] = "sequences"  # what a batch has so many of
+    loss_unit: ClassVar[str] = "nats per token"
     is_causal: ClassVar[bool] = True  # whether a position sees only those before it
     patch_inputs: ClassVar[int] = 0  # numbers of a patch; 0 where tokens are looked up
     has_class_token: ClassVar[bool] = False
@@ -76,6 +78,11 @@ class Model(Section):
         return super().model_dump(exclude={*exclude, *usual}, **options)
 
     @property
+    def rows_text(self) -> str:
+        """What rows of a batch are, in words."""
+        return f"{self.rows} of {self.context} tokens"
+
+    @property
     def attention_width(self) -> int:
         """Extent of the queries and of the output projection's input: that of all heads together."""
         return self.heads * self.head_width
@@ -103,6 +110,8 @@ class ViT(Model):
     vocab: int = Field(default=None, neutral=True, gt=1, le=2**31)  # nor this one
 
     data_kind: ClassVar[str] = "images"
+    rows: ClassVar[str] = "images"
+    loss_unit: ClassVar[str] = "nats per image"
     is_causal: ClassVar[bool] = False
 
     @classmethod
@@ -129,6 +138,10 @@ class ViT(Model):
 
     def model_dump(self, *, exclude: Collection[str] = (), **options: Any) -> dict[str, Any]:
         return super().model_dump(exclude={*exclude, "context", "vocab"}, **options)
+
+    @property
+    def rows_text(self) -> str:
+        return f"{self.rows} of {self.image[0]}×{self.image[1]} in patches of {self.patch}×{self.patch}"
 
     @property
     def patches(self) -> int:

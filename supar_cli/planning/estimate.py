@@ -62,8 +62,8 @@ def loss_chunk(plan: Plan, rows: int) -> int | None:
     """The tokens of `rows` sequences whose logits are held at a time; None: all. The run section's number if it has one."""
     if plan.run.loss_chunk_tokens is not None or not isinstance(plan.model, PlanModel):
         return plan.run.loss_chunk_tokens
-    token_bytes = 4 * plan.model.vocab
-    return max(1, CHUNK_BYTES // token_bytes) if rows * plan.model.context * token_bytes > MOST_BYTES else None
+    token_bytes, tokens = 4 * plan.model.vocab, rows * plan.model.positions_of("unembedding")
+    return max(1, CHUNK_BYTES // token_bytes) if tokens * token_bytes > MOST_BYTES else None
 
 
 def activation_bytes(plan: Plan, rows: int, number_bytes: int, fused: bool = False) -> int:
@@ -73,9 +73,9 @@ def activation_bytes(plan: Plan, rows: int, number_bytes: int, fused: bool = Fal
     """
     if not isinstance(plan.model, PlanModel):
         return 0  # how much a user's model keeps is not known
-    tokens = rows * plan.model.context
-    at_once = min(tokens, loss_chunk(plan, rows) or tokens)
-    between = tokens * numbers_between(plan.model) * number_bytes
+    scored = rows * plan.model.positions_of("unembedding")
+    at_once = min(scored, loss_chunk(plan, rows) or scored)
+    between = rows * plan.model.context * numbers_between(plan.model) * number_bytes
     return between + at_once * plan.model.vocab * 8 + squared_bytes(plan, rows, fused)
 
 
@@ -93,7 +93,7 @@ SCORES_KEPT, SCORES_PASSING = 2, 2
 
 
 def numbers_between(model: PlanModel) -> int:
-    """How many numbers the blocks of a decoder keep for each token."""
+    """How many numbers the blocks of a transformer keep for each position."""
     return model.layers * (4 * model.width + 4 * model.attention_width + 3 * model.ffn_width)
 
 
@@ -113,15 +113,15 @@ LAYER_SECONDS = 1e-3
 
 def step_seconds(plan: Plan, device: str = "2 CPU cores", sparse: bool = False) -> float:
     """Seconds of a step on one of RATES, on average over the run, by arithmetic; with `sparse` by that engine."""
-    layers = plan.model.layers if isinstance(plan.model, PlanModel) else 0
-    tokens = (plan.train.tokens or 0) / plan.train.steps
+    if not isinstance(plan.model, PlanModel):
+        return LAYER_SECONDS  # a user's model: the least
+    rows, tokens = plan.train.batch_size, plan.train.batch_size * plan.model.context
     masked = [row for row in plan.tensors if row.kept < row.size] if sparse else []
-    flops = tokens * (plan.flops_per_token - 6.0 * sum(row.size for row in masked)) if tokens else 0.0
-    fixed, products = (1 + layers) * LAYER_SECONDS, flops / RATES[device]
+    flops = rows * plan.flops_per_row - 6.0 * tokens * sum(row.size for row in masked)
+    fixed, products = (1 + plan.model.layers) * LAYER_SECONDS, flops / RATES[device]
     if "CPU" not in device:  # it computes while the next operations are launched
         return max(fixed, products)
-    between = numbers_between(plan.model) if isinstance(plan.model, PlanModel) else 0
-    seconds = fixed + products + tokens * between * BETWEEN_SECONDS
+    seconds = fixed + products + tokens * numbers_between(plan.model) * BETWEEN_SECONDS
     schedule = MaskSchedule.of(plan)
     dense = schedule.end / schedule.steps if schedule and schedule.stores_dense(0) else 0.0  # share of the steps
     for row in masked:
@@ -142,15 +142,15 @@ def lines(plan: Plan, processes: int = 1) -> list[str]:
     """A plan's size, FLOPs, memory and time in a few lines."""
     hidden = [row for row in plan.tensors if row.role == "hidden"]
     live, size = sum(row.kept for row in hidden), sum(row.size for row in hidden)
-    length, tokens = f"{plan.train.steps:,} steps", plan.train.tokens
-    if tokens is None:
+    length, seen, model = f"{plan.train.steps:,} steps", plan.train.steps * plan.train.batch_size, plan.model
+    if not isinstance(model, PlanModel):
         length += f" of {plan.train.batch_size} rows"
     else:
-        flops = plan.flops_per_token * tokens
-        length += f", {tokens:,} tokens, {flops:.3g} FLOPs as a dense engine computes them"
+        flops, units = plan.flops_per_row * seen, seen if plan.train.tokens is None else plan.train.tokens
+        length += f", {units:,} {model.data_kind}, {flops:.3g} FLOPs as a dense engine computes them"
         if plan.sparsity.updates is not None:
             dead = sum(row.size - _mean_kept(plan, row) for row in plan.tensors if row.kept < row.size)
-            length += f", {flops - 6 * dead * tokens:.3g} without those of dead weights"
+            length += f", {flops - 6 * dead * seen * model.context:.3g} without those of dead weights"
     found = [
         f"parameters {plan.parameters:,}; live {plan.live:,}; hidden {live:,} of {size:,} live",
         f"fewest weights per neuron: {min((row.wpn for row in hidden), default=0):.4g}",
@@ -159,8 +159,9 @@ def lines(plan: Plan, processes: int = 1) -> list[str]:
         *_of_updates(plan),
     ]
     rows = plan.run.micro_batch_size or max(1, plan.train.batch_size // processes)
-    if activations := activation_bytes(plan, rows, 2):
-        found.append(f"activations take about {_gib(activations)} for a micro-batch of {rows} sequences")
+    if isinstance(model, PlanModel):
+        activations = _gib(activation_bytes(plan, rows, 2))
+        found.append(f"activations take about {activations} for a micro-batch of {rows} {model.rows}")
         if squared := squared_bytes(plan, rows):
             bias = _gib(squared_bytes(plan, 0))
             scores = f"ALiBi: {bias} of bias, and on CPUs attention's scores"
@@ -203,7 +204,7 @@ def times(plans: Sequence[Plan]) -> list[str]:
     def total(device: str, sparse: bool = False) -> str:
         return duration(sum(run_seconds(plan, device, sparse) for plan in plans))
 
-    if any(plan.train.tokens is None for plan in plans):
+    if not all(isinstance(plan.model, PlanModel) for plan in plans):
         return []
     what = "time" if len(plans) == 1 else "time of all runs, one after another"
     by_device = ", ".join(f"{name} {total(name)}" for name in RATES)

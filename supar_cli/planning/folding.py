@@ -208,7 +208,7 @@ def _unfolded_heads(rows: list[TensorUse], outputs: dict[str, float], hooks: dic
 
 
 def describe_uses(tensors: Iterable[layout.Tensor], tied: bool) -> list[TensorUse]:
-    """Describe the tensors of supar's own families (`gpt2`, `llama`), which are known by role and site."""
+    """Describe the tensors of supar's own families, which are known by role and site."""
     rows = list(tensors)
     writers = {row.site for row in rows if row.writes_residual}
     writers |= {f"{site}.bias" for site in writers}
@@ -216,7 +216,7 @@ def describe_uses(tensors: Iterable[layout.Tensor], tied: bool) -> list[TensorUs
         TensorUse(
             name=row.name,
             role=row.role,
-            in_first_sum=row.role == "embedding",
+            in_first_sum=row.role == "embedding" or row.site == "patches.bias",
             writes_residual=row.site in writers,
             tied=tied and row.site == "embedding",
             feeds_head=row.site in ("final_norm", "final_norm.bias"),

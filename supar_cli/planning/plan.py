@@ -216,6 +216,13 @@ class Plan(Section):
         products = sum(row.size for row in self.tensors if row.fan_in_axes) + self.model.tied_head_size
         return 6.0 * products + self.model.attention_flops_per_token
 
+    @property
+    def flops_per_row(self) -> float:
+        """Those of a sequence, or of an image, whose classes are computed at one position."""
+        model = self.decoder
+        products = sum(row.size * model.positions_of(row.role) for row in self.tensors if row.fan_in_axes)
+        return 6.0 * (products + model.tied_head_size * model.context) + model.attention_flops_per_token * model.context
+
 
 def base_model(plan: Plan) -> Model:
     """A one-layer model with the proxy's shapes and as many heads as its share of key/value heads requires."""

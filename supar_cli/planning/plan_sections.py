@@ -47,9 +47,16 @@ class PlanModel(Model):
         """Number of weights of a head that is the embedding; it has no row of its own."""
         return self.vocab * self.width if self.tied else 0
 
+    def positions_of(self, role: Role) -> int:
+        """How many positions of a row the weights of a role multiply."""
+        return self.context
+
 
 class PlanViT(ViT, PlanModel):
     """A vision transformer."""
+
+    def positions_of(self, role: Role) -> int:
+        return {"embedding": self.patches, "unembedding": 1}.get(role, self.context)
 
 
 class OwnModel(Section):
@@ -76,6 +83,9 @@ class OwnModel(Section):
 
     attention_flops_per_token: ClassVar[float] = 0.0  # not known for a user's model; only its products with weights are
     tied_head_size: ClassVar[int] = 0
+    data_kind: ClassVar[str] = "rows"
+    rows: ClassVar[str] = "rows"
+    loss_unit: ClassVar[str] = "as the script has them"
 
     @property
     def shape_text(self) -> str:

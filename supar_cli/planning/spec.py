@@ -215,10 +215,7 @@ class Target(Section):
 
 
 class Search(Section):
-    """How the proxy is tuned. A name left out is not searched.
-
-    Each range is [low, high], searched on a log scale, or three or more values, of which one is chosen.
-    """
+    """How the proxy is tuned. A range is [low, high], searched on a log scale, or three or more choices; null: not searched."""
 
     trials: int = Field(default=24, gt=0)
     sampler: Literal["random", "qmc", "tpe", "gp"] = "random"
@@ -269,8 +266,10 @@ class Shaped:
     def fill_defaults(cls, data: Any) -> Any:
         model = data.get("model") if isinstance(data, dict) else None
         family = model.get("family") if isinstance(model, dict) else None
-        by_family: dict[Any, Any] = {"own": None, "vit": {"kind": "images"}}
-        return {"data": by_family[family], **data} if family in ("own", "vit") else data
+        given = data.get("data", {}) if isinstance(data, dict) else None
+        if family == "vit" and isinstance(given, dict):
+            return {**data, "data": {"kind": "images", **given}}
+        return {"data": None, **data} if family == "own" else data
 
     def check(self) -> None:
         own = isinstance(self.model, OwnShape)
@@ -284,6 +283,11 @@ class Shaped:
             raise ValueError("hyperparameters.init_std: null; expected a number; null is for a model of your own")
         if not own and (self.run.command, self.run.timeout_s) != (None, None):
             raise ValueError("run.command: is for a model of your own; expected none, as supar trains this one itself")
+
+    @property
+    def loss_unit(self) -> str | None:
+        """The unit of its losses; None: that of the user's script."""
+        return self.model.loss_unit if isinstance(self.model, Model) else None
 
     @property
     def decoder(self) -> Model:

@@ -63,6 +63,7 @@ class Level:
 
 
 Aggregate = Literal["mean", "iqm"]
+AGGREGATES: dict[Aggregate, str] = {"mean": "mean", "iqm": "interquartile mean"}
 Mark = Literal["drift", "shift", "regret"]
 MARKS: dict[Mark, float] = {"drift": 0.15, "shift": 0.5, "regret": 0.005}  # SPEC §9: |γ|, octaves, share of the loss
 

@@ -24,7 +24,7 @@ def scripts() -> list[str]:
     return sorted(path.name for path in files.template("own").glob("*.py"))
 
 
-ORDER = ("quickstart", "own", "gpt2-124m", "interpretability", "paper", "paper-proxy")
+ORDER = ("quickstart", "vit", "own", "gpt2-124m", "interpretability", "paper", "paper-proxy")
 
 
 def _rank(name: str) -> tuple[int, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from supar_cli.errors import InputError, SetupError
 from supar_cli.files import Record, read_json, read_jsonl, write_file
 from supar_cli.planning import document
+from supar_cli.planning.decoder import Model, ViT
 from supar_cli.planning.sweep import TUNED
 from supar_cli.reporting.result import NAMES, TITLES, Demo, Line, Panel, ReportPart, Result, Table, flatten, loss_figure
 from supar_cli.reporting.runs import document_part, run_part, time_written
@@ -15,6 +16,7 @@ from supar_cli.reporting.runs import document_part, run_part, time_written
 QUIET_S = 600.0  # chosen: a job that has written nothing for so long may not be running any more
 STUDIES = {"supar.check-result/v1": "check", "supar.sweep-result/v1": "sweep", "supar.compare-result/v1": "comparison"}
 FILES = ("plan.yaml", "result.json", "question.json", "records.jsonl", "results.json")
+UNITS: dict[str | None, str | None] = {"vit": ViT.loss_unit, "own": None}  # of losses by family, where not that of text
 EXPECTED = "expected a run, a sweep, a check, a comparison, a demo, a folder of these, a plan or a proxy"
 
 
@@ -111,7 +113,9 @@ def _study(folder: Path) -> ReportPart:
         part = ReportPart(str(folder), "unfinished measurement", str(title), state)
         part.notes.append("No result.json yet: the verdicts follow when all runs have ended.")
         part.facts = {"Question": flatten(question)}
-        _draw_losses(part, records, is_nats=own.get("command") is None)
+        model = own.get("model")
+        family = model.get("family") if isinstance(model, dict) else None
+        _draw_losses(part, records, UNITS.get(family, Model.loss_unit))
     _add_records(part, records)
     return part
 
@@ -136,7 +140,7 @@ def _add_records(part: ReportPart, records: list[Record]) -> None:
         part.tables.append(Table(title=title, columns=columns, rows=why, folded=len(why) > 10))
 
 
-def _draw_losses(part: ReportPart, records: list[Record], is_nats: bool) -> None:
+def _draw_losses(part: ReportPart, records: list[Record], unit: str | None) -> None:
     """Add a figure of what a sweep has measured so far, means over seeds; other measurements have none."""
     losses: dict[str, dict[str, dict[float, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     word = ""
@@ -152,7 +156,7 @@ def _draw_losses(part: ReportPart, records: list[Record], is_nats: bool) -> None
         panels.append(Panel(title=TITLES.get(arm, arm), lines=lines))
     if panels:
         title = f"Loss over {word} so far, means over the seeds that have ended"
-        part.figures.append(loss_figure(title, f"{word} of the proxy", panels, is_nats=is_nats))
+        part.figures.append(loss_figure(title, f"{word} of the proxy", panels, unit=unit))
 
 
 def _demo(demo: Demo, source: str) -> ReportPart:

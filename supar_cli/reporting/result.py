@@ -120,17 +120,21 @@ class Figure(Data):
         return sum(y is None for line in self.lines for y in line.y)
 
 
-NATS = "validation loss (nats per token)"
+def loss_text(unit: str | None) -> str:
+    """What a sweep's losses are; the unit of those that a user's script reports is not known."""
+    return f"validation loss ({unit})" if unit else "loss as the script reports it"
 
 
-def loss_figure(title: str, x: str, panels: list[Panel], name: str = "loss", is_nats: bool = True) -> Figure:
+def loss_figure(
+    title: str, x: str, panels: list[Panel], name: str = "loss", unit: str | None = "nats per token"
+) -> Figure:
     """Validation loss over `x`, as sweeps and the demo show it: a diverging end of a curve would flatten the rest.
 
-    Where a user's script reports it, its unit is not known (`is_nats`), and neither is where that begins.
+    Without a unit it isn't known where that begins.
     """
     losses = [y for panel in panels for line in panel.lines for y in line.y if y is not None]
-    limits = [min(losses) - 0.05, min(max(losses), min(losses) + 1.5) + 0.05] if losses and is_nats else None
-    y = NATS if is_nats else "loss as the script reports it"
+    limits = [min(losses) - 0.05, min(max(losses), min(losses) + 1.5) + 0.05] if losses and unit else None
+    y = loss_text(unit)
     return Figure(name=name, title=title, x=x, y=y, x_log2=True, y_log2=False, y_limits=limits, panels=panels)
 
 

@@ -13,6 +13,7 @@ from supar_cli.planning.density_over_run import summary as summary_over_run
 from supar_cli.planning.document import Document
 from supar_cli.planning.kinds import parse_any
 from supar_cli.planning.plan import Plan, PlanModel, read_plan
+from supar_cli.planning.plan_sections import OwnModel
 from supar_cli.planning.spec import Model, Proxy
 from supar_cli.reporting.result import Figure, Line, Panel, ReportPart, Table, Verdict, finite, flatten
 from supar_cli.training import run_directory
@@ -21,7 +22,7 @@ LOSSES = {"loss": "training", "validation_loss": "validation"}
 POINTS = 200  # chosen: more than a figure of this size shows
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # of a Unicode braille cell: 4 rows of 2
 LOGARITHMIC = ("grad_norm", "density")
-MEASURED = ("steps", "seconds", "resumed_at", "clipped_share", "parameters", "live_parameters")
+MEASURED = (*run_directory.SCORES, "steps", "seconds", "resumed_at", "clipped_share", "parameters", "live_parameters")
 TENSOR_COLUMNS = ("name", "role", "shape", "density", "kept", "start", "lr", "weight_decay", "eps", "because")
 Series = dict[float, float | None]
 
@@ -51,12 +52,13 @@ def read_run(folder: Path) -> Run:
             raise SetupError(f"{path}:{at}: not the record of a step; expected an integer `step` and norms by role")
     result = run_directory.read_result(folder / "result.json") if (folder / "result.json").exists() else None
     state, text = _state(folder, result is not None)
+    names = [*LOSSES, *(name for name in ("accuracy",) if series(records, name))]
     summary = {
         "run": str(folder),
         "state": state,
         "step": records[-1]["step"] if records else 0,
         "steps": plan.train.steps,
-        **{name: next(reversed(series(records, name).values()), None) for name in LOSSES},
+        **{name: next(reversed(series(records, name).values()), None) for name in names},
         "written": time_written(_last_file(folder)),
         "text": text,
     }
@@ -162,11 +164,11 @@ def run_part(folder: Path) -> ReportPart:
     part = ReportPart(str(folder), "run", f"Run {plan.name}", state, facts=_plan_facts(plan))
     part.verdicts = [Verdict(what="finished", passed=None if result is None else done == found["steps"], text=step)]
     losses = {label: series(run.records, name) for name, label in LOSSES.items()}
-    _add_losses(part, losses, is_final=result is not None)
+    _add_losses(part, losses, plan.model.loss_unit, is_final=result is not None)
     part.tables += _plan_tables(plan)
-    part.figures = _run_figures(run.records, losses)
+    part.figures = _run_figures(run.records, losses, plan.model)
     if result is not None:
-        measured = flatten({name: result.get(name) for name in MEASURED})
+        measured = flatten({name: result.get(name) for name in MEASURED if name in result})
         part.facts = {"Environment": flatten(run.environment), "Run": measured} | part.facts
         part.facts["Hashes"] |= flatten({"data as read": result.get("data")})
         masks, title = list(flatten(result.get("masks") or {}).items()), "Fingerprints of the masks"
@@ -176,7 +178,7 @@ def run_part(folder: Path) -> ReportPart:
     return part
 
 
-def _add_losses(part: ReportPart, losses: dict[str, Series], is_final: bool) -> None:
+def _add_losses(part: ReportPart, losses: dict[str, Series], unit: str, is_final: bool) -> None:
     """Add a run's final losses, or the last ones so far, and whether all are finite."""
     rows, steps, bad = [], 0, list[str]()
     for label, by_step in losses.items():
@@ -191,25 +193,26 @@ def _add_losses(part: ReportPart, losses: dict[str, Series], is_final: bool) -> 
         return
     text = f"not at step {', '.join(bad[:5])}; shown as gaps in figures" if bad else f"all {steps} are"
     part.verdicts.append(Verdict(what="losses finite", passed=not bad, text=text))
-    title = f"{'Final losses' if is_final else 'Losses so far'}, nats per token"
+    title = f"{'Final losses' if is_final else 'Losses so far'}, {unit}"
     columns = ["", "first", "last", "at step", "lowest", "at step"]
     part.tables.append(Table(title=title, columns=columns, rows=rows))
 
 
-def _run_figures(records: list[Record], losses: dict[str, Series]) -> list[Figure]:
-    """Losses, changing masks, gradient norms by role, learning rate and speed over steps, as far as they are recorded."""
+def _run_figures(records: list[Record], losses: dict[str, Series], model: PlanModel | OwnModel) -> list[Figure]:
+    """Losses, accuracy, changing masks, gradient norms by role, learning rate and speed over steps, as far as they are recorded."""
     by_role = [{**one.get("grad_norm_by_role", {}), "step": one["step"]} for one in records]
     roles = dict.fromkeys(role for one in by_role for role in one if role != "step")
     norms = {"all": series(records, "grad_norm"), **{role: series(by_role, role) for role in roles}}
-    figures = []
+    figures, speed = [], f"{model.data_kind}_per_s"
     for name, title, y, by_label in (
-        ("loss", "Loss", "loss (nats per token)", losses),
+        ("loss", "Loss", f"loss ({model.loss_unit})", losses),
+        ("accuracy", "Accuracy on held-out images", "share of them", {"": series(records, "accuracy")}),
         ("density", "Density of the tensors whose masks change", "share of weights", {"": series(records, "density")}),
         ("mask_changed", "Live weights exchanged by a change", "share of them", {"": series(records, "mask_changed")}),
         ("dead_rows", "Rows without a live weight", "rows", {"": series(records, "dead_rows")}),
         ("grad_norm", "Gradient norm by role", "norm before clipping", norms),
         ("lr", "Learning rate of the proxy, as scheduled", "learning rate", {"": series(records, "lr")}),
-        ("tokens_per_s", "Speed", "tokens per second", {"": series(records, "tokens_per_s")}),
+        (speed, "Speed", f"{model.data_kind} per second", {"": series(records, speed)}),
     ):
         lines = [_line(label, by_step) for label, by_step in by_label.items() if set(by_step.values()) - {None}]
         if lines:
@@ -254,7 +257,7 @@ def _plan_facts(plan: Plan) -> dict[str, dict[str, str]]:
     model, multipliers, shape = plan.model, dict[str, Any](), plan.model.label
     if isinstance(model, PlanModel):
         multipliers, layers = model.multipliers.model_dump(), f"{model.layers} layers, {model.heads} heads"
-        shape = f"{model.family}, width {model.width}, {layers}, context {model.context}"
+        shape = f"{model.family}, width {model.width}, {layers}, {model.rows_text}"
     files = {"masks": plan.sparsity.source.hash, "values": plan.values.hash, "data": plan.data and plan.data.hash}
     length = "" if plan.train.tokens is None else f", {plan.train.tokens:,} tokens"
     sizes = {
@@ -262,7 +265,7 @@ def _plan_facts(plan: Plan) -> dict[str, dict[str, str]]:
         "parameters": f"{plan.parameters:,}; live {plan.live:,}",
         "sparsity": f"{plan.sparsity.sparsity:g} ({plan.sparsity.pattern_text}, {plan.sparsity.distribution})",
         "values": plan.values.text,
-        "training": f"{plan.train.steps:,} steps of {plan.train.batch_size} sequences{length}",
+        "training": f"{plan.train.steps:,} steps of {plan.train.batch_size} {model.rows}{length}",
         "data": "the training script's own" if plan.data is None else plan.data.source,
     }
     return {

@@ -78,7 +78,7 @@ def to_dense(values: Tensor, mask: Mask | None) -> Tensor:
     return dense
 
 
-def transformer(plan: Plan) -> nn.Module:
+def transformer(plan: Plan) -> Transformer | VisionTransformer:
     """The plan's transformer without its initial values."""
     model = plan.decoder
     return VisionTransformer(model) if isinstance(model, PlanViT) else Transformer(model)

@@ -25,6 +25,7 @@ DIFFERENCES = 8  # chosen: how many differences of two plans a message lists
 STATUS_FILE = "ended.json"  # how training ended, if it did not finish
 DAMAGED_METRICS = "metrics.damaged.jsonl"  # metrics.jsonl before records that can't be read were dropped
 FILES = ("metrics.jsonl", DAMAGED_METRICS, "result.json", "trackers.json", STATUS_FILE)
+SCORES = ("validation_loss_se", "accuracy", "accuracy_se")  # of an evaluation, besides the loss that decides
 FOLDERS = ("checkpoints", "tensorboard", "wandb")
 
 
@@ -180,12 +181,14 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 class RunHistory:
     """The losses of a run: `losses[i]` is the training loss of step i before its update, `evaluations` are (step, loss).
 
-    `clipped` says of each step whose record tells it whether its gradient was clipped.
+    `scores` are what else the last evaluation told. `clipped` says of each step whose record tells it whether its gradient
+    was clipped.
     Only rank 0 knows those of steps before `resumed_at`; a loss is nan if its record is lost.
     """
 
     losses: list[float] = field(default_factory=list)
     evaluations: list[tuple[int, float]] = field(default_factory=list)
+    scores: dict[str, float] = field(default_factory=dict)
     clipped: list[bool] = field(default_factory=list)
     seconds: float = 0.0
     resumed_at: int = 0
@@ -204,6 +207,7 @@ class RunHistory:
             self.losses[at : at + 1] = [record["loss"]]  # at their end, or in place of nan
         if "validation_loss" in record:
             self.evaluations.append((record["step"], record["validation_loss"]))
+            self.scores = {name: record[name] for name in SCORES if name in record}
 
 
 class Metrics(AbstractContextManager["Metrics"]):
@@ -278,6 +282,7 @@ def result_document(
         "steps": len(losses),
         "train_loss": losses[-1] if losses and math.isfinite(losses[-1]) else None,
         "validation_loss": history.evaluations[-1][1] if history.evaluations else None,
+        **history.scores,
         "clipped_share": history.clipped_share,
         "parameters": plan.parameters,
         "live_parameters": live_parameters,

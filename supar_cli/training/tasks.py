@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from supar_cli.data import batches, images
 from supar_cli.errors import InputError
+from supar_cli.files import Record
 from supar_cli.planning.plan import Data, Plan
 from supar_cli.training.distributed import Parallel, Ranks
 from supar_cli.training.runtime import Runtime, device_thread
@@ -33,8 +34,9 @@ class Task(Protocol):
 
     `unit` names what is counted, such as tokens, `units_per_row` is their number in a row, and `flops_per_unit` is the cost
     of one, None if unknown. `hash` identifies the data and how they are read. `held_out_rows` is the number of rows in an
-    evaluation. `standard_errors` says whether to record the standard error of each mean over held-out batches. A task may
-    have `lines` and `warnings`, which say of its data what a user should know.
+    evaluation. `scored_rows` is 0 where `evaluate` returns means over batches; else it returns a value for each row, of which
+    the first `scored_rows` count, and the rest only fill up the last batches. `described` is what a result says of the data.
+    A task may have `lines` and `warnings`, which say of its data what a user should know.
     """
 
     unit: str
@@ -42,7 +44,8 @@ class Task(Protocol):
     flops_per_unit: float | None
     hash: str
     held_out_rows: int
-    standard_errors: bool
+    scored_rows: int
+    described: Record
 
     def batch(self, step: int, rows: slice) -> Batch:
         """These rows of a step's batch, which depends only on the plan's seed and the step."""
@@ -57,13 +60,16 @@ class Task(Protocol):
         """The mean loss (), to be minimised, computed `chunk` units at a time, if given, to save memory."""
 
     def evaluate(self, model: nn.Module, batch: Batch, chunk: int | None) -> dict[str, Tensor]:
-        """Means () over a held-out batch by name. `validation_loss`, which decides, is one of them."""
+        """Means () over a held-out batch by name, or values of its rows (B,). `validation_loss`, which decides, is one of them."""
 
 
-def load(plan: Plan) -> Task:
-    """Load the task of a plan. Raises InputError for the wrong data, SetupError for data that can't be used."""
+def load(plan: Plan, log: Callable[[str], None] = lambda _: None) -> Task:
+    """Load the task of a plan. `log` is told of a long reading.
+
+    Raises InputError for the wrong data, SetupError for data that can't be used.
+    """
     if plan.own_data.kind == "images":
-        return Classification(plan, images.load(plan.own_data))
+        return Classification(plan, images.load(plan.own_data, log))
     return NextToken(plan, batches.load(plan.text, vocab=plan.decoder.vocab, context=plan.decoder.context))
 
 
@@ -74,7 +80,8 @@ class NextToken:
     """
 
     unit = "tokens"
-    standard_errors = False
+    scored_rows = 0
+    described: Record = {}  # noqa: RUF012  (nobody changes it)
 
     def __init__(self, plan: Plan, tokens: batches.Tokens) -> None:
         train, self._tokens = plan.train, tokens
@@ -108,24 +115,26 @@ class NextToken:
 class Classification:
     """The class of an image. A batch is images (B, C, H, W), float32, and labels (B,), int64.
 
-    Raises InputError if the images are not those that the model reads, or fewer are held out than evaluations need.
+    Evaluations score every held-out image once, or evenly spaced ones if the plan's evaluations have fewer rows. Raises
+    InputError if the images are not those that the model reads.
     """
 
     unit, units_per_row = "images", 1
-    standard_errors = True
 
     def __init__(self, plan: Plan, found: images.Images) -> None:
-        train, model, self._images = plan.train, plan.decoder, found
-        self.lines, self.hash = found.lines, found.hash
+        train, self._images = plan.train, found
+        _require_same_shape(plan, found)
+        self.lines, self.hash, self.described = found.lines, found.hash, {"images": found.described}
         self._seed, self._rows = train.seed, train.batch_size
-        self.flops_per_unit: float | None = plan.flops_per_token * model.context
-        self.held_out_rows = train.eval_batches * train.batch_size
+        self.flops_per_unit: float | None = plan.flops_per_row
+        self.scored_rows = min(len(found.held_out), train.eval_batches * train.batch_size)
+        self.held_out_rows = -(-self.scored_rows // train.batch_size) * train.batch_size
 
     def batch(self, step: int, rows: slice) -> Batch:
         return self._images.batch(self._seed, step, self._rows, rows)
 
     def held_out(self, index: int, count: int, rows: int) -> Batch:
-        return self._images.evaluation(index, count, rows)
+        return self._images.evaluation(index, rows, self.scored_rows)
 
     def inputs(self, batch: Batch) -> Batch:
         return batch[:1]
@@ -137,34 +146,50 @@ class Classification:
     def evaluate(self, model: nn.Module, batch: Batch, chunk: int | None) -> dict[str, Tensor]:
         pictures, labels = batch
         logits = model(pictures).float()
-        accuracy = (logits.argmax(1) == labels).float().mean()
-        return {"validation_loss": F.cross_entropy(logits, labels), "accuracy": accuracy}
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return {"validation_loss": losses, "accuracy": (logits.argmax(1) == labels).float()}
+
+
+def _require_same_shape(plan: Plan, found: images.Images) -> None:
+    """Raise InputError unless the images have the size, channels and classes of the plan's model."""
+    data, (channels, *size) = plan.own_data, found.shape
+    problems = []
+    for key, value in {"image": size, "channels": channels, "classes": len(found.classes)}.items():
+        if (own := vars(plan.decoder)[key]) != value:
+            more = f" (or data.size: {own})" if key == "image" else ""
+            problems.append(f"model.{key}: {own}, yet {data.source} has {value}; expected {value}{more}")
+    if data.shift >= min(size):
+        problems.append(f"data.shift: {data.shift} moves images of {size} out of sight; expected less than {min(size)}")
+    if problems:
+        raise InputError(*problems)
 
 
 @torch.no_grad()
 def evaluate(task: Task, parallel: Parallel, runtime: Runtime, chunk: int | None = None) -> dict[str, float]:
     """The means over the held-out batches by name, the same in every rank; each rank evaluates its share of the batches.
 
-    `chunk` is that of `Task.evaluate`. If the task wants it, NAME_se is the standard error of NAME's mean over batches.
+    `chunk` is that of `Task.evaluate`. Where the task scores rows, NAME_se is the standard error of NAME's mean over them.
     """
-    rows, ranks = runtime.micro_batch, parallel.ranks
-    count = task.held_out_rows // rows
+    rows, ranks, scored = runtime.micro_batch, parallel.ranks, task.scored_rows
     own: dict[str, list[Tensor]] = {}
     with parallel.forward_only():
+        count = task.held_out_rows // rows
         own_numbers = range(ranks.rank, count, ranks.size)
-        for batch in made_ahead(lambda index: task.held_out(index, count, rows), own_numbers, runtime.device):
+        ahead = made_ahead(lambda index: task.held_out(index, count, rows), own_numbers, runtime.device)
+        for index, batch in zip(own_numbers, ahead, strict=True):
             with runtime.autocast():
-                means = task.evaluate(parallel.inner, runtime.to_device(batch), chunk)
-            for name, mean in means.items():
-                own.setdefault(name, []).append(mean)
+                values = task.evaluate(parallel.inner, runtime.to_device(batch), chunk)
+            for name, value in values.items():
+                own.setdefault(name, []).append(value[: max(0, scored - index * rows)] if scored else value)
     record: dict[str, float] = {}
-    for name, batch_means in own.items():
-        means_N = torch.stack(batch_means)
-        mean = ranks.sum(means_N.mean() / ranks.size)
-        record[name] = float(mean)
-        if task.standard_errors and count > 1:
-            squares = ranks.sum((means_N - mean).square().sum())
-            record[f"{name}_se"] = math.sqrt(float(squares) / (count - 1) / count)
+    for name, parts in own.items():
+        if not scored:
+            record[name] = float(ranks.sum(torch.stack(parts).mean() / ranks.size))
+            continue
+        values_N = torch.cat(parts)
+        mean = ranks.sum(values_N.sum() / scored)
+        squares = ranks.sum((values_N - mean).square().sum())
+        record |= {name: float(mean), f"{name}_se": math.sqrt(float(squares)) / scored}
     return record
 
 

@@ -91,7 +91,8 @@ def run(
             f"{directory}: {what}: clipping does not transfer, as norms change with width and density; {remedy}"
         )
     took = f"after {result['steps']} steps in {duration(result['seconds'])}"
-    reporter.log(f"{directory}: validation loss {result['validation_loss']:.4f} {took}")
+    scored = f", accuracy {result['accuracy']:.4f} ± {result['accuracy_se']:.4f}" if "accuracy" in result else ""
+    reporter.log(f"{directory}: validation loss {result['validation_loss']:.4f}{scored} {took}")
     return result
 
 

@@ -201,7 +201,7 @@ class Trainer:
         runtime, plan = Runtime.of(self.plan, self.ranks), self.plan
         if self.ranks.is_main:
             trackers.require(plan)
-        task = task or tasks.load(plan)
+        task = task or tasks.load(plan, self.reporter.log)
         if task.held_out_rows % plan.train.batch_size:  # all ranks must make equally many passes
             what = f"{task.held_out_rows} held-out rows are not a multiple of the batch size {plan.train.batch_size}"
             raise InputError(f"{type(task).__name__}: {what}")
@@ -289,8 +289,8 @@ class Trainer:
         sizes = {name: tensor.numel() for name, tensor in self.sparse_model.tensors.items()}
         sizes |= {name: mask.count for name, mask in masks.items()}
         fingerprints = {name: mask.fingerprint for name, mask in masks.items()}
-        engines = {name: choice.name for name, choice in self.engines.choices.items()}
-        environment = self.runtime.environment(self.ranks.size, self.parallel.kind) | {"engines": engines}
+        own = {"engines": {name: one.name for name, one in self.engines.choices.items()}}
+        environment = self.runtime.environment(self.ranks.size, self.parallel.kind) | own | self.task.described
         return result_document(self.plan, history, self.task.hash, fingerprints, sum(sizes.values()), environment)
 
     def _restore_newest(self, directory: Path) -> None:
