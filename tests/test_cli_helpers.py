@@ -28,7 +28,7 @@ Supar = Callable[..., Called]
 TEMPLATES = ["quickstart", "vit", "gpt2-124m", "interpretability", "paper", "paper-proxy"]
 # of sweeps; tests/test_sweep.py plans them
 FIGURES = [*(f"fig{number}" for number in (1, 6, 7, 9, 10, 11, 12, 13, 14)), "fig12-400", "nm", "imp"]
-FIGURES += ["mlp-lr", "vit-lr", "vit-width", "mlp-lr-sgd"]
+FIGURES += ["ppo", "mlp-lr", "vit-lr", "vit-width", "mlp-lr-sgd"]
 # parameters of the proxy and of the target, as the templates' comments say them
 PARAMETERS = {
     "gpt2-124m": (22_583_552, 124_373_760),
@@ -108,6 +108,7 @@ class TestInit:
             "gpt.py",
             "llama.py",
             "mlp.py",
+            "ppo.py",
             "resnet.py",
         ]
         called = supar_here("init", "papr")

@@ -210,7 +210,7 @@ class TestPresets:
         assert other.status == 2 and "mlp.py: is not the one of --preset mlp-lr" in other.err
         assert (here / "mlp.py").read_text() == "# mine"
 
-    @pytest.mark.parametrize("name", ["mlp-lr", "mlp-lr-sgd"])
+    @pytest.mark.parametrize("name", ["ppo", "mlp-lr", "mlp-lr-sgd"])
     def test_every_run_can_be_planned_and_sp_is_mup(self, name: str) -> None:
         read = read_study(None, {}, preset=name)
         study = parse(Sweep, read).beside(str(files.template("own/study.yaml")))

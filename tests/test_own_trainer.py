@@ -347,5 +347,5 @@ def supar_document(one: Any) -> str:
 
 
 def test_scripts_are_in_the_wheel() -> None:
-    assert templates.scripts() == ["gpt.py", "llama.py", "mlp.py", "resnet.py"]
+    assert templates.scripts() == ["gpt.py", "llama.py", "mlp.py", "ppo.py", "resnet.py"]
     assert all(files.template(f"own/{name}").exists() for name in templates.scripts())

@@ -201,7 +201,7 @@ PAPER_WIDTHS = {
 
 
 SMALL_ALONE = ("fig12-400", "nm", "imp", "vit-lr", "vit-width")
-OWN_MODELS = ("mlp-lr", "mlp-lr-sgd")  # of users: `test_own_sweep`
+OWN_MODELS = ("ppo", "mlp-lr", "mlp-lr-sgd")  # of users: `test_own_sweep`
 # of the grids of those with arms: 3 or 5 rates, 6 seeds of each dense model that arms share and 4 of each of their other sizes
 RUNS = {
     "fig12": 3 * (6 + 10 * 2 * 4),

@@ -11,7 +11,7 @@ from supar_cli.planning.rules import ParameterizationName, Role
 from supar_cli.planning.schema import Section, section_of
 
 FIGURES = ("fig1", "fig6", "fig7", "fig9", "fig10", "fig11", "fig12", "fig12-400", "fig13", "fig14")  # of the paper
-PRESETS = (*FIGURES, "nm", "imp", "mlp-lr", "mlp-lr-sgd", "vit-lr", "vit-width")
+PRESETS = (*FIGURES, "nm", "imp", "ppo", "mlp-lr", "mlp-lr-sgd", "vit-lr", "vit-width")
 
 
 def number(kind: type[int] | type[float], least: int | None) -> Callable[[str, str], Any]:

@@ -94,7 +94,7 @@ class Numbers:
                 wanted = f"the plan says {group.row.eps:g}, as groups() has it"
                 problems.append(f"{group.place}: eps: {group.settings['eps']:g}; {wanted}")
         problems += _decay_problems(groups)
-        problems += _rate_problems(groups)
+        problems += _rate_problems(groups, self.factor)
         if problems:
             raise InputError(*problems)
         self.factor = _common_factor(groups)
@@ -120,8 +120,8 @@ def _common_factor(groups: list[_Group]) -> float:
     return sorted(group.factor for group in groups)[(len(groups) - 1) // 2]
 
 
-def _rate_problems(groups: list[_Group]) -> list[str]:
-    """What is wrong with the rates: empty where they are the plan's times one common factor, which may be 0."""
+def _rate_problems(groups: list[_Group], last: float) -> list[str]:
+    """What is wrong with the rates: empty where they are the plan's times one common factor; `last` is the step's before."""
     in_tensors = any(isinstance(group.settings["lr"], torch.Tensor) for group in groups)
     tolerance = TENSOR_RATE_TOLERANCE if in_tensors else RATE_TOLERANCE
     common = _common_factor(groups)
@@ -129,7 +129,10 @@ def _rate_problems(groups: list[_Group]) -> list[str]:
     if not off:
         return [] if common >= 0 else [f"param_groups: the rates are {common:g} times the plan's; expected 0 or more"]
     is_one = len({float(group.settings["lr"]) for group in groups}) == 1
-    remedy = _ONE_NUMBER if is_one else _FIRST_ONLY if off == groups[:1] else _FLOOR
+    is_first_only = all(math.isclose(group.factor, last, rel_tol=tolerance) for group in groups[1:])
+    if is_first_only:
+        off, common = groups[:1], last
+    remedy = _ONE_NUMBER if is_one else _FIRST_ONLY if is_first_only else _FLOOR
     found = f"its rate is {float(off[0].settings['lr']):g}, {off[0].factor:g} times the plan's"
     return [f"{off[0].place}: {found}, where others have {common:g} times the plan's; {remedy}"]
 
