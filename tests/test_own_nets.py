@@ -28,6 +28,7 @@ from supar_cli.planning.plan import Plan
 from supar_cli.planning.problems import validate
 from supar_cli.planning.spec import Proxy, Spec
 from supar_cli.training.reporter import NullReporter
+from tests.conftest import Called
 
 WIDTH, COLOURS = 16, 3
 NORMS: dict[str, Callable[[int], nn.Module]] = {
@@ -218,3 +219,19 @@ def test_shipped_scripts_learn_and_report(
     assert norms == {("resnet", "make"): {"BatchNorm2d"}, ("resnet", "make_group_norm"): {"GroupNorm"}}.get(
         (script, make), set()
     )
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "is_searched"),
+    [(conv, [], True), (mlp, [], False), (conv, ["search.alpha_output=[1, 2]"], False)],
+    ids=["convolutions", "perceptron", "own range"],
+)
+def test_the_template_searches_the_choices_where_the_head_is_starved(
+    make: Any, settings: list[str], is_searched: bool, tmp_path: Path, supar_here: Callable[..., Called]
+) -> None:
+    layout = layout_of(make, COLOURS if make is conv else 1, side=6 if make is conv else 4)
+    (tmp_path / "layout.yaml").write_text(document.write([layout.model_dump()]))
+    flags = [part for setting in settings for part in ("-s", setting)]
+    run = supar_here("tune-proxy", "--layout", "layout.yaml", "--command", "python x.py {plan}", "--dry-run", *flags)
+    assert run.status == 0, run.err
+    assert ("searched: alpha_output, one of 1, 4, 8, 16, as the fan-in of" in run.err) == is_searched, run.err

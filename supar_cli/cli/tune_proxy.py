@@ -11,6 +11,7 @@ from supar_cli.data import corpus
 from supar_cli.errors import InputError
 from supar_cli.files import template
 from supar_cli.planning import document
+from supar_cli.planning.layout import largest_over_head
 from supar_cli.planning.layout_document import OwnShape
 from supar_cli.planning.problems import parse
 from supar_cli.planning.spec import Model, Proxy, Search, Spec, Target
@@ -80,15 +81,17 @@ def _read_spec(flags: Flags, log: terminal.Log) -> Spec:
     read = documents.read_one(path, "expected a spec, which `supar init` writes", name)
     unnamed = "the quickstart template (`supar init` writes it to supar.yaml)"
     log.log(f"spec: {unnamed if name not in (path, OWN_TEMPLATE) else name}")
+    usual = None
     if is_template:
         del read.data["run"]  # its command is an example
+        usual = read.data["search"]["alpha_output"]
     documents.apply(read, flags)
     if flags.seed is not None:
         documents.set_path(read, ("search", "seed"), flags.seed, flags.places["seed"])
     spec = parse(Spec, read).beside(path)
     with documents.with_locations(read), documents.naming_flags(flags):
         spec = corpus.with_hash(_reshaped(spec, flags), log.log)
-        return _with_usable_ranges(spec, log) if is_template else spec
+        return _with_usable_ranges(spec, usual, log) if is_template else spec
 
 
 def _is_of_own(path: str) -> bool:
@@ -98,14 +101,29 @@ def _is_of_own(path: str) -> bool:
     return isinstance(model, dict) and model.get("family") == "own"
 
 
-def _with_usable_ranges(spec: Spec, log: terminal.Log) -> Spec:
-    """The template's spec without the ranges of what the model can't take."""
+# measured: small nets of 3×3 and 5×5 convolutions, with and without norms; the dense proxy tells which (`supar help vision`)
+ALPHAS = (1.0, 4.0, 8.0, 16.0)
+
+
+def _with_usable_ranges(spec: Spec, usual: list[float] | None, log: terminal.Log) -> Spec:
+    """The template's spec without the ranges of what the model can't take, and with those that its layout's notes ask for.
+
+    `usual` is the template's own range of alpha_output, which the user may have changed.
+    """
     from supar_cli.experiments import search
 
     refused = search.refused_ranges(spec)
     for why in refused.values():
         log.log(f"not searched: {why}")
-    return spec.model_copy(update={"search": spec.search.model_copy(update=dict.fromkeys(refused))})
+    ranges: dict[str, list[float] | None] = dict.fromkeys(refused)
+    if isinstance(spec.model, OwnShape) and "alpha_output" not in refused and spec.search.alpha_output == usual:
+        document = spec.model.read_layout()
+        if found := largest_over_head(document.at(document.base)):
+            ranges["alpha_output"] = list(ALPHAS)
+            choices = ", ".join(f"{alpha:g}" for alpha in ALPHAS)
+            what = f"the fan-in of {found[0].site} is {found[1]:.3g} times the head's"
+            log.log(f"searched: alpha_output, one of {choices}, as {what}")
+    return spec.model_copy(update={"search": spec.search.model_copy(update=ranges)})
 
 
 def _wider(spec: Spec) -> list[str]:
