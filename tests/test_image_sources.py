@@ -123,19 +123,6 @@ class TestSources:
             assert contents(found.held_out) == expected(others, other_labels)
             assert any("the test split (it is never trained on)" in line for line in found.lines)
 
-    def test_a_test_split_is_read_only_to_score(self, tmp_path: Path) -> None:
-        pixels, labels = drawn(40)
-        as_idx(tmp_path, pixels[:30], labels[:30], packed=True)
-        as_idx(tmp_path, pixels[30:], labels[30:], "t10k", packed=True)
-        found, data = load(tmp_path), Data(kind="images", source=str(tmp_path))
-        assert len(found.train) + len(found.held_out) == 30 and "the last tenth of each class" in found.lines[0]
-        files = image_files.find(data, to_score=True)
-        ((scored, own, _),), _ = image_readers.read(files, data, print)
-        assert (scored[:, 0] == pixels[30:, :, :, 0]).all() and (own == labels[30:]).all()
-        before = image_files.identify(data, files).hash
-        as_idx(tmp_path, pixels[30:], labels[30:][::-1], "t10k", packed=True)
-        assert before not in (found.hash, image_files.identify(data, files).hash) and load(tmp_path).hash == found.hash
-
     def test_class_names_are_those_of_folders_and_of_the_hub(self, tmp_path: Path) -> None:
         pixels, labels = drawn(30)
         assert load(as_folders(tmp_path / "f", pixels, labels)).classes == ["class0", "class1", "class2"]

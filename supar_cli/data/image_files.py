@@ -62,6 +62,10 @@ class ImageFiles:
         """What is trained on, what is held out, and what is neither."""
         held_out = self._describe(self.held_out) if self.held_out else "the last tenth of each class"
         found = [f"data: {self.kind}: training: {self._describe('train')}; held out: {held_out}"]
+        name = Path(self.by_split["train"][0].name)
+        is_alone = len(self.by_split["train"]) == 1 and self.kind in ("npz", "parquet")
+        if is_alone and split_word(name) in ("test", "validation"):
+            found[0] += f"; by its name {name} is a {split_word(name)} split"
         others = {f"the {name} split": "it is never trained on" for name in self.by_split if name not in self.splits}
         for why in dict.fromkeys(self.left_out.values()):
             paths = [path for path, own in self.left_out.items() if own == why]
