@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -309,6 +310,27 @@ def test_every_held_out_image_is_scored_once(run_of: Runs, tmp_path: Path, monke
     # a last image that fills a batch up, and classes numbered as the folder has them
     for fault in (by_hand(run, [*held_out, *held_out[-1:] * 3]), by_hand(run, found, CLASSES[1:] + CLASSES[:1])):
         assert all(abs(fault["loss"] - one) > 1e-3 for one in (wanted["loss"], by_hand(run, held_out)["loss"]))
+
+
+def test_data_to_score_need_no_training_split(run_of: Runs, tmp_path: Path) -> None:
+    """A split alone, a folder with one image a class, one with some of the classes."""
+    run = run_of(DIGITS)
+    found = pictures(write_images(tmp_path / "other", DIGITS, CLASSES[1:]) / "val")
+    shutil.rmtree(tmp_path / "other" / "train")
+    record = supar_cli.evaluate(run, tmp_path / "other")
+    wanted = by_hand(run, found)
+    assert {name: record[name] for name in wanted} == pytest.approx(wanted, rel=1e-5)
+    assert record["data"][0]["part"] == "its validation split" and record["images"] == len(found)
+    for name in CLASSES[1:]:
+        for extra in sorted((tmp_path / "other" / "val" / name).iterdir())[1:]:
+            extra.unlink()
+    record = supar_cli.evaluate(run, tmp_path / "other" / "val")
+    assert record["images"] == 2 and record["data"][0]["part"] == "all of it"
+    for labels, message in ([2, 1], "the class 1 is none"), ([-1], "the class -1 is none"), ([], "holds no image"):
+        pixels = np.zeros((len(labels), 8, 8), np.uint8)
+        np.savez(tmp_path / "some.npz", x_test=pixels, y_test=np.array(labels, np.int64))
+        with pytest.raises(InputError, match=message):
+            supar_cli.evaluate(run, tmp_path / "some.npz")
 
 
 def test_what_images_cannot_be_scored_with_is_named(run_of: Runs, tmp_path: Path, supar_here: Any) -> None:

@@ -123,15 +123,6 @@ class TestSources:
             assert contents(found.held_out) == expected(others, other_labels)
             assert any("the test split (it is never trained on)" in line for line in found.lines)
 
-    def test_a_test_split_alone_is_held_out_only_to_score(self, tmp_path: Path) -> None:
-        pixels, labels = drawn(40)
-        as_idx(tmp_path, pixels[:30], labels[:30], packed=True)
-        as_idx(tmp_path, pixels[30:], labels[30:], "t10k", packed=True)
-        found, scored = load(tmp_path), images.load(Data(kind="images", source=str(tmp_path)), to_score=True)
-        assert len(found.train) + len(found.held_out) == 30 and "the last tenth of each class" in found.lines[0]
-        assert contents(scored.held_out) == expected(pixels[30:], labels[30:]) and len(scored.train) == 30
-        assert scored.hash == found.hash
-
     def test_class_names_are_those_of_folders_and_of_the_hub(self, tmp_path: Path) -> None:
         pixels, labels = drawn(30)
         assert load(as_folders(tmp_path / "f", pixels, labels)).classes == ["class0", "class1", "class2"]

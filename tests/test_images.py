@@ -16,22 +16,40 @@ import numpy as np
 import pytest
 import torch
 
+from supar_cli.data import image_files, image_readers
 from supar_cli.data.images import Images, Split
 from supar_cli.errors import InputError
-from supar_cli.planning.plan import Plan
+from supar_cli.planning.plan import Data, Plan
 from supar_cli.training import tasks
 from supar_cli.training.distributed import Ranks
 from supar_cli.training.trainer import Trainer
 from tests.plans import plan_from
 
 from .test_cli import Supar
-from .test_image_sources import HEIGHT, WIDTH, Pixels, as_folders, as_npz, drawn, encoded, hashes, load
+from .test_image_sources import HEIGHT, WIDTH, Pixels, as_folders, as_idx, as_npz, drawn, encoded, hashes, load
 
 # of the first edition: where it changes, runs of older plans are others
 DIGEST = "adaf3b67f11e96634ac4650ff0f4ac52a6618f9267db2a6ffccedcbef9980edf"
 
 
 class TestHash:
+    def test_a_test_split_is_read_only_to_score(self, tmp_path: Path) -> None:
+        pixels, labels = drawn(40)
+        as_idx(tmp_path, pixels[:30], labels[:30], packed=True)
+        as_idx(tmp_path, pixels[30:], labels[30:], "t10k", packed=True)
+        found, data = load(tmp_path), Data(kind="images", source=str(tmp_path))
+        assert len(found.train) + len(found.held_out) == 30 and "the last tenth of each class" in found.lines[0]
+        ((scored, own, _),), _ = image_readers.read(files := image_files.find(data, to_score=True), data, print)
+        assert (scored[:, 0] == pixels[30:, :, :, 0]).all() and (own == labels[30:]).all()
+        before = image_files.identify(data, files).hash
+        as_idx(tmp_path, pixels[30:], labels[30:][::-1], "t10k", packed=True)
+        assert before not in (found.hash, image_files.identify(data, files).hash) and load(tmp_path).hash == found.hash
+
+    def test_a_file_called_as_a_test_split_is_said_to_be_one(self, tmp_path: Path) -> None:
+        for name, end in (("test", "by its name test.npz is a test split"), ("set", "the last tenth of each class")):
+            file = as_npz(tmp_path, *drawn(30)).rename(tmp_path / f"{name}.npz")
+            assert load(file).lines[0].endswith(end)
+
     def test_it_covers_pixels_labels_and_how_they_are_read(self, tmp_path: Path) -> None:
         pixels, labels = drawn(30)
         found = [hashes(as_npz(tmp_path, pixels, labels))]

@@ -129,6 +129,13 @@ class TestOwnModels:
         assert called.status == 4 and what in called.err and "Traceback" not in called.err.replace("  Traceback", "")
         assert runs_made(here) == made
 
+    def test_runs_that_all_diverge_are_a_result(self, here: Path, supar_here: Supar) -> None:
+        write_study(here, fault="loss = float('nan')", parameterizations=["supar"])
+        called = supar_here("sweep", "study.yaml", *RUN, "-s", "widen=0")
+        levels = json.loads(called.out)["arms"][0]["levels"]
+        assert [level["diverged"] for level in levels] == [6, 6] and "have the loss" not in called.err
+        assert "another seed changes no loss" not in called.err
+
     def test_a_seed_that_changes_nothing_is_warned_of(self, here: Path, supar_here: Supar) -> None:
         write_study(here, fault="loss -= 0.01 * seed", over={"lr": "x:-1..1/1"}, parameterizations=["supar"])
         called = supar_here("sweep", "study.yaml", *RUN)

@@ -206,6 +206,9 @@ class TestPlan:
         fields["train"]["tokens"] = 48
         with pytest.raises(InputError, match=r"train.tokens: 48; expected none, as images have no tokens"):
             parse(Plan, Document(fields, "plan.yaml"))
+        fields = {**plan().model_dump(), "task": {"kind": "next_token"}}
+        with pytest.raises(InputError, match=r"task.kind: next_token; expected classification"):
+            parse(Plan, Document(fields, "plan.yaml"))
 
     def test_sizes_and_warnings_are_in_images(self) -> None:
         made = plan({**TARGET, "batch_size": 16})

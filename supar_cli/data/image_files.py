@@ -33,14 +33,16 @@ _OF_SYSTEMS = ("thumbs.db", "desktop.ini")  # besides hidden files
 class ImageFiles:
     """Files of images by split, in a fixed order: `train`, `validation`, `test`.
 
-    `held_out` is the split that is held out; empty: the last tenth of each class of `train`. `classes` are the names of
-    folders, where these are the classes. `left_out` says why other files are no data.
+    `held_out` is the split that is held out; empty: the last tenth of each class of `train`. `scored` is the only split that
+    is read, where images are to be scored. `classes` are the names of folders, where these are the classes. `left_out` says
+    why other files are no data.
     """
 
     kind: Kind
     root: Path
     by_split: dict[str, list[Path]]
     held_out: str = ""
+    scored: str = ""
     classes: list[str] = field(default_factory=list)
     left_out: dict[Path, str] = field(default_factory=dict)
     depth: int = 1
@@ -51,13 +53,19 @@ class ImageFiles:
 
     @property
     def splits(self) -> list[str]:
-        """The splits that are read: what is trained on, and what is held out if that is one of its own."""
+        """The splits that are read: what is trained on, and what is held out if that is one of its own; or what is scored."""
+        if self.scored:
+            return [self.scored]
         return ["train", self.held_out] if self.held_out else ["train"]
 
     def lines(self) -> list[str]:
         """What is trained on, what is held out, and what is neither."""
         held_out = self._describe(self.held_out) if self.held_out else "the last tenth of each class"
         found = [f"data: {self.kind}: training: {self._describe('train')}; held out: {held_out}"]
+        name = Path(self.by_split["train"][0].name)
+        is_alone = len(self.by_split["train"]) == 1 and self.kind in ("npz", "parquet")
+        if is_alone and split_word(name) in ("test", "validation"):
+            found[0] += f"; by its name {name} is a {split_word(name)} split"
         others = {f"the {name} split": "it is never trained on" for name in self.by_split if name not in self.splits}
         for why in dict.fromkeys(self.left_out.values()):
             paths = [path for path, own in self.left_out.items() if own == why]
@@ -71,7 +79,7 @@ class ImageFiles:
 
 
 def find(data: Data, to_score: bool = False) -> ImageFiles:
-    """The files of a data section; `to_score`: a test split is held out where there is no other.
+    """The files of a data section; `to_score`: of its validation split, else of its test split, else all.
 
     Raises InputError where there are none or a file is another than its place says, SetupError for damaged ones and
     without scikit-learn's digits.
@@ -90,12 +98,14 @@ def find(data: Data, to_score: bool = False) -> ImageFiles:
     for key in ("image", "label"):
         if found.kind != "parquet" and vars(data)[key] is not None:
             raise InputError(f"data.{key}: is a column of Parquet files, not of {found.kind}; expected no such key")
+    if to_score:
+        scored = next(split for split in ("validation", "test", "train") if found.by_split.get(split))
+        names = {found.class_of(path) for path in found.by_split[scored]} if found.kind == "folders" else set[str]()
+        return replace(found, scored=scored, classes=sorted(names))
     if not found.by_split.get("train"):
         others = ", ".join(found.by_split) or "none"
         raise InputError(f"data.source: {data.source}: no training split ({others}); expected one, such as train/")
-    wanted = ("validation", "test") if to_score else ("validation",)
-    held_out = next((split for split in wanted if found.by_split.get(split)), "")
-    return replace(found, held_out=held_out)
+    return replace(found, held_out="validation" if found.by_split.get("validation") else "")
 
 
 def _find_in_file(path: Path) -> ImageFiles:
@@ -110,7 +120,7 @@ def _find_in_file(path: Path) -> ImageFiles:
         except zipfile.BadZipFile as error:
             raise EOFError(str(error)) from None
     splits = {split: [path] for split in dict.fromkeys(SPLITS.values()) if array_names(names, split)}
-    if "train" not in splits:
+    if not splits:
         what = f"holds {', '.join(names[: 2 * NAMED])}"
         raise InputError(f"{path}: {what}; expected the arrays x and y (and x_val, y_val, x_test, y_test)")
     return ImageFiles("npz", path.parent, splits)

@@ -149,7 +149,7 @@ class _Tables:
         except ImportError:
             raise SetupError(f"{files.root}: Parquet needs pyarrow: pip install pyarrow") from None
         self._open, self._files = pyarrow.parquet.ParquetFile, files
-        first = files.by_split["train"][0]
+        first = files.by_split[files.splits[0]][0]
         schema = self._file(first).schema_arrow
         encoded, integers = [], []
         for column in schema:

@@ -24,7 +24,6 @@ from supar_cli.streams import stream
 ALL = slice(None)
 TAIL_SHARE = 10  # chosen: without a split of its own a data set holds out the last tenth of each class, as text does
 CHUNK = 4096  # chosen: images that are counted at a time, so that counting takes little memory
-NAMED = 5  # chosen: classes in a line
 
 
 @dataclass(frozen=True)
@@ -155,14 +154,13 @@ def _format(values: NDArray[np.float64]) -> str:
     return ", ".join(f"{value:.4f}" for value in values)
 
 
-def load(data: Data, log: Callable[[str], None] = lambda _: None, *, to_score: bool = False) -> Images:
-    """Read the images of a data section; they match its hash. `to_score`: a test split is held out where no other is.
+def load(data: Data, log: Callable[[str], None] = lambda _: None) -> Images:
+    """Read the images of a data section; they match its hash.
 
     `log` is told of the progress of a long reading. Raises InputError, SetupError.
     """
     files = image_files.find(data)
     known = image_files.identify(data, files)
-    files = image_files.find(data, to_score) if to_score else files
     splits, classes = image_readers.read(files, data, log)
     first = splits[0]
     largest = int(first.labels.max(initial=-1))

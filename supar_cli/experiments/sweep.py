@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from math import isfinite
 from pathlib import Path
 from typing import Unpack
 
@@ -77,7 +78,7 @@ def _run(
         began = runs.open_study_folder(folder, asked, force)
         script.compare_scripts(began.get("script", {}), study.run, folder / RUNS, reporter, "--force or another --out")
         curves = measure_curves(study, folder, workers, reporter, ("sp",) if is_comparison else ())
-    by_values = [list(losses.values()) for curve in curves for losses in curve.losses.values()]
+    by_values = [list(filter(isfinite, losses.values())) for curve in curves for losses in curve.losses.values()]
     script.require_different_losses([loss for losses in by_values for loss in losses], study.run, "runs")
     script.warn_of_equal_seeds(by_values, study.run, reporter, "seeds")
     parts = (comparison if is_comparison else transfer)(study, curves)

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from supar_cli.data import image_files, images
+from supar_cli.data import image_files, image_readers, images
+from supar_cli.data.image_readers import Labelled
 from supar_cli.data.images import Images, Split
 from supar_cli.errors import InputError, UnusableResult
 from supar_cli.files import Record
@@ -47,31 +48,34 @@ def score(
     else:
         section = Data(**{"kind": "images", "source": str(data), "size": plan.own_data.size, **reading})
         files = image_files.find(section, to_score=True)
-        given = images.load(section, reporter.log, to_score=True)
-        part = f"its {files.held_out} split" if files.held_out else "all of it"
-        found = replace(own, held_out=_labelled_as(own, given, section.source, is_all=not files.held_out))
-        read_hash = given.hash
-        if given.hash == own.hash and not files.held_out:
+        (given,), names = image_readers.read(files, section, reporter.log)
+        part = "all of it" if files.scored == "train" else f"its {files.scored} split"
+        found = replace(own, held_out=_labelled_as(own, given, names, section.source))
+        read_hash = image_files.identify(section, files).hash or ""
+        if read_hash == own.hash:
             warnings.append(f"data.source: {section.source}: the model was trained on a part of it")
     nats_N, is_right_N = _score(checkpoint, model, runtime, found, reporter)
     read = {"source": section.source, "part": part, "hash": read_hash}
     return {"data": [read], **_figures(found, nats_N, is_right_N), "warnings": warnings}
 
 
-def _labelled_as(own: Images, given: Images, source: str, is_all: bool) -> Split:
-    """The images of other data that are scored; their classes have the numbers of those of the same names of a run's own.
+def _labelled_as(own: Images, given: Labelled, names: list[str], source: str) -> Split:
+    """The images of other data; their classes have the numbers of those of the same names of a run's own.
 
-    Raises InputError for images of another shape, and for a class that the run's data don't have.
+    `names` are those of the other data's classes, if it has names. Raises InputError for no images, for images of another
+    shape, and for a class that the run's data don't have.
     """
-    if given.shape != own.shape:
-        what = f"its images are {list(given.shape)} (channels, height, width)"
+    shape = given.pixels.shape[1:]
+    if not len(given.labels) or shape != own.shape:
+        what = f"its images are {list(shape)} (channels, height, width)" if len(given.labels) else "holds no image"
         raise InputError(f"data.source: {source}: {what}; expected {list(own.shape)}, as the run's")
-    if unknown := [name for name in given.classes if name not in own.classes]:
+    present = np.unique(given.labels)
+    called = [names[label] if 0 <= label < len(names) else str(label) for label in present.tolist()]
+    if unknown := [name for name in called if name not in own.classes]:
         what = f"the class {unknown[0]} is none of the run's"
         raise InputError(f"data.source: {source}: {what}; expected {', '.join(own.classes)}")
-    numbers = np.array([own.classes.index(name) for name in given.classes])
-    split = replace(given.held_out, classes_M=numbers[given.held_out.classes_M])
-    return replace(split, places_N=np.arange(len(split.classes_M))) if is_all else split
+    numbers = np.array([own.classes.index(name) for name in called])
+    return Split(given.pixels, numbers[np.searchsorted(present, given.labels)], np.arange(len(given.labels)))
 
 
 @torch.inference_mode()

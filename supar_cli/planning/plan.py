@@ -103,6 +103,8 @@ class Plan(Section):
         if self.data is None:
             raise ValueError("data: null; expected the data to train on")
         require_kind(model, self.data)
+        if (task := "next_token" if model.data_kind == "tokens" else "classification") != self.task.kind:
+            raise ValueError(f"task.kind: {self.task.kind}; expected {task}, which the family {model.family} learns")
         train, tokens = self.train, self.train.steps * self.train.batch_size * model.context
         if (train.tokens is None) == (model.data_kind == "tokens"):
             missing = (
