@@ -87,8 +87,8 @@ def studies() -> dict[str, dict[str, Any]]:
     }
     for net in ("bn", "gn", "bn5"):
         found[f"conv-{net}-search"] = convolutions(net, [1, 4, 8, 16], density=[1], seeds=3, seed=0)
-    for name, alpha in (("bn", 4), ("bn", 1), ("gn", 16), ("gn", 1)):
-        found[f"conv-{name}-a{alpha}"] = convolutions(name, [alpha], seeds=12)
+    for name, alpha, seeds in (("bn", 4, 12), ("bn", 1, 12), ("gn", 16, 12), ("gn", 1, 6)):
+        found[f"conv-{name}-a{alpha}"] = convolutions(name, [alpha], seeds=seeds)
     return found
 
 
