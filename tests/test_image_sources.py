@@ -239,7 +239,7 @@ class TestRefused:
                 {"x_val": pixels[:, 1:], "y_val": labels},
                 "x_val: channels 1, height 5, width 4; expected channels 1, height 6",
             ),
-            ({"y": labels.astype(object)}, "is damaged: Object arrays"),
+            ({"y": labels.astype(object)}, "holds Python objects; expected arrays"),
         ):
             source = tmp_path / "set.npz"
             np.savez(source, **{"x": pixels, "y": labels, **more})

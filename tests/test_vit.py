@@ -132,6 +132,8 @@ class TestModel:
         built, images, labels = model(plan()), torch.randn(4, 1, 8, 8), torch.tensor([0, 9, 3, 3])
         by_hand = -built(images).log_softmax(1)[range(4), labels].mean()
         torch.testing.assert_close(built(images, labels), by_hand)
+        with pytest.raises(ValueError, match=r"images of \(1, 4, 16\); expected \(channels"):
+            built(images.view(4, 1, 4, 16))  # as many patches
 
     @pytest.mark.parametrize("is_causal", [False, True])
     def test_every_position_sees_every_other(self, is_causal: bool) -> None:

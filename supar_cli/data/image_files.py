@@ -112,12 +112,15 @@ def _find_in_file(path: Path) -> ImageFiles:
     head = _read_head(path)
     if head.startswith(PARQUET):
         return ImageFiles("parquet", path.parent, {"train": [path]})
+    if head[:4] in IDX:
+        what = f"is an idx file of {IDX[head[:4]]}"
+        raise InputError(f"{path}: {what}; expected the folder that holds those of images and of labels")
     if not head.startswith(ZIP):
         raise InputError(f"{path}: is {name_of(head)}; {SOURCES}")
     with naming_damage(path):
         try:
             names = zipfile.ZipFile(path).namelist()
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, NotImplementedError) as error:
             raise EOFError(str(error)) from None
     splits = {split: [path] for split in dict.fromkeys(SPLITS.values()) if array_names(names, split)}
     if not splits:
@@ -190,7 +193,13 @@ def _find_classes(root: Path, files: list[Path], left_out: dict[Path, str]) -> I
         else:
             found.setdefault(split, []).append(path)
     if not found:
-        raise InputError(f"data.source: {root}: no files in folders of classes; {SOURCES}")
+        what = "no files in folders of classes" + (", below train/, val/ and test/" if has_splits else "")
+        raise InputError(f"data.source: {root}: {what}; {SOURCES}")
+    if not has_splits and any(split_word(Path(name)) == "train" for name in _folders(root)):
+        names = [name for name in _folders(root) if split_word(Path(name))]
+        if len(names) == len(_folders(root)):
+            what = f"{', '.join(names[:NAMED])} look like splits"
+            raise InputError(f"data.source: {root}: {what}; expected them called train, val and test")
     made = ImageFiles("folders", root, found, left_out=left_out, depth=depth)
     used = {made.class_of(path) for path in found.get("train", ())}
     for top in (
@@ -199,6 +208,8 @@ def _find_classes(root: Path, files: list[Path], left_out: dict[Path, str]) -> I
         for name in _folders(top):
             if name not in used:
                 raise InputError(f"{top / name}: no image of this class; expected one or more, or no such folder")
+            if "\ufffd" in name.encode(errors="surrogateescape").decode(errors="replace"):
+                raise InputError(f"{top / name}: the name of this class is not in UTF-8; expected another name")
     return replace(made, classes=sorted(used))
 
 
@@ -245,7 +256,7 @@ def identify(data: Data, files: ImageFiles | None = None) -> Data:
         for path in files.by_split[split]:
             with naming_read_errors(path), path.open("rb") as file:
                 name = "train" if split == "train" else "held out"
-                total.update(f"{name}: {path.relative_to(files.root).as_posix()}\0".encode())
+                total.update(os.fsencode(f"{name}: {path.relative_to(files.root).as_posix()}\0"))
                 total.update(hashlib.file_digest(file, "sha256").digest())
     found = "sha256:" + total.hexdigest()
     if data.hash not in (None, found):

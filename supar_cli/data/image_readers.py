@@ -5,43 +5,33 @@ Shape suffixes: N images, C channels, H height, W width, all in pixels.
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
-import math
 import os
 import time
-import zipfile
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from supar_cli.data.formats import name_of, naming_damage, open_bytes
-from supar_cli.data.image_files import HEAD_BYTES, IDX, ImageFiles, array_names
+from supar_cli.data.formats import name_of, naming_damage
+from supar_cli.data.image_arrays import READERS, Labelled, Pixels
+from supar_cli.data.image_files import HEAD_BYTES, ImageFiles
 from supar_cli.errors import InputError, SetupError
 from supar_cli.planning.plan import Data
 
-Pixels = NDArray[np.uint8]
 Encoded = Callable[[], Iterator[tuple[str, bytes, int]]]  # a name, an encoded image and its label, as often as asked
 Log = Callable[[str], None]
 
 EVERY_S = 5.0  # chosen: a line of progress so often, as long waits are told elsewhere
+FEWEST_NO_CLASS = 2**31  # what no number of a class is
 TABLE_ROWS = 256  # chosen: rows of Parquet in memory at a time; of photographs about 100 MB
 _PNM = tuple(b"P" + digit + space for digit in (b"1", b"2", b"3", b"4", b"5", b"6") for space in (b"\n", b" ", b"\r"))
 PICTURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*", *_PNM)
 SIDEWAYS = (5, 6, 7, 8)  # orientations of EXIF in which width and height change places
 GREY = ("1", "L", "LA", "La")  # Pillow's modes of one channel of 8 bits or fewer, with an opacity or without
-
-
-class Labelled(NamedTuple):
-    """Pixels (N, C, H, W) of 8 bits and labels (N,) of a split, and where they are from."""
-
-    pixels: Pixels
-    labels: NDArray[np.int64]
-    place: str
 
 
 def read(files: ImageFiles, data: Data, log: Log) -> tuple[list[Labelled], list[str]]:
@@ -55,74 +45,8 @@ def read(files: ImageFiles, data: Data, log: Log) -> tuple[list[Labelled], list[
         tables = _Tables(files, data)
         found = _decode_all([tables.rows(split) for split in files.splits], files, data, log)
         return found, tables.classes
-    found = [_READERS[files.kind](files, split) for split in files.splits]
+    found = [READERS[files.kind](files, split) for split in files.splits]
     return [one._replace(pixels=_resize(one.pixels, data.size)) for one in found], []
-
-
-def _digits(files: ImageFiles, split: str) -> Labelled:
-    (path,) = files.by_split[split]
-    with naming_damage(path), gzip.open(path, "rt") as file:
-        rows = np.loadtxt(file, delimiter=",")
-    pixels = (rows[:, :-1] * 255 / 16).astype(np.uint8).reshape(-1, 1, 8, 8)
-    return Labelled(pixels, rows[:, -1].astype(np.int64), str(path))
-
-
-def _npz(files: ImageFiles, split: str) -> Labelled:
-    (path,) = files.by_split[split]
-    with naming_damage(path):
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                names = array_names(stored.files, split)
-                assert names is not None  # `find` saw them
-                pixels, labels = (stored[name] for name in names)
-        except (ValueError, zipfile.BadZipFile) as error:
-            raise EOFError(str(error)) from None
-    x, y = names
-    if labels.dtype.kind not in "iu" or labels.shape[1:] not in ((), (1,)):
-        what = f"holds {labels.dtype} of the shape {labels.shape}"
-        raise InputError(f"{path}: {y}: {what}; expected an integer for each image")
-    match pixels.shape:
-        case (_, _, _):
-            moved = pixels[:, None]
-        case (_, first, _, last) if (first in (1, 3)) != (last in (1, 3)):
-            moved = pixels if first in (1, 3) else np.moveaxis(pixels, 3, 1)
-        case _:
-            moved = None
-    if pixels.dtype != np.uint8 or moved is None:
-        what = f"holds {pixels.dtype} of the shape {pixels.shape}"
-        expected = (
-            "uint8, 0 to 255, of images, rows and columns, with 1 or 3 channels along the last axis or the second"
-        )
-        raise InputError(f"{path}: {x}: {what}; expected {expected}")
-    return _same_count(Labelled(np.ascontiguousarray(moved), labels.reshape(-1).astype(np.int64), f"{path}: {x}"), y)
-
-
-def _idx(files: ImageFiles, split: str) -> Labelled:
-    images, labels = (_idx_array(path) for path in files.by_split[split])
-    found = Labelled(images[:, None], labels.astype(np.int64), str(files.by_split[split][0]))
-    return _same_count(found, files.by_split[split][1].name)
-
-
-def _idx_array(path: Path) -> Pixels:
-    with naming_damage(path), open_bytes(path) as file:
-        head = file.read(4)
-        assert head in IDX  # `find` saw it
-        shape = [int.from_bytes(file.read(4), "big") for _ in range(head[3])]
-        content = file.read()
-    if len(content) != (size := math.prod(shape)):
-        what = f"holds {len(content):,} bytes after its header, which says {size:,}"
-        raise SetupError(f"{path}: is damaged: {what}; expected it whole")
-    return np.frombuffer(content, np.uint8).reshape(shape)
-
-
-def _same_count(found: Labelled, labels: str) -> Labelled:
-    if len(found.pixels) != len(found.labels):
-        what = f"{len(found.pixels)} images, yet {labels} holds {len(found.labels)} labels"
-        raise InputError(f"{found.place}: {what}; expected as many")
-    return found
-
-
-_READERS = {"digits": _digits, "npz": _npz, "idx": _idx}
 
 
 def _of_folders(files: ImageFiles, split: str) -> Encoded:
@@ -151,12 +75,7 @@ class _Tables:
         self._open, self._files = pyarrow.parquet.ParquetFile, files
         first = files.by_split[files.splits[0]][0]
         schema = self._file(first).schema_arrow
-        encoded, integers = [], []
-        for column in schema:
-            type_ = str(column.type)
-            is_struct = type_.startswith("struct<") and any(part.name == "bytes" for part in column.type)
-            encoded += [column.name] if is_struct or type_ in ("binary", "large_binary") else []
-            integers += [column.name] if type_.startswith(("int", "uint")) else []
+        encoded, integers = _columns(schema)
         self._image = _column(first, "image", data.image, encoded)
         self._label = _column(first, "label", data.label, integers)
         self.classes = _class_names(schema.metadata or {}, self._label)
@@ -183,6 +102,8 @@ class _Tables:
                         if content is None or label is None:
                             what = "no image" if content is None else "no label"
                             raise InputError(f"{name}: {what}; expected the bytes of an image and an integer")
+                        if label >= FEWEST_NO_CLASS:
+                            raise InputError(f"{name}: the label {label}; expected 0, 1, …")
                         yield name, content, label
                         at += 1
 
@@ -190,8 +111,18 @@ class _Tables:
 
     def _batches(self, path: Path) -> Iterator[Any]:
         file, columns = self._file(path), [self._image, self._label]
-        if missing := set(columns) - set(file.schema_arrow.names):
-            raise InputError(f"{path}: has no column {missing.pop()}; expected the columns of the other files")
+        schema = file.schema_arrow
+        if missing := sorted(set(columns) - set(schema.names)):
+            raise InputError(f"{path}: has no column {missing[0]}; expected the columns of the other files")
+        for name, found, what in zip(columns, _columns(schema), ("images", "integers"), strict=True):
+            if name not in found:
+                raise InputError(
+                    f"{path}: {name}: holds {schema.field(name).type}; expected {what}, as other files hold"
+                )
+        names = _class_names(schema.metadata or {}, self._label)
+        if names and names != self.classes:
+            own, first = next(pair for pair in zip_longest(names, self.classes) if len(set(pair)) == 2)
+            raise InputError(f"{path}: the class {own} is where the first file has {first}; expected the same names")
         batches = file.iter_batches(TABLE_ROWS, columns=columns)
         while True:
             with naming_damage(path):
@@ -204,13 +135,25 @@ class _Tables:
             yield batch
 
 
+def _columns(schema: Any) -> tuple[list[str], list[str]]:
+    """The columns of a table that may hold images, and those that may hold labels."""
+    encoded, integers = [], []
+    for column in schema:
+        type_ = str(column.type)
+        is_struct = type_.startswith("struct<") and any(part.name == "bytes" for part in column.type)
+        encoded += [column.name] if is_struct or type_ in ("binary", "large_binary") else []
+        integers += [column.name] if type_.startswith(("int", "uint")) else []
+    return encoded, integers
+
+
 def _column(path: Path, key: str, asked: str | None, found: list[str]) -> str:
     """The column of images or of labels: the asked one, or the only one."""
     if asked in found or (asked is None and len(found) == 1):
         return asked or found[0]
-    names = ", ".join(found) or "none"
-    what = f"no column {asked}" if asked else f"{len(found)} columns may hold it"
-    raise InputError(f"data.{key}: {path}: {what}; expected one of these: {names}")
+    what = f"no column {asked}" if asked else f"{len(found) or 'no'} columns may hold it"
+    kind = "the bytes of images" if key == "image" else "integers"
+    expected = f"one of these: {', '.join(found)}" if found else f"a column of {kind}"
+    raise InputError(f"data.{key}: {path}: {what}; expected {expected}")
 
 
 def _class_names(metadata: dict[bytes, bytes], label: str) -> list[str]:
@@ -297,9 +240,13 @@ def _open_image(name: str, content: bytes) -> Any:
         raise InputError(f"{name}: {what}; expected a PNG, JPEG, WebP, GIF, BMP, TIFF or PNM image")
     image = _guard(name, lambda: _import_pillow()[0].open(io.BytesIO(content)))
     is_deep = content.startswith(b"\x89PNG") and content[24:25] == b"\x10"
+    words = content[:HEAD_BYTES].split(maxsplit=4)
+    is_deep |= words[0] in (b"P2", b"P3", b"P5", b"P6") and words[3].isdigit() and int(words[3]) > 255
     if is_deep or image.mode.startswith(("I", "F")):
         raise InputError(f"{name}: has 16 bits or more a channel; expected 8")
-    if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:  # cameras put previews into an MPO
+    if (
+        image.format != "MPO" and (frames := _guard(name, lambda: getattr(image, "n_frames", 1))) > 1
+    ):  # cameras put previews into an MPO
         raise InputError(f"{name}: is animated or has {frames} pages; expected one image")
     return image
 
@@ -310,7 +257,13 @@ def _guard(name: str, work: Callable[[], Any]) -> Any:
     except (InputError, SetupError):
         raise
     except Exception as error:  # a decoder may raise anything
-        raise SetupError(f"{name}: is damaged: {error}; expected it whole") from None
+        if isinstance(error, (module := _import_pillow()[0]).DecompressionBombError):
+            most = 2 * (module.MAX_IMAGE_PIXELS or 0)
+            raise InputError(
+                f"{name}: has more than the {most:,} pixels that Pillow reads; expected a smaller image"
+            ) from None
+        what = "Pillow can't tell what it is" if type(error).__name__ == "UnidentifiedImageError" else str(error)
+        raise SetupError(f"{name}: is damaged: {what}; expected it whole") from None
 
 
 def _header(name: str, content: bytes) -> _Header:

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from supar_cli.data import image_files, image_readers
-from supar_cli.data.image_readers import Pixels
+from supar_cli.data.image_arrays import Pixels
 from supar_cli.errors import InputError
 from supar_cli.planning.plan import Data
 from supar_cli.streams import stream
 
 ALL = slice(None)
 TAIL_SHARE = 10  # chosen: without a split of its own a data set holds out the last tenth of each class, as text does
+MOST_SCORED = 2**20  # chosen: classes of images that are only scored, which may be fewer than those of the run
 CHUNK = 4096  # chosen: images that are counted at a time, so that counting takes little memory
 
 
@@ -164,23 +165,28 @@ def load(data: Data, log: Callable[[str], None] = lambda _: None) -> Images:
     splits, classes = image_readers.read(files, data, log)
     first = splits[0]
     largest = int(first.labels.max(initial=-1))
-    if not classes and largest >= len(first.labels):
+    if not classes and largest >= (MOST_SCORED if to_score else len(first.labels)):
         raise InputError(f"{first.place}: the label {largest} of {len(first.labels)} images; expected 0, 1, …")
     classes = classes or [str(number) for number in range(largest + 1)]
     for one in splits:
         wrong = one.labels[(one.labels < 0) | (one.labels >= len(classes))]
         if len(wrong):
             what = f"the label {wrong[0]} is of no class that is trained on"
-            raise InputError(f"{one.place}: {what}; expected 0 to {len(classes) - 1}")
+            raise InputError(f"{one.place}: {what}; expected 0 to {max(0, len(classes) - 1)}")
         if one.pixels.shape[1:] != first.pixels.shape[1:]:
             found, other = ("channels {}, height {}, width {}".format(*each.pixels.shape[1:]) for each in (one, first))
             raise InputError(f"{one.place}: {found}; expected {other}, as the training images have")
     places = [np.arange(len(one.labels)) for one in splits] if len(splits) > 1 else _hold_out(first.labels)
     train, held_out = (Split(one.pixels, one.labels, own) for one, own in zip((first, splits[-1]), places, strict=True))
     counts = np.bincount(train.labels, minlength=len(classes))
-    if not counts.all():
-        missing = ", ".join(name for name, count in zip(classes, counts, strict=True) if not count)
-        raise InputError(f"{first.place}: no training image of the class {missing}; expected one or more of each")
+    missing = [name for name, count in zip(classes, counts, strict=True) if not count]
+    if missing and not to_score:
+        named = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
+        is_taken = len(splits) == 1 and not counts[first.labels].all()
+        named += " (its only image is held out)" if is_taken else ""
+        raise InputError(f"{first.place}: no training image of the class {named}; expected one or more of each")
+    if not all(first.pixels.shape[1:]):
+        raise InputError(f"{first.place}: images of {first.pixels.shape[1:]}; expected channels and pixels")
     if not len(held_out):
         raise InputError(f"{first.place}: no image is held out; expected one or more")
     return Images(train, held_out, classes, known.hash or "", data.flip, data.shift, tuple(files.lines()))

@@ -39,8 +39,11 @@ class VisionTransformer(nn.Module):
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
         """The first block's inputs (B, T, D): patches row by row, each with its channels one after another."""
-        edge, (B, C, H, W) = self.config.patch, images_BCHW.shape
-        cut = images_BCHW.view(B, C, H // edge, edge, W // edge, edge).permute(0, 2, 4, 1, 3, 5)
+        edge, (C, H, W) = self.config.patch, (self.config.channels, *self.config.image)
+        if (found := tuple(images_BCHW.shape[1:])) != (C, H, W):
+            raise ValueError(f"images of {found}; expected (channels, height, width) of {(C, H, W)}")
+        B = len(images_BCHW)
+        cut = images_BCHW.reshape(B, C, H // edge, edge, W // edge, edge).permute(0, 2, 4, 1, 3, 5)
         x_BTD = self.patches(cut.reshape(B, self.config.patches, self.config.patch_inputs))
         if self.class_token is not None:
             x_BTD = torch.cat((self.class_token.to(x_BTD.dtype).expand(B, 1, -1), x_BTD), dim=1)

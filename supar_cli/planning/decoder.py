@@ -123,7 +123,7 @@ class ViT(Model):
             height, width = filled["image"]
             has_token = filled.get("pooling", "class") == "class"
             filled.setdefault("context", (height // filled["patch"]) * (width // filled["patch"]) + has_token)
-            filled.setdefault("vocab", filled["classes"])
+            filled.setdefault("vocab", max(2, filled["classes"]))  # a wrong number is reported once
         return filled
 
     def check(self) -> None:

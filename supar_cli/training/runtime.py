@@ -118,7 +118,7 @@ def batch_shares(plan: Plan, ranks: Ranks = ALONE) -> tuple[int, int]:
     """The sequences of a process in a step, and in one of its passes. Raises InputError where they divide nothing evenly."""
     rows, left = divmod(plan.train.batch_size, ranks.size)
     if left:
-        what = f"{plan.train.batch_size} sequences can't be shared evenly by {ranks.size} processes"
+        what = f"{plan.train.batch_size} {plan.decoder.rows} can't be shared evenly by {ranks.size} processes"
         raise InputError(f"train.batch_size: {what}")
     micro = plan.run.micro_batch_size or rows
     if rows % micro:
