@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from supar_cli.data import images
+from supar_cli.data import image_files, image_readers
 from supar_cli.files import read_jsonl
 from supar_cli.planning import document
 from supar_cli.planning.plan import Data
@@ -97,10 +97,12 @@ def write(fashion: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "fashion").symlink_to(fashion.resolve())
     arrays: dict[str, Any] = {}
-    for names, kept in ((("x", "y"), "train"), (("x_test", "y_test"), "held_out")):
-        split = getattr(images.load(Data(kind="images", source=str(fashion)), to_score=True), kept)  # type: ignore[call-arg]
-        rows = slice(None) if kept == "train" else slice(2000)
-        pixels = split.pixels(rows)[:, 0].reshape(-1, 14, 2, 14, 2).mean((2, 4)).round().astype(np.uint8)
+    data = Data(kind="images", source=str(fashion))
+    for names, to_score in ((("x", "y"), False), (("x_test", "y_test"), True)):
+        files = image_files.find(data, to_score=to_score)
+        (split, *_), _ = image_readers.read(files, data, print)
+        rows = slice(2000 if to_score else None)
+        pixels = split.pixels[rows, 0].reshape(-1, 14, 2, 14, 2).mean((2, 4)).round().astype(np.uint8)
         arrays |= dict(zip(names, (pixels, split.labels[rows]), strict=True))
     np.savez(folder / "fashion14.npz", **arrays)
     for name in ("mlp", "resnet"):

@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from supar_cli.data import images
 from supar_cli.errors import InputError
-from supar_cli.planning.plan import Data
 
 from .test_image_sources import as_folders, as_idx, as_npz, as_parquet, drawn, encoded, load
 
@@ -61,9 +59,24 @@ class TestOddSources:
         with pytest.raises(InputError, match=r"images of \(1, 0, 4\); expected channels and pixels"):
             load(as_npz(tmp_path, pixels[:, :0], labels))
 
-    def test_scored_images_may_lack_classes(self, tmp_path: Path) -> None:
-        source = as_npz(tmp_path, drawn(3)[0], np.array([7, 7, 2]))
+    def test_a_label_far_from_the_others_is_no_class(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="the label 7 of 3 images"):
-            load(source)
-        data = Data(kind="images", source=str(source))
-        assert images.load(data, to_score=True).classes == [str(number) for number in range(8)]
+            load(as_npz(tmp_path, drawn(3)[0], np.array([7, 7, 2])))
+
+    def test_arrays_that_say_a_split_twice_or_by_half(self, tmp_path: Path) -> None:
+        pixels, labels = drawn(12)
+        arrays = {"x": pixels, "y": labels, "x_val": pixels[:4], "y_val": labels[:4]}
+        for others, what in (
+            ({"x_train": pixels}, "x and x_train are both"),
+            ({"x_test": pixels}, "x_test is there alone"),
+        ):
+            np.savez(tmp_path / "set.npz", **arrays, **others)
+            with pytest.raises(InputError, match=what):
+                load(tmp_path / "set.npz")
+        np.savez(tmp_path / "set.npz", **arrays, meta=labels)
+        assert len(load(tmp_path / "set.npz").held_out) == 4
+
+    def test_one_class_alone(self, tmp_path: Path) -> None:
+        """As of images/train and images/val, one folder too many."""
+        with pytest.raises(InputError, match="all images are of the class 0; expected two classes or more"):
+            load(as_npz(tmp_path, drawn(3)[0], np.zeros(3, int)))

@@ -41,7 +41,7 @@ def _npz(files: ImageFiles, split: str) -> Labelled:
     with naming_damage(path):
         try:
             with np.load(path, allow_pickle=False) as stored:
-                names = array_names(stored.files, split)
+                names = array_names(stored.files, split, path)
                 assert names is not None  # `find` saw them
                 pixels, labels = (np.asanyarray(stored[name]) for name in names)
         except OSError:

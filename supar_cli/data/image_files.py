@@ -122,21 +122,31 @@ def _find_in_file(path: Path) -> ImageFiles:
             names = zipfile.ZipFile(path).namelist()
         except (zipfile.BadZipFile, NotImplementedError) as error:
             raise EOFError(str(error)) from None
-    splits = {split: [path] for split in dict.fromkeys(SPLITS.values()) if array_names(names, split)}
+    splits = {split: [path] for split in dict.fromkeys(SPLITS.values()) if array_names(names, split, path)}
     if not splits:
         what = f"holds {', '.join(names[: 2 * NAMED])}"
         raise InputError(f"{path}: {what}; expected the arrays x and y (and x_val, y_val, x_test, y_test)")
     return ImageFiles("npz", path.parent, splits)
 
 
-def array_names(names: Iterable[str], split: str) -> tuple[str, str] | None:
-    """The names of the arrays of images and of labels of a split in an .npz file: x and y, x_train and y_train, x_val, …"""
-    found = {}
-    for name in names:
-        part, _, word = name.removesuffix(".npy").partition("_")
-        if SPLITS.get(word, "" if word else "train") == split:
-            found[part] = name.removesuffix(".npy")
-    return (found["x"], found["y"]) if {"x", "y"} <= found.keys() else None
+def array_names(names: Iterable[str], split: str, path: Path) -> tuple[str, str] | None:
+    """The names of the arrays of images and of labels of a split in an .npz file: x and y, x_train and y_train, x_val, …
+
+    Raises InputError for one without the other, and for two of a kind.
+    """
+    found: dict[str, str] = {}
+    for name in (one.removesuffix(".npy") for one in names):
+        part, _, word = name.partition("_")
+        if part in ("x", "y") and SPLITS.get(word, "" if word else "train") == split:
+            if part in found:
+                raise InputError(
+                    f"{path}: {found[part]} and {name} are both of the {split} split; expected one of them"
+                )
+            found[part] = name
+    if len(found) == 1:
+        (name,) = found.values()
+        raise InputError(f"{path}: {name} is there alone; expected an array of images, x…, and one of labels, y…")
+    return (found["x"], found["y"]) if found else None
 
 
 def _find_in_folder(root: Path) -> ImageFiles:

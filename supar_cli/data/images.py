@@ -23,7 +23,7 @@ from supar_cli.streams import stream
 
 ALL = slice(None)
 TAIL_SHARE = 10  # chosen: without a split of its own a data set holds out the last tenth of each class, as text does
-MOST_SCORED = 2**20  # chosen: classes of images that are only scored, which may be fewer than those of the run
+NAMED = 5  # chosen: classes in a message
 CHUNK = 4096  # chosen: images that are counted at a time, so that counting takes little memory
 
 
@@ -165,9 +165,11 @@ def load(data: Data, log: Callable[[str], None] = lambda _: None) -> Images:
     splits, classes = image_readers.read(files, data, log)
     first = splits[0]
     largest = int(first.labels.max(initial=-1))
-    if not classes and largest >= (MOST_SCORED if to_score else len(first.labels)):
+    if not classes and largest >= len(first.labels):
         raise InputError(f"{first.place}: the label {largest} of {len(first.labels)} images; expected 0, 1, …")
     classes = classes or [str(number) for number in range(largest + 1)]
+    if len(classes) == 1:
+        raise InputError(f"{first.place}: all images are of the class {classes[0]}; expected two classes or more")
     for one in splits:
         wrong = one.labels[(one.labels < 0) | (one.labels >= len(classes))]
         if len(wrong):
@@ -180,7 +182,7 @@ def load(data: Data, log: Callable[[str], None] = lambda _: None) -> Images:
     train, held_out = (Split(one.pixels, one.labels, own) for one, own in zip((first, splits[-1]), places, strict=True))
     counts = np.bincount(train.labels, minlength=len(classes))
     missing = [name for name, count in zip(classes, counts, strict=True) if not count]
-    if missing and not to_score:
+    if missing:
         named = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
         is_taken = len(splits) == 1 and not counts[first.labels].all()
         named += " (its only image is held out)" if is_taken else ""

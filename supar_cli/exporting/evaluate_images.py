@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from supar_cli.data import image_files, image_readers, images
-from supar_cli.data.image_readers import Labelled
+from supar_cli.data.image_arrays import Labelled
 from supar_cli.data.images import Images, Split
 from supar_cli.errors import InputError, UnusableResult
 from supar_cli.files import Record
