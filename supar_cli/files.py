@@ -148,5 +148,5 @@ def _read_bytes(path: Path) -> bytes:
 def template(name: str) -> Path:
     """Path of a shipped template file: beside the package in a checkout, inside it in a wheel."""
     package = Path(__file__).resolve().parent
-    inside = package / "templates" / name
-    return inside if inside.exists() else package.parent / "templates" / name
+    inside = package / "templates"
+    return (inside if inside.exists() else package.parent / "templates") / name

@@ -118,6 +118,8 @@ class TestInit:
         called = supar_here("init", "gpt.py", "-o", "mine.py")
         assert called.status == 0 and (tmp_path / "mine.py").read_text("utf-8") == templates.text("gpt.py")
         assert "next: supar layout mine:make --base width=64" in called.err and "--example mine:example" in called.err
+        called = supar_here("init", "resnet.py")
+        assert "next: supar layout resnet:make --base width=32 " in called.err and "-o layout.yaml" in called.err
 
 
 class TestSchema:

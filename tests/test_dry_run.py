@@ -81,7 +81,7 @@ def test_every_command_says_runs_memory_and_time(
     called = supar_here(command, *flags, "--device", "cpu", "--jobs", "1", "--dry-run")
     assert (called.status, called.out) == (0, ""), called.err
     said = called.err
-    assert runs in said and "memory of weights" in said and "H200/H100" in said and "GiB" in said
+    assert runs in said and "memory of weights" in said and "H200/H100" in said and "MiB" in said
     (here,) = [line for line in said.splitlines() if line.startswith("here")]
     assert here.startswith("here, by timing a few steps: at ") and here[-1] in "smh"
 

@@ -78,5 +78,5 @@ class TestOddSources:
 
     def test_one_class_alone(self, tmp_path: Path) -> None:
         """As of images/train and images/val, one folder too many."""
-        with pytest.raises(InputError, match="all images are of the class 0; expected two classes or more"):
+        with pytest.raises(InputError, match="all of one class, 0; expected two classes or more"):
             load(as_npz(tmp_path, drawn(3)[0], np.zeros(3, int)))

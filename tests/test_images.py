@@ -310,3 +310,13 @@ class TestDocuments:
         (tmp_path / "one.png").write_bytes(encoded(drawn(1)[0][0]))
         ran = supar_here("data", "inspect", str(tmp_path / "one.png"))
         assert ran.status == 2 and "is a PNG image; expected text, or data.kind: images" in ran.err
+
+    def test_one_class_and_several_sizes_are_refused(self, supar_here: Supar, tmp_path: Path) -> None:
+        pixels, labels = drawn(30)
+        source = as_folders(tmp_path / "one", pixels, 0 * labels)
+        ran = supar_here("data", "images", str(source))
+        assert ran.status == 2 and "all of one class, class0; expected two classes or more" in ran.err
+        (source / "class1").mkdir()
+        (source / "class1/x.png").write_bytes(encoded(pixels[0, :-1]))
+        ran = supar_here("data", "images", str(source))
+        assert ran.status == 2 and "--size none, yet " in ran.err and "expected a height and a width" in ran.err

@@ -323,3 +323,11 @@ class TestAggregates:
 def test_losses_near_zero_have_no_share() -> None:
     curve = curve_of([lambda x: (x + 7) ** 2], "mean")
     assert np.isnan(curve.regret(0.0)) and curve.mean(curve.best) == 0
+
+
+def test_templates_of_an_installation_are_inside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "supar_cli/templates").mkdir(parents=True)
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "supar_cli/files.py"))
+    assert (
+        files.template("own/preset") == tmp_path / "supar_cli/templates/own/preset"
+    )  # a place beside a layout, no file

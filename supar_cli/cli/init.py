@@ -25,8 +25,6 @@ NEXT = {
     "supar.sweep/v1": (None, "sweep{}"),
 }
 
-SIZES = "--base width=64 --wider width=128 --third width=192"  # of the models that the scripts make
-
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 TYPES: dict[str, type[Section]] = {"spec": Spec, "proxy": Proxy, "plan": Plan, "sweep": Sweep, "layout": Layout}
 
@@ -68,7 +66,8 @@ def init(flags: Flags) -> None:
 def _next(name: str, text: str) -> tuple[str | None, str]:
     """A template's default file (None: its name with .yaml), and the command that comes next."""
     if name in templates.scripts():
-        return name, f"layout {{module}}:make {SIZES} --example {{module}}:example"
+        first = next(line for line in text.splitlines() if line.startswith("supar layout "))  # of its own commands
+        return name, first.removeprefix("supar ").replace(f"{name.removesuffix('.py')}:", "{module}:")
     default, command = NEXT[next(line for line in text.splitlines() if line.startswith("kind:")).removeprefix("kind: ")]
     script = next((one for one in templates.scripts() if f" {one} " in text), None)  # that its command runs
     return default, f"init {script}" if script else command

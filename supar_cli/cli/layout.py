@@ -1,5 +1,6 @@
 """`supar layout`: the user's model becomes a document of its tensors."""
 
+from pathlib import Path
 from typing import Any
 
 import supar_cli
@@ -46,8 +47,9 @@ def layout(flags: Flags) -> None:
         log.warn(note)
     terminal.emit([found.model_dump()], flags, log, "layout.yaml")
     if not terminal.prints(flags):
-        out = flags.out or "layout.yaml"
-        log.next(f"read {out}", f"supar tune-proxy --layout {out} --command 'python train.py {{plan}}'")
+        out, module = flags.out or "layout.yaml", flags.make.partition(":")[0]
+        script = f"{module}.py" if Path(f"{module}.py").is_file() else "train.py"
+        log.next(f"read {out}", f"supar tune-proxy --layout {out} --command 'python {script} {{plan}}'")
 
 
 def _load(flags: Flags, sizes: list[dict[str, int]]) -> dict[str, Any]:

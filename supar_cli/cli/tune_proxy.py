@@ -184,7 +184,8 @@ def _summarize(proxy: Proxy, log: terminal.Log) -> None:
     evidence, values = proxy.evidence, proxy.hyperparameters.model_dump()
     chosen = next(finalist for finalist in evidence["finalists"] if finalist["chosen"])
     counts = ", ".join(f"{count} {state}" for state, count in evidence["trials"].items() if count)
-    best = f"trial {chosen['trial']}, has loss {chosen['mean']:.4f} over {len(chosen['losses'])} seeds"
+    count = len(chosen["losses"])
+    best = f"trial {chosen['trial']}, has loss {chosen['mean']:.4f} over {count} seed{'s' * (count > 1)}"
     log.log(f"trials: {counts}; the best, {best}")
     fit = evidence["lr_fit"]
     if fit and fit["usable"]:

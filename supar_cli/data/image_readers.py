@@ -185,7 +185,7 @@ def _decode_all(splits: list[Encoded], files: ImageFiles, data: Data, log: Log) 
             if len(sizes) > 1 and data.size is None:
                 (one, first), (other, second) = list(sizes.items())[:2]
                 what = f"{second} is {other[0]} × {other[1]} pixels, {first} is {one[0]} × {one[1]}"
-                raise InputError(f"data.size: {what}; expected a height and a width to resize all to")
+                raise InputError(f"data.size: none, yet {what}; expected a height and a width to resize all to")
             is_grey &= header.is_grey
             labels[-1].append(label)
             progress.say("looked at", sum(map(len, labels)))

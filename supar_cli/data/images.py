@@ -81,8 +81,8 @@ class Images:
         size_bytes = (len(self.train) + len(self.held_out)) * channels * height * width
         scale = f"mean {_format(mean_C)}, standard deviation {_format(std_C)}"
         counts = f"{len(self.train):,} training images, {len(self.held_out):,} held out, {len(self.classes)} classes"
-        memory = f"{size_bytes / 2**20:.1f} MiB in each process"
-        what = f"{height} × {width} pixels, {channels} channel{'s' * (channels > 1)}; {memory}"
+        memory = f"{size_bytes / 2**20:.1f} MiB" if size_bytes >= 2**20 else f"{size_bytes / 2**10:.1f} KiB"
+        what = f"{height} × {width} pixels, {channels} channel{'s' * (channels > 1)}; {memory} in each process"
         return (*self.read, f"data: {counts}; {what}", f"data: pixels from 0 to 1 are normalised by {scale}")
 
     @cached_property
@@ -169,7 +169,7 @@ def load(data: Data, log: Callable[[str], None] = lambda _: None) -> Images:
         raise InputError(f"{first.place}: the label {largest} of {len(first.labels)} images; expected 0, 1, …")
     classes = classes or [str(number) for number in range(largest + 1)]
     if len(classes) == 1:
-        raise InputError(f"{first.place}: all images are of the class {classes[0]}; expected two classes or more")
+        raise InputError(f"{first.place}: all of one class, {classes[0]}; expected two classes or more")
     for one in splits:
         wrong = one.labels[(one.labels < 0) | (one.labels >= len(classes))]
         if len(wrong):

@@ -63,7 +63,7 @@ def plain_operations() -> Iterator[None]:
     """Run with operations that show what they do with parameters: nothing fused, nothing compiled."""
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
-        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        stack.enter_context(torch.backends.mkldnn.flags(enabled=False, allow_tf32=None))  # None: as it is
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         torch.backends.mha.set_fastpath_enabled(False)

@@ -234,7 +234,7 @@ def _states(plan: Plan) -> dict[str, int]:
 
 
 def _gib(value: float) -> str:
-    return f"{value / 2**30:.2f} GiB"
+    return f"{value / 2**30:.2f} GiB" if value >= 0.01 * 2**30 else f"{value / 2**20:.1f} MiB"
 
 
 def duration(seconds: float) -> str:

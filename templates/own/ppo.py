@@ -5,8 +5,8 @@ supar tune-proxy agent.yaml
 supar transfer proxy.yaml --width 64 --sparsity 0.875
 python ppo.py plan.yaml
 
-`supar help rl` shows agent.yaml. The plan says steps (iterations), batch_size (transitions of an iteration, of all environments
-together), seed, rates and grad_clip; the other settings are below.
+It needs `pip install gymnasium`. `supar help rl` shows agent.yaml. The plan says steps (iterations), batch_size (transitions
+of an iteration, of all environments together), seed, rates and grad_clip; the other settings are below.
 """
 
 import math

@@ -1,7 +1,7 @@
 """A residual net of 3×3 convolutions on labelled images in a plain PyTorch loop, trained as a plan says: `python resnet.py plan.yaml`.
 
 supar layout resnet:make --base width=32 --wider width=64 --third width=96 --example resnet:example -o layout.yaml
-supar tune-proxy --layout layout.yaml --command 'python resnet.py {plan}'
+supar tune-proxy --layout layout.yaml --command 'python resnet.py {plan}' -s 'search.alpha_output=[1, 4, 8, 16]'
 supar transfer proxy.yaml --width 128 --sparsity 0.9
 python resnet.py plan.yaml
 
