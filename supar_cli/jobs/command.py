@@ -59,11 +59,15 @@ def require_command(plan: Plan) -> str:
 
 def script_files(command: str) -> dict[str, str]:
     """The files that a command names, and the hashes of their content: a changed script has other losses."""
+    return {word: file_hash(Path(word)) for word in words_of(command) if Path(word).is_file()}
+
+
+def words_of(command: str) -> list[str]:
+    """The words of a command as a shell splits it; by its spaces where a quote is not closed, which the shell will say."""
     try:
-        words = shlex.split(command)
-    except ValueError:  # a quote is not closed; the shell will say so
-        words = command.split()
-    return {word: file_hash(Path(word)) for word in words if Path(word).is_file()}
+        return shlex.split(command)
+    except ValueError:
+        return command.split()
 
 
 def _make_folder(folder: Path, name: str) -> Path:
