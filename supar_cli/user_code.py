@@ -1,9 +1,10 @@
-"""Functions of the user's own modules, named as `module:function`, and errors in that code told apart from supar's."""
+"""The user's code: functions named as `module:function`, errors told apart from supar's, the words of a command."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import sys
 import sysconfig
 import traceback
@@ -119,3 +120,11 @@ def _is_users(filename: str) -> bool:
     return not filename.startswith("<") and not any(
         Path(filename).resolve().is_relative_to(folder) for folder in _OTHER_CODE
     )
+
+
+def words_of(command: str) -> list[str]:
+    """The words of a command as a shell splits it; by its spaces where a quote is not closed, which the shell will say."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return command.split()

@@ -129,12 +129,15 @@ class TestOwnModels:
         assert called.status == 4 and what in called.err and "Traceback" not in called.err.replace("  Traceback", "")
         assert runs_made(here) == made
 
-    def test_runs_that_all_diverge_are_a_result(self, here: Path, supar_here: Supar) -> None:
+    def test_a_sweep_whose_runs_all_diverge_shows_that_and_blames_no_script(
+        self, here: Path, supar_here: Supar
+    ) -> None:
         write_study(here, fault="loss = float('nan')", parameterizations=["supar"])
         called = supar_here("sweep", "study.yaml", *RUN, "-s", "widen=0")
-        levels = json.loads(called.out)["arms"][0]["levels"]
-        assert [level["diverged"] for level in levels] == [6, 6] and "have the loss" not in called.err
-        assert "another seed changes no loss" not in called.err
+        result = json.loads(called.out)
+        assert [level["diverged"] for level in result["arms"][0]["levels"]] == [6, 6]
+        assert not any(one["passed"] for one in result["verdicts"])
+        assert "whatever their values" not in called.err and "changes no loss" not in called.err
 
     def test_a_seed_that_changes_nothing_is_warned_of(self, here: Path, supar_here: Supar) -> None:
         write_study(here, fault="loss -= 0.01 * seed", over={"lr": "x:-1..1/1"}, parameterizations=["supar"])
@@ -213,8 +216,12 @@ class TestPresets:
         again = supar_here("sweep", "mlp-lr.yaml", *RUN)
         assert json.loads(again.out)["parents"] == json.loads(called.out)["parents"] and len(trained) == made
         (here / "mlp.py").write_text("# mine")
+        (here / "mlp-layout.yaml").unlink()
         other = supar_here("sweep", "--preset", "mlp-lr", *RUN)
         assert other.status == 2 and "mlp.py: is not the one of --preset mlp-lr" in other.err
+        assert not (here / "mlp-layout.yaml").exists()  # nothing is written then
+        unclosed = supar_here("sweep", "--preset", "mlp-lr", *RUN, "--command", "python 'mlp.py {plan}")
+        assert unclosed.status == 2 and "another measurement" in unclosed.err
         assert (here / "mlp.py").read_text() == "# mine"
 
     @pytest.mark.parametrize("name", ["ppo", "mlp-lr", "mlp-lr-sgd"])

@@ -127,6 +127,15 @@ class TestSearch:
         called = supar_here("tune-proxy")
         assert called.status == status and what in called.err
 
+    def test_finalists_differ_where_choices_are_drawn_again(
+        self, here: Path, supar_here: Callable[..., Called]
+    ) -> None:
+        write_spec(here, trials=6, lr=[0.0005, 0.008, 0.06], finalists=2, seeds=2, lr_fit_octaves=[])
+        called = supar_here("tune-proxy", "--jobs", "1")
+        assert called.status == 0, called.err
+        found = parse(Proxy, document.read_file("proxy.yaml")[0]).evidence["finalists"]
+        assert len({one["lr"] for one in found}) == 2
+
     def test_a_dry_run_says_how_many_runs_and_whose_time(self, here: Path, supar_here: Callable[..., Called]) -> None:
         write_spec(here)
         called = supar_here("tune-proxy", "--dry-run")

@@ -1,7 +1,6 @@
 """`supar sweep` and `compare`: does a hyperparameter that was tuned dense still hold where weights are sparse?"""
 
 import copy
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from supar_cli.planning.document import Document
 from supar_cli.planning.problems import parse, wrong_kind
 from supar_cli.planning.spec import Proxy
 from supar_cli.planning.sweep import TUNED, Sweep, plan_all
+from supar_cli.user_code import words_of
 
 KIND = "supar.sweep/v1"
 PARAMETERIZATIONS = ["sp", "mup", "supar"]
@@ -229,16 +229,17 @@ def _study(read: Document, axes: dict[str, str], flags: Flags, log: terminal.Log
 def _with_copies(study: Sweep, preset: str, log: terminal.Log) -> Sweep:
     """A preset's study of a model of its own, with copies of its script and layout in the working directory."""
     study = study.seen_from(template("own"))
-    for name in (study.model.layout, *shlex.split(study.run.command or "")):  # type: ignore[union-attr]
-        shipped, copied = template(f"own/{name}"), Path(name)
-        if not shipped.is_file():
-            continue
-        if not copied.exists():
-            write_file(copied, shipped.read_bytes())
-            log.log(f"wrote {name}")
-        elif copied.read_bytes() != shipped.read_bytes():
+    words = (study.model.layout, *words_of(study.run.command or ""))  # type: ignore[union-attr]
+    shipped = {name: template(f"own/{name}") for name in words}
+    contents = {name: path.read_bytes() for name, path in shipped.items() if path.is_file()}
+    for name, content in contents.items():
+        if Path(name).exists() and not (Path(name).is_file() and Path(name).read_bytes() == content):
             expected = f"expected another folder, or your own document: `supar init {preset}`"
             raise InputError(f"{name}: is not the one of --preset {preset}; {expected}")
+    for name, content in contents.items():
+        if not Path(name).exists():
+            write_file(Path(name), content)
+            log.log(f"wrote {name}")
     return study
 
 

@@ -287,8 +287,9 @@ def find_regrets(curve: Curve, optimum: Optimum, first: Optimum, draws: np.ndarr
     losses_XS = np.array([[curve.losses[index][seed] for seed in sorted(curve.losses[index])] for index in window])
     means_XB = np.column_stack([curve.means(losses_XS, 1), curve.means(losses_XS[:, draws], 2)])
     a_B, b_B, c_B = np.polyfit(x - first.octaves, means_XB, 2)
-    at_B, lowest_B = places_B - first.octaves, c_B - b_B**2 / (4 * a_B)
-    found_B = np.where(a_B > 0, (a_B * at_B**2 + b_B * at_B + c_B - lowest_B) / np.abs(lowest_B), nan)
+    with np.errstate(divide="ignore", invalid="ignore"):  # of losses that are all the same, or of a lowest loss of 0
+        at_B, lowest_B = places_B - first.octaves, c_B - b_B**2 / (4 * a_B)
+        found_B = np.where(a_B > 0, (a_B * at_B**2 + b_B * at_B + c_B - lowest_B) / np.abs(lowest_B), nan)
     return float(found_B[0]), found_B[1:]
 
 

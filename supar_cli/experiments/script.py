@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 
 from supar_cli.errors import UnusableResult
@@ -31,8 +32,9 @@ def compare_scripts(before: dict[str, str], run: Run, folder: Path, reporter: Re
 
 
 def require_different_losses(losses: Sequence[float | None], run: Run, what: str) -> None:
-    """Raise UnusableResult where several runs, `what`, all have the same loss: the script trains no plan."""
-    if run.command is not None and len(losses) > 2 and len(set(losses)) == 1:
+    """Raise UnusableResult where several runs, `what`, all have the same loss, none diverged: the script trains no plan."""
+    is_same = len(losses) > 2 and len(set(losses)) == 1 and losses[0] is not None and isfinite(losses[0])
+    if run.command is not None and is_same:
         same = f"all {len(losses)} {what} have the loss {losses[0]}, whatever their values"
         raise UnusableResult(f"{same}; expected a script that trains the plan that it is given")
 
@@ -42,7 +44,8 @@ def warn_of_equal_seeds(by_values: Sequence[Sequence[float | None]], run: Run, r
 
     `key` is the document's number of seeds.
     """
-    if run.command is not None and all(len(losses) > 1 and len(set(losses)) == 1 for losses in by_values):
+    known = [losses for losses in by_values if all(loss is not None and isfinite(loss) for loss in losses)]
+    if run.command is not None and known and all(len(losses) > 1 and len(set(losses)) == 1 for losses in known):
         reporter.warn(f"another seed changes no loss; expected a script that uses plan.train.seed, or {key}: 1")
 
 

@@ -138,8 +138,10 @@ def search(spec: Spec, storage: str, *, workers: Workers | None = None, reporter
         raise UnusableResult(
             f"all {len(trials)} trials diverged or were pruned; expected lower learning rates or init scales in search"
         )
-    script.require_different_losses([trial.value for trial in complete], spec.run, "trials")
-    finalists = tuning.run_finalists(complete[: spec.search.finalists])
+    # choices are soon drawn again: the best trial of each combination of values
+    different = _rank(list({tuple(sorted(one.params.items())): one for one in reversed(complete)}.values()))
+    script.require_different_losses([trial.value for trial in different], spec.run, "trials")
+    finalists = tuning.run_finalists(different[: spec.search.finalists])
     script.warn_of_equal_seeds([one["losses"] for one in finalists], spec.run, reporter, "search.seeds")
     winner = min(finalists, key=lambda finalist: (finalist["mean"], finalist["trial"]))
     values, fit = {name: winner[name] for name in ranges}, None

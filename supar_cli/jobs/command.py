@@ -21,6 +21,7 @@ from supar_cli.planning import document
 from supar_cli.planning.plan import Plan
 from supar_cli.training.launch.environment import StopSignals
 from supar_cli.training.run_directory import RunHistory
+from supar_cli.user_code import words_of
 
 RESULT = "SUPAR_RESULT"  # the environment variable with the file that `own.report` writes to
 POLL_S = 0.1  # chosen: between two looks at what a script reports; trials take minutes
@@ -59,11 +60,7 @@ def require_command(plan: Plan) -> str:
 
 def script_files(command: str) -> dict[str, str]:
     """The files that a command names, and the hashes of their content: a changed script has other losses."""
-    try:
-        words = shlex.split(command)
-    except ValueError:  # a quote is not closed; the shell will say so
-        words = command.split()
-    return {word: file_hash(Path(word)) for word in words if Path(word).is_file()}
+    return {word: file_hash(Path(word)) for word in words_of(command) if Path(word).is_file()}
 
 
 def _make_folder(folder: Path, name: str) -> Path:

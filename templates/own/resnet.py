@@ -93,6 +93,10 @@ def read_images():
         kept = len(parts[0]) * 9 // 10
         parts = [part[rows] for rows in (slice(kept), slice(kept, None)) for part in parts]
     x, y, x_test, y_test = (torch.from_numpy(part) for part in parts)
+    if x.dim() == 4 and x.shape[1] > 4 >= x.shape[3]:
+        sys.exit(
+            f"images: of shape {list(x.shape[1:])}; expected colours before height and width: x.transpose(0, 3, 1, 2)"
+        )
     if x.dim() == 3:  # grey
         x, x_test = x[:, None], x_test[:, None]
     std, mean = torch.std_mean(x[:HELD_OUT].float())
