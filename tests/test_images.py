@@ -270,7 +270,8 @@ class TestEvaluations:
             pytest.approx(0.30359, abs=1e-5)
         ]
         assert "accuracy" in supar_here("runs", str(tmp_path)).err
-        assert f", {result['accuracy']:.4f} at 4\n" in supar_here("show", str(tmp_path / "run")).err
+        shown = f", {result['accuracy']:.4f} ± {result['accuracy_se']:.4f} at 4\n"
+        assert shown in supar_here("show", str(tmp_path / "run")).err
 
 
 class TestDocuments:

@@ -8,6 +8,8 @@ from supar_cli.cli.data import LOOKING, READING
 from supar_cli.cli.options import Flags, command
 from supar_cli.cli.runs import find_run
 
+CLASSES = 20  # chosen: as many classes in a line are read; all are in the document
+
 
 @command(
     f"directory data {READING} {LOOKING} tokens device precision out force json quiet",
@@ -42,6 +44,11 @@ def evaluate(flags: Flags) -> None:
     for one in record["data"]:
         log.log(f"{one['source']}: {one['part']}")
     log.log(f"{run}: {_describe(record)}")
+    classes = record.get("classes", {})
+    shown = [f"{name} {one['accuracy']:.2f}" for name, one in list(classes.items())[:CLASSES]]
+    if classes:
+        more = f" and {len(classes) - CLASSES} more classes (--json)" if len(classes) > CLASSES else ""
+        log.log(f"accuracy by class: {', '.join(shown)}{more}")
     terminal.emit([record], flags, log, None)
 
 

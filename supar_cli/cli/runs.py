@@ -122,10 +122,18 @@ def _show_losses(records: list[dict[str, Any]], log: terminal.Log) -> None:
     if masks := reading.masks_text(records):
         log.log(masks)
     for title, name in (("validation loss", "validation_loss"), ("accuracy", "accuracy")):
-        scores = [(record["step"], record.get(name)) for record in records]
-        values = [f"{score:.4f} at {step}" for step, score in scores if isinstance(score, float)]
+        values = [
+            f"{record[name]:.4f}{_error_text(record.get(f'{name}_se'))} at {record['step']}"
+            for record in records
+            if isinstance(record.get(name), float)
+        ]
         if values:
             log.log(textwrap.fill(f"{title} {', '.join(values[-LAST:])}", width))
+
+
+def _error_text(error: float | None) -> str:
+    """A standard error, where there is one."""
+    return "" if error is None else f" ± {error:.4f}"
 
 
 @command(
