@@ -114,9 +114,8 @@ def find(data: Data, to_score: bool = False) -> Corpus:
     corpus = Corpus(names[0] if names else "", path, files, [], "by their names", left_out)
     if not files:
         others = "".join(f"; {names}: {why}" for why, names in corpus.by_reason().items())
-        raise InputError(
-            f"data.source: {data.source}: no data in it{others}; expected {', '.join(SUFFIXES)} files, or data.kind: images"
-        )
+        expected = f"expected {', '.join(SUFFIXES)} files, or labelled images (`supar help vision`)"
+        raise InputError(f"data.source: {data.source}: no data in it{others}; {expected}")
     corpus = replace(corpus, is_packed=any(kind.is_packed for kind in kinds.values()))
     held_out = [one for one in files if not to_score and split_word(one.relative_to(path)) == "validation"]
     if held_out == files:
