@@ -67,9 +67,9 @@ def read_images():
         parts = [rows[:, :64].reshape(-1, 8, 8), rows[:, 64]]
     else:
         sys.exit("images: scikit-learn is missing; expected `pip install scikit-learn`, or IMAGES=FILE.npz")
-    if len(parts) == 2:  # the last tenth is held out
-        kept = len(parts[0]) * 9 // 10
-        parts = [part[rows] for rows in (slice(kept), slice(kept, None)) for part in parts]
+    if len(parts) == 2:  # every tenth is held out, as files may be sorted by class
+        held_out = np.arange(len(parts[0])) % 10 == 9
+        parts = [part[rows] for rows in (~held_out, held_out) for part in parts]
     x, y, x_test, y_test = (torch.from_numpy(part) for part in parts)
     std, mean = torch.std_mean(x[:HELD_OUT].float())
     held_out = ((x_test[:HELD_OUT].float() - mean) / std, y_test[:HELD_OUT].long())
