@@ -26,7 +26,7 @@ Encoded = Callable[[], Iterator[tuple[str, bytes, int]]]  # a name, an encoded i
 Log = Callable[[str], None]
 
 EVERY_S = 5.0  # chosen: a line of progress so often, as long waits are told elsewhere
-FEWEST_NO_CLASS = 2**31  # what no number of a class is
+MOST_CLASSES = 2**31  # chosen: no set of images has so many; a larger label is of something else
 TABLE_ROWS = 256  # chosen: rows of Parquet in memory at a time; of photographs about 100 MB
 _PNM = tuple(b"P" + digit + space for digit in (b"1", b"2", b"3", b"4", b"5", b"6") for space in (b"\n", b" ", b"\r"))
 PICTURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*", *_PNM)
@@ -102,7 +102,7 @@ class _Tables:
                         if content is None or label is None:
                             what = "no image" if content is None else "no label"
                             raise InputError(f"{name}: {what}; expected the bytes of an image and an integer")
-                        if label >= FEWEST_NO_CLASS:
+                        if label >= MOST_CLASSES:
                             raise InputError(f"{name}: the label {label}; expected 0, 1, …")
                         yield name, content, label
                         at += 1
